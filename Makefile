@@ -1,0 +1,41 @@
+# make demo | test | lint: each makes .venv first if it is not there; a second run installs nothing.
+# make lock: writes requirements.lock again from pyproject.toml.
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+EXTRAS := cpu,ray,data,plot,test
+
+.PHONY: demo test lint lock clean
+
+demo: .venv/installed
+	.venv/bin/vllm-kl demo $(ARGS)
+
+test: .venv/installed
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# The machine's own pip settings come first; PyTorch's index is asked where they offer no CPU build. The lock holds every
+# other package, so --no-deps: nothing is resolved, and nothing comes in that it does not name.
+.venv/installed: requirements.lock pyproject.toml Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install it, or run make PYTHON=python3 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "python venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PIP) install --quiet '$(TORCH)' || $(PIP) install --quiet --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install --quiet --no-deps --no-compile --requirement requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: .venv/installed
+	$(PIP) install --quiet uv
+	printf 'vllm-kl[$(EXTRAS)] @ .\n' | .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+		--custom-compile-command "make lock" --no-emit-package torch --no-emit-package vllm-kl \
+		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
+		--output-file requirements.lock -
+	sed -i "/sys_platform == 'never'/d" requirements.lock
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,50 @@
+"""Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.
+
+Start with :class:`VLLMScorer` (token ids -> log-probs), :class:`VLLMReference` (the same as a TorchRL module) and
+:class:`RetrieveKL` (the transform). Importing this package loads neither vLLM nor Ray, and TorchRL only when one of
+its classes is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_kl.kl import kl_estimate
+    from vllm_kl.reference import VLLMReference
+    from vllm_kl.resolver import FromCollector
+    from vllm_kl.scorer import VLLMScorer
+    from vllm_kl.transforms import KLComputation, RetrieveKL, RetrieveLogProb
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FromCollector",
+    "KLComputation",
+    "RetrieveKL",
+    "RetrieveLogProb",
+    "VLLMReference",
+    "VLLMScorer",
+    "kl_estimate",
+]
+
+_HOME = {
+    "FromCollector": "resolver",
+    "KLComputation": "transforms",
+    "RetrieveKL": "transforms",
+    "RetrieveLogProb": "transforms",
+    "VLLMReference": "reference",
+    "VLLMScorer": "scorer",
+    "kl_estimate": "kl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vllm_kl' has no attribute {name!r}")
+    return getattr(import_module(f"vllm_kl.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,86 @@
+"""A scorer in a Ray actor: the reference's engine lives there, the caller holds a handle.
+
+Ray places, restarts and names the actor; token ids go there and log-probs come back. Nothing else moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from vllm_kl.errors import EngineError
+from vllm_kl.types import Scorer, ScoreStats
+
+Build = Callable[[], tuple[Scorer, dict[str, Any]]]
+
+
+class _ScorerActor:
+    """Runs in the actor's process."""
+
+    def __init__(self, build: Build) -> None:
+        self._scorer, self._attributes = build()
+
+    def attributes(self) -> dict[str, Any]:
+        return self._attributes
+
+    def score(self, token_ids: list[np.ndarray], start: list[int]) -> tuple[list[np.ndarray], ScoreStats | None]:
+        with torch.no_grad():
+            scored = self._scorer.score([torch.from_numpy(ids.copy()) for ids in token_ids], start)
+        return [t.float().cpu().numpy() for t in scored], getattr(self._scorer, "stats", None)
+
+
+class RayScorer:
+    """Scores through a Ray actor.
+
+    Args:
+        build: called in the actor; returns the scorer and the attributes that :attr:`attributes` gives. ``None`` only
+            finds an actor that exists.
+        actor_name: the actor's name. One that exists is used as it is; a new one is detached, and lives until
+            :meth:`close` or the end of the cluster. Without a name the actor ends with its last handle.
+        num_cpus, num_gpus: the actor's resources.
+
+    Raises:
+        EngineError: no such actor, or it failed to start.
+    """
+
+    def __init__(
+        self, build: Build | None, *, actor_name: str | None = None, num_cpus: float = 1, num_gpus: float = 0
+    ) -> None:
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
+        if build is None:
+            try:
+                self._actor = ray.get_actor(actor_name)
+            except ValueError as error:
+                raise EngineError(
+                    f"there is no Ray actor named {actor_name!r}, and no ref_model_factory to make one"
+                ) from error
+        else:
+            named = {} if actor_name is None else {"name": actor_name, "get_if_exists": True, "lifetime": "detached"}
+            remote = ray.remote(_ScorerActor).options(num_cpus=num_cpus, num_gpus=num_gpus, **named)
+            self._actor = remote.remote(build)
+        self.stats: ScoreStats | None = None
+        self.attributes: dict[str, Any] = self._get(self._actor.attributes.remote())
+
+    def score(self, token_ids: list[Any], start: list[int]) -> list[torch.Tensor]:
+        """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""
+        arrays = [np.asarray(ids) for ids in token_ids]
+        scored, self.stats = self._get(self._actor.score.remote(arrays, list(start)))
+        return [torch.from_numpy(array.copy()) for array in scored]
+
+    def close(self) -> None:
+        """End the actor and its engine, for every handle."""
+        ray.kill(self._actor)
+
+    @staticmethod
+    def _get(reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayActorError as error:
+            raise EngineError(f"the reference's Ray actor is gone: {error}") from error

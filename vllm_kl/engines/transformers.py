@@ -1,0 +1,54 @@
+"""Log-probs from a transformers model in this process: the side of a KL that is a ``TransformersWrapper``.
+
+Exact where TorchRL's own path is not: rows are cut by length, so a pad or EOS id inside a sequence is scored.
+The graph is kept when gradients are enabled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+# Sequences go through the model in slices whose logits stay below this many elements (1 GiB in float32).
+_MAX_LOGITS = 2**28
+
+
+class TransformersScorer:
+    """Scores with ``model(input_ids, attention_mask).logits``.
+
+    Args:
+        model: a causal language model of transformers, on any device, in any dtype.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
+        """Return B float32 tensors ``[L - start]``, nats, on the model's device; with a graph if one is recorded."""
+        out: list[torch.Tensor] = []
+        while len(out) < len(token_ids):
+            out.extend(self._score_slice(token_ids[len(out) :], start[len(out) :]))
+        return out
+
+    def _score_slice(self, token_ids: Sequence[torch.Tensor], start: Sequence[int]) -> list[torch.Tensor]:
+        vocab_size = self.model.config.get_text_config().vocab_size
+        longest, rows = 0, 0
+        for ids in token_ids:
+            longest = max(longest, len(ids))
+            if rows and (rows + 1) * longest * vocab_size > _MAX_LOGITS:
+                break
+            rows += 1
+        ids, start = list(token_ids[:rows]), start[:rows]
+        device = next(self.model.parameters()).device
+        # Padding on the right leaves positions, and with a causal mask every real row, as without padding.
+        input_ids = pad_sequence(ids, batch_first=True).to(device)
+        attention_mask = pad_sequence([torch.ones_like(t) for t in ids], batch_first=True).to(device)
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        out = []
+        for row, t, s in zip(logits, ids, start, strict=True):
+            # Row t - 1 holds the distribution of token t.
+            log_probs = row[s - 1 : len(t) - 1].float().log_softmax(-1)
+            out.append(log_probs.gather(-1, t[s:].to(device)[:, None])[:, 0])
+        return out

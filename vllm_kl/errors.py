@@ -1,0 +1,52 @@
+"""Every error that this package raises on purpose.
+
+    VLLMKLError
+    ├── InputError (ValueError)           a sequence, a mask or a tensordict entry that cannot be scored
+    ├── OptionError (TypeError)           an argument or engine option that does not exist or has no effect
+    ├── ReadoutUnavailableError (ValueError)  the engine cannot do the requested read-out
+    ├── MissingLogProbError (ArithmeticError) the engine returned no usable number for a token
+    ├── EngineError (RuntimeError)        the engine did not start, died or was closed
+    └── CollectorError (RuntimeError)     ``from_collector`` found no collector, no policy or no recorded log-probs
+
+Each takes one message, so each survives pickling (a queue, Ray, a process pool).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CollectorError",
+    "EngineError",
+    "InputError",
+    "MissingLogProbError",
+    "OptionError",
+    "ReadoutUnavailableError",
+    "VLLMKLError",
+]
+
+
+class VLLMKLError(Exception):
+    """The base of all errors of this package."""
+
+
+class InputError(VLLMKLError, ValueError):
+    """A sequence, a mask or a tensordict entry that cannot be scored. Names the sample and the cure."""
+
+
+class OptionError(VLLMKLError, TypeError):
+    """An argument or an engine option that does not exist, or that would have no effect here."""
+
+
+class ReadoutUnavailableError(VLLMKLError, ValueError):
+    """The engine cannot do the requested read-out. Says why."""
+
+
+class MissingLogProbError(VLLMKLError, ArithmeticError):
+    """The engine returned no usable number for a token that must have one."""
+
+
+class EngineError(VLLMKLError, RuntimeError):
+    """The engine did not start, died, or was closed."""
+
+
+class CollectorError(VLLMKLError, RuntimeError):
+    """``from_collector`` found no collector, no policy or no recorded log-probs."""

@@ -1,0 +1,251 @@
+"""A tensordict -> the real tokens of every sample, and which of them count.
+
+Ids win: where the tensordict has ``("tokens", "full")`` those ids are taken. History or text is tokenized only where
+there are no ids, once, for both sides of a KL.
+
+Masks come from lengths and from masks that are stored beside the ids, never from token values: pad == EOS is
+ordinary. It does not know models or engines; it knows TorchRL's keys and its chat templates.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from tensordict import NonTensorData, NonTensorStack, TensorDictBase
+from tensordict.utils import NestedKey
+from torchrl.data.llm import History
+
+from vllm_kl.errors import InputError
+from vllm_kl.types import TokenBatch
+
+InputMode = Literal["history", "text", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputKeys:
+    """Where a batch keeps its entries, and how text becomes ids where it must."""
+
+    input_mode: InputMode
+    input_key: NestedKey | None = None  # None: (input_mode's key, "full")
+    history_key: NestedKey = "history"
+    text_key: NestedKey = "text"
+    tokens_key: NestedKey = "tokens"
+    masks_key: NestedKey = "masks"
+    tokenizer: Any = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # chat_template_name, chat_template, ...
+    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)  # for text
+
+    @property
+    def key(self) -> NestedKey:
+        """The entry that is tokenized, or read, where there are no ids under ``tokens_key``."""
+        if self.input_key is not None:
+            return self.input_key
+        return nested(
+            {"history": self.history_key, "text": self.text_key, "tokens": self.tokens_key}[self.input_mode], "full"
+        )
+
+
+def nested(key: NestedKey, name: str) -> tuple[str, ...]:
+    """Return ``key`` extended by ``name``.
+
+    >>> nested("tokens", "full"), nested(("ref", "tokens"), "full")
+    (('tokens', 'full'), ('ref', 'tokens', 'full'))
+    """
+    return (*key, name) if isinstance(key, tuple) else (key, name)
+
+
+def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
+    """Return entry ``key`` of a one-dimensional batch as one tensor per sample, or ``None`` if it is not there.
+
+    Dense, nested and lazily stacked ragged entries read the same.
+    """
+    value = td.get(key, default=None, as_list=True)
+    if value is None or (isinstance(value, (list, tuple)) and any(v is None for v in value)):
+        return None
+    return list(value.unbind(0)) if isinstance(value, torch.Tensor) else list(value)
+
+
+def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
+    """Return the real tokens of a one-dimensional batch and the mask of those that count.
+
+    Args:
+        td: tensordict with ``batch_size [B]``; not changed.
+        keys: where to look.
+        assistant_only: keep the assistant's tokens; else every token but token 0.
+
+    Raises:
+        InputError: nothing to score, a mask that does not fit its ids, no way to tell the assistant's tokens.
+    """
+    ids_rows = rows_of(td, nested(keys.tokens_key, "full"))
+    if ids_rows is None and keys.input_mode == "tokens":
+        ids_rows = rows_of(td, keys.key)
+    if ids_rows is None:
+        return _tokenize(td, keys, assistant_only=assistant_only)
+
+    attention = rows_of(td, nested(keys.masks_key, "all_attention_mask"))
+    columns = _columns(ids_rows, attention, keys)
+    token_ids = [row[c.to(row.device)].long().cpu() for row, c in zip(ids_rows, columns, strict=True)]
+    assistant = _stored_assistant_mask(td, ids_rows, columns, keys)
+    if assistant is None and assistant_only:
+        assistant = _template_mask(td, token_ids, keys)
+    return _batch(
+        token_ids, columns, [len(row) for row in ids_rows], assistant, assistant_only=assistant_only, stored=True
+    )
+
+
+def _batch(
+    token_ids: list[torch.Tensor],
+    columns: list[torch.Tensor],
+    widths: list[int],
+    assistant: list[torch.Tensor] | None,
+    *,
+    assistant_only: bool,
+    stored: bool,
+) -> TokenBatch:
+    for i, ids in enumerate(token_ids):
+        if not len(ids):
+            raise InputError(f"sample {i} has no tokens: drop it from the batch")
+    if not assistant_only:
+        keep = [torch.arange(len(ids)) > 0 for ids in token_ids]
+    else:
+        assert assistant is not None, "the callers find a mask or raise"
+        keep = assistant
+        for i, mask in enumerate(keep):
+            if mask[0]:
+                raise InputError(
+                    f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
+                    "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
+                )
+    return TokenBatch(
+        token_ids=token_ids, keep=keep, assistant=assistant, columns=columns, widths=widths, stored=stored
+    )
+
+
+def _columns(ids_rows: list[torch.Tensor], attention: list[torch.Tensor] | None, keys: InputKeys) -> list[torch.Tensor]:
+    """Return the columns of the real tokens of each row: all of them where no attention mask is stored."""
+    if attention is None:
+        return [torch.arange(len(row)) for row in ids_rows]
+    columns = []
+    for i, (row, mask) in enumerate(zip(ids_rows, attention, strict=True)):
+        if mask.shape != row.shape:
+            raise InputError(
+                f"sample {i}: {nested(keys.masks_key, 'all_attention_mask')} has shape {list(mask.shape)}, expected "
+                f"{list(row.shape)}, that of its token ids"
+            )
+        columns.append(mask.bool().cpu().nonzero()[:, 0])
+    holes = [i for i, c in enumerate(columns) if len(c) and int(c[-1] - c[0]) + 1 != len(c)]
+    if holes:
+        warnings.warn(
+            f"sample {holes[0]} (and {len(holes) - 1} more): the attention mask leaves out tokens inside the sequence. "
+            "They are left out of scoring as well, because a policy that masks them did not see them: TorchRL's "
+            "wrappers drop every pad id from a padded prompt. Give the tokenizer a pad token that is not its EOS.",
+            stacklevel=4,
+        )
+    return columns
+
+
+def _stored_assistant_mask(
+    td: TensorDictBase, ids_rows: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys
+) -> list[torch.Tensor] | None:
+    """Return the stored assistant mask of the real tokens; or everything after the stored prompt; or ``None``."""
+    name = nested(keys.masks_key, "all_assistant_mask")
+    stored = rows_of(td, name)
+    if stored is not None:
+        for i, (row, mask) in enumerate(zip(ids_rows, stored, strict=True)):
+            if mask.shape != row.shape:
+                raise InputError(
+                    f"sample {i}: {name} has shape {list(mask.shape)}, expected {list(row.shape)}, that of its token ids"
+                )
+        return [mask.bool().cpu()[c] for mask, c in zip(stored, columns, strict=True)]
+    prompts = rows_of(td, nested(keys.tokens_key, "prompt"))
+    if prompts is None:
+        return None
+    # A prompt row is a prefix of the full row, its padding included.
+    return [c >= len(prompt) for prompt, c in zip(prompts, columns, strict=True)]
+
+
+def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: InputKeys) -> list[torch.Tensor]:
+    """Return the chat template's assistant mask for stored ids, if the history gives exactly those ids."""
+    if keys.input_mode != "history" or td.get(keys.key, default=None) is None:
+        raise InputError(
+            f"assistant_only=True needs to know the assistant's tokens: the tensordict has ids but neither "
+            f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor {keys.key}. "
+            "Add one of them, or pass assistant_only=False."
+        )
+    template_ids, masks = _render(td, keys, with_mask=True)
+    assert masks is not None
+    for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
+        if not torch.equal(ids, expected):
+            raise InputError(
+                f"sample {i}: its history renders to {len(ids)} tokens that differ from its {len(expected)} stored ids, "
+                f"so the template's assistant mask does not fit them. Store {nested(keys.masks_key, 'all_assistant_mask')} "
+                "beside the ids."
+            )
+    return masks
+
+
+def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
+    if td.get(keys.key, default=None) is None:
+        raise InputError(
+            f"nothing to score: the tensordict has neither {nested(keys.tokens_key, 'full')} nor {keys.key}; it has "
+            f"{sorted(map(str, td.keys()))}"
+        )
+    if keys.input_mode == "tokens":
+        raise InputError(f"{keys.key} must hold tensors of ids")
+    if keys.tokenizer is None:
+        raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
+    if keys.input_mode == "history":
+        token_ids, masks = _render(td, keys, with_mask=True)
+        if assistant_only and masks is None:
+            raise InputError(
+                "assistant_only=True, but the chat template marks no assistant tokens in any sample. Use a template with "
+                "{% generation %} tags (chat_template=..., or chat_template_name='chatml_format' of TorchRL), store "
+                f"{nested(keys.masks_key, 'all_assistant_mask')}, or pass assistant_only=False."
+            )
+    else:
+        texts = _texts(td.get(keys.key))
+        options = {
+            k: v for k, v in keys.tokenizer_kwargs.items() if k not in ("padding", "return_tensors", "padding_side")
+        }
+        token_ids = [torch.tensor(ids, dtype=torch.long) for ids in keys.tokenizer(texts, **options)["input_ids"]]
+        masks = None
+        if assistant_only:
+            raise InputError("assistant_only=True needs input_mode='history': text does not say whose tokens are whose")
+    columns = [torch.arange(len(ids)) for ids in token_ids]
+    return _batch(
+        token_ids, columns, [len(ids) for ids in token_ids], masks, assistant_only=assistant_only, stored=False
+    )
+
+
+def _render(
+    td: TensorDictBase, keys: InputKeys, *, with_mask: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Return ids and assistant masks of the histories; masks are ``None`` where the template marks nothing."""
+    history = td.get(keys.key)
+    if not isinstance(history, History):
+        raise InputError(f"{keys.key} must be a History, got {type(history).__name__}")
+    options = {
+        "add_generation_prompt": False,
+        **keys.template_kwargs,
+        "tokenize": True,
+        "padding": False,
+        "return_dict": True,
+        "return_assistant_tokens_mask": with_mask,
+    }
+    options.pop("return_tensors", None)
+    rendered = history.apply_chat_template(tokenizer=keys.tokenizer, **options)
+    token_ids = [row.long().cpu() for row in rendered.get("input_ids", as_list=True)]
+    masks = rendered.get("assistant_masks", default=None, as_list=True) if with_mask else None
+    if masks is None or not any(bool(mask.any()) for mask in masks):
+        return token_ids, None
+    return token_ids, [mask.bool().cpu() for mask in masks]
+
+
+def _texts(value: Any) -> Sequence[str]:
+    if isinstance(value, (NonTensorData, NonTensorStack)):
+        value = value.tolist()
+    return [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,56 @@
+"""Rows of a batch -> entries of a tensordict, dense or ragged, and the specs that announce them.
+
+The counterpart of ``inputs.py``: what is written here reads back with ``td.get(key)`` (dense) or
+``td.get(key, as_list=True)`` (ragged: B tensors).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensorclass
+from tensordict.utils import NestedKey
+from torchrl.data import Composite, Unbounded
+
+
+def set_rows(
+    td: TensorDictBase, key: NestedKey, rows: torch.Tensor | list[torch.Tensor], data_cls: Any = None
+) -> TensorDictBase:
+    """Set a dense ``[B, ...]`` or ragged (list of B) entry of a one-dimensional batch; return the tensordict that has it.
+
+    That is ``td``, unless ragged rows go to the top level of a tensordict that cannot hold them: then it is a lazy
+    stack of the same entries. A nested key whose parent is missing gets a ``data_cls`` as its parent.
+    """
+    if isinstance(key, tuple) and len(key) > 1:
+        parent_key, name = key[:-1], key[-1]
+        parent = td.get(parent_key, default=None)
+        if parent is None or parent.batch_size != td.batch_size:
+            parent = td.empty().to_lazystack(0)
+            if data_cls is not None:
+                parent = data_cls._from_tensordict(parent)
+            td.set(parent_key, parent)
+            parent = td.get(parent_key)
+        inner = parent._tensordict if is_tensorclass(parent) else parent
+        written = set_rows(inner, name, rows)
+        if written is not inner:
+            td.set(parent_key, data_cls._from_tensordict(written) if data_cls is not None else written)
+        return td
+    if isinstance(rows, torch.Tensor):
+        return td.set(key, rows)
+    if not isinstance(td, LazyStackedTensorDict):
+        td = td.to_lazystack(0)
+    for sample, row in zip(td.unbind(0), rows, strict=True):
+        sample.set(key, row)
+    return td
+
+
+def declare(spec: Composite, key: NestedKey, data_cls: Any = None, *, trailing: tuple[int, ...] = (-1,)) -> None:
+    """Announce a float32 entry ``[*batch, *trailing]`` in an observation or reward spec."""
+    leaf = Unbounded(shape=(*spec.shape, *trailing), device=spec.device, dtype=torch.float32)
+    if isinstance(key, tuple) and len(key) > 1:
+        if key[0] not in spec.keys():
+            spec[key[0]] = Composite(shape=spec.shape, device=spec.device, data_cls=data_cls)
+        spec[key] = leaf
+    else:
+        spec[key] = leaf

@@ -1,0 +1,269 @@
+"""``VLLMReference``: a scorer as a TorchRL module, with TorchRL's keys and TensorClasses.
+
+It works in this package's transforms and in TorchRL's own, wherever an ``LLMWrapperBase`` with ``generate=False`` does.
+It knows keys and layouts; the scorer does the scoring.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict.utils import NestedKey
+from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
+
+from vllm_kl.alignment import PaddingSide, to_layout
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.inputs import InputKeys, InputMode, nested, read_batch
+from vllm_kl.outputs import set_rows
+from vllm_kl.resolver import score_batch, scorer_for
+from vllm_kl.scorer import VLLMScorer
+from vllm_kl.types import Scorer, TokenBatch
+
+
+# What a caller must know of a wrapper to use its weights from elsewhere.
+_DESCRIPTION = (
+    "input_mode",
+    "pad_output",
+    "log_probs_key",
+    "tokens_key",
+    "masks_key",
+    "text_key",
+    "history_key",
+    "tokenizer",
+    "chat_template_name",
+    "chat_template",
+)
+
+
+class VLLMReference(LLMWrapperBase):
+    """A frozen model behind a :class:`~vllm_kl.VLLMScorer`, as a TorchRL wrapper that scores and never generates.
+
+    Args:
+        scorer_or_model: a ``VLLMScorer`` (shared), or what one is made from: a path, a name, or a live ``vllm.LLM``.
+        tokenizer: a transformers tokenizer, or a path or name; ``None`` loads the model's own where the model is a
+            path. Only used where the tensordict has no ids.
+
+    Keyword Args:
+        input_mode: ``"history"``, ``"text"`` or ``"tokens"``: what is tokenized where there are no ids.
+        input_key: the entry to read; default ``(input_mode, "full")``.
+        pad_output: ``True`` writes dense ``[B, T]`` entries, ``False`` ragged ones (``.get(key, as_list=True)``).
+        padding_side: where rows of different length are padded; rows stored dense keep their columns.
+        log_probs_key, tokens_key, masks_key, text_key, history_key: where entries lie.
+        chat_template_name, chat_template: as in TorchRL's wrappers.
+        tokenizer_kwargs: passed to the tokenizer in text mode.
+        inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the same kind.
+        layout: layout of nested tensors where the tensordict cannot hold ragged rows.
+        **engine_options: vLLM's engine options, where this makes the scorer.
+
+    Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding, finite
+    elsewhere; ``(tokens_key, "full")`` and the masks beside it.
+
+    Raises:
+        OptionError: an argument has no effect here (``generate=True``, engine options for a running scorer).
+        InputError, MissingLogProbError: when called; see :meth:`VLLMScorer.score`.
+    """
+
+    generate = False
+    return_log_probs = True
+    num_samples = None
+    _min_batch_size = None
+    _max_batch_size = None
+
+    def __init__(
+        self,
+        scorer_or_model: Any,
+        tokenizer: Any = None,
+        *,
+        input_mode: InputMode = "history",
+        input_key: NestedKey | None = None,
+        pad_output: bool = False,
+        padding_side: PaddingSide = "left",
+        log_probs_key: NestedKey = "ref_log_probs",
+        tokens_key: NestedKey = "tokens",
+        masks_key: NestedKey = "masks",
+        text_key: NestedKey = "text",
+        history_key: NestedKey = "history",
+        chat_template_name: str | None = None,
+        chat_template: str | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        inplace: Literal[True, False, "empty"] = True,
+        device: torch.device | str | None = None,
+        layout: torch.layout | None = None,
+        generate: bool = False,
+        return_log_probs: bool = True,
+        **engine_options: Any,
+    ) -> None:
+        super().__init__()
+        if generate or not return_log_probs:
+            raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
+        if input_mode not in ("history", "text", "tokens"):
+            raise OptionError(f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'")
+        if not isinstance(pad_output, bool):
+            raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
+        self._owns_scorer = not hasattr(scorer_or_model, "score") or not hasattr(scorer_or_model, "close")
+        if self._owns_scorer:
+            self.scorer: Scorer = VLLMScorer(scorer_or_model, **engine_options)
+        elif engine_options:
+            raise OptionError(
+                f"unknown argument, or engine option for a scorer that already runs: {', '.join(engine_options)}"
+            )
+        else:
+            self.scorer = scorer_or_model
+        self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)
+        self.input_mode = input_mode
+        self.pad_output = pad_output
+        self.padding_side = padding_side
+        self.log_probs_key = log_probs_key
+        self.tokens_key = tokens_key
+        self.masks_key = masks_key
+        self.text_key = text_key
+        self.history_key = history_key
+        self.chat_template_name = chat_template_name
+        self.chat_template = chat_template
+        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+        self.inplace = inplace
+        self._device = None if device is None else torch.device(device)
+        self.layout = torch.strided if layout is None and not pad_output else layout
+        self._input_key = input_key
+        self.in_keys = [self.input_keys().key]
+        self.out_keys = [masks_key, tokens_key, log_probs_key]
+
+    def input_keys(self, **template_kwargs: Any) -> InputKeys:
+        """Return where this wrapper looks for its input."""
+        template = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
+        return InputKeys(
+            input_mode=self.input_mode,
+            input_key=self._input_key,
+            history_key=self.history_key,
+            text_key=self.text_key,
+            tokens_key=self.tokens_key,
+            masks_key=self.masks_key,
+            tokenizer=self.tokenizer,
+            template_kwargs={**{k: v for k, v in template.items() if v is not None}, **template_kwargs},
+            tokenizer_kwargs=self.tokenizer_kwargs,
+        )
+
+    def get_new_version(self, **kwargs: Any) -> VLLMReference:
+        """Return a twin with other arguments on the same scorer."""
+        current = {name: getattr(self, name) for name in (*_DESCRIPTION, "padding_side", "tokenizer_kwargs", "inplace")}
+        if "input_mode" not in kwargs:
+            current["input_key"] = self._input_key
+        if "pad_output" not in kwargs:
+            current["layout"] = self.layout
+        current["device"] = self._device
+        return type(self)(kwargs.pop("model", self.scorer), **{**current, **kwargs})
+
+    def close(self) -> None:
+        """End the engine if this made it; a scorer that was passed in is left to its owner."""
+        if self._owns_scorer:
+            self.scorer.close()  # type: ignore[attr-defined]
+
+    @set_list_to_stack(True)
+    def forward(
+        self, tensordict: TensorDictBase, *, tensordict_out: TensorDictBase | None = None, **kwargs: Any
+    ) -> TensorDictBase:
+        """Score ``tensordict`` and write log-probs, tokens and masks."""
+        if kwargs:
+            raise OptionError(f"VLLMReference takes no {', '.join(kwargs)}: it returns log-probs, not logits")
+        if tensordict_out is None:
+            tensordict_out = tensordict if self.inplace is True else tensordict.empty()
+        if tensordict.ndim == 0:
+            flat, flat_out = lazy_stack([tensordict]), lazy_stack([tensordict_out])
+            self._write(flat, flat_out)
+            return tensordict_out.update(flat_out[0].select(*self.out_keys))
+        if tensordict.ndim > 1:
+            flat_out = tensordict.reshape(-1).empty().to_lazystack(0)
+            self._write(tensordict.reshape(-1), flat_out)
+            return tensordict_out.update(flat_out.view(tensordict.shape))
+        self._write(tensordict, tensordict_out)
+        return tensordict_out
+
+    def _write(self, td: TensorDictBase, out: TensorDictBase) -> None:
+        batch = read_batch(td, self.input_keys(), assistant_only=False)
+        values = score_batch(self.scorer, batch)
+        write_tokens(out, batch, self)
+        set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)
+
+    def _lay_out(self, values: list[torch.Tensor], batch: TokenBatch) -> torch.Tensor | list[torch.Tensor]:
+        return to_layout(values, batch, pad_output=self.pad_output, padding_side=self.padding_side)
+
+
+def write_tokens(out: TensorDictBase, batch: TokenBatch, ref: VLLMReference) -> None:
+    """Write ids and masks in the layout that the log-probs will have."""
+    ones = [torch.ones_like(ids, dtype=torch.bool) for ids in batch.token_ids]
+    for key, name, values, data_cls in (
+        (ref.tokens_key, "full", batch.token_ids, Tokens),
+        (ref.masks_key, "all_attention_mask", ones, Masks),
+        (ref.masks_key, "all_assistant_mask", batch.assistant, Masks),
+    ):
+        if values is not None:
+            set_rows(out, nested(key, name), ref._lay_out(values, batch), data_cls)
+
+
+def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
+    if tokenizer is None:
+        if isinstance(model, str):
+            tokenizer = model
+        else:
+            get_tokenizer = getattr(model, "get_tokenizer", None)
+            return get_tokenizer() if get_tokenizer is not None else None
+    if isinstance(tokenizer, str):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(tokenizer)
+    return tokenizer
+
+
+class _RemoteBuild:
+    """Makes the model where it will live, and tells how it wants to be called. Pickled to the actor."""
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        self._factory = factory
+
+    def __call__(self) -> tuple[Scorer, dict[str, Any]]:
+        model = self._factory()
+        attributes = {name: getattr(model, name) for name in _DESCRIPTION if hasattr(model, name)}
+        attributes |= {"generate": model.generate, "return_log_probs": getattr(model, "return_log_probs", True)}
+        return scorer_for(model), attributes
+
+
+def remote_reference(
+    ref_model: Any,
+    ref_model_factory: Callable[[], Any] | None,
+    *,
+    actor_name: str | None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> VLLMReference:
+    """Return a reference whose weights live in a Ray actor.
+
+    Args:
+        ref_model: ``None``, or a wrapper that can be pickled (a ``TransformersWrapper``).
+        ref_model_factory: makes the wrapper in the actor. With neither, the actor ``actor_name`` must exist.
+        actor_name: see :class:`~vllm_kl.engines.ray.RayScorer`.
+        num_cpus, num_gpus: the actor's resources.
+    """
+    from vllm_kl.engines.ray import RayScorer
+
+    if ref_model is not None and ref_model_factory is not None:
+        raise InputError("Cannot provide both 'ref_model' and 'ref_model_factory'. Choose one.")
+    if isinstance(ref_model, VLLMReference):
+        raise OptionError(
+            "a VLLMReference holds a running engine and cannot move into a Ray actor: pass ref_model_factory, which makes "
+            "it there"
+        )
+    if ref_model is not None:
+        ref_model_factory = functools.partial(_same, ref_model)
+    if ref_model_factory is None and actor_name is None:
+        raise InputError("use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists")
+    build = None if ref_model_factory is None else _RemoteBuild(ref_model_factory)
+    scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
+    return VLLMReference(scorer, **scorer.attributes)
+
+
+def _same(model: Any) -> Any:
+    return model
