@@ -31,7 +31,7 @@ lint: .venv/installed
 
 lock: .venv/installed
 	$(PIP) install --quiet uv
-	printf 'vllm-kl[$(EXTRAS)] @ .\n' | .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	printf 'vllm-kl[$(EXTRAS)] @ .\n' | .venv/bin/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
 		--custom-compile-command "make lock" --no-emit-package torch --no-emit-package vllm-kl \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 		--output-file requirements.lock -

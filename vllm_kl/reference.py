@@ -23,7 +23,6 @@ from vllm_kl.resolver import score_batch, scorer_for
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.types import Scorer, TokenBatch
 
-
 # What a caller must know of a wrapper to use its weights from elsewhere.
 _DESCRIPTION = (
     "input_mode",
