@@ -41,7 +41,6 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the process of its own: no second and third one
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "TQDM_DISABLE": "1",
         "PYTHONUNBUFFERED": "1",
     }
     if not torch.cuda.is_available() and options.get("enforce_eager", True):

@@ -1,0 +1,71 @@
+"""What the demo shows: a table, rollouts as JSON lines, one picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vllm_kl.demo.run import BatchRow, Rollout
+
+
+def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: Console) -> None:
+    """Print one line per batch, and one rollout so that there is something to read."""
+    table = Table(title="KL(policy || reference) per response token, nats")
+    for name in ("batch", "reward", "KL k1", "KL k3", "tokens/s", "largest |KL - float64|"):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(rows):
+        table.add_row(
+            str(i),
+            f"{row.reward:.3f}",
+            f"{row.kl_k1:.4f}",
+            f"{row.kl_k3:.4f}",
+            f"{row.tok_per_s:,.0f}",
+            f"{row.max_abs_err:.1e}",
+        )
+    console.print(table)
+    last = rollouts[-1]
+    kl = sum(last.log_probs) - sum(last.ref_log_probs)
+    console.print(
+        f"[dim]{last.query}[/dim] -> [bold]{last.response}[/bold]   reward {last.reward:.0f}, KL {kl:+.3f} nats over "
+        f"{len(last.log_probs)} tokens",
+        highlight=False,
+    )
+
+
+def write_jsonl(path: Path, rollouts: Sequence[Rollout]) -> Path:
+    """Write one JSON object per rollout."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(dataclasses.asdict(rollout)) + "\n" for rollout in rollouts)
+    return path
+
+
+def plot(path: Path, rows: Sequence[BatchRow]) -> Path:
+    """Draw KL and reward per batch."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    batches = range(len(rows))
+    top.plot(batches, [row.kl_k1 for row in rows], marker="o", label="k1")
+    top.plot(batches, [row.kl_k3 for row in rows], marker="s", label="k3")
+    top.set_ylabel("KL, nats per token")
+    top.set_ylim(bottom=0)
+    top.legend()
+    bottom.plot(batches, [row.reward for row in rows], marker="o", color="tab:green")
+    bottom.set_ylabel("mean reward")
+    bottom.set_ylim(0, 1)
+    bottom.set_xlabel("batch")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    top.set_title("policy against reference")
+    figure.savefig(path, dpi=120)
+    return path
