@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_kl.demo import task
 
-STEPS = 560
-REFERENCE_STEP = 340  # the policy goes on from here to STEPS
+STEPS = 600
+REFERENCE_STEP = 380  # the policy goes on from here to STEPS
 BATCH = 32
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 
 
 def cache_dir() -> Path:
@@ -66,7 +66,7 @@ def _train(home: Path, console: Console) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
     columns = (
         TextColumn("training"),

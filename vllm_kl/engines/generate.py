@@ -48,18 +48,22 @@ class GenerateEngine:
             )
 
     def score(self, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
-        results = self._send(requests, read_cache=share_prefix)
-        redo = [i for i, r in enumerate(requests) if results[i].num_cached_tokens > r.start - 1]
+        results: list[ScoreResult | None] = [
+            None if num_cached > request.start - 1 else _read_rows(flat, request, num_cached)
+            for request, (flat, num_cached) in zip(requests, self._send(requests, share_prefix), strict=True)
+        ]
+        redo = [i for i, result in enumerate(results) if result is None]
         if redo:
-            again = self._send([requests[i] for i in redo], read_cache=False)
-            for i, result in zip(redo, again, strict=True):
-                results[i] = ScoreResult(log_probs=result.log_probs, rescored=True)
-        return results
+            again = [requests[i] for i in redo]
+            for i, request, (flat, _) in zip(redo, again, self._send(again, read_cache=False), strict=True):
+                results[i] = _read_rows(flat, request, 0, rescored=True)
+        return results  # type: ignore[return-value]  # every None was filled
 
     def close(self) -> None:
         """Nothing to give back: the engine belongs to somebody else."""
 
-    def _send(self, requests: Sequence[ScoreRequest], *, read_cache: bool) -> list[ScoreResult]:
+    def _send(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[tuple[Any, int]]:
+        """Return the ``FlatLogprobs`` of each request and the number of its tokens that came from the cache."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -74,17 +78,11 @@ class GenerateEngine:
         salt = uuid.uuid4().hex
         prompts = [TokensPrompt(prompt_token_ids=r.token_ids, cache_salt=salt) for r in requests]
         outputs = self._generate(prompts, params, **self._options)
-        return [
-            ScoreResult(
-                log_probs=_read_rows(output.prompt_logprobs, request),
-                num_cached_tokens=output.num_cached_tokens or 0,
-            )
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        return [(output.prompt_logprobs, output.num_cached_tokens or 0) for output in outputs]
 
 
-def _read_rows(flat: Any, request: ScoreRequest) -> torch.Tensor:
-    """Return ``[L - start]``: the last rows. V1 returns a row per prompt token but the first, V2 those after a hit."""
+def _read_rows(flat: Any, request: ScoreRequest, num_cached: int, *, rescored: bool = False) -> ScoreResult:
+    """Take the last rows: V1 returns one per prompt token but the first, V2 those after a hit."""
     want = request.token_ids[request.start :]
     if flat is None or len(flat.logprobs) < len(want):
         got = 0 if flat is None else len(flat.logprobs)
@@ -94,4 +92,5 @@ def _read_rows(flat: Any, request: ScoreRequest) -> torch.Tensor:
             "the engine returned prompt log-probs of other tokens than those sent: this vLLM orders them in a way "
             "that vllm_kl does not know"
         )
-    return torch.tensor(flat.logprobs[-len(want) :], dtype=torch.float32)
+    log_probs = torch.tensor(flat.logprobs[-len(want) :], dtype=torch.float32)
+    return ScoreResult(log_probs=log_probs, num_cached_tokens=num_cached, rescored=rescored)

@@ -1,0 +1,103 @@
+"""Shared parts: two tiny models, their float64 oracles, one engine of each. Engines start once for the whole run."""
+
+from __future__ import annotations
+
+import os
+
+# Read by vLLM, torch and torchrl at import.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    TORCH_COMPILE_DISABLE="1",
+    RL_LOGGING_LEVEL="ERROR",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import set_list_to_stack
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.oracle import Oracle
+from vllm_kl import VLLMReference, VLLMScorer
+from vllm_kl.demo.task import make_tokenizer
+
+set_list_to_stack(True).set()
+
+
+@pytest.fixture(scope="session")
+def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("models") / "policy", seed=0)
+
+
+@pytest.fixture(scope="session")
+def ref_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("models") / "reference", seed=1)
+
+
+@pytest.fixture(scope="session")
+def policy_oracle(policy_path: Path) -> Oracle:
+    return Oracle(policy_path)
+
+
+@pytest.fixture(scope="session")
+def ref_oracle(ref_path: Path) -> Oracle:
+    return Oracle(ref_path)
+
+
+@pytest.fixture(scope="session")
+def policy_model(policy_path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(policy_path).eval()
+
+
+@pytest.fixture(scope="session")
+def ref_model(ref_path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(ref_path).eval()
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def policy_llm(policy_path: Path) -> Any:
+    """A live ``vllm.LLM`` in this process: the policy's engine."""
+    from vllm import LLM
+
+    return LLM(
+        str(policy_path),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=tiny.MAX_MODEL_LEN,
+        kv_cache_memory_bytes=64 << 20,
+        block_size=32,
+        use_tqdm_on_load=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
+    """A scorer that owns an engine in a process of its own: the reference's."""
+    with VLLMScorer(
+        str(ref_path), dtype="float32", max_model_len=tiny.MAX_MODEL_LEN, kv_cache_memory_bytes=64 << 20, block_size=32
+    ) as scorer:
+        yield scorer
+
+
+@pytest.fixture
+def make_reference(ref_scorer: VLLMScorer, tokenizer: Any):
+    """Make a ``VLLMReference`` on the shared scorer."""
+
+    def make(**kwargs: Any) -> VLLMReference:
+        return VLLMReference(ref_scorer, tokenizer, **kwargs)
+
+    return make

@@ -1,0 +1,44 @@
+"""The truth, in float64: full softmax, plain loops, written for reading. No batching, no cache, no padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# Largest error of a log-prob computed in float32, in nats; see TOLERANCES in the tests that use others.
+LOG_PROB_TOLERANCE = 5e-6
+# A KL is the difference of two log-probs, and a decoded token's log-prob went through other kernels than a prefill's.
+KL_TOLERANCE = 2e-5
+
+
+class Oracle:
+    """A model in float64."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+
+    @torch.no_grad()
+    def log_probs(self, token_ids: Sequence[int]) -> list[float]:
+        """Return L numbers, nats: entry t is log p(token t | tokens before it); entry 0 is NaN."""
+        logits = self._model(torch.tensor([list(map(int, token_ids))])).logits[0]
+        result = [math.nan]
+        for t in range(1, len(token_ids)):
+            row = logits[t - 1].tolist()  # the row before a token predicts it
+            top = max(row)
+            normalizer = top + math.log(sum(math.exp(x - top) for x in row))
+            result.append(row[int(token_ids[t])] - normalizer)
+        return result
+
+    def masked(self, token_ids: Sequence[int], keep: Sequence[bool]) -> torch.Tensor:
+        """Return ``[L]`` float64: log-probs of kept tokens, 0.0 elsewhere."""
+        values = self.log_probs(token_ids)
+        return torch.tensor([v if k else 0.0 for v, k in zip(values, keep, strict=True)], dtype=torch.float64)
+
+
+def kl(policy: Oracle, reference: Oracle, token_ids: Sequence[int], keep: Sequence[bool]) -> torch.Tensor:
+    """Return ``[L]`` float64: log p(policy) - log p(reference) of kept tokens, nats; 0.0 elsewhere."""
+    return policy.masked(token_ids, keep) - reference.masked(token_ids, keep)

