@@ -57,8 +57,9 @@ class _NextTransform(Transform):
         """Do the work on a one-dimensional batch; return the tensordict that holds the results."""
         raise NotImplementedError
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return tensordict_reset
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        # A replay buffer with invert=True comes here with the whole batch (torchrl 0.14: _InvertTransform._inv_call).
+        return self.forward(next_tensordict)
 
     def _collector(self) -> Any:
         """The collector of the env this belongs to, or ``None``."""

@@ -1,0 +1,341 @@
+"""The transforms on batches: sides mixed, layouts, masks, rewards, specs. Each trap of TorchRL's own is a promise here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.data import Composite, LazyStackStorage, ReplayBuffer, Unbounded
+from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
+
+from tests import batches, oracle
+from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE
+from vllm_kl import FromCollector, KLComputation, RetrieveKL, RetrieveLogProb
+from vllm_kl.demo.task import make_tokenizer
+from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
+
+PAD, EOS = 256, 258
+# EOS and pad ids inside prompts and responses; a response of one token; a response of none; the first token an EOS.
+SEQUENCES = [[5, EOS, 9, PAD, 7, EOS], [EOS, 2, 3], [PAD, PAD, 4, 8, EOS, 16, 23], [11, 12]]
+PROMPTS = [2, 2, 3, 2]
+KEEP = [[t >= p for t in range(len(s))] for s, p in zip(SEQUENCES, PROMPTS, strict=True)]
+
+
+@pytest.fixture
+def make_gen(policy_model, policy_llm, tokenizer):
+    """Make the policy's side as one of the three wrappers."""
+
+    def make(kind, **kwargs):
+        if kind == "transformers":
+            return TransformersWrapper(policy_model, tokenizer=tokenizer, generate=False, **kwargs)
+        return vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def truth(policy_oracle, ref_oracle):
+    """The KL of every sample, unpadded, float64."""
+    return [oracle.kl(policy_oracle, ref_oracle, s, k) for s, k in zip(SEQUENCES, KEEP, strict=True)]
+
+
+def rows(td, key):
+    return td.get(key, as_list=True)
+
+
+def assert_rows(got, want, tolerance=KL_TOLERANCE):
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g.double(), w, rtol=0, atol=tolerance)
+
+
+class TestRetrieveKL:
+    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+    @pytest.mark.parametrize("kind", ["transformers", "vllm"])
+    def test_mixed_sides_agree_with_float64_whatever_ids_are_inside(
+        self, make_gen, make_reference, truth, kind, pad_output
+    ):
+        transform = RetrieveKL(make_gen(kind, pad_output=pad_output), make_reference(pad_output=pad_output))
+        td = transform(batches.ids_batch(SEQUENCES, PROMPTS))
+        kl = td.get("kl_penalty") if pad_output else None
+        if pad_output:
+            assert kl.shape == (4, 7)
+            assert_rows([row[-len(s) :] for row, s in zip(kl, SEQUENCES, strict=True)], truth)
+        else:
+            assert_rows(rows(td, "kl_penalty"), truth)
+
+    def test_dense_batches_keep_their_columns(self, make_gen, make_reference, truth):
+        td = batches.dense_batch(SEQUENCES, PROMPTS, PAD)
+        RetrieveKL(make_gen("transformers", pad_output=True), make_reference(pad_output=True))(td)
+        mask, attention = td["masks", "all_assistant_mask"], td["masks", "all_attention_mask"]
+        assert td["kl_penalty"].shape == td["tokens", "full"].shape
+        assert_rows([kl[real] for kl, real in zip(td["kl_penalty"], attention, strict=True)], truth)
+        for key in ("kl_penalty", ("log_probs", "full"), ("ref_log_probs", "full")):
+            assert (td.get(key)[~mask] == 0).all()
+            assert (td.get(key)[mask] != 0).all()
+
+    def test_pad_equal_to_eos_is_ordinary(self, policy_model, ref_scorer, make_reference, truth):
+        tokenizer = make_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        gen = TransformersWrapper(policy_model, tokenizer=tokenizer, generate=False, pad_output=True)
+        ref = make_reference(pad_output=True)
+        ref.tokenizer = tokenizer
+        td = RetrieveKL(gen, ref)(batches.dense_batch(SEQUENCES, PROMPTS, EOS))
+        real = td["masks", "all_attention_mask"]
+        assert_rows([kl[m] for kl, m in zip(td["kl_penalty"], real, strict=True)], truth)
+
+    def test_identical_models_give_zero(self, make_gen, policy_llm, tokenizer):
+        ref = vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs")
+        td = RetrieveKL(make_gen("vllm"), ref)(batches.ids_batch(SEQUENCES, PROMPTS))
+        assert all((row == 0).all() for row in rows(td, "kl_penalty"))
+
+    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+    def test_all_tokens_keeps_every_token_but_the_first(
+        self, make_gen, make_reference, policy_oracle, ref_oracle, pad_output
+    ):
+        transform = RetrieveKL(
+            make_gen("transformers", pad_output=pad_output, input_mode="tokens"),
+            make_reference(pad_output=pad_output, input_mode="tokens"),
+            assistant_only=False,
+            padding_side="right",
+        )
+        td = transform(batches.ids_batch(SEQUENCES))
+        want = [oracle.kl(policy_oracle, ref_oracle, s, [t > 0 for t in range(len(s))]) for s in SEQUENCES]
+        assert_rows([row[: len(s)] for row, s in zip(rows(td, "kl_penalty"), SEQUENCES, strict=True)], want)
+
+    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+    @pytest.mark.parametrize("estimator", ["k1", "k3"])
+    def test_two_chats_assistant_only_as_in_torchrls_documentation(
+        self, make_gen, make_reference, policy_oracle, ref_oracle, tokenizer, pad_output, estimator
+    ):
+        transform = RetrieveKL(
+            gen_model=make_gen("transformers", pad_output=pad_output, log_probs_key="gen_log_probs"),
+            ref_model=make_reference(pad_output=pad_output),
+            assistant_only=True,
+            tokenizer=tokenizer,
+            estimator=estimator,
+        )
+        data = batches.history_batch(with_next=True)
+        result = transform(data)
+        kl = result["next"].get("kl_penalty", as_list=True)
+        for i, chat in enumerate(batches.CHATS):
+            rendered = tokenizer.apply_chat_template(
+                chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            want = oracle.kl(policy_oracle, ref_oracle, rendered["input_ids"], rendered["assistant_masks"])
+            if estimator == "k3":
+                want = torch.expm1(-want) + want
+            # k3 grows like exp: its error grows with it.
+            torch.testing.assert_close(kl[i][-len(want) :].double(), want, rtol=1e-4, atol=KL_TOLERANCE)
+
+    def test_reward_minus_kl_is_one_value_per_token(self, make_gen, make_reference, truth):
+        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"reward": [torch.full((1, 1), float(i)) for i in range(4)]})
+        RetrieveKL(make_gen("transformers"), make_reference(), coeff=0.5)(td)
+        for i, (reward, kl) in enumerate(zip(rows(td, "reward"), truth, strict=True)):
+            assert reward.shape == (len(kl), 1)
+            torch.testing.assert_close(reward[:, 0].double(), i - 0.5 * kl, rtol=0, atol=KL_TOLERANCE)
+
+    def test_add_to_reward_false_leaves_the_reward(self, make_gen, make_reference):
+        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"reward": [torch.ones(1, 1)] * 4})
+        RetrieveKL(make_gen("transformers"), make_reference(), add_to_reward=False)(td)
+        assert td["reward"].shape == (4, 1, 1)
+
+    def test_detach_leaves_no_graph_and_false_keeps_it(self, make_gen, make_reference, policy_model):
+        for detach in (True, False):
+            td = RetrieveKL(make_gen("transformers"), make_reference(), detach=detach)(
+                batches.ids_batch(SEQUENCES, PROMPTS)
+            )
+            assert rows(td, "kl_penalty")[0].requires_grad is not detach
+        rows(td, "kl_penalty")[0].sum().backward()
+        assert policy_model.lm_head.weight.grad.abs().sum() > 0
+        policy_model.zero_grad(set_to_none=True)
+
+    def test_factories_make_the_models(self, make_gen, make_reference, truth):
+        transform = RetrieveKL(gen_model_factory=lambda: make_gen("transformers"), ref_model_factory=make_reference)
+        assert_rows(rows(transform(batches.ids_batch(SEQUENCES, PROMPTS)), "kl_penalty"), truth)
+
+    @pytest.mark.parametrize("shape", [(), (2, 2)])
+    def test_any_number_of_batch_dimensions(self, make_gen, make_reference, shape, truth):
+        td = batches.ids_batch(SEQUENCES, PROMPTS)
+        td = td[0] if shape == () else td.reshape(2, 2)
+        out = RetrieveKL(make_gen("transformers"), make_reference())(td)
+        assert out.batch_size == torch.Size(shape)
+        first = out["kl_penalty"] if shape == () else out[0, 0]["kl_penalty"]
+        assert_rows([first], truth[:1])
+
+
+class TestWhereTorchRLsRecipesPutIt:
+    def recorded(self, policy_oracle):
+        """A batch with the log-probs that the policy recorded: NaN on prompts, as TorchRL's generate path leaves them."""
+        values = [policy_oracle.log_probs(s) for s in SEQUENCES]
+        full = [torch.tensor([v if k else float("nan") for v, k in zip(*vk, strict=True)]) for vk in zip(values, KEEP, strict=True)]
+        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={("log_probs", "full"): full})
+        td["next"] = lazy_stack([TensorDict(reward=torch.zeros(1, 1)) for _ in SEQUENCES])
+        return td
+
+    def test_on_a_replay_buffer_the_gen_side_is_what_was_stored(self, make_reference, policy_oracle, truth):
+        buffer = ReplayBuffer(storage=LazyStackStorage(8), batch_size=4)
+        buffer.append_transform(RetrieveKL("from_collector", make_reference()), invert=True)
+        buffer.extend(self.recorded(policy_oracle))
+        assert_rows(rows(buffer[:], ("next", "kl_penalty")), truth)
+
+    def test_on_a_plain_batch_the_gen_side_is_what_was_stored(self, make_reference, policy_oracle, truth):
+        td = RetrieveKL(FromCollector("reuse"), make_reference())(self.recorded(policy_oracle))
+        assert_rows(rows(td, ("next", "kl_penalty")), truth)
+        assert_rows([-r[:, 0] for r in rows(td, ("next", "reward"))], truth)
+
+    def test_without_a_collector_it_says_what_is_missing_and_what_to_pass(self, make_reference):
+        td = batches.ids_batch(SEQUENCES, PROMPTS)
+        with pytest.raises(CollectorError, match=r"no \('log_probs', 'full'\), and there is no collector.*gen_model="):
+            RetrieveKL("from_collector", make_reference())(td)
+        with pytest.raises(CollectorError, match="gen_log_probs='reuse', but the batch has no"):
+            RetrieveKL("from_collector", make_reference(), gen_log_probs="reuse")(td)
+        with pytest.raises(CollectorError, match="from_collector: there is no collector"):
+            RetrieveKL("from_collector", make_reference(), gen_log_probs="rescore")(td)
+
+    def test_a_recorded_nan_on_a_kept_token_is_not_reused(self, make_reference, policy_oracle):
+        td = self.recorded(policy_oracle)
+        td[2]["log_probs", "full"][5] = float("nan")
+        before = td.clone()
+        with pytest.raises(CollectorError, match=r"sample 2, token 5 of 7 is kept by the mask but its log-prob is nan"):
+            RetrieveKL("from_collector", make_reference())(td)
+        assert set(td.keys(True, True)) == set(before.keys(True, True))  # as it was
+
+    def test_specs_announce_every_key_that_is_written(self, make_reference):
+        transform = RetrieveKL("from_collector", make_reference())
+        spec = transform.transform_observation_spec(Composite(shape=(3,)))
+        assert set(spec.keys(True, True)) == {("log_probs", "full"), ("ref_log_probs", "full"), "kl_penalty"}
+        reward = transform.transform_reward_spec(Composite(reward=Unbounded(shape=(3, 1, 1)), shape=(3,)))
+        assert reward["reward"].shape == (3, -1, 1)
+        spec = RetrieveLogProb(make_reference()).transform_observation_spec(Composite(shape=(3,)))
+        assert set(spec.keys(True, True)) == {("ref_log_probs", "full")}
+
+
+class TestRetrieveLogProb:
+    @pytest.mark.parametrize("kind", ["transformers", "vllm"])
+    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+    def test_agrees_with_float64(self, make_gen, policy_oracle, kind, pad_output):
+        td = batches.ids_batch(SEQUENCES, PROMPTS)
+        assert RetrieveLogProb(make_gen(kind, pad_output=pad_output))(td) is td
+        want = [policy_oracle.masked(s, k) for s, k in zip(SEQUENCES, KEEP, strict=True)]
+        got = rows(td, ("log_probs", "full"))
+        assert_rows([row[-len(s) :] for row, s in zip(got, SEQUENCES, strict=True)], want, 2 * LOG_PROB_TOLERANCE)
+
+    def test_writes_where_it_is_told(self, make_gen):
+        td = RetrieveLogProb(make_gen("transformers"), log_probs_full_key=("mine", "full"))(
+            batches.ids_batch(SEQUENCES, PROMPTS)
+        )
+        assert ("mine", "full") in td.keys(True)
+        with pytest.warns(UserWarning, match="not a tuple that ends with 'full'"):
+            RetrieveLogProb(make_gen("transformers"), log_probs_full_key="mine")
+
+    def test_a_stored_assistant_mask_is_used_as_it_is(self, make_gen, policy_oracle):
+        keep = [[False, True, False, False, True, True], [False, False, True], [False] * 7, [False, True]]
+        td = RetrieveLogProb(make_gen("transformers"))(batches.ids_batch(SEQUENCES, assistant=keep))
+        want = [policy_oracle.masked(s, k) for s, k in zip(SEQUENCES, keep, strict=True)]
+        assert_rows(rows(td, ("log_probs", "full")), want, 2 * LOG_PROB_TOLERANCE)
+
+
+class TestKLComputation:
+    def data(self, gen, ref, **extra):
+        full = {"gen": TensorDict(full=gen, batch_size=2), "ref": TensorDict(full=ref, batch_size=2)}
+        return TensorDict(next=TensorDict(**full, **extra, batch_size=2), batch_size=2)
+
+    def transform(self, **kwargs):
+        return KLComputation(("gen", "full"), ("ref", "full"), **kwargs)
+
+    def test_dense(self):
+        gen, ref = -torch.rand(2, 3), -torch.rand(2, 3)
+        td = self.transform(coeff=2.0)(self.data(gen, ref, reward=torch.ones(2, 1)))
+        torch.testing.assert_close(td["next", "kl_penalty"], gen - ref)
+        torch.testing.assert_close(td["next", "reward"], 1 - 2 * (gen - ref)[..., None])
+
+    def test_missing_on_both_sides_is_no_score_on_one_side_is_an_error(self):
+        gen, ref = -torch.ones(2, 3), -torch.ones(2, 3) * 2
+        gen[:, 0] = ref[:, 0] = float("nan")
+        assert self.transform()(self.data(gen, ref))["next", "kl_penalty"].tolist() == [[0, 1, 1]] * 2
+        ref[1, 2] = float("nan")
+        with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 1, token 2 of 3"):
+            self.transform()(self.data(gen, ref))
+
+    def test_missing_entries_are_named(self):
+        td = TensorDict(next=TensorDict(x=torch.zeros(2), batch_size=2), batch_size=2)
+        with pytest.raises(InputError, match=r"Log-probs not found: expected \('gen', 'full'\) and \('ref', 'full'\)"):
+            self.transform()(td)
+
+    def test_sides_of_different_lengths_are_refused_by_sample(self):
+        with pytest.raises(InputError, match="Sample 0 has different shapes"):
+            self.transform()(self.data(torch.zeros(2, 3), torch.zeros(2, 4)))
+
+
+class TestRefusedWhenBuilt:
+    def test_pad_output_mismatch(self, make_gen, make_reference):
+        with pytest.raises(ValueError, match=r"pad_output mismatch: .*Both sides of a KL share one value"):
+            RetrieveKL(make_gen("transformers", pad_output=True), make_reference(pad_output=False))
+
+    def test_assistant_only_without_history(self, make_gen, make_reference):
+        message = "The model must have `input_mode='history'` when `assistant_only=True`"
+        with pytest.raises(ValueError, match=message):
+            RetrieveKL(make_gen("transformers", input_mode="tokens"), make_reference())
+        with pytest.raises(ValueError, match=message):
+            RetrieveLogProb(make_reference(input_mode="text"))
+
+    def test_a_model_that_generates(self, policy_llm, tokenizer, make_reference):
+        with pytest.raises(ValueError, match=r"must have `generate=False`.*get_new_version"):
+            RetrieveKL(vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=True), make_reference())
+
+    def test_two_ways_to_give_one_side_or_none(self, make_reference):
+        with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
+            RetrieveKL("from_collector")
+        with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
+            RetrieveKL("from_collector", make_reference(), ref_model_factory=make_reference)
+
+    def test_arguments_that_do_not_exist_or_have_no_effect(self, make_gen, make_reference):
+        with pytest.raises(OptionError, match="estimator='k9' does not exist"):
+            RetrieveKL("from_collector", make_reference(), estimator="k9")
+        with pytest.raises(OptionError, match="gen_log_probs='never' does not exist"):
+            RetrieveKL("from_collector", make_reference(), gen_log_probs="never")
+        with pytest.raises(OptionError, match="unless use_ray_service=True: actor_name"):
+            RetrieveKL("from_collector", make_reference(), actor_name="x")
+        with pytest.raises(OptionError, match="unless use_ray_service=True: coef"):
+            RetrieveKL("from_collector", make_reference(), coef=1.0)
+        with pytest.raises(OptionError, match="gen_log_probs='reuse' has no effect with a gen_model"):
+            RetrieveKL(make_gen("transformers"), make_reference(), gen_log_probs="reuse")
+
+
+class TestRefusedWhenCalled:
+    def test_a_kept_first_token_has_no_log_prob(self, make_reference):
+        td = batches.ids_batch([[1, 2]], assistant=[[True, True]])
+        with pytest.raises(InputError, match="sample 0: the assistant mask keeps token 0"):
+            RetrieveLogProb(make_reference())(td)
+
+    def test_ids_without_any_mask_are_not_guessed(self, make_reference):
+        with pytest.raises(InputError, match="neither .*all_assistant_mask.* nor .*prompt.* nor .*history"):
+            RetrieveLogProb(make_reference())(batches.ids_batch([[1, 2]]))
+
+    def test_history_that_does_not_render_to_the_stored_ids_is_refused(self, make_reference):
+        td = batches.history_batch().to_lazystack(0)
+        for sample in td.unbind(0):
+            sample["tokens"] = TensorDict(full=torch.tensor([1, 2, 3]))
+        with pytest.raises(InputError, match="sample 0: its history renders to .* that differ from its 3 stored ids"):
+            RetrieveLogProb(make_reference())(td)
+
+    def test_a_template_that_marks_nothing_says_what_works(self, make_reference):
+        ref = make_reference(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        chats = [[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]]
+        with pytest.raises(InputError, match=r"marks no assistant tokens.*generation.*assistant_only=False"):
+            RetrieveLogProb(ref)(batches.history_batch(chats=chats))
+
+    def test_a_reward_of_the_wrong_length_leaves_the_batch_as_it_was(self, make_gen, make_reference):
+        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"reward": [torch.zeros(5, 1)] * 4})
+        with pytest.raises(InputError, match=r"sample 0: its reward has shape \[5, 1\], expected one value or one per token"):
+            RetrieveKL(make_gen("transformers"), make_reference())(td)
+        assert "kl_penalty" not in td
+        assert "ref_log_probs" not in td
+
+    def test_holes_in_the_attention_mask_are_reported(self, make_reference):
+        td = batches.ids_batch([[1, 2, 3, 4]], assistant=[[False, False, True, True]])
+        td[0]["masks"].all_attention_mask[1] = False
+        with pytest.warns(UserWarning, match="sample 0 .*leaves out tokens inside the sequence"):
+            RetrieveLogProb(make_reference())(td)
