@@ -47,7 +47,8 @@ def ids_batch(sequences, prompt_lengths=None, *, assistant=None, extra=None):
         sample = TensorDict(tokens=tokens)
         if assistant is not None:
             sample["masks"] = Masks(
-                all_attention_mask=torch.ones_like(ids, dtype=torch.bool), all_assistant_mask=torch.as_tensor(assistant[i])
+                all_attention_mask=torch.ones_like(ids, dtype=torch.bool),
+                all_assistant_mask=torch.as_tensor(assistant[i]),
             )
         for key, rows in (extra or {}).items():
             sample.set(key, rows[i])

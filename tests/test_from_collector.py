@@ -80,7 +80,7 @@ def check(data, policy_oracle, ref_oracle, coeff=1.0):
     keys = {
         "ids": ("tokens", "full"),
         "real": ("masks", "all_attention_mask"),
-        "mask": ("masks", "all_assistant_mask"),
+        "prompt": ("tokens", "prompt"),
         "kl": ("next", "kl_penalty"),
         "gen": ("next", "log_probs", "full"),
         "ref": ("next", "ref_log_probs", "full"),
@@ -89,6 +89,7 @@ def check(data, policy_oracle, ref_oracle, coeff=1.0):
     columns = {name: data.get(key, as_list=True) for name, key in keys.items()}
     for i in range(len(data)):
         row = {name: column[i] for name, column in columns.items()}
+        row["mask"] = row["real"] & (torch.arange(len(row["ids"])) >= len(row["prompt"]))
         assert row["kl"].shape == row["ids"].shape  # lines up with the ids and the masks beside it
         assert row["mask"].any()
         for name in ("kl", "gen", "ref"):
@@ -133,16 +134,31 @@ def test_reuse_says_that_the_policy_recorded_nothing(make_env, make_policy, make
         collect(env, make_policy(return_log_probs=False))
 
 
-def test_a_transformers_reference_and_policy_work_alike(
-    make_env, policy_model, ref_model, tokenizer, policy_oracle, ref_oracle
-):
-    ref = TransformersWrapper(ref_model, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs")
-    policy = functools.partial(
-        TransformersWrapper, policy_model, tokenizer=tokenizer, generate=True, generate_kwargs={"max_new_tokens": 6}
-    )
-    env = make_env().append_transform(RetrieveKL("from_collector", ref, gen_log_probs="rescore"))
-    for data in collect(env, policy, turns=NUM_ENVS):
+@pytest.fixture
+def transformers_run(make_env, policy_model, ref_model, tokenizer):
+    """Collect with transformers models on both sides."""
+
+    def run(mode):
+        ref = TransformersWrapper(ref_model, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs")
+        policy = functools.partial(
+            TransformersWrapper, policy_model, tokenizer=tokenizer, generate=True, generate_kwargs={"max_new_tokens": 6}
+        )
+        env = make_env().append_transform(RetrieveKL("from_collector", ref, gen_log_probs=mode))
+        return collect(env, policy, turns=NUM_ENVS)
+
+    return run
+
+
+def test_transformers_models_work_alike(transformers_run, policy_oracle, ref_oracle):
+    for data in transformers_run("auto"):
         check(data, policy_oracle, ref_oracle)
+
+
+def test_the_zero_that_torchrl_records_for_a_first_token_is_never_reused(transformers_run):
+    (data,) = transformers_run("rescore")
+    assert (data["log_probs", "response"][:, 0] == 0).all()  # what TransformersWrapper 0.14 records
+    with pytest.raises(CollectorError, match="'reuse', but the batch has no"):
+        transformers_run("reuse")
 
 
 def test_pad_output_mismatch_is_refused_when_the_policy_is_resolved(make_env, make_policy, make_reference):
@@ -162,7 +178,9 @@ def test_a_rollout_without_a_collector_follows_its_specs(make_env, make_policy, 
     data = env.rollout(1, make_policy()(), return_contiguous=False)
     for key in (("next", "kl_penalty"), ("next", "ref_log_probs", "full"), ("next", "log_probs", "full")):
         assert key in data.keys(True)
-    assert {"kl_penalty", ("ref_log_probs", "full"), ("log_probs", "full")} <= set(env.observation_spec.keys(True, True))
+    assert {"kl_penalty", ("ref_log_probs", "full"), ("log_probs", "full")} <= set(
+        env.observation_spec.keys(True, True)
+    )
 
 
 def test_torchrls_own_class_still_fails_here(make_env, make_policy, make_reference):

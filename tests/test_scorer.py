@@ -67,7 +67,9 @@ class TestAgainstFloat64:
             for got, sequence in zip(ref_scorer.score(ids, start), ids, strict=True):
                 assert_close_to(ref_oracle, got, sequence, start or 1)
 
-    @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
+    @pytest.mark.parametrize(
+        "kind", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)]
+    )
     def test_lists_arrays_and_tensors_score_the_same(self, ref_scorer, ref_oracle, kind):
         assert_close_to(ref_oracle, ref_scorer.score([kind([3, 1, 4, 1, 5])])[0], [3, 1, 4, 1, 5], 1)
 

@@ -169,7 +169,10 @@ class TestWhereTorchRLsRecipesPutIt:
     def recorded(self, policy_oracle):
         """A batch with the log-probs that the policy recorded: NaN on prompts, as TorchRL's generate path leaves them."""
         values = [policy_oracle.log_probs(s) for s in SEQUENCES]
-        full = [torch.tensor([v if k else float("nan") for v, k in zip(*vk, strict=True)]) for vk in zip(values, KEEP, strict=True)]
+        full = [
+            torch.tensor([v if k else float("nan") for v, k in zip(*vk, strict=True)])
+            for vk in zip(values, KEEP, strict=True)
+        ]
         td = batches.ids_batch(SEQUENCES, PROMPTS, extra={("log_probs", "full"): full})
         td["next"] = lazy_stack([TensorDict(reward=torch.zeros(1, 1)) for _ in SEQUENCES])
         return td
@@ -329,7 +332,9 @@ class TestRefusedWhenCalled:
 
     def test_a_reward_of_the_wrong_length_leaves_the_batch_as_it_was(self, make_gen, make_reference):
         td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"reward": [torch.zeros(5, 1)] * 4})
-        with pytest.raises(InputError, match=r"sample 0: its reward has shape \[5, 1\], expected one value or one per token"):
+        with pytest.raises(
+            InputError, match=r"sample 0: its reward has shape \[5, 1\], expected one value or one per token"
+        ):
             RetrieveKL(make_gen("transformers"), make_reference())(td)
         assert "kl_penalty" not in td
         assert "ref_log_probs" not in td

@@ -102,7 +102,9 @@ def _hardware(has_gpu: bool) -> Iterator[Finding]:
     yield Finding(what="hardware", status=Status.OK, detail=f"{'CUDA GPU' if has_gpu else 'CPU'}, {cores} cores")
     if not has_gpu and platform.machine() == "x86_64" and not _cpu_has("avx512f"):
         yield Finding(
-            what="instruction set", status=Status.NOTE, detail="no AVX-512: vLLM's CPU backend is slow or does not start"
+            what="instruction set",
+            status=Status.NOTE,
+            detail="no AVX-512: vLLM's CPU backend is slow or does not start",
         )
 
 

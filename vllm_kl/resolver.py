@@ -195,6 +195,8 @@ class FromCollector:
             key = nested(policy.log_probs_key, "full")
         rows = rows_of(td, key)
         if rows is None:
+            # ("log_probs", "response") alone is not enough: TorchRL 0.14's TransformersWrapper writes 0.0 for the first
+            # token of every response there.
             return None, f"the batch has no {key}"
         if not batch.stored:
             return None, "the batch has log-probs but not the ids they belong to"
