@@ -28,10 +28,8 @@ def test_the_mean_over_the_vocabulary_is_the_closed_form_kl(estimator):
 
 
 def test_each_estimator_is_its_formula():
-    got = {
-        name: kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), torch.tensor([[True]]), estimator=name)
-        for name in ESTIMATORS
-    }
+    policy, ref, mask = torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), torch.tensor([[True]])
+    got = {name: kl_estimate(policy, ref, mask, estimator=name) for name in ESTIMATORS}
     want = {"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 1 + 0.5, "abs": 0.5}
     assert {name: value.item() for name, value in got.items()} == pytest.approx(want)
 

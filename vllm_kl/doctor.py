@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -212,7 +213,6 @@ def _has_gpu() -> bool:
 
 def _cpu_has(flag: str) -> bool:
     try:
-        with open("/proc/cpuinfo") as file:
-            return any(flag in line.split() for line in file if line.startswith("flags"))
+        return any(flag in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except OSError:
         return True

@@ -64,6 +64,15 @@ class VLLMReference(LLMWrapperBase):
     Raises:
         OptionError: an argument has no effect here (``generate=True``, engine options for a running scorer).
         InputError, MissingLogProbError: when called; see :meth:`VLLMScorer.score`.
+
+    >>> # reference = VLLMReference("my-model", input_mode="history", dtype="float32")
+    >>> from torchrl.data.llm import History
+    >>> from torchrl.modules.llm.policies import ChatHistory
+    >>> chats = [[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]]
+    >>> td = reference(TensorDict(history=ChatHistory(full=History.from_chats(chats)), batch_size=(1,)))
+    >>> log_probs, mask = td["ref_log_probs", "full"], td["masks", "all_assistant_mask"]
+    >>> log_probs.shape == mask.shape, int(mask.sum()), bool((log_probs[mask] < 0).all())
+    (True, 2, True)
     """
 
     generate = False

