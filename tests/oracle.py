@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-# Largest error of a log-prob computed in float32, in nats; see TOLERANCES in the tests that use others.
+# Largest error of a log-prob computed in float32, in nats.
 LOG_PROB_TOLERANCE = 5e-6
 # A KL is the difference of two log-probs, and a decoded token's log-prob went through other kernels than a prefill's.
 KL_TOLERANCE = 2e-5

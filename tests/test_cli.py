@@ -121,7 +121,7 @@ HEALTHY = {
 class TestDoctor:
     @pytest.fixture(autouse=True)
     def no_probe(self, monkeypatch):
-        monkeypatch.setattr(doctor, "_plugins", lambda version_of: iter(()))
+        monkeypatch.setattr(doctor, "_imports", lambda version_of: iter(()))
         monkeypatch.setattr(doctor, "_has_gpu", lambda: False)
 
     def findings(self, **changes):

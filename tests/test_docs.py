@@ -26,7 +26,7 @@ def examples():
         yield from (t for t in finder.find(module, name, module=module) if t.examples)
 
 
-@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+@pytest.mark.parametrize("test", list(examples()), ids=lambda test: test.name)
 def test_docstring_examples_run(test, ref_scorer, make_reference):
     test.globs.update(torch=torch, TensorDict=TensorDict, scorer=ref_scorer, reference=make_reference())
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
@@ -61,4 +61,4 @@ def test_readme_examples_run(policy_path, ref_path, policy_llm, tmp_path, monkey
 
 def test_modules_stay_small():
     for path in README.parent.joinpath("vllm_kl").rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 520, path
+        assert len(path.read_text().splitlines()) <= 400, path

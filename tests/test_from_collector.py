@@ -114,9 +114,30 @@ class TestModes:
             check(data, policy_oracle, ref_oracle, coeff=0.1)
 
 
-def test_two_turns_score_what_each_turn_generated(make_env, make_policy, make_reference, policy_oracle, ref_oracle):
-    env = make_env(max_steps=2).append_transform(RetrieveKL("from_collector", make_reference()))
-    for data in collect(env, make_policy(), turns=4 * NUM_ENVS):
+def test_auto_does_not_ask_the_engine_where_log_probs_were_recorded(make_env, make_policy, make_reference, monkeypatch):
+    env = make_env().append_transform(RetrieveKL("from_collector", make_reference()))
+    monkeypatch.setattr(FromCollector, "_scorer_of", lambda self, policy: pytest.fail("asked the policy's engine"))
+    collect(env, make_policy())
+
+
+@pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+def test_ids_and_masks_are_read_where_the_policy_writes_them(
+    make_env, make_policy, make_reference, policy_oracle, ref_oracle, pad_output
+):
+    env = make_env().append_transform(RetrieveKL("from_collector", make_reference(pad_output=pad_output)))
+    policy = make_policy(pad_output=pad_output, masks_key="policy_masks", log_probs_key="policy_log_probs")
+    for data in collect(env, policy):
+        data["masks"] = data["policy_masks"]
+        check(data, policy_oracle, ref_oracle)
+
+
+@pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+def test_two_turns_score_what_each_turn_generated(
+    make_env, make_policy, make_reference, policy_oracle, ref_oracle, pad_output
+):
+    transform = RetrieveKL("from_collector", make_reference(pad_output=pad_output))
+    env = make_env(max_steps=2).append_transform(transform)
+    for data in collect(env, make_policy(pad_output=pad_output), turns=4 * NUM_ENVS):
         check(data, policy_oracle, ref_oracle)
 
 

@@ -72,5 +72,9 @@ def test_bad_input_is_refused_by_name():
         kl_estimate(list(one), [one[0]], list(mask))
     with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 1, token 2 of 3"):
         kl_estimate(one, torch.tensor([[0, 0, 0], [0, 0, float("nan")]]), mask)
+    with pytest.raises(
+        MissingLogProbError, match="KL k3: sample 0, token 0 of 1 is kept by the mask but its value is inf"
+    ):
+        kl_estimate(torch.tensor([[-120.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]]), estimator="k3")
     with pytest.raises(OptionError, match="estimator='k4' does not exist; choose one of k1, k2, k3, abs"):
         kl_estimate(one, one, mask, estimator="k4")

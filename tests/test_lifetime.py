@@ -110,5 +110,7 @@ def test_importing_the_package_loads_neither_vllm_nor_ray_nor_torchrl():
 
 
 def test_the_owner_never_imports_vllm():
-    code = "import sys; from vllm_kl import VLLMScorer; print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
+    code = (
+        "import sys; from vllm_kl import VLLMScorer; print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

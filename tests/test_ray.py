@@ -34,9 +34,7 @@ def cluster():
 
 
 def make_engine_reference(path):
-    return VLLMReference(
-        str(path), make_tokenizer(), dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20
-    )
+    return VLLMReference(str(path), make_tokenizer(), dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,20 @@ def test_ids_win_over_history(make_reference, ref_oracle):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
+def test_ids_that_are_stored_padded_are_left_alone(make_reference):
+    td = batches.dense_batch(SEQUENCES, [2, 1, 3], 256)
+    before = td["tokens", "full"].clone()
+    make_reference(input_mode="tokens", pad_output=True)(td)
+    assert torch.equal(td["tokens", "full"], before)
+
+
+def test_what_is_tokenized_here_is_padded_with_the_pad_id(make_reference, tokenizer):
+    td = make_reference(pad_output=True)(batches.history_batch())
+    ids, real = td["tokens", "full"], td["masks", "all_attention_mask"]
+    assert not real.all()
+    assert set(ids[~real].tolist()) == {tokenizer.pad_token_id}
+
+
 def test_prompt_and_response_of_the_policy_stay(make_reference):
     td = make_reference()(batches.ids_batch(SEQUENCES, [2, 1, 3]))
     assert [len(row) for row in td.get(("tokens", "response"), as_list=True)] == [4, 2, 5]
@@ -142,6 +156,13 @@ class TestInsideTorchRL:
         kl = td["next"].get("kl_penalty", as_list=True)
         assert len(kl) == 2
         assert all(row.abs().max() > 0.1 for row in kl)
+
+
+def test_a_path_brings_its_tokenizer(ref_path, monkeypatch):
+    from vllm_kl import reference
+
+    monkeypatch.setattr(reference, "VLLMScorer", lambda model: model)
+    assert VLLMReference(ref_path).tokenizer.eos_token == "<|im_end|>"
 
 
 class TestRefusals:

@@ -46,13 +46,14 @@ SEQUENCES = {
     "a single token": (random_ids(6, 1), 1),
     "prompt of one block": (random_ids(7, 60), 32),
     "pad and EOS inside": ([5, PAD, EOS, 9, PAD, PAD, 11, EOS], 2),
-    "the longest": (random_ids(8, tiny.MAX_MODEL_LEN - 1), 300),
+    "the longest that a shared engine takes": (random_ids(8, tiny.MAX_MODEL_LEN - 1), 300),
 }
 
 
 class TestAgainstFloat64:
     def test_owned_engine_agrees(self, ref_scorer, ref_oracle):
-        ids, starts = zip(*SEQUENCES.values(), strict=True)
+        longest = (random_ids(9, tiny.MAX_MODEL_LEN), 310)  # a response that filled the policy's context
+        ids, starts = zip(*SEQUENCES.values(), longest, strict=True)
         for got, sequence, start in zip(ref_scorer.score(ids, starts), ids, starts, strict=True):
             assert_close_to(ref_oracle, got, sequence, start)
 
@@ -143,7 +144,7 @@ class TestBadInput:
             ([[1, 2]], -1, r"sequence 0: start is -1"),
             ([[1, 2], [1, 259]], None, r"sequence 1, token 1: id 259 is outside the vocabulary \[0, 259\)"),
             ([[1, -100]], None, r"sequence 0, token 1: id -100 is outside"),
-            ([[1, 2], [0] * tiny.MAX_MODEL_LEN], None, r"sequence 1 has 320 tokens.*at most 319.*max_model_len"),
+            ([[1, 2], [0] * (tiny.MAX_MODEL_LEN + 1)], None, r"sequence 1 has 321 tokens.*at most 320.*max_model_len"),
             ([[1, 2], [3, 4]], [1], r"start has 1 entries for 2 sequences"),
             ([[1.0, 2.0]], None, r"sequence 0 must be a flat sequence of ints"),
             ([[[1, 2]]], None, r"sequence 0 must be a flat sequence of ints"),

@@ -65,20 +65,26 @@ def check_finite(values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *
         if bad.any():
             t = int(bad.nonzero()[0])
             raise MissingLogProbError(
-                f"{what}: sample {i}, token {t} of {len(kept)} is kept by the mask but its log-prob is "
-                f"{float(value[t])} ({int(bad.sum())} such tokens in this sample). A missing log-prob is never "
-                "scored as 0.0: score this batch again, or leave the token out of the mask."
+                f"{what}: sample {i}, token {t} of {len(kept)} is kept by the mask but its value is {float(value[t])} "
+                f"({int(bad.sum())} such tokens in this sample). It is never taken as 0.0: score this batch again, or leave "
+                "the token out of the mask."
             )
 
 
 def to_layout(
-    values: Sequence[torch.Tensor], batch: TokenBatch, *, pad_output: bool, padding_side: PaddingSide
+    values: Sequence[torch.Tensor],
+    batch: TokenBatch,
+    *,
+    pad_output: bool,
+    padding_side: PaddingSide,
+    padding_value: float = 0.0,
 ) -> torch.Tensor | list[torch.Tensor]:
     """Give per-token values the layout of the contract.
 
     ``pad_output=False``: a list of B tensors ``[L]``. ``pad_output=True``: a dense ``[B, W]`` tensor whose
-    columns are those of the stored rows (so it lines up with ``("tokens", "full")`` and the masks beside it);
-    rows of different width, and rows that were tokenized here, are padded on ``padding_side`` with 0.0.
+    columns are those of the stored rows, so it lines up with ``("tokens", "full")`` and the masks beside it. Rows
+    without padding of their own are padded on ``padding_side``. Rows that are stored padded, but to different widths
+    (several steps in one batch), stay as wide as they are stored: a list.
     """
     if not pad_output:
         return list(values)
@@ -87,8 +93,12 @@ def to_layout(
         if len(columns) == width:
             rows.append(value)
         else:
-            rows.append(value.new_zeros(width).index_copy(0, columns.to(value.device), value))
-    return pad_sequence(rows, batch_first=True, padding_value=0.0, padding_side=padding_side)
+            row = torch.full((width,), padding_value, dtype=value.dtype, device=value.device)
+            rows.append(row.index_copy(0, columns.to(value.device), value))
+    padded = any(len(columns) < width for columns, width in zip(batch.columns, batch.widths, strict=True))
+    if padded and len(set(batch.widths)) > 1:
+        return rows
+    return pad_sequence(rows, batch_first=True, padding_value=padding_value, padding_side=padding_side)
 
 
 def from_layout(stored: Sequence[torch.Tensor], batch: TokenBatch, *, what: str) -> list[torch.Tensor]:

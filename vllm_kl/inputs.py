@@ -49,6 +49,38 @@ class InputKeys:
         )
 
 
+def keys_of(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    template_kwargs: dict[str, Any] | None = None,
+    history_key: NestedKey | None = None,
+    ids_of: Any = None,
+) -> InputKeys:
+    """Return where a wrapper's input lies.
+
+    Args:
+        model: a wrapper of TorchRL's kind.
+        tokenizer: used instead of the wrapper's.
+        template_kwargs: added to the wrapper's own chat template.
+        history_key: used instead of the wrapper's, with ``"full"``.
+        ids_of: the wrapper that wrote ids and masks, where it is another one.
+    """
+    template = {name: getattr(model, name, None) for name in ("chat_template_name", "chat_template")}
+    other_history = history_key is not None and history_key != getattr(model, "history_key", "history")
+    return InputKeys(
+        input_mode=getattr(model, "input_mode", "history"),
+        input_key=None if other_history else model.in_keys[0],
+        history_key=history_key or getattr(model, "history_key", "history"),
+        text_key=getattr(model, "text_key", "text"),
+        tokens_key=getattr(ids_of or model, "tokens_key", "tokens"),
+        masks_key=getattr(ids_of or model, "masks_key", "masks"),
+        tokenizer=tokenizer or getattr(model, "tokenizer", None),
+        template_kwargs={**{k: v for k, v in template.items() if v is not None}, **(template_kwargs or {})},
+        tokenizer_kwargs=getattr(model, "tokenizer_kwargs", None) or {},
+    )
+
+
 def nested(key: NestedKey, name: str) -> tuple[str, ...]:
     """Return ``key`` extended by ``name``.
 
@@ -59,14 +91,25 @@ def nested(key: NestedKey, name: str) -> tuple[str, ...]:
 
 
 def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
-    """Return entry ``key`` of a one-dimensional batch as one tensor per sample, or ``None`` if it is not there.
+    """Return entry ``key`` of a one-dimensional batch as one tensor per sample, or ``None`` if no sample has it.
 
     Dense, nested and lazily stacked ragged entries read the same.
+
+    Raises:
+        InputError: some samples have it and others do not.
     """
     value = td.get(key, default=None, as_list=True)
-    if value is None or (isinstance(value, (list, tuple)) and any(v is None for v in value)):
+    if isinstance(value, torch.Tensor):
+        return list(value.unbind(0))
+    rows = [sample.get(key, default=None) for sample in td.unbind(0)] if value is None else list(value)
+    missing = [i for i, row in enumerate(rows) if row is None]
+    if len(missing) == len(rows):
         return None
-    return list(value.unbind(0)) if isinstance(value, torch.Tensor) else list(value)
+    if missing:
+        raise InputError(
+            f"sample {missing[0]} has no {key}, but others of the batch have: write it for all, or for none"
+        )
+    return rows
 
 
 def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
@@ -176,7 +219,7 @@ def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: Inpu
             f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor {keys.key}. "
             "Add one of them, or pass assistant_only=False."
         )
-    template_ids, masks = _render(td, keys, with_mask=True)
+    template_ids, masks = _render(td, keys)
     assert masks is not None
     for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
         if not torch.equal(ids, expected):
@@ -199,7 +242,7 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
     if keys.tokenizer is None:
         raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
     if keys.input_mode == "history":
-        token_ids, masks = _render(td, keys, with_mask=True)
+        token_ids, masks = _render(td, keys)
         if assistant_only and masks is None:
             raise InputError(
                 "assistant_only=True, but the chat template marks no assistant tokens in any sample. Use a template with "
@@ -221,9 +264,7 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
     )
 
 
-def _render(
-    td: TensorDictBase, keys: InputKeys, *, with_mask: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+def _render(td: TensorDictBase, keys: InputKeys) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Return ids and assistant masks of the histories; masks are ``None`` where the template marks nothing."""
     history = td.get(keys.key)
     if not isinstance(history, History):
@@ -234,12 +275,12 @@ def _render(
         "tokenize": True,
         "padding": False,
         "return_dict": True,
-        "return_assistant_tokens_mask": with_mask,
+        "return_assistant_tokens_mask": True,
     }
     options.pop("return_tensors", None)
     rendered = history.apply_chat_template(tokenizer=keys.tokenizer, **options)
     token_ids = [row.long().cpu() for row in rendered.get("input_ids", as_list=True)]
-    masks = rendered.get("assistant_masks", default=None, as_list=True) if with_mask else None
+    masks = rendered.get("assistant_masks", default=None, as_list=True)
     if masks is None or not any(bool(mask.any()) for mask in masks):
         return token_ids, None
     return token_ids, [mask.bool().cpu() for mask in masks]

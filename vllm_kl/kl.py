@@ -53,7 +53,7 @@ def kl_estimate(
 
     Raises:
         InputError: shapes differ.
-        MissingLogProbError: a value inside the mask is not finite.
+        MissingLogProbError: a value inside the mask is not finite, k3's own overflow (a log-ratio above 88) included.
         OptionError: the estimator does not exist.
 
     >>> policy, ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, float("nan")]])
@@ -64,7 +64,7 @@ def kl_estimate(
     """
     check_estimator(estimator)
     if not isinstance(log_probs, torch.Tensor):
-        rows = list(log_probs), list(ref_log_probs), list(mask)
+        rows = list(log_probs), list(ref_log_probs), [row.bool().cpu() for row in mask]
         if len({len(side) for side in rows}) != 1:
             raise InputError(
                 f"log_probs, ref_log_probs and mask have {len(rows[0])}, {len(rows[1])} and {len(rows[2])} samples"
@@ -73,12 +73,16 @@ def kl_estimate(
             _check_same_shape(f"sample {i}: ", *shapes)
         check_finite(rows[0], rows[2], what="log_probs")
         check_finite(rows[1], rows[2], what="ref_log_probs")
-        return [_estimate(*row, estimator) for row in zip(*rows, strict=True)]
+        kl = [_estimate(*row, estimator) for row in zip(*rows, strict=True)]
+        check_finite(kl, rows[2], what=f"KL {estimator}")
+        return kl
     _check_same_shape("", tuple(log_probs.shape), tuple(ref_log_probs.shape), tuple(mask.shape))
     flat_mask = mask.bool().cpu().reshape(-1, mask.shape[-1])
     check_finite(log_probs.reshape(flat_mask.shape), flat_mask, what="log_probs")
     check_finite(ref_log_probs.reshape(flat_mask.shape), flat_mask, what="ref_log_probs")
-    return _estimate(log_probs, ref_log_probs, mask, estimator)
+    dense = _estimate(log_probs, ref_log_probs, mask, estimator)
+    check_finite(dense.reshape(flat_mask.shape), flat_mask, what=f"KL {estimator}")
+    return dense
 
 
 def _check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple) -> None:

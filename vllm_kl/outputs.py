@@ -12,11 +12,15 @@ import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensorclass
 from tensordict.utils import NestedKey
 from torchrl.data import Composite, Unbounded
+from torchrl.modules.llm.policies import LogProbs
+
+from vllm_kl.errors import InputError
+from vllm_kl.inputs import rows_of
+
+Rows = torch.Tensor | list[torch.Tensor]
 
 
-def set_rows(
-    td: TensorDictBase, key: NestedKey, rows: torch.Tensor | list[torch.Tensor], data_cls: Any = None
-) -> TensorDictBase:
+def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = None) -> TensorDictBase:
     """Set a dense ``[B, ...]`` or ragged (list of B) entry of a one-dimensional batch; return the tensordict that has it.
 
     That is ``td``, unless ragged rows go to the top level of a tensordict that cannot hold them: then it is a lazy
@@ -25,7 +29,7 @@ def set_rows(
     if isinstance(key, tuple) and len(key) > 1:
         parent_key, name = key[:-1], key[-1]
         parent = td.get(parent_key, default=None)
-        if parent is None or parent.batch_size != td.batch_size:
+        if parent is None:
             parent = td.empty().to_lazystack(0)
             if data_cls is not None:
                 parent = data_cls._from_tensordict(parent)
@@ -54,3 +58,37 @@ def declare(spec: Composite, key: NestedKey, data_cls: Any = None, *, trailing: 
         spec[key] = leaf
     else:
         spec[key] = leaf
+
+
+def write_kl(
+    next_td: TensorDictBase,
+    kl: Rows,
+    *,
+    kl_key: NestedKey,
+    coeff: float | None,
+    log_probs: dict[NestedKey, Rows] | None = None,
+) -> TensorDictBase:
+    """Write log-probs, KL and, where there is one and ``coeff`` is given, the reward; return the tensordict that has them.
+
+    Everything is computed before anything is written.
+    """
+    reward = None if coeff is None else rows_of(next_td, "reward")
+    if reward is not None:
+        shaped: Rows = [_shaped_reward(i, r, k, coeff) for i, (r, k) in enumerate(zip(reward, kl, strict=True))]
+        if isinstance(kl, torch.Tensor):
+            shaped = torch.stack(list(shaped))
+    if not isinstance(kl, torch.Tensor) and not isinstance(next_td, LazyStackedTensorDict):
+        next_td = next_td.to_lazystack(0)  # at once: all results in one tensordict
+    for key, rows in (log_probs or {}).items():
+        next_td = set_rows(next_td, key, rows, LogProbs)
+    next_td = set_rows(next_td, kl_key, kl)
+    return next_td if reward is None else set_rows(next_td, "reward", shaped)
+
+
+def _shaped_reward(i: int, reward: torch.Tensor, kl: torch.Tensor, coeff: float) -> torch.Tensor:
+    """Return ``[T, 1]``: the reward of the sequence, or of each token, minus the KL's share."""
+    if reward.numel() not in (1, len(kl)):
+        raise InputError(
+            f"sample {i}: its reward has shape {list(reward.shape)}, expected one value or one per token ({len(kl)})"
+        )
+    return reward.reshape(-1, 1).float() - coeff * kl.to(reward.device).unsqueeze(-1)

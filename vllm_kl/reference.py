@@ -7,6 +7,7 @@ It knows keys and layouts; the scorer does the scoring.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,8 +18,8 @@ from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
 
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import InputKeys, InputMode, nested, read_batch
-from vllm_kl.outputs import set_rows
+from vllm_kl.inputs import InputKeys, InputMode, keys_of, nested, read_batch
+from vllm_kl.outputs import Rows, set_rows
 from vllm_kl.resolver import score_batch, scorer_for
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.types import Scorer, TokenBatch
@@ -35,6 +36,9 @@ _DESCRIPTION = (
     "tokenizer",
     "chat_template_name",
     "chat_template",
+    "tokenizer_kwargs",
+    "padding_side",
+    "input_key",
 )
 
 
@@ -55,7 +59,7 @@ class VLLMReference(LLMWrapperBase):
         chat_template_name, chat_template: as in TorchRL's wrappers.
         tokenizer_kwargs: passed to the tokenizer in text mode.
         inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the same kind.
-        layout: layout of nested tensors where the tensordict cannot hold ragged rows.
+        layout: read by TorchRL's own ``RetrieveLogProb`` when it makes nested tensors; ours makes none.
         **engine_options: vLLM's engine options, where this makes the scorer.
 
     Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding, finite
@@ -78,6 +82,7 @@ class VLLMReference(LLMWrapperBase):
     generate = False
     return_log_probs = True
     num_samples = None
+    _device = None
     _min_batch_size = None
     _max_batch_size = None
 
@@ -99,7 +104,6 @@ class VLLMReference(LLMWrapperBase):
         chat_template: str | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
         inplace: Literal[True, False, "empty"] = True,
-        device: torch.device | str | None = None,
         layout: torch.layout | None = None,
         generate: bool = False,
         return_log_probs: bool = True,
@@ -112,7 +116,9 @@ class VLLMReference(LLMWrapperBase):
             raise OptionError(f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'")
         if not isinstance(pad_output, bool):
             raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
-        self._owns_scorer = not hasattr(scorer_or_model, "score") or not hasattr(scorer_or_model, "close")
+        # vllm.LLM has a method named score as well: what generates is an engine.
+        is_model = isinstance(scorer_or_model, (str, os.PathLike)) or hasattr(scorer_or_model, "generate")
+        self._owns_scorer = is_model or not hasattr(scorer_or_model, "score")
         if self._owns_scorer:
             self.scorer: Scorer = VLLMScorer(scorer_or_model, **engine_options)
         elif engine_options:
@@ -134,35 +140,24 @@ class VLLMReference(LLMWrapperBase):
         self.chat_template = chat_template
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self.inplace = inplace
-        self._device = None if device is None else torch.device(device)
         self.layout = torch.strided if layout is None and not pad_output else layout
-        self._input_key = input_key
-        self.in_keys = [self.input_keys().key]
+        self.input_key = input_key or nested(
+            {"history": history_key, "text": text_key, "tokens": tokens_key}[input_mode], "full"
+        )
+        self.in_keys = [self.input_key]
         self.out_keys = [masks_key, tokens_key, log_probs_key]
 
-    def input_keys(self, **template_kwargs: Any) -> InputKeys:
+    def input_keys(self) -> InputKeys:
         """Return where this wrapper looks for its input."""
-        template = {"chat_template_name": self.chat_template_name, "chat_template": self.chat_template}
-        return InputKeys(
-            input_mode=self.input_mode,
-            input_key=self._input_key,
-            history_key=self.history_key,
-            text_key=self.text_key,
-            tokens_key=self.tokens_key,
-            masks_key=self.masks_key,
-            tokenizer=self.tokenizer,
-            template_kwargs={**{k: v for k, v in template.items() if v is not None}, **template_kwargs},
-            tokenizer_kwargs=self.tokenizer_kwargs,
-        )
+        return keys_of(self)
 
     def get_new_version(self, **kwargs: Any) -> VLLMReference:
         """Return a twin with other arguments on the same scorer."""
-        current = {name: getattr(self, name) for name in (*_DESCRIPTION, "padding_side", "tokenizer_kwargs", "inplace")}
+        current = {name: getattr(self, name) for name in (*_DESCRIPTION, "inplace") if name != "input_key"}
         if "input_mode" not in kwargs:
-            current["input_key"] = self._input_key
+            current["input_key"] = self.input_key
         if "pad_output" not in kwargs:
             current["layout"] = self.layout
-        current["device"] = self._device
         return type(self)(kwargs.pop("model", self.scorer), **{**current, **kwargs})
 
     def close(self) -> None:
@@ -193,33 +188,36 @@ class VLLMReference(LLMWrapperBase):
     def _write(self, td: TensorDictBase, out: TensorDictBase) -> None:
         batch = read_batch(td, self.input_keys(), assistant_only=False)
         values = score_batch(self.scorer, batch)
-        write_tokens(out, batch, self)
+        self._write_tokens(td, out, batch)
         set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)
 
-    def _lay_out(self, values: list[torch.Tensor], batch: TokenBatch) -> torch.Tensor | list[torch.Tensor]:
-        return to_layout(values, batch, pad_output=self.pad_output, padding_side=self.padding_side)
+    def _write_tokens(self, td: TensorDictBase, out: TensorDictBase, batch: TokenBatch) -> None:
+        """Write ids and masks in the layout that the log-probs will have. Ids that have it already are left alone."""
+        ids = self._lay_out(batch.token_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0)
+        same_layout = batch.stored and [len(row) for row in ids] == batch.widths
+        if not same_layout:
+            set_rows(out, nested(self.tokens_key, "full"), ids, Tokens)
+        elif out is not td:
+            out.set(self.tokens_key, td.get(self.tokens_key))
+        real = [torch.ones_like(ids, dtype=torch.bool) for ids in batch.token_ids]
+        for name, mask in (("all_attention_mask", real), ("all_assistant_mask", batch.assistant)):
+            if mask is not None:
+                set_rows(out, nested(self.masks_key, name), self._lay_out(mask, batch), Masks)
 
-
-def write_tokens(out: TensorDictBase, batch: TokenBatch, ref: VLLMReference) -> None:
-    """Write ids and masks in the layout that the log-probs will have."""
-    ones = [torch.ones_like(ids, dtype=torch.bool) for ids in batch.token_ids]
-    for key, name, values, data_cls in (
-        (ref.tokens_key, "full", batch.token_ids, Tokens),
-        (ref.masks_key, "all_attention_mask", ones, Masks),
-        (ref.masks_key, "all_assistant_mask", batch.assistant, Masks),
-    ):
-        if values is not None:
-            set_rows(out, nested(key, name), ref._lay_out(values, batch), data_cls)
+    def _lay_out(self, values: list[torch.Tensor], batch: TokenBatch, *, padding_value: float = 0) -> Rows:
+        return to_layout(
+            values, batch, pad_output=self.pad_output, padding_side=self.padding_side, padding_value=padding_value
+        )
 
 
 def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
     if tokenizer is None:
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
             tokenizer = model
         else:
             get_tokenizer = getattr(model, "get_tokenizer", None)
             return get_tokenizer() if get_tokenizer is not None else None
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(tokenizer)
@@ -229,13 +227,17 @@ def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
 class _RemoteBuild:
     """Makes the model where it will live, and tells how it wants to be called. Pickled to the actor."""
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[[], Any], device: Any) -> None:
         self._factory = factory
+        self._device = device
 
     def __call__(self) -> tuple[Scorer, dict[str, Any]]:
         model = self._factory()
+        if self._device is not None:
+            model = model.to(self._device)
+        if model.generate:
+            raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
         attributes = {name: getattr(model, name) for name in _DESCRIPTION if hasattr(model, name)}
-        attributes |= {"generate": model.generate, "return_log_probs": getattr(model, "return_log_probs", True)}
         return scorer_for(model), attributes
 
 
@@ -244,6 +246,7 @@ def remote_reference(
     ref_model_factory: Callable[[], Any] | None,
     *,
     actor_name: str | None,
+    device: torch.device | None = None,
     num_cpus: float = 1,
     num_gpus: float = 0,
 ) -> VLLMReference:
@@ -253,6 +256,7 @@ def remote_reference(
         ref_model: ``None``, or a wrapper that can be pickled (a ``TransformersWrapper``).
         ref_model_factory: makes the wrapper in the actor. With neither, the actor ``actor_name`` must exist.
         actor_name: see :class:`~vllm_kl.engines.ray.RayScorer`.
+        device: where the actor places the model, if it is one of transformers.
         num_cpus, num_gpus: the actor's resources.
     """
     from vllm_kl.engines.ray import RayScorer
@@ -268,7 +272,7 @@ def remote_reference(
         ref_model_factory = functools.partial(_same, ref_model)
     if ref_model_factory is None and actor_name is None:
         raise InputError("use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists")
-    build = None if ref_model_factory is None else _RemoteBuild(ref_model_factory)
+    build = None if ref_model_factory is None else _RemoteBuild(ref_model_factory, device)
     scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
     return VLLMReference(scorer, **scorer.attributes)
 

@@ -6,6 +6,9 @@ same ids, at the same rows, by our own path, so two sides cannot disagree about 
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -38,7 +41,9 @@ def score_batch(scorer: Scorer, batch: TokenBatch) -> list[torch.Tensor]:
         results = scorer.score([batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent])
         for i, result in zip(sent, results, strict=True):
             scored[i] = result
-    return [spread(values, keep) for values, keep in zip(scored, batch.keep, strict=True)]
+    values = [spread(row, keep) for row, keep in zip(scored, batch.keep, strict=True)]
+    check_finite(values, batch.keep, what="log-probs")
+    return values
 
 
 def scorer_for(model: Any) -> Scorer:
@@ -92,8 +97,8 @@ class WrapperScorer:
 class Side(Protocol):
     """One side of a KL."""
 
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> list[torch.Tensor]:
-        """Return B float32 tensors ``[L]``: finite inside the batch's mask, 0.0 outside."""
+    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
+        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded."""
         ...
 
 
@@ -103,8 +108,8 @@ class ModelSide:
     def __init__(self, model: Any) -> None:
         self._scorer = scorer_for(model)
 
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> list[torch.Tensor]:
-        return score_batch(self._scorer, batch)
+    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
+        return score_batch(self._scorer, batch), False
 
 
 class FromCollector:
@@ -136,23 +141,54 @@ class FromCollector:
     def __repr__(self) -> str:
         return f"FromCollector({self.gen_log_probs!r})"
 
-    def expect(self, *, log_probs_full_key: NestedKey, pad_output: bool | None) -> None:
-        """Say where recorded log-probs lie when no policy tells, and which ``pad_output`` the policy must have."""
-        self._key = log_probs_full_key
-        self._pad_output = pad_output
+    @classmethod
+    def of(cls, gen_model: Any, gen_log_probs: GenLogProbs) -> FromCollector:
+        """Return what ``gen_model="from_collector"``, or an instance, stands for."""
+        if isinstance(gen_model, FromCollector):
+            if gen_log_probs not in ("auto", gen_model.gen_log_probs):
+                raise OptionError(f"gen_log_probs={gen_log_probs!r} contradicts {gen_model!r}; give it once")
+            return gen_model
+        if gen_model != "from_collector":
+            raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
+        return cls(gen_log_probs)
 
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> list[torch.Tensor]:
-        """Return B float32 tensors ``[L]``: finite inside the batch's mask, 0.0 outside.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resolved": None}  # an engine stays where it runs
+
+    def expecting(self, *, log_probs_full_key: NestedKey, pad_output: bool | None) -> FromCollector:
+        """Return a copy that knows where recorded log-probs lie when no policy tells, and the ``pad_output`` to expect."""
+        twin = copy.copy(self)
+        twin._key, twin._pad_output = log_probs_full_key, pad_output
+        return twin
+
+    def policy(self, collector: Any) -> LLMWrapperBase | None:
+        """Return the collector's policy, if there is one that TorchRL can ask for log-probs.
+
+        Raises:
+            InputError: its ``pad_output`` is not the reference's.
+        """
+        policy = getattr(collector, "policy", None)
+        if not isinstance(policy, LLMWrapperBase):
+            return None
+        if self._pad_output is not None and policy.pad_output != self._pad_output:
+            raise InputError(
+                f"pad_output mismatch: the collector's policy has pad_output={policy.pad_output}, the reference "
+                f"pad_output={self._pad_output}. Both sides of a KL share one value."
+            )
+        return policy
+
+    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
+        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
 
         Raises:
             CollectorError: nothing recorded to reuse, or nobody to ask; says what to pass instead.
             InputError: the policy's ``pad_output`` is not the reference's.
         """
-        policy = self._policy(collector)
+        policy = self.policy(collector)
         if self.gen_log_probs != "rescore":
             recorded, why_not = self._recorded(batch, td, policy)
             if recorded is not None:
-                return recorded
+                return recorded, True
             if self.gen_log_probs == "reuse":
                 raise CollectorError(
                     f"gen_log_probs='reuse', but {why_not}. Let the policy record log-probs (return_log_probs=True), or "
@@ -161,28 +197,17 @@ class FromCollector:
             why = f"{why_not}, and "
         else:
             why = ""
+        if policy is None and collector is not None:
+            raise CollectorError(
+                f"from_collector: {why}the collector's policy is a {type(collector.policy).__name__}, which cannot be asked to "
+                "score: expected an LLMWrapperBase such as vLLMWrapper. Pass gen_model= with the model that sampled."
+            )
         if policy is None:
             raise CollectorError(
                 f"from_collector: {why}there is no collector whose policy could be asked to score. Append the transform to "
                 "the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= with a model."
             )
-        return score_batch(self._scorer_of(policy), batch)
-
-    def _policy(self, collector: Any) -> Any:
-        if collector is None:
-            return None
-        policy = getattr(collector, "policy", None)
-        if not isinstance(policy, LLMWrapperBase):
-            raise CollectorError(
-                f"from_collector: the collector's policy is a {type(policy).__name__}, expected an LLMWrapperBase such as "
-                "vLLMWrapper. Pass gen_model= with the model that sampled."
-            )
-        if self._pad_output is not None and policy.pad_output != self._pad_output:
-            raise InputError(
-                f"pad_output mismatch: the collector's policy has pad_output={policy.pad_output}, the reference "
-                f"pad_output={self._pad_output}. Both sides of a KL share one value."
-            )
-        return policy
+        return score_batch(self._scorer_of(policy), batch), False
 
     def _recorded(
         self, batch: TokenBatch, td: TensorDictBase, policy: Any
@@ -211,3 +236,37 @@ class FromCollector:
         if self._resolved is None or self._resolved[0] is not policy.model:
             self._resolved = policy.model, scorer_for(policy)
         return self._resolved[1]
+
+
+def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:
+    """Refuse a model that cannot be a side; messages begin as TorchRL's do."""
+    if not getattr(model, "return_log_probs", True):
+        raise InputError(f"The {name} must have `return_log_probs=True`: it has to compute log-probs.")
+    if getattr(model, "generate", True) is not False:
+        raise InputError(
+            f"The {name} must have `generate=False`: use {name}.get_new_version(generate=False, return_log_probs=True)."
+        )
+    input_mode = getattr(model, "input_mode", "history")
+    if assistant_only and input_mode != "history":
+        raise InputError(
+            f"The model must have `input_mode='history'` when `assistant_only=True`; {name} has {input_mode!r}. To use it, "
+            "set `assistant_only=False`."
+        )
+
+
+def warn_unless_full(key: NestedKey) -> None:
+    """Warn of a key that TorchRL's losses would not find."""
+    if not isinstance(key, tuple) or key[-1] != "full":
+        warnings.warn(
+            f"The log-probs key {key!r} is not a tuple that ends with 'full': TorchRL's losses will not find it by default.",
+            stacklevel=3,
+        )
+
+
+def one_of(side: str, model: Any, factory: Callable[[], Any] | None) -> Any:
+    """Return the model of a side, made now if it was given as a factory."""
+    if (model is None) == (factory is None):
+        raise InputError(
+            f"Cannot build the {side} side: pass exactly one of '{side}_model' and '{side}_model_factory'."
+        )
+    return model if factory is None else factory()

@@ -15,18 +15,16 @@ import time
 from collections.abc import Sequence
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.process import ProcessEngine
-from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.errors import MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.requests import TokenIds, check_requests
 from vllm_kl.types import EngineInfo, Readout, ScoreRequest, ScoreResult, ScoreStats
 
 logger = logging.getLogger("vllm_kl")
-
-TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 
 
 class VLLMScorer:
@@ -45,6 +43,10 @@ class VLLMScorer:
         OptionError: an engine option does not exist, or was given for an engine that already runs.
         ReadoutUnavailableError: the engine cannot do this read-out; says why.
         EngineError: the engine did not start; with the end of its log.
+
+    Attributes:
+        stats: figures of the last call, or ``None``.
+        weight_version: version of the engine's weights. 0: those it was started with; nothing here changes them.
 
     >>> # scorer = VLLMScorer("my-model", dtype="float32")
     >>> log_probs = scorer.score([[5, 6, 7, 8], [5, 6, 9]], start=2)
@@ -91,7 +93,7 @@ class VLLMScorer:
             EngineError: the engine died.
         """
         began = time.perf_counter()
-        sequences, starts = self._check(token_ids, start)
+        sequences, starts = check_requests(token_ids, start, self._engine.info)
         requests = {
             i: ScoreRequest(token_ids=ids.tolist(), start=first)
             for i, (ids, first) in enumerate(zip(sequences, starts, strict=True))
@@ -122,34 +124,14 @@ class VLLMScorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(
-        self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None
-    ) -> tuple[list[np.ndarray], list[int]]:
-        """Return B arrays ``[L]`` int64 and B starts, all of them fit to be sent."""
-        sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
-        starts = _to_starts(start, len(sequences))
-        info = self._engine.info
-        for i, (ids, first) in enumerate(zip(sequences, starts, strict=True)):
-            if not len(ids):
-                raise InputError(f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch")
-            if not 1 <= first <= len(ids):
-                raise InputError(
-                    f"sequence {i}: start is {first}, expected 1 <= start <= {len(ids)} (its length). Token 0 has no "
-                    "log-prob: nothing comes before it."
-                )
-            if info.max_sequence_len is not None and len(ids) > info.max_sequence_len:
-                raise InputError(
-                    f"sequence {i} has {len(ids)} tokens, but the engine's read-out {info.readout!r} takes at most "
-                    f"{info.max_sequence_len}. Raise max_model_len when the engine is made, or cut the sequence."
-                )
-            top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int64).max
-            if (outside := (ids < 0) | (ids >= top)).any():
-                t = int(outside.argmax())
-                raise InputError(
-                    f"sequence {i}, token {t}: id {int(ids[t])} is outside the vocabulary [0, {top}). Padding such as "
-                    "-100 must be cut off before scoring."
-                )
-        return sequences, starts
+    def __deepcopy__(self, memo: dict[int, Any]) -> VLLMScorer:
+        return self  # a copied transform scores with the same engine
+
+    def __reduce__(self) -> Any:
+        raise OptionError(
+            "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process (ref_model_factory), "
+            "or keep it in a Ray actor (RetrieveKL(..., use_ray_service=True))"
+        )
 
 
 def _make_engine(model: Any, readout: Readout, engine_options: dict[str, Any]) -> Engine:
@@ -168,30 +150,6 @@ def _make_engine(model: Any, readout: Readout, engine_options: dict[str, Any]) -
             f"readout={readout!r} is not available on a shared engine in this version; use 'flat'"
         )
     return model if is_engine else GenerateEngine(model)
-
-
-def _to_array(i: int, ids: TokenIds) -> np.ndarray:
-    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-    if array.ndim == 1 and not len(array):
-        return array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InputError(
-            f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype {array.dtype}"
-        )
-    return array.astype(np.int64)
-
-
-def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[int]:
-    if start is None:
-        start = 1
-    if isinstance(start, (int, np.integer)):
-        return [int(start)] * num_sequences
-    starts = [int(s) for s in start]
-    if len(starts) != num_sequences:
-        raise InputError(
-            f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"
-        )
-    return starts
 
 
 def _checked(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:

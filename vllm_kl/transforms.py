@@ -10,67 +10,26 @@ Nothing is written before everything is computed: after an error the tensordict 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.data import Composite
-from torchrl.envs import Transform
 from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
-from vllm_kl.errors import CollectorError, InputError, OptionError
-from vllm_kl.inputs import InputKeys, read_batch, rows_of
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.inputs import keys_of, read_batch, rows_of
 from vllm_kl.kl import Estimator, check_estimator, kl_estimate
-from vllm_kl.outputs import declare, set_rows
+from vllm_kl.outputs import declare, set_rows, write_kl
 from vllm_kl.reference import remote_reference
-from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side
-from vllm_kl.types import TokenBatch
-
-Rows = torch.Tensor | list[torch.Tensor]
+from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
+from vllm_kl.steps import NextTransform, per_token_reward, scores, to_device
 
 
-class _NextTransform(Transform):
-    """A transform that reads a step's root tensordict and writes into its ``next`` (or into the root without one)."""
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        next_td = tensordict.get("next", default=None)
-        if next_td is None:
-            return self._step(tensordict, tensordict)
-        return tensordict.set("next", self._step(tensordict, next_td))
-
-    @set_list_to_stack(True)
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        shape = tensordict.batch_size
-        if len(shape) == 1:
-            return self._write(tensordict, next_tensordict)
-        same = next_tensordict is tensordict
-        flat = tensordict.reshape(-1) if len(shape) else lazy_stack([tensordict])
-        flat_next = flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
-        written = self._write(flat, flat_next)
-        return written.view(shape) if len(shape) else written[0]
-
-    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        """Do the work on a one-dimensional batch; return the tensordict that holds the results."""
-        raise NotImplementedError
-
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        # A replay buffer with invert=True comes here with the whole batch (torchrl 0.14: _InvertTransform._inv_call).
-        return self.forward(next_tensordict)
-
-    def _collector(self) -> Any:
-        """The collector of the env this belongs to, or ``None``."""
-        try:
-            container = self.container
-        except AttributeError:  # not appended to anything
-            return None
-        return None if container is None else container.collector
-
-
-class RetrieveLogProb(_NextTransform):
+class RetrieveLogProb(NextTransform):
     """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
 
     Args:
@@ -82,7 +41,8 @@ class RetrieveLogProb(_NextTransform):
         assistant_only: keep the assistant's tokens (needs ``input_mode="history"``).
         tokenizer_kwargs: passed to the chat template where a history must be tokenized (``chat_template_name``, ...).
         detach: no graph on the result.
-        device: where to place the model. Results lie on the tensordict's device.
+        device: where to place a transformers model; a vLLM engine stays where it runs. Results lie on the tensordict's
+            device.
         tokenizer: used where the tensordict has no ids; default the model's.
         padding_side: where rows of different length are padded when ``model.pad_output``.
 
@@ -114,9 +74,9 @@ class RetrieveLogProb(_NextTransform):
         if log_probs_full_key is None:
             log_probs_full_key = (model.log_probs_key, "full")
         else:
-            _warn_unless_full(log_probs_full_key)
+            warn_unless_full(log_probs_full_key)
         super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key])
-        _check_model(model, assistant_only)
+        check_side(model, assistant_only)
         self.log_probs_full_key = log_probs_full_key
         self.model = model if device is None else model.to(device)
         self.assistant_only = assistant_only
@@ -127,19 +87,18 @@ class RetrieveLogProb(_NextTransform):
         self._side = ModelSide(self.model)
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        batch = read_batch(
-            td, input_keys(self.model, self.tokenizer, self.tokenizer_kwargs), assistant_only=self.assistant_only
-        )
-        values = _scores(self._side, batch, td, None, detach=self.detach)
+        keys = keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
+        batch = read_batch(td, keys, assistant_only=self.assistant_only)
+        values, _ = scores(self._side, batch, td, None, detach=self.detach)
         rows = to_layout(values, batch, pad_output=self.model.pad_output, padding_side=self.padding_side)
-        return set_rows(next_td, self.log_probs_full_key, _to_device(rows, td), LogProbs)
+        return set_rows(next_td, self.log_probs_full_key, to_device(rows, td), LogProbs)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         declare(observation_spec, self.log_probs_full_key, LogProbs)
         return observation_spec
 
 
-class KLComputation(_NextTransform):
+class KLComputation(NextTransform):
     """Turns two entries of log-probs into a per-token KL, and subtracts it from the reward.
 
     Args:
@@ -150,11 +109,12 @@ class KLComputation(_NextTransform):
         kl_key: where to write the KL.
         add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
         coeff: the KL's coefficient.
-        padding_side: where ragged rows are padded when only one side is ragged. Both are read as they are.
+        padding_side: accepted as TorchRL's class does; rows are read and written as they are.
         estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``; see :func:`vllm_kl.kl_estimate`.
 
-    NaN on both sides marks a position without a score (TorchRL's generate path writes it on prompts) and is 0.0 in the
-    KL; NaN on one side only is an error, never 0.0.
+    NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the other side has none
+    either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where it has one, a
+    log-prob is missing, which is an error and never 0.0.
 
     >>> data = TensorDict(
     ...     next=TensorDict(
@@ -219,10 +179,10 @@ class KLComputation(_NextTransform):
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        return _per_token_reward(reward_spec) if self.add_to_reward else reward_spec
+        return per_token_reward(reward_spec) if self.add_to_reward else reward_spec
 
 
-class RetrieveKL(_NextTransform):
+class RetrieveKL(NextTransform):
     """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
 
     Args:
@@ -240,7 +200,8 @@ class RetrieveKL(_NextTransform):
         history_key: where the history lies, if there are no ids.
         tokenizer_kwargs: passed to the chat template where a history must be tokenized.
         detach: no graph on the results.
-        device: where to place the models. Results lie on the tensordict's device.
+        device: where to place transformers models; vLLM engines stay where they run. Results lie on the tensordict's
+            device.
         tokenizer: used where the tensordict has no ids; default the reference's, else the gen model's.
         padding_side: where rows of different length are padded.
         kl_key: where the KL is written.
@@ -299,20 +260,25 @@ class RetrieveKL(_NextTransform):
     ) -> None:
         check_estimator(estimator)
         for key in (gen_log_probs_full_key, ref_log_probs_full_key):
-            _warn_unless_full(key)
-        gen_model = _one_of("gen", None if _is_default(gen_model, gen_model_factory) else gen_model, gen_model_factory)
+            warn_unless_full(key)
+        if gen_model_factory is not None and gen_model == "from_collector":
+            gen_model = None  # the default gives way to a factory
+        gen_model = one_of("gen", gen_model, gen_model_factory)
         if use_ray_service:
-            ref_model = remote_reference(ref_model, ref_model_factory, actor_name=actor_name, **kwargs)
+            ref_model = remote_reference(ref_model, ref_model_factory, actor_name=actor_name, device=device, **kwargs)
         elif actor_name is not None or kwargs:
             given = [*(["actor_name"] if actor_name is not None else []), *kwargs]
             raise OptionError(
                 f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
             )
         else:
-            ref_model = _one_of("ref", ref_model, ref_model_factory)
+            ref_model = one_of("ref", ref_model, ref_model_factory)
         models = {"ref_model": ref_model}
+        if gen_log_probs_full_key == ref_log_probs_full_key:
+            raise OptionError(f"both sides would be written to {gen_log_probs_full_key}: give each a key of its own")
+        from_collector: FromCollector | None = None
         if isinstance(gen_model, (str, FromCollector)):
-            self_gen: Side = _from_collector(gen_model, gen_log_probs)
+            from_collector = FromCollector.of(gen_model, gen_log_probs)
         else:
             if gen_log_probs == "reuse":
                 raise OptionError(
@@ -320,7 +286,7 @@ class RetrieveKL(_NextTransform):
                 )
             models["gen_model"] = gen_model
         for name, model in models.items():
-            _check_model(model, assistant_only, name)
+            check_side(model, assistant_only, name)
         pads = {name: model.pad_output for name, model in models.items()}
         if len(set(pads.values())) > 1:
             raise InputError(
@@ -332,19 +298,20 @@ class RetrieveKL(_NextTransform):
         if device is not None:
             models = {name: model.to(device) for name, model in models.items()}
         reward = ["reward"] if add_to_reward else []
+        in_keys = [keys_of(model, history_key=history_key).key for model in models.values()]
         super().__init__(
-            in_keys=list(dict.fromkeys(key for model in models.values() for key in model.in_keys)) + reward,
+            in_keys=list(dict.fromkeys(in_keys)) + reward,
             out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, kl_key, *reward],
         )
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
         self.pad_output = pads["ref_model"]
         self._ref: Side = ModelSide(self.ref_model)
-        if "gen_model" in models:
-            self._gen: Side = ModelSide(self.gen_model)
-        else:
-            self._gen = self_gen
-            self._gen.expect(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
+        self._gen: Side = (
+            ModelSide(self.gen_model)
+            if from_collector is None
+            else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
+        )
         self.assistant_only = assistant_only
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
@@ -360,22 +327,32 @@ class RetrieveKL(_NextTransform):
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         tokenizer = self.tokenizer or self.ref_model.tokenizer or getattr(self.gen_model, "tokenizer", None)
-        keys = input_keys(self.ref_model, tokenizer, self.tokenizer_kwargs, history_key=self.history_key)
-        batch = read_batch(td, keys, assistant_only=self.assistant_only)
         collector = self._collector()
-        gen = _scores(self._gen, batch, td, collector, detach=self.detach)
-        ref = _scores(self._ref, batch, td, collector, detach=self.detach)
+        keys = keys_of(
+            self.ref_model,
+            tokenizer=tokenizer,
+            template_kwargs=self.tokenizer_kwargs,
+            history_key=self.history_key,
+            ids_of=self._gen.policy(collector) if isinstance(self._gen, FromCollector) else None,
+        )
+        batch = read_batch(td, keys, assistant_only=self.assistant_only)
+        gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
+        ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
         kl = kl_estimate(gen, ref, batch.keep, estimator=self.estimator)
         gen_rows, ref_rows, kl_rows = (
-            _to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), td)
+            to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), td)
             for rows in (gen, ref, kl)
         )
+        log_probs = {self.gen_log_probs_full_key: gen_rows, self.ref_log_probs_full_key: ref_rows}
+        if recorded and next_td is td:
+            # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
+            del log_probs[self.gen_log_probs_full_key]
         return write_kl(
             next_td,
             kl_rows,
             kl_key=self.kl_key,
             coeff=self.coeff if self.add_to_reward else None,
-            log_probs={self.gen_log_probs_full_key: gen_rows, self.ref_log_probs_full_key: ref_rows},
+            log_probs=log_probs,
         )
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
@@ -385,66 +362,7 @@ class RetrieveKL(_NextTransform):
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        return _per_token_reward(reward_spec) if self.add_to_reward else reward_spec
-
-
-def write_kl(
-    next_td: TensorDictBase,
-    kl: Rows,
-    *,
-    kl_key: NestedKey,
-    coeff: float | None,
-    log_probs: dict[NestedKey, Rows] | None = None,
-) -> TensorDictBase:
-    """Write log-probs, KL and, where there is one and ``coeff`` is given, the reward; return the tensordict."""
-    reward = None if coeff is None else rows_of(next_td, "reward")
-    if reward is not None:
-        shaped: Rows = [_shaped_reward(i, r, k, coeff) for i, (r, k) in enumerate(zip(reward, kl, strict=True))]
-        if isinstance(kl, torch.Tensor):
-            shaped = torch.stack(list(shaped))
-    for key, rows in (log_probs or {}).items():
-        next_td = set_rows(next_td, key, rows, LogProbs)
-    next_td = set_rows(next_td, kl_key, kl)
-    return next_td if reward is None else set_rows(next_td, "reward", shaped)
-
-
-def _shaped_reward(i: int, reward: torch.Tensor, kl: torch.Tensor, coeff: float) -> torch.Tensor:
-    """Return ``[T, 1]``: the reward of the sequence, or of each token, minus the KL's share."""
-    if reward.numel() not in (1, len(kl)):
-        raise InputError(
-            f"sample {i}: its reward has shape {list(reward.shape)}, expected one value or one per token ({len(kl)})"
-        )
-    return reward.reshape(-1, 1).float() - coeff * kl.to(reward.device).unsqueeze(-1)
-
-
-def input_keys(
-    model: Any, tokenizer: Any, template_kwargs: dict[str, Any], history_key: NestedKey | None = None
-) -> InputKeys:
-    """Return where a wrapper's input lies, and how it is tokenized where there are no ids."""
-    template = {name: getattr(model, name, None) for name in ("chat_template_name", "chat_template")}
-    return InputKeys(
-        input_mode=getattr(model, "input_mode", "history"),
-        input_key=None if history_key not in (None, "history") else model.in_keys[0],
-        history_key=history_key or getattr(model, "history_key", "history"),
-        text_key=getattr(model, "text_key", "text"),
-        tokens_key=getattr(model, "tokens_key", "tokens"),
-        masks_key=getattr(model, "masks_key", "masks"),
-        tokenizer=tokenizer or getattr(model, "tokenizer", None),
-        template_kwargs={**{k: v for k, v in template.items() if v is not None}, **template_kwargs},
-        tokenizer_kwargs=getattr(model, "tokenizer_kwargs", None) or {},
-    )
-
-
-def _scores(side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, detach: bool) -> list[torch.Tensor]:
-    with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
-        values = side.log_probs(batch, td, collector)
-    return [value.detach() for value in values] if detach else values
-
-
-def _to_device(rows: Rows, td: TensorDictBase) -> Rows:
-    if td.device is None:
-        return rows
-    return rows.to(td.device) if isinstance(rows, torch.Tensor) else [row.to(td.device) for row in rows]
+        return per_token_reward(reward_spec) if self.add_to_reward else reward_spec
 
 
 def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
@@ -461,57 +379,6 @@ def _scored(i: int, gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
             f"Sample {i} has different shapes: gen log-probs {list(gen.shape)}, ref log-probs {list(ref.shape)}. Both "
             "sides of a KL must score the same tokens with the same pad_output."
         )
-    return ~(torch.isnan(gen) & torch.isnan(ref)).cpu()
-
-
-def _check_model(model: Any, assistant_only: bool, name: str = "model") -> None:
-    """Refuse a model that cannot be a side; messages begin as TorchRL's do."""
-    if not getattr(model, "return_log_probs", True):
-        raise InputError(f"The {name} must have `return_log_probs=True`: it has to compute log-probs.")
-    if getattr(model, "generate", True) is not False:
-        raise InputError(
-            f"The {name} must have `generate=False`: use {name}.get_new_version(generate=False, return_log_probs=True)."
-        )
-    input_mode = getattr(model, "input_mode", "history")
-    if assistant_only and input_mode != "history":
-        raise InputError(
-            f"The model must have `input_mode='history'` when `assistant_only=True`; {name} has {input_mode!r}. To use it, "
-            "set `assistant_only=False`."
-        )
-
-
-def _warn_unless_full(key: NestedKey) -> None:
-    if not isinstance(key, tuple) or key[-1] != "full":
-        warnings.warn(
-            f"The log-probs key {key!r} is not a tuple that ends with 'full': TorchRL's losses will not find it by default.",
-            stacklevel=3,
-        )
-
-
-def _is_default(model: Any, factory: Any) -> bool:
-    return factory is not None and isinstance(model, str) and model == "from_collector"
-
-
-def _one_of(side: str, model: Any, factory: Callable[[], Any] | None) -> Any:
-    if (model is None) == (factory is None):
-        raise InputError(
-            f"Cannot build the {side} side: pass exactly one of '{side}_model' and '{side}_model_factory'."
-        )
-    return model if factory is None else factory()
-
-
-def _from_collector(gen_model: str | FromCollector, gen_log_probs: GenLogProbs) -> FromCollector:
-    if isinstance(gen_model, FromCollector):
-        if gen_log_probs not in ("auto", gen_model.gen_log_probs):
-            raise OptionError(f"gen_log_probs={gen_log_probs!r} contradicts {gen_model!r}; give it once")
-        return gen_model
-    if gen_model != "from_collector":
-        raise CollectorError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
-    return FromCollector(gen_log_probs)
-
-
-def _per_token_reward(reward_spec: Composite) -> Composite:
-    """Announce a reward per token: ``[*batch, T, 1]``."""
-    if "reward" in reward_spec.keys():
-        declare(reward_spec, "reward", trailing=(-1, 1))
-    return reward_spec
+    gen, ref = gen.detach().cpu(), ref.detach().cpu()
+    unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
+    return ~unscored

@@ -34,7 +34,7 @@ class ScoreResult:
 class EngineInfo:
     """What a scorer must know of an engine before it sends anything."""
 
-    readout: Literal["pooling", "token_ids", "flat"]
+    readout: Literal["pooling", "token_ids", "flat", "logits"]  # "logits": a transformers model
     vocab_size: int | None  # ids must be below; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from typing import Any
 
 from vllm_kl.engines.generate import GenerateEngine
@@ -29,8 +30,12 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> GenerateEngin
     from vllm.platforms import current_platform
 
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
-    llm = LLM(model, **{**_defaults(is_cpu=current_platform.is_cpu()), **options})
-    return GenerateEngine(llm)
+    options = {**_defaults(is_cpu=current_platform.is_cpu()), **options}
+    # An engine that generates refuses a prompt of max_model_len, for want of room for one more token. Give it that room:
+    # the token is sampled and never fed back, so no position past the model's last is computed.
+    max_model_len = EngineArgs(model=model, **options).create_model_config().max_model_len  # refuses what is too long
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    return GenerateEngine(LLM(model, **{**options, "max_model_len": max_model_len + 1}))
 
 
 def _check_options(options: dict[str, Any], known: set[str]) -> None:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,8 @@ class ProcessEngine:
         self._connection = Connection(ours.detach())
         self._lock = threading.Lock()
         self._call_ids = itertools.count()
-        self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self._log)
+        self._owner_pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self._log, self._owner_pid)
         try:
             self.info = self._call({"model": model, "readout": readout, "options": options})
         except BaseException:
@@ -101,15 +102,18 @@ class ProcessEngine:
         self._finalizer()
 
     def _call(self, message: dict[str, Any]) -> Any:
+        if os.getpid() != self._owner_pid:
+            raise EngineError("the engine belongs to the process that started it, not to a fork: make one here")
         with self._lock:
             if not self._finalizer.alive:
                 raise EngineError("the engine is closed: make a new VLLMScorer")
             call_id = next(self._call_ids)
             try:
-                self._connection.send((call_id, message))
+                self._send((call_id, message))
                 while True:
-                    answered_id, ok, answer = self._connection.recv()
-                    # A call that was interrupted (Ctrl-C) leaves its answer behind: drop it.
+                    self._connection.poll(None)  # where an interrupt (Ctrl-C) does no harm
+                    answered_id, ok, answer = self._receive()
+                    # A call that was interrupted leaves its answer behind: drop it.
                     if answered_id == call_id:
                         break
             except (EOFError, OSError) as error:
@@ -123,14 +127,35 @@ class ProcessEngine:
             raise answer
         return answer
 
+    def _send(self, message: Any) -> None:
+        with self._whole_message():
+            self._connection.send(message)
+
+    def _receive(self) -> Any:
+        with self._whole_message():
+            return self._connection.recv()
+
+    @contextlib.contextmanager
+    def _whole_message(self) -> Iterator[None]:
+        """Close the engine if a message is interrupted halfway: nobody could tell where the next one begins."""
+        try:
+            yield
+        except (EOFError, OSError):
+            raise
+        except BaseException:
+            self.close()
+            raise
+
     def _log_tail(self, lines: int = 25) -> str:
         with contextlib.suppress(OSError):
             return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
         return "(no log)"
 
 
-def _end(process: subprocess.Popen, connection: Connection, log: Path) -> None:
-    """End the engine's whole process group: politely, then by force."""
+def _end(process: subprocess.Popen, connection: Connection, log: Path, owner_pid: int) -> None:
+    """End the engine's whole process group: politely, then by force. A fork of the owner leaves it alone."""
+    if os.getpid() != owner_pid:
+        return
     connection.close()  # the child sees the end of its input and exits
     _wait(process, timeout=3.0)
     with contextlib.suppress(ProcessLookupError, PermissionError):

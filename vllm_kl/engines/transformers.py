@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_kl.requests import check_requests
+from vllm_kl.types import EngineInfo
+
 # Sequences go through the model in slices whose logits stay below this many elements (1 GiB in float32).
 _MAX_LOGITS = 2**28
 
@@ -24,20 +27,30 @@ class TransformersScorer:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+        config = model.config.get_text_config()
+        self._info = EngineInfo(
+            readout="logits",
+            vocab_size=config.vocab_size,
+            max_sequence_len=getattr(config, "max_position_embeddings", None),
+        )
 
     def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
-        """Return B float32 tensors ``[L - start]``, nats, on the model's device; with a graph if one is recorded."""
+        """Return B float32 tensors ``[L - start]``, nats, on the model's device; with a graph if one is recorded.
+
+        Raises:
+            InputError: as :meth:`vllm_kl.VLLMScorer.score`.
+        """
+        check_requests(token_ids, start, self._info)
         out: list[torch.Tensor] = []
         while len(out) < len(token_ids):
             out.extend(self._score_slice(token_ids[len(out) :], start[len(out) :]))
         return out
 
     def _score_slice(self, token_ids: Sequence[torch.Tensor], start: Sequence[int]) -> list[torch.Tensor]:
-        vocab_size = self.model.config.get_text_config().vocab_size
         longest, rows = 0, 0
         for ids in token_ids:
             longest = max(longest, len(ids))
-            if rows and (rows + 1) * longest * vocab_size > _MAX_LOGITS:
+            if rows and (rows + 1) * longest * self._info.vocab_size > _MAX_LOGITS:
                 break
             rows += 1
         ids, start = list(token_ids[:rows]), start[:rows]

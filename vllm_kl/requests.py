@@ -1,0 +1,71 @@
+"""Token ids as callers have them -> arrays and starts that are fit to be sent, or a refusal that names the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_kl.errors import InputError
+from vllm_kl.types import EngineInfo
+
+TokenIds = Sequence[int] | np.ndarray | torch.Tensor
+
+
+def check_requests(
+    token_ids: Sequence[TokenIds], start: int | Sequence[int] | None, info: EngineInfo
+) -> tuple[list[np.ndarray], list[int]]:
+    """Return B arrays ``[L]`` int64 and B starts.
+
+    Raises:
+        InputError: a sequence is empty, not flat, too long, or has an id outside the vocabulary; a start is out of
+            range; there are not as many starts as sequences.
+    """
+    sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
+    starts = _to_starts(start, len(sequences))
+    for i, (ids, first) in enumerate(zip(sequences, starts, strict=True)):
+        if not len(ids):
+            raise InputError(f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch")
+        if not 1 <= first <= len(ids):
+            raise InputError(
+                f"sequence {i}: start is {first}, expected 1 <= start <= {len(ids)} (its length). Token 0 has no "
+                "log-prob: nothing comes before it."
+            )
+        if info.max_sequence_len is not None and len(ids) > info.max_sequence_len:
+            raise InputError(
+                f"sequence {i} has {len(ids)} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
+                "where the engine is made, or cut the sequence."
+            )
+        top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int64).max
+        if (outside := (ids < 0) | (ids >= top)).any():
+            t = int(outside.argmax())
+            raise InputError(
+                f"sequence {i}, token {t}: id {int(ids[t])} is outside the vocabulary [0, {top}). Padding such as -100 "
+                "must be cut off before scoring."
+            )
+    return sequences, starts
+
+
+def _to_array(i: int, ids: TokenIds) -> np.ndarray:
+    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    if array.ndim == 1 and not len(array):
+        return array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype {array.dtype}"
+        )
+    return array.astype(np.int64)
+
+
+def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[int]:
+    if start is None:
+        start = 1
+    if isinstance(start, (int, np.integer)):
+        return [int(start)] * num_sequences
+    starts = [int(s) for s in start]
+    if len(starts) != num_sequences:
+        raise InputError(
+            f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"
+        )
+    return starts

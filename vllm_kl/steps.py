@@ -1,0 +1,72 @@
+"""What all transforms share: a step, or a batch, as a one-dimensional batch; devices; the reward's spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from torchrl.data import Composite
+from torchrl.envs import Transform
+
+from vllm_kl.outputs import Rows, declare
+from vllm_kl.resolver import Side
+from vllm_kl.types import TokenBatch
+
+
+class NextTransform(Transform):
+    """A transform that reads a step's root tensordict and writes into its ``next`` (or into the root without one)."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        next_td = tensordict.get("next", default=None)
+        if next_td is None:
+            return self._step(tensordict, tensordict)
+        return tensordict.set("next", self._step(tensordict, next_td))
+
+    @set_list_to_stack(True)
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        shape = tensordict.batch_size
+        if len(shape) == 1:
+            return self._write(tensordict, next_tensordict)
+        same = next_tensordict is tensordict
+        flat = tensordict.reshape(-1) if len(shape) else lazy_stack([tensordict])
+        flat_next = flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
+        written = self._write(flat, flat_next)
+        return written.view(shape) if len(shape) else written[0]
+
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        """Do the work on a one-dimensional batch; return the tensordict that holds the results."""
+        raise NotImplementedError
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        # A replay buffer with invert=True comes here with the whole batch (torchrl 0.14: _InvertTransform._inv_call).
+        return self.forward(next_tensordict)
+
+    def _collector(self) -> Any:
+        """The collector of the env this belongs to, or ``None``."""
+        try:
+            container = self.container
+        except AttributeError:  # not appended to anything
+            return None
+        return None if container is None else container.collector
+
+
+def scores(
+    side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, detach: bool
+) -> tuple[list[torch.Tensor], bool]:
+    with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
+        values, recorded = side.log_probs(batch, td, collector)
+    return [value.detach() for value in values] if detach else values, recorded
+
+
+def to_device(rows: Rows, td: TensorDictBase) -> Rows:
+    if td.device is None:
+        return rows
+    return rows.to(td.device) if isinstance(rows, torch.Tensor) else [row.to(td.device) for row in rows]
+
+
+def per_token_reward(reward_spec: Composite) -> Composite:
+    """Announce a reward per token: ``[*batch, T, 1]``."""
+    if "reward" in reward_spec.keys():
+        declare(reward_spec, "reward", trailing=(-1, 1))
+    return reward_spec
