@@ -38,6 +38,7 @@ def demo(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCH_COMPILE_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "RL_LOGGING_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)

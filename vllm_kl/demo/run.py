@@ -8,6 +8,7 @@ The reference's engine runs in a process of its own.
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import time
 import warnings
@@ -83,6 +84,7 @@ class BatchRow:
 def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     """Run the demo; return the figures of ``--json``."""
     warnings.filterwarnings("ignore")  # upstream's notices and bars would tear ours
+    logging.getLogger("torch").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     set_list_to_stack(True).set()
     config.out.mkdir(parents=True, exist_ok=True)
