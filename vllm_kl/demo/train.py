@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_kl.demo import task
 
-STEPS = 420
-REFERENCE_STEP = 300  # the policy goes on from here to STEPS
+STEPS = 480
+REFERENCE_STEP = 360  # the policy goes on from here to STEPS
 SCHEDULE_STEPS = 600  # training ends before the learning rate does, while answers are still wrong now and then
 BATCH = 32
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1.5e-3
 
 
 def cache_dir() -> Path:
