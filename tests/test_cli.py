@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -30,16 +31,17 @@ def vllm_kl(*args):
     )
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short demo; its checkpoints are cached for the user, as for any user."""
+    out = tmp_path_factory.mktemp("demo")
+    done = vllm_kl("demo", "--batches", 2, "--prompts", 4, "--group", 4, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
 @pytest.mark.timeout(600)
 class TestDemo:
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory):
-        """A short demo; its checkpoints are cached for the user, as for any user."""
-        out = tmp_path_factory.mktemp("demo")
-        done = vllm_kl("demo", "--batches", 2, "--prompts", 4, "--group", 4, "--out", out, "--json")
-        assert done.returncode == 0, done.stderr
-        return out, done
-
     def test_the_last_line_is_json_with_the_promised_figures(self, run):
         out, done = run
         figures = json.loads(done.stdout.splitlines()[-1])
@@ -181,3 +183,15 @@ def test_wrong_arguments_are_explained():
     assert "--batches" in done.stderr
     assert vllm_kl("scoer").returncode == 2
     assert "demo" in vllm_kl("--help").stdout
+
+
+def test_the_example_collects_with_any_two_models(policy_path, ref_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "collect.py", "--policy", policy_path, "--reference", ref_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RL_LOGGING_LEVEL": "ERROR"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^batch 1: 16 responses, \d+ tokens, mean KL [+-]\d+\.\d{4} nats per token$", done.stdout, re.M)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import random
 import threading
@@ -224,6 +225,19 @@ class TestEngines:
             thread.join()
         for i, log_probs in got.items():
             assert_close_to(ref_oracle, log_probs, random_ids(i, 15 + i), 1)
+
+    def test_a_fork_neither_uses_nor_ends_its_parents_engine(self, ref_scorer):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                ref_scorer.score([[1, 2]])
+                status = 1
+            except errors.EngineError as error:
+                status = 0 if "not to a fork" in str(error) else 2
+            ref_scorer.close()
+            os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert len(ref_scorer.score([[1, 2]])[0]) == 1
 
     def test_errors_survive_pickling(self):
         for name in errors.__all__:

@@ -225,6 +225,13 @@ class TestWhereTorchRLsRecipesPutIt:
         want = [oracle.kl(policy_oracle, ref_oracle, s, [t > 0 for t in range(len(s))]) for s in SEQUENCES]
         assert_rows(rows(td, "kl_all"), want)
 
+    def test_a_recorded_zero_on_a_prompt_token_is_not_reused(self, make_reference, policy_oracle):
+        values = [torch.tensor(policy_oracle.log_probs(s)) for s in SEQUENCES]
+        values[2][1] = 0.0
+        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={("log_probs", "full"): values})
+        with pytest.raises(CollectorError, match="of sample 2 is 0.0 at token 1, a prompt token that was not scored"):
+            RetrieveKL("from_collector", make_reference(), assistant_only=False)(td)
+
     def test_a_transform_can_be_copied_but_its_engine_is_not(self, make_reference, policy_oracle, truth):
         transform = copy.deepcopy(RetrieveKL("from_collector", make_reference()))
         assert_rows(rows(transform(self.recorded(policy_oracle)), ("next", "kl_penalty")), truth)

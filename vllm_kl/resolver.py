@@ -230,6 +230,15 @@ class FromCollector:
             check_finite(values, batch.keep, what=str(key))
         except (InputError, MissingLogProbError) as error:
             return None, str(error)
+        prompts = rows_of(td, nested(getattr(policy, "tokens_key", "tokens"), "prompt"))
+        for i, prompt in enumerate(prompts or []):
+            # While it generates, TorchRL 0.14's vLLMWrapper writes 0.0 where vLLM gave no log-prob for a prompt token.
+            zero = batch.keep[i] & (values[i] == 0) & (batch.columns[i] < len(prompt))
+            if zero.any():
+                return (
+                    None,
+                    f"{key} of sample {i} is 0.0 at token {int(zero.nonzero()[0])}, a prompt token that was not scored",
+                )
         return [torch.where(keep, value, 0.0) for value, keep in zip(values, batch.keep, strict=True)], None
 
     def _scorer_of(self, policy: Any) -> Scorer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ class NextTransform(Transform):
         written = self._write(flat, flat_next)
         return written.view(shape) if len(shape) else written[0]
 
+    @abstractmethod
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         """Do the work on a one-dimensional batch; return the tensordict that holds the results."""
-        raise NotImplementedError
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         # A replay buffer with invert=True comes here with the whole batch (torchrl 0.14: _InvertTransform._inv_call).
@@ -54,12 +55,14 @@ class NextTransform(Transform):
 def scores(
     side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, detach: bool
 ) -> tuple[list[torch.Tensor], bool]:
+    """Return a side's log-probs, ``[L]`` each, and whether they were recorded."""
     with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
         values, recorded = side.log_probs(batch, td, collector)
     return [value.detach() for value in values] if detach else values, recorded
 
 
 def to_device(rows: Rows, td: TensorDictBase) -> Rows:
+    """Move rows to the tensordict's device, if it has one."""
     if td.device is None:
         return rows
     return rows.to(td.device) if isinstance(rows, torch.Tensor) else [row.to(td.device) for row in rows]

@@ -57,11 +57,11 @@ def plot(path: Path, rows: Sequence[BatchRow]) -> Path:
     top.plot(batches, [row.kl_k1 for row in rows], marker="o", label="k1")
     top.plot(batches, [row.kl_k3 for row in rows], marker="s", label="k3")
     top.set_ylabel("KL, nats per token")
-    top.set_ylim(bottom=0)
+    top.axhline(0, color="gray", linewidth=0.8)  # k1 may be negative
     top.legend()
     bottom.plot(batches, [row.reward for row in rows], marker="o", color="tab:green")
     bottom.set_ylabel("mean reward")
-    bottom.set_ylim(0, 1)
+    bottom.set_ylim(0, 1.05)
     bottom.set_xlabel("batch")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (top, bottom):
