@@ -18,7 +18,7 @@ from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
 
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import InputKeys, InputMode, keys_of, nested, read_batch
+from vllm_kl.inputs import InputKeys, InputMode, keys_of, nested, read_batch, rows_of
 from vllm_kl.outputs import Rows, set_rows
 from vllm_kl.resolver import score_batch, scorer_for
 from vllm_kl.scorer import VLLMScorer
@@ -194,11 +194,9 @@ class VLLMReference(LLMWrapperBase):
     def _write_tokens(self, td: TensorDictBase, out: TensorDictBase, batch: TokenBatch) -> None:
         """Write ids and masks in the layout that the log-probs will have. Ids that have it already are left alone."""
         ids = self._lay_out(batch.token_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0)
-        same_layout = batch.stored and [len(row) for row in ids] == batch.widths
-        if not same_layout:
+        stored = rows_of(td, nested(self.tokens_key, "full"))
+        if out is not td or stored is None or [len(row) for row in ids] != [len(row) for row in stored]:
             set_rows(out, nested(self.tokens_key, "full"), ids, Tokens)
-        elif out is not td:
-            out.set(self.tokens_key, td.get(self.tokens_key))
         real = [torch.ones_like(ids, dtype=torch.bool) for ids in batch.token_ids]
         for name, mask in (("all_attention_mask", real), ("all_assistant_mask", batch.assistant)):
             if mask is not None:

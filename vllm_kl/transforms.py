@@ -289,12 +289,8 @@ class RetrieveKL(NextTransform):
             check_side(model, assistant_only, name)
         pads = {name: model.pad_output for name, model in models.items()}
         if len(set(pads.values())) > 1:
-            raise InputError(
-                "pad_output mismatch: "
-                + ", ".join(f"{name}.pad_output={pad}" for name, pad in pads.items())
-                + ". Both "
-                "sides of a KL share one value."
-            )
+            found = ", ".join(f"{name}.pad_output={pad}" for name, pad in pads.items())
+            raise InputError(f"pad_output mismatch: {found}. Both sides of a KL share one value.")
         if device is not None:
             models = {name: model.to(device) for name, model in models.items()}
         reward = ["reward"] if add_to_reward else []
