@@ -40,8 +40,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from vllm_kl import VLLMScorer
 from vllm_kl.demo.task import make_tokenizer
 
-SHAPES = [(256, 128, 8), (1024, 128, 16)]  # P, R, G
-GROUPS = 2
+SHAPES = [(256, 128, 8), (1000, 128, 8)]  # P, R, G: a prompt that ends at a block's edge, and one that does not
+GROUPS = 1
 ROUNDS = 5
 VOCAB = 32_000
 
@@ -113,7 +113,7 @@ def run(folder: str, rounds: int) -> None:
         "TorchRL vLLMWrapper": lambda s, p: torchrl_provider(torchrl_vllm, s, p),
         "TorchRL TransformersWrapper": lambda s, p: torch.no_grad()(torchrl_provider)(torchrl_hf, s, p),
     }
-    console = Console(width=130)
+    console = Console(width=140)
     for prompt, response, group in SHAPES:
         sequences = make_groups(prompt, response, group)
         errors = {

@@ -22,4 +22,6 @@ def test_the_flat_readout_agrees_with_float64(ref_path, ref_oracle, share_prefix
     with VLLMScorer(str(ref_path), share_prefix=share_prefix, **options) as scorer:
         for got, ids in zip(scorer.score(sequences, 40), sequences, strict=True):
             want = torch.tensor(ref_oracle.log_probs(ids)[40:], dtype=torch.float64)
-            torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)  # TF32 is off; other kernels than the CPU's
+            torch.testing.assert_close(
+                got.double(), want, rtol=0, atol=1e-4
+            )  # TF32 is off; other kernels than the CPU's
