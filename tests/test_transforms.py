@@ -279,6 +279,40 @@ class TestRetrieveLogProb:
         got = rows(td, ("log_probs", "full"))
         assert_rows([row[-len(s) :] for row, s in zip(got, SEQUENCES, strict=True)], want, LOG_PROB_TOLERANCE)
 
+    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+    @pytest.mark.parametrize(
+        ("mode", "assistant_only"), [("history", True), ("history", False), ("text", False), ("tokens", False)]
+    )
+    def test_every_input_mode_agrees_with_float64(
+        self, make_reference, ref_oracle, tokenizer, mode, assistant_only, pad_output
+    ):
+        if mode == "history":
+            td = batches.history_batch()
+            rendered = [
+                tokenizer.apply_chat_template(c, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+                for c in batches.CHATS
+            ]
+            ids, masks = [r["input_ids"] for r in rendered], [r["assistant_masks"] for r in rendered]
+        else:
+            td = batches.text_batch() if mode == "text" else batches.ids_batch(SEQUENCES)
+            ids, masks = (tokenizer(batches.TEXTS)["input_ids"] if mode == "text" else SEQUENCES), None
+        transform = RetrieveLogProb(
+            make_reference(input_mode=mode, pad_output=pad_output), assistant_only=assistant_only
+        )
+        got = rows(transform(td), ("ref_log_probs", "full"))
+        keep = masks if assistant_only else [[t > 0 for t in range(len(s))] for s in ids]
+        want = [ref_oracle.masked(s, k) for s, k in zip(ids, keep, strict=True)]
+        assert_rows([row[-len(s) :] for row, s in zip(got, ids, strict=True)], want, LOG_PROB_TOLERANCE)
+
+    def test_text_is_tokenized_once_for_both_sides(self, make_gen, make_reference, tokenizer, monkeypatch):
+        calls = []
+        render = type(tokenizer).apply_chat_template
+        monkeypatch.setattr(
+            type(tokenizer), "apply_chat_template", lambda *a, **k: calls.append(k["tokenize"]) or render(*a, **k)
+        )
+        RetrieveKL(make_gen("transformers"), make_reference())(batches.history_batch())
+        assert calls.count(True) == len(batches.CHATS)
+
     def test_writes_where_it_is_told(self, make_gen):
         td = RetrieveLogProb(make_gen("transformers"), log_probs_full_key=("mine", "full"))(
             batches.ids_batch(SEQUENCES, PROMPTS)
