@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import set_list_to_stack
+from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
@@ -99,5 +100,17 @@ def make_reference(ref_scorer: VLLMScorer, tokenizer: Any):
 
     def make(**kwargs: Any) -> VLLMReference:
         return VLLMReference(ref_scorer, tokenizer, **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def make_gen(policy_model, policy_llm, tokenizer):
+    """Make the policy's side as one of the three wrappers."""
+
+    def make(kind, **kwargs):
+        if kind == "transformers":
+            return TransformersWrapper(policy_model, tokenizer=tokenizer, generate=False, **kwargs)
+        return vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, **kwargs)
 
     return make

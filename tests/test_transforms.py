@@ -25,18 +25,6 @@ KEEP = [[t >= p for t in range(len(s))] for s, p in zip(SEQUENCES, PROMPTS, stri
 
 
 @pytest.fixture
-def make_gen(policy_model, policy_llm, tokenizer):
-    """Make the policy's side as one of the three wrappers."""
-
-    def make(kind, **kwargs):
-        if kind == "transformers":
-            return TransformersWrapper(policy_model, tokenizer=tokenizer, generate=False, **kwargs)
-        return vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, **kwargs)
-
-    return make
-
-
-@pytest.fixture
 def truth(policy_oracle, ref_oracle):
     """The KL of every sample, unpadded, float64."""
     return [oracle.kl(policy_oracle, ref_oracle, s, k) for s, k in zip(SEQUENCES, KEEP, strict=True)]
@@ -364,79 +352,3 @@ class TestKLComputation:
     def test_sides_of_different_lengths_are_refused_by_sample(self):
         with pytest.raises(InputError, match="Sample 0 has different shapes"):
             self.transform()(self.data(torch.zeros(2, 3), torch.zeros(2, 4)))
-
-
-class TestRefusedWhenBuilt:
-    def test_pad_output_mismatch(self, make_gen, make_reference):
-        with pytest.raises(ValueError, match=r"pad_output mismatch: .*Both sides of a KL share one value"):
-            RetrieveKL(make_gen("transformers", pad_output=True), make_reference(pad_output=False))
-
-    def test_assistant_only_without_history(self, make_gen, make_reference):
-        message = "The model must have `input_mode='history'` when `assistant_only=True`"
-        with pytest.raises(ValueError, match=message):
-            RetrieveKL(make_gen("transformers", input_mode="tokens"), make_reference())
-        with pytest.raises(ValueError, match=message):
-            RetrieveLogProb(make_reference(input_mode="text"))
-
-    def test_a_model_that_generates(self, policy_llm, tokenizer, make_reference):
-        with pytest.raises(ValueError, match=r"must have `generate=False`.*get_new_version"):
-            RetrieveKL(vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=True), make_reference())
-
-    def test_two_ways_to_give_one_side_or_none(self, make_reference):
-        with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
-            RetrieveKL("from_collector")
-        with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
-            RetrieveKL("from_collector", make_reference(), ref_model_factory=make_reference)
-
-    def test_arguments_that_do_not_exist_or_have_no_effect(self, make_gen, make_reference):
-        with pytest.raises(OptionError, match="estimator='k9' does not exist"):
-            RetrieveKL("from_collector", make_reference(), estimator="k9")
-        with pytest.raises(OptionError, match="gen_log_probs='never' does not exist"):
-            RetrieveKL("from_collector", make_reference(), gen_log_probs="never")
-        with pytest.raises(OptionError, match="unless use_ray_service=True: actor_name"):
-            RetrieveKL("from_collector", make_reference(), actor_name="x")
-        with pytest.raises(OptionError, match="unless use_ray_service=True: coef"):
-            RetrieveKL("from_collector", make_reference(), coef=1.0)
-        with pytest.raises(OptionError, match="both sides would be written to"):
-            RetrieveKL("from_collector", make_reference(), ref_log_probs_full_key=("log_probs", "full"))
-        with pytest.raises(OptionError, match="gen_log_probs='reuse' has no effect with a gen_model"):
-            RetrieveKL(make_gen("transformers"), make_reference(), gen_log_probs="reuse")
-
-
-class TestRefusedWhenCalled:
-    def test_a_kept_first_token_has_no_log_prob(self, make_reference):
-        td = batches.ids_batch([[1, 2]], assistant=[[True, True]])
-        with pytest.raises(InputError, match="sample 0: the assistant mask keeps token 0"):
-            RetrieveLogProb(make_reference())(td)
-
-    def test_ids_without_any_mask_are_not_guessed(self, make_reference):
-        with pytest.raises(InputError, match="neither .*all_assistant_mask.* nor .*prompt.* nor .*history"):
-            RetrieveLogProb(make_reference())(batches.ids_batch([[1, 2]]))
-
-    def test_history_that_does_not_render_to_the_stored_ids_is_refused(self, make_reference):
-        td = batches.history_batch().to_lazystack(0)
-        for sample in td.unbind(0):
-            sample["tokens"] = TensorDict(full=torch.tensor([1, 2, 3]))
-        with pytest.raises(InputError, match="sample 0: its history renders to .* that differ from its 3 stored ids"):
-            RetrieveLogProb(make_reference())(td)
-
-    def test_a_template_that_marks_nothing_says_what_works(self, make_reference):
-        ref = make_reference(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
-        chats = [[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]]
-        with pytest.raises(InputError, match=r"marks no assistant tokens.*generation.*assistant_only=False"):
-            RetrieveLogProb(ref)(batches.history_batch(chats=chats))
-
-    def test_a_reward_of_the_wrong_length_leaves_the_batch_as_it_was(self, make_gen, make_reference):
-        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"reward": [torch.zeros(5, 1)] * 4})
-        with pytest.raises(
-            InputError, match=r"sample 0: its reward has shape \[5, 1\], expected one value or one per token"
-        ):
-            RetrieveKL(make_gen("transformers"), make_reference())(td)
-        assert "kl_penalty" not in td
-        assert "ref_log_probs" not in td
-
-    def test_holes_in_the_attention_mask_are_reported(self, make_reference):
-        td = batches.ids_batch([[1, 2, 3, 4]], assistant=[[False, False, True, True]])
-        td[0]["masks"].all_attention_mask[1] = False
-        with pytest.warns(UserWarning, match="sample 0 .*leaves out tokens inside the sequence"):
-            RetrieveLogProb(make_reference())(td)
