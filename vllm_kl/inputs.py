@@ -30,23 +30,12 @@ class InputKeys:
     """Where a batch keeps its entries, and how text becomes ids where it must."""
 
     input_mode: InputMode
-    input_key: NestedKey | None = None  # None: (input_mode's key, "full")
-    history_key: NestedKey = "history"
-    text_key: NestedKey = "text"
+    key: NestedKey  # what is tokenized, or read, where there are no ids under ``tokens_key``
     tokens_key: NestedKey = "tokens"
     masks_key: NestedKey = "masks"
     tokenizer: Any = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # chat_template_name, chat_template, ...
     tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)  # for text
-
-    @property
-    def key(self) -> NestedKey:
-        """The entry that is tokenized, or read, where there are no ids under ``tokens_key``."""
-        if self.input_key is not None:
-            return self.input_key
-        return nested(
-            {"history": self.history_key, "text": self.text_key, "tokens": self.tokens_key}[self.input_mode], "full"
-        )
 
 
 def keys_of(
@@ -67,12 +56,11 @@ def keys_of(
         ids_of: the wrapper that wrote ids and masks, where it is another one.
     """
     template = {name: getattr(model, name, None) for name in ("chat_template_name", "chat_template")}
+    input_mode = getattr(model, "input_mode", "history")
     other_history = history_key is not None and history_key != getattr(model, "history_key", "history")
     return InputKeys(
-        input_mode=getattr(model, "input_mode", "history"),
-        input_key=None if other_history else model.in_keys[0],
-        history_key=history_key or getattr(model, "history_key", "history"),
-        text_key=getattr(model, "text_key", "text"),
+        input_mode=input_mode,
+        key=nested(history_key, "full") if other_history and input_mode == "history" else model.in_keys[0],
         tokens_key=getattr(ids_of or model, "tokens_key", "tokens"),
         masks_key=getattr(ids_of or model, "masks_key", "masks"),
         tokenizer=tokenizer or getattr(model, "tokenizer", None),

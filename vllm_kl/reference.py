@@ -18,7 +18,7 @@ from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
 
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import InputKeys, InputMode, keys_of, nested, read_batch, rows_of
+from vllm_kl.inputs import InputMode, keys_of, nested, read_batch, rows_of
 from vllm_kl.outputs import Rows, set_rows
 from vllm_kl.resolver import score_batch, scorer_for
 from vllm_kl.scorer import VLLMScorer
@@ -147,10 +147,6 @@ class VLLMReference(LLMWrapperBase):
         self.in_keys = [self.input_key]
         self.out_keys = [masks_key, tokens_key, log_probs_key]
 
-    def input_keys(self) -> InputKeys:
-        """Return where this wrapper looks for its input."""
-        return keys_of(self)
-
     def get_new_version(self, **kwargs: Any) -> VLLMReference:
         """Return a twin with other arguments on the same scorer."""
         current = {name: getattr(self, name) for name in (*_DESCRIPTION, "inplace") if name != "input_key"}
@@ -186,7 +182,7 @@ class VLLMReference(LLMWrapperBase):
         return tensordict_out
 
     def _write(self, td: TensorDictBase, out: TensorDictBase) -> None:
-        batch = read_batch(td, self.input_keys(), assistant_only=False)
+        batch = read_batch(td, keys_of(self), assistant_only=False)
         values = score_batch(self.scorer, batch)
         self._write_tokens(td, out, batch)
         set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)
