@@ -159,7 +159,7 @@ class TestBadInput:
     def test_unknown_readouts_and_models_are_refused(self, policy_llm):
         with pytest.raises(errors.ReadoutUnavailableError, match="does not exist; choose one of"):
             VLLMScorer(policy_llm, readout="fast")
-        with pytest.raises(errors.ReadoutUnavailableError, match="'pooling' is not available on a shared engine"):
+        with pytest.raises(errors.ReadoutUnavailableError, match="'pooling' is not available on an engine that generates"):
             VLLMScorer(policy_llm, readout="pooling")
         with pytest.raises(errors.OptionError, match="a path, a model name or a live vllm.LLM, got int"):
             VLLMScorer(3)
@@ -177,11 +177,11 @@ class Faulty:
     def __init__(self, fault):
         self._fault = fault
 
-    def score(self, requests, *, share_prefix):
+    def score(self, requests, *, share_prefix, on_done=None):
         results = []
         for r in requests:
-            values = torch.tensor([-float(sum(r.token_ids[:t])) for t in range(r.start, len(r.token_ids))])
-            results.append(ScoreResult(log_probs=self._fault(values)))
+            values = torch.tensor([-float(r.token_ids[:t].sum()) for t in range(r.start, len(r.token_ids))])
+            results.append(ScoreResult(values=self._fault(values)[:, None].numpy()))
         return results
 
     def close(self):
@@ -198,7 +198,7 @@ class TestMissingLogProbs:
             VLLMScorer(Faulty(fault)).score([[1, 2, 3, 4]], 2)
 
     def test_a_missing_row_is_an_error(self):
-        with pytest.raises(errors.MissingLogProbError, match="sequence 0: expected 3 log-probs, the engine returned 2"):
+        with pytest.raises(errors.MissingLogProbError, match=r"sequence 0: expected \[3, 1\] log-probs, the engine returned \[2, 1\]"):
             VLLMScorer(Faulty(lambda values: values[1:])).score([[1, 2, 3, 4]])
 
     def test_minus_inf_is_a_log_prob(self):

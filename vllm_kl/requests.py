@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 def check_requests(
     token_ids: Sequence[TokenIds], start: int | Sequence[int] | None, info: EngineInfo
 ) -> tuple[list[np.ndarray], list[int]]:
-    """Return B arrays ``[L]`` int64 and B starts.
+    """Return B arrays ``[L]`` int32 and B starts.
 
     Raises:
         InputError: a sequence is empty, not flat, too long, or has an id outside the vocabulary; a start is out of
@@ -37,14 +39,61 @@ def check_requests(
                 f"sequence {i} has {len(ids)} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
                 "where the engine is made, or cut the sequence."
             )
-        top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int64).max
+        top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
         if (outside := (ids < 0) | (ids >= top)).any():
             t = int(outside.argmax())
             raise InputError(
                 f"sequence {i}, token {t}: id {int(ids[t])} is outside the vocabulary [0, {top}). Padding such as -100 "
                 "must be cut off before scoring."
             )
-    return sequences, starts
+    return [ids.astype(np.int32) for ids in sequences], starts
+
+
+def check_ids(
+    ids: Sequence[Any], sequences: Sequence[np.ndarray], starts: Sequence[int], info: EngineInfo
+) -> list[np.ndarray]:
+    """Return B arrays ``[L - start, K]`` int32: the chosen tokens of each row.
+
+    Raises:
+        InputError: an entry has another shape, or an id outside the vocabulary; K differs between sequences.
+    """
+    if len(ids) != len(sequences):
+        raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
+    top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
+    checked: list[np.ndarray] = []
+    for i, (entry, sequence, start) in enumerate(zip(ids, sequences, starts, strict=True)):
+        array = entry.detach().cpu().numpy() if isinstance(entry, torch.Tensor) else np.asarray(entry)
+        num_rows, num_ids = (
+            len(sequence) - start,
+            checked[0].shape[1] if checked else array.shape[-1] if array.ndim else 0,
+        )
+        if not num_rows and not array.size:
+            array = np.empty((0, num_ids), np.int64)
+        if array.shape != (num_rows, num_ids) or not num_ids or array.dtype.kind not in "iu":
+            raise InputError(
+                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids or 'K'}] (a row per scored token, K the same "
+                f"for all sequences), got shape {list(array.shape)} and dtype {array.dtype}"
+            )
+        if (outside := (array < 0) | (array >= top)).any():
+            row, column = (int(n) for n in np.argwhere(outside)[0])
+            raise InputError(
+                f"ids of sequence {i}, row {row}: id {array[row, column]} is outside the vocabulary [0, {top})"
+            )
+        checked.append(array.astype(np.int32))
+    return checked
+
+
+def check_temperature(temperature: float) -> float:
+    """Return it as a float.
+
+    Raises:
+        InputError: it is not a positive, finite number.
+    """
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise InputError(
+            f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs to compare."
+        )
+    return float(temperature)
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 ``VLLMScorer.score`` checks the input, sends what must be computed to its engine, and checks what comes back:
 
-    token_ids, start -> ScoreRequest -> engine (engines/) -> ScoreResult -> every row there, finite -> float32 tensors
+    token_ids, start -> ScoreRequest -> ordered, each once (batching.py) -> engine (engines/) -> ScoreResult
+        -> every row there, finite -> float32 tensors, in the caller's order
 
 It knows nothing of tensordicts, chat templates, masks or padding; those are ``inputs.py`` and ``alignment.py``.
 """
@@ -15,14 +16,17 @@ import time
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
+from vllm_kl.batching import plan
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.process import ProcessEngine
-from vllm_kl.errors import MissingLogProbError, OptionError, ReadoutUnavailableError
-from vllm_kl.requests import TokenIds, check_requests
-from vllm_kl.types import EngineInfo, Readout, ScoreRequest, ScoreResult, ScoreStats
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.progress import show_progress
+from vllm_kl.requests import TokenIds, check_ids, check_requests, check_temperature
+from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
 
 logger = logging.getLogger("vllm_kl")
 
@@ -33,15 +37,19 @@ class VLLMScorer:
     Args:
         model: path or name of a model: the scorer owns an engine, in a process of its own that ends with this one.
             Or a live ``vllm.LLM``: it is shared, and left running. Or an :class:`~vllm_kl.engines.base.Engine`.
-        readout: how log-probs leave the engine. ``"flat"`` works with every engine; ``"auto"`` takes the best that
-            the engine supports and says which in the log.
-        share_prefix: let sequences of one call share the KV of a common prefix. Always exact: a cache hit that
-            would hide a row is sent again.
+        readout: how log-probs leave the engine. ``"pooling"`` (an owned engine) reads them inside the engine, at prefill
+            speed; ``"token_ids"`` (a shared engine on a GPU) asks vLLM for the rows and tokens that are needed;
+            ``"flat"`` works with every engine. ``"auto"`` takes the first of these that the engine supports, and says
+            which in the log.
+        share_prefix: let sequences share the KV of a common prefix. Always exact: a cache hit ends before the first
+            row that is scored.
+        temperature: log-probs are those of ``softmax(logits / temperature)``, as sampled at that temperature. vLLM's own
+            prompt log-probs ignore it; read-outs that cannot apply it refuse.
         **engine_options: vLLM's engine options under their own names, for an owned engine.
 
     Raises:
         OptionError: an engine option does not exist, or was given for an engine that already runs.
-        ReadoutUnavailableError: the engine cannot do this read-out; says why.
+        ReadoutUnavailableError: the engine cannot do this read-out, or the read-out this temperature; says why.
         EngineError: the engine did not start; with the end of its log.
 
     Attributes:
@@ -57,16 +65,28 @@ class VLLMScorer:
     """
 
     def __init__(
-        self, model: Any, *, readout: Readout = "auto", share_prefix: bool = True, **engine_options: Any
+        self,
+        model: Any,
+        *,
+        readout: ReadoutName = "auto",
+        share_prefix: bool = True,
+        temperature: float = 1.0,
+        **engine_options: Any,
     ) -> None:
-        if readout not in get_args(Readout):
+        if readout not in get_args(ReadoutName):
             raise ReadoutUnavailableError(
-                f"readout={readout!r} does not exist; choose one of {', '.join(get_args(Readout))}"
+                f"readout={readout!r} does not exist; choose one of {', '.join(get_args(ReadoutName))}"
             )
         self.share_prefix = share_prefix
+        self.temperature = check_temperature(temperature)
         self.weight_version = 0
         self.stats: ScoreStats | None = None
         self._engine: Engine = _make_engine(model, readout, engine_options)
+        try:
+            self._check_can(self.temperature)
+        except ReadoutUnavailableError:
+            self.close()
+            raise
         logger.info("vllm_kl: read-out %s", self.readout)
 
     @property
@@ -74,13 +94,22 @@ class VLLMScorer:
         """The read-out in use: ``"flat"``, ``"token_ids"`` or ``"pooling"``."""
         return self._engine.info.readout
 
-    def score(self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None = None) -> list[torch.Tensor]:
+    def score(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        progress: bool = False,
+    ) -> list[torch.Tensor]:
         """Return the log-probs of every sequence's tokens from ``start`` on.
 
         Args:
             token_ids: B sequences of ints (lists, arrays or 1-D tensors), of any lengths.
             start: index of the first token to score, one for all or one each, ``1 <= start <= len``; ``None`` is 1.
                 ``start == len`` scores nothing and costs nothing.
+            temperature: of this call, instead of the scorer's.
+            progress: show a bar on standard error while the engine works.
 
         Returns:
             B float32 CPU tensors; element j of tensor i is
@@ -88,31 +117,140 @@ class VLLMScorer:
 
         Raises:
             InputError: an empty sequence, a start out of range, an id outside the vocabulary, a sequence longer than
-                the engine takes. Names the sequence. Nothing was sent.
+                the engine takes, a temperature that is not positive. Names the sequence. Nothing was sent.
+            ReadoutUnavailableError: a temperature that the read-out cannot apply.
             MissingLogProbError: the engine returned no number, NaN or +inf for a token.
             EngineError: the engine died.
         """
+        return [values[:, 0].clone() for values in self._read(token_ids, start, temperature, progress)]
+
+    def score_ids(
+        self,
+        token_ids: Sequence[TokenIds],
+        ids: Sequence[Any],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """Return the log-probs of chosen tokens at every position from ``start`` on.
+
+        Args:
+            token_ids: as :meth:`score` takes them.
+            ids: per sequence the tokens to score: ``[len - start, K]`` ints (tensor, array or nested lists), row j for the
+                position of token ``start + j``. K is the same for all sequences.
+            start, temperature, progress: as :meth:`score` takes them.
+
+        Returns:
+            B float32 CPU tensors ``[len - start, K]``; element (j, n) of tensor i is
+            ``log p(ids[i][j][n] | token_ids[i][:start + j])`` in nats.
+
+        Raises:
+            InputError: as :meth:`score`; ids of another shape, or outside the vocabulary.
+            ReadoutUnavailableError: the read-out returns the sequence's own tokens only.
+
+        >>> chosen, = scorer.score_ids([[5, 6, 7]], [[[6, 9], [7, 9]]])
+        >>> torch.equal(chosen[:, 0], scorer.score([[5, 6, 7]])[0])
+        True
+        """
+        return [values[:, 1:].clone() for values in self._read(token_ids, start, temperature, progress, ids=ids)]
+
+    def score_topk(
+        self,
+        token_ids: Sequence[TokenIds],
+        k: int,
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        progress: bool = False,
+    ) -> list[TopK]:
+        """Return the k best tokens at every position from ``start`` on, and the log-probs of the sequence's own.
+
+        Args:
+            token_ids, start, temperature, progress: as :meth:`score` takes them.
+            k: how many, ``1 <= k <=`` the vocabulary.
+
+        Returns:
+            B :class:`~vllm_kl.types.TopK`: ids and log-probs ``[len - start, k]``, best first, and ``[len - start]`` of the
+            sequence's own tokens; float32 CPU tensors, nats. Two tokens whose logits differ by less than the model's
+            dtype resolves may change places.
+
+        Raises:
+            InputError: as :meth:`score`; k out of range.
+            ReadoutUnavailableError: the read-out returns the sequence's own tokens only.
+
+        >>> best, = scorer.score_topk([[5, 6, 7]], k=3)
+        >>> best.token_ids.shape, bool((best.log_probs.diff() <= 0).all())
+        (torch.Size([2, 3]), True)
+        """
+        if not isinstance(k, int) or k < 1 or (self._engine.info.vocab_size or k) < k:
+            raise InputError(f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}")
+        return [
+            TopK(
+                token_ids=values[:, 1 : 1 + k].long(),
+                log_probs=values[:, 1 + k :].clone(),
+                target_log_probs=values[:, 0].clone(),
+            )
+            for values in self._read(token_ids, start, temperature, progress, top_k=k)
+        ]
+
+    def _read(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None,
+        temperature: float | None,
+        progress: bool,
+        *,
+        ids: Sequence[Any] | None = None,
+        top_k: int = 0,
+    ) -> list[torch.Tensor]:
+        """Return B float32 tensors ``[len - start, 1 + K + 2 * top_k]``; see :class:`~vllm_kl.types.ScoreResult`."""
         began = time.perf_counter()
-        sequences, starts = check_requests(token_ids, start, self._engine.info)
+        info = self._engine.info
+        temperature = self.temperature if temperature is None else check_temperature(temperature)
+        self._check_can(temperature, ids=ids is not None, top_k=top_k > 0)
+        sequences, starts = check_requests(token_ids, start, info)
+        chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
         requests = {
-            i: ScoreRequest(token_ids=ids.tolist(), start=first)
-            for i, (ids, first) in enumerate(zip(sequences, starts, strict=True))
-            if first < len(ids)
+            i: ScoreRequest(token_ids=sequence, start=first, temperature=temperature, ids=chosen[i], top_k=top_k)
+            for i, (sequence, first) in enumerate(zip(sequences, starts, strict=True))
+            if first < len(sequence)
         }
-        results = self._engine.score(list(requests.values()), share_prefix=self.share_prefix) if requests else []
-        log_probs = [torch.empty(0)] * len(sequences)
-        for (i, request), result in zip(requests.items(), results, strict=True):
-            log_probs[i] = _checked(i, request, result)
+        planned = plan(list(requests.values()))
+        results = []
+        if planned.requests:
+            with show_progress(len(planned.requests), enabled=progress) as on_done:
+                results = self._engine.score(planned.requests, share_prefix=self.share_prefix, on_done=on_done)
+        num_columns = 1 + 2 * top_k + (0 if ids is None or not len(chosen) else chosen[0].shape[1])
+        values = [torch.empty(0, num_columns)] * len(sequences)
+        for (i, request), result in zip(requests.items(), planned.restore(results), strict=True):
+            values[i] = _checked(i, request, result)
+        num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
+        num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
         self.stats = ScoreStats(
             num_requests=len(requests),
-            num_scored_tokens=sum(len(t) for t in log_probs),
-            num_prompt_tokens=sum(len(r.token_ids) for r in requests.values()),
-            num_cached_tokens=sum(r.num_cached_tokens for r in results),
+            num_scored_tokens=sum(len(v) for v in values),
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=num_prompt_tokens - num_sent_tokens + sum(r.num_cached_tokens for r in results),
             num_rescored=sum(r.rescored for r in results),
             readout=self.readout,
             wall_s=time.perf_counter() - began,
         )
-        return log_probs
+        return values
+
+    def _check_can(self, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
+        """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
+        wanted = {"temperature": temperature != 1.0, "ids": ids, "top_k": top_k}
+        for name, is_wanted in wanted.items():
+            if is_wanted and name not in self._engine.info.can:
+                what = {
+                    "temperature": f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
+                    "ids": "return log-probs of chosen ids",
+                    "top_k": "return the best tokens",
+                }[name]
+                raise ReadoutUnavailableError(
+                    f"the read-out {self.readout!r} cannot {what}. An engine that the scorer owns (VLLMScorer(path)) can"
+                )
 
     def close(self) -> None:
         """End the owned engine and its processes; a shared engine is left running. Safe to call twice."""
@@ -134,7 +272,7 @@ class VLLMScorer:
         )
 
 
-def _make_engine(model: Any, readout: Readout, engine_options: dict[str, Any]) -> Engine:
+def _make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any]) -> Engine:
     if isinstance(model, (str, os.PathLike)):
         return ProcessEngine(os.fspath(model), readout=readout, options=engine_options)
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
@@ -145,25 +283,25 @@ def _make_engine(model: Any, readout: Readout, engine_options: dict[str, Any]) -
             f"engine options have no effect on an engine that already runs: {', '.join(engine_options)}. Give them "
             "where the engine is made."
         )
-    if readout not in ("auto", "flat"):
-        raise ReadoutUnavailableError(
-            f"readout={readout!r} is not available on a shared engine in this version; use 'flat'"
-        )
-    return model if is_engine else GenerateEngine(model)
+    if not is_engine:
+        return GenerateEngine(model, readout=readout)
+    if readout not in ("auto", model.info.readout):
+        raise ReadoutUnavailableError(f"readout={readout!r} is not available: this engine does {model.info.readout!r}")
+    return model
 
 
 def _checked(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:
-    """Return the log-probs of sequence i, or refuse: -inf is a number (probability 0), NaN and +inf are not."""
-    want = len(request.token_ids) - request.start
-    if len(result.log_probs) != want:
-        raise MissingLogProbError(
-            f"sequence {i}: expected {want} log-probs, the engine returned {len(result.log_probs)}"
-        )
-    bad = torch.isnan(result.log_probs) | (result.log_probs == torch.inf)
+    """Return the values of sequence i, or refuse: -inf is a number (probability 0), NaN and +inf are not."""
+    num_columns = 1 + 2 * request.top_k + (0 if request.ids is None else request.ids.shape[1])
+    want, got = (len(request.token_ids) - request.start, num_columns), tuple(result.values.shape)
+    if got != want:
+        raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
+    bad = np.isnan(result.values) | (result.values == np.inf)
     if bad.any():
-        j = int(bad.nonzero()[0])
+        j, column = (int(n) for n in np.argwhere(bad)[0])
         raise MissingLogProbError(
-            f"sequence {i}, token {request.start + j}: the engine returned {float(result.log_probs[j])} instead of a "
-            f"log-prob ({int(bad.sum())} such tokens). The model's weights or activations overflow, or a row was lost."
+            f"sequence {i}, token {request.start + j}: the engine returned {result.values[j, column]} instead of a "
+            f"log-prob ({int(bad.any(axis=1).sum())} such tokens). The model's weights or activations overflow, or a row "
+            "was lost."
         )
-    return result.log_probs
+    return torch.from_numpy(result.values)

@@ -8,26 +8,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
-Readout = Literal["auto", "pooling", "token_ids", "flat"]
+ReadoutName = Literal["auto", "pooling", "token_ids", "flat"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreRequest:
-    """One sequence for an engine. It carries plain ints: it crosses process borders."""
+    """One sequence for an engine. It holds plain values and arrays: it crosses process borders."""
 
-    token_ids: list[int]  # [L], L >= 2
+    token_ids: np.ndarray  # [L] int32, L >= 2
     start: int  # index of the first token to score, 1 <= start < L
+    temperature: float = 1.0  # log-probs are those of softmax(logits / temperature)
+    ids: np.ndarray | None = None  # [L - start, K] int32: tokens to score beside the sequence's own
+    top_k: int = 0  # best tokens to return per row
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreResult:
-    """What an engine returns for one request."""
+    """What an engine returns for one request. R = L - start rows; row j is of token start + j."""
 
-    log_probs: torch.Tensor  # [L - start] float32 on the CPU, nats; NaN where the engine gave none
+    values: (
+        np.ndarray
+    )  # [R, 1 + K + 2 k] float32: the token's log-prob, those of ids, then ids and log-probs of the best;
+    # nats; NaN where the engine gave none
     num_cached_tokens: int = 0  # tokens whose KV was read from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TopK:
+    """The best tokens of every scored row of one sequence, best first."""
+
+    token_ids: torch.Tensor  # [R, k] int64
+    log_probs: torch.Tensor  # [R, k] float32, nats
+    target_log_probs: torch.Tensor  # [R] float32: of the sequence's own tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,16 +53,17 @@ class EngineInfo:
     readout: Literal["pooling", "token_ids", "flat", "logits"]  # "logits": a transformers model
     vocab_size: int | None  # ids must be below; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
+    can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()  # what it can do beyond the tokens' log-probs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreStats:
-    """Figures of one :meth:`~vllm_kl.VLLMScorer.score` call."""
+    """Figures of one call of :class:`~vllm_kl.VLLMScorer`."""
 
-    num_requests: int  # sequences sent to the engine
-    num_scored_tokens: int  # log-probs returned
-    num_prompt_tokens: int  # tokens of the sequences sent
-    num_cached_tokens: int  # of those, read from the prefix cache
+    num_requests: int  # sequences with a token to score
+    num_scored_tokens: int  # rows returned
+    num_prompt_tokens: int  # tokens of those sequences
+    num_cached_tokens: int  # of those, not computed: read from the prefix cache, or of a sequence that came twice
     num_rescored: int  # sequences sent twice for exactness
     readout: str
     wall_s: float

@@ -1,7 +1,8 @@
 """The main program of an owned engine's process: ``python -m vllm_kl.engines._child FD OWNER_PID``.
 
-Reads ``(call_id, message)`` from the connection, answers ``(call_id, ok, result or exception)``. The first message
-starts the engine. It ends with its owner; see :mod:`vllm_kl.engines.process`.
+Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel". Answers with the same triple:
+"info", "results" of every step that finished some, or "error". It ends with its owner; see
+:mod:`vllm_kl.engines.process`.
 """
 
 from __future__ import annotations
@@ -43,32 +44,76 @@ def _as_answer(error: Exception) -> Exception:
     return EngineError(f"vLLM failed: {text}")
 
 
+class _Call:
+    """A call that is being served: what is left of it, and what the last steps finished."""
+
+    def __init__(self, num_requests: int) -> None:
+        self.num_left = num_requests
+        self.finished: list[tuple[int, Any]] = []
+
+
+class _Server:
+    """Serves one connection: takes calls between the steps of the engine, so that concurrent callers share batches."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._driver: Any = None
+        self._calls: dict[int, _Call] = {}
+
+    def run(self) -> None:
+        while True:
+            while self._connection.poll(0 if self._calls else None):
+                self._take(*self._connection.recv())
+            self._step()
+
+    def _take(self, call_id: int, kind: str, body: Any) -> None:
+        if kind == "start":
+            from vllm_kl.engines.local import start
+
+            try:
+                self._driver = start(**body)
+            except Exception as error:
+                self._answer(call_id, "error", _as_answer(error))
+            else:
+                self._answer(call_id, "info", self._driver.info)
+        elif kind == "score":
+            self._calls[call_id] = _Call(len(body["requests"]))
+            for n, request in enumerate(body["requests"]):
+                self._driver.submit((call_id, n), request, share_prefix=body["share_prefix"])
+        elif self._calls.pop(call_id, None):  # "cancel"
+            self._driver.cancel([(call_id, n) for n in range(body)])
+
+    def _step(self) -> None:
+        try:
+            for (call_id, n), result in self._driver.step():
+                self._calls[call_id].finished.append((n, result))
+        except Exception as error:
+            # The engine's state is unknown: nobody may use it again.
+            for call_id in self._calls:
+                self._answer(call_id, "error", _as_answer(error))
+            raise
+        for call_id, call in list(self._calls.items()):
+            if call.finished:
+                call.num_left -= len(call.finished)
+                self._answer(call_id, "results", call.finished)
+                call.finished = []
+            if not call.num_left:
+                del self._calls[call_id]
+
+    def _answer(self, call_id: int, kind: str, body: Any) -> None:
+        self._connection.send_bytes(pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL))
+
+
 def main(fd: int, owner_pid: int) -> None:
     _end_with_owner(owner_pid)
-    connection = Connection(fd)
-    engine: Any = None
-    while True:
-        try:
-            call_id, message = connection.recv()
-        except EOFError:
-            break
-        try:
-            if engine is None:
-                from vllm_kl.engines.local import start
-
-                engine = start(**message)
-                answer = engine.info
-            else:
-                answer = engine.score(**message)
-            reply = (call_id, True, answer)
-        except Exception as error:
-            reply = (call_id, False, _as_answer(error))
-        try:
-            connection.send_bytes(pickle.dumps(reply))
-        except OSError:
-            break
-    # vLLM's own processes, if it started any, are in this group.
-    os.killpg(0, signal.SIGKILL)
+    try:
+        _Server(Connection(fd)).run()
+    except (EOFError, OSError):
+        pass  # the owner closed the connection
+    finally:
+        # vLLM's own processes, if it started any, are in this group.
+        sys.stderr.flush()
+        os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The seam between :class:`~vllm_kl.VLLMScorer` and whatever computes the log-probs.
+"""The seams between :class:`~vllm_kl.VLLMScorer` and whatever computes the log-probs.
 
 An engine gets requests that were already checked, and returns one result per request, in their order. It knows
 nothing of batches, masks or tensordicts. A new read-out is a new class here, nothing else.
@@ -6,10 +6,12 @@ nothing of batches, masks or tensordicts. A new read-out is a new class here, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+OnDone = Callable[[int], None]  # told how many more requests are done
 
 
 class Engine(Protocol):
@@ -17,7 +19,9 @@ class Engine(Protocol):
 
     info: EngineInfo
 
-    def score(self, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
+    def score(
+        self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_done: OnDone | None = None
+    ) -> list[ScoreResult]:
         """Return one result per request, in their order.
 
         ``share_prefix`` allows reading the prefix cache; results must not depend on it beyond rounding.
@@ -27,4 +31,22 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give everything back; safe to call twice. An engine that somebody else owns is left running."""
+        ...
+
+
+class Driver(Protocol):
+    """An engine that is fed and stepped: what runs in an owned engine's process. Callers share its batches."""
+
+    info: EngineInfo
+
+    def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
+        """Take a request. Nothing is computed yet."""
+        ...
+
+    def step(self) -> list[tuple[Hashable, ScoreResult]]:
+        """Compute one batch; return what it finished."""
+        ...
+
+    def cancel(self, keys: Sequence[Hashable]) -> None:
+        """Drop requests that nobody waits for; those already finished are ignored."""
         ...

@@ -1,13 +1,16 @@
-"""The ``flat`` read-out: prompt log-probs of an engine that generates, through vLLM's public API.
+"""The read-outs of an engine that generates, through vLLM's public API: ``token_ids`` and ``flat``.
 
-Works with every vLLM engine on every platform. It asks for ``prompt_logprobs=0`` (the token itself, no ranks),
+``token_ids`` asks for the log-probs of given tokens at given rows (``prompt_logprob_token_ids``): a tensor per request,
+and the LM head on those rows only. It needs vLLM's V2 model runner, which needs a GPU.
+
+``flat`` works with every engine on every platform. It asks for ``prompt_logprobs=0`` (the token itself, no ranks),
 ``flat_logprobs=True`` (no object per token) and ``detokenize=False``.
 
-Reading the prefix cache with ``prompt_logprobs`` leaves rows before the hit without a value: on vLLM's V1 runner they
-are uninitialised memory (``v1/worker/gpu_model_runner.py``, 0.32), on V2 they are left out. So a hit is accepted only
-where it ends at or before row ``start - 1``; other requests are sent again without the cache. A salt per call keeps
-hits inside the call: the cache of an engine that also generates holds whole responses (every request would hit too
-far), and may hold KV of older weights.
+A cache hit that reaches past row ``start - 1`` hides rows. With the plugin's cap in the engine's process there is none;
+where there is no cap, ``token_ids`` returns ``None``, and ``flat`` has rows without a value: uninitialised memory on the V1
+runner (``v1/worker/gpu_model_runner.py``, 0.32), left out on V2. So a result is accepted only if its hit ends at or before
+row ``start - 1``; other requests are sent again without the cache. A salt per call keeps hits inside the call: the cache of
+an engine that also generates holds whole responses, and may hold KV of older weights.
 """
 
 from __future__ import annotations
@@ -16,81 +19,134 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
-from vllm_kl.errors import MissingLogProbError
+from vllm_kl.engines.base import OnDone
+from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 
 class GenerateEngine:
-    """Scores with ``generate(prompts, sampling_params)`` of a live engine that somebody else owns.
+    """Scores with ``generate(prompts, sampling_params)`` of a live engine.
 
     Args:
         engine: a ``vllm.LLM``, or anything whose ``generate`` takes token prompts and sampling parameters and returns
             vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``).
         generate: used instead of ``engine.generate`` (a Ray actor's remote call, for example).
+        readout: ``"token_ids"``, ``"flat"`` or ``"auto"``.
+
+    Raises:
+        ReadoutUnavailableError: this engine cannot do ``readout``.
     """
 
-    def __init__(self, engine: Any, generate: Callable[..., list] | None = None) -> None:
+    def __init__(self, engine: Any, generate: Callable[..., list] | None = None, *, readout: str = "auto") -> None:
         self._generate = generate or engine.generate
-        # Only vllm.LLM shows a progress bar unless told not to.
         llm_engine = getattr(engine, "llm_engine", None)
-        self._options = {} if llm_engine is None else {"use_tqdm": False}
-        model_config = getattr(llm_engine, "model_config", None)
-        if model_config is None:
-            self.info = EngineInfo(readout="flat", vocab_size=None, max_sequence_len=None)
-        else:
-            # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
-            self.info = EngineInfo(
-                readout="flat",
-                vocab_size=model_config.get_vocab_size(),
-                max_sequence_len=model_config.max_model_len - 1,
+        self._is_llm = llm_engine is not None
+        reason = _why_not_token_ids(llm_engine)
+        if readout == "pooling":
+            raise ReadoutUnavailableError(
+                "readout='pooling' is not available on an engine that generates: its model has no pooler. Pass a path to "
+                "VLLMScorer, or use 'auto'"
             )
+        if readout == "token_ids" and reason:
+            raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
+        config = getattr(llm_engine, "model_config", None)
+        is_token_ids = readout != "flat" and not reason
+        self.info = EngineInfo(
+            readout="token_ids" if is_token_ids else "flat",
+            vocab_size=None if config is None else config.get_vocab_size(),
+            # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
+            max_sequence_len=None if config is None else config.max_model_len - 1,
+            can=frozenset({"ids"}) if is_token_ids else frozenset(),
+        )
+        self._readout = _TokenIds() if is_token_ids else _Flat()
 
-    def score(self, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
-        results: list[ScoreResult | None] = [
-            None if num_cached > request.start - 1 else _read_rows(flat, request, num_cached)
-            for request, (flat, num_cached) in zip(requests, self._send(requests, share_prefix), strict=True)
-        ]
+    def score(
+        self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_done: OnDone | None = None
+    ) -> list[ScoreResult]:
+        results: list[ScoreResult | None] = []
+        for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
+            num_cached = output.num_cached_tokens or 0
+            is_whole = num_cached <= request.start - 1
+            results.append(
+                ScoreResult(values=self._readout.read(output, request), num_cached_tokens=num_cached)
+                if is_whole
+                else None
+            )
         redo = [i for i, result in enumerate(results) if result is None]
+        if on_done is not None:
+            on_done(len(requests) - len(redo))
         if redo:
             again = [requests[i] for i in redo]
-            for i, request, (flat, _) in zip(redo, again, self._send(again, read_cache=False), strict=True):
-                results[i] = _read_rows(flat, request, 0, rescored=True)
+            for i, request, output in zip(redo, again, self._send(again, read_cache=False), strict=True):
+                results[i] = ScoreResult(values=self._readout.read(output, request), rescored=True)
+            if on_done is not None:
+                on_done(len(redo))
         return results  # type: ignore[return-value]  # every None was filled
 
     def close(self) -> None:
         """Nothing to give back: the engine belongs to somebody else."""
 
-    def _send(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[tuple[Any, int]]:
-        """Return the ``FlatLogprobs`` of each request and the number of its tokens that came from the cache."""
+    def _send(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            skip_reading_prefix_cache=not read_cache,
-        )
+        from vllm_kl.plugin.request import Readout, pack
+
+        common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": not read_cache}
         salt = uuid.uuid4().hex
-        prompts = [TokensPrompt(prompt_token_ids=r.token_ids, cache_salt=salt) for r in requests]
-        outputs = self._generate(prompts, params, **self._options)
-        return [(output.prompt_logprobs, output.num_cached_tokens or 0) for output in outputs]
+        prompts = [TokensPrompt(prompt_token_ids=r.token_ids.tolist(), cache_salt=salt) for r in requests]
+        if not self._is_llm:  # takes one set of parameters for all
+            return self._generate(prompts, SamplingParams(**common, **self._readout.params(None)))
+        params = [
+            SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
+            for r in requests
+        ]
+        # Without use_tqdm=False a vllm.LLM shows a progress bar.
+        return self._generate(prompts, params, use_tqdm=False)
 
 
-def _read_rows(flat: Any, request: ScoreRequest, num_cached: int, *, rescored: bool = False) -> ScoreResult:
-    """Take the last rows: V1 returns one per prompt token but the first, V2 those after a hit."""
-    want = request.token_ids[request.start :]
-    if flat is None or len(flat.logprobs) < len(want):
-        got = 0 if flat is None else len(flat.logprobs)
-        raise MissingLogProbError(f"the engine returned {got} prompt log-probs, expected at least {len(want)}")
-    if flat.token_ids[-len(want) :] != want:
-        raise MissingLogProbError(
-            "the engine returned prompt log-probs of other tokens than those sent: this vLLM orders them in a way "
-            "that vllm_kl does not know"
-        )
-    log_probs = torch.tensor(flat.logprobs[-len(want) :], dtype=torch.float32)
-    return ScoreResult(log_probs=log_probs, num_cached_tokens=num_cached, rescored=rescored)
+class _TokenIds:
+    def params(self, request: ScoreRequest) -> dict[str, Any]:
+        wanted = request.token_ids[request.start :, None]
+        if request.ids is not None:
+            wanted = np.concatenate([wanted, request.ids], axis=1)
+        return {"prompt_logprob_token_ids": wanted.astype(np.int32), "prompt_logprob_start": request.start - 1}
+
+    def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
+        values = output.prompt_token_id_logprobs
+        if values is None:
+            raise MissingLogProbError("the engine returned no prompt log-probs")
+        return np.array(values, dtype=np.float32)
+
+
+class _Flat:
+    def params(self, request: ScoreRequest | None) -> dict[str, Any]:
+        return {"prompt_logprobs": 0, "flat_logprobs": True}
+
+    def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
+        """Take the last rows: V1 returns one per prompt token but the first, V2 those after a hit."""
+        flat, want = output.prompt_logprobs, request.token_ids[request.start :].tolist()
+        if flat is None or len(flat.logprobs) < len(want):
+            got = 0 if flat is None else len(flat.logprobs)
+            raise MissingLogProbError(f"the engine returned {got} prompt log-probs, expected at least {len(want)}")
+        if flat.token_ids[-len(want) :] != want:
+            raise MissingLogProbError(
+                "the engine returned prompt log-probs of other tokens than those sent: this vLLM orders them in a way "
+                "that vllm_kl does not know"
+            )
+        return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
+
+
+def _why_not_token_ids(llm_engine: Any) -> str:
+    """Return why an engine cannot return log-probs of given ids; empty if it can."""
+    if llm_engine is None:
+        return "only a vllm.LLM takes parameters for each request"
+    from vllm import SamplingParams
+
+    if "prompt_logprob_token_ids" not in SamplingParams.__struct_fields__:
+        return "this vLLM has no prompt_logprob_token_ids; it came with 0.31"
+    if not llm_engine.vllm_config.use_v2_model_runner:
+        return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
+    return ""

@@ -8,34 +8,119 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import logging
 import os
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
+
+from vllm_kl.engines.base import Driver
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
 
 
-def start(*, model: str, readout: str, options: dict[str, Any]) -> GenerateEngine:
-    """Return a running engine.
+def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
+    """Return a running engine, warm: its first request compiles nothing.
 
     Raises:
         OptionError: an option does not exist, or would break scoring.
         ReadoutUnavailableError: this engine cannot do ``readout``.
     """
-    if readout not in ("auto", "flat"):
-        raise ReadoutUnavailableError(
-            f"readout={readout!r} is not available on an owned engine in this version; use 'auto' or 'flat'"
-        )
-    from vllm import LLM, EngineArgs
+    from vllm import EngineArgs
     from vllm.platforms import current_platform
 
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
     options = {**_defaults(is_cpu=current_platform.is_cpu()), **options}
+    config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
+    options.setdefault("kv_cache_memory_bytes", _kv_bytes(config, options))
+    reason = _why_not_pooling(config, options)
+    if readout == "pooling" and reason:
+        raise ReadoutUnavailableError(f"readout='pooling' is not available: {reason}. Use 'auto'")
+    if readout == "pooling" or (readout == "auto" and not reason):
+        driver: Driver = _start_pooling(model, config, options)
+    else:
+        if reason and readout == "auto":
+            logger.warning("vllm_kl: no pooling read-out: %s", reason)
+        driver = _Blocking(_start_generate(model, config, readout, options))
+    driver.submit("warm-up", ScoreRequest(token_ids=np.zeros(2, np.int32), start=1), share_prefix=False)
+    while not driver.step():
+        pass
+    return driver
+
+
+def _start_pooling(model: str, config: Any, options: dict[str, Any]) -> Driver:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from vllm_kl import plugin
+    from vllm_kl.engines.pooling import PoolingEngine
+
+    name = plugin.enable(config.architecture)
+    head_dtype = {"head_dtype": "model"} if config.dtype is not None and not _is_cuda() else {}
+    overrides = {"architectures": [name], **head_dtype}
+    theirs = options.get("hf_overrides") or {}
+    args = EngineArgs(
+        model=model,
+        **{
+            **options,
+            "runner": "pooling",
+            "convert": "none",  # "embed" and "classify" would drop the LM head
+            "model_impl": "auto",  # already resolved: the scoring class is a subclass of what it chose
+            "hf_overrides": functools.partial(_override, theirs, overrides)
+            if callable(theirs)
+            else {**theirs, **overrides},
+        },
+    )
+    return PoolingEngine(LLMEngine.from_engine_args(args))
+
+
+def _override(theirs: Callable[[Any], Any], ours: dict[str, Any], config: Any) -> Any:
+    config = theirs(config)
+    config.update(ours)
+    return config
+
+
+def _start_generate(model: str, config: Any, readout: str, options: dict[str, Any]) -> GenerateEngine:
+    from vllm import LLM
+
     # An engine that generates refuses a prompt of max_model_len, for want of room for one more token. Give it that room:
     # the token is sampled and never fed back, so no position past the model's last is computed.
-    max_model_len = EngineArgs(model=model, **options).create_model_config().max_model_len  # refuses what is too long
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    return GenerateEngine(LLM(model, **{**options, "max_model_len": max_model_len + 1}))
+    return GenerateEngine(LLM(model, **{**options, "max_model_len": config.max_model_len + 1}), readout=readout)
+
+
+class _Blocking:
+    """Steps an engine that knows only whole calls: a step is one call with everything that waits."""
+
+    def __init__(self, engine: GenerateEngine) -> None:
+        self._engine = engine
+        self._waiting: list[tuple[Hashable, ScoreRequest, bool]] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
+        self._waiting.append((key, request, share_prefix))
+
+    def step(self) -> list[tuple[Hashable, ScoreResult]]:
+        finished = []
+        waiting, self._waiting = self._waiting, []
+        for share_prefix in (True, False):
+            mine = [(key, request) for key, request, share in waiting if share is share_prefix]
+            if mine:
+                results = self._engine.score([request for _, request in mine], share_prefix=share_prefix)
+                finished += [(key, result) for (key, _), result in zip(mine, results, strict=True)]
+        return finished
+
+    def cancel(self, keys: Sequence[Hashable]) -> None:
+        gone = set(keys)
+        self._waiting = [entry for entry in self._waiting if entry[0] not in gone]
 
 
 def _check_options(options: dict[str, Any], known: set[str]) -> None:
@@ -44,10 +129,32 @@ def _check_options(options: dict[str, Any], known: set[str]) -> None:
             close = difflib.get_close_matches(name, known - {"model"}, n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise OptionError(f"unknown engine option {name!r}: vLLM's EngineArgs has none of this name.{hint}")
+    for name in ("runner", "convert"):
+        if name in options:
+            raise OptionError(f"{name!r} follows from the read-out: pass readout= instead")
     if options.get("enable_prefix_caching") is False:
         raise OptionError(
             "enable_prefix_caching=False would make share_prefix meaningless; pass share_prefix=False instead"
         )
+
+
+def _why_not_pooling(config: Any, options: dict[str, Any]) -> str:
+    """Return why a model cannot be read out in the engine; empty if it can."""
+    if config.is_encoder_decoder:
+        return f"{config.architecture} is an encoder-decoder; only decoders can be scored in the engine"
+    if config.runner_type != "generate":
+        return f"{config.architecture} is not a model that generates text"
+    if options.get("enable_lora"):
+        return "vLLM's pooling engines take no LoRA adapters"
+    if options.get("speculative_config"):
+        return "vLLM's pooling engines do not speculate"
+    return ""
+
+
+def _is_cuda() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda_alike()
 
 
 def _defaults(*, is_cpu: bool) -> dict[str, Any]:
@@ -57,7 +164,33 @@ def _defaults(*, is_cpu: bool) -> dict[str, Any]:
         "enable_prefix_caching": True,
     }
     if is_cpu:
-        # vLLM's default on the CPU is to take 92 % of the memory and refuse to start if that is not free.
-        # [rows, vocabulary] logits are made in one piece per step: fewer rows keep them small.
-        defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_batched_tokens": 2048}
-    return defaults
+        return defaults | {
+            "enforce_eager": True,  # compiling takes longer than it saves
+            "max_num_batched_tokens": 4096,
+            "max_num_seqs": 256,
+            "block_size": 32,  # the smallest that the CPU takes: prompts are shared in whole blocks
+        }
+    return defaults | {
+        "max_num_batched_tokens": 16384,
+        "max_num_seqs": 512,
+        # Graphs are captured for batches of a few hundred tokens; prefill batches have thousands.
+        "compilation_config": {"cudagraph_mode": "NONE"},
+    }
+
+
+def _kv_bytes(config: Any, options: dict[str, Any]) -> int | None:
+    """Return the KV memory that prefill needs: the longest sequence, and a few batches with their prompts.
+
+    vLLM's own default takes most of the machine, which a scorer that never decodes has no use for.
+    """
+    from vllm.config import ParallelConfig
+
+    if config.is_hybrid or config.is_attention_free:
+        return None if _is_cuda() else 4 << 30
+    parallel = ParallelConfig(tensor_parallel_size=options.get("tensor_parallel_size", 1))
+    element = 1 if "fp8" in str(options.get("kv_cache_dtype", "auto")) else config.dtype.itemsize
+    per_layer = 2 * config.get_num_kv_heads(parallel) * config.get_head_size() * element
+    num_tokens = config.max_model_len + 8 * options["max_num_batched_tokens"]
+    layers = config.get_num_layers(parallel)
+    # The margin covers rounding to blocks.
+    return int(1.1 * num_tokens * layers * per_layer) + (16 << 20)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pickle
+import queue
 import signal
 import socket
 import subprocess
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 
+from vllm_kl.engines.base import OnDone
 from vllm_kl.errors import EngineError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
@@ -51,7 +54,7 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
 
 
 class ProcessEngine:
-    """A vLLM engine in a child process. Safe to call from several threads; calls are served one after the other.
+    """A vLLM engine in a child process. Safe to call from several threads: concurrent calls share its batches.
 
     Args:
         model: path or name of the model.
@@ -79,13 +82,12 @@ class ProcessEngine:
                 env={**_environment(options), **os.environ},
                 start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
             )
-        self._connection = Connection(ours.detach())
-        self._lock = threading.Lock()
-        self._call_ids = itertools.count()
+        self._calls = _Calls(Connection(os.dup(ours.fileno())))
         self._owner_pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self._process, self._connection, self._log, self._owner_pid)
+        self._finalizer = weakref.finalize(self, _end, self._process, ours, self._log, self._owner_pid)
         try:
-            self.info = self._call({"model": model, "readout": readout, "options": options})
+            with self._call("start", {"model": model, "readout": readout, "options": options}) as answers:
+                self.info = next(answers)
         except BaseException:
             self.close()
             raise
@@ -95,56 +97,45 @@ class ProcessEngine:
         """The child's process id, and the id of the process group that holds all of vLLM's processes."""
         return self._process.pid
 
-    def score(self, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
-        return self._call({"requests": list(requests), "share_prefix": share_prefix})
+    def score(
+        self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_done: OnDone | None = None
+    ) -> list[ScoreResult]:
+        results: dict[int, ScoreResult] = {}
+        body = {"requests": list(requests), "share_prefix": share_prefix}
+        with self._call("score", body, num_requests=len(requests)) as answers:
+            while len(results) < len(requests):
+                finished = next(answers)
+                results.update(finished)
+                if on_done is not None:
+                    on_done(len(finished))
+        return [results[n] for n in range(len(requests))]
 
     def close(self) -> None:
         self._finalizer()
 
-    def _call(self, message: dict[str, Any]) -> Any:
+    @contextlib.contextmanager
+    def _call(self, kind: str, body: Any, *, num_requests: int = 0) -> Iterator[Iterator[Any]]:
+        """Send a call; give its answers as they come. A call that is left early is cancelled."""
         if os.getpid() != self._owner_pid:
             raise EngineError("the engine belongs to the process that started it, not to a fork: make one here")
-        with self._lock:
-            if not self._finalizer.alive:
-                raise EngineError("the engine is closed: make a new VLLMScorer")
-            call_id = next(self._call_ids)
-            try:
-                self._send((call_id, message))
-                while True:
-                    self._connection.poll(None)  # where an interrupt (Ctrl-C) does no harm
-                    answered_id, ok, answer = self._receive()
-                    # A call that was interrupted leaves its answer behind: drop it.
-                    if answered_id == call_id:
-                        break
-            except (EOFError, OSError) as error:
-                tail = self._log_tail()
-                code = _wait(self._process, timeout=5.0)
-                self.close()
-                raise EngineError(
-                    f"the engine process died (exit status {code}). The end of its log:\n{tail}"
-                ) from error
-        if not ok:
-            raise answer
-        return answer
-
-    def _send(self, message: Any) -> None:
-        with self._whole_message():
-            self._connection.send(message)
-
-    def _receive(self) -> Any:
-        with self._whole_message():
-            return self._connection.recv()
-
-    @contextlib.contextmanager
-    def _whole_message(self) -> Iterator[None]:
-        """Close the engine if a message is interrupted halfway: nobody could tell where the next one begins."""
+        if not self._finalizer.alive:
+            raise EngineError("the engine is closed: make a new VLLMScorer")
         try:
-            yield
-        except (EOFError, OSError):
-            raise
-        except BaseException:
+            call_id = self._calls.begin(kind, body)
+            try:
+                yield self._calls.answers(call_id)
+            except BaseException:
+                self._calls.cancel(call_id, num_requests)
+                raise
+            finally:
+                self._calls.end(call_id)
+        except (EOFError, OSError) as error:
+            if not self._finalizer.alive:
+                raise EngineError("the engine was closed during the call") from error
+            tail = self._log_tail()
+            code = _wait(self._process, timeout=5.0)
             self.close()
-            raise
+            raise EngineError(f"the engine process died (exit status {code}). The end of its log:\n{tail}") from error
 
     def _log_tail(self, lines: int = 25) -> str:
         with contextlib.suppress(OSError):
@@ -152,11 +143,76 @@ class ProcessEngine:
         return "(no log)"
 
 
-def _end(process: subprocess.Popen, connection: Connection, log: Path, owner_pid: int) -> None:
+class _Calls:
+    """Many callers' calls over one connection. A thread reads the answers; each caller waits for its own."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._send_lock = threading.Lock()
+        self._ids = itertools.count()
+        self._queues: dict[int, queue.SimpleQueue] = {}
+        self._is_over = False
+        # Holds no reference to the engine, so an engine that is dropped is ended.
+        threading.Thread(target=self._read, name="vllm_kl-answers", daemon=True).start()
+
+    def begin(self, kind: str, body: Any) -> int:
+        call_id = next(self._ids)
+        self._queues[call_id] = queue.SimpleQueue()
+        if self._is_over:
+            raise EOFError
+        self._send(call_id, kind, body)
+        return call_id
+
+    def answers(self, call_id: int) -> Iterator[Any]:
+        """Yield the bodies of the call's answers; raise the error among them."""
+        while True:
+            kind, body = self._queues[call_id].get()
+            if kind == "over":
+                raise EOFError
+            if kind == "error":
+                raise body
+            yield body
+
+    def cancel(self, call_id: int, num_requests: int) -> None:
+        with contextlib.suppress(OSError):
+            self._send(call_id, "cancel", num_requests)
+
+    def end(self, call_id: int) -> None:
+        self._queues.pop(call_id, None)
+
+    def _send(self, call_id: int, kind: str, body: Any) -> None:
+        data = pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL)
+        with self._send_lock:
+            try:
+                self._connection.send_bytes(data)
+            except OSError:
+                raise
+            except BaseException:
+                # Interrupted halfway: nobody could tell where the next message begins.
+                self._connection.close()
+                raise
+
+    def _read(self) -> None:
+        try:
+            while True:
+                call_id, *answer = self._connection.recv()
+                if call_id in self._queues:  # else nobody waits for it any more
+                    self._queues[call_id].put(answer)
+        except (EOFError, OSError, TypeError):  # TypeError: closed by a sender while this thread read
+            self._is_over = True
+            for waiting in list(self._queues.values()):
+                waiting.put(("over", None))
+
+
+def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: int) -> None:
     """End the engine's whole process group: politely, then by force. A fork of the owner leaves it alone."""
     if os.getpid() != owner_pid:
         return
-    connection.close()  # the child sees the end of its input and exits
+    with contextlib.suppress(OSError):
+        ours.shutdown(
+            socket.SHUT_RDWR
+        )  # both ends see the end of their input: the child exits, waiting callers are told
+    ours.close()
     _wait(process, timeout=3.0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # whatever is left of the group, the child included

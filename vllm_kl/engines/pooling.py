@@ -1,0 +1,106 @@
+"""The ``pooling`` read-out: a vLLM engine that returns log-probs as tensors, fed and stepped directly.
+
+The plugin's scoring class (:mod:`vllm_kl.plugin`) makes the numbers; this module brings requests to it. vLLM's front end
+(``LLM.encode``) renders, validates, copies and sorts per request what is already checked here, so requests go straight to
+the engine core, and its outputs are read from there.
+
+Source: ``LLMEngine.add_request`` and ``step``, ``v1/engine/llm_engine.py``, vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from vllm import PoolingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from vllm_kl.plugin.pooler import TASK
+from vllm_kl.plugin.request import Readout, pack
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+
+class _Job(NamedTuple):
+    key: Hashable
+    request: ScoreRequest
+    share_prefix: bool
+    rescored: bool = False
+
+
+class PoolingEngine:
+    """Drives an engine whose model is a scoring class. Not thread-safe: one thread feeds and steps it."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._core = engine.engine_core
+        config = engine.vllm_config
+        # More would only wait in the scheduler; what is hashed early keeps the first batch waiting.
+        self._max_in_core = 2 * config.scheduler_config.max_num_seqs
+        self._ids = itertools.count()
+        self._waiting: deque[_Job] = deque()
+        self._in_core: dict[str, _Job] = {}
+        self.info = EngineInfo(
+            readout="pooling",
+            vocab_size=config.model_config.get_vocab_size(),
+            max_sequence_len=config.model_config.max_model_len,
+            can=frozenset({"temperature", "ids", "top_k"}),
+        )
+
+    def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
+        self._waiting.append(_Job(key, request, share_prefix))
+
+    def step(self) -> list[tuple[Hashable, ScoreResult]]:
+        while self._waiting and len(self._in_core) < self._max_in_core:
+            self._send(self._waiting.popleft())
+        finished = []
+        for output in self._core.get_output().outputs if self._in_core else ():
+            if output.pooling_output is None or output.request_id not in self._in_core:
+                continue
+            job = self._in_core.pop(output.request_id)
+            values = output.pooling_output.numpy()
+            if job.share_prefix and np.isnan(values[:, 0]).any():
+                # Without the cap, or after a preemption, a hit can reach past row start - 1: those rows were not computed.
+                self._send(job._replace(share_prefix=False, rescored=True))
+                continue
+            num_cached = 0 if output.prefill_stats is None else output.prefill_stats.num_cached_tokens
+            finished.append((job.key, ScoreResult(values=values, num_cached_tokens=num_cached, rescored=job.rescored)))
+        return finished
+
+    def cancel(self, keys: Sequence[Hashable]) -> None:
+        gone = set(keys)
+        self._waiting = deque(job for job in self._waiting if job.key not in gone)
+        ids = [request_id for request_id, job in self._in_core.items() if job.key in gone]
+        for request_id in ids:
+            del self._in_core[request_id]
+        self._core.abort_requests(ids)
+
+    def _send(self, job: _Job) -> None:
+        request, request_id = job.request, str(next(self._ids))
+        readout = Readout(
+            start=request.start,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            num_ids=0 if request.ids is None else request.ids.shape[1],
+            ids=b"" if request.ids is None else request.ids.astype(np.int32).tobytes(),
+        )
+        params = PoolingParams(task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout))
+        self._in_core[request_id] = job
+        self._core.add_request(_core_request(request_id, request.token_ids.tolist(), params))
+
+
+def _core_request(request_id: str, token_ids: list[int], params: Any) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=token_ids,
+        mm_features=None,
+        sampling_params=None,
+        pooling_params=params,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )

@@ -1,0 +1,38 @@
+"""What runs inside vLLM. Loaded by the entry point ``vllm.general_plugins`` in every process of an engine.
+
+    register  the entry point: scoring architectures, the cache cap (this module)
+    request   what a request asks for, as it travels in vLLM's parameters
+    models    a pooling subclass of any architecture, built when it is asked for
+    pooler    finds the rows to score in a step's hidden states, and returns one tensor per request
+    head      rows -> log-probs, through the head's matrix or through the model's own ``compute_logits``
+    kernel    the fused sum over the vocabulary; pure torch
+    cap       prefix-cache hits end before the first scored row
+
+Nothing here changes an engine, or a request, that does not come from this package.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Base architectures that this process and its children can load for scoring, separated by commas. An environment
+# variable, because an engine's workers are processes of their own, which load plugins before they know their model.
+ARCHITECTURES = "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of its own prefix that it does not know
+
+
+def register() -> None:
+    """The entry point. Idempotent; cheap: no model class is imported."""
+    from vllm_kl.plugin import cap, models
+
+    cap.install()
+    for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
+        models.register(base)
+
+
+def enable(base_architecture: str) -> str:
+    """Make an architecture loadable for scoring, here and in processes started from here; return its name."""
+    known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
+    os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
+    from vllm_kl.plugin import models
+
+    return models.register(base_architecture)

@@ -1,0 +1,60 @@
+"""Prefix-cache hits of a scoring request end before the first row it needs.
+
+A row whose KV came from the cache has no hidden state, so it cannot be scored. vLLM bounds a hit by the request's length
+less one token, so that the last row is always computed. Here the bound is ``start - 1`` tokens: row ``start - 1``, which
+scores the first token, and all rows after it are always computed. Sharing is exact, and nothing is ever sent twice.
+
+Requests that are not ours keep vLLM's bound.
+
+Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_kl.plugin.request import unpack
+
+
+class _Shortened:
+    """A request that claims to have ``num_tokens`` tokens, and is the original in everything else."""
+
+    def __init__(self, request: Any, num_tokens: int) -> None:
+        self._request = request
+        self.num_tokens = num_tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def first_scored_token(request: Any) -> int | None:
+    """Return ``start`` of a scheduler's request, or ``None`` if it is not ours."""
+    pooling, sampling = request.pooling_params, request.sampling_params
+    readout = unpack(pooling.extra_kwargs) if pooling is not None else unpack(getattr(sampling, "extra_args", None))
+    return None if readout is None else readout.start
+
+
+def install() -> None:
+    """Install the cap in this process. Idempotent."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    original = KVCacheManager.get_computed_blocks
+    if is_installed():
+        return
+
+    @functools.wraps(original)
+    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        start = first_scored_token(request)
+        # vLLM looks for a hit of at most num_tokens - 1 tokens.
+        return original(self, request if start is None else _Shortened(request, start), *args, **kwargs)
+
+    get_computed_blocks.vllm_kl = True
+    KVCacheManager.get_computed_blocks = get_computed_blocks
+
+
+def is_installed() -> bool:
+    """Whether scheduling in this process is capped."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    return getattr(KVCacheManager.get_computed_blocks, "vllm_kl", False)

@@ -1,0 +1,190 @@
+"""Hidden rows -> log-probs, the way the model itself would, without its logits where that is possible.
+
+Most heads are a matrix and a factor: those go through the kernel. All others (soft cap, bias, quantized or adapted
+weights, code of the model's own) go through the model's ``compute_logits``, a few rows at a time. Which one it is, is not
+looked up by architecture: the call that ``compute_logits`` makes is watched once, and the kernel is used only if it
+returns the same numbers.
+
+N rows, H hidden size, V vocabulary of this rank's shard, K tokens per row, k best tokens.
+
+Source: ``LogitsProcessor``, ``model_executor/layers/logits_processor.py``, vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from vllm_kl.plugin import kernel
+
+logger = init_logger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
+
+# Bytes of the logits that exist at one time where the model computes them.
+_MAX_LOGITS_BYTES = 48 << 20
+
+
+class Head(Protocol):
+    """What the pooler asks of a head."""
+
+    def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
+        """Return ``[N, K + 2 * top_k]`` float32: log-probs of K tokens, then the best tokens' ids and log-probs.
+
+        Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below 2 ** 24, which
+        float32 holds exactly.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MatrixHead:
+    """``logits = scale * hidden @ weight.T``. Under tensor parallelism each rank sums over its share of the vocabulary."""
+
+    lm_head: torch.nn.Module  # asked for its weight every time: weights may be updated
+    scale: float
+    num_tokens: int  # of this rank's shard: the matrix has rows of padding after them
+    first_token: int
+
+    def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
+        weight_V_H = self.lm_head.weight[: self.num_tokens]
+        scale = self.scale / temperature
+        is_sharded = get_tensor_model_parallel_world_size() > 1
+        if is_sharded:
+            local = ids_N_K - self.first_token
+            is_here = (local >= 0) & (local < self.num_tokens)
+            logits = kernel.token_logits(hidden_N_H, weight_V_H, local.clamp(0, self.num_tokens - 1)) * is_here
+            logits = tensor_model_parallel_all_reduce(logits)
+        else:
+            logits = kernel.token_logits(hidden_N_H, weight_V_H, ids_N_K)
+        top_ids = top_logits = None
+        if top_k:
+            top_ids, top_logits, normalizer = kernel.top_tokens(hidden_N_H, weight_V_H, top_k, scale=scale)
+        else:
+            normalizer = kernel.log_normalizer(hidden_N_H, weight_V_H, scale=scale)
+        normalizer = normalizer[:, None]
+        if is_sharded:
+            normalizer = tensor_model_parallel_all_gather(normalizer, dim=-1).logsumexp(-1, keepdim=True)
+        # A probability is at most 1; rounding may say otherwise.
+        columns = [(logits * scale - normalizer).clamp_(max=0)]
+        if top_k:
+            if is_sharded:
+                top_ids = tensor_model_parallel_all_gather(top_ids + self.first_token, dim=-1)
+                top_logits = tensor_model_parallel_all_gather(top_logits, dim=-1)
+                top_logits, order = top_logits.topk(top_k, dim=-1)
+                top_ids = top_ids.gather(-1, order)
+            columns += [top_ids.float(), (top_logits * scale - normalizer).clamp_(max=0)]
+        return torch.cat(columns, dim=1)
+
+
+@dataclass(frozen=True)
+class ModelHead:
+    """The model's own ``compute_logits``, in slices of rows."""
+
+    model: torch.nn.Module
+
+    def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
+        values = hidden_N_H.new_full((len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        step = max(1, _MAX_LOGITS_BYTES // (vocab_size * 12))  # the model's logits, a float32 copy, its log-softmax
+        for low in range(0, len(ids_N_K), step):
+            rows = slice(low, low + step)
+            logits = self.model.compute_logits(hidden_N_H[rows])
+            if logits is None:  # a rank that vLLM gathers no logits on; only the first rank's result is used
+                continue
+            log_probs = (logits.float() / temperature).log_softmax(-1)
+            columns = [log_probs.gather(1, ids_N_K[rows])]
+            if top_k:
+                top_log_probs, top_ids = log_probs.topk(top_k, dim=1)
+                columns += [top_ids.float(), top_log_probs]
+            values[rows] = torch.cat(columns, dim=1)
+        return values
+
+
+def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
+    """Return the fastest head that returns what ``model.compute_logits`` returns."""
+    generator = torch.Generator().manual_seed(0)  # the same rows on every rank
+    probe = torch.randn(6, hidden_states.shape[1], generator=generator) * torch.tensor([[0.2], [1], [1], [1], [5], [5]])
+    probe = probe.to(hidden_states)
+    logits, call = _watch_logits(model, probe)
+    reason, head = _as_matrix(call, probe)
+    if head is not None:
+        ids = torch.arange(3, device=probe.device).repeat(len(probe), 1)
+        mine = head.read(probe, ids, top_k=0, temperature=1.0)
+        # compute_logits rounds to the model's dtype.
+        allowed = 0.0 if logits is None else 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()) + 1e-4
+        if logits is not None and not torch.allclose(mine, logits.float().log_softmax(-1)[:, :3], rtol=0, atol=allowed):
+            reason, head = "the model changes the logits after its LogitsProcessor", None
+    if head is None:
+        logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
+        return ModelHead(model)
+    return head
+
+
+@dataclass(frozen=True)
+class _LogitsCall:
+    """What ``compute_logits`` handed to vLLM's ``LogitsProcessor``."""
+
+    processor: Any
+    lm_head: Any
+    hidden_states: Any
+    bias: Any = None
+
+
+def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Tensor | None, _LogitsCall | None]:
+    """Run ``compute_logits``; return its logits (``None`` on ranks that have none) and the one call it made."""
+    calls: list[_LogitsCall] = []
+
+    def note(processor: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = ("lm_head", "hidden_states", "embedding_bias")
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        calls.append(
+            _LogitsCall(
+                processor, arguments.get("lm_head"), arguments.get("hidden_states"), arguments.get("embedding_bias")
+            )
+        )
+
+    processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in processors]
+    try:
+        logits = model.compute_logits(probe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, calls[0] if len(calls) == 1 else None
+
+
+def _as_matrix(call: _LogitsCall | None, probe: torch.Tensor) -> tuple[str, MatrixHead | None]:
+    """Return the matrix head behind a call, or why there is none."""
+    if call is None:
+        return "it does not call vLLM's LogitsProcessor exactly once", None
+    processor, lm_head = call.processor, call.lm_head
+    if type(processor) is not LogitsProcessor or processor.logits_as_input:
+        return f"its {type(processor).__name__} is not vLLM's LogitsProcessor", None
+    if processor.soft_cap is not None:
+        return "it has a soft cap", None
+    if call.bias is not None:
+        return "it has a bias", None
+    method = getattr(lm_head, "quant_method", None)
+    if not isinstance(method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)):
+        return f"its head is computed by {type(method).__name__}", None
+    if not torch.equal(call.hidden_states, probe):
+        return "the model changes hidden states before its head", None
+    shard = getattr(lm_head, "shard_indices", None)
+    if shard is None or lm_head.weight.dim() != 2 or lm_head.weight.dtype != probe.dtype:
+        return "its head is no matrix in the model's dtype", None
+    return "", MatrixHead(
+        lm_head=lm_head,
+        scale=float(processor.scale),
+        num_tokens=shard.num_org_elements,
+        first_token=shard.org_vocab_start_index,
+    )

@@ -1,0 +1,224 @@
+"""Hidden rows and an LM head's matrix -> log-normalizers, logits of given tokens, best tokens. Pure torch.
+
+The ``[N, V]`` logits never exist. The vocabulary is walked in slices that stay in the cache, with one running sum per row:
+
+    logits of a slice = scale * hidden @ weight[a:b].T                     one product, at the product's own best speed
+    total            += sum(2 ** (log2(e) * logits - shift))               shift: close to log2 of the total so far
+
+All sums are kept in base 2, because ``exp2`` is three times as fast as ``exp`` on a CPU.
+
+Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift
+is subtracted inside the product, before it is rounded: the logits that decide the sum come out near 0, where bfloat16 is
+fine. A slice that outweighs everything before it was rounded with too small a shift, and is computed again for its row.
+The logits of single tokens are summed in float32. On a GPU the product is accumulated and returned in float32.
+
+N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row.
+
+Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+LOG2_E = math.log2(math.e)
+
+# Rows and columns of one tile, found by measurement (benchmarks/LOG.md): its logits, in both dtypes, stay in a CPU's cache.
+_MAX_ROWS, _MAX_COLUMNS = 1024, 1024
+# The first slice; later ones double up to _MAX_COLUMNS, so that no slice outweighs those before it by its size alone.
+_FIRST_COLUMNS = 256
+# Elements of a float32 copy of hidden rows or of gathered weight rows: 8 MiB.
+_MAX_GATHERED = 1 << 21
+# A slice with more than this many times the total so far is computed again with a new shift.
+_OUTWEIGHS = 2.0
+# A total above this, in units of 2 ** shift, gets a new shift for the slices to come.
+_GROWN = 4.0
+# Candidates beyond k that are ranked again in float32: rounding may have misplaced them.
+_SPARE_CANDIDATES = 8
+
+
+def row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
+    """Yield the blocks of rows that are computed together: large enough for the product, small enough for the memory."""
+    step = max(64, min(_MAX_ROWS, _MAX_GATHERED // hidden_size))
+    for low in range(0, num_rows, step):
+        yield slice(low, min(num_rows, low + step))
+
+
+def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
+    """Return ``[N, K]`` float32 logits of K tokens per row, summed in float32."""
+    num_rows, num_tokens = ids_N_K.shape
+    logits = torch.empty(num_rows, num_tokens, dtype=torch.float32, device=hidden_N_H.device)
+    step = max(1, _MAX_GATHERED // (max(1, num_tokens) * hidden_N_H.shape[1]))
+    for low in range(0, num_rows, step):
+        rows = slice(low, low + step)
+        # Multiplied, then summed pairwise: more exact than a product of matrices, which sums in order.
+        logits[rows] = weight_V_H[ids_N_K[rows]].float().mul_(hidden_N_H[rows, None].float()).sum(-1)
+    return logits
+
+
+def log_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+    """Return ``[N]`` float32: ``log sum_v exp(scale * hidden . weight_v)``, in nats.
+
+    Args:
+        hidden_N_H: at most :data:`_MAX_ROWS` rows, see :func:`row_blocks`.
+        weight_V_H: the head's matrix, same dtype.
+        scale: factor of every logit: the head's own, divided by the temperature.
+
+    >>> hidden, weight = torch.randn(3, 8), torch.randn(1000, 8)
+    >>> want = (hidden @ weight.T).logsumexp(-1)
+    >>> torch.testing.assert_close(log_normalizer(hidden, weight), want)
+    """
+    return _walk(hidden_N_H, weight_V_H, scale * LOG2_E, None) / LOG2_E
+
+
+def top_tokens(
+    hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, k: int, *, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the ids ``[N, k]`` int64 of the best tokens, their unscaled logits ``[N, k]``, and the log-normalizer ``[N]``.
+
+    Best first. Candidates are ranked by float32 logits; two tokens closer than the dtype's rounding may change places.
+    """
+    best = _Best(k, weight_V_H.shape[0])
+    normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best.add) / LOG2_E
+    logits_N_C = token_logits(hidden_N_H, weight_V_H, best.ids_N_C)
+    logits_N_k, order = logits_N_C.topk(min(k, logits_N_C.shape[1]), dim=1)
+    return best.ids_N_C.gather(1, order), logits_N_k, normalizer
+
+
+class _Best:
+    """The best candidates of each row over the slices seen so far."""
+
+    def __init__(self, k: int, vocab_size: int) -> None:
+        self._num_candidates = min(k + _SPARE_CANDIDATES, vocab_size)
+        self._values_N_C: torch.Tensor | None = None
+        self.ids_N_C: torch.Tensor
+
+    def add(self, low: int, logits_N_S: torch.Tensor, shift_N_1: torch.Tensor | None) -> None:
+        """Take the columns from ``low`` on: logits in base 2, less the row's shift."""
+        values, ids = logits_N_S.topk(min(self._num_candidates, logits_N_S.shape[1]), dim=1)
+        values, ids = values.float() if shift_N_1 is None else values.float() + shift_N_1.float(), ids + low
+        if self._values_N_C is not None:
+            values, ids = torch.cat([self._values_N_C, values], 1), torch.cat([self.ids_N_C, ids], 1)
+            values, order = values.topk(min(self._num_candidates, values.shape[1]), dim=1)
+            ids = ids.gather(1, order)
+        self._values_N_C, self.ids_N_C = values, ids
+
+
+_OnSlice = Callable[[int, torch.Tensor, torch.Tensor | None], None]
+
+
+def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None) -> torch.Tensor:
+    """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
+    walk = _walk_float32_products if hidden.is_cuda else _walk_shifted_products
+    return walk(hidden, weight, scale2, on_slice)
+
+
+def _slices(vocab_size: int) -> Iterator[tuple[int, int]]:
+    low, width = 0, _FIRST_COLUMNS
+    while low < vocab_size:
+        high = min(vocab_size, low + width)
+        yield low, high
+        low, width = high, min(_MAX_COLUMNS, high)
+
+
+def _walk_shifted_products(
+    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None
+) -> torch.Tensor:
+    num_rows, dtype = len(hidden), hidden.dtype
+    slices = list(_slices(len(weight)))
+    low, high = slices[0]
+    # The first slice in float32: nothing is known yet that could be subtracted.
+    logits = torch.mm(hidden.float(), weight[low:high].float().T).mul_(scale2)
+    if on_slice:
+        on_slice(low, logits, None)
+    top = logits.amax(1, keepdim=True)
+    # Shifts are whole numbers: the dtype holds them exactly, and what changes with them is multiplied by a power of two.
+    shift = (top + (logits - top).exp2_().sum(1, keepdim=True).log2_()).round_().to(dtype)
+    masses = torch.empty(len(slices), num_rows)  # of each slice, in units of 2 ** shift
+    masses[0] = logits.sub_(shift).exp2_().sum(1)
+    total = masses[0].clone()  # of the slices so far
+
+    tile = torch.empty(num_rows * _MAX_COLUMNS, dtype=dtype)
+    tile32 = tile if dtype == torch.float32 else torch.empty(num_rows * _MAX_COLUMNS)
+    for i, (low, high) in enumerate(slices[1:], start=1):
+        columns, mass = weight[low:high].T, masses[i]
+        shape = (num_rows, high - low)
+        logits, powers = tile[: math.prod(shape)].view(shape), tile32[: math.prod(shape)].view(shape)
+        torch.addmm(-shift, hidden, columns, alpha=scale2, out=logits)
+        if on_slice:
+            on_slice(low, logits, shift)
+        # In float32 both tiles are one: exp2 replaces the logits.
+        torch.sum((powers if powers is logits else powers.copy_(logits)).exp2_(), 1, out=mass)
+        outweighs = ~(mass <= _OUTWEIGHS * total)  # NaN and inf too
+        if outweighs.any():
+            (rows,) = torch.where(outweighs)
+            old = shift[rows]
+            logits = torch.addmm(-old, hidden[rows], columns, alpha=scale2)
+            new = (old.float() + logits.amax(1, keepdim=True).float()).round_().to(dtype)
+            _change_shift(old, new, rows, masses[:i], total)
+            shift[rows] = new
+            mass[rows] = torch.addmm(-new, hidden[rows], columns, alpha=scale2).float().exp2_().sum(1)
+        total += mass
+        if total.amax() > _GROWN:
+            new = (shift.float() + total.log2().round_()[:, None]).to(dtype)
+            _change_shift(shift, new, slice(None), masses[: i + 1], total)
+            shift = new
+    return (shift[:, 0].double() + masses.sum(0, dtype=torch.float64).log2_()).float()
+
+
+def _change_shift(
+    old: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | slice, masses: torch.Tensor, total: torch.Tensor
+) -> None:
+    factor = torch.exp2(old.float() - new.float())[:, 0]
+    masses[:, rows] *= factor
+    total[rows] *= factor
+
+
+def _walk_float32_products(
+    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None
+) -> torch.Tensor:
+    """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
+    num_rows, vocab_size = len(hidden), len(weight)
+    columns = max(_MAX_COLUMNS, _CUDA_TILE // num_rows)
+    tile = torch.empty(num_rows * min(columns, vocab_size), dtype=torch.float32, device=hidden.device)
+    top = torch.full((num_rows, 1), -torch.inf, device=hidden.device)
+    total = torch.zeros(num_rows, 1, device=hidden.device)
+    update = _fused_update()
+    for low in range(0, vocab_size, columns):
+        high = min(vocab_size, low + columns)
+        logits = tile[: num_rows * (high - low)].view(num_rows, high - low)
+        _mm_float32(hidden, weight[low:high].T, logits)
+        if on_slice:
+            on_slice(low, logits, None)
+        top, total = update(logits, scale2, top, total)
+    return (top + total.log2())[:, 0]
+
+
+# Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
+_CUDA_TILE = 1 << 23
+
+
+def _mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _update(
+    logits: torch.Tensor, scale2: float, top: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the new maximum and the sum in units of ``2 ** maximum``."""
+    logits = logits * scale2
+    higher = torch.maximum(top, logits.amax(1, keepdim=True))
+    return higher, total * torch.exp2(top - higher) + torch.exp2(logits - higher).sum(1, keepdim=True)
+
+
+@functools.cache
+def _fused_update() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """One pass over the tile instead of four. Compiled by vLLM's profile run, never by a request."""
+    return torch.compile(_update, dynamic=True)

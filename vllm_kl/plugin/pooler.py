@@ -1,0 +1,112 @@
+"""A step's hidden states -> one float32 tensor per finished request.
+
+A step holds a chunk of each of its requests. Row r of a request scores its token r + 1, so of a chunk ``[low, high)`` the
+rows ``max(start - 1, low) .. min(high, L - 1)`` are read, and kept under their absolute number until the request's last
+chunk. A row that never came (its KV was read from the cache) is NaN, never a number.
+
+Source: ``GPUModelRunner._pool``, ``v1/worker/gpu_model_runner.py``, and ``v1/worker/gpu/pool/pooling_runner.py``, vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from vllm.model_executor.layers.pooler import PoolingParamsUpdate
+from vllm.model_executor.layers.pooler.abstract import Pooler
+
+from vllm_kl.plugin.head import Head, find_head
+from vllm_kl.plugin.kernel import row_blocks
+from vllm_kl.plugin.request import Readout, unpack
+
+TASK = "token_classify"  # the pooling task that both model runners accept
+
+
+class _Span(NamedTuple):
+    """The rows of one request that this step computed and that are wanted."""
+
+    request: int
+    low: int  # first of them, counted in the request
+    high: int
+    offset: int  # of the first of them in the step's hidden states
+
+
+class LogProbPooler(Pooler):
+    """Reads log-probs out of a causal language model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: the model is not a submodule of its own pooler
+        self._head: Head | None = None
+
+    def get_supported_tasks(self) -> set[str]:
+        return {TASK}
+
+    def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
+        return PoolingParamsUpdate(requires_token_ids=True)
+
+    def forward(self, hidden_states: torch.Tensor, pooling_metadata: Any) -> list[torch.Tensor | None]:
+        if self._head is None:
+            self._head = find_head(self._model[0], hidden_states)
+        cursor, states = pooling_metadata.get_pooling_cursor(), pooling_metadata.pooling_states
+        # Requests that are not ours, vLLM's profile run among them, are scored from their second token on.
+        readouts = [unpack(params.extra_kwargs) or Readout() for params in pooling_metadata.pooling_params]
+        ids = pooling_metadata.get_prompt_token_ids_cpu()
+        highs, counts = cursor.seq_lens_cpu.tolist(), cursor.num_scheduled_tokens_cpu.tolist()
+
+        spans, offset = defaultdict(list), 0
+        for i, (readout, high, count) in enumerate(zip(readouts, highs, counts, strict=True)):
+            first, last = max(readout.start - 1, high - count), min(high, len(ids[i]) - 1)
+            if first < last:
+                same = (readout.temperature, readout.top_k, readout.num_ids)
+                spans[same].append(_Span(i, first, last, offset + first - (high - count)))
+            offset += count
+        for group in spans.values():
+            values = self._read(hidden_states, group, readouts, ids)
+            for span, rows in zip(group, values.split([s.high - s.low for s in group]), strict=True):
+                states[span.request].hidden_states_cache.append((span.low, rows))
+
+        lengths = pooling_metadata.prompt_lens.tolist()
+        return [
+            _collect(state, readout, length) if high == length else None
+            for state, readout, length, high in zip(states, readouts, lengths, highs, strict=True)
+        ]
+
+    def _read(
+        self, hidden_states: torch.Tensor, spans: list[_Span], readouts: list[Readout], ids: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return ``[N, num_columns]`` float32 of all spans' rows. They ask for the same columns and temperature."""
+        device = hidden_states.device
+        readout = readouts[spans[0].request]
+        rows = torch.cat([torch.arange(s.offset, s.offset + s.high - s.low) for s in spans]).to(device)
+        wanted = torch.cat([ids[s.request][s.low + 1 : s.high + 1] for s in spans])[:, None].long()
+        if readout.num_ids:
+            chosen = [
+                readouts[s.request].chosen_ids()[s.low + 1 - r.start : s.high + 1 - r.start]
+                for s in spans
+                for r in [readouts[s.request]]
+            ]
+            wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
+        wanted = wanted.to(device)
+        values = torch.empty(len(rows), readout.num_columns, dtype=torch.float32, device=device)
+        for block in row_blocks(len(rows), hidden_states.shape[1]):
+            values[block] = self._head.read(
+                hidden_states[rows[block]], wanted[block], top_k=readout.top_k, temperature=readout.temperature
+            )
+        return values
+
+
+def _collect(state: Any, readout: Readout, length: int) -> torch.Tensor:
+    """Return ``[L - start, num_columns]``, and forget the request's chunks."""
+    chunks = state.hidden_states_cache
+    num_rows = max(length - readout.start, 0)
+    if len(chunks) == 1 and len(chunks[0][1]) == num_rows:
+        values = chunks[0][1]
+    else:
+        device = chunks[0][1].device if chunks else "cpu"
+        values = torch.full((num_rows, readout.num_columns), torch.nan, dtype=torch.float32, device=device)
+        for low, rows in chunks:
+            values[low + 1 - readout.start :][: len(rows)] = rows
+    state.clean()
+    return values
