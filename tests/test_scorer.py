@@ -95,25 +95,33 @@ class TestPrefixSharing:
         alike = responses[0][:40] + random_ids(110, 10)
         return [prompt + r for r in (*responses, alike, responses[1])], [64] * 5
 
-    def test_cached_and_uncached_scores_agree(self, shared_scorer, policy_oracle, group):
-        ids, _ = group
-        for start in (64, 70):  # at a block's edge every sibling is sent again; past it hits are used
-            cached = shared_scorer.score(ids, start)
-            for got, sequence in zip(cached, ids, strict=True):
-                assert_close_to(policy_oracle, got, sequence, start)
-        assert shared_scorer.stats.num_cached_tokens == 2 * 64  # the two whose responses differ at once
-        assert shared_scorer.stats.num_rescored == 2
+    @pytest.mark.parametrize("kind", ["ref_scorer", "shared_scorer"])
+    def test_cached_and_uncached_scores_agree(self, request, kind, group):
+        scorer = request.getfixturevalue(kind)
+        oracle = request.getfixturevalue("ref_oracle" if kind == "ref_scorer" else "policy_oracle")
+        for start in (64, 70):  # at a block's edge row start - 1 is not cached: a block less is read
+            for got, sequence in zip(scorer.score(group[0], start), group[0], strict=True):
+                assert_close_to(oracle, got, sequence, start)
+            assert scorer.stats.num_rescored == 0
+        # One of five is a duplicate; the other three siblings read the prompt's two blocks.
+        assert scorer.stats.num_cached_tokens >= 114 + 3 * 64
 
-    def test_a_hit_past_the_first_scored_row_is_sent_again(self, shared_scorer, group):
-        shared_scorer.score(*group)
-        # The prompt ends at a block's edge, so every sibling's hit covers row start - 1.
-        assert shared_scorer.stats.num_rescored == 4
+    def test_without_the_cap_a_hit_past_the_first_scored_row_is_sent_again(
+        self, monkeypatch, shared_scorer, policy_oracle, group
+    ):
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+        monkeypatch.setattr(KVCacheManager, "get_computed_blocks", KVCacheManager.get_computed_blocks.__wrapped__)
+        for got, sequence in zip(shared_scorer.score(*group), group[0], strict=True):
+            assert_close_to(policy_oracle, got, sequence, 64)
+        # The prompt ends at a block's edge, so every sibling's hit covers row start - 1. The duplicate is sent once.
+        assert shared_scorer.stats.num_rescored == 3
 
     def test_share_prefix_false_reads_no_cache(self, policy_llm, policy_oracle, group):
         scorer = VLLMScorer(policy_llm, share_prefix=False)
         for got, sequence in zip(scorer.score(*group), group[0], strict=True):
             assert_close_to(policy_oracle, got, sequence, 64)
-        assert (scorer.stats.num_cached_tokens, scorer.stats.num_rescored) == (0, 0)
+        assert (scorer.stats.num_cached_tokens, scorer.stats.num_rescored) == (114, 0)  # a duplicate is computed once
 
     def test_second_call_equals_first(self, shared_scorer, group):
         for a, b in zip(shared_scorer.score(*group), shared_scorer.score(*group), strict=True):
@@ -198,7 +206,8 @@ class TestMissingLogProbs:
             VLLMScorer(Faulty(fault)).score([[1, 2, 3, 4]], 2)
 
     def test_a_missing_row_is_an_error(self):
-        with pytest.raises(errors.MissingLogProbError, match=r"sequence 0: expected \[3, 1\] log-probs, the engine returned \[2, 1\]"):
+        message = r"sequence 0: expected \[3, 1\] log-probs, the engine returned \[2, 1\]"
+        with pytest.raises(errors.MissingLogProbError, match=message):
             VLLMScorer(Faulty(lambda values: values[1:])).score([[1, 2, 3, 4]])
 
     def test_minus_inf_is_a_log_prob(self):

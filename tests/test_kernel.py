@@ -1,0 +1,119 @@
+"""The fused read-out of the LM head against float64: every dtype, shape and scale it must take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_kl.plugin import kernel
+
+
+def make(num_rows, vocab_size, *, hidden_size=64, dtype=torch.float32, spread=1.0, seed=0):
+    """Hidden rows and a matrix; ``spread`` is the logits' standard deviation, in nats."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator) * spread / hidden_size**0.5
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def in_float64(hidden, weight, scale=1.0):
+    return (hidden.double() @ weight.double().T * scale).log_softmax(-1)
+
+
+def fused(hidden, weight, ids, scale=1.0):
+    return (
+        kernel.token_logits(hidden, weight, ids) * scale - kernel.log_normalizer(hidden, weight, scale=scale)[:, None]
+    )
+
+
+class TestLogNormalizer:
+    @pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 1000, 5000])
+    @pytest.mark.parametrize("num_rows", [1, 2, 77])
+    def test_any_number_of_rows_and_columns(self, num_rows, vocab_size):
+        hidden, weight = make(num_rows, vocab_size)
+        want = (hidden.double() @ weight.double().T).logsumexp(-1)
+        torch.testing.assert_close(kernel.log_normalizer(hidden, weight).double(), want, rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+    @pytest.mark.parametrize("scale", [0.25, 1.0, 1 / 0.7])
+    def test_float32_agrees_for_flat_and_peaked_rows(self, spread, scale):
+        hidden, weight = make(64, 5000, spread=spread)
+        ids = (hidden @ weight.T).topk(3).indices
+        error = (fused(hidden, weight, ids, scale) - in_float64(hidden, weight, scale).gather(1, ids)).abs().max()
+        assert error < 2e-6 * max(1.0, spread * scale)
+
+    def test_a_huge_logit_late_in_the_vocabulary_counts(self):
+        # It outweighs everything before it, in the last slice, and overflows a sum with the shift so far.
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden, weight = make(40, 5000, dtype=dtype)
+            weight[4990] = (4 * hidden[7].float()).to(dtype)
+            ids = torch.full((40, 1), 4990)
+            want = in_float64(hidden, weight).gather(1, ids)
+            assert want[7] == 0
+            torch.testing.assert_close(fused(hidden, weight, ids).double(), want, rtol=1e-5, atol=5e-3)
+
+    def test_rows_that_overflow_are_not_hidden(self):
+        hidden, weight = make(3, 1000)
+        hidden[1, 0] = torch.nan
+        assert kernel.log_normalizer(hidden, weight).isfinite().tolist() == [True, False, True]
+
+    @pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_bfloat16_is_ten_times_nearer_than_rounded_logits(self, spread, temperature):
+        hidden, weight = make(200, 20_000, dtype=torch.bfloat16, spread=spread)
+        ids = torch.cat([(hidden @ weight.T).argmax(-1, keepdim=True), torch.arange(200)[:, None]], 1)
+        want = in_float64(hidden, weight, 1 / temperature).gather(1, ids)
+        rounded = ((hidden @ weight.T).float() / temperature).log_softmax(-1).gather(1, ids)
+        mine = (fused(hidden, weight, ids, 1 / temperature) - want).square().mean().sqrt()
+        assert mine < (rounded - want).square().mean().sqrt() / 10
+        assert mine < 1e-3
+
+
+class TestTopTokens:
+    @pytest.mark.parametrize("k", [1, 5, 40])
+    def test_best_tokens_are_those_of_the_whole_vocabulary(self, k):
+        hidden, weight = make(50, 3000, spread=3.0)
+        ids, logits, normalizer = kernel.top_tokens(hidden, weight, k)
+        want = in_float64(hidden, weight).topk(k)
+        assert torch.equal(ids, want.indices)
+        torch.testing.assert_close((logits - normalizer[:, None]).double(), want.values, rtol=0, atol=1e-5)
+
+    def test_rounding_does_not_misplace_them_in_bfloat16(self):
+        hidden, weight = make(50, 3000, dtype=torch.bfloat16, spread=3.0)
+        ids, _, _ = kernel.top_tokens(hidden, weight, 10)
+        assert torch.equal(ids, in_float64(hidden, weight).topk(10).indices)
+
+    def test_k_may_be_the_whole_vocabulary(self):
+        hidden, weight = make(4, 300)
+        ids, _, _ = kernel.top_tokens(hidden, weight, 300)
+        assert torch.equal(ids.sort().values, torch.arange(300).expand(4, -1))
+
+
+class TestMemory:
+    def test_no_rows_by_vocabulary_tensor_is_made(self):
+        hidden, weight = make(kernel._MAX_ROWS, 152_000, dtype=torch.bfloat16)
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long)
+        fused(hidden, weight, ids)  # the product's own workspace
+        with LargestAllocation() as largest:
+            fused(hidden, weight, ids)
+        assert largest.size_bytes <= 16 << 20  # 1024 rows of logits in bfloat16 alone are 297 MiB
+
+    def test_row_blocks_shrink_with_the_hidden_size(self):
+        for num_rows, hidden_size in [(0, 64), (1, 64), (5000, 512), (5000, 8192), (100, 1 << 22)]:
+            blocks = list(kernel.row_blocks(num_rows, hidden_size))
+            assert sum(b.stop - b.start for b in blocks) == num_rows
+            assert all((b.stop - b.start) * hidden_size <= max(kernel._MAX_GATHERED, 64 * hidden_size) for b in blocks)
+
+
+class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    size_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                self.size_bytes = max(self.size_bytes, tensor.numel() * tensor.element_size())
+        return result
