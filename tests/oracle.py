@@ -22,9 +22,13 @@ class Oracle:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
 
     @torch.no_grad()
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Return ``[L, V]`` float64."""
+        return self._model(torch.tensor([list(map(int, token_ids))])).logits[0]
+
     def log_probs(self, token_ids: Sequence[int]) -> list[float]:
         """Return L numbers, nats: entry t is log p(token t | tokens before it); entry 0 is NaN."""
-        logits = self._model(torch.tensor([list(map(int, token_ids))])).logits[0]
+        logits = self.logits(token_ids)
         result = [math.nan]
         for t in range(1, len(token_ids)):
             row = logits[t - 1].tolist()  # the row before a token predicts it

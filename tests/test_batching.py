@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -33,7 +34,7 @@ def test_members_of_a_group_are_neighbours():
     shuffled = rng.sample([member for group in groups for member in group], 20)
     group_of = {tuple(ids): g for g, ids in shuffled}
     order = [group_of[tuple(r.token_ids)] for r in plan([request(ids, 20) for _, ids in shuffled]).requests]
-    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) == 4
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 4
 
 
 def test_what_is_asked_of_a_sequence_makes_it_distinct():

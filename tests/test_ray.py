@@ -76,7 +76,7 @@ def test_the_reference_describes_itself_to_the_caller(remote):
     assert isinstance(remote.ref_model, VLLMReference)
     assert remote.pad_output is False
     assert remote.ref_model.tokenizer.eos_token == "<|im_end|>"
-    assert remote.ref_model.scorer.stats.readout == "flat"
+    assert remote.ref_model.scorer.stats.readout == "pooling"
 
 
 def test_errors_of_the_actor_arrive_as_they_are(remote):

@@ -167,7 +167,9 @@ class TestBadInput:
     def test_unknown_readouts_and_models_are_refused(self, policy_llm):
         with pytest.raises(errors.ReadoutUnavailableError, match="does not exist; choose one of"):
             VLLMScorer(policy_llm, readout="fast")
-        with pytest.raises(errors.ReadoutUnavailableError, match="'pooling' is not available on an engine that generates"):
+        with pytest.raises(
+            errors.ReadoutUnavailableError, match="'pooling' is not available on an engine that generates"
+        ):
             VLLMScorer(policy_llm, readout="pooling")
         with pytest.raises(errors.OptionError, match="a path, a model name or a live vllm.LLM, got int"):
             VLLMScorer(3)

@@ -36,6 +36,7 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
 
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
     options = {**_defaults(is_cpu=current_platform.is_cpu()), **options}
+    options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
     options.setdefault("kv_cache_memory_bytes", _kv_bytes(config, options))
     reason = _why_not_pooling(config, options)
@@ -167,12 +168,10 @@ def _defaults(*, is_cpu: bool) -> dict[str, Any]:
         return defaults | {
             "enforce_eager": True,  # compiling takes longer than it saves
             "max_num_batched_tokens": 4096,
-            "max_num_seqs": 256,
             "block_size": 32,  # the smallest that the CPU takes: prompts are shared in whole blocks
         }
     return defaults | {
         "max_num_batched_tokens": 16384,
-        "max_num_seqs": 512,
         # Graphs are captured for batches of a few hundred tokens; prefill batches have thousands.
         "compilation_config": {"cudagraph_mode": "NONE"},
     }

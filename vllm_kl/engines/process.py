@@ -50,6 +50,11 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
         # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++ compiler
         # (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is imported.
         environment["TORCH_COMPILE_DISABLE"] = "1"
+    num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
+    if not torch.cuda.is_available() and num_workers > 1:
+        # vLLM's own binding keeps cores back, which on a small machine leaves workers without any.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_workers))
     return environment
 
 

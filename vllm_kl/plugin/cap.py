@@ -6,12 +6,14 @@ scores the first token, and all rows after it are always computed. Sharing is ex
 
 Requests that are not ours keep vLLM's bound.
 
-Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32.
+Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32 and 0.33.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from vllm_kl.plugin.request import unpack
@@ -35,26 +37,36 @@ def first_scored_token(request: Any) -> int | None:
     return None if readout is None else readout.start
 
 
+def capped(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
+    """Return vLLM's lookup with the bound of scoring requests lowered."""
+    # vLLM 0.33: the caller may pass the bound.
+    takes_bound = "max_cache_hit_length" in inspect.signature(get_computed_blocks).parameters
+
+    @functools.wraps(get_computed_blocks)
+    def lookup(self: Any, request: Any, max_cache_hit_length: int | None = None) -> Any:
+        start = first_scored_token(request)
+        if start is not None:
+            # Without a bound vLLM looks for a hit of at most num_tokens - 1 tokens.
+            request = _Shortened(request, start)
+            if max_cache_hit_length is not None:
+                max_cache_hit_length = min(max_cache_hit_length, start - 1)
+        if takes_bound:
+            return get_computed_blocks(self, request, max_cache_hit_length)
+        return get_computed_blocks(self, request)
+
+    return lookup
+
+
 def install() -> None:
     """Install the cap in this process. Idempotent."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-    original = KVCacheManager.get_computed_blocks
-    if is_installed():
-        return
-
-    @functools.wraps(original)
-    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        start = first_scored_token(request)
-        # vLLM looks for a hit of at most num_tokens - 1 tokens.
-        return original(self, request if start is None else _Shortened(request, start), *args, **kwargs)
-
-    get_computed_blocks.vllm_kl = True
-    KVCacheManager.get_computed_blocks = get_computed_blocks
+    if not is_installed():
+        KVCacheManager.get_computed_blocks = capped(KVCacheManager.get_computed_blocks)
 
 
 def is_installed() -> bool:
     """Whether scheduling in this process is capped."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-    return getattr(KVCacheManager.get_computed_blocks, "vllm_kl", False)
+    return inspect.unwrap(KVCacheManager.get_computed_blocks) is not KVCacheManager.get_computed_blocks

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
@@ -78,8 +79,10 @@ class MatrixHead:
         columns = [(logits * scale - normalizer).clamp_(max=0)]
         if top_k:
             if is_sharded:
-                top_ids = tensor_model_parallel_all_gather(top_ids + self.first_token, dim=-1)
-                top_logits = tensor_model_parallel_all_gather(top_logits, dim=-1)
+                mine = torch.stack([(top_ids + self.first_token).float(), top_logits], dim=1)
+                # Ranks gather as many columns each; a share of the vocabulary may hold fewer tokens than that.
+                mine = F.pad(mine, (0, top_k - mine.shape[-1]), value=-torch.inf)
+                top_ids, top_logits = tensor_model_parallel_all_gather(mine, dim=-1).unbind(1)
                 top_logits, order = top_logits.topk(top_k, dim=-1)
                 top_ids = top_ids.gather(-1, order)
             columns += [top_ids.float(), (top_logits * scale - normalizer).clamp_(max=0)]
@@ -98,10 +101,7 @@ class ModelHead:
         step = max(1, _MAX_LOGITS_BYTES // (vocab_size * 12))  # the model's logits, a float32 copy, its log-softmax
         for low in range(0, len(ids_N_K), step):
             rows = slice(low, low + step)
-            logits = self.model.compute_logits(hidden_N_H[rows])
-            if logits is None:  # a rank that vLLM gathers no logits on; only the first rank's result is used
-                continue
-            log_probs = (logits.float() / temperature).log_softmax(-1)
+            log_probs = (self.model.compute_logits(hidden_N_H[rows]).float() / temperature).log_softmax(-1)
             columns = [log_probs.gather(1, ids_N_K[rows])]
             if top_k:
                 top_log_probs, top_ids = log_probs.topk(top_k, dim=1)
@@ -121,8 +121,8 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
         ids = torch.arange(3, device=probe.device).repeat(len(probe), 1)
         mine = head.read(probe, ids, top_k=0, temperature=1.0)
         # compute_logits rounds to the model's dtype.
-        allowed = 0.0 if logits is None else 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()) + 1e-4
-        if logits is not None and not torch.allclose(mine, logits.float().log_softmax(-1)[:, :3], rtol=0, atol=allowed):
+        allowed = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()) + 1e-4
+        if not torch.allclose(mine, logits.float().log_softmax(-1)[:, :3], rtol=0, atol=allowed):
             reason, head = "the model changes the logits after its LogitsProcessor", None
     if head is None:
         logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
@@ -140,8 +140,8 @@ class _LogitsCall:
     bias: Any = None
 
 
-def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Tensor | None, _LogitsCall | None]:
-    """Run ``compute_logits``; return its logits (``None`` on ranks that have none) and the one call it made."""
+def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Tensor, _LogitsCall | None]:
+    """Run ``compute_logits``; return its logits and the one call it made."""
     calls: list[_LogitsCall] = []
 
     def note(processor: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,282 @@
+"""What the in-engine read-out offers beyond the tokens' log-probs, and that it disturbs nobody."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm import PoolingParams, SamplingParams
+
+from tests import tiny
+from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl import VLLMScorer, errors, plugin
+from vllm_kl.plugin import cap, models
+from vllm_kl.plugin.request import KEY, Readout, pack, unpack
+
+VOCAB = 259
+
+
+def random_ids(seed, length):
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def table(ref_oracle):
+    """Log-probs of all tokens at every position of a few sequences, ``[L - 1, V]`` float64."""
+    sequences = [random_ids(40 + i, length) for i, length in enumerate((50, 7, 90))]
+    logits = [ref_oracle.logits(ids)[:-1] for ids in sequences]
+    return sequences, logits
+
+
+class TestTemperature:
+    @pytest.mark.parametrize("temperature", [0.6, 1.3])
+    def test_scores_are_those_of_the_sampling_distribution(self, ref_scorer, table, temperature):
+        sequences, logits = table
+        for got, ids, rows in zip(ref_scorer.score(sequences, temperature=temperature), sequences, logits, strict=True):
+            want = (rows / temperature).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_calls_of_different_temperatures_share_a_batch(self, ref_scorer, table):
+        sequences, _ = table
+        alone = {t: ref_scorer.score(sequences, temperature=t) for t in (0.5, 1.0, 2.0)}
+        together = {}
+        threads = [
+            threading.Thread(target=lambda t=t: together.update({t: ref_scorer.score(sequences, temperature=t)}))
+            for t in alone
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for t, values in alone.items():
+            for a, b in zip(values, together[t], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_a_read_out_that_cannot_apply_it_refuses(self, policy_llm):
+        with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot apply temperature=0.7"):
+            VLLMScorer(policy_llm, temperature=0.7)
+        with pytest.raises(errors.ReadoutUnavailableError, match="prompt log-probs ignore it"):
+            VLLMScorer(policy_llm).score([[1, 2]], temperature=0.7)
+
+    @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "1"])
+    def test_a_temperature_that_is_none_is_refused(self, ref_scorer, temperature):
+        with pytest.raises(errors.InputError, match="temperature must be positive and finite"):
+            ref_scorer.score([[1, 2]], temperature=temperature)
+
+
+class TestChosenAndBestTokens:
+    def test_chosen_ids_agree_with_float64(self, ref_scorer, table):
+        sequences, logits = table
+        starts = [10, 1, 64]
+        chosen = [torch.randint(VOCAB, (len(s) - f, 4)) for s, f in zip(sequences, starts, strict=True)]
+        got = ref_scorer.score_ids(sequences, chosen, starts, temperature=0.8)
+        for values, rows, ids, first in zip(got, logits, chosen, starts, strict=True):
+            want = (rows[first - 1 :] / 0.8).log_softmax(-1).gather(1, ids)
+            torch.testing.assert_close(values.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_best_tokens_agree_with_float64(self, ref_scorer, table):
+        sequences, logits = table
+        for best, ids, rows in zip(ref_scorer.score_topk(sequences, 6), sequences, logits, strict=True):
+            want = rows.log_softmax(-1)
+            assert torch.equal(best.token_ids, want.topk(6).indices)
+            torch.testing.assert_close(best.log_probs.double(), want.topk(6).values, rtol=0, atol=LOG_PROB_TOLERANCE)
+            target = want.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            torch.testing.assert_close(best.target_log_probs.double(), target, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_nothing_to_score_gives_empty_rows(self, ref_scorer):
+        (best,) = ref_scorer.score_topk([[1, 2]], 3, 2)
+        assert (best.token_ids.shape, best.log_probs.shape, best.target_log_probs.shape) == ((0, 3), (0, 3), (0,))
+        assert ref_scorer.score_ids([[1, 2], [1, 2]], [np.empty((0, 5), int), [[1, 2, 3, 4, 5]]], [2, 1])[0].shape == (
+            0,
+            5,
+        )
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            ([], "ids has 0 entries for 2 sequences"),
+            ([[[1]], [[1], [2]]], r"ids of sequence 0 must be ints of shape \[2, 1\].*got shape \[1, 1\]"),
+            ([[[1], [2]], [[1, 2]]], r"ids of sequence 1 must be ints of shape \[1, 1\]"),
+            ([[[1.5], [2.0]], [[1]]], "ids of sequence 0 must be ints"),
+            ([[[1], [2]], [[VOCAB]]], rf"ids of sequence 1, row 0: id {VOCAB} is outside the vocabulary"),
+        ],
+    )
+    def test_ids_that_do_not_fit_are_refused(self, ref_scorer, ids, message):
+        with pytest.raises(errors.InputError, match=message):
+            ref_scorer.score_ids([[1, 2, 3], [1, 2]], ids)
+
+    @pytest.mark.parametrize("k", [0, -1, VOCAB + 1, 2.0])
+    def test_k_out_of_range_is_refused(self, ref_scorer, k):
+        with pytest.raises(errors.InputError, match=rf"k is {k}, expected 1 <= k <= {VOCAB}"):
+            ref_scorer.score_topk([[1, 2]], k)
+
+    def test_a_read_out_that_cannot_refuses(self, policy_llm):
+        with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot return the best tokens"):
+            VLLMScorer(policy_llm).score_topk([[1, 2]], 2)
+        with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot return log-probs of chosen ids"):
+            VLLMScorer(policy_llm).score_ids([[1, 2]], [[[1]]])
+
+
+class TestSharing:
+    def test_a_hit_ends_at_the_last_block_before_the_first_scored_row(self, ref_scorer):
+        for start in (64, 65, 96, 97):
+            prompt = random_ids(500 + start, start)
+            ref_scorer.score([[*prompt, 1, 2], [*prompt, 3, 4]], start)
+            assert ref_scorer.stats.num_cached_tokens == (start - 1) // 32 * 32
+
+    def test_prompts_of_an_earlier_call_are_read_again(self, ref_scorer):
+        prompt = random_ids(600, 70)
+        first = ref_scorer.score([[*prompt, 5, 6]], 70)
+        assert ref_scorer.stats.num_cached_tokens == 0
+        second = ref_scorer.score([[*prompt, 5, 6]], 70)
+        assert ref_scorer.stats.num_cached_tokens == 64
+        torch.testing.assert_close(first[0], second[0], rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_the_callers_order_does_not_matter(self, ref_scorer, ref_oracle):
+        prompts = [random_ids(700 + i, 64) for i in range(3)]
+        ids = [[*prompts[i % 3], *random_ids(800 + i, 5 + i)] for i in range(9)]  # groups interleaved
+        for got, sequence in zip(ref_scorer.score(ids, 64), ids, strict=True):
+            want = torch.tensor(ref_oracle.log_probs(sequence)[64:], dtype=torch.float64)
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+        assert ref_scorer.stats.num_cached_tokens == 6 * 32
+
+
+class TestPlugin:
+    def test_registering_twice_changes_nothing(self):
+        from vllm import ModelRegistry
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+        plugin.register()
+        before = (KVCacheManager.get_computed_blocks, len(ModelRegistry.get_supported_archs()))
+        plugin.register()
+        assert (KVCacheManager.get_computed_blocks, len(ModelRegistry.get_supported_archs())) == before
+        assert cap.is_installed()
+
+    def test_a_policy_of_the_same_architecture_in_the_same_process_is_not_affected(self, policy_llm):
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        prompt = {"prompt_token_ids": random_ids(900, 40)}
+        before = policy_llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+        name = plugin.enable("Qwen2ForCausalLM")
+        scoring = ModelRegistry.models[name].load_model_cls()
+        assert issubclass(scoring, Qwen2ForCausalLM)
+        assert scoring.is_pooling_model
+        assert not getattr(Qwen2ForCausalLM, "is_pooling_model", False)
+        assert ModelRegistry.models["Qwen2ForCausalLM"].load_model_cls() is Qwen2ForCausalLM
+        assert policy_llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == before
+
+    def test_requests_of_others_keep_vllms_own_bound(self, policy_llm):
+        prompt = {"prompt_token_ids": random_ids(901, 70)}
+        for cached in (0, 64):
+            (output,) = policy_llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
+            assert output.num_cached_tokens == cached
+
+    def test_what_a_request_asks_survives_the_way_through_vllm(self):
+        readout = Readout(start=3, temperature=0.7, num_ids=2, ids=np.arange(4, dtype=np.int32).tobytes())
+        assert unpack(pack(readout)) == readout
+        assert readout.chosen_ids().tolist() == [[0, 1], [2, 3]]
+        assert unpack(None) is unpack({}) is unpack({"other": 1}) is None
+        assert list(pack(readout)) == [KEY]
+
+    def test_a_bound_that_the_caller_passes_is_lowered_too(self):
+        """vLLM 0.33 passes it; 0.32 does not."""
+
+        def get_computed_blocks(self, request, max_cache_hit_length=None):
+            return request.num_tokens - 1 if max_cache_hit_length is None else max_cache_hit_length
+
+        lookup = cap.capped(get_computed_blocks)
+        ours = SimpleNamespace(
+            num_tokens=100, sampling_params=None, pooling_params=PoolingParams(extra_kwargs=pack(Readout(start=40)))
+        )
+        theirs = SimpleNamespace(num_tokens=100, sampling_params=SamplingParams(), pooling_params=None)
+        assert [lookup(None, ours), lookup(None, ours, 99), lookup(None, ours, 20)] == [39, 39, 20]
+        assert [lookup(None, theirs), lookup(None, theirs, 20)] == [99, 20]
+
+    def test_an_unknown_name_is_no_scoring_class(self):
+        with pytest.raises(AttributeError):
+            models.Qwen2ForCausalLM  # noqa: B018
+        assert not hasattr(models, "__path__")
+
+    def test_upstream_is_where_the_plugin_expects_it(self):
+        """Fails when vLLM moves what the plugin touches: read the new version, then change both."""
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+        from vllm.v1.pool.metadata import PoolingCursor, PoolingStates
+
+        lookup = inspect.getsource(inspect.unwrap(KVCacheManager.get_computed_blocks))
+        assert "request.num_tokens - 1" in lookup  # the bound that the cap lowers
+        assert {"task", "skip_reading_prefix_cache", "extra_kwargs"} <= {*PoolingParams.__struct_fields__}
+        assert {"extra_args", "prompt_logprob_token_ids", "prompt_logprob_start"} <= {*SamplingParams.__struct_fields__}
+        assert {"pooling_output", "prefill_stats"} <= {*EngineCoreOutput.__struct_fields__}
+        assert {"prompt_token_ids", "pooling_params", "arrival_time"} <= {*EngineCoreRequest.__struct_fields__}
+        assert {"seq_lens_cpu", "num_scheduled_tokens_cpu"} <= {*PoolingCursor.__dataclass_fields__}
+        assert PoolingStates().hidden_states_cache == []
+        assert [*inspect.signature(LogitsProcessor.forward).parameters][1:4] == [
+            "lm_head",
+            "hidden_states",
+            "embedding_bias",
+        ]
+
+
+class TestEngine:
+    def test_tensor_parallel_ranks_share_the_vocabulary(self, ref_path, ref_scorer, table):
+        sequences, _ = table
+        options = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 64}
+        with VLLMScorer(str(ref_path), dtype="float32", tensor_parallel_size=2, **options) as scorer:
+            assert scorer.readout == "pooling"
+            chosen = [[[5, VOCAB - 1]] * (len(s) - 1) for s in sequences]
+            for a, b in zip(scorer.score_ids(sequences, chosen), ref_scorer.score_ids(sequences, chosen), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
+            for k in (5, VOCAB):  # more than a rank's share, too
+                for a, b in zip(scorer.score_topk(sequences, k), ref_scorer.score_topk(sequences, k), strict=True):
+                    assert torch.equal(a.token_ids[:, :5], b.token_ids[:, :5])
+                    torch.testing.assert_close(a.log_probs, b.log_probs, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_pooling_with_lora_says_why_not(self, ref_path):
+        with pytest.raises(errors.ReadoutUnavailableError, match="'pooling' is not available: .* LoRA"):
+            VLLMScorer(str(ref_path), readout="pooling", enable_lora=True)
+
+    def test_flat_can_be_asked_for_on_an_owned_engine(self, ref_path, ref_oracle):
+        options = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 64 << 20}
+        with VLLMScorer(str(ref_path), readout="flat", dtype="float32", **options) as scorer:
+            assert scorer.readout == "flat"
+            ids = random_ids(950, tiny.MAX_MODEL_LEN)
+            want = torch.tensor(ref_oracle.log_probs(ids)[300:], dtype=torch.float64)
+            torch.testing.assert_close(scorer.score([ids], 300)[0].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_token_ids_on_a_cpu_says_why_not(self, policy_llm):
+        with pytest.raises(errors.ReadoutUnavailableError, match="V2 model runner, which needs a GPU. Use 'flat'"):
+            VLLMScorer(policy_llm, readout="token_ids")
+
+    def test_a_bar_on_standard_error_if_asked_for(self, ref_scorer, capfd):
+        ref_scorer.score([random_ids(i, 10) for i in range(3)])
+        assert "scoring" not in capfd.readouterr().err
+        ref_scorer.score([random_ids(i, 10) for i in range(3)], progress=True)
+        captured = capfd.readouterr()
+        assert "3/3" in captured.err
+        assert not captured.out
+
+    def test_an_interrupted_call_leaves_the_engine_to_the_others(self, ref_scorer):
+        def interrupt(num_done):
+            raise KeyboardInterrupt
+
+        from vllm_kl.types import ScoreRequest
+
+        requests = [ScoreRequest(token_ids=np.array(random_ids(i, 300), np.int32), start=1) for i in range(200)]
+        with pytest.raises(KeyboardInterrupt):
+            ref_scorer._engine.score(requests, share_prefix=False, on_done=interrupt)
+        began = time.perf_counter()
+        ref_scorer.score([random_ids(1, 10)])
+        alone = time.perf_counter() - began
+        assert alone < 60
+        assert len(ref_scorer.score([random_ids(2, 10)])[0]) == 9
