@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_kl import VLLMScorer
+from vllm_kl.plugin import kernel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,14 +15,39 @@ pytestmark = [
 ]
 
 
+PROMPT = list(range(40))
+SEQUENCES = [[*PROMPT, 7, 8, 9], [*PROMPT, 7, 8, 10], [*PROMPT, 3]]
+OPTIONS = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
+
+
+def assert_close_to(oracle, got, ids, start):
+    want = torch.tensor(oracle.log_probs(ids)[start:], dtype=torch.float64)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)  # TF32 is off; other kernels than the CPU's
+
+
+@pytest.mark.parametrize("readout", ["pooling", "token_ids", "flat"])
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_the_flat_readout_agrees_with_float64(ref_path, ref_oracle, share_prefix):
-    prompt = list(range(40))
-    sequences = [[*prompt, 7, 8, 9], [*prompt, 7, 8, 10], [*prompt, 3]]
-    options = {"dtype": "float32", "max_model_len": 128, "gpu_memory_utilization": 0.2, "enforce_eager": True}
-    with VLLMScorer(str(ref_path), share_prefix=share_prefix, **options) as scorer:
-        for got, ids in zip(scorer.score(sequences, 40), sequences, strict=True):
-            want = torch.tensor(ref_oracle.log_probs(ids)[40:], dtype=torch.float64)
-            torch.testing.assert_close(
-                got.double(), want, rtol=0, atol=1e-4
-            )  # TF32 is off; other kernels than the CPU's
+def test_every_readout_agrees_with_float64(ref_path, ref_oracle, readout, share_prefix):
+    with VLLMScorer(str(ref_path), readout=readout, share_prefix=share_prefix, **OPTIONS) as scorer:
+        assert scorer.readout == readout
+        for got, ids in zip(scorer.score(SEQUENCES, 40), SEQUENCES, strict=True):
+            assert_close_to(ref_oracle, got, ids, 40)
+
+
+def test_temperature_and_best_tokens_agree_with_float64(ref_path, ref_oracle):
+    with VLLMScorer(str(ref_path), **OPTIONS) as scorer:
+        for best, ids in zip(scorer.score_topk(SEQUENCES, 4, 40, temperature=0.7), SEQUENCES, strict=True):
+            want = (ref_oracle.logits(ids)[39:-1] / 0.7).log_softmax(-1).topk(4)
+            assert torch.equal(best.token_ids, want.indices)
+            torch.testing.assert_close(best.log_probs.double(), want.values, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1 / 0.7])
+def test_the_kernel_agrees_with_float64(dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 256, generator=generator).to(dtype)
+    weight = torch.randn(151_936, 256, generator=generator).div(16).to(dtype)
+    want = (hidden.double() @ weight.double().T * scale).logsumexp(-1)
+    got = kernel.log_normalizer(hidden.cuda(), weight.cuda(), scale=scale).cpu()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)

@@ -70,6 +70,7 @@ def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding
         *_packages(version_of, has_gpu),
         *_torch_build(version_of, has_gpu),
         *_imports(version_of),
+        *_plugin(),
         *_optional(version_of),
     ]
 
@@ -186,6 +187,26 @@ def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
             detail="vllm and torchrl load together" if ok else f"vllm and torchrl do not load together: {last}",
             cure="" if ok else shlex.join(command),
         )
+
+
+def _plugin() -> Iterator[Finding]:
+    """The entry point through which vLLM's processes find the read-out and the cache cap."""
+    if not metadata.entry_points(group="vllm.general_plugins", name="vllm_kl"):
+        yield Finding(
+            what="vLLM plugin",
+            status=Status.FAIL,
+            detail="vLLM does not find vllm_kl's entry point: workers of tensor-parallel engines cannot load scoring models",
+            cure="pip install --no-deps --editable .  (or: pip install --no-deps vllm-kl)",
+        )
+    elif "vllm_kl" not in os.environ.get("VLLM_PLUGINS", "vllm_kl").split(","):
+        yield Finding(
+            what="vLLM plugin",
+            status=Status.NOTE,
+            detail="VLLM_PLUGINS leaves vllm_kl out: shared engines have no cache cap, and send some sequences twice",
+            cure=f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
+        )
+    else:
+        yield Finding(what="vLLM plugin", status=Status.OK, detail="found")
 
 
 def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:

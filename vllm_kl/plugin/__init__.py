@@ -31,8 +31,12 @@ def register() -> None:
 
 def enable(base_architecture: str) -> str:
     """Make an architecture loadable for scoring, here and in processes started from here; return its name."""
+    from vllm_kl.plugin import cap, models
+
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
-    from vllm_kl.plugin import models
-
+    if "VLLM_PLUGINS" in os.environ:  # vLLM's list of plugins that may be loaded: the engine's workers need this one
+        allowed = os.environ["VLLM_PLUGINS"].split(",")
+        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "vllm_kl"]))
+    cap.install()
     return models.register(base_architecture)

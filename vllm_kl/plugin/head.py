@@ -94,11 +94,11 @@ class ModelHead:
     """The model's own ``compute_logits``, in slices of rows."""
 
     model: torch.nn.Module
+    vocab_size: int
 
     def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
         values = hidden_N_H.new_full((len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        step = max(1, _MAX_LOGITS_BYTES // (vocab_size * 12))  # the model's logits, a float32 copy, its log-softmax
+        step = max(1, _MAX_LOGITS_BYTES // (self.vocab_size * 12))  # the model's logits, a float32 copy, its log-softmax
         for low in range(0, len(ids_N_K), step):
             rows = slice(low, low + step)
             log_probs = (self.model.compute_logits(hidden_N_H[rows]).float() / temperature).log_softmax(-1)
@@ -126,7 +126,7 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
             reason, head = "the model changes the logits after its LogitsProcessor", None
     if head is None:
         logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
-        return ModelHead(model)
+        return ModelHead(model, vocab_size=logits.shape[-1])
     return head
 
 
