@@ -160,6 +160,14 @@ class TestDoctor:
             found = re.search(rf"\b{name}(?:-cpu)?([<>=][\d.,<>=]+)", wanted)
             assert doctor.SpecifierSet(found[1]) == supported
 
+    def test_a_plugin_that_vllm_does_not_load_is_found(self, monkeypatch):
+        assert self.findings()["vLLM plugin"].status is Status.OK
+        monkeypatch.setenv("VLLM_PLUGINS", "other")
+        finding = self.findings()["vLLM plugin"]
+        assert (finding.status, finding.cure) == (Status.NOTE, "export VLLM_PLUGINS=other,vllm_kl")
+        monkeypatch.setattr(doctor.metadata, "entry_points", lambda **_: ())
+        assert self.findings()["vLLM plugin"].status is Status.FAIL
+
     def test_exit_status_tells(self, monkeypatch):
         runner = CliRunner()
         monkeypatch.setattr(doctor, "installed", HEALTHY.get)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,6 +100,25 @@ class TestMemory:
         with LargestAllocation() as largest:
             fused(hidden, weight, ids)
         assert largest.size_bytes <= 16 << 20  # 1024 rows of logits in bfloat16 alone are 297 MiB
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: run it on Linux")
+    def test_sixteen_thousand_rows_at_a_vocabulary_of_152k_take_less_than_64_mib(self):
+        script = """
+import torch
+from vllm_kl.plugin import kernel
+def peak_kib():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+hidden = torch.randn(16_384, 64).bfloat16()
+weight = torch.randn(152_000, 64).div_(8).bfloat16()
+torch.mm(hidden[:64], weight[:64].T)  # the libraries' own memory
+before = peak_kib()
+for block in kernel.row_blocks(*hidden.shape):
+    kernel.log_normalizer(hidden[block], weight)
+    kernel.token_logits(hidden[block], weight, torch.zeros(len(hidden[block]), 1, dtype=torch.long))
+print((peak_kib() - before) / 1024)
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert float(done.stdout) <= 64
 
     def test_row_blocks_shrink_with_the_hidden_size(self):
         for num_rows, hidden_size in [(0, 64), (1, 64), (5000, 512), (5000, 8192), (100, 1 << 22)]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_kl.demo.task import make_tokenizer
 
@@ -35,4 +36,59 @@ def build(path: Path, *, seed: int, pad_is_eos: bool = False) -> Path:
     )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+# What each needs beyond _SIZES: factors, caps and windows that matter in a model this small.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "llama": {},
+    "gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+    },
+    "granite": {
+        "logits_scaling": 0.8,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+    },
+    "cohere": {"logit_scale": 0.7, "tie_word_embeddings": True},
+    "phi": {"num_key_value_heads": 2},
+    "gpt_neox": {"num_key_value_heads": 2},  # vLLM believes the config, which has none
+    "opt": {"num_key_value_heads": 2, "init_std": 0.12, "ffn_dim": 128, "word_embed_proj_dim": 64},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+}
+_SIZES = {
+    "vocab_size": 301,  # no multiple of 64, to which vLLM pads
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+}
+
+
+def build_architecture(path: Path, name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Save a two-layer model of an architecture, without a tokenizer; return the folder. Pad and EOS are the last ids."""
+    torch.manual_seed(0)
+    settings = {**_SIZES, **ARCHITECTURES[name], **overrides}
+    ends = {"pad_token_id": settings["vocab_size"] - 2, "eos_token_id": settings["vocab_size"] - 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **settings, **ends))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases start at 0 and norms at 1, where a missing one goes unnoticed
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(path)
     return path

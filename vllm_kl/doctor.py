@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_kl.plugin import KNOWN_VLLM
+
 # What the code was read and tested against; the same bounds as in pyproject.toml, where a test compares them.
 SUPPORTED = {
     "torch": SpecifierSet(">=2.11"),
     "transformers": SpecifierSet(">=5.5"),
     "tensordict": SpecifierSet(">=0.14,<0.15"),
     "torchrl": SpecifierSet(">=0.14,<0.15"),
-    "vllm": SpecifierSet(">=0.32,<0.34"),
+    "vllm": KNOWN_VLLM,
 }
 # Text models need none of these; their usual builds are made for CUDA.
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")

@@ -113,11 +113,17 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
                 began = time.perf_counter()
         policy_version = collector.policy_version
         collector.shutdown()
+        readout, stats = reference.scorer.readout, reference.scorer.stats
     files = [
         str(report.write_jsonl(config.out / "rollouts.jsonl", rollouts)),
         str(report.plot(config.out / "kl.png", rows)),
     ]
     report.print_table(rows, rollouts, console)
+    console.print(
+        f"reference: read-out {readout!r}; of the last batch's {stats.num_prompt_tokens:,} tokens {stats.num_cached_tokens:,} "
+        "were shared, not computed again",
+        highlight=False,
+    )
     return summary(rows, policy_version, files)
 
 

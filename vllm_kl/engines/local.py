@@ -38,7 +38,8 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     options = {**_defaults(is_cpu=current_platform.is_cpu()), **options}
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
-    options.setdefault("kv_cache_memory_bytes", _kv_bytes(config, options))
+    if "gpu_memory_utilization" not in options:
+        options.setdefault("kv_cache_memory_bytes", _kv_bytes(config, options))
     reason = _why_not_pooling(config, options)
     if readout == "pooling" and reason:
         raise ReadoutUnavailableError(f"readout='pooling' is not available: {reason}. Use 'auto'")

@@ -13,8 +13,13 @@ Nothing here changes an engine, or a request, that does not come from this packa
 
 from __future__ import annotations
 
+import logging
 import os
 
+from packaging.specifiers import SpecifierSet
+
+# The versions whose sources were read and whose engines were run.
+KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
 # Base architectures that this process and its children can load for scoring, separated by commas. An environment
 # variable, because an engine's workers are processes of their own, which load plugins before they know their model.
 ARCHITECTURES = "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of its own prefix that it does not know
@@ -31,8 +36,16 @@ def register() -> None:
 
 def enable(base_architecture: str) -> str:
     """Make an architecture loadable for scoring, here and in processes started from here; return its name."""
+    import vllm
+
     from vllm_kl.plugin import cap, models
 
+    if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+        logging.getLogger("vllm.vllm_kl").warning(
+            "vllm_kl: the read-out was made for vLLM%s, this is %s. Scores are checked, but it may not work: vllm-kl doctor",
+            KNOWN_VLLM,
+            vllm.__version__,
+        )
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
     if "VLLM_PLUGINS" in os.environ:  # vLLM's list of plugins that may be loaded: the engine's workers need this one

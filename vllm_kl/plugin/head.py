@@ -98,7 +98,9 @@ class ModelHead:
 
     def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
         values = hidden_N_H.new_full((len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32)
-        step = max(1, _MAX_LOGITS_BYTES // (self.vocab_size * 12))  # the model's logits, a float32 copy, its log-softmax
+        step = max(
+            1, _MAX_LOGITS_BYTES // (self.vocab_size * 12)
+        )  # the model's logits, a float32 copy, its log-softmax
         for low in range(0, len(ids_N_K), step):
             rows = slice(low, low + step)
             log_probs = (self.model.compute_logits(hidden_N_H[rows]).float() / temperature).log_softmax(-1)

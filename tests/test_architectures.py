@@ -1,0 +1,177 @@
+"""The in-engine read-out against float64, on the architectures whose heads differ.
+
+All engines run one after the other in one child process: vLLM's transformers backend changes transformers' classes where
+it runs, and an engine that ends takes vLLM's process groups with it, also from under an engine beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import multiprocessing
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.oracle import LOG_PROB_TOLERANCE, Oracle
+from vllm_kl.types import ScoreRequest, ScoreResult
+
+VOCAB, PAD, EOS = 301, 299, 300
+OPTIONS = {
+    "max_model_len": tiny.MAX_MODEL_LEN,
+    "max_num_batched_tokens": 128,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 32 << 20,
+    "block_size": 32,
+    # By default vLLM drops most blocks of layers with a sliding window, and the second of a group finds none.
+    "prefix_cache_retention_interval": None,
+}
+
+# Most heads are a matrix and a factor, which the kernel reads; these are not.
+OWN_HEADS = {"gemma2": "soft cap", "phi": "bias"}
+
+
+def random_ids(seed, length, vocab=VOCAB):
+    rng = random.Random(seed)
+    return [rng.randrange(vocab) for _ in range(length)]
+
+
+PROMPT = random_ids(0, 64)  # two blocks
+FIRST, SECOND, THIRD = (random_ids(seed, 50) for seed in (1, 2, 3))
+ALIKE = FIRST[:40] + random_ids(4, 10)
+
+# What is scored, from which token on, and how many tokens of it the cache may give: whole blocks before token start - 1.
+BATCH = {
+    "first of the group": (PROMPT + FIRST, 64, 0),
+    "second": (PROMPT + SECOND, 64, 32),
+    "third": (PROMPT + THIRD, 64, 32),
+    "fourth, begins like the first": (PROMPT + ALIKE, 64, 32),
+    "the same from where they part": (PROMPT + ALIKE, 100, 96),
+    "the second again": (PROMPT + SECOND, 64, 32),
+    "one token": ([*PROMPT, EOS], 64, 32),
+    "pad and EOS inside": ([5, PAD, EOS, 9, PAD, PAD, 11, EOS], 2, 0),
+    "three steps long": (random_ids(5, 300), 1, 0),
+}
+REQUESTS = [ScoreRequest(token_ids=np.array(ids, np.int32), start=start) for ids, start, _ in BATCH.values()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one engine returned, in the order of the requests."""
+
+    head: str | None  # the class that read the log-probs; None: not read in the engine
+    cached: list[ScoreResult]
+    uncached: list[ScoreResult]
+
+
+def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequest]) -> Run:
+    """Start an engine, score with and without the cache, end the engine. Runs in the child process."""
+    from vllm.model_executor.models import registry
+
+    from vllm_kl.engines.local import start
+
+    registry._run_in_subprocess = lambda inspect: inspect()  # else two processes per architecture look at its class
+    driver = start(model=model, readout=readout, options={**OPTIONS, **options})
+    results = []
+    for share_prefix in (True, False):
+        for key, request in enumerate(requests):
+            driver.submit(key, request, share_prefix=share_prefix)
+        finished = {}
+        while len(finished) < len(requests):
+            finished.update(driver.step())
+        results.append([finished[key] for key in range(len(requests))])
+    head = None
+    if readout == "pooling":
+        worker = driver._core.engine_core.model_executor.driver_worker.worker
+        head = type(worker.get_model().pooler._head).__name__
+        del worker
+    del driver
+    gc.unfreeze()  # vLLM hides what it made from the collector
+    gc.collect()
+    return Run(head, *results)
+
+
+@pytest.fixture(scope="module")
+def start_engine():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+
+        def run(path, readout="pooling", requests=REQUESTS, **options):
+            return pool.apply_async(run_engine, (str(path), readout, options, requests)).get(timeout=200)
+
+        yield run
+
+
+def log_probs_in_float64(path, requests):
+    oracle = Oracle(path)
+    if getattr(oracle._model.config, "attn_logit_softcapping", None):
+        oracle._model.set_attn_implementation("eager")  # the others leave the cap out
+    oracle._model.set_experts_implementation("eager")  # the others refuse float64
+    return [torch.tensor(oracle.log_probs(r.token_ids)[r.start :], dtype=torch.float64) for r in requests]
+
+
+@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(architecture, tmp_path_factory):
+    return tiny.build_architecture(tmp_path_factory.mktemp("architectures") / architecture, architecture)
+
+
+@pytest.fixture(scope="module")
+def truth(path):
+    return log_probs_in_float64(path, REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def run(path, start_engine):
+    return start_engine(path, dtype="float32")
+
+
+def assert_close(results, truth):
+    for result, want in zip(results, truth, strict=True):
+        got = torch.from_numpy(result.values[:, 0]).double()
+        torch.testing.assert_close(got, want, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+
+def test_the_model_is_far_from_uniform(truth):
+    assert torch.cat(truth).std() > 0.5
+
+
+def test_uncached_log_probs_agree(run, truth):
+    assert_close(run.uncached, truth)
+
+
+def test_cached_log_probs_agree(run, truth):
+    assert_close(run.cached, truth)
+
+
+def test_cached_equals_uncached(run):
+    assert_close(run.cached, [torch.from_numpy(r.values[:, 0]).double() for r in run.uncached])
+
+
+def test_the_cache_gives_all_that_it_may_and_nothing_is_sent_twice(run):
+    assert [r.num_cached_tokens for r in run.cached] == [num_cached for _, _, num_cached in BATCH.values()]
+    assert not any(r.num_cached_tokens for r in run.uncached)
+    assert not any(r.rescored for r in [*run.cached, *run.uncached])
+
+
+def test_the_kernel_reads_every_head_that_is_a_matrix_and_a_factor(architecture, run):
+    assert run.head == ("ModelHead" if architecture in OWN_HEADS else "MatrixHead")
+
+
+def test_bfloat16_log_probs_are_no_worse_than_vllms_own(start_engine, tmp_path):
+    path = tiny.build_architecture(tmp_path, "qwen2", dtype=torch.bfloat16, vocab_size=5000)
+    requests = [ScoreRequest(token_ids=np.array(random_ids(seed, 120, 5000), np.int32), start=1) for seed in range(6)]
+    truth = torch.cat(log_probs_in_float64(path, requests))
+    rms, largest = {}, {}
+    for readout in ("pooling", "flat"):
+        results = start_engine(path, readout, requests, dtype="bfloat16").uncached
+        error = torch.from_numpy(np.concatenate([r.values[:, 0] for r in results])).double() - truth
+        rms[readout], largest[readout] = float(error.square().mean().sqrt()), float(error.abs().max())
+    print(rms, largest)
+    assert rms["pooling"] <= 1.02 * rms["flat"]
