@@ -41,6 +41,8 @@ def build(path: Path, *, seed: int, pad_is_eos: bool = False) -> Path:
 
 # What each needs beyond _SIZES: factors, caps and windows that matter in a model this small.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # First: vLLM makes the group for experts with a process's first engine or never.
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
     "qwen2-tied": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
@@ -63,7 +65,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {"num_key_value_heads": 2},
     "gpt_neox": {"num_key_value_heads": 2},  # vLLM believes the config, which has none
     "opt": {"num_key_value_heads": 2, "init_std": 0.12, "ffn_dim": 128, "word_embed_proj_dim": 64},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": {},
 }
 _SIZES = {

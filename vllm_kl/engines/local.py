@@ -164,6 +164,8 @@ def _defaults(*, is_cpu: bool) -> dict[str, Any]:
         "skip_tokenizer_init": True,  # ids come in, log-probs go out
         "disable_log_stats": True,
         "enable_prefix_caching": True,
+        # vLLM keeps few blocks of layers with a sliding window or a state, so that a group's second member finds none.
+        "prefix_cache_retention_interval": None,
     }
     if is_cpu:
         return defaults | {
