@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,10 +95,13 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
 
 @pytest.fixture(scope="module")
 def start_engine():
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent)  # the child imports this file, and inherits the path
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool:
 
         def run(path, readout="pooling", requests=REQUESTS, **options):
-            return pool.apply_async(run_engine, (str(path), readout, options, requests)).get(timeout=200)
+            return pool.apply_async(run_engine, (str(path), readout, options, requests)).get(timeout=120)
 
         yield run
 
@@ -171,5 +175,5 @@ def test_bfloat16_log_probs_are_no_worse_than_vllms_own(start_engine, tmp_path):
         results = start_engine(path, readout, requests, dtype="bfloat16").uncached
         error = torch.from_numpy(np.concatenate([r.values[:, 0] for r in results])).double() - truth
         rms[readout], largest[readout] = float(error.square().mean().sqrt()), float(error.abs().max())
-    print(rms, largest)
     assert rms["pooling"] <= 1.02 * rms["flat"]
+    assert largest["pooling"] <= 1.1 * largest["flat"]

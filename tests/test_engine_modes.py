@@ -1,0 +1,108 @@
+"""The in-engine read-out in the ways that vLLM can be run: three processes, preempted requests, quantized weights."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl import VLLMScorer
+from vllm_kl.types import ScoreRequest
+
+OPTIONS = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 32 << 20}
+PROMPT = random.Random(1).choices(range(259), k=64)
+SEQUENCES = [PROMPT + random.Random(seed).choices(range(259), k=200) for seed in range(2, 6)]
+
+
+def assert_close_to(oracle, scored, start):
+    for got, ids in zip(scored, SEQUENCES, strict=True):
+        want = torch.tensor(oracle.log_probs(ids)[start:], dtype=torch.float64)
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+
+def test_front_end_engine_and_worker_in_three_processes_agree(monkeypatch, ref_path, ref_oracle, ref_scorer):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with VLLMScorer(str(ref_path), dtype="float32", **OPTIONS) as scorer:
+        assert_close_to(ref_oracle, scorer.score(SEQUENCES, 64), 64)
+        assert scorer.stats.num_cached_tokens == 3 * 32
+        chosen = [[[1, 2, 3]] * 200] * len(SEQUENCES)
+        for a, b in zip(
+            scorer.score_ids(SEQUENCES, chosen, 64), ref_scorer.score_ids(SEQUENCES, chosen, 64), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+
+def score_preempted(model: str) -> tuple[int, list[np.ndarray]]:
+    """Preempt every request between its chunks; return how many were, and the values. Runs in a child process."""
+    from vllm_kl.engines.local import start
+
+    options = {"dtype": "float32", "max_num_batched_tokens": 96, "block_size": 32, **OPTIONS}
+    driver = start(model=model, readout="pooling", options=options)
+    for key, ids in enumerate(SEQUENCES):
+        driver.submit(key, ScoreRequest(token_ids=np.array(ids, np.int32), start=64), share_prefix=True)
+    finished = dict(driver.step() + driver.step())
+    core = driver._core.engine_core
+    assert core.reset_prefix_cache(reset_running_requests=True)
+    num_preempted = sum(request.num_preemptions > 0 for request in core.scheduler.requests.values())
+    while len(finished) < len(SEQUENCES):
+        finished.update(driver.step())
+    return num_preempted, [finished[key].values for key in range(len(SEQUENCES))]
+
+
+def test_preempted_requests_lose_no_row(ref_path, ref_oracle):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        num_preempted, values = pool.apply_async(score_preempted, (str(ref_path),)).get(timeout=200)
+    assert num_preempted
+    assert_close_to(ref_oracle, [torch.from_numpy(v[:, 0]) for v in values], 64)
+
+
+@pytest.fixture(scope="module")
+def quantized_path(ref_path, tmp_path_factory):
+    """The reference with int8 weights and activations, as compressed-tensors stores them; the LM head stays bfloat16."""
+    path = tmp_path_factory.mktemp("models") / "int8"
+    path.mkdir()
+    config = json.loads((ref_path / "config.json").read_text())
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**int8, "strategy": "channel", "dynamic": False},
+                "input_activations": {**int8, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, tensor in load_file(ref_path / "model.safetensors").items():
+        if "proj.weight" in name:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (tensor / scale).round().to(torch.int8)
+            tensors[name.replace("weight", "weight_scale")] = scale.bfloat16()
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_quantized_weights_score_as_in_vllms_own_read_out(quantized_path):
+    scored = {}
+    for readout in ("pooling", "flat"):
+        with VLLMScorer(str(quantized_path), readout=readout, dtype="bfloat16", **OPTIONS) as scorer:
+            assert scorer.readout == readout
+            scored[readout] = torch.cat(scorer.score(SEQUENCES, 64))
+    assert scored["flat"].std() > 0.5
+    # vLLM's own rounds logits to bfloat16: near 8 in steps of 1/16.
+    torch.testing.assert_close(scored["pooling"], scored["flat"], rtol=0, atol=0.1)
+    assert (scored["pooling"] - scored["flat"]).abs().mean() < 0.02
