@@ -26,8 +26,6 @@ OPTIONS = {
     "max_num_seqs": 16,
     "kv_cache_memory_bytes": 8 << 20,
     "block_size": 32,
-    # By default vLLM drops most blocks of layers with a sliding window, and the second of a group finds none.
-    "prefix_cache_retention_interval": None,
 }
 
 # Most heads are a matrix and a factor, which the kernel reads; these are not.

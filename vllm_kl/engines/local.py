@@ -61,10 +61,15 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any]) -> Driver:
 
     from vllm_kl import plugin
     from vllm_kl.engines.pooling import PoolingEngine
+    from vllm_kl.plugin.models import BASE_ARCHITECTURES
 
-    name = plugin.enable(config.architecture)
-    head_dtype = {"head_dtype": "model"} if config.dtype is not None and not _is_cuda() else {}
-    overrides = {"architectures": [name], **head_dtype}
+    overrides = {
+        "architectures": [plugin.enable(config.architecture)],
+        BASE_ARCHITECTURES: list(config.hf_config.architectures or [config.architecture]),
+    }
+    if not _is_cuda():
+        # A pooling model's head is float32 by default, for which the CPU copies the whole matrix at every call.
+        overrides["head_dtype"] = "model"
     theirs = options.get("hf_overrides") or {}
     args = EngineArgs(
         model=model,
