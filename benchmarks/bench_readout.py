@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", choices=names, default=names)
     parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=range(len(SHAPES)))
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: at least 2, for a median")
     set_list_to_stack(True).set()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         build(Path(folder))

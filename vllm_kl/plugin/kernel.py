@@ -42,9 +42,13 @@ _SPARE_CANDIDATES = 8
 
 
 def row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
-    """Yield the blocks of rows that are computed together: large enough for the product, small enough for the memory."""
-    step = max(64, min(_MAX_ROWS, _MAX_GATHERED // hidden_size))
-    for low in range(0, num_rows, step):
+    """Yield the blocks of rows that are computed together: large enough for the product, small enough for the memory.
+
+    They are of one size, since the product is slow on the few rows that a division by the largest size would leave.
+    """
+    num_blocks = math.ceil(num_rows / max(64, min(_MAX_ROWS, _MAX_GATHERED // hidden_size)))
+    step = math.ceil(num_rows / max(1, num_blocks))
+    for low in range(0, num_rows, max(1, step)):
         yield slice(low, min(num_rows, low + step))
 
 
