@@ -48,6 +48,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_kl import VLLMScorer
 from vllm_kl.demo.task import make_tokenizer
+from vllm_kl.engines.base import drive
 from vllm_kl.engines.local import start as start_engine
 from vllm_kl.types import ScoreRequest
 
@@ -154,11 +155,8 @@ class Floor:
 
     def __call__(self, sequences, start) -> None:
         began = time.perf_counter()
-        for i, ids in enumerate(sequences):
-            self._driver.submit(i, ScoreRequest(token_ids=ids.numpy().astype(np.int32), start=start), share_prefix=True)
-        finished = 0
-        while finished < len(sequences):
-            finished += len(self._driver.step())
+        requests = [ScoreRequest(token_ids=ids.numpy().astype(np.int32), start=start) for ids in sequences]
+        drive(self._driver, requests, share_prefix=True)
         engine = time.perf_counter() - began
         self.seconds["engine without LM head"].append(engine)
         self.seconds["LM-head product"].append(self._product(sum(len(s) - start for s in sequences), *self.slicing))

@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from vllm.inputs import TokensPrompt
 
 from vllm_kl import VLLMScorer, plugin
+from vllm_kl.engines.base import drive
 from vllm_kl.engines.local import start as start_engine
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.request import Readout, pack
@@ -66,11 +67,7 @@ def make_providers(folder: str):
     flat = VLLMScorer(vllm.LLM(folder, max_num_seqs=512, **same), readout="flat", share_prefix=False)
 
     def step(sequences):
-        for i, ids in enumerate(sequences):
-            driver.submit(i, ScoreRequest(token_ids=ids, start=START), share_prefix=True)
-        finished = 0
-        while finished < len(sequences):
-            finished += len(driver.step())
+        drive(driver, [ScoreRequest(token_ids=ids, start=START) for ids in sequences], share_prefix=True)
 
     def encode(sequences):
         params = vllm.PoolingParams(skip_reading_prefix_cache=False, extra_kwargs=pack(Readout(start=START)))

@@ -17,6 +17,7 @@ import torch
 
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
+from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest, ScoreResult
 
 VOCAB, PAD, EOS = 301, 299, 300
@@ -76,14 +77,7 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
     registry._run_in_subprocess = lambda inspect: inspect()  # else two processes per architecture look at its class
     driver = start(model=model, readout=readout, options={**OPTIONS, **options})
     ALIVE.append(driver)
-    results = []
-    for share_prefix in (True, False):
-        for key, request in enumerate(requests):
-            driver.submit(key, request, share_prefix=share_prefix)
-        finished = {}
-        while len(finished) < len(requests):
-            finished.update(driver.step())
-        results.append([finished[key] for key in range(len(requests))])
+    results = [drive(driver, requests, share_prefix=share_prefix) for share_prefix in (True, False)]
     head = None
     if readout == "pooling":
         worker = driver._core.engine_core.model_executor.driver_worker.worker

@@ -211,18 +211,17 @@ class VLLMScorer:
         self._check_can(temperature, ids=ids is not None, top_k=top_k > 0)
         sequences, starts = check_requests(token_ids, start, info)
         chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
-        requests = {
-            i: ScoreRequest(token_ids=sequence, start=first, temperature=temperature, ids=chosen[i], top_k=top_k)
-            for i, (sequence, first) in enumerate(zip(sequences, starts, strict=True))
-            if first < len(sequence)
-        }
+        asked = [
+            ScoreRequest(token_ids=sequence, start=first, temperature=temperature, ids=rows, top_k=top_k)
+            for sequence, first, rows in zip(sequences, starts, chosen, strict=True)
+        ]
+        requests = {i: request for i, request in enumerate(asked) if request.start < len(request.token_ids)}
         planned = plan(list(requests.values()))
         results = []
         if planned.requests:
             with show_progress(len(planned.requests), enabled=progress) as on_done:
                 results = self._engine.score(planned.requests, share_prefix=self.share_prefix, on_done=on_done)
-        num_columns = 1 + 2 * top_k + (0 if ids is None or not len(chosen) else chosen[0].shape[1])
-        values = [torch.empty(0, num_columns)] * len(sequences)
+        values = [torch.empty(0, request.num_columns) for request in asked]
         for (i, request), result in zip(requests.items(), planned.restore(results), strict=True):
             values[i] = _checked(i, request, result)
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
@@ -292,8 +291,7 @@ def _make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any
 
 def _checked(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:
     """Return the values of sequence i, or refuse: -inf is a number (probability 0), NaN and +inf are not."""
-    num_columns = 1 + 2 * request.top_k + (0 if request.ids is None else request.ids.shape[1])
-    want, got = (len(request.token_ids) - request.start, num_columns), tuple(result.values.shape)
+    want, got = (len(request.token_ids) - request.start, request.num_columns), tuple(result.values.shape)
     if got != want:
         raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
     bad = np.isnan(result.values) | (result.values == np.inf)

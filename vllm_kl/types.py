@@ -24,15 +24,24 @@ class ScoreRequest:
     ids: np.ndarray | None = None  # [L - start, K] int32: tokens to score beside the sequence's own
     top_k: int = 0  # best tokens to return per row
 
+    @property
+    def num_ids(self) -> int:
+        """K, the chosen tokens of a row."""
+        return 0 if self.ids is None else self.ids.shape[1]
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of :attr:`ScoreResult.values`."""
+        return 1 + self.num_ids + 2 * self.top_k
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreResult:
     """What an engine returns for one request. R = L - start rows; row j is of token start + j."""
 
-    values: (
-        np.ndarray
-    )  # [R, 1 + K + 2 k] float32: the token's log-prob, those of ids, then ids and log-probs of the best;
-    # nats; NaN where the engine gave none
+    # [R, 1 + K + 2 k] float32: the token's log-prob, those of ids, then ids and log-probs of the best; nats; NaN where the
+    # engine gave none
+    values: np.ndarray
     num_cached_tokens: int = 0  # tokens whose KV was read from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -44,21 +45,13 @@ def _as_answer(error: Exception) -> Exception:
     return EngineError(f"vLLM failed: {text}")
 
 
-class _Call:
-    """A call that is being served: what is left of it, and what the last steps finished."""
-
-    def __init__(self, num_requests: int) -> None:
-        self.num_left = num_requests
-        self.finished: list[tuple[int, Any]] = []
-
-
 class _Server:
     """Serves one connection: takes calls between the steps of the engine, so that concurrent callers share batches."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._driver: Any = None
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, set[int]] = {}  # call -> its requests that are not finished
 
     def run(self) -> None:
         while True:
@@ -76,28 +69,27 @@ class _Server:
                 self._answer(call_id, "error", _as_answer(error))
             else:
                 self._answer(call_id, "info", self._driver.info)
-        elif kind == "score":
-            self._calls[call_id] = _Call(len(body["requests"]))
+        elif kind == "score" and body["requests"]:
+            self._calls[call_id] = set(range(len(body["requests"])))
             for n, request in enumerate(body["requests"]):
                 self._driver.submit((call_id, n), request, share_prefix=body["share_prefix"])
-        elif self._calls.pop(call_id, None):  # "cancel"
-            self._driver.cancel([(call_id, n) for n in range(body)])
+        elif kind == "cancel":
+            self._driver.cancel([(call_id, n) for n in self._calls.pop(call_id, ())])
 
     def _step(self) -> None:
+        finished = defaultdict(list)
         try:
             for (call_id, n), result in self._driver.step():
-                self._calls[call_id].finished.append((n, result))
+                finished[call_id].append((n, result))
+                self._calls[call_id].remove(n)
         except Exception as error:
             # The engine's state is unknown: nobody may use it again.
             for call_id in self._calls:
                 self._answer(call_id, "error", _as_answer(error))
             raise
-        for call_id, call in list(self._calls.items()):
-            if call.finished:
-                call.num_left -= len(call.finished)
-                self._answer(call_id, "results", call.finished)
-                call.finished = []
-            if not call.num_left:
+        for call_id, results in finished.items():
+            self._answer(call_id, "results", results)
+            if not self._calls[call_id]:
                 del self._calls[call_id]
 
     def _answer(self, call_id: int, kind: str, body: Any) -> None:

@@ -50,3 +50,13 @@ class Driver(Protocol):
     def cancel(self, keys: Sequence[Hashable]) -> None:
         """Drop requests that nobody waits for; those already finished are ignored."""
         ...
+
+
+def drive(driver: Driver, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
+    """Score with a driver that nobody else feeds: one result per request, in their order."""
+    for n, request in enumerate(requests):
+        driver.submit(n, request, share_prefix=share_prefix)
+    results: dict[Hashable, ScoreResult] = {}
+    while len(results) < len(requests):
+        results.update(driver.step())
+    return [results[n] for n in range(len(requests))]

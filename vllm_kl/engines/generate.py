@@ -112,7 +112,7 @@ class _TokenIds:
         wanted = request.token_ids[request.start :, None]
         if request.ids is not None:
             wanted = np.concatenate([wanted, request.ids], axis=1)
-        return {"prompt_logprob_token_ids": wanted.astype(np.int32), "prompt_logprob_start": request.start - 1}
+        return {"prompt_logprob_token_ids": wanted, "prompt_logprob_start": request.start - 1}
 
     def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
         values = output.prompt_token_id_logprobs

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kl.engines.base import Driver
+from vllm_kl.engines.base import Driver, drive
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
@@ -49,9 +49,7 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
         if reason and readout == "auto":
             logger.warning("vllm_kl: no pooling read-out: %s", reason)
         driver = _Blocking(_start_generate(model, config, readout, options))
-    driver.submit("warm-up", ScoreRequest(token_ids=np.zeros(2, np.int32), start=1), share_prefix=False)
-    while not driver.step():
-        pass
+    drive(driver, [ScoreRequest(token_ids=np.zeros(2, np.int32), start=1)], share_prefix=False)
     return driver
 
 

@@ -84,8 +84,8 @@ class PoolingEngine:
             start=request.start,
             temperature=request.temperature,
             top_k=request.top_k,
-            num_ids=0 if request.ids is None else request.ids.shape[1],
-            ids=b"" if request.ids is None else request.ids.astype(np.int32).tobytes(),
+            num_ids=request.num_ids,
+            ids=b"" if request.ids is None else request.ids.tobytes(),
         )
         params = PoolingParams(task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout))
         self._in_core[request_id] = job

@@ -107,7 +107,7 @@ class ProcessEngine:
     ) -> list[ScoreResult]:
         results: dict[int, ScoreResult] = {}
         body = {"requests": list(requests), "share_prefix": share_prefix}
-        with self._call("score", body, num_requests=len(requests)) as answers:
+        with self._call("score", body) as answers:
             while len(results) < len(requests):
                 finished = next(answers)
                 results.update(finished)
@@ -119,7 +119,7 @@ class ProcessEngine:
         self._finalizer()
 
     @contextlib.contextmanager
-    def _call(self, kind: str, body: Any, *, num_requests: int = 0) -> Iterator[Iterator[Any]]:
+    def _call(self, kind: str, body: Any) -> Iterator[Iterator[Any]]:
         """Send a call; give its answers as they come. A call that is left early is cancelled."""
         if os.getpid() != self._owner_pid:
             raise EngineError("the engine belongs to the process that started it, not to a fork: make one here")
@@ -130,7 +130,7 @@ class ProcessEngine:
             try:
                 yield self._calls.answers(call_id)
             except BaseException:
-                self._calls.cancel(call_id, num_requests)
+                self._calls.cancel(call_id)
                 raise
             finally:
                 self._calls.end(call_id)
@@ -178,9 +178,9 @@ class _Calls:
                 raise body
             yield body
 
-    def cancel(self, call_id: int, num_requests: int) -> None:
+    def cancel(self, call_id: int) -> None:
         with contextlib.suppress(OSError):
-            self._send(call_id, "cancel", num_requests)
+            self._send(call_id, "cancel", None)
 
     def end(self, call_id: int) -> None:
         self._queues.pop(call_id, None)

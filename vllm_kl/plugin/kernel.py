@@ -29,6 +29,8 @@ LOG2_E = math.log2(math.e)
 
 # Rows and columns of one tile, found by measurement (benchmarks/LOG.md): its logits, in both dtypes, stay in a CPU's cache.
 _MAX_ROWS, _MAX_COLUMNS = 1024, 1024
+# Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
+_CUDA_TILE = 1 << 23
 # The first slice; later ones double up to _MAX_COLUMNS, so that no slice outweighs those before it by its size alone.
 _FIRST_COLUMNS = 256
 # Elements of a float32 copy of hidden rows or of gathered weight rows: 8 MiB.
@@ -200,10 +202,6 @@ def _walk_float32_products(
             on_slice(low, logits, None)
         top, total = update(logits, scale2, top, total)
     return (top + total.log2())[:, 0]
-
-
-# Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
-_CUDA_TILE = 1 << 23
 
 
 def _mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:

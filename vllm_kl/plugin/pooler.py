@@ -26,7 +26,9 @@ TASK = "token_classify"  # the pooling task that both model runners accept
 class _Span(NamedTuple):
     """The rows of one request that this step computed and that are wanted."""
 
-    request: int
+    readout: Readout
+    ids: torch.Tensor  # [L], the request's tokens
+    state: Any  # where its rows are kept
     low: int  # first of them, counted in the request
     high: int
     offset: int  # of the first of them in the step's hidden states
@@ -60,12 +62,12 @@ class LogProbPooler(Pooler):
             first, last = max(readout.start - 1, high - count), min(high, len(ids[i]) - 1)
             if first < last:
                 same = (readout.temperature, readout.top_k, readout.num_ids)
-                spans[same].append(_Span(i, first, last, offset + first - (high - count)))
+                spans[same].append(_Span(readout, ids[i], states[i], first, last, offset + first - (high - count)))
             offset += count
         for group in spans.values():
-            values = self._read(hidden_states, group, readouts, ids)
+            values = self._read(hidden_states, group)
             for span, rows in zip(group, values.split([s.high - s.low for s in group]), strict=True):
-                states[span.request].hidden_states_cache.append((span.low, rows))
+                span.state.hidden_states_cache.append((span.low, rows))
 
         lengths = pooling_metadata.prompt_lens.tolist()
         return [
@@ -73,20 +75,14 @@ class LogProbPooler(Pooler):
             for state, readout, length, high in zip(states, readouts, lengths, highs, strict=True)
         ]
 
-    def _read(
-        self, hidden_states: torch.Tensor, spans: list[_Span], readouts: list[Readout], ids: list[torch.Tensor]
-    ) -> torch.Tensor:
+    def _read(self, hidden_states: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
         """Return ``[N, num_columns]`` float32 of all spans' rows. They ask for the same columns and temperature."""
         device = hidden_states.device
-        readout = readouts[spans[0].request]
+        readout = spans[0].readout
         rows = torch.cat([torch.arange(s.offset, s.offset + s.high - s.low) for s in spans]).to(device)
-        wanted = torch.cat([ids[s.request][s.low + 1 : s.high + 1] for s in spans])[:, None].long()
+        wanted = torch.cat([s.ids[s.low + 1 : s.high + 1] for s in spans])[:, None].long()
         if readout.num_ids:
-            chosen = [
-                readouts[s.request].chosen_ids()[s.low + 1 - r.start : s.high + 1 - r.start]
-                for s in spans
-                for r in [readouts[s.request]]
-            ]
+            chosen = [s.readout.chosen_ids()[s.low + 1 - s.readout.start : s.high + 1 - s.readout.start] for s in spans]
             wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
         wanted = wanted.to(device)
         values = torch.empty(len(rows), readout.num_columns, dtype=torch.float32, device=device)
