@@ -9,7 +9,7 @@ All sums are kept in base 2, because ``exp2`` is three times as fast as ``exp`` 
 
 Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift
 is subtracted inside the product, before it is rounded: the logits that decide the sum come out near 0, where bfloat16 is
-fine. A slice that outweighs everything before it was rounded with too small a shift, and is computed again for its row.
+fine. A slice that outweighs everything that its shift knew of was rounded too coarsely, and is computed again for its row.
 The logits of single tokens are summed in float32. On a GPU the product is accumulated and returned in float32.
 
 N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row.
@@ -35,7 +35,9 @@ _CUDA_TILE = 1 << 23
 _FIRST_COLUMNS = 256
 # Elements of a float32 copy of hidden rows or of gathered weight rows: 8 MiB.
 _MAX_GATHERED = 1 << 21
-# A slice with more than this many times the total so far is computed again with a new shift.
+# Slices between two looks at the shift: a look costs as much as a pass over a tile.
+_MAX_STRETCH = 16
+# A slice with more than this many times the total before its stretch is computed again with a new shift.
 _OUTWEIGHS = 2.0
 # A total above this, in units of 2 ** shift, gets a new shift for the slices to come.
 _GROWN = 4.0
@@ -88,7 +90,7 @@ def top_tokens(
 
     Best first. Candidates are ranked by float32 logits; two tokens closer than the dtype's rounding may change places.
     """
-    best = _Best(k, weight_V_H.shape[0])
+    best = _Best(k, hidden_N_H, weight_V_H)
     normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best.add) / LOG2_E
     logits_N_C = token_logits(hidden_N_H, weight_V_H, best.ids_N_C)
     logits_N_k, order = logits_N_C.topk(min(k, logits_N_C.shape[1]), dim=1)
@@ -98,20 +100,21 @@ def top_tokens(
 class _Best:
     """The best candidates of each row over the slices seen so far."""
 
-    def __init__(self, k: int, vocab_size: int) -> None:
-        self._num_candidates = min(k + _SPARE_CANDIDATES, vocab_size)
-        self._values_N_C: torch.Tensor | None = None
-        self.ids_N_C: torch.Tensor
+    def __init__(self, k: int, hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor) -> None:
+        shape, device = (len(hidden_N_H), min(k + _SPARE_CANDIDATES, len(weight_V_H))), hidden_N_H.device
+        self.ids_N_C = torch.zeros(shape, dtype=torch.long, device=device)
+        self._values_N_C = torch.full(shape, -torch.inf, device=device)  # base 2, best first
 
     def add(self, low: int, logits_N_S: torch.Tensor, shift_N_1: torch.Tensor | None) -> None:
         """Take the columns from ``low`` on: logits in base 2, less the row's shift."""
-        values, ids = logits_N_S.topk(min(self._num_candidates, logits_N_S.shape[1]), dim=1)
-        values, ids = values.float() if shift_N_1 is None else values.float() + shift_N_1.float(), ids + low
-        if self._values_N_C is not None:
-            values, ids = torch.cat([self._values_N_C, values], 1), torch.cat([self.ids_N_C, ids], 1)
-            values, order = values.topk(min(self._num_candidates, values.shape[1]), dim=1)
-            ids = ids.gather(1, order)
-        self._values_N_C, self.ids_N_C = values, ids
+        best_N, worst_N = logits_N_S.amax(1).float(), self._values_N_C[:, -1]
+        (rows,) = torch.where((best_N if shift_N_1 is None else best_N + shift_N_1[:, 0].float()) > worst_N)
+        num_candidates = self.ids_N_C.shape[1]
+        values, ids = logits_N_S[rows].topk(min(num_candidates, logits_N_S.shape[1]), dim=1)
+        values = values.float() if shift_N_1 is None else values.float() + shift_N_1[rows].float()
+        values, order = torch.cat([self._values_N_C[rows], values], 1).topk(num_candidates, dim=1)
+        self._values_N_C[rows] = values
+        self.ids_N_C[rows] = torch.cat([self.ids_N_C[rows], ids + low], 1).gather(1, order)
 
 
 _OnSlice = Callable[[int, torch.Tensor, torch.Tensor | None], None]
@@ -150,28 +153,33 @@ def _walk_shifted_products(
 
     tile = torch.empty(num_rows * _MAX_COLUMNS, dtype=dtype)
     tile32 = tile if dtype == torch.float32 else torch.empty(num_rows * _MAX_COLUMNS)
-    for i, (low, high) in enumerate(slices[1:], start=1):
-        columns, mass = weight[low:high].T, masses[i]
-        shape = (num_rows, high - low)
-        logits, powers = tile[: math.prod(shape)].view(shape), tile32[: math.prod(shape)].view(shape)
-        torch.addmm(-shift, hidden, columns, alpha=scale2, out=logits)
-        if on_slice:
-            on_slice(low, logits, shift)
-        # In float32 both tiles are one: exp2 replaces the logits.
-        torch.sum((powers if powers is logits else powers.copy_(logits)).exp2_(), 1, out=mass)
-        outweighs = ~(mass <= _OUTWEIGHS * total)  # NaN and inf too
-        if outweighs.any():
-            (rows,) = torch.where(outweighs)
-            old = shift[rows]
-            logits = torch.addmm(-old, hidden[rows], columns, alpha=scale2)
-            new = (old.float() + logits.amax(1, keepdim=True).float()).round_().to(dtype)
-            _change_shift(old, new, rows, masses[:i], total)
+    done = 1
+    while done < len(slices):
+        stretch = slice(done, min(len(slices), done + min(done, _MAX_STRETCH)))
+        minus_shift = -shift
+        for (low, high), mass in zip(slices[stretch], masses[stretch], strict=True):
+            shape = (num_rows, high - low)
+            logits, powers = tile[: math.prod(shape)].view(shape), tile32[: math.prod(shape)].view(shape)
+            torch.addmm(minus_shift, hidden, weight[low:high].T, alpha=scale2, out=logits)
+            if on_slice:
+                on_slice(low, logits, shift)
+            # In float32 both tiles are one: exp2 replaces the logits.
+            torch.sum((powers if powers is logits else powers.copy_(logits)).exp2_(), 1, out=mass)
+        outweighs = ~(masses[stretch] <= _OUTWEIGHS * total)  # NaN and inf too
+        done = stretch.stop
+        for i in outweighs.any(1).nonzero()[:, 0].tolist():
+            (rows,) = torch.where(outweighs[i])
+            (low, high), mass = slices[stretch][i], masses[stretch][i]
+            columns, old = weight[low:high].T, shift[rows]
+            top = torch.addmm(-old, hidden[rows], columns, alpha=scale2).amax(1, keepdim=True).float()
+            new = (old.float() + top.clamp_(min=0)).round_().to(dtype)
+            _change_shift(old, new, rows, masses[:done], total)
             shift[rows] = new
             mass[rows] = torch.addmm(-new, hidden[rows], columns, alpha=scale2).float().exp2_().sum(1)
-        total += mass
+        total += masses[stretch].sum(0)
         if total.amax() > _GROWN:
             new = (shift.float() + total.log2().round_()[:, None]).to(dtype)
-            _change_shift(shift, new, slice(None), masses[: i + 1], total)
+            _change_shift(shift, new, slice(None), masses[:done], total)
             shift = new
     return (shift[:, 0].double() + masses.sum(0, dtype=torch.float64).log2_()).float()
 
