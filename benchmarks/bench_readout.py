@@ -1,6 +1,6 @@
 """How close do reference log-probs come to the speed of prefill itself, and how far ahead is that of what exists?
 
-    python benchmarks/bench_readout.py                   # all providers, about half an hour; the tables of README.md
+    python benchmarks/bench_readout.py                   # all providers, more than an hour
     python benchmarks/bench_readout.py --providers ours floor --rounds 9
 
 A Qwen2-type model (hidden 512, 6 layers, vocabulary 151,936), bfloat16, random weights; 32 sequences in groups of G, which
