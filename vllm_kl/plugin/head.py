@@ -98,12 +98,12 @@ class ModelHead:
 
     def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
         values = hidden_N_H.new_full((len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32)
-        step = max(
-            1, _MAX_LOGITS_BYTES // (self.vocab_size * 12)
-        )  # the model's logits, a float32 copy, its log-softmax
+        bytes_per_row = 12 * self.vocab_size  # the model's logits, a float32 copy, its log-softmax
+        step = max(16, _MAX_LOGITS_BYTES // bytes_per_row // 16 * 16)
         for low in range(0, len(ids_N_K), step):
             rows = slice(low, low + step)
-            log_probs = (self.model.compute_logits(hidden_N_H[rows]).float() / temperature).log_softmax(-1)
+            logits = self.model.compute_logits(kernel.pad_rows(hidden_N_H[rows], 16))[: len(ids_N_K[rows])]
+            log_probs = (logits.float() / temperature).log_softmax(-1)
             columns = [log_probs.gather(1, ids_N_K[rows])]
             if top_k:
                 top_log_probs, top_ids = log_probs.topk(top_k, dim=1)

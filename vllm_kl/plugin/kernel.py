@@ -9,8 +9,11 @@ All sums are kept in base 2, because ``exp2`` is three times as fast as ``exp`` 
 
 Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift
 is subtracted inside the product, before it is rounded: the logits that decide the sum come out near 0, where bfloat16 is
-fine. A slice that outweighs everything that its shift knew of was rounded too coarsely, and is computed again for its row.
-The logits of single tokens are summed in float32. On a GPU the product is accumulated and returned in float32.
+fine. A slice that outweighs everything that its shift knew of was rounded too coarsely, and is computed again for its row,
+in float32. The logits of single tokens are summed in float32. On a GPU the product is accumulated and returned in float32.
+
+Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps about 1 MiB of it. So these products
+have one width and few heights: rows are padded, and what is narrower or of any height is computed in float32.
 
 N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row.
 
@@ -24,15 +27,16 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 LOG2_E = math.log2(math.e)
 
 # Rows and columns of one tile, found by measurement (benchmarks/LOG.md): its logits, in both dtypes, stay in a CPU's cache.
-_MAX_ROWS, _MAX_COLUMNS = 1024, 1024
+_MAX_ROWS, _COLUMNS = 1024, 1024
+# Heights of a tile are multiples of it; up to 64 rows, of a quarter of it.
+_ROWS = 64
 # Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
 _CUDA_TILE = 1 << 23
-# The first slice; later ones double up to _MAX_COLUMNS, so that no slice outweighs those before it by its size alone.
-_FIRST_COLUMNS = 256
 # Elements of a float32 copy of hidden rows or of gathered weight rows: 8 MiB.
 _MAX_GATHERED = 1 << 21
 # Slices between two looks at the shift: a look costs as much as a pass over a tile.
@@ -48,12 +52,23 @@ _SPARE_CANDIDATES = 8
 def row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
     """Yield the blocks of rows that are computed together: large enough for the product, small enough for the memory.
 
-    They are of one size, since the product is slow on the few rows that a division by the largest size would leave.
+    They are of one size, since the product is slow on the few rows that a division by the largest size would leave, and
+    all but the last need no padding.
     """
-    num_blocks = math.ceil(num_rows / max(64, min(_MAX_ROWS, _MAX_GATHERED // hidden_size)))
-    step = math.ceil(num_rows / max(1, num_blocks))
+    num_blocks = math.ceil(num_rows / max(_ROWS, min(_MAX_ROWS, _MAX_GATHERED // hidden_size)))
+    step = _round_up(math.ceil(num_rows / max(1, num_blocks)), _ROWS)
     for low in range(0, num_rows, max(1, step)):
         yield slice(low, min(num_rows, low + step))
+
+
+def pad_rows(hidden_N_H: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Return the rows and, after them, rows of zeros up to a multiple: products of few different heights."""
+    padding = _round_up(len(hidden_N_H), multiple) - len(hidden_N_H)
+    return F.pad(hidden_N_H, (0, 0, 0, padding)) if padding else hidden_N_H
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
 
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
@@ -126,24 +141,26 @@ def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _
     return walk(hidden, weight, scale2, on_slice)
 
 
-def _slices(vocab_size: int) -> Iterator[tuple[int, int]]:
-    low, width = 0, _FIRST_COLUMNS
-    while low < vocab_size:
-        high = min(vocab_size, low + width)
-        yield low, high
-        low, width = high, min(_MAX_COLUMNS, high)
+def _float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -> torch.Tensor:
+    hidden, logits = hidden.float(), torch.empty(len(hidden), len(weight))
+    step = max(1, _MAX_GATHERED // hidden.shape[1])
+    for low in range(0, len(weight), step):
+        columns = slice(low, low + step)
+        torch.mm(hidden, weight[columns].float().T, out=logits[:, columns])
+    return logits.mul_(scale2)
 
 
 def _walk_shifted_products(
     hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None
 ) -> torch.Tensor:
     num_rows, dtype = len(hidden), hidden.dtype
-    slices = list(_slices(len(weight)))
-    low, high = slices[0]
-    # The first slice in float32: nothing is known yet that could be subtracted.
-    logits = torch.mm(hidden.float(), weight[low:high].float().T).mul_(scale2)
+    padded = pad_rows(hidden, _ROWS if num_rows > _ROWS else _ROWS // 4)
+    # The first slice takes the columns that the others leave, in float32: nothing is known yet that could be subtracted.
+    first = (len(weight) - 1) % _COLUMNS + 1
+    slices = [(0, first)] + [(low, low + _COLUMNS) for low in range(first, len(weight), _COLUMNS)]
+    logits = _float32_logits(hidden, weight[:first], scale2)
     if on_slice:
-        on_slice(low, logits, None)
+        on_slice(0, logits, None)
     top = logits.amax(1, keepdim=True)
     # Shifts are whole numbers: the dtype holds them exactly, and what changes with them is multiplied by a power of two.
     shift = (top + (logits - top).exp2_().sum(1, keepdim=True).log2_()).round_().to(dtype)
@@ -151,16 +168,15 @@ def _walk_shifted_products(
     masses[0] = logits.sub_(shift).exp2_().sum(1)
     total = masses[0].clone()  # of the slices so far
 
-    tile = torch.empty(num_rows * _MAX_COLUMNS, dtype=dtype)
-    tile32 = tile if dtype == torch.float32 else torch.empty(num_rows * _MAX_COLUMNS)
+    tile = torch.empty(len(padded), _COLUMNS, dtype=dtype)
+    logits = tile[:num_rows]
+    powers = logits if dtype == torch.float32 else torch.empty(num_rows, _COLUMNS)
     done = 1
     while done < len(slices):
         stretch = slice(done, min(len(slices), done + min(done, _MAX_STRETCH)))
-        minus_shift = -shift
+        minus_shift = pad_rows(-shift, len(padded))
         for (low, high), mass in zip(slices[stretch], masses[stretch], strict=True):
-            shape = (num_rows, high - low)
-            logits, powers = tile[: math.prod(shape)].view(shape), tile32[: math.prod(shape)].view(shape)
-            torch.addmm(minus_shift, hidden, weight[low:high].T, alpha=scale2, out=logits)
+            torch.addmm(minus_shift, padded, weight[low:high].T, alpha=scale2, out=tile)
             if on_slice:
                 on_slice(low, logits, shift)
             # In float32 both tiles are one: exp2 replaces the logits.
@@ -170,12 +186,11 @@ def _walk_shifted_products(
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             (rows,) = torch.where(outweighs[i])
             (low, high), mass = slices[stretch][i], masses[stretch][i]
-            columns, old = weight[low:high].T, shift[rows]
-            top = torch.addmm(-old, hidden[rows], columns, alpha=scale2).amax(1, keepdim=True).float()
-            new = (old.float() + top.clamp_(min=0)).round_().to(dtype)
+            exact, old = _float32_logits(hidden[rows], weight[low:high], scale2), shift[rows]
+            new = torch.maximum(old.float(), exact.amax(1, keepdim=True).round_()).to(dtype)
             _change_shift(old, new, rows, masses[:done], total)
             shift[rows] = new
-            mass[rows] = torch.addmm(-new, hidden[rows], columns, alpha=scale2).float().exp2_().sum(1)
+            mass[rows] = exact.sub_(new).exp2_().sum(1)
         total += masses[stretch].sum(0)
         if total.amax() > _GROWN:
             new = (shift.float() + total.log2().round_()[:, None]).to(dtype)
@@ -197,7 +212,7 @@ def _walk_float32_products(
 ) -> torch.Tensor:
     """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
     num_rows, vocab_size = len(hidden), len(weight)
-    columns = max(_MAX_COLUMNS, _CUDA_TILE // num_rows)
+    columns = max(_COLUMNS, _CUDA_TILE // num_rows)
     tile = torch.empty(num_rows * min(columns, vocab_size), dtype=torch.float32, device=hidden.device)
     top = torch.full((num_rows, 1), -torch.inf, device=hidden.device)
     total = torch.zeros(num_rows, 1, device=hidden.device)
