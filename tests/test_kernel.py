@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from vllm_kl.plugin import kernel
+from vllm_kl.plugin import kernel, native
 
 
 def make(num_rows, vocab_size, *, hidden_size=64, dtype=torch.float32, spread=1.0, seed=0):
@@ -47,13 +48,32 @@ class TestLogNormalizer:
 
     def test_a_huge_logit_late_in_the_vocabulary_counts(self):
         # It outweighs everything before it, in the last slice, and overflows a sum with the shift so far.
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, atol in ((torch.float32, 1e-4), (torch.bfloat16, 5e-3)):
             hidden, weight = make(40, 5000, dtype=dtype)
             weight[4990] = (4 * hidden[7].float()).to(dtype)
             ids = torch.full((40, 1), 4990)
             want = in_float64(hidden, weight).gather(1, ids)
             assert want[7] == 0
+            torch.testing.assert_close(fused(hidden, weight, ids).double(), want, rtol=1e-5, atol=atol)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_two_slices_of_one_stretch_that_outweigh_all_before_them(self, dtype):
+        hidden, weight = make(40, 20_000, dtype=dtype)
+        large = (4 * hidden[7].float()).to(dtype)
+        for low, high in ((large, large), (large, large / 2), (large / 2, large)):
+            weight[9000], weight[14_000] = low, high
+            ids = torch.tensor([[9000, 14_000, 3]]).expand(40, -1)
+            want = in_float64(hidden, weight).gather(1, ids)
             torch.testing.assert_close(fused(hidden, weight, ids).double(), want, rtol=1e-5, atol=5e-3)
+
+    def test_a_row_that_is_not_a_number_leaves_the_others_as_they_are(self):
+        hidden, weight = make(100, 20_000, dtype=torch.bfloat16, spread=4.0)
+        want = kernel.log_normalizer(hidden, weight)
+        hidden[5, 3] = torch.nan
+        got = kernel.log_normalizer(hidden, weight)
+        assert got[5].isnan()
+        others = torch.arange(100) != 5
+        torch.testing.assert_close(got[others], want[others], rtol=0, atol=1e-5)
 
     def test_rows_that_overflow_are_not_hidden(self):
         hidden, weight = make(3, 1000)
@@ -72,6 +92,53 @@ class TestLogNormalizer:
         assert mine < 1e-3
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def sum_powers(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_compiled", lambda: None)
+    return native.sum_powers
+
+
+class TestSumPowers:
+    def test_sums_and_fills_any_number_of_rows(self, sum_powers):
+        for num_rows in (1, 2, 3, 64, 77):
+            for num_columns in (2, 30, 1024):
+                tile, _ = make(num_rows, 1, hidden_size=num_columns, dtype=torch.bfloat16)
+                tile *= 8
+                want = tile.double().exp2().sum(1)
+                fill, sums = torch.randn(num_rows, 1).bfloat16(), torch.empty(num_rows)
+                sum_powers(tile)(fill, sums)
+                torch.testing.assert_close(sums.double(), want, rtol=5e-7, atol=0)
+                assert torch.equal(tile, fill.expand_as(tile))
+
+    def test_what_does_not_fit_is_seen(self, sum_powers):
+        tile = torch.zeros(6, 64).bfloat16()
+        tile[0, 3], tile[1, 4], tile[2, 5], tile[3, 6], tile[4, 7] = torch.nan, torch.inf, 1e30, 200, -1e30
+        sums = torch.empty(6)
+        sum_powers(tile)(torch.zeros(6, 1).bfloat16(), sums)
+        assert not (sums[:4] < 1e38).any()
+        torch.testing.assert_close(sums[4:], torch.tensor([63.0, 64.0]))
+
+    def test_there_is_a_compiler_here(self):
+        assert native._compiled() is not None
+
+    def test_without_a_compiler_the_read_out_says_so_and_works(self):
+        script = """
+import torch
+from vllm_kl.plugin import kernel
+hidden, weight = torch.randn(9, 64).bfloat16(), torch.randn(5000, 64).bfloat16() / 8
+want = (hidden.double() @ weight.double().T).logsumexp(-1)
+assert (kernel.log_normalizer(hidden, weight) - want).abs().max() < 1e-3
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "CXX": "no-such-compiler"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+
 class TestTopTokens:
     @pytest.mark.parametrize("k", [1, 5, 40])
     def test_best_tokens_are_those_of_the_whole_vocabulary(self, k):
@@ -85,6 +152,14 @@ class TestTopTokens:
         hidden, weight = make(50, 3000, dtype=torch.bfloat16, spread=3.0)
         ids, _, _ = kernel.top_tokens(hidden, weight, 10)
         assert torch.equal(ids, in_float64(hidden, weight).topk(10).indices)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_peaked_rows_of_many_slices(self, dtype):
+        hidden, weight = make(200, 20_000, dtype=dtype, spread=12.0)
+        ids, logits, normalizer = kernel.top_tokens(hidden, weight, 20)
+        want = in_float64(hidden, weight).topk(20)
+        assert torch.equal(ids, want.indices)
+        torch.testing.assert_close((logits - normalizer[:, None]).double(), want.values, rtol=1e-6, atol=5e-3)
 
     def test_k_may_be_the_whole_vocabulary(self):
         hidden, weight = make(4, 300)
@@ -120,6 +195,14 @@ print((peak_kib() - before) / 1024)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert float(done.stdout) <= 64
 
+    def test_products_have_few_shapes(self):
+        # oneDNN compiles each shape of a 16-bit product, and keeps it.
+        weight = make(1, 3000, dtype=torch.bfloat16)[1]
+        with ProductShapes() as seen:
+            for num_rows in [*range(1, 200), *range(200, kernel._MAX_ROWS, 99)]:
+                kernel.log_normalizer(make(num_rows, 1, dtype=torch.bfloat16, spread=4.0)[0], weight)
+        assert 0 < len(seen.shapes) <= 32
+
     def test_row_blocks_shrink_with_the_hidden_size(self):
         for num_rows, hidden_size in [(0, 64), (1, 64), (5000, 512), (5000, 8192), (100, 1 << 22)]:
             blocks = list(kernel.row_blocks(num_rows, hidden_size))
@@ -139,3 +222,17 @@ class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
                 self.size_bytes = max(self.size_bytes, tensor.numel() * tensor.element_size())
         return result
+
+
+class ProductShapes(torch.utils._python_dispatch.TorchDispatchMode):
+    """The shapes of all products of 16-bit matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2][-2:]
+        if "mm" in func.__name__ and matrices[-1].dtype == torch.bfloat16:
+            self.shapes.add(tuple(tuple(m.shape) for m in matrices))
+        return func(*args, **(kwargs or {}))

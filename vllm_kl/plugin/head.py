@@ -33,6 +33,8 @@ logger = init_logger("vllm.vllm_kl")  # below vLLM's root logger: its level and 
 
 # Bytes of the logits that exist at one time where the model computes them.
 _MAX_LOGITS_BYTES = 48 << 20
+# A probability is at most 1; rounding may say otherwise, by so many nats.
+_ROUNDING = 0.05
 
 
 class Head(Protocol):
@@ -75,8 +77,7 @@ class MatrixHead:
         normalizer = normalizer[:, None]
         if is_sharded:
             normalizer = tensor_model_parallel_all_gather(normalizer, dim=-1).logsumexp(-1, keepdim=True)
-        # A probability is at most 1; rounding may say otherwise.
-        columns = [(logits * scale - normalizer).clamp_(max=0)]
+        columns = [_log_probs(logits * scale, normalizer)]
         if top_k:
             if is_sharded:
                 mine = torch.stack([(top_ids + self.first_token).float(), top_logits], dim=1)
@@ -85,8 +86,15 @@ class MatrixHead:
                 top_ids, top_logits = tensor_model_parallel_all_gather(mine, dim=-1).unbind(1)
                 top_logits, order = top_logits.topk(top_k, dim=-1)
                 top_ids = top_ids.gather(-1, order)
-            columns += [top_ids.float(), (top_logits * scale - normalizer).clamp_(max=0)]
+            columns += [top_ids.float(), _log_probs(top_logits * scale, normalizer)]
         return torch.cat(columns, dim=1)
+
+
+def _log_probs(logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+    """Return ``logits - normalizer``, NaN (which the scorer refuses) where no rounding explains what comes out."""
+    log_probs = logits - normalizer
+    is_sound = normalizer.isfinite() & (log_probs <= _ROUNDING)
+    return torch.where(is_sound, log_probs.clamp_(max=0), torch.nan)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Hidden rows and an LM head's matrix -> log-normalizers, logits of given tokens, best tokens. Pure torch.
+"""Hidden rows and an LM head's matrix -> log-normalizers, logits of given tokens, best tokens.
 
 The ``[N, V]`` logits never exist. The vocabulary is walked in slices that stay in the cache, with one running sum per row:
 
@@ -13,7 +13,7 @@ fine. A slice that outweighs everything that its shift knew of was rounded too c
 in float32. The logits of single tokens are summed in float32. On a GPU the product is accumulated and returned in float32.
 
 Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps about 1 MiB of it. So these products
-have one width and few heights: rows are padded, and what is narrower or of any height is computed in float32.
+are made of few tiles: rows are padded, and what is narrower or of any height is computed in float32.
 
 N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row.
 
@@ -29,12 +29,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from vllm_kl.plugin import native
+
 LOG2_E = math.log2(math.e)
 
-# Rows and columns of one tile, found by measurement (benchmarks/LOG.md): its logits, in both dtypes, stay in a CPU's cache.
-_MAX_ROWS, _COLUMNS = 1024, 1024
-# Heights of a tile are multiples of it; up to 64 rows, of a quarter of it.
-_ROWS = 64
+# Rows of one tile, at most. Its size was found by measurement (benchmarks/LOG.md): it stays in the cores' caches.
+_MAX_ROWS = 4096
 # Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
 _CUDA_TILE = 1 << 23
 # Elements of a float32 copy of hidden rows or of gathered weight rows: 8 MiB.
@@ -42,7 +42,7 @@ _MAX_GATHERED = 1 << 21
 # Slices between two looks at the shift: a look costs as much as a pass over a tile.
 _MAX_STRETCH = 16
 # A slice with more than this many times the total before its stretch is computed again with a new shift.
-_OUTWEIGHS = 2.0
+_OUTWEIGHS = 4.0
 # A total above this, in units of 2 ** shift, gets a new shift for the slices to come.
 _GROWN = 4.0
 # Candidates beyond k that are ranked again in float32: rounding may have misplaced them.
@@ -55,8 +55,8 @@ def row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
     They are of one size, since the product is slow on the few rows that a division by the largest size would leave, and
     all but the last need no padding.
     """
-    num_blocks = math.ceil(num_rows / max(_ROWS, min(_MAX_ROWS, _MAX_GATHERED // hidden_size)))
-    step = _round_up(math.ceil(num_rows / max(1, num_blocks)), _ROWS)
+    num_blocks = math.ceil(num_rows / max(64, min(_MAX_ROWS, _MAX_GATHERED // hidden_size)))
+    step, _ = _tile_shape(math.ceil(num_rows / max(1, num_blocks)))
     for low in range(0, num_rows, max(1, step)):
         yield slice(low, min(num_rows, low + step))
 
@@ -65,6 +65,12 @@ def pad_rows(hidden_N_H: torch.Tensor, multiple: int) -> torch.Tensor:
     """Return the rows and, after them, rows of zeros up to a multiple: products of few different heights."""
     padding = _round_up(len(hidden_N_H), multiple) - len(hidden_N_H)
     return F.pad(hidden_N_H, (0, 0, 0, padding)) if padding else hidden_N_H
+
+
+def _tile_shape(num_rows: int) -> tuple[int, int]:
+    """Return the height and the width of the tile of so many rows: about thirty shapes in all."""
+    multiple = 16 if num_rows <= 64 else 64 if num_rows <= 1024 else 256
+    return _round_up(num_rows, multiple), 1024 if num_rows <= 1024 else 512
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -153,58 +159,50 @@ def _float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -
 def _walk_shifted_products(
     hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None
 ) -> torch.Tensor:
-    num_rows, dtype = len(hidden), hidden.dtype
-    padded = pad_rows(hidden, _ROWS if num_rows > _ROWS else _ROWS // 4)
+    num_rows, vocab_size, dtype = len(hidden), len(weight), hidden.dtype
+    height, width = _tile_shape(num_rows)
+    padded = pad_rows(hidden, height)
     # The first slice takes the columns that the others leave, in float32: nothing is known yet that could be subtracted.
-    first = (len(weight) - 1) % _COLUMNS + 1
-    slices = [(0, first)] + [(low, low + _COLUMNS) for low in range(first, len(weight), _COLUMNS)]
-    logits = _float32_logits(hidden, weight[:first], scale2)
+    done = (vocab_size - 1) % width + 1
+    logits = _float32_logits(hidden, weight[:done], scale2)
     if on_slice:
         on_slice(0, logits, None)
     top = logits.amax(1, keepdim=True)
     # Shifts are whole numbers: the dtype holds them exactly, and what changes with them is multiplied by a power of two.
     shift = (top + (logits - top).exp2_().sum(1, keepdim=True).log2_()).round_().to(dtype)
-    masses = torch.empty(len(slices), num_rows)  # of each slice, in units of 2 ** shift
-    masses[0] = logits.sub_(shift).exp2_().sum(1)
-    total = masses[0].clone()  # of the slices so far
+    total = logits.sub_(shift).exp2_().sum(1, dtype=torch.float64)  # of the columns done, in units of 2 ** shift
 
-    tile = torch.empty(len(padded), _COLUMNS, dtype=dtype)
+    tile = torch.zeros(height, width, dtype=dtype)
     logits = tile[:num_rows]
-    powers = logits if dtype == torch.float32 else torch.empty(num_rows, _COLUMNS)
-    done = 1
-    while done < len(slices):
-        stretch = slice(done, min(len(slices), done + min(done, _MAX_STRETCH)))
-        minus_shift = pad_rows(-shift, len(padded))
-        for (low, high), mass in zip(slices[stretch], masses[stretch], strict=True):
-            torch.addmm(minus_shift, padded, weight[low:high].T, alpha=scale2, out=tile)
+    sum_and_fill = native.sum_powers(logits)
+    stretch = 1
+    while done < vocab_size:
+        slices = range(done, vocab_size, width)[:stretch]
+        masses = torch.empty(len(slices), num_rows)
+        minus_shift = -shift
+        logits.copy_(minus_shift)
+        for low, mass in zip(slices, masses, strict=True):
+            tile.addmm_(padded, weight[low : low + width].T, alpha=scale2)
             if on_slice:
                 on_slice(low, logits, shift)
-            # In float32 both tiles are one: exp2 replaces the logits.
-            torch.sum((powers if powers is logits else powers.copy_(logits)).exp2_(), 1, out=mass)
-        outweighs = ~(masses[stretch] <= _OUTWEIGHS * total)  # NaN and inf too
-        done = stretch.stop
+            sum_and_fill(minus_shift, mass)
+        outweighs = ~(masses <= _OUTWEIGHS * total)  # NaN and inf too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             (rows,) = torch.where(outweighs[i])
-            (low, high), mass = slices[stretch][i], masses[stretch][i]
-            exact, old = _float32_logits(hidden[rows], weight[low:high], scale2), shift[rows]
+            columns, old = weight[slices[i] : slices[i] + width], shift[rows]
+            exact = _float32_logits(hidden[rows], columns, scale2)
             new = torch.maximum(old.float(), exact.amax(1, keepdim=True).round_()).to(dtype)
-            _change_shift(old, new, rows, masses[:done], total)
+            factor = torch.exp2(old.float() - new.float())[:, 0]
+            masses[:, rows] *= factor
+            total[rows] *= factor
             shift[rows] = new
-            mass[rows] = exact.sub_(new).exp2_().sum(1)
-        total += masses[stretch].sum(0)
-        if total.amax() > _GROWN:
-            new = (shift.float() + total.log2().round_()[:, None]).to(dtype)
-            _change_shift(shift, new, slice(None), masses[:done], total)
-            shift = new
-    return (shift[:, 0].double() + masses.sum(0, dtype=torch.float64).log2_()).float()
-
-
-def _change_shift(
-    old: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | slice, masses: torch.Tensor, total: torch.Tensor
-) -> None:
-    factor = torch.exp2(old.float() - new.float())[:, 0]
-    masses[:, rows] *= factor
-    total[rows] *= factor
+            masses[i][rows] = exact.sub_(new).exp2_().sum(1)
+        total += masses.sum(0)
+        if (total > _GROWN).any():
+            old, shift = shift, (shift.double() + total.log2().round_()[:, None]).to(dtype)
+            total *= torch.exp2(old.double() - shift.double())[:, 0]
+        done, stretch = slices[-1] + width, min(2 * stretch, _MAX_STRETCH)
+    return (shift[:, 0].double() + total.log2_()).float()
 
 
 def _walk_float32_products(
@@ -212,7 +210,7 @@ def _walk_float32_products(
 ) -> torch.Tensor:
     """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
     num_rows, vocab_size = len(hidden), len(weight)
-    columns = max(_COLUMNS, _CUDA_TILE // num_rows)
+    columns = max(1024, _CUDA_TILE // num_rows)
     tile = torch.empty(num_rows * min(columns, vocab_size), dtype=torch.float32, device=hidden.device)
     top = torch.full((num_rows, 1), -torch.inf, device=hidden.device)
     total = torch.zeros(num_rows, 1, device=hidden.device)
