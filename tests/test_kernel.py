@@ -95,7 +95,7 @@ class TestLogNormalizer:
 @pytest.fixture(params=["compiled", "torch"])
 def sum_powers(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native, "_compiled", lambda: None)
+        monkeypatch.setattr(native, "_compiled", lambda: (None, ""))
     return native.sum_powers
 
 
@@ -108,7 +108,7 @@ class TestSumPowers:
                 want = tile.double().exp2().sum(1)
                 fill, sums = torch.randn(num_rows, 1).bfloat16(), torch.empty(num_rows)
                 sum_powers(tile)(fill, sums)
-                torch.testing.assert_close(sums.double(), want, rtol=5e-7, atol=0)
+                torch.testing.assert_close(sums.double(), want, rtol=4e-6, atol=0)
                 assert torch.equal(tile, fill.expand_as(tile))
 
     def test_what_does_not_fit_is_seen(self, sum_powers):
@@ -120,12 +120,13 @@ class TestSumPowers:
         torch.testing.assert_close(sums[4:], torch.tensor([63.0, 64.0]))
 
     def test_there_is_a_compiler_here(self):
-        assert native._compiled() is not None
+        assert not native.missing_compiler()
 
     def test_without_a_compiler_the_read_out_says_so_and_works(self):
         script = """
 import torch
-from vllm_kl.plugin import kernel
+from vllm_kl.plugin import kernel, native
+assert "no-such-compiler" in native.missing_compiler()
 hidden, weight = torch.randn(9, 64).bfloat16(), torch.randn(5000, 64).bfloat16() / 8
 want = (hidden.double() @ weight.double().T).logsumexp(-1)
 assert (kernel.log_normalizer(hidden, weight) - want).abs().max() < 1e-3

@@ -70,7 +70,7 @@ def pad_rows(hidden_N_H: torch.Tensor, multiple: int) -> torch.Tensor:
 def _tile_shape(num_rows: int) -> tuple[int, int]:
     """Return the height and the width of the tile of so many rows: about thirty shapes in all."""
     multiple = 16 if num_rows <= 64 else 64 if num_rows <= 1024 else 256
-    return _round_up(num_rows, multiple), 1024 if num_rows <= 1024 else 512
+    return _round_up(num_rows, multiple), 2048 if num_rows <= 1024 else 1024
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -169,8 +169,9 @@ def _walk_shifted_products(
         on_slice(0, logits, None)
     top = logits.amax(1, keepdim=True)
     # Shifts are whole numbers: the dtype holds them exactly, and what changes with them is multiplied by a power of two.
-    shift = (top + (logits - top).exp2_().sum(1, keepdim=True).log2_()).round_().to(dtype)
-    total = logits.sub_(shift).exp2_().sum(1, dtype=torch.float64)  # of the columns done, in units of 2 ** shift
+    total = logits.sub_(top).exp2_().sum(1, keepdim=True).double()
+    shift = (top + total.log2()).round_().to(dtype)
+    total = (total * torch.exp2(top.double() - shift.double()))[:, 0]  # of the columns done, in units of 2 ** shift
 
     tile = torch.zeros(height, width, dtype=dtype)
     logits = tile[:num_rows]

@@ -16,9 +16,6 @@ from pathlib import Path
 
 import torch
 import vllm.envs
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.vllm_kl")
 
 _SOURCE = Path(__file__).with_name("exp2_sums.cpp")
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
@@ -34,7 +31,7 @@ def sum_powers(tile_N_S: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor],
 
     It writes the sums of ``2 ** tile`` over each row, float32, and then ``fill`` into every column, for the next product.
     """
-    if tile_N_S.dtype == torch.bfloat16 and tile_N_S.shape[1] % 2 == 0 and (function := _compiled()):
+    if tile_N_S.dtype == torch.bfloat16 and tile_N_S.shape[1] % 2 == 0 and (function := _compiled()[0]):
 
         def sum_and_fill(fill_N_1: torch.Tensor, sums_N: torch.Tensor) -> None:
             num_rows, num_columns = tile_N_S.shape
@@ -50,18 +47,20 @@ def sum_powers(tile_N_S: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor],
     return sum_and_fill
 
 
+def missing_compiler() -> str:
+    """Return what a user must know of a read-out that runs without its compiled loop; empty if it has it."""
+    return _compiled()[1] if not torch.cuda.is_available() else ""
+
+
 @functools.cache
-def _compiled() -> Callable[..., None] | None:
+def _compiled() -> tuple[Callable[..., None] | None, str]:
     try:
         function = ctypes.CDLL(str(_build())).exp2_sums
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        logger.warning(
-            "vllm_kl: LM heads take up to twice as long without a C++ compiler (g++, or that of CXX): %s", reason
-        )
-        return None
+        return None, f"LM heads take up to twice as long without a C++ compiler (c++, or that of CXX): {reason}"
     function.argtypes, function.restype = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2], None
-    return function
+    return function, ""
 
 
 def _build() -> Path:
