@@ -54,6 +54,10 @@ BATCH = {
     "pad and EOS inside": ([5, PAD, EOS, 9, PAD, PAD, 11, EOS], 2, 0),
     "three steps long": (random_ids(5, 300), 1, 0),
 }
+EXTRA_IDS = np.array([[7, PAD, VOCAB - 1]] * 50, np.int32)
+EXTRA = ScoreRequest(
+    token_ids=np.array(PROMPT + FIRST, np.int32), start=64, temperature=0.7, ids=EXTRA_IDS, top_k=4
+)  # everything that a read-out can do
 REQUESTS = [ScoreRequest(token_ids=np.array(ids, np.int32), start=start) for ids, start, _ in BATCH.values()]
 
 ALIVE = []  # the child's engines: an engine starts ten times faster beside another
@@ -66,6 +70,7 @@ class Run:
     head: str | None  # the class that read the log-probs; None: not read in the engine
     cached: list[ScoreResult]
     uncached: list[ScoreResult]
+    extra: ScoreResult | None  # of EXTRA
 
 
 def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequest]) -> Run:
@@ -78,11 +83,13 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
     driver = start(model=model, readout=readout, options={**OPTIONS, **options})
     ALIVE.append(driver)
     results = [drive(driver, requests, share_prefix=share_prefix) for share_prefix in (True, False)]
-    head = None
+    extra = head = None
+    if readout == "pooling":
+        (extra,) = drive(driver, [EXTRA], share_prefix=False)
     if readout == "pooling":
         worker = driver._core.engine_core.model_executor.driver_worker.worker
         head = type(worker.get_model().pooler._head).__name__
-    return Run(head, *results)
+    return Run(head, *results, extra)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +105,15 @@ def start_engine():
         yield run
 
 
-def log_probs_in_float64(path, requests):
-    oracle = Oracle(path)
+def prepare(oracle):
     if getattr(oracle._model.config, "attn_logit_softcapping", None):
         oracle._model.set_attn_implementation("eager")  # the others leave the cap out
     oracle._model.set_experts_implementation("eager")  # the others refuse float64
+    return oracle
+
+
+def log_probs_in_float64(path, requests):
+    oracle = prepare(Oracle(path))
     return [torch.tensor(oracle.log_probs(r.token_ids)[r.start :], dtype=torch.float64) for r in requests]
 
 
@@ -152,6 +163,18 @@ def test_the_cache_gives_all_that_it_may_and_nothing_is_sent_twice(run):
     assert [r.num_cached_tokens for r in run.cached] == [num_cached for _, _, num_cached in BATCH.values()]
     assert not any(r.num_cached_tokens for r in run.uncached)
     assert not any(r.rescored for r in [*run.cached, *run.uncached])
+
+
+def test_temperature_chosen_ids_and_best_tokens_agree(path, run):
+    rows = prepare(Oracle(path)).logits(EXTRA.token_ids)[EXTRA.start - 1 : -1]
+    want = (rows / EXTRA.temperature).log_softmax(-1)
+    got = torch.from_numpy(run.extra.values)
+    own = torch.from_numpy(EXTRA.token_ids[EXTRA.start :].astype(np.int64))[:, None]
+    wanted = torch.cat([own, torch.from_numpy(EXTRA_IDS.astype(np.int64))], 1)
+    torch.testing.assert_close(got[:, :4].double(), want.gather(1, wanted), rtol=0, atol=LOG_PROB_TOLERANCE)
+    best = want.topk(EXTRA.top_k)
+    assert torch.equal(got[:, 4:8].long(), best.indices)
+    torch.testing.assert_close(got[:, 8:].double(), best.values, rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
 def test_the_kernel_reads_every_head_that_is_a_matrix_and_a_factor(architecture, run):

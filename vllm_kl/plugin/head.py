@@ -127,13 +127,15 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
     probe = probe.to(hidden_states)
     logits, call = _watch_logits(model, probe)
     reason, head = _as_matrix(call, probe)
+    if head is not None and not torch.equal(call.logits, logits):
+        reason, head = "the model changes the logits after its LogitsProcessor", None
     if head is not None:
         ids = torch.arange(3, device=probe.device).repeat(len(probe), 1)
         mine = head.read(probe, ids, top_k=0, temperature=1.0)
         # compute_logits rounds to the model's dtype.
         allowed = 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()) + 1e-4
         if not torch.allclose(mine, logits.float().log_softmax(-1)[:, :3], rtol=0, atol=allowed):
-            reason, head = "the model changes the logits after its LogitsProcessor", None
+            reason, head = "its logits are not those of its head's matrix", None
     if head is None:
         logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
         return ModelHead(model, vocab_size=logits.shape[-1])
@@ -144,6 +146,7 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
 class _LogitsCall:
     """What ``compute_logits`` handed to vLLM's ``LogitsProcessor``."""
 
+    logits: torch.Tensor  # what it returned
     processor: Any
     lm_head: Any
     hidden_states: Any
@@ -154,17 +157,21 @@ def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Te
     """Run ``compute_logits``; return its logits and the one call it made."""
     calls: list[_LogitsCall] = []
 
-    def note(processor: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def note(processor: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
         names = ("lm_head", "hidden_states", "embedding_bias")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         calls.append(
             _LogitsCall(
-                processor, arguments.get("lm_head"), arguments.get("hidden_states"), arguments.get("embedding_bias")
+                output,
+                processor,
+                arguments.get("lm_head"),
+                arguments.get("hidden_states"),
+                arguments.get("embedding_bias"),
             )
         )
 
     processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in processors]
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in processors]
     try:
         logits = model.compute_logits(probe)
     finally:
