@@ -5,7 +5,8 @@
     models    a pooling subclass of any architecture, built when it is asked for
     pooler    finds the rows to score in a step's hidden states, and returns one tensor per request
     head      rows -> log-probs, through the head's matrix or through the model's own ``compute_logits``
-    kernel    the fused sum over the vocabulary; pure torch
+    kernel    the fused sum over the vocabulary
+    native    its inner loop on a CPU, compiled where there is a compiler
     cap       prefix-cache hits end before the first scored row
 
 Nothing here changes an engine, or a request, that does not come from this package.
@@ -26,10 +27,14 @@ ARCHITECTURES = "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of 
 
 
 def register() -> None:
-    """The entry point. Idempotent; cheap: no model class is imported."""
+    """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
+    import vllm
+
     from vllm_kl.plugin import cap, models
 
-    cap.install()
+    # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
+    if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+        cap.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
 

@@ -39,20 +39,18 @@ def first_scored_token(request: Any) -> int | None:
 
 def capped(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     """Return vLLM's lookup with the bound of scoring requests lowered."""
-    # vLLM 0.33: the caller may pass the bound.
-    takes_bound = "max_cache_hit_length" in inspect.signature(get_computed_blocks).parameters
 
     @functools.wraps(get_computed_blocks)
-    def lookup(self: Any, request: Any, max_cache_hit_length: int | None = None) -> Any:
+    def lookup(self: Any, request: Any, *bound: Any, **kwargs: Any) -> Any:
         start = first_scored_token(request)
         if start is not None:
             # Without a bound vLLM looks for a hit of at most num_tokens - 1 tokens.
             request = _Shortened(request, start)
-            if max_cache_hit_length is not None:
-                max_cache_hit_length = min(max_cache_hit_length, start - 1)
-        if takes_bound:
-            return get_computed_blocks(self, request, max_cache_hit_length)
-        return get_computed_blocks(self, request)
+            # vLLM 0.33: the caller may pass the bound.
+            bound = tuple(b if b is None else min(b, start - 1) for b in bound)
+            if kwargs.get("max_cache_hit_length") is not None:
+                kwargs["max_cache_hit_length"] = min(kwargs["max_cache_hit_length"], start - 1)
+        return get_computed_blocks(self, request, *bound, **kwargs)
 
     return lookup
 
