@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 import threading
@@ -16,8 +17,12 @@ from vllm import PoolingParams, SamplingParams
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, errors, plugin
+from vllm_kl.engines.base import drive
+from vllm_kl.engines.local import _Blocking
 from vllm_kl.plugin import cap, models
 from vllm_kl.plugin.request import KEY, Readout, pack, unpack
+from vllm_kl.requests import check_ids
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 VOCAB = 259
 
@@ -104,6 +109,7 @@ class TestChosenAndBestTokens:
             ([], "ids has 0 entries for 2 sequences"),
             ([[[1]], [[1], [2]]], r"ids of sequence 0 must be ints of shape \[2, 1\].*got shape \[1, 1\]"),
             ([[[1], [2]], [[1, 2]]], r"ids of sequence 1 must be ints of shape \[1, 1\]"),
+            ([[[1], [2, 3]], [[1]]], "ids of sequence 0 must be an array of ints"),
             ([[[1.5], [2.0]], [[1]]], "ids of sequence 0 must be ints"),
             ([[[1], [2]], [[VOCAB]]], rf"ids of sequence 1, row 0: id {VOCAB} is outside the vocabulary"),
         ],
@@ -111,6 +117,13 @@ class TestChosenAndBestTokens:
     def test_ids_that_do_not_fit_are_refused(self, ref_scorer, ids, message):
         with pytest.raises(errors.InputError, match=message):
             ref_scorer.score_ids([[1, 2, 3], [1, 2]], ids)
+
+    def test_more_ids_than_the_engine_returns_are_refused(self, ref_scorer):
+        chosen = check_ids([[[1, 2, 3]]], [np.array([1, 2])], [1], ref_scorer._engine.info)
+        assert chosen[0].shape == (1, 3)
+        limited = dataclasses.replace(ref_scorer._engine.info, max_ids=2)
+        with pytest.raises(errors.InputError, match="ids has 3 tokens a row, but this engine returns at most 2"):
+            check_ids([[[1, 2, 3]]], [np.array([1, 2])], [1], limited)
 
     @pytest.mark.parametrize("k", [0, -1, VOCAB + 1, 2.0])
     def test_k_out_of_range_is_refused(self, ref_scorer, k):
@@ -198,8 +211,14 @@ class TestPlugin:
             num_tokens=100, sampling_params=None, pooling_params=PoolingParams(extra_kwargs=pack(Readout(start=40)))
         )
         theirs = SimpleNamespace(num_tokens=100, sampling_params=SamplingParams(), pooling_params=None)
+        assert [lookup(None, r, max_cache_hit_length=99) for r in (ours, theirs)] == [39, 99]
         assert [lookup(None, ours), lookup(None, ours, 99), lookup(None, ours, 20)] == [39, 39, 20]
         assert [lookup(None, theirs), lookup(None, theirs, 20)] == [99, 20]
+
+    def test_an_unknown_vllm_is_left_alone(self, monkeypatch):
+        monkeypatch.setattr(plugin, "KNOWN_VLLM", plugin.SpecifierSet("<0.1"))
+        monkeypatch.setattr(cap, "install", lambda: pytest.fail("patched"))
+        plugin.register()
 
     def test_an_unknown_name_is_no_scoring_class(self):
         with pytest.raises(AttributeError):
@@ -254,6 +273,32 @@ class TestEngine:
             want = torch.tensor(ref_oracle.log_probs(ids)[300:], dtype=torch.float64)
             torch.testing.assert_close(scorer.score([ids], 300)[0].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
 
+    def test_why_it_is_not_pooling_is_said(self, caplog):
+        class Slow:
+            info = EngineInfo(readout="flat", vocab_size=9, max_sequence_len=9, notes=("no pooling read-out: reason",))
+
+        VLLMScorer(Slow())
+        assert "read-out flat; no pooling read-out: reason" in caplog.text
+
+    def test_one_callers_failure_is_not_the_others(self):
+        class Refusing:
+            info = EngineInfo(readout="flat", vocab_size=9, max_sequence_len=9)
+
+            def score(self, requests, *, share_prefix):
+                if not share_prefix:
+                    raise ValueError("too many")
+                return [ScoreResult(values=np.zeros((1, 1), np.float32)) for _ in requests]
+
+        driver = _Blocking(Refusing())
+        request = ScoreRequest(token_ids=np.array([1, 2], np.int32), start=1)
+        driver.submit("a", request, share_prefix=True)
+        driver.submit("b", request, share_prefix=False)
+        results = dict(driver.step())
+        assert isinstance(results["a"], ScoreResult)
+        assert isinstance(results["b"], errors.EngineError)
+        with pytest.raises(errors.EngineError, match="vLLM refused: too many"):
+            drive(driver, [request], share_prefix=False)
+
     def test_token_ids_on_a_cpu_says_why_not(self, policy_llm):
         with pytest.raises(errors.ReadoutUnavailableError, match="V2 model runner, which needs a GPU. Use 'flat'"):
             VLLMScorer(policy_llm, readout="token_ids")
@@ -269,8 +314,6 @@ class TestEngine:
     def test_an_interrupted_call_leaves_the_engine_to_the_others(self, ref_scorer):
         def interrupt(num_done):
             raise KeyboardInterrupt
-
-        from vllm_kl.types import ScoreRequest
 
         requests = [ScoreRequest(token_ids=np.array(random_ids(i, 300), np.int32), start=1) for i in range(200)]
         with pytest.raises(KeyboardInterrupt):

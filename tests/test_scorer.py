@@ -6,6 +6,8 @@ import dataclasses
 import os
 import pickle
 import random
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -199,8 +201,8 @@ class Faulty:
 
 
 class TestMissingLogProbs:
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_nan_and_plus_inf_are_errors_not_numbers(self, value):
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+    def test_nan_and_what_is_above_zero_are_errors_not_numbers(self, value):
         def fault(values):
             return values.index_fill(0, torch.tensor([1]), value)
 
@@ -223,19 +225,46 @@ class TestEngines:
             assert scorer.readout == "flat"
         assert_close_to(policy_oracle, VLLMScorer(policy_llm).score([[1, 2, 3]])[0], [1, 2, 3], 1)
 
-    def test_concurrent_callers_get_their_own_results(self, ref_scorer, ref_oracle):
+    @pytest.mark.parametrize("kind", ["owned", "shared"])
+    def test_concurrent_callers_get_their_own_results(self, request, policy_llm, kind):
+        owned = kind == "owned"
+        oracle = request.getfixturevalue("ref_oracle" if owned else "policy_oracle")
         got = {}
 
         def call(i):
-            got[i] = ref_scorer.score([random_ids(i, 15 + i)])[0]
+            # Scorers of one shared engine are made as they are needed.
+            scorer = request.getfixturevalue("ref_scorer") if owned else VLLMScorer(policy_llm)
+            for repeat in range(4):
+                got[i, repeat] = scorer.score([random_ids(10 * i + repeat, 15 + i)])[0]
 
         threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for i, log_probs in got.items():
-            assert_close_to(ref_oracle, log_probs, random_ids(i, 15 + i), 1)
+        assert len(got) == 24
+        for (i, repeat), log_probs in got.items():
+            assert_close_to(oracle, log_probs, random_ids(10 * i + repeat, 15 + i), 1)
+
+    def test_an_engine_that_returns_logits_for_log_probs_is_refused(self, policy_llm, monkeypatch):
+        monkeypatch.setattr(policy_llm.llm_engine.model_config, "logprobs_mode", "raw_logits")
+        with pytest.raises(errors.ReadoutUnavailableError, match="returns logits .*logprobs_mode='raw_logits'"):
+            VLLMScorer(policy_llm)
+
+    def test_an_owned_engine_keeps_to_itself_and_compiles_nothing_later(self, ref_path, tmp_path):
+        """With nothing set in the environment: no log on the owner's streams, and vLLM's compilation is off."""
+        script = f"""
+from pathlib import Path
+from vllm_kl import VLLMScorer
+with VLLMScorer({str(ref_path)!r}, dtype="float32", max_model_len=64, kv_cache_memory_bytes=8 << 20) as scorer:
+    environment = Path(f"/proc/{{scorer._engine.pid}}/environ").read_text().split(chr(0))
+    assert "TORCH_COMPILE_DISABLE=1" in environment and "VLLM_ENABLE_V1_MULTIPROCESSING=0" in environment
+    print(scorer.readout, len(scorer.score([[1, 2, 3]])[0]))
+"""
+        hidden = ("VLLM_", "TORCH_", "RL_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("pooling 2\n", "")
 
     def test_a_fork_neither_uses_nor_ends_its_parents_engine(self, ref_scorer):
         pid = os.fork()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,18 +62,21 @@ def check_ids(
     if len(ids) != len(sequences):
         raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
     top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
-    checked: list[np.ndarray] = []
-    for i, (entry, sequence, start) in enumerate(zip(ids, sequences, starts, strict=True)):
-        array = entry.detach().cpu().numpy() if isinstance(entry, torch.Tensor) else np.asarray(entry)
-        num_rows, num_ids = (
-            len(sequence) - start,
-            checked[0].shape[1] if checked else array.shape[-1] if array.ndim else 0,
+    arrays = [_as_array(f"ids of sequence {i}", entry) for i, entry in enumerate(ids)]
+    num_ids = next((a.shape[-1] for a in arrays if a.size), 1)
+    if info.max_ids is not None and num_ids > info.max_ids:
+        raise InputError(
+            f"ids has {num_ids} tokens a row, but this engine returns at most {info.max_ids}: raise max_logprobs where it is "
+            "made"
         )
+    checked: list[np.ndarray] = []
+    for i, (array, sequence, start) in enumerate(zip(arrays, sequences, starts, strict=True)):
+        num_rows = len(sequence) - start
         if not num_rows and not array.size:
             array = np.empty((0, num_ids), np.int64)
-        if array.shape != (num_rows, num_ids) or not num_ids or array.dtype.kind not in "iu":
+        if array.shape != (num_rows, num_ids) or array.dtype.kind not in "iu":
             raise InputError(
-                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids or 'K'}] (a row per scored token, K the same "
+                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids}] (a row per scored token, K the same "
                 f"for all sequences), got shape {list(array.shape)} and dtype {array.dtype}"
             )
         if (outside := (array < 0) | (array >= top)).any():
@@ -89,7 +94,7 @@ def check_temperature(temperature: float) -> float:
     Raises:
         InputError: it is not a positive, finite number.
     """
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
         raise InputError(
             f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs to compare."
         )
@@ -97,7 +102,7 @@ def check_temperature(temperature: float) -> float:
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:
-    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    array = _as_array(f"sequence {i}", ids)
     if array.ndim == 1 and not len(array):
         return array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -107,12 +112,24 @@ def _to_array(i: int, ids: TokenIds) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def _as_array(name: str, ids: Any) -> np.ndarray:
+    if isinstance(ids, torch.Tensor):
+        return ids.detach().cpu().numpy()
+    try:
+        return np.asarray(ids)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} must be an array of ints: {error}") from error
+
+
 def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[int]:
     if start is None:
         start = 1
     if isinstance(start, (int, np.integer)):
         return [int(start)] * num_sequences
-    starts = [int(s) for s in start]
+    try:
+        starts = [operator.index(s) for s in start]
+    except TypeError as error:
+        raise InputError(f"start must be an int, or one int per sequence: {error}") from error
     if len(starts) != num_sequences:
         raise InputError(
             f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"

@@ -11,6 +11,7 @@ It knows nothing of tensordicts, chat templates, masks or padding; those are ``i
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import time
 from collections.abc import Sequence
@@ -88,6 +89,8 @@ class VLLMScorer:
             self.close()
             raise
         logger.info("vllm_kl: read-out %s", self.readout)
+        for note in self._engine.info.notes:
+            logger.warning("vllm_kl: read-out %s; %s", self.readout, note)
 
     @property
     def readout(self) -> str:
@@ -119,7 +122,7 @@ class VLLMScorer:
             InputError: an empty sequence, a start out of range, an id outside the vocabulary, a sequence longer than
                 the engine takes, a temperature that is not positive. Names the sequence. Nothing was sent.
             ReadoutUnavailableError: a temperature that the read-out cannot apply.
-            MissingLogProbError: the engine returned no number, NaN or +inf for a token.
+            MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token.
             EngineError: the engine died.
         """
         return [values[:, 0].clone() for values in self._read(token_ids, start, temperature, progress)]
@@ -183,7 +186,7 @@ class VLLMScorer:
         >>> best.token_ids.shape, bool((best.log_probs.diff() <= 0).all())
         (torch.Size([2, 3]), True)
         """
-        if not isinstance(k, int) or k < 1 or (self._engine.info.vocab_size or k) < k:
+        if not isinstance(k, numbers.Integral) or k < 1 or (self._engine.info.vocab_size or k) < k:
             raise InputError(f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}")
         return [
             TopK(
@@ -290,11 +293,14 @@ def _make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any
 
 
 def _checked(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:
-    """Return the values of sequence i, or refuse: -inf is a number (probability 0), NaN and +inf are not."""
+    """Return the values of sequence i, or refuse: -inf is a number (probability 0), NaN and what is above 0 are not."""
     want, got = (len(request.token_ids) - request.start, request.num_columns), tuple(result.values.shape)
     if got != want:
         raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
     bad = np.isnan(result.values) | (result.values == np.inf)
+    is_id = np.zeros(want[1], bool)
+    is_id[1 + request.num_ids : 1 + request.num_ids + request.top_k] = True
+    bad |= (result.values > 1e-3) & ~is_id  # no rounding makes a probability that large
     if bad.any():
         j, column = (int(n) for n in np.argwhere(bad)[0])
         raise MissingLogProbError(

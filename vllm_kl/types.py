@@ -63,6 +63,8 @@ class EngineInfo:
     vocab_size: int | None  # ids must be below; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
     can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()  # what it can do beyond the tokens' log-probs
+    max_ids: int | None = None  # most chosen ids per row; None: no limit
+    notes: tuple[str, ...] = ()  # what makes it slower than it could be; the scorer logs them as warnings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,6 +80,13 @@ class _Server:
         finished = defaultdict(list)
         try:
             for (call_id, n), result in self._driver.step():
+                if call_id not in self._calls:
+                    continue  # failed, by another of its requests
+                if isinstance(result, Exception):
+                    self._answer(call_id, "error", result)
+                    self._take(call_id, "cancel", None)
+                    finished.pop(call_id, None)
+                    continue
                 finished[call_id].append((n, result))
                 self._calls[call_id].remove(n)
         except Exception as error:
@@ -102,6 +109,8 @@ def main(fd: int, owner_pid: int) -> None:
         _Server(Connection(fd)).run()
     except (EOFError, OSError):
         pass  # the owner closed the connection
+    except BaseException:
+        traceback.print_exc()  # below, nothing is left that could
     finally:
         # vLLM's own processes, if it started any, are in this group.
         sys.stderr.flush()

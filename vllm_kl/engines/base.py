@@ -43,8 +43,8 @@ class Driver(Protocol):
         """Take a request. Nothing is computed yet."""
         ...
 
-    def step(self) -> list[tuple[Hashable, ScoreResult]]:
-        """Compute one batch; return what it finished."""
+    def step(self) -> list[tuple[Hashable, ScoreResult | Exception]]:
+        """Compute one batch; return what it finished, and what failed alone. What raises leaves no engine to use."""
         ...
 
     def cancel(self, keys: Sequence[Hashable]) -> None:
@@ -58,5 +58,8 @@ def drive(driver: Driver, requests: Sequence[ScoreRequest], *, share_prefix: boo
         driver.submit(n, request, share_prefix=share_prefix)
     results: dict[Hashable, ScoreResult] = {}
     while len(results) < len(requests):
-        results.update(driver.step())
+        for key, result in driver.step():
+            if isinstance(result, Exception):
+                raise result
+            results[key] = result
     return [results[n] for n in range(len(requests))]

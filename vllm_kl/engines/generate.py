@@ -15,7 +15,10 @@ an engine that also generates holds whole responses, and may hold KV of older we
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,13 +28,18 @@ from vllm_kl.engines.base import OnDone
 from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
+# ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get each
+# other's results. One lock an engine, whoever scores with it.
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+
 
 class GenerateEngine:
     """Scores with ``generate(prompts, sampling_params)`` of a live engine.
 
     Args:
         engine: a ``vllm.LLM``, or anything whose ``generate`` takes token prompts and sampling parameters and returns
-            vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``).
+            vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``). Threads that score with one ``vllm.LLM`` take
+            turns; vLLM itself does not allow generating with it at the same time.
         generate: used instead of ``engine.generate`` (a Ray actor's remote call, for example).
         readout: ``"token_ids"``, ``"flat"`` or ``"auto"``.
 
@@ -52,6 +60,14 @@ class GenerateEngine:
         if readout == "token_ids" and reason:
             raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
         config = getattr(llm_engine, "model_config", None)
+        mode = getattr(config, "logprobs_mode", "raw_logprobs")
+        if not mode.endswith("logprobs"):
+            raise ReadoutUnavailableError(
+                f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
+                "'raw_logprobs', vLLM's default"
+            )
+        self._lock = _LOCKS.setdefault(engine, threading.Lock()) if self._is_llm else contextlib.nullcontext()
+        max_logprobs = getattr(config, "max_logprobs", -1)
         is_token_ids = readout != "flat" and not reason
         self.info = EngineInfo(
             readout="token_ids" if is_token_ids else "flat",
@@ -59,6 +75,7 @@ class GenerateEngine:
             # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
             max_sequence_len=None if config is None else config.max_model_len - 1,
             can=frozenset({"ids"}) if is_token_ids else frozenset(),
+            max_ids=None if max_logprobs < 0 else max_logprobs - 1,  # the token itself is one of vLLM's limit
         )
         self._readout = _TokenIds() if is_token_ids else _Flat()
 
@@ -68,7 +85,7 @@ class GenerateEngine:
         results: list[ScoreResult | None] = []
         for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
             num_cached = output.num_cached_tokens or 0
-            is_whole = num_cached <= request.start - 1
+            is_whole = num_cached <= request.start - 1 and self._readout.is_there(output)
             results.append(
                 ScoreResult(values=self._readout.read(output, request), num_cached_tokens=num_cached)
                 if is_whole
@@ -103,8 +120,9 @@ class GenerateEngine:
             SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
             for r in requests
         ]
-        # Without use_tqdm=False a vllm.LLM shows a progress bar.
-        return self._generate(prompts, params, use_tqdm=False)
+        with self._lock:
+            # Without use_tqdm=False a vllm.LLM shows a progress bar.
+            return self._generate(prompts, params, use_tqdm=False)
 
 
 class _TokenIds:
@@ -113,6 +131,10 @@ class _TokenIds:
         if request.ids is not None:
             wanted = np.concatenate([wanted, request.ids], axis=1)
         return {"prompt_logprob_token_ids": wanted, "prompt_logprob_start": request.start - 1}
+
+    def is_there(self, output: Any) -> bool:
+        """A preempted request that hits more when it resumes has no log-probs."""
+        return output.prompt_token_id_logprobs is not None
 
     def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
         values = output.prompt_token_id_logprobs
@@ -124,6 +146,9 @@ class _TokenIds:
 class _Flat:
     def params(self, request: ScoreRequest | None) -> dict[str, Any]:
         return {"prompt_logprobs": 0, "flat_logprobs": True}
+
+    def is_there(self, output: Any) -> bool:
+        return True  # read() says what is missing
 
     def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
         """Take the last rows: V1 returns one per prompt token but the first, V2 those after a hit."""

@@ -9,19 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from vllm_kl.engines.base import Driver, drive
 from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.errors import OptionError, ReadoutUnavailableError
-from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-
-logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
+from vllm_kl.errors import EngineError, OptionError, ReadoutUnavailableError, VLLMKLError
+from vllm_kl.types import ScoreRequest, ScoreResult
 
 
 def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
@@ -34,7 +32,12 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
+    from vllm_kl.plugin.native import missing_compiler
+
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
+        torch.cpu._init_amx()
     options = {**_defaults(is_cpu=current_platform.is_cpu()), **options}
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
@@ -46,10 +49,12 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     if readout == "pooling" or (readout == "auto" and not reason):
         driver: Driver = _start_pooling(model, config, options)
     else:
-        if reason and readout == "auto":
-            logger.warning("vllm_kl: no pooling read-out: %s", reason)
         driver = _Blocking(_start_generate(model, config, readout, options))
     drive(driver, [ScoreRequest(token_ids=np.zeros(2, np.int32), start=1)], share_prefix=False)
+    notes = [f"no pooling read-out: {reason}"] if reason and readout == "auto" else []
+    if driver.info.readout == "pooling" and (missing := missing_compiler()):
+        notes.append(missing)
+    driver.info = dataclasses.replace(driver.info, notes=tuple(notes))
     return driver
 
 
@@ -65,9 +70,9 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any]) -> Driver:
         "architectures": [plugin.enable(config.architecture)],
         BASE_ARCHITECTURES: list(config.hf_config.architectures or [config.architecture]),
     }
-    if not _is_cuda():
-        # A pooling model's head is float32 by default, for which the CPU copies the whole matrix at every call.
-        overrides["head_dtype"] = "model"
+    # A pooling model's head is float32 by default. vLLM then copies the whole matrix at every call, and refuses a
+    # quantized one.
+    defaults = {"head_dtype": "model"}
     theirs = options.get("hf_overrides") or {}
     args = EngineArgs(
         model=model,
@@ -76,17 +81,18 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any]) -> Driver:
             "runner": "pooling",
             "convert": "none",  # "embed" and "classify" would drop the LM head
             "model_impl": "auto",  # already resolved: the scoring class is a subclass of what it chose
-            "hf_overrides": functools.partial(_override, theirs, overrides)
+            "hf_overrides": functools.partial(_override, theirs, defaults, overrides)
             if callable(theirs)
-            else {**theirs, **overrides},
+            else {**defaults, **theirs, **overrides},
         },
     )
     return PoolingEngine(LLMEngine.from_engine_args(args))
 
 
-def _override(theirs: Callable[[Any], Any], ours: dict[str, Any], config: Any) -> Any:
+def _override(theirs: Callable[[Any], Any], defaults: dict[str, Any], overrides: dict[str, Any], config: Any) -> Any:
+    config.update(defaults)
     config = theirs(config)
-    config.update(ours)
+    config.update(overrides)
     return config
 
 
@@ -104,22 +110,23 @@ class _Blocking:
 
     def __init__(self, engine: GenerateEngine) -> None:
         self._engine = engine
+        self.info = engine.info
         self._waiting: list[tuple[Hashable, ScoreRequest, bool]] = []
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._engine.info
 
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
         self._waiting.append((key, request, share_prefix))
 
-    def step(self) -> list[tuple[Hashable, ScoreResult]]:
-        finished = []
+    def step(self) -> list[tuple[Hashable, ScoreResult | Exception]]:
+        finished: list[tuple[Hashable, ScoreResult | Exception]] = []
         waiting, self._waiting = self._waiting, []
         for share_prefix in (True, False):
             mine = [(key, request) for key, request, share in waiting if share is share_prefix]
             if mine:
-                results = self._engine.score([request for _, request in mine], share_prefix=share_prefix)
+                try:
+                    results = self._engine.score([request for _, request in mine], share_prefix=share_prefix)
+                except (VLLMKLError, ValueError) as error:  # what vLLM refuses is a ValueError; its engine goes on
+                    finished += [(key, EngineError(f"vLLM refused: {error}")) for key, _ in mine]
+                    continue
                 finished += [(key, result) for (key, _), result in zip(mine, results, strict=True)]
         return finished
 
@@ -150,7 +157,7 @@ def _why_not_pooling(config: Any, options: dict[str, Any]) -> str:
     if config.runner_type != "generate":
         return f"{config.architecture} is not a model that generates text"
     if options.get("enable_lora"):
-        return "vLLM's pooling engines take no LoRA adapters"
+        return "engines with LoRA adapters are read out through vLLM's own prompt log-probs"
     if options.get("speculative_config"):
         return "vLLM's pooling engines do not speculate"
     return ""
@@ -197,5 +204,9 @@ def _kv_bytes(config: Any, options: dict[str, Any]) -> int | None:
     per_layer = 2 * config.get_num_kv_heads(parallel) * config.get_head_size() * element
     num_tokens = config.max_model_len + 8 * options["max_num_batched_tokens"]
     layers = config.get_num_layers(parallel)
-    # The margin covers rounding to blocks.
-    return int(1.1 * num_tokens * layers * per_layer) + (16 << 20)
+    need = lambda n: int(1.1 * n * layers * per_layer) + (16 << 20)  # noqa: E731  # the margin covers rounding to blocks
+    if not _is_cuda():
+        return need(num_tokens)
+    # vLLM does not check whether this fits. Weights take the rest.
+    free, _ = torch.cuda.mem_get_info()
+    return max(need(config.max_model_len), min(need(num_tokens), int(0.4 * free)))

@@ -20,6 +20,7 @@ from vllm import PoolingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_kl.errors import EngineError
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
@@ -53,14 +54,17 @@ class PoolingEngine:
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
         self._waiting.append(_Job(key, request, share_prefix))
 
-    def step(self) -> list[tuple[Hashable, ScoreResult]]:
+    def step(self) -> list[tuple[Hashable, ScoreResult | Exception]]:
         while self._waiting and len(self._in_core) < self._max_in_core:
             self._send(self._waiting.popleft())
-        finished = []
+        finished: list[tuple[Hashable, ScoreResult | Exception]] = []
         for output in self._core.get_output().outputs if self._in_core else ():
-            if output.pooling_output is None or output.request_id not in self._in_core:
+            if output.request_id not in self._in_core or (output.pooling_output is None and not output.finished):
                 continue
             job = self._in_core.pop(output.request_id)
+            if output.pooling_output is None:
+                finished.append((job.key, EngineError(f"vLLM gave a request up: {output.finish_reason}")))
+                continue
             values = output.pooling_output.numpy()
             if job.share_prefix and np.isnan(values[:, 0]).any():
                 # Without the cap, or after a preemption, a hit can reach past row start - 1: those rows were not computed.

@@ -58,6 +58,11 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
     return environment
 
 
+def _shows_log() -> bool:
+    """Whether the engine's log was asked for: vLLM's own variable, at a level that says more than its default here."""
+    return os.environ.get("VLLM_LOGGING_LEVEL", "").upper() in ("DEBUG", "INFO")
+
+
 class ProcessEngine:
     """A vLLM engine in a child process. Safe to call from several threads: concurrent calls share its batches.
 
@@ -82,12 +87,12 @@ class ProcessEngine:
                 [sys.executable, "-m", "vllm_kl.engines._child", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=2 if _shows_log() else log,
+                stderr=2 if _shows_log() else log,
                 env={**_environment(options), **os.environ},
                 start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
             )
-        self._calls = _Calls(Connection(os.dup(ours.fileno())))
+        self._calls = _Calls(Connection(os.dup(ours.fileno())), ours)
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._process, ours, self._log, self._owner_pid)
         try:
@@ -151,8 +156,9 @@ class ProcessEngine:
 class _Calls:
     """Many callers' calls over one connection. A thread reads the answers; each caller waits for its own."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, ours: socket.socket) -> None:
         self._connection = connection
+        self._socket = ours  # the connection is a duplicate of it
         self._send_lock = threading.Lock()
         self._ids = itertools.count()
         self._queues: dict[int, queue.SimpleQueue] = {}
@@ -193,17 +199,20 @@ class _Calls:
             except OSError:
                 raise
             except BaseException:
-                # Interrupted halfway: nobody could tell where the next message begins.
-                self._connection.close()
+                # Interrupted halfway: nobody could tell where the next message begins. All callers are told.
+                _shut_down(self._socket)
                 raise
 
     def _read(self) -> None:
         try:
             while True:
                 call_id, *answer = self._connection.recv()
-                if call_id in self._queues:  # else nobody waits for it any more
-                    self._queues[call_id].put(answer)
-        except (EOFError, OSError, TypeError):  # TypeError: closed by a sender while this thread read
+                waiting = self._queues.get(call_id)
+                if waiting is not None:  # else nobody waits for it any more
+                    waiting.put(answer)
+        except (EOFError, OSError):
+            pass
+        finally:
             self._is_over = True
             for waiting in list(self._queues.values()):
                 waiting.put(("over", None))
@@ -213,16 +222,19 @@ def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: i
     """End the engine's whole process group: politely, then by force. A fork of the owner leaves it alone."""
     if os.getpid() != owner_pid:
         return
-    with contextlib.suppress(OSError):
-        ours.shutdown(
-            socket.SHUT_RDWR
-        )  # both ends see the end of their input: the child exits, waiting callers are told
+    _shut_down(ours)
     ours.close()
     _wait(process, timeout=3.0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # whatever is left of the group, the child included
     _wait(process, timeout=5.0)
     log.unlink(missing_ok=True)
+
+
+def _shut_down(ours: socket.socket) -> None:
+    """Both ends see the end of their input: the child exits, waiting callers are told."""
+    with contextlib.suppress(OSError):
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 def _wait(process: subprocess.Popen, *, timeout: float) -> int | None:
