@@ -30,9 +30,9 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TORCH_COMPILE_DISABLE="1", RL_LOGGING_LEVEL="ERROR"
-)
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", RL_LOGGING_LEVEL="ERROR")
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count, which peers need: 20 s
 
 import numpy as np
 import psutil
@@ -130,9 +130,10 @@ class Floor:
 
     def __init__(self, folder: str) -> None:
         self._driver = start_engine(model=folder, readout="pooling", options=dict(OPTIONS))
-        pooler = self._driver._core.engine_core.model_executor.driver_worker.worker.get_model().pooler
-        pooler._head = self  # read() below
-        self._weight = torch.randn(VOCAB, HIDDEN).bfloat16()
+        model = self._driver._core.engine_core.model_executor.driver_worker.worker.get_model()
+        model.pooler._head = self  # read() below
+        self._device = next(model.parameters()).device
+        self._weight = torch.randn(VOCAB, HIDDEN).bfloat16().to(self._device)
         self.slicing = min(
             ((rows, columns) for rows in (512, 1024, 2048, 4096) for columns in (1024, 2048, 4096, 8192)),
             key=lambda tiling: min(self._product(4096, *tiling) for _ in range(3)),
@@ -140,17 +141,19 @@ class Floor:
         self.seconds: dict[str, list[float]] = {"engine without LM head": [], "LM-head product": []}
 
     def read(self, hidden_N_H, ids_N_K, *, top_k, temperature):
-        return torch.zeros(len(ids_N_K), 1)
+        return torch.zeros(len(ids_N_K), 1, device=self._device)
 
     def _product(self, num_rows: int, rows: int, columns: int) -> float:
-        hidden = torch.randn(num_rows, HIDDEN).bfloat16()
-        out = torch.empty(rows, columns, dtype=torch.bfloat16)
+        hidden = torch.randn(num_rows, HIDDEN).bfloat16().to(self._device)
+        out = torch.empty(rows, columns, dtype=torch.bfloat16, device=self._device)
+        torch.accelerator.synchronize() if self._device.type != "cpu" else None
         began = time.perf_counter()
         for low in range(0, num_rows, rows):
             block = hidden[low : low + rows]
             for first in range(0, VOCAB, columns):
                 part = self._weight[first : first + columns]
                 torch.mm(block, part.T, out=out.view(-1)[: len(block) * len(part)].view(len(block), len(part)))
+        torch.accelerator.synchronize() if self._device.type != "cpu" else None
         return time.perf_counter() - began
 
     def __call__(self, sequences, start) -> None:
