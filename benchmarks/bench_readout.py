@@ -33,6 +33,7 @@ from pathlib import Path
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", RL_LOGGING_LEVEL="ERROR")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count, which peers need: 20 s
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as in our engine's process: huge pages for all
 
 import numpy as np
 import psutil

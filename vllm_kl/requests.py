@@ -63,7 +63,7 @@ def check_ids(
         raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
     top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
     arrays = [_as_array(f"ids of sequence {i}", entry) for i, entry in enumerate(ids)]
-    num_ids = next((a.shape[-1] for a in arrays if a.size), 1)
+    num_ids = next((a.shape[1] for a in arrays if a.ndim == 2 and a.size), 1)
     if info.max_ids is not None and num_ids > info.max_ids:
         raise InputError(
             f"ids has {num_ids} tokens a row, but this engine returns at most {info.max_ids}: raise max_logprobs where it is "

@@ -46,6 +46,8 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    if not torch.cuda.is_available():
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # PyTorch's, read when it is imported: huge pages for what is large
     if not torch.cuda.is_available() and options.get("enforce_eager", True):
         # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++ compiler
         # (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is imported.

@@ -68,8 +68,8 @@ def pad_rows(hidden_N_H: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def _tile_shape(num_rows: int) -> tuple[int, int]:
-    """Return the height and the width of the tile of so many rows: about thirty shapes in all."""
-    multiple = 16 if num_rows <= 64 else 64 if num_rows <= 1024 else 256
+    """Return the height and the width of the tile of so many rows: thirty-five shapes in all."""
+    multiple = 16 if num_rows <= 64 else 64 if num_rows <= 1024 else 128 if num_rows <= 2048 else 256
     return _round_up(num_rows, multiple), 2048 if num_rows <= 1024 else 1024
 
 
@@ -128,11 +128,17 @@ class _Best:
 
     def add(self, low: int, logits_N_S: torch.Tensor, shift_N_1: torch.Tensor | None) -> None:
         """Take the columns from ``low`` on: logits in base 2, less the row's shift."""
-        best_N, worst_N = logits_N_S.amax(1).float(), self._values_N_C[:, -1]
-        (rows,) = torch.where((best_N if shift_N_1 is None else best_N + shift_N_1[:, 0].float()) > worst_N)
+        shift_N_1 = torch.zeros_like(self._values_N_C[:, :1]) if shift_N_1 is None else shift_N_1.float()
+        worst_N_1 = self._values_N_C[:, -1:] - shift_N_1
+        (rows,) = torch.where(logits_N_S.amax(1).float() > worst_N_1[:, 0])
+        if not len(rows):
+            return
+        logits = logits_N_S[rows]
+        # Few get in after the first slices, and few are quick to find.
+        most = int((logits > worst_N_1[rows]).count_nonzero(1).max())
         num_candidates = self.ids_N_C.shape[1]
-        values, ids = logits_N_S[rows].topk(min(num_candidates, logits_N_S.shape[1]), dim=1)
-        values = values.float() if shift_N_1 is None else values.float() + shift_N_1[rows].float()
+        values, ids = logits.topk(min(num_candidates, most), dim=1)
+        values = values.float() + shift_N_1[rows]
         values, order = torch.cat([self._values_N_C[rows], values], 1).topk(num_candidates, dim=1)
         self._values_N_C[rows] = values
         self.ids_N_C[rows] = torch.cat([self.ids_N_C[rows], ids + low], 1).gather(1, order)

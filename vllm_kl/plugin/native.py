@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,8 @@ def _compiled() -> tuple[Callable[..., None] | None, str]:
 
 def _build() -> Path:
     """Return the library, compiled unless the cache has it. Processes that do so at the same time do not meet."""
-    command = [os.environ.get("CXX", "c++"), *_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), [])]
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    command = [*compiler, *_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), [])]
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"exp2_sums-{key}.so")
     if not library.exists():
