@@ -110,7 +110,10 @@ class ModelHead:
         step = max(16, _MAX_LOGITS_BYTES // bytes_per_row // 16 * 16)
         for low in range(0, len(ids_N_K), step):
             rows = slice(low, low + step)
-            logits = self.model.compute_logits(kernel.pad_rows(hidden_N_H[rows], 16))[: len(ids_N_K[rows])]
+            hidden = hidden_N_H[rows]
+            num_rows = len(hidden)
+            # Products of few different heights: oneDNN compiles each.
+            logits = self.model.compute_logits(F.pad(hidden, (0, 0, 0, -num_rows % 16)))[:num_rows]
             log_probs = (logits.float() / temperature).log_softmax(-1)
             columns = [log_probs.gather(1, ids_N_K[rows])]
             if top_k:

@@ -3,47 +3,65 @@
 The ``[N, V]`` logits never exist. The vocabulary is walked in slices that stay in the cache, with one running sum per row:
 
     logits of a slice = scale * hidden @ weight[a:b].T                     one product, at the product's own best speed
-    total            += sum(2 ** (log2(e) * logits - shift))               shift: close to log2 of the total so far
+    total            += sum(2 ** (log2(e) * logits - shift))               shift: close to log2 of what the total will be
 
-All sums are kept in base 2, because ``exp2`` is three times as fast as ``exp`` on a CPU.
+All sums are kept in base 2, because ``exp2`` is cheaper than ``exp`` on a CPU.
 
 Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift
 is subtracted inside the product, before it is rounded: the logits that decide the sum come out near 0, where bfloat16 is
-fine. A slice that outweighs everything that its shift knew of was rounded too coarsely, and is computed again for its row,
-in float32. The logits of single tokens are summed in float32. On a GPU the product is accumulated and returned in float32.
+fine. A slice that outweighs what its shift expected was rounded too coarsely, and is computed again for its row, in float32.
+The logits of single tokens are summed in float64. On a GPU the product is accumulated and returned in float32; on a CPU that
+multiplies 16-bit matrices one number at a time (one without AVX-512, say) both matrices are widened, slice by slice.
 
-Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps about 1 MiB of it. So these products
+Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps up to 2 MiB of it. So these products
 are made of few tiles: rows are padded, and what is narrower or of any height is computed in float32.
 
-N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row.
+Memory. Less than 64 MiB in all, at any number of rows and any vocabulary: on a CPU whatever is large lives in a workspace,
+made once and bounded by the constants below.
+
+N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row, C candidates.
 
 Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 
-from vllm_kl.plugin import native
+from vllm_kl.plugin.best import Best
+from vllm_kl.plugin.native import reduce_slice, token_logits
 
 LOG2_E = math.log2(math.e)
 
-# Rows of one tile, at most. Its size was found by measurement (benchmarks/LOG.md): it stays in the cores' caches.
+# Rows of one block, at most, and elements of its hidden states: 8 MiB in float32. Sizes here were found by measurement
+# (benchmarks/LOG.md).
 _MAX_ROWS = 4096
+_MAX_HIDDEN = 1 << 21
+# Heights of a 16-bit product's tiles.
+_HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
+# Width of a float32 product's tile, and elements of the slice of weights that is widened for it: 8 MiB.
+_FLOAT32_WIDTH = 512
+_MAX_WIDENED = 1 << 21
 # Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
 _CUDA_TILE = 1 << 23
-# Elements of a float32 copy of hidden rows or of gathered weight rows: 8 MiB.
-_MAX_GATHERED = 1 << 21
+# Bytes of each part of the workspace: what the limits above allow. The system gives pages only when they are used.
+_WORKSPACE_BYTES = 8 << 20
+# Columns that are computed in float32 before anything is known that could be subtracted.
+_FIRST_COLUMNS = 64
+# Rows that are computed in float32 at a time, and elements of their hidden states: 4 MiB.
+_MAX_EXACT_ROWS = 512
+_MAX_EXACT_HIDDEN = 1 << 20
 # Slices between two looks at the shift: a look costs as much as a pass over a tile.
-_MAX_STRETCH = 16
-# A slice with more than this many times the total before its stretch is computed again with a new shift.
+_MAX_STRETCH = 32
+# A slice with more than this many times the total that was expected is computed again with a new shift.
 _OUTWEIGHS = 4.0
-# A total above this, in units of 2 ** shift, gets a new shift for the slices to come.
+# An expected total above this, in units of 2 ** shift, gets a new shift for the slices to come.
 _GROWN = 4.0
 # Candidates beyond k that are ranked again in float32: rounding may have misplaced them.
 _SPARE_CANDIDATES = 8
@@ -55,38 +73,10 @@ def row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
     They are of one size, since the product is slow on the few rows that a division by the largest size would leave, and
     all but the last need no padding.
     """
-    num_blocks = math.ceil(num_rows / max(64, min(_MAX_ROWS, _MAX_GATHERED // hidden_size)))
-    step, _ = _tile_shape(math.ceil(num_rows / max(1, num_blocks)))
-    for low in range(0, num_rows, max(1, step)):
-        yield slice(low, min(num_rows, low + step))
-
-
-def pad_rows(hidden_N_H: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Return the rows and, after them, rows of zeros up to a multiple: products of few different heights."""
-    padding = _round_up(len(hidden_N_H), multiple) - len(hidden_N_H)
-    return F.pad(hidden_N_H, (0, 0, 0, padding)) if padding else hidden_N_H
-
-
-def _tile_shape(num_rows: int) -> tuple[int, int]:
-    """Return the height and the width of the tile of so many rows: thirty-five shapes in all."""
-    multiple = 16 if num_rows <= 64 else 64 if num_rows <= 1024 else 128 if num_rows <= 2048 else 256
-    return _round_up(num_rows, multiple), 2048 if num_rows <= 1024 else 1024
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return math.ceil(number / multiple) * multiple
-
-
-def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
-    """Return ``[N, K]`` float32 logits of K tokens per row, summed in float32."""
-    num_rows, num_tokens = ids_N_K.shape
-    logits = torch.empty(num_rows, num_tokens, dtype=torch.float32, device=hidden_N_H.device)
-    step = max(1, _MAX_GATHERED // (max(1, num_tokens) * hidden_N_H.shape[1]))
+    num_blocks = math.ceil(num_rows / max(64, min(_MAX_ROWS, _MAX_HIDDEN // hidden_size)))
+    step = _height(math.ceil(num_rows / max(1, num_blocks)))
     for low in range(0, num_rows, step):
-        rows = slice(low, low + step)
-        # Multiplied, then summed pairwise: more exact than a product of matrices, which sums in order.
-        logits[rows] = weight_V_H[ids_N_K[rows]].float().mul_(hidden_N_H[rows, None].float()).sum(-1)
-    return logits
+        yield slice(low, min(num_rows, low + step))
 
 
 def log_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
@@ -111,109 +101,141 @@ def top_tokens(
 
     Best first. Candidates are ranked by float32 logits; two tokens closer than the dtype's rounding may change places.
     """
-    best = _Best(k, hidden_N_H, weight_V_H)
-    normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best.add) / LOG2_E
-    logits_N_C = token_logits(hidden_N_H, weight_V_H, best.ids_N_C)
+    best = Best.of(len(hidden_N_H), min(k + _SPARE_CANDIDATES, len(weight_V_H)), hidden_N_H.device)
+    normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best) / LOG2_E
+    logits_N_C = token_logits(hidden_N_H, weight_V_H, best.ids)
     logits_N_k, order = logits_N_C.topk(min(k, logits_N_C.shape[1]), dim=1)
-    return best.ids_N_C.gather(1, order), logits_N_k, normalizer
+    return best.ids.gather(1, order), logits_N_k, normalizer
 
 
-class _Best:
-    """The best candidates of each row over the slices seen so far."""
-
-    def __init__(self, k: int, hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor) -> None:
-        shape, device = (len(hidden_N_H), min(k + _SPARE_CANDIDATES, len(weight_V_H))), hidden_N_H.device
-        self.ids_N_C = torch.zeros(shape, dtype=torch.long, device=device)
-        self._values_N_C = torch.full(shape, -torch.inf, device=device)  # base 2, best first
-
-    def add(self, low: int, logits_N_S: torch.Tensor, shift_N_1: torch.Tensor | None) -> None:
-        """Take the columns from ``low`` on: logits in base 2, less the row's shift."""
-        shift_N_1 = torch.zeros_like(self._values_N_C[:, :1]) if shift_N_1 is None else shift_N_1.float()
-        worst_N_1 = self._values_N_C[:, -1:] - shift_N_1
-        (rows,) = torch.where(logits_N_S.amax(1).float() > worst_N_1[:, 0])
-        if not len(rows):
-            return
-        logits = logits_N_S[rows]
-        # Few get in after the first slices, and few are quick to find.
-        most = int((logits > worst_N_1[rows]).count_nonzero(1).max())
-        num_candidates = self.ids_N_C.shape[1]
-        values, ids = logits.topk(min(num_candidates, most), dim=1)
-        values = values.float() + shift_N_1[rows]
-        values, order = torch.cat([self._values_N_C[rows], values], 1).topk(num_candidates, dim=1)
-        self._values_N_C[rows] = values
-        self.ids_N_C[rows] = torch.cat([self.ids_N_C[rows], ids + low], 1).gather(1, order)
-
-
-_OnSlice = Callable[[int, torch.Tensor, torch.Tensor | None], None]
-
-
-def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None) -> torch.Tensor:
+def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None) -> torch.Tensor:
     """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
     walk = _walk_float32_products if hidden.is_cuda else _walk_shifted_products
-    return walk(hidden, weight, scale2, on_slice)
-
-
-def _float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -> torch.Tensor:
-    hidden, logits = hidden.float(), torch.empty(len(hidden), len(weight))
-    step = max(1, _MAX_GATHERED // hidden.shape[1])
-    for low in range(0, len(weight), step):
-        columns = slice(low, low + step)
-        torch.mm(hidden, weight[columns].float().T, out=logits[:, columns])
-    return logits.mul_(scale2)
+    return walk(hidden, weight, scale2, best)
 
 
 def _walk_shifted_products(
-    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None
+    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None
 ) -> torch.Tensor:
-    num_rows, vocab_size, dtype = len(hidden), len(weight), hidden.dtype
-    height, width = _tile_shape(num_rows)
-    padded = pad_rows(hidden, height)
-    # The first slice takes the columns that the others leave, in float32: nothing is known yet that could be subtracted.
-    done = (vocab_size - 1) % width + 1
-    logits = _float32_logits(hidden, weight[:done], scale2)
-    if on_slice:
-        on_slice(0, logits, None)
-    top = logits.amax(1, keepdim=True)
-    # Shifts are whole numbers: the dtype holds them exactly, and what changes with them is multiplied by a power of two.
-    total = logits.sub_(top).exp2_().sum(1, keepdim=True).double()
-    shift = (top + total.log2()).round_().to(dtype)
-    total = (total * torch.exp2(top.double() - shift.double()))[:, 0]  # of the columns done, in units of 2 ** shift
+    """On a CPU: the shift is subtracted inside the product; one pass over its results."""
+    num_rows, vocab_size, hidden_size = len(hidden), len(weight), hidden.shape[1]
+    dtype = _product_dtype(hidden.dtype)
+    height, width = _tile_shape(num_rows, vocab_size, hidden_size, dtype)
+    num_exact = max(1, min(_MAX_EXACT_ROWS, _MAX_EXACT_HIDDEN // hidden_size))
+    padded = _padded(hidden, height, dtype)
+    tile = _workspace("tile", (height, width), dtype)
+    tile[num_rows:] = 0
 
-    tile = torch.zeros(height, width, dtype=dtype)
-    logits = tile[:num_rows]
-    sum_and_fill = native.sum_powers(logits)
+    done = min(vocab_size, _FIRST_COLUMNS)
+    shift, total = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.float64)  # total in units of 2 ** shift
+    for rows in _slices(num_rows, num_exact):
+        logits = _float32_logits(hidden[rows], weight[:done], scale2)
+        shift[rows] = _representable(logits.amax(1), dtype)
+        sums = torch.empty(len(logits))
+        reduce_slice(logits.sub_(shift[rows, None]), shift[rows], sums, None if best is None else best[rows])
+        total[rows] = sums.double()
+
     stretch = 1
     while done < vocab_size:
-        slices = range(done, vocab_size, width)[:stretch]
+        slices = [slice(low, min(low + width, vocab_size)) for low in range(done, vocab_size, width)[:stretch]]
+        # What the total will be after this stretch, if its columns are like those done.
+        expected = total * (slices[-1].stop / done)
+        if (expected > _GROWN).any():
+            old, shift = shift, _representable(shift + expected.log2().float(), dtype)
+            factor = torch.exp2((old - shift).double())
+            total, expected = total * factor, expected * factor
         masses = torch.empty(len(slices), num_rows)
-        minus_shift = -shift
-        logits.copy_(minus_shift)
-        for low, mass in zip(slices, masses, strict=True):
-            tile.addmm_(padded, weight[low : low + width].T, alpha=scale2)
-            if on_slice:
-                on_slice(low, logits, shift)
-            sum_and_fill(minus_shift, mass)
-        outweighs = ~(masses <= _OUTWEIGHS * total)  # NaN and inf too
+        tile[:num_rows] = -shift[:, None]
+        for columns, mass in zip(slices, masses, strict=True):
+            # The last slice is as wide as the others, and begins among columns that are done.
+            first = columns.stop - width
+            tile.addmm_(padded, _widened(weight[first : columns.stop], dtype).T, alpha=scale2)
+            reduce_slice(tile[:num_rows, columns.start - first :], shift, mass, best, columns.start)
+        outweighs = ~(masses <= _OUTWEIGHS * expected)  # NaN and inf too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
-            (rows,) = torch.where(outweighs[i])
-            columns, old = weight[slices[i] : slices[i] + width], shift[rows]
-            exact = _float32_logits(hidden[rows], columns, scale2)
-            new = torch.maximum(old.float(), exact.amax(1, keepdim=True).round_()).to(dtype)
-            factor = torch.exp2(old.float() - new.float())[:, 0]
-            masses[:, rows] *= factor
-            total[rows] *= factor
-            shift[rows] = new
-            masses[i][rows] = exact.sub_(new).exp2_().sum(1)
+            for rows in torch.where(outweighs[i])[0].split(num_exact):
+                exact = _float32_logits(hidden[rows], weight[slices[i]], scale2)
+                new = torch.maximum(shift[rows], _representable(exact.amax(1), dtype))
+                factor = torch.exp2(shift[rows] - new)
+                masses[:, rows] *= factor
+                total[rows] *= factor
+                shift[rows] = new
+                masses[i, rows] = exact.sub_(new[:, None]).exp2_().sum(1)
         total += masses.sum(0)
-        if (total > _GROWN).any():
-            old, shift = shift, (shift.double() + total.log2().round_()[:, None]).to(dtype)
-            total *= torch.exp2(old.double() - shift.double())[:, 0]
-        done, stretch = slices[-1] + width, min(2 * stretch, _MAX_STRETCH)
-    return (shift[:, 0].double() + total.log2_()).float()
+        done, stretch = slices[-1].stop, min(2 * stretch, _MAX_STRETCH)
+    return (shift.double() + total.log2_()).float()
+
+
+_buffers = threading.local()
+
+
+def _workspace(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that this thread keeps for one purpose. It holds what was left in it.
+
+    Freed memory of many sizes would stay with the process in pieces, and be cleared by the system every time it is new.
+    """
+    size_bytes = math.prod(shape) * dtype.itemsize
+    buffer = getattr(_buffers, name, None)
+    if buffer is None or len(buffer) < size_bytes:
+        buffer = torch.empty(max(size_bytes, _WORKSPACE_BYTES), dtype=torch.uint8)
+        setattr(_buffers, name, buffer)
+    return buffer[:size_bytes].view(dtype).view(shape)
+
+
+def _padded(hidden: torch.Tensor, height: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows in the product's dtype and, after them, rows of zeros."""
+    if len(hidden) == height and hidden.dtype == dtype:
+        return hidden
+    padded = _workspace("hidden", (height, hidden.shape[1]), dtype)
+    padded[: len(hidden)] = hidden
+    padded[len(hidden) :] = 0
+    return padded
+
+
+def _widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight if weight.dtype == dtype else _workspace("weight", tuple(weight.shape), dtype).copy_(weight)
+
+
+def _float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -> torch.Tensor:
+    hidden = hidden.float()
+    logits = _workspace("logits", (len(hidden), len(weight)), torch.float32)
+    for columns in _slices(len(weight), max(1, _MAX_WIDENED // hidden.shape[1])):
+        torch.mm(hidden, _widened(weight[columns], torch.float32).T, out=logits[:, columns])
+    return logits.mul_(scale2)
+
+
+def _representable(shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return whole numbers that the dtype holds: what changes with them is multiplied by a power of two, exactly."""
+    return shift.round().to(dtype).float()
+
+
+def _slices(number: int, step: int) -> Iterator[slice]:
+    return (slice(low, min(low + step, number)) for low in range(0, number, step))
+
+
+def _height(num_rows: int) -> int:
+    """Return the height of the tile of so many rows."""
+    return _HEIGHTS[min(bisect.bisect_left(_HEIGHTS, num_rows), len(_HEIGHTS) - 1)]
+
+
+def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    if dtype != torch.float32:
+        return _height(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
+    return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))
+
+
+@functools.cache
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what matrices of a dtype are multiplied in: itself, if oneDNN multiplies it."""
+    is_fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
 
 
 def _walk_float32_products(
-    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, on_slice: _OnSlice | None
+    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None
 ) -> torch.Tensor:
     """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
     num_rows, vocab_size = len(hidden), len(weight)
@@ -226,8 +248,8 @@ def _walk_float32_products(
         high = min(vocab_size, low + columns)
         logits = tile[: num_rows * (high - low)].view(num_rows, high - low)
         _mm_float32(hidden, weight[low:high].T, logits)
-        if on_slice:
-            on_slice(low, logits, None)
+        if best is not None:
+            best.take(logits, None, low)
         top, total = update(logits, scale2, top, total)
     return (top + total.log2())[:, 0]
 

@@ -1,7 +1,7 @@
-"""What follows the LM head's product on a CPU: one compiled pass, or three of PyTorch's where there is no compiler.
+"""What surrounds the LM head's product on a CPU: compiled loops, or operations of PyTorch's where there is no compiler.
 
-Compiled once per machine, in less than a second, and kept in vLLM's cache: by the request with which an engine is warmed up,
-never by a caller's.
+Compiled once per machine, in a second, and kept in vLLM's cache: by the request with which an engine is warmed up, never by
+a caller's.
 """
 
 from __future__ import annotations
@@ -12,56 +12,98 @@ import hashlib
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import vllm.envs
 
-_SOURCE = Path(__file__).with_name("exp2_sums.cpp")
+from vllm_kl.plugin.best import Best
+
+_SOURCE = Path(__file__).with_name("kernel.cpp")
 _FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 # Named, not "native": a cache may be shared by machines.
 _FLAGS_OF = {
     "AVX512": ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     "AVX2": ["-mfma", "-mavx2"],
 }
+_NAME_OF = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# Rows that PyTorch's operations take at a time, and bytes of what they gather: their copies stay small.
+_ROWS = 512
+_MAX_GATHERED_BYTES = 8 << 20
 
 
-def sum_powers(tile_N_S: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """Return ``sum_and_fill(fill_N_1, sums_N)`` for a contiguous tile.
+def reduce_slice(
+    tile_N_S: torch.Tensor, shift_N: torch.Tensor, sums_N: torch.Tensor, best: Best | None = None, first_id: int = 0
+) -> None:
+    """Write the sums of ``2 ** tile`` over each row, and fill the tile with ``-shift`` for the next product.
 
-    It writes the sums of ``2 ** tile`` over each row, float32, and then ``fill`` into every column, for the next product.
+    Args:
+        tile_N_S: logits in base 2, less ``shift``. Rows may lie further apart than they are long.
+        shift_N: float32, whole numbers that the tile's dtype holds.
+        sums_N: float32, written.
+        best: takes the best tokens of the slice. One walk over the vocabulary is one dtype: it decides how they are kept.
+        first_id: token of the first column.
     """
-    if tile_N_S.dtype == torch.bfloat16 and tile_N_S.shape[1] % 2 == 0 and (function := _compiled()[0]):
+    library = _library()[0]
+    if library is not None and tile_N_S.dtype in _NAME_OF:
+        num_rows, num_columns = tile_N_S.shape
+        values, ids, num_best = (None, None, 0) if best is None else _pointers(best)
+        getattr(library, f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
+            *(tile_N_S.data_ptr(), tile_N_S.stride(0), shift_N.data_ptr(), sums_N.data_ptr(), num_rows, num_columns),
+            *(values, ids, num_best, first_id),
+        )
+        return
+    for low in range(0, len(tile_N_S), _ROWS):
+        rows = slice(low, low + _ROWS)
+        if best is not None:
+            best[rows].take(tile_N_S[rows], shift_N[rows], first_id)
+        torch.sum(tile_N_S[rows].float().exp2_(), 1, out=sums_N[rows])
+        tile_N_S[rows] = -shift_N[rows, None]
 
-        def sum_and_fill(fill_N_1: torch.Tensor, sums_N: torch.Tensor) -> None:
-            num_rows, num_columns = tile_N_S.shape
-            function(tile_N_S.data_ptr(), fill_N_1.data_ptr(), sums_N.data_ptr(), num_rows, num_columns // 2)
 
-    else:
-        powers = tile_N_S if tile_N_S.dtype == torch.float32 else torch.empty_like(tile_N_S, dtype=torch.float32)
-
-        def sum_and_fill(fill_N_1: torch.Tensor, sums_N: torch.Tensor) -> None:
-            torch.sum((powers if powers is tile_N_S else powers.copy_(tile_N_S)).exp2_(), 1, out=sums_N)
-            tile_N_S.copy_(fill_N_1)
-
-    return sum_and_fill
+def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
+    """Return ``[N, K]`` float32 logits of K tokens per row, summed in float64, or pairwise in float32."""
+    num_rows, num_ids = ids_N_K.shape
+    hidden_size = hidden_N_H.shape[1]
+    logits = torch.empty(num_rows, num_ids, device=hidden_N_H.device)
+    library = None if hidden_N_H.is_cuda else _library()[0]
+    if library is not None and hidden_N_H.dtype in _NAME_OF and hidden_N_H.dtype == weight_V_H.dtype:
+        hidden, weight, ids = hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K.contiguous()
+        getattr(library, f"token_logits_{_NAME_OF[hidden.dtype]}")(
+            hidden.data_ptr(), weight.data_ptr(), ids.data_ptr(), logits.data_ptr(), num_rows, num_ids, hidden_size
+        )
+        return logits
+    step = max(1, _MAX_GATHERED_BYTES // (4 * max(1, num_ids) * hidden_size))
+    for low in range(0, num_rows, step):
+        rows = slice(low, low + step)
+        # Multiplied, then summed pairwise: more exact than a product of matrices, which sums in order.
+        logits[rows] = weight_V_H[ids_N_K[rows]].float().mul_(hidden_N_H[rows, None].float()).sum(-1)
+    return logits
 
 
 def missing_compiler() -> str:
-    """Return what a user must know of a read-out that runs without its compiled loop; empty if it has it."""
-    return _compiled()[1] if not torch.cuda.is_available() else ""
+    """Return what a user must know of a read-out that runs without its compiled loops; empty if it has them."""
+    return _library()[1] if not torch.cuda.is_available() else ""
+
+
+def _pointers(best: Best) -> tuple[int, int, int]:
+    return best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1]
 
 
 @functools.cache
-def _compiled() -> tuple[Callable[..., None] | None, str]:
+def _library() -> tuple[ctypes.CDLL | None, str]:
     try:
-        function = ctypes.CDLL(str(_build())).exp2_sums
+        library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         return None, f"LM heads take up to twice as long without a C++ compiler (c++, or that of CXX): {reason}"
-    function.argtypes, function.restype = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2], None
-    return function, ""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name in _NAME_OF.values():
+        reduce, logits = getattr(library, f"reduce_{name}"), getattr(library, f"token_logits_{name}")
+        reduce.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, number, number]
+        logits.argtypes = [*[pointer] * 4, *[number] * 3]
+        reduce.restype = logits.restype = None
+    return library, ""
 
 
 def _build() -> Path:
@@ -69,7 +111,7 @@ def _build() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     command = [*compiler, *_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), [])]
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"exp2_sums-{key}.so")
+    library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"kernel-{key}.so")
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")

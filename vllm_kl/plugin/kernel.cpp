@@ -1,0 +1,192 @@
+// What follows the LM head's product on a CPU: one pass over a tile of logits, and the logits of single tokens.
+//
+// Numbers are in base 2, less the row's shift; see kernel.py.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include <omp.h>
+
+
+namespace {
+
+using std::int64_t;
+using bfloat16 = std::uint16_t;  // the upper half of a float
+
+inline float from_bits(std::uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline std::uint32_t to_bits(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float widen(bfloat16 x) { return from_bits(std::uint32_t(x) << 16); }
+inline float widen(float x) { return x; }
+
+inline void narrow(float x, bfloat16& to) { to = bfloat16(to_bits(x) >> 16); }  // exact for what bfloat16 holds
+inline void narrow(float x, float& to) { to = x; }
+
+// 2 ** x = 2 ** n * 2 ** f with n = round(x), |f| <= 1/2: a polynomial for 2 ** f, relative minimax, times the float whose
+// exponent is n. Relative error: 3e-6 for bfloat16, a thousandth of its own; 1e-7 for float. Below 2 ** -126 nothing is
+// lost that a sum could hold; above 2 ** 127 the result is at least that large. NaN and infinities make NaN.
+template <typename T>
+inline float power_of_two(float x) {
+    const float to_integer = 12582912.0f + 127.0f;  // 1.5 * 2 ** 23: what is added to it loses its fraction
+    const float n = x + to_integer;                 // its last bits are round(x) + 127, a float's exponent
+    const float f = x - (n - to_integer);
+    float p;
+    if (sizeof(T) == 2) {
+        p = 9.57009041e-3f;
+        p = p * f + 5.59178594e-2f;
+        p = p * f + 2.40247451e-1f;
+        p = p * f + 6.93121815e-1f;
+        p = p * f + 9.99999261e-1f;
+    } else {
+        p = 1.32764741e-3f;
+        p = p * f + 9.67553803e-3f;
+        p = p * f + 5.55071329e-2f;
+        p = p * f + 2.40221202e-1f;
+        p = p * f + 6.93146970e-1f;
+        p = p * f + 1.00000007f;
+    }
+    const auto exponent = std::clamp(std::int32_t(to_bits(n)), std::int32_t(to_bits(to_integer - 126.0f)),
+                                     std::int32_t(to_bits(to_integer + 127.0f)));
+    return p * from_bits(std::uint32_t(exponent) << 23);
+}
+
+// Return the sum of 2 ** x over a row, which is then filled for the product that comes next.
+inline float sum_row(bfloat16* row, int64_t num_columns, float fill) {
+    bfloat16 narrow_fill;
+    narrow(fill, narrow_fill);
+    float low = 0.0f, high = 0.0f;
+    const auto take_one = [&](int64_t i) {
+        low += power_of_two<bfloat16>(widen(row[i]));
+        row[i] = narrow_fill;
+    };
+    // Two to a word: cheaper to widen.
+    const int64_t start = reinterpret_cast<std::uintptr_t>(row) % 4 != 0, num_pairs = (num_columns - start) / 2;
+    if (start) take_one(0);
+    if (start + 2 * num_pairs < num_columns) take_one(num_columns - 1);
+    auto* pairs = reinterpret_cast<std::uint32_t*>(row + start);
+    const std::uint32_t fill_pair = narrow_fill * 0x10001u;
+#pragma omp simd reduction(+ : low, high)
+    for (int64_t i = 0; i < num_pairs; i++) {
+        const std::uint32_t pair = pairs[i];
+        low += power_of_two<bfloat16>(from_bits(pair << 16));
+        high += power_of_two<bfloat16>(from_bits(pair & 0xffff0000u));
+        pairs[i] = fill_pair;
+    }
+    return low + high;
+}
+
+inline float sum_row(float* row, int64_t num_columns, float fill) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < num_columns; i++) {
+        sum += power_of_two<float>(row[i]);
+        row[i] = fill;
+    }
+    return sum;
+}
+
+// The best tokens of a row so far: a heap whose root, entry 0, is the worst of them.
+struct Best {
+    float* values;
+    int64_t* ids;
+    int64_t size;
+
+    void replace_worst(float value, int64_t id) {
+        int64_t place = 0;
+        for (int64_t child = 1; child < size; child = 2 * place + 1) {
+            if (child + 1 < size && values[child + 1] < values[child]) child++;
+            if (values[child] >= value) break;
+            values[place] = values[child];
+            ids[place] = ids[child];
+            place = child;
+        }
+        values[place] = value;
+        ids[place] = id;
+    }
+
+    template <typename T>
+    void take(const T* row, int64_t num_columns, float shift, int64_t first_id) {
+        constexpr int64_t kBlock = 128;
+        for (int64_t low = 0; low < num_columns; low += kBlock) {
+            const int64_t high = std::min(low + kBlock, num_columns);
+            const float bound = values[0] - shift;
+            float top = bound;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = low; i < high; i++) {
+                const float x = widen(row[i]);
+                top = x > top ? x : top;
+            }
+            if (!(top > bound)) continue;
+            for (int64_t i = low; i < high; i++) {
+                const float value = widen(row[i]) + shift;
+                if (value > values[0]) replace_worst(value, first_id + i);
+            }
+        }
+    }
+};
+
+// Each thread takes its rows from the last to the first: the last are what the product has left in the core's cache.
+template <typename T>
+void reduce(T* tile, int64_t stride, const float* shift, float* sums, int64_t num_rows, int64_t num_columns,
+            float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id) {
+#pragma omp parallel
+    {
+        const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
+        const int64_t first = num_rows * thread / num_threads, end = num_rows * (thread + 1) / num_threads;
+        for (int64_t n = end - 1; n >= first; n--) {
+            T* row = tile + n * stride;
+            if (num_best) {
+                Best best{best_values + n * num_best, best_ids + n * num_best, num_best};
+                best.take(row, num_columns, shift[n], first_id);
+            }
+            sums[n] = sum_row(row, num_columns, -shift[n]);
+        }
+    }
+}
+
+template <typename T>
+void token_logits(const T* hidden, const T* weight, const int64_t* ids, float* logits, int64_t num_rows, int64_t num_ids,
+                  int64_t hidden_size) {
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t n = 0; n < num_rows; n++) {
+        for (int64_t k = 0; k < num_ids; k++) {
+            const T *a = hidden + n * hidden_size, *b = weight + ids[n * num_ids + k] * hidden_size;
+            double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < hidden_size; i++) sum += double(widen(a[i])) * double(widen(b[i]));
+            logits[n * num_ids + k] = float(sum);
+        }
+    }
+}
+
+}  // namespace
+
+// tile: rows of num_columns logits in base 2, less shift, `stride` apart; filled with -shift. sums, shift: [num_rows].
+// best_values, best_ids: [num_rows, num_best], or num_best = 0.
+#define REDUCE(NAME, T)                                                                                                  \
+    extern "C" void NAME(T* tile, int64_t stride, const float* shift, float* sums, int64_t num_rows,                     \
+                         int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best,                   \
+                         int64_t first_id) {                                                                             \
+        reduce(tile, stride, shift, sums, num_rows, num_columns, best_values, best_ids, num_best, first_id);             \
+    }
+REDUCE(reduce_bfloat16, bfloat16)
+REDUCE(reduce_float32, float)
+
+// hidden: [num_rows, hidden_size]; weight: [V, hidden_size]; ids, logits: [num_rows, num_ids]. Summed in double.
+#define TOKEN_LOGITS(NAME, T)                                                                                            \
+    extern "C" void NAME(const T* hidden, const T* weight, const int64_t* ids, float* logits, int64_t num_rows,          \
+                         int64_t num_ids, int64_t hidden_size) {                                                         \
+        token_logits(hidden, weight, ids, logits, num_rows, num_ids, hidden_size);                                       \
+    }
+TOKEN_LOGITS(token_logits_bfloat16, bfloat16)
+TOKEN_LOGITS(token_logits_float32, float)
