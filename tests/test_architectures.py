@@ -181,6 +181,15 @@ def test_the_kernel_reads_every_head_that_is_a_matrix_and_a_factor(architecture,
     assert run.head == ("ModelHead" if architecture in OWN_HEADS else "MatrixHead")
 
 
+@pytest.mark.parametrize(("name", "head"), [("llama", "MatrixHead"), ("gemma2", "ModelHead")])
+def test_engines_that_take_lora_adapters_score_their_base_model(start_engine, tmp_path, name, head):
+    """vLLM wraps such an engine's LogitsProcessor, for rows that are sampled: one a request."""
+    path = tiny.build_architecture(tmp_path, name)
+    run = start_engine(path, dtype="float32", enable_lora=True)
+    assert run.head == head
+    assert_close(run.cached, log_probs_in_float64(path, REQUESTS))
+
+
 def test_bfloat16_log_probs_are_no_worse_than_vllms_own(start_engine, tmp_path):
     path = tiny.build_architecture(tmp_path, "qwen2", dtype=torch.bfloat16, vocab_size=5000)
     requests = [ScoreRequest(token_ids=np.array(random_ids(seed, 120, 5000), np.int32), start=1) for seed in range(6)]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer
+from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest
 
 OPTIONS = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 32 << 20}
@@ -60,6 +61,30 @@ def test_preempted_requests_lose_no_row(ref_path, ref_oracle):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         num_preempted, values = pool.apply_async(score_preempted, (str(ref_path),)).get(timeout=200)
     assert num_preempted
+    assert_close_to(ref_oracle, [torch.from_numpy(v[:, 0]) for v in values], 64)
+
+
+def score_after_cancelling(model: str) -> tuple[int, int, list[np.ndarray]]:
+    """Cancel a call in the middle; return what vLLM still has of it, what it still answers, and the next call's values."""
+    from vllm_kl.engines.local import start
+
+    driver = start(
+        model=model, readout="pooling", options={"dtype": "float32", "max_num_batched_tokens": 96, **OPTIONS}
+    )
+    requests = [ScoreRequest(token_ids=np.array(ids, np.int32), start=64) for ids in SEQUENCES]
+    for key in range(400):  # more than the scheduler is given at once
+        driver.submit(("gone", key), requests[key % len(requests)], share_prefix=False)
+    driver.step()
+    driver.cancel([("gone", key) for key in range(400)])
+    left = driver._core.engine_core.scheduler.get_num_unfinished_requests()
+    answered = len(driver.step())
+    return left, answered, [result.values for result in drive(driver, requests, share_prefix=True)]
+
+
+def test_cancelled_requests_leave_nothing_behind(ref_path, ref_oracle):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        left, answered, values = pool.apply_async(score_after_cancelling, (str(ref_path),)).get(timeout=200)
+    assert (left, answered) == (0, 0)
     assert_close_to(ref_oracle, [torch.from_numpy(v[:, 0]) for v in values], 64)
 
 

@@ -156,8 +156,6 @@ def _why_not_pooling(config: Any, options: dict[str, Any]) -> str:
         return f"{config.architecture} is an encoder-decoder; only decoders can be scored in the engine"
     if config.runner_type != "generate":
         return f"{config.architecture} is not a model that generates text"
-    if options.get("enable_lora"):
-        return "engines with LoRA adapters are read out through vLLM's own prompt log-probs"
     if options.get("speculative_config"):
         return "vLLM's pooling engines do not speculate"
     return ""

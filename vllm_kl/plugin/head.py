@@ -12,6 +12,8 @@ Source: ``LogitsProcessor``, ``model_executor/layers/logits_processor.py``, vLLM
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,7 +115,8 @@ class ModelHead:
             hidden = hidden_N_H[rows]
             num_rows = len(hidden)
             # Products of few different heights: oneDNN compiles each.
-            logits = self.model.compute_logits(F.pad(hidden, (0, 0, 0, -num_rows % 16)))[:num_rows]
+            with _base_weights(self.model):
+                logits = self.model.compute_logits(F.pad(hidden, (0, 0, 0, -num_rows % 16)))[:num_rows]
             log_probs = (logits.float() / temperature).log_softmax(-1)
             columns = [log_probs.gather(1, ids_N_K[rows])]
             if top_k:
@@ -143,6 +146,22 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
         logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
         return ModelHead(model, vocab_size=logits.shape[-1])
     return head
+
+
+@contextlib.contextmanager
+def _base_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Take LoRA's wrapper off the LogitsProcessor: requests here are the base model's.
+
+    The wrapper knows which adapter each *sampled* row belongs to (``sampler_indices``), one row a request; ours are many.
+    """
+    wrapped = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "LogitsProcessorWithLoRA"]
+    try:
+        for name, module in wrapped:
+            model.set_submodule(name, module.base_layer)
+        yield
+    finally:
+        for name, module in wrapped:
+            model.set_submodule(name, module)
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,8 @@ def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Te
     processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in processors]
     try:
-        logits = model.compute_logits(probe)
+        with _base_weights(model):
+            logits = model.compute_logits(probe)
     finally:
         for hook in hooks:
             hook.remove()
