@@ -9,7 +9,7 @@ import torch
 
 from vllm_kl import kl_estimate
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError
-from vllm_kl.kl import ESTIMATORS
+from vllm_kl.kl import TOKEN_ESTIMATORS
 
 
 def whole_vocabulary(seed=0, vocab=50):
@@ -19,22 +19,114 @@ def whole_vocabulary(seed=0, vocab=50):
     return p, q, (p.exp() * (p - q)).sum()
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_the_mean_over_the_vocabulary_is_the_closed_form_kl(estimator):
+def test_the_mean_over_the_vocabulary_is_the_closed_form_kl(estimator, direction):
     p, q, closed_form = whole_vocabulary()
-    values = kl_estimate(p, q, torch.ones_like(p, dtype=torch.bool), estimator=estimator)
+    if direction == "forward":
+        closed_form = (q.exp() * (q - p)).sum()
+    values = kl_estimate(p, q, torch.ones_like(p, dtype=torch.bool), estimator=estimator, direction=direction)
     assert values.dtype == torch.float32
     torch.testing.assert_close((p.exp() * values).sum(), closed_form, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["k2", "abs"])
+def test_forward_is_the_reverse_of_exchanged_sides_times_the_importance_weight(estimator):
+    p, q, _ = whole_vocabulary()
+    mask = torch.ones_like(p, dtype=torch.bool)
+    got = kl_estimate(p, q, mask, estimator=estimator, direction="forward")
+    torch.testing.assert_close(got, (q - p).exp().float() * kl_estimate(q, p, mask, estimator=estimator))
+
+
+class TestTopK:
+    @pytest.mark.parametrize("direction", ["reverse", "forward"])
+    @pytest.mark.parametrize("k", [1, 5, 49])
+    def test_it_is_the_closed_form_of_k_tokens_and_one_for_the_rest(self, k, direction):
+        p, q, _ = whole_vocabulary()
+        ids = p.topk(k).indices
+        lumped = [
+            torch.cat([side.gather(1, ids).exp(), 1 - side.gather(1, ids).exp().sum(1, True)], 1) for side in (p, q)
+        ]
+        a, b = lumped if direction == "reverse" else reversed(lumped)
+        want = (a * (a / b).log()).sum(1, keepdim=True)
+        best = [side.gather(1, ids)[:, None] for side in (p, q)]  # one sequence of one token, [1, 1, k]
+        got = kl_estimate(*best, torch.tensor([[True]]), estimator="topk", direction=direction)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+        (ragged,) = kl_estimate(
+            *([side[0]] for side in best), [torch.tensor([True])], estimator="topk", direction=direction
+        )
+        assert torch.equal(ragged, got[0])
+
+    def test_it_grows_to_the_kl_with_k(self):
+        p, q, closed_form = whole_vocabulary()
+        values = []
+        for k in (1, 4, 16, 50):
+            ids = p.topk(k).indices
+            best = [side.gather(1, ids)[:, None] for side in (p, q)]
+            values.append(kl_estimate(*best, torch.tensor([[True]]), estimator="topk").item())
+        assert values == sorted(values)
+        assert values[-1] == pytest.approx(closed_form.item(), rel=1e-5)
+
+    def test_outside_the_mask_it_is_zero_and_nothing_is_read(self):
+        side = torch.full((1, 2, 3), -2.0)
+        side[0, 1] = torch.nan
+        side.requires_grad_()
+        kl = kl_estimate(side, torch.full((1, 2, 3), -3.0), torch.tensor([[True, False]]), estimator="topk")
+        kl.sum().backward()
+        assert kl[0, 0] > 0
+        assert kl[0, 1] == 0
+        assert side.grad[0, 1].tolist() == [0.0] * 3
+        assert side.grad.isfinite().all()
+
+    def test_shapes_that_do_not_fit_are_refused(self):
+        with pytest.raises(InputError, match=r"log_probs \[1, 2\].*mask \[1, 2\] do not fit.*\[..., T, K\]"):
+            kl_estimate(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), estimator="topk")
+        ref = torch.full((1, 2, 3), -2.0)
+        ref[0, 1, 2] = -torch.inf
+        with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 0, token 1 of 2"):
+            kl_estimate(torch.full((1, 2, 3), -2.0), ref, torch.ones(1, 2), estimator="topk")
+
+
+class TestClamps:
+    FAR = torch.tensor([[-120.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]])  # a log-ratio of 119
+
+    def test_an_impossible_token_overflows_neither_k3_nor_its_gradient(self):
+        policy = self.FAR[0].clone().requires_grad_()
+        kl = kl_estimate(policy, *self.FAR[1:], estimator="k3")
+        kl.sum().backward()
+        assert kl.item() == pytest.approx(math.exp(20) - 21)
+        assert policy.grad.item() == 0
+        assert kl_estimate(*self.FAR, estimator="k3", clamp_log_ratio=3).item() == pytest.approx(math.exp(3) - 4)
+
+    def test_it_is_symmetrical_and_spares_what_has_no_exponential(self):
+        far = [side.clone() for side in (self.FAR[1], self.FAR[0], self.FAR[2])]
+        assert kl_estimate(*far, estimator="k3").item() == pytest.approx(19.0)
+        got = {name: kl_estimate(*far, estimator=name).item() for name in ("k1", "k2", "abs")}
+        assert got == pytest.approx({"k1": 119, "k2": 119**2 / 2, "abs": 119})
+
+    def test_forwards_weight_is_clamped_too(self):
+        assert kl_estimate(*self.FAR, direction="forward").item() == pytest.approx(119 * math.exp(20))
+
+    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+    def test_the_output_has_a_bound_if_asked_for(self, estimator):
+        assert abs(kl_estimate(*self.FAR, estimator=estimator, clamp_output=10.0).item()) == 10.0
+
+    @pytest.mark.parametrize("bound", [0, -1.0, float("nan"), "20"])
+    def test_a_bound_that_is_none_is_refused(self, bound):
+        with pytest.raises(OptionError, match="clamp_log_ratio must be a positive number"):
+            kl_estimate(*self.FAR, clamp_log_ratio=bound)
+        with pytest.raises(OptionError, match="clamp_output must be a positive number"):
+            kl_estimate(*self.FAR, clamp_output=bound)
+
+
 def test_each_estimator_is_its_formula():
     policy, ref, mask = torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), torch.tensor([[True]])
-    got = {name: kl_estimate(policy, ref, mask, estimator=name) for name in ESTIMATORS}
+    got = {name: kl_estimate(policy, ref, mask, estimator=name) for name in TOKEN_ESTIMATORS}
     want = {"k1": 0.5, "k2": 0.125, "k3": math.exp(-0.5) - 1 + 0.5, "abs": 0.5}
     assert {name: value.item() for name, value in got.items()} == pytest.approx(want)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", TOKEN_ESTIMATORS)
 def test_identical_models_give_zero(estimator):
     p, _, _ = whole_vocabulary()
     assert (kl_estimate(p, p, torch.ones_like(p, dtype=torch.bool), estimator=estimator) == 0).all()
@@ -75,6 +167,8 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(
         MissingLogProbError, match="KL k3: sample 0, token 0 of 1 is kept by the mask but its value is inf"
     ):
-        kl_estimate(torch.tensor([[-120.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]]), estimator="k3")
-    with pytest.raises(OptionError, match="estimator='k4' does not exist; choose one of k1, k2, k3, abs"):
+        kl_estimate(*TestClamps.FAR, estimator="k3", clamp_log_ratio=None)
+    with pytest.raises(OptionError, match="direction='back' does not exist"):
+        kl_estimate(one, one, mask, direction="back")
+    with pytest.raises(OptionError, match="estimator='k4' does not exist here; choose one of k1, k2, k3, abs, topk"):
         kl_estimate(one, one, mask, estimator="k4")

@@ -1,20 +1,27 @@
 """Per-token log-probs of two models -> per-token KL estimates, in nats.
 
-All estimators are of ``KL(policy || reference)`` for tokens sampled from the policy. With
-``r = ref_log_probs - log_probs``:
+Tokens were sampled from the policy. With ``r = ref_log_probs - log_probs`` (the reference's log-prob minus the policy's):
 
-| name | value | |
+| name | ``direction="reverse"``: KL(policy || reference) | |
 |---|---|---|
 | ``k1`` | ``-r`` | unbiased, may be negative; the one to subtract from a reward |
 | ``k2`` | ``r**2 / 2`` | low variance, biased |
 | ``k3`` | ``exp(r) - 1 - r`` | unbiased, never negative |
 | ``abs`` | ``|r|`` | a distance, not a KL |
+| ``topk`` | ``sum_k p_k (log p_k - log q_k)``, K tokens and the rest as one | no sampling noise; a lower bound |
 
-Source: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html.
+``direction="forward"`` is KL(reference || policy). Tokens of the policy stand for tokens of the reference by the importance
+weight ``exp(r)``: each estimator with the two sides exchanged, times the weight. ``topk`` knows both distributions and needs
+no weight.
+
+Source: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html. ``topk``: the log-sum
+inequality (Cover and Thomas, "Elements of Information Theory", 2.7): lumping outcomes never raises a divergence.
 """
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -23,14 +30,31 @@ import torch
 from vllm_kl.alignment import check_finite
 from vllm_kl.errors import InputError, OptionError
 
-Estimator = Literal["k1", "k2", "k3", "abs"]
+Estimator = Literal["k1", "k2", "k3", "abs", "topk"]
+Direction = Literal["reverse", "forward"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+# Those that a sampled token's two log-probs are enough for.
+TOKEN_ESTIMATORS: tuple[str, ...] = tuple(name for name in ESTIMATORS if name != "topk")
+# float32's resolution below 1: what is left of a sum of probabilities that comes out as 1 or more.
+_SMALLEST_TAIL = 2.0**-23
 
 
-def check_estimator(estimator: str) -> None:
-    """Refuse an estimator that does not exist."""
-    if estimator not in ESTIMATORS:
-        raise OptionError(f"estimator={estimator!r} does not exist; choose one of {', '.join(ESTIMATORS)}")
+def check_estimator(
+    estimator: str,
+    direction: str = "reverse",
+    clamp_log_ratio: float | None = None,
+    clamp_output: float | None = None,
+    *,
+    known: Sequence[str] = ESTIMATORS,
+) -> None:
+    """Refuse an estimator or direction that does not exist, and a bound that is not positive."""
+    if estimator not in known:
+        raise OptionError(f"estimator={estimator!r} does not exist here; choose one of {', '.join(known)}")
+    if direction not in get_args(Direction):
+        raise OptionError(f"direction={direction!r} does not exist; choose one of {', '.join(get_args(Direction))}")
+    for name, bound in (("clamp_log_ratio", clamp_log_ratio), ("clamp_output", clamp_output)):
+        if bound is not None and (not isinstance(bound, numbers.Real) or not bound > 0):
+            raise OptionError(f"{name} must be a positive number of nats, or None for no bound; got {bound!r}")
 
 
 def kl_estimate(
@@ -39,71 +63,131 @@ def kl_estimate(
     mask: torch.Tensor | Sequence[torch.Tensor],
     *,
     estimator: Estimator = "k1",
+    clamp_log_ratio: float | None = 20.0,
+    clamp_output: float | None = None,
+    direction: Direction = "reverse",
 ) -> torch.Tensor | list[torch.Tensor]:
     """Return the per-token KL estimate, float32, nats; exactly 0.0 outside the mask.
 
     Args:
-        log_probs: log-probs of the policy that sampled the tokens, ``[B, T]`` or B tensors ``[T]``, nats.
-        ref_log_probs: log-probs of the reference on the same tokens, same shapes.
-        mask: tokens to keep, same shapes, bool. What lies outside it is never read.
-        estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``.
+        log_probs: log-probs of the policy that sampled the tokens, ``[B, T]`` or B tensors ``[T]``, nats. With
+            ``estimator="topk"``: of the policy's K best tokens at each position (``VLLMScorer.score_topk``), ``[B, T, K]``
+            or B tensors ``[T, K]``.
+        ref_log_probs: log-probs of the reference on the same tokens (``VLLMScorer.score_ids``), same shapes.
+        mask: tokens to keep, ``[B, T]`` or B tensors ``[T]``, bool. What lies outside it is never read.
+        estimator: ``"k1"``, ``"k2"``, ``"k3"``, ``"abs"`` or ``"topk"``; see the top of this module.
+        clamp_log_ratio: the log-ratio goes into an exponential (k3, and forward's weight) no further than this from 0,
+            so one token that a model finds impossible cannot overflow the sum, nor its gradient. Estimators without
+            an exponential are not clamped. ``None``: no bound.
+        clamp_output: no estimate lies further than this from 0; ``None``: no bound.
+        direction: ``"reverse"``, KL(policy || reference), or ``"forward"``, KL(reference || policy).
 
     Returns:
         ``[B, T]``, or a list of B tensors ``[T]`` where lists were given.
 
     Raises:
         InputError: shapes differ.
-        MissingLogProbError: a value inside the mask is not finite, k3's own overflow (a log-ratio above 88) included.
-        OptionError: the estimator does not exist.
+        MissingLogProbError: a value inside the mask is not finite, or the estimate overflows without a clamp.
+        OptionError: the estimator or the direction does not exist; a bound is not positive.
 
     >>> policy, ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, float("nan")]])
     >>> kl_estimate(policy, ref, torch.tensor([[True, True, False]]))
     tensor([[ 0.5000, -1.0000,  0.0000]])
     >>> kl_estimate(policy, ref, torch.tensor([[True, True, False]]), estimator="k3")
     tensor([[0.1065, 0.7183, 0.0000]])
+    >>> best, theirs = torch.tensor([[[0.6, 0.3]]]).log(), torch.tensor([[[0.5, 0.25]]]).log()
+    >>> kl_estimate(best, theirs, torch.tensor([[True]]), estimator="topk")  # 0.6 log 1.2 + 0.3 log 1.2 + 0.1 log 0.4
+    tensor([[0.0725]])
     """
-    check_estimator(estimator)
-    if not isinstance(log_probs, torch.Tensor):
-        rows = list(log_probs), list(ref_log_probs), [row.bool().cpu() for row in mask]
+    check_estimator(estimator, direction, clamp_log_ratio, clamp_output)
+    is_dense = isinstance(log_probs, torch.Tensor)
+    sides = {"log_probs": log_probs, "ref_log_probs": ref_log_probs, "mask": mask}
+    if is_dense:
+        check_same_shape("", *(tuple(side.shape) for side in sides.values()), estimator)
+        shape = mask.shape
+        num_rows = math.prod(shape[:-1])
+        rows = [[*side.reshape(num_rows, *side.shape[len(shape) - 1 :])] for side in sides.values()]
+    else:
+        rows = [[*side] for side in sides.values()]
         if len({len(side) for side in rows}) != 1:
             raise InputError(
                 f"log_probs, ref_log_probs and mask have {len(rows[0])}, {len(rows[1])} and {len(rows[2])} samples"
             )
         for i, shapes in enumerate(zip(*([tuple(t.shape) for t in side] for side in rows), strict=True)):
-            _check_same_shape(f"sample {i}: ", *shapes)
-        check_finite(rows[0], rows[2], what="log_probs")
-        check_finite(rows[1], rows[2], what="ref_log_probs")
-        kl = [_estimate(*row, estimator) for row in zip(*rows, strict=True)]
-        check_finite(kl, rows[2], what=f"KL {estimator}")
-        return kl
-    _check_same_shape("", tuple(log_probs.shape), tuple(ref_log_probs.shape), tuple(mask.shape))
-    flat_mask = mask.bool().cpu().reshape(-1, mask.shape[-1])
-    check_finite(log_probs.reshape(flat_mask.shape), flat_mask, what="log_probs")
-    check_finite(ref_log_probs.reshape(flat_mask.shape), flat_mask, what="ref_log_probs")
-    dense = _estimate(log_probs, ref_log_probs, mask, estimator)
-    check_finite(dense.reshape(flat_mask.shape), flat_mask, what=f"KL {estimator}")
-    return dense
+            check_same_shape(f"sample {i}: ", *shapes, estimator)
+    policy, ref = rows[:2]
+    keep = [row.bool().cpu() for row in rows[2]]
+    for name, side in (("log_probs", policy), ("ref_log_probs", ref)):
+        # One that is not finite stands for its row.
+        check_finite([row if row.dim() == 1 else row.detach().sum(-1) for row in side], keep, what=name)
+    bounds = (clamp_log_ratio, clamp_output)
+    if is_dense:  # as one tensor: one graph
+        dense = _estimate(log_probs, ref_log_probs, mask, estimator, direction, *bounds)
+        check_finite([*dense.reshape(num_rows, shape[-1])], keep, what=f"KL {estimator}")
+        return dense
+    kl = [_estimate(*row, estimator, direction, *bounds) for row in zip(policy, ref, keep, strict=True)]
+    check_finite(kl, keep, what=f"KL {estimator}")
+    return kl
 
 
-def _check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple) -> None:
-    if not policy == ref == mask:
+def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:
+    """Refuse sides and a mask of different shapes."""
+    tokens = policy[:-1] if estimator == "topk" else policy
+    if policy != ref or tokens != mask:
+        hint = (
+            "The first two must be [..., T, K] and the mask [..., T]"
+            if estimator == "topk"
+            else "They must have the same shape"
+        )
         raise InputError(
-            f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} must have the same "
-            "shape. Both sides of a KL share one pad_output."
+            f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. {hint}; both sides "
+            "of a KL share one pad_output."
         )
 
 
-def _estimate(policy: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor, estimator: str) -> torch.Tensor:
+def _estimate(
+    policy: torch.Tensor,
+    ref: torch.Tensor,
+    mask: torch.Tensor,
+    estimator: str,
+    direction: str,
+    clamp_log_ratio: float | None,
+    clamp_output: float | None,
+) -> torch.Tensor:
     mask = mask.bool().to(policy.device)
     # Zeros outside the mask go in before any arithmetic: a NaN there must not reach the gradient.
-    log_ratio = torch.where(mask, ref.to(policy.device).float(), 0.0) - torch.where(mask, policy.float(), 0.0)
+    kept = mask if estimator != "topk" else mask[..., None]
+    policy, ref = (torch.where(kept, side.to(policy.device).float(), 0.0) for side in (policy, ref))
+    if direction == "forward":
+        policy, ref = ref, policy
+    log_ratio = ref - policy
+    exponent = log_ratio if clamp_log_ratio is None else log_ratio.clamp(-clamp_log_ratio, clamp_log_ratio)
     match estimator:
         case "k1":
             kl = -log_ratio
         case "k2":
             kl = log_ratio.square() / 2
         case "k3":
-            kl = torch.expm1(log_ratio) - log_ratio
-        case _:
+            kl = torch.expm1(exponent) - exponent
+        case "abs":
             kl = log_ratio.abs()
+        case _:
+            kl = _lumped(policy, ref)
+    if direction == "forward" and estimator != "topk":
+        kl = torch.exp(-exponent) * kl
+    if clamp_output is not None:
+        kl = kl.clamp(-clamp_output, clamp_output)
     return torch.where(mask, kl, 0.0)
+
+
+def _lumped(policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """Return ``KL(policy || ref)`` of K tokens and one outcome for all others."""
+    tails = [_log_tail(side) for side in (policy, ref)]
+    log_p, log_q = (torch.cat([side, tail], -1) for side, tail in zip((policy, ref), tails, strict=True))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _log_tail(log_probs: torch.Tensor) -> torch.Tensor:
+    """Return ``log(1 - sum of exp(log_probs))`` over the last dimension, which is kept."""
+    mass = log_probs.logsumexp(-1, keepdim=True).clamp(max=-_SMALLEST_TAIL)
+    return torch.log(-torch.expm1(mass))

@@ -22,7 +22,7 @@ from torchrl.modules.llm.policies import LogProbs
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import keys_of, read_batch, rows_of
-from vllm_kl.kl import Estimator, check_estimator, kl_estimate
+from vllm_kl.kl import TOKEN_ESTIMATORS, Estimator, check_estimator, kl_estimate
 from vllm_kl.outputs import declare, set_rows, write_kl
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
@@ -145,7 +145,7 @@ class KLComputation(NextTransform):
         padding_side: PaddingSide = "left",
         estimator: Estimator = "k1",
     ) -> None:
-        check_estimator(estimator)
+        check_estimator(estimator, known=TOKEN_ESTIMATORS)
         reward = ["reward"] if add_to_reward else []
         super().__init__(in_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *reward], out_keys=[kl_key, *reward])
         self.gen_log_probs_full_key = gen_log_probs_full_key
@@ -258,7 +258,7 @@ class RetrieveKL(NextTransform):
         gen_log_probs: GenLogProbs = "auto",
         **kwargs: Any,
     ) -> None:
-        check_estimator(estimator)
+        check_estimator(estimator, known=TOKEN_ESTIMATORS)
         for key in (gen_log_probs_full_key, ref_log_probs_full_key):
             warn_unless_full(key)
         if gen_model_factory is not None and gen_model == "from_collector":
