@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_kl.diagnostics import mismatch
     from vllm_kl.kl import kl_estimate
     from vllm_kl.reference import VLLMReference
     from vllm_kl.resolver import FromCollector
@@ -27,6 +28,7 @@ __all__ = [
     "VLLMReference",
     "VLLMScorer",
     "kl_estimate",
+    "mismatch",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "VLLMReference": "reference",
     "VLLMScorer": "scorer",
     "kl_estimate": "kl",
+    "mismatch": "diagnostics",
 }
 
 

@@ -1,0 +1,217 @@
+"""Two log-probs of every token, from two places that claim the same weights -> how far apart they are.
+
+The sampler is what drew the tokens (the collector's policy while it generated); the scorer is what scored them afterwards (the
+trainer, or the policy's engine asked again). With the same weights and the same temperature they differ by rounding only; stale
+weights, another temperature, a wrong template or a misaligned token show here first.
+
+It knows tensors, lengths and, for context, ids; nothing of engines or tensordicts. All sums are in float64.
+
+Source of the names: ``token_mult_prob_error``, NeMo RL, "Adding new models"; effective sample size, Kish (1965), as in verl's
+rollout correction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_kl.alignment import check_finite
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.kl import check_same_shape
+
+# Lowest and highest healthy value of a figure. 1.05 is NeMo RL's bound; half of the samples is verl's.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "token_mult_prob_error": (1.0, 1.05),
+    "effective_sample_size_fraction": (0.5, 1.0),
+}
+# Log-ratios go into exponentials no further than this from 0, in nats: one impossible token must not make all figures inf.
+_MAX_LOG_RATIO = 20.0
+_NUM_BEFORE, _NUM_AFTER = 8, 4
+
+
+class MismatchWarning(UserWarning):
+    """A figure is outside its limits. ``warnings.simplefilter("error", MismatchWarning)`` makes it an error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorstToken:
+    """A token whose two log-probs are far apart."""
+
+    sample: int
+    position: int  # in the sample's row
+    log_prob: float  # the sampler's, nats
+    scorer_log_prob: float  # nats
+    token_id: int | None
+    context_ids: tuple[int, ...]  # the tokens around it, itself included; empty without token_ids
+    context: str | None  # the same as text, the token in guillemets; None without a tokenizer
+
+    def __str__(self) -> str:
+        where = f"sample {self.sample}, token {self.position}"
+        what = "" if self.token_id is None else f" (id {self.token_id})"
+        text = "" if self.context is None else f": {self.context!r}"
+        return f"{where}{what}: {self.log_prob:.4f} sampled, {self.scorer_log_prob:.4f} scored{text}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mismatch:
+    """What :func:`mismatch` found."""
+
+    metrics: dict[str, float]  # for a logger; a name's last word is its unit
+    worst: list[WorstToken]  # largest difference first
+    exceeded: dict[str, str]  # figures outside their limits, and the limits in words
+
+
+def mismatch(
+    log_probs: torch.Tensor | Sequence[torch.Tensor],
+    scorer_log_probs: torch.Tensor | Sequence[torch.Tensor],
+    mask: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    token_ids: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    tokenizer: Any = None,
+    num_worst: int = 10,
+    limits: Mapping[str, tuple[float, float]] = LIMITS,
+) -> Mismatch:
+    """Return how far two log-probs of the same tokens are apart, and warn if that is further than it should be.
+
+    Args:
+        log_probs: the sampler's, ``[B, T]`` or B tensors ``[T]``, nats.
+        scorer_log_probs: the scorer's, same shapes.
+        mask: tokens that count, same shapes, bool. What lies outside it is never read.
+        token_ids: same shapes: gives the worst tokens a context.
+        tokenizer: turns the context into text.
+        num_worst: how many of the worst tokens to return.
+        limits: lowest and highest healthy value, by the name of a figure; ``{}`` never warns.
+
+    Returns:
+        A :class:`Mismatch`. With ``r = scorer_log_probs - log_probs`` of the n tokens in the mask, its metrics are
+
+        ========================================  ===================================================================
+        ``num_tokens``                            n
+        ``kl_sampler_scorer_nats``                mean of ``exp(r) - 1 - r``: KL(sampler || scorer), k3
+        ``kl_scorer_sampler_nats``                mean of ``exp(r) r - exp(r) + 1``: KL(scorer || sampler), k3
+        ``kl_k1_nats``                            mean of ``-r``: KL(sampler || scorer), k1
+        ``log_prob_diff_mean_nats``, ``_max_``    mean and largest ``|r|``
+        ``token_mult_prob_error``                 mean of ``exp(|r|)``; 1 is no error
+        ``ratio_min``, ``_mean``, ``_max``        of ``exp(r)``
+        ``ratio_p99``                             its 99th percentile
+        ``outside_0.9_1.1_fraction``              of tokens, their ratio outside [0.9, 1.1]
+        ``effective_sample_size_fraction``        ``(sum of ratios)^2 / (n * sum of squared ratios)``
+        ``log_perplexity_diff_nats``              mean over samples of the mean ``-r``: log-perplexity, scorer - sampler
+        ========================================  ===================================================================
+
+        Ratios are those of r clamped to 20 nats.
+
+    Raises:
+        InputError: shapes differ, or the mask keeps no token.
+        MissingLogProbError: a value inside the mask is not finite.
+        OptionError: a limit on a figure that does not exist.
+
+    >>> sampled, scored = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.0, -1.9, 0.0]])
+    >>> found = mismatch(sampled, scored, torch.tensor([[True, True, False]]), limits={"token_mult_prob_error": (1.0, 1.06)})
+    >>> round(found.metrics["log_prob_diff_max_nats"], 3), round(found.metrics["token_mult_prob_error"], 3), found.exceeded
+    (0.1, 1.053, {})
+    >>> print(found.worst[0])
+    sample 0, token 1: -2.0000 sampled, -1.9000 scored
+    """
+    rows = [list(side) for side in (log_probs, scorer_log_probs, mask)]
+    if len({len(side) for side in rows}) != 1:
+        raise InputError(
+            f"log_probs, scorer_log_probs and mask have {len(rows[0])}, {len(rows[1])} and {len(rows[2])} samples"
+        )
+    for i, (a, b, m) in enumerate(zip(*rows, strict=True)):
+        check_same_shape(f"sample {i}: ", tuple(a.shape), tuple(b.shape), tuple(m.shape))
+    keep = [row.bool().cpu() for row in rows[2]]
+    for name, side in (("log_probs", rows[0]), ("scorer_log_probs", rows[1])):
+        check_finite(side, keep, what=name)
+    sampled, scored = (
+        [row.detach().cpu().double()[kept] for row, kept in zip(side, keep, strict=True)] for side in rows[:2]
+    )
+    if not sum(len(row) for row in sampled):
+        raise InputError("the mask keeps no token: there is nothing to compare")
+    metrics = _metrics(sampled, scored)
+    if unknown := sorted(limits.keys() - metrics.keys()):
+        raise OptionError(f"limits on {', '.join(unknown)}, but the figures are {', '.join(metrics)}")
+    exceeded = {
+        name: f"{metrics[name]:.4g}, healthy is {low} to {high}"
+        for name, (low, high) in limits.items()
+        if not low <= metrics[name] <= high
+    }
+    worst = _worst(*rows[:2], keep, None if token_ids is None else list(token_ids), tokenizer, num_worst)
+    if exceeded:
+        figures = "; ".join(f"{name} {text}" for name, text in exceeded.items())
+        example = f" Worst: {worst[0]}." if worst else ""
+        warnings.warn(
+            f"sampler and scorer disagree over {int(metrics['num_tokens'])} tokens: {figures}.{example} Different weights, "
+            "temperature, ids or precision?",
+            MismatchWarning,
+            stacklevel=2,
+        )
+    return Mismatch(metrics=metrics, worst=worst, exceeded=exceeded)
+
+
+def _metrics(sampled: list[torch.Tensor], scored: list[torch.Tensor]) -> dict[str, float]:
+    per_sample = [b - a for a, b in zip(sampled, scored, strict=True)]
+    r = torch.cat(per_sample)
+    clamped = r.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    ratio = clamped.exp()
+    values = {
+        "num_tokens": torch.tensor(float(len(r))),
+        "kl_sampler_scorer_nats": (torch.expm1(clamped) - clamped).mean(),
+        "kl_scorer_sampler_nats": (ratio * clamped - torch.expm1(clamped)).mean(),
+        "kl_k1_nats": -r.mean(),
+        "log_prob_diff_mean_nats": r.abs().mean(),
+        "log_prob_diff_max_nats": r.abs().max(),
+        "token_mult_prob_error": clamped.abs().exp().mean(),
+        "ratio_min": ratio.min(),
+        "ratio_mean": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "ratio_p99": ratio.sort().values[max(0, -(-99 * len(r) // 100) - 1)],  # torch.quantile refuses 2 ** 24 values
+        "outside_0.9_1.1_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean(),
+        "effective_sample_size_fraction": ratio.sum().square() / (len(r) * ratio.square().sum()),
+        "log_perplexity_diff_nats": torch.stack([-row.mean() for row in per_sample if len(row)]).mean(),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def _worst(
+    log_probs: list[torch.Tensor],
+    scorer_log_probs: list[torch.Tensor],
+    keep: list[torch.Tensor],
+    token_ids: list[torch.Tensor] | None,
+    tokenizer: Any,
+    num_worst: int,
+) -> list[WorstToken]:
+    differences = [
+        torch.where(kept, (b.detach().cpu().double() - a.detach().cpu().double()).abs(), -1.0)
+        for a, b, kept in zip(log_probs, scorer_log_probs, keep, strict=True)
+    ]
+    flat = torch.cat(differences)
+    ends = torch.tensor([len(row) for row in differences]).cumsum(0)
+    worst = []
+    for place in flat.topk(min(num_worst, int(sum(kept.sum() for kept in keep)))).indices.tolist():
+        sample = int(torch.searchsorted(ends, place, right=True))
+        position = place - (int(ends[sample - 1]) if sample else 0)
+        ids = None if token_ids is None else [int(t) for t in token_ids[sample]]
+        low = max(0, position - _NUM_BEFORE)
+        context = () if ids is None else tuple(ids[low : position + 1 + _NUM_AFTER])
+        worst.append(
+            WorstToken(
+                sample=sample,
+                position=position,
+                log_prob=float(log_probs[sample][position]),
+                scorer_log_prob=float(scorer_log_probs[sample][position]),
+                token_id=None if ids is None else ids[position],
+                context_ids=context,
+                context=None if tokenizer is None or not context else _text(tokenizer, context, position - low),
+            )
+        )
+    return worst
+
+
+def _text(tokenizer: Any, ids: Sequence[int], n: int) -> str:
+    before, token, after = (tokenizer.decode(list(part)) for part in (ids[:n], ids[n : n + 1], ids[n + 1 :]))
+    return f"{before}«{token}»{after}"
