@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,36 @@ def test_cancelled_requests_leave_nothing_behind(ref_path, ref_oracle):
         left, answered, values = pool.apply_async(score_after_cancelling, (str(ref_path),)).get(timeout=200)
     assert (left, answered) == (0, 0)
     assert_close_to(ref_oracle, [torch.from_numpy(v[:, 0]) for v in values], 64)
+
+
+def peak_of_scoring(model: str, reads: bool) -> int:
+    """Return the peak of this process's memory over a call of 16k scored rows, in bytes; without the read-out if told so."""
+    from vllm_kl.engines.local import start
+    from vllm_kl.plugin import pooler
+
+    class NoHead:
+        def read(self, hidden_N_H, ids_N_K, *, top_k, temperature):
+            return torch.zeros(len(ids_N_K), 1 + 2 * top_k)
+
+    if not reads:
+        pooler.find_head = lambda *_: NoHead()
+    driver = start(model=model, readout="pooling", options={"dtype": "bfloat16", **OPTIONS})
+    rng = np.random.default_rng(0)
+    for top_k in (0, 20):
+        ids = rng.integers(0, 152_000, (80, 257), np.int32)
+        requests = [ScoreRequest(token_ids=row, start=50, top_k=top_k) for row in ids]
+        drive(driver, requests, share_prefix=True)
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc: run it on Linux")
+def test_the_read_out_adds_less_than_64_mib_to_an_engine(tmp_path):
+    path = tiny.build_architecture(tmp_path, "qwen2", vocab_size=152_000, dtype=torch.bfloat16)
+    peaks = {}
+    for reads in (False, True):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[reads] = pool.apply_async(peak_of_scoring, (str(path), reads)).get(timeout=250)
+    assert 0 < peaks[True] - peaks[False] <= 64 << 20
 
 
 @pytest.fixture(scope="module")

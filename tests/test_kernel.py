@@ -17,7 +17,7 @@ from vllm_kl.plugin.best import Best
 @pytest.fixture(params=["own", "widened"])
 def products(request, monkeypatch):
     """How 16-bit matrices are multiplied: as they are, where oneDNN can; widened, where it cannot."""
-    monkeypatch.setattr(kernel, "_product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32)
+    monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32)
     return request.param
 
 
@@ -232,7 +232,7 @@ def peak_kib():
 hidden = torch.randn(4096, {hidden_size}).bfloat16()
 weight = torch.randn({vocab_size}, {hidden_size}).bfloat16() * {3 / hidden_size**0.5}
 torch.mm(hidden[:64], weight[:64].T), torch.mm(hidden[:64].float(), weight[:64].float().T)  # the libraries' own memory
-kernel._product_dtype = lambda dtype: {"dtype" if products == "own" else "torch.float32"}
+kernel.product_dtype = lambda dtype: {"dtype" if products == "own" else "torch.float32"}
 native.token_logits(hidden[:1], weight, torch.zeros(1, 1, dtype=torch.long))
 open("/proc/self/clear_refs", "w").write("5")  # the peak is what is used now
 before = peak_kib()
@@ -249,7 +249,7 @@ print((peak_kib() - before) / 1024)
 
     def test_products_have_few_shapes(self, monkeypatch):
         # oneDNN compiles each shape of a 16-bit product, and keeps it.
-        monkeypatch.setattr(kernel, "_product_dtype", lambda dtype: dtype)
+        monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype)
         weight = make(1, 3000, dtype=torch.bfloat16)[1]
         with ProductShapes() as seen:
             for num_rows in [*range(1, 200), *range(200, kernel._MAX_ROWS, 99)]:

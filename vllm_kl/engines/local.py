@@ -32,6 +32,7 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
+    from vllm_kl.plugin.kernel import product_dtype
     from vllm_kl.plugin.native import missing_compiler
 
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
@@ -54,6 +55,11 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     notes = [f"no pooling read-out: {reason}"] if reason and readout == "auto" else []
     if driver.info.readout == "pooling" and (missing := missing_compiler()):
         notes.append(missing)
+    if current_platform.is_cpu() and product_dtype(config.dtype) != config.dtype:
+        notes.append(
+            f"this CPU multiplies {str(config.dtype).removeprefix('torch.')} matrices one number at a time: dtype='float32' is "
+            "two to three times as fast, for twice the memory"
+        )
     driver.info = dataclasses.replace(driver.info, notes=tuple(notes))
     return driver
 

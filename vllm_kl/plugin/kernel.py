@@ -119,7 +119,7 @@ def _walk_shifted_products(
 ) -> torch.Tensor:
     """On a CPU: the shift is subtracted inside the product; one pass over its results."""
     num_rows, vocab_size, hidden_size = len(hidden), len(weight), hidden.shape[1]
-    dtype = _product_dtype(hidden.dtype)
+    dtype = product_dtype(hidden.dtype)
     height, width = _tile_shape(num_rows, vocab_size, hidden_size, dtype)
     num_exact = max(1, min(_MAX_EXACT_ROWS, _MAX_EXACT_HIDDEN // hidden_size))
     padded = _padded(hidden, height, dtype)
@@ -225,7 +225,7 @@ def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.d
 
 
 @functools.cache
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what matrices of a dtype are multiplied in: itself, if oneDNN multiplies it."""
     is_fast = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
