@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_kl.computation import KLComputation
     from vllm_kl.diagnostics import mismatch
     from vllm_kl.kl import kl_estimate
     from vllm_kl.reference import VLLMReference
     from vllm_kl.resolver import FromCollector
     from vllm_kl.scorer import VLLMScorer
-    from vllm_kl.transforms import KLComputation, RetrieveKL, RetrieveLogProb
+    from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "FromCollector": "resolver",
-    "KLComputation": "transforms",
+    "KLComputation": "computation",
     "RetrieveKL": "transforms",
     "RetrieveLogProb": "transforms",
     "VLLMReference": "reference",

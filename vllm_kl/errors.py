@@ -6,6 +6,7 @@
     ├── ReadoutUnavailableError (ValueError)  the engine cannot do the requested read-out
     ├── MissingLogProbError (ArithmeticError) the engine returned no usable number for a token
     ├── EngineError (RuntimeError)        the engine did not start, died or was closed
+    ├── DriftError (ArithmeticError)      recorded log-probs are not those of the policy's engine
     └── CollectorError (RuntimeError)     ``from_collector`` found no collector, no policy or no recorded log-probs
 
 Each takes one message, so each survives pickling (a queue, Ray, a process pool).
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 __all__ = [
     "CollectorError",
+    "DriftError",
     "EngineError",
     "InputError",
     "MissingLogProbError",
@@ -46,6 +48,10 @@ class MissingLogProbError(VLLMKLError, ArithmeticError):
 
 class EngineError(VLLMKLError, RuntimeError):
     """The engine did not start, died, or was closed."""
+
+
+class DriftError(VLLMKLError, ArithmeticError):
+    """Recorded log-probs are not those of the policy's engine: its weights moved, or it sampled otherwise."""
 
 
 class CollectorError(VLLMKLError, RuntimeError):

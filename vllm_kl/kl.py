@@ -130,6 +130,33 @@ def kl_estimate(
     return kl
 
 
+def sequence_kl(
+    kl: torch.Tensor | Sequence[torch.Tensor],
+    mask: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> torch.Tensor:
+    """Return one KL per sequence, ``[B]`` float32, nats: the sum over the mask, or that divided by the mask's count.
+
+    Padding counts for nothing: a sequence has the same mean in every layout. A sequence without a kept token has 0.0.
+
+    Args:
+        kl: per-token estimates, ``[B, T]`` or B tensors ``[T]``.
+        mask: tokens that count, same shapes.
+
+    >>> sequence_kl([torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 2.0])], [torch.tensor([0, 1, 1]), torch.tensor([0, 1])])
+    tensor([2., 2.])
+    """
+    if reduction not in ("mean", "sum"):
+        raise OptionError(f"reduction={reduction!r} does not exist; choose one of mean, sum")
+    rows = []
+    for row, kept in zip(kl, mask, strict=True):
+        kept = kept.bool().to(row.device)
+        total = torch.where(kept, row.float(), 0.0).sum()
+        rows.append(total / kept.sum().clamp(min=1) if reduction == "mean" else total)
+    return torch.stack(rows) if rows else torch.empty(0)
+
+
 def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:
     """Refuse sides and a mask of different shapes."""
     tokens = policy[:-1] if estimator == "topk" else policy

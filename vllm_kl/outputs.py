@@ -49,9 +49,16 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
     return td
 
 
-def declare(spec: Composite, key: NestedKey, data_cls: Any = None, *, trailing: tuple[int, ...] = (-1,)) -> None:
-    """Announce a float32 entry ``[*batch, *trailing]`` in an observation or reward spec."""
-    leaf = Unbounded(shape=(*spec.shape, *trailing), device=spec.device, dtype=torch.float32)
+def declare(
+    spec: Composite,
+    key: NestedKey,
+    data_cls: Any = None,
+    *,
+    trailing: tuple[int, ...] = (-1,),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Announce an entry ``[*batch, *trailing]`` in an observation or reward spec."""
+    leaf = Unbounded(shape=(*spec.shape, *trailing), device=spec.device, dtype=dtype)
     if isinstance(key, tuple) and len(key) > 1:
         if key[0] not in spec.keys():
             spec[key[0]] = Composite(shape=spec.shape, device=spec.device, data_cls=data_cls)
@@ -62,16 +69,17 @@ def declare(spec: Composite, key: NestedKey, data_cls: Any = None, *, trailing: 
 
 def write_kl(
     next_td: TensorDictBase,
-    kl: Rows,
+    entries: dict[NestedKey, Rows],
     *,
     kl_key: NestedKey,
     coeff: float | None,
     log_probs: dict[NestedKey, Rows] | None = None,
 ) -> TensorDictBase:
-    """Write log-probs, KL and, where there is one and ``coeff`` is given, the reward; return the tensordict that has them.
+    """Write log-probs, entries and, where there is one and ``coeff`` is given, the reward; return the tensordict that has them.
 
-    Everything is computed before anything is written.
+    The reward is that minus ``coeff`` times ``entries[kl_key]``. Everything is computed before anything is written.
     """
+    kl = entries[kl_key]
     reward = None if coeff is None else rows_of(next_td, "reward")
     if reward is not None:
         shaped: Rows = [_shaped_reward(i, r, k, coeff) for i, (r, k) in enumerate(zip(reward, kl, strict=True))]
@@ -81,7 +89,8 @@ def write_kl(
         next_td = next_td.to_lazystack(0)  # at once: all results in one tensordict
     for key, rows in (log_probs or {}).items():
         next_td = set_rows(next_td, key, rows, LogProbs)
-    next_td = set_rows(next_td, kl_key, kl)
+    for key, rows in entries.items():
+        next_td = set_rows(next_td, key, rows)
     return next_td if reward is None else set_rows(next_td, "reward", shaped)
 
 

@@ -18,6 +18,7 @@ from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
 
 from vllm_kl.alignment import check_finite, from_layout, scored_span, spread
+from vllm_kl.audit import Audit, OnDrift
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
@@ -119,6 +120,8 @@ class FromCollector:
         gen_log_probs: ``"reuse"`` takes the log-probs that the policy recorded when it sampled; ``"rescore"`` asks the
             policy's engine again; ``"auto"`` reuses them where they are there and finite on every kept token, else
             rescores.
+        audit: this fraction of the samples whose log-probs are reused is scored again and compared.
+        audit_tolerance, on_drift: see :class:`~vllm_kl.audit.Audit`.
 
     Specs and construction never need the collector: the policy is looked up at each step, so one that is replaced or
     updated is followed. Outside an env (a ``postproc``, a replay buffer, a plain batch) there is no collector and only
@@ -128,12 +131,22 @@ class FromCollector:
     FromCollector('reuse')
     """
 
-    def __init__(self, gen_log_probs: GenLogProbs = "auto") -> None:
+    def __init__(
+        self,
+        gen_log_probs: GenLogProbs = "auto",
+        *,
+        audit: float = 0.0,
+        audit_tolerance: float = 0.05,
+        on_drift: OnDrift = "raise",
+    ) -> None:
         if gen_log_probs not in get_args(GenLogProbs):
             raise OptionError(
                 f"gen_log_probs={gen_log_probs!r} does not exist; choose one of {', '.join(get_args(GenLogProbs))}"
             )
         self.gen_log_probs = gen_log_probs
+        self.audit = Audit(audit, tolerance=audit_tolerance, on_drift=on_drift)
+        if audit and gen_log_probs == "rescore":
+            raise OptionError("audit has no effect with gen_log_probs='rescore': every log-prob is the engine's own")
         self._key: NestedKey = ("log_probs", "full")
         self._pad_output: bool | None = None
         self._resolved: tuple[Any, Scorer] | None = None
@@ -142,15 +155,17 @@ class FromCollector:
         return f"FromCollector({self.gen_log_probs!r})"
 
     @classmethod
-    def of(cls, gen_model: Any, gen_log_probs: GenLogProbs) -> FromCollector:
+    def of(cls, gen_model: Any, gen_log_probs: GenLogProbs, **audit: Any) -> FromCollector:
         """Return what ``gen_model="from_collector"``, or an instance, stands for."""
         if isinstance(gen_model, FromCollector):
             if gen_log_probs not in ("auto", gen_model.gen_log_probs):
                 raise OptionError(f"gen_log_probs={gen_log_probs!r} contradicts {gen_model!r}; give it once")
+            if audit.get("audit"):
+                raise OptionError(f"give audit to {gen_model!r}, once")
             return gen_model
         if gen_model != "from_collector":
             raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
-        return cls(gen_log_probs)
+        return cls(gen_log_probs, **audit)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_resolved": None}  # an engine stays where it runs
@@ -188,6 +203,8 @@ class FromCollector:
         if self.gen_log_probs != "rescore":
             recorded, why_not = self._recorded(batch, td, policy)
             if recorded is not None:
+                if self.audit.fraction:
+                    self._audit(recorded, batch, policy)
                 return recorded, True
             if self.gen_log_probs == "reuse":
                 raise CollectorError(
@@ -240,6 +257,15 @@ class FromCollector:
                     f"{key} of sample {i} is 0.0 at token {int(zero.nonzero()[0])}, a prompt token that was not scored",
                 )
         return [torch.where(keep, value, 0.0) for value, keep in zip(values, batch.keep, strict=True)], None
+
+    def _audit(self, recorded: list[torch.Tensor], batch: TokenBatch, policy: Any) -> None:
+        if policy is None:
+            raise CollectorError(
+                f"audit={self.audit.fraction} scores reused log-probs again with the policy's engine, but there is no collector "
+                "that has one. Append the transform to the env of an LLMCollector, or pass audit=0."
+            )
+        tokenizer = getattr(policy, "tokenizer", None)
+        self.audit.check(recorded, batch, lambda part: score_batch(self._scorer_of(policy), part), tokenizer)
 
     def _scorer_of(self, policy: Any) -> Scorer:
         if self._resolved is None or self._resolved[0] is not policy.model:

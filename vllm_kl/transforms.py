@@ -10,7 +10,7 @@ Nothing is written before everything is computed: after an error the tensordict 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,18 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
+from vllm_kl.audit import OnDrift
+from vllm_kl.computation import KLComputation
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import keys_of, read_batch, rows_of
-from vllm_kl.kl import TOKEN_ESTIMATORS, Estimator, check_estimator, kl_estimate
-from vllm_kl.outputs import declare, set_rows, write_kl
+from vllm_kl.inputs import keys_of, read_batch
+from vllm_kl.kl import Direction, Estimator
+from vllm_kl.outputs import Rows, declare, set_rows
+from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
-from vllm_kl.steps import NextTransform, per_token_reward, scores, to_device
+from vllm_kl.steps import NextTransform, scores, to_device
+
+__all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
 
 class RetrieveLogProb(NextTransform):
@@ -98,91 +103,7 @@ class RetrieveLogProb(NextTransform):
         return observation_spec
 
 
-class KLComputation(NextTransform):
-    """Turns two entries of log-probs into a per-token KL, and subtracts it from the reward.
-
-    Args:
-        gen_log_probs_full_key: log-probs of the model that generated.
-        ref_log_probs_full_key: log-probs of the reference.
-
-    Keyword Args:
-        kl_key: where to write the KL.
-        add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
-        coeff: the KL's coefficient.
-        padding_side: accepted as TorchRL's class does; rows are read and written as they are.
-        estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``; see :func:`vllm_kl.kl_estimate`.
-
-    NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the other side has none
-    either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where it has one, a
-    log-prob is missing, which is an error and never 0.0.
-
-    >>> data = TensorDict(
-    ...     next=TensorDict(
-    ...         gen_log_probs=TensorDict(full=torch.full((2, 3), -1.0), batch_size=2),
-    ...         ref_log_probs=TensorDict(full=torch.full((2, 3), -1.5), batch_size=2),
-    ...         reward=torch.ones(2, 1, 1),
-    ...         batch_size=2,
-    ...     ),
-    ...     batch_size=2,
-    ... )
-    >>> transform = KLComputation(("gen_log_probs", "full"), ("ref_log_probs", "full"), coeff=0.1)
-    >>> data = transform(data)
-    >>> data["next", "kl_penalty"]
-    tensor([[0.5000, 0.5000, 0.5000],
-            [0.5000, 0.5000, 0.5000]])
-    >>> data["next", "reward"].shape, round(data["next", "reward"][0, 0].item(), 2)
-    (torch.Size([2, 3, 1]), 0.95)
-    """
-
-    def __init__(
-        self,
-        gen_log_probs_full_key: NestedKey = ("log_probs", "full"),
-        ref_log_probs_full_key: NestedKey = ("ref_log_probs", "full"),
-        *,
-        kl_key: NestedKey = "kl_penalty",
-        add_to_reward: bool = True,
-        coeff: float = 1.0,
-        padding_side: PaddingSide = "left",
-        estimator: Estimator = "k1",
-    ) -> None:
-        check_estimator(estimator, known=TOKEN_ESTIMATORS)
-        reward = ["reward"] if add_to_reward else []
-        super().__init__(in_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *reward], out_keys=[kl_key, *reward])
-        self.gen_log_probs_full_key = gen_log_probs_full_key
-        self.ref_log_probs_full_key = ref_log_probs_full_key
-        self.kl_key = kl_key
-        self.add_to_reward = add_to_reward
-        self.coeff = coeff
-        self.padding_side = padding_side
-        self.estimator = estimator
-
-    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        sides = [rows_of(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
-        if sides[0] is None or sides[1] is None:
-            raise InputError(
-                f"Log-probs not found: expected {self.gen_log_probs_full_key} and {self.ref_log_probs_full_key}, the "
-                f"tensordict has {sorted(map(str, next_td.keys()))}"
-            )
-        gen, ref = sides
-        masks = [_scored(i, g, r) for i, (g, r) in enumerate(zip(gen, ref, strict=True))]
-        kl = kl_estimate(gen, ref, masks, estimator=self.estimator)
-        dense = _is_dense(next_td, self.gen_log_probs_full_key)
-        return write_kl(
-            next_td,
-            torch.stack(kl) if dense else kl,
-            kl_key=self.kl_key,
-            coeff=self.coeff if self.add_to_reward else None,
-        )
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        declare(observation_spec, self.kl_key)
-        return observation_spec
-
-    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        return per_token_reward(reward_spec) if self.add_to_reward else reward_spec
-
-
-class RetrieveKL(NextTransform):
+class RetrieveKL(KLTransform):
     """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
 
     Args:
@@ -206,19 +127,30 @@ class RetrieveKL(NextTransform):
         padding_side: where rows of different length are padded.
         kl_key: where the KL is written.
         add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
-        coeff: the KL's coefficient.
+        coeff: the KL's coefficient: a number, a schedule (called with the number of batches so far) or a controller such
+            as ``torchrl.data.AdaptiveKLController``, see :class:`~vllm_kl.penalty.Coefficient`.
         use_ray_service: keep the reference in a Ray actor, made there by ``ref_model_factory``; everything else stays
             in the caller.
         actor_name: name of that actor; one that exists is used again.
         estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``; see :func:`vllm_kl.kl_estimate`.
+        extra_estimators: estimated in the same pass and written as ``kl_<name>``, but not subtracted: ``("k3",)`` to log k3
+            while k1 is in the reward.
+        clamp_log_ratio, clamp_output, direction: as :func:`vllm_kl.kl_estimate` takes them.
+        mask_key: where the mask is written, bool: the tokens that count, for losses and averages; ``None``: nowhere.
         gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see :class:`FromCollector`.
+        audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
+            the policy's engine and compared.
+        audit_tolerance: largest healthy mean difference, nats.
+        on_drift: ``"raise"`` or ``"warn"`` beyond it; see :class:`~vllm_kl.audit.Audit`.
         num_cpus, num_gpus: resources of the Ray actor.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``. Outside the mask log-probs, KL
-    and the KL's share of the reward are exactly 0.0.
+    and the KL's share of the reward are exactly 0.0. ``metrics`` holds figures of the
+    last batch for a logger.
 
     Raises:
         ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
+        DriftError: when called: an audit found other numbers than the recorded ones.
         CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
 
@@ -251,14 +183,32 @@ class RetrieveKL(NextTransform):
         padding_side: PaddingSide = "left",
         kl_key: NestedKey = "kl_penalty",
         add_to_reward: bool = True,
-        coeff: float = 1.0,
+        coeff: Any = 1.0,
         use_ray_service: bool = False,
         actor_name: str | None = None,
         estimator: Estimator = "k1",
         gen_log_probs: GenLogProbs = "auto",
+        extra_estimators: Sequence[Estimator] = (),
+        clamp_log_ratio: float | None = 20.0,
+        clamp_output: float | None = None,
+        direction: Direction = "reverse",
+        mask_key: NestedKey | None = "kl_mask",
+        audit: float = 0.0,
+        audit_tolerance: float = 0.05,
+        on_drift: OnDrift = "raise",
         **kwargs: Any,
     ) -> None:
-        check_estimator(estimator, known=TOKEN_ESTIMATORS)
+        penalty = Penalty(
+            kl_key=kl_key,
+            mask_key=mask_key,
+            add_to_reward=add_to_reward,
+            coeff=coeff,
+            estimator=estimator,
+            extra_estimators=extra_estimators,
+            clamp_log_ratio=clamp_log_ratio,
+            clamp_output=clamp_output,
+            direction=direction,
+        )
         for key in (gen_log_probs_full_key, ref_log_probs_full_key):
             warn_unless_full(key)
         if gen_model_factory is not None and gen_model == "from_collector":
@@ -278,11 +228,17 @@ class RetrieveKL(NextTransform):
             raise OptionError(f"both sides would be written to {gen_log_probs_full_key}: give each a key of its own")
         from_collector: FromCollector | None = None
         if isinstance(gen_model, (str, FromCollector)):
-            from_collector = FromCollector.of(gen_model, gen_log_probs)
+            from_collector = FromCollector.of(
+                gen_model, gen_log_probs, audit=audit, audit_tolerance=audit_tolerance, on_drift=on_drift
+            )
         else:
             if gen_log_probs == "reuse":
                 raise OptionError(
                     "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
+                )
+            if audit:
+                raise OptionError(
+                    "audit has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
                 )
             models["gen_model"] = gen_model
         for name, model in models.items():
@@ -297,8 +253,9 @@ class RetrieveKL(NextTransform):
         in_keys = [keys_of(model, history_key=history_key).key for model in models.values()]
         super().__init__(
             in_keys=list(dict.fromkeys(in_keys)) + reward,
-            out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, kl_key, *reward],
+            out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *penalty.keys, *reward],
         )
+        self.penalty = penalty
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
         self.pad_output = pads["ref_model"]
@@ -316,10 +273,13 @@ class RetrieveKL(NextTransform):
         self.detach = detach
         self.tokenizer = tokenizer
         self.padding_side = padding_side
-        self.kl_key = kl_key
-        self.add_to_reward = add_to_reward
-        self.coeff = coeff
-        self.estimator = estimator
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and, named ``audit_``, of the last audit."""
+        found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
+        audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
+        return {**self.penalty.metrics, **audit}
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         tokenizer = self.tokenizer or self.ref_model.tokenizer or getattr(self.gen_model, "tokenizer", None)
@@ -334,47 +294,17 @@ class RetrieveKL(NextTransform):
         batch = read_batch(td, keys, assistant_only=self.assistant_only)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
         ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
-        kl = kl_estimate(gen, ref, batch.keep, estimator=self.estimator)
-        gen_rows, ref_rows, kl_rows = (
-            to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), td)
-            for rows in (gen, ref, kl)
-        )
-        log_probs = {self.gen_log_probs_full_key: gen_rows, self.ref_log_probs_full_key: ref_rows}
+
+        def to_rows(rows: list[torch.Tensor]) -> Rows:
+            return to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), td)
+
+        log_probs = {self.gen_log_probs_full_key: to_rows(gen), self.ref_log_probs_full_key: to_rows(ref)}
         if recorded and next_td is td:
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             del log_probs[self.gen_log_probs_full_key]
-        return write_kl(
-            next_td,
-            kl_rows,
-            kl_key=self.kl_key,
-            coeff=self.coeff if self.add_to_reward else None,
-            log_probs=log_probs,
-        )
+        return self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         declare(observation_spec, self.gen_log_probs_full_key, LogProbs)
         declare(observation_spec, self.ref_log_probs_full_key, LogProbs)
-        declare(observation_spec, self.kl_key)
-        return observation_spec
-
-    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
-        return per_token_reward(reward_spec) if self.add_to_reward else reward_spec
-
-
-def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
-    """Whether an entry can be read as one ``[B, T]`` tensor."""
-    try:
-        return not td.get(key).is_nested
-    except RuntimeError:  # a lazy stack of rows that differ in length
-        return False
-
-
-def _scored(i: int, gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    if gen.shape != ref.shape:
-        raise InputError(
-            f"Sample {i} has different shapes: gen log-probs {list(gen.shape)}, ref log-probs {list(ref.shape)}. Both "
-            "sides of a KL must score the same tokens with the same pad_output."
-        )
-    gen, ref = gen.detach().cpu(), ref.detach().cpu()
-    unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
-    return ~unscored
+        return super().transform_observation_spec(observation_spec)

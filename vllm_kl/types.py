@@ -98,6 +98,18 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def select(self, samples: list[int]) -> TokenBatch:
+        """Return a batch of some of the samples."""
+        pick = lambda rows: [rows[i] for i in samples]  # noqa: E731
+        return TokenBatch(
+            token_ids=pick(self.token_ids),
+            keep=pick(self.keep),
+            assistant=None if self.assistant is None else pick(self.assistant),
+            columns=pick(self.columns),
+            widths=pick(self.widths),
+            stored=self.stored,
+        )
+
 
 class Scorer(Protocol):
     """Anything that turns token ids into log-probs: ``VLLMScorer`` and its stand-ins."""

@@ -1,0 +1,181 @@
+"""Where the KL goes: the coefficient, the estimates beside it, the mask's entry, the figures for a logger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import AdaptiveKLController, ConstantKLController
+
+from tests.batches import dense_batch, ids_batch
+from vllm_kl import KLComputation, RetrieveKL, kl_estimate
+from vllm_kl.errors import MissingLogProbError, OptionError
+from vllm_kl.kl import sequence_kl
+from vllm_kl.penalty import Coefficient
+
+GEN = [torch.tensor([0.0, -1.0, -2.0, -3.0]), torch.tensor([0.0, 0.0, -1.0])]
+REF = [torch.tensor([0.0, -1.5, -1.0, -3.0]), torch.tensor([0.0, 0.0, -2.0])]
+MASK = [torch.tensor([False, True, True, True]), torch.tensor([False, False, True])]
+
+
+def step(reward=(1.0, 2.0)):
+    """A step with both sides' log-probs in it, ragged."""
+    return ids_batch(
+        [[1, 2, 3, 4], [1, 2, 3]],
+        extra={
+            "gen": [TensorDict(full=row) for row in GEN],
+            "ref": [TensorDict(full=row) for row in REF],
+            "reward": [torch.tensor([r]) for r in reward],
+            "kl_mask": MASK,
+        },
+    )
+
+
+def compute(**kwargs):
+    return KLComputation(("gen", "full"), ("ref", "full"), **kwargs)
+
+
+class TestCoefficient:
+    def test_a_schedule_is_called_with_the_number_of_batches_before(self):
+        transform = compute(coeff=lambda batch: 0.5 * batch)
+        for n in range(3):
+            rewards = transform(step()).get("reward", as_list=True)
+            assert rewards[1][2].item() == pytest.approx(2.0 - 0.5 * n * 1.0)
+            assert transform.metrics["coeff"] == 0.5 * n
+
+    def test_an_adaptive_controller_moves_towards_its_target(self):
+        sums = sequence_kl(kl_estimate(GEN, REF, MASK), MASK, reduction="sum")
+        controller = AdaptiveKLController(init_kl_coef=0.2, target=0.5, horizon=10)
+        transform = compute(coeff=controller)
+        transform(step())
+        assert transform.metrics["coeff"] == 0.2  # the batch that was seen; the next gets what was learned from it
+        error = min(max(float(sums.mean()) / 0.5 - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
+        assert float(controller.coef) == pytest.approx(0.2 * (1 + error * 2 / 10))
+        transform(step())
+        assert transform.metrics["coeff"] == pytest.approx(float(controller.coef) / (1 + error * 2 / 10))
+
+    def test_a_constant_controller_is_a_number(self):
+        rewards = [
+            compute(coeff=c)(step()).get("reward", as_list=True) for c in (0.3, ConstantKLController(kl_coef=0.3))
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*rewards, strict=True))
+
+    def test_it_can_be_changed(self):
+        transform = compute(coeff=1.0)
+        transform.coeff = 0.0
+        assert transform(step()).get("reward", as_list=True)[0].unique().tolist() == [1.0]
+        with pytest.raises(OptionError):
+            transform.coeff = -1
+
+    @pytest.mark.parametrize("coeff", [-0.1, float("nan"), float("inf"), "1", None])
+    def test_what_is_no_coefficient_is_refused(self, coeff):
+        with pytest.raises(OptionError, match="coeff must be a number of at least 0, a schedule or a controller"):
+            compute(coeff=coeff)
+
+    def test_a_schedule_gone_wrong_leaves_the_batch_as_it_was(self):
+        transform = compute(coeff=lambda batch: -1.0)
+        batch = step()
+        before = batch.clone()
+        with pytest.raises(OptionError, match="got -1.0 for batch 0"):
+            transform(batch)
+        assert set(batch.keys(True, True)) == set(before.keys(True, True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(batch.get("reward", as_list=True), before.get("reward", as_list=True), strict=True)
+        )
+
+    def test_batches_that_failed_do_not_count(self):
+        coefficient = Coefficient(lambda batch: batch)
+        assert [coefficient.value(), coefficient.value()] == [0, 0]
+        coefficient.observe(torch.ones(1))
+        assert coefficient.value() == 1
+
+
+class TestExtraEstimators:
+    def test_k1_goes_into_the_reward_and_k3_beside_it(self):
+        batch = compute(extra_estimators=("k3",), coeff=0.5)(step())
+        k1, k3 = kl_estimate(GEN, REF, MASK), kl_estimate(GEN, REF, MASK, estimator="k3")
+        for i in range(2):
+            assert torch.equal(batch.get("kl_penalty", as_list=True)[i], k1[i])
+            assert torch.equal(batch.get("kl_k3", as_list=True)[i], k3[i])
+            assert torch.equal(batch.get("reward", as_list=True)[i][:, 0], (1.0 + i) - 0.5 * k1[i])
+
+    def test_two_results_under_one_key_are_refused(self):
+        with pytest.raises(OptionError, match="two results would be written to one key"):
+            compute(kl_key="kl_k3", extra_estimators=("k2", "k3"), mask_key="kl_k2")
+        with pytest.raises(OptionError, match=r"such as \('k3',\)"):
+            compute(extra_estimators="k3")
+
+    @pytest.mark.parametrize("estimator", ["topk", "k4"])
+    def test_what_two_log_probs_are_not_enough_for_is_refused(self, estimator):
+        with pytest.raises(
+            OptionError, match=f"estimator='{estimator}' does not exist here; choose one of k1, k2, k3, abs"
+        ):
+            compute(extra_estimators=(estimator,))
+
+    def test_clamps_and_direction_are_those_of_kl_estimate(self):
+        options = {"estimator": "k3", "clamp_log_ratio": 0.4, "clamp_output": 0.05, "direction": "forward"}
+        batch = compute(**options)(step())
+        for got, want in zip(
+            batch.get("kl_penalty", as_list=True), kl_estimate(GEN, REF, MASK, **options), strict=True
+        ):
+            assert torch.equal(got, want)
+        with pytest.raises(OptionError, match="clamp_output must be a positive number"):
+            compute(clamp_output=-1)
+
+
+class TestMetrics:
+    def test_means_divide_by_the_masks_count(self):
+        transform = compute(extra_estimators=("abs",), coeff=0.1)
+        assert transform.metrics == {}
+        transform(step())
+        assert transform.metrics == pytest.approx(
+            {
+                "num_tokens": 4,
+                "kl_k1_token_mean_nats": (0.5 - 1.0 + 0.0 + 1.0) / 4,
+                "kl_k1_sequence_mean_nats": (-0.5 + 1.0) / 2,
+                "kl_abs_token_mean_nats": 2.5 / 4,
+                "kl_abs_sequence_mean_nats": (1.5 + 1.0) / 2,
+                "coeff": 0.1,
+            }
+        )
+
+    def test_without_a_reward_there_is_no_coefficient(self):
+        transform = compute(add_to_reward=False)
+        assert transform(step()).get("reward", as_list=True)[0].tolist() == [1.0]
+        assert "coeff" not in transform.metrics
+
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_a_sequence_has_one_kl_in_every_layout(self, reduction):
+        kl = kl_estimate(GEN, REF, MASK)
+        ragged = sequence_kl(kl, MASK, reduction=reduction)
+        for side in ("left", "right"):
+            dense = [torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side) for rows in (kl, MASK)]
+            torch.testing.assert_close(sequence_kl(*dense, reduction=reduction), ragged)
+        assert sequence_kl([torch.tensor([5.0])], [torch.tensor([False])], reduction=reduction).tolist() == [0.0]
+        with pytest.raises(OptionError, match="reduction='median'"):
+            sequence_kl(kl, MASK, reduction="median")
+
+
+class TestMask:
+    IDS, PROMPTS = [[5, 6, 7, 8], [5, 6, 9]], [2, 1]
+
+    @pytest.mark.parametrize("pad_output", [False, True])
+    def test_retrieve_kl_writes_the_mask_that_its_kl_has(self, make_reference, make_gen, pad_output):
+        transform = RetrieveKL(make_gen("vllm", pad_output=pad_output), make_reference(pad_output=pad_output))
+        batch = dense_batch(self.IDS, self.PROMPTS, 0) if pad_output else ids_batch(self.IDS, self.PROMPTS)
+        got = transform(batch).get("kl_mask", as_list=True)
+        want = [[0, 0, 1, 1], [0, 0, 1, 1]] if pad_output else [[0, 0, 1, 1], [0, 1, 1]]
+        assert [row.int().tolist() for row in got] == want
+        assert all(row.dtype == torch.bool for row in got)
+
+    def test_a_mask_that_keeps_a_token_without_a_log_prob_is_refused(self):
+        batch = step()
+        batch[0]["ref", "full"] = torch.tensor([0.0, -1.5, float("nan"), -3.0])
+        with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 0, token 2 of 4"):
+            compute()(batch)
+        assert "kl_penalty" not in batch.keys()
+
+    def test_no_key_no_mask(self):
+        batch = step().exclude("kl_mask")
+        assert "kl_mask" not in compute(mask_key=None)(batch).keys()

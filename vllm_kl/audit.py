@@ -1,0 +1,95 @@
+"""Log-probs that are reused are trusted, but a few are checked: scored again by the engine that is said to have made them.
+
+A policy that was updated between sampling and scoring, another temperature, ids that are not those of the log-probs: all of them
+show as a difference beyond rounding, on any sample. So a small fraction of the samples is enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+
+from vllm_kl.diagnostics import Mismatch, MismatchWarning, mismatch
+from vllm_kl.errors import DriftError, OptionError
+from vllm_kl.types import TokenBatch
+
+OnDrift = Literal["raise", "warn"]
+
+
+class Audit:
+    """Checks recorded log-probs against those of an engine.
+
+    Args:
+        fraction: of the samples, drawn one by one from a generator of its own: the same in every run, and nobody else's random
+            numbers change.
+        tolerance: largest healthy mean difference over the tokens of the drawn samples, nats. Rounding in bfloat16 makes
+            one hundredth or two, in float32 a millionth.
+        on_drift: ``"raise"`` or ``"warn"`` beyond it.
+
+    Attributes:
+        found: the last comparison, or ``None``; see :func:`vllm_kl.mismatch`.
+    """
+
+    def __init__(self, fraction: float, *, tolerance: float = 0.05, on_drift: OnDrift = "raise") -> None:
+        if not isinstance(fraction, numbers.Real) or not 0 <= fraction <= 1:
+            raise OptionError(f"audit must be a fraction of the samples, from 0 to 1; got {fraction!r}")
+        if not isinstance(tolerance, numbers.Real) or not 0 < tolerance < math.inf:
+            raise OptionError(f"audit_tolerance must be a positive number of nats; got {tolerance!r}")
+        if on_drift not in get_args(OnDrift):
+            raise OptionError(f"on_drift={on_drift!r} does not exist; choose one of {', '.join(get_args(OnDrift))}")
+        self.fraction = float(fraction)
+        self.tolerance = float(tolerance)
+        self.on_drift = on_drift
+        self.found: Mismatch | None = None
+        self._generator = torch.Generator().manual_seed(0)
+
+    def draw(self, batch: TokenBatch) -> list[int]:
+        """Return the samples to check: none that keeps no token."""
+        drawn = torch.rand(len(batch), generator=self._generator) < self.fraction
+        return [i for i in drawn.nonzero()[:, 0].tolist() if batch.keep[i].any()]
+
+    def check(
+        self,
+        recorded: list[torch.Tensor],
+        batch: TokenBatch,
+        score: Callable[[TokenBatch], list[torch.Tensor]],
+        tokenizer: Any = None,
+    ) -> None:
+        """Score the drawn samples and compare.
+
+        Args:
+            recorded: B tensors ``[L]``, nats.
+            batch: the tokens that they belong to.
+            score: returns the engine's log-probs of a batch.
+            tokenizer: gives the message a context.
+
+        Raises:
+            DriftError: the mean difference is beyond the tolerance and ``on_drift="raise"``.
+        """
+        drawn = self.draw(batch)
+        if not drawn:
+            return
+        part = batch.select(drawn)
+        sides = [recorded[i] for i in drawn], score(part)
+        found = mismatch(*sides, part.keep, token_ids=part.token_ids, tokenizer=tokenizer, limits={})
+        # Samples are counted as in the batch.
+        worst = [dataclasses.replace(token, sample=drawn[token.sample]) for token in found.worst]
+        self.found = dataclasses.replace(found, worst=worst)
+        figures = found.metrics
+        if figures["log_prob_diff_mean_nats"] <= self.tolerance:
+            return
+        message = (
+            f"the recorded log-probs are not those of the policy's engine: over {int(figures['num_tokens'])} tokens of "
+            f"{len(drawn)} of {len(batch)} samples they differ by {figures['log_prob_diff_mean_nats']:.4g} nats on average "
+            f"(tolerance {self.tolerance:g}), {figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}. Were its weights "
+            "updated since it sampled, or did it sample at a temperature? gen_log_probs='rescore' takes the engine's."
+        )
+        if self.on_drift == "raise":
+            raise DriftError(message)
+        warnings.warn(message, MismatchWarning, stacklevel=2)

@@ -1,0 +1,125 @@
+"""The KL of two entries of log-probs that are already in the tensordict.
+
+Drop-in for the class of the same name in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same defaults, the
+same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+
+from vllm_kl.alignment import PaddingSide
+from vllm_kl.errors import InputError
+from vllm_kl.inputs import rows_of
+from vllm_kl.kl import Direction, Estimator
+from vllm_kl.penalty import KLTransform, Penalty
+
+
+class KLComputation(KLTransform):
+    """Turns two entries of log-probs into a per-token KL, and subtracts it from the reward.
+
+    Args:
+        gen_log_probs_full_key: log-probs of the model that generated.
+        ref_log_probs_full_key: log-probs of the reference.
+
+    Keyword Args:
+        kl_key: where to write the KL.
+        add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
+        coeff, estimator, extra_estimators, clamp_log_ratio, clamp_output, direction: as :class:`RetrieveKL` takes them.
+        padding_side: accepted as TorchRL's class does; rows are read and written as they are.
+        mask_key: the tokens that count, bool. Read if it is there, else made and written.
+
+    Without a stored mask NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the
+    other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where
+    it has one, a log-prob is missing, which is an error and never 0.0.
+
+    >>> data = TensorDict(
+    ...     next=TensorDict(
+    ...         gen_log_probs=TensorDict(full=torch.full((2, 3), -1.0), batch_size=2),
+    ...         ref_log_probs=TensorDict(full=torch.full((2, 3), -1.5), batch_size=2),
+    ...         reward=torch.ones(2, 1, 1),
+    ...         batch_size=2,
+    ...     ),
+    ...     batch_size=2,
+    ... )
+    >>> transform = KLComputation(("gen_log_probs", "full"), ("ref_log_probs", "full"), coeff=0.1)
+    >>> data = transform(data)
+    >>> data["next", "kl_penalty"]
+    tensor([[0.5000, 0.5000, 0.5000],
+            [0.5000, 0.5000, 0.5000]])
+    >>> data["next", "reward"].shape, round(data["next", "reward"][0, 0].item(), 2)
+    (torch.Size([2, 3, 1]), 0.95)
+    """
+
+    def __init__(
+        self,
+        gen_log_probs_full_key: NestedKey = ("log_probs", "full"),
+        ref_log_probs_full_key: NestedKey = ("ref_log_probs", "full"),
+        *,
+        kl_key: NestedKey = "kl_penalty",
+        add_to_reward: bool = True,
+        coeff: Any = 1.0,
+        padding_side: PaddingSide = "left",
+        estimator: Estimator = "k1",
+        extra_estimators: Sequence[Estimator] = (),
+        clamp_log_ratio: float | None = 20.0,
+        clamp_output: float | None = None,
+        direction: Direction = "reverse",
+        mask_key: NestedKey | None = "kl_mask",
+    ) -> None:
+        penalty = Penalty(
+            kl_key=kl_key,
+            mask_key=mask_key,
+            add_to_reward=add_to_reward,
+            coeff=coeff,
+            estimator=estimator,
+            extra_estimators=extra_estimators,
+            clamp_log_ratio=clamp_log_ratio,
+            clamp_output=clamp_output,
+            direction=direction,
+        )
+        reward = ["reward"] if add_to_reward else []
+        super().__init__(
+            in_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *reward], out_keys=[*penalty.keys, *reward]
+        )
+        self.penalty = penalty
+        self.gen_log_probs_full_key = gen_log_probs_full_key
+        self.ref_log_probs_full_key = ref_log_probs_full_key
+        self.padding_side = padding_side
+
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        sides = [rows_of(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
+        if sides[0] is None or sides[1] is None:
+            raise InputError(
+                f"Log-probs not found: expected {self.gen_log_probs_full_key} and {self.ref_log_probs_full_key}, the "
+                f"tensordict has {sorted(map(str, next_td.keys()))}"
+            )
+        gen, ref = sides
+        stored = None if self.penalty.mask_key is None else rows_of(next_td, self.penalty.mask_key)
+        masks = [_scored(i, g, r) for i, (g, r) in enumerate(zip(gen, ref, strict=True))] if stored is None else stored
+        dense = _is_dense(next_td, self.gen_log_probs_full_key)
+        return self.penalty.write(next_td, gen, ref, masks, torch.stack if dense else list)
+
+
+def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
+    """Whether an entry can be read as one ``[B, T]`` tensor."""
+    try:
+        return not td.get(key).is_nested
+    except RuntimeError:  # a lazy stack of rows that differ in length
+        return False
+
+
+def _scored(i: int, gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    if gen.shape != ref.shape:
+        raise InputError(
+            f"Sample {i} has different shapes: gen log-probs {list(gen.shape)}, ref log-probs {list(ref.shape)}. Both "
+            "sides of a KL must score the same tokens with the same pad_output."
+        )
+    gen, ref = gen.detach().cpu(), ref.detach().cpu()
+    unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
+    return ~unscored
