@@ -9,6 +9,7 @@ ordinary. It does not know models or engines; it knows TorchRL's keys and its ch
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,12 @@ from torchrl.data.llm import History
 
 from vllm_kl.errors import InputError
 from vllm_kl.types import TokenBatch
+
+_NO_TAGS = (
+    "assistant_only=True, but the chat template marks no assistant tokens. What works: a template with {{% generation %}} tags "
+    "(tokenizer_kwargs={{'chat_template': ...}}, or 'chat_template_name': 'chatml_format' of TorchRL); ids with {stored}; ids with "
+    "{prompt}, after which everything counts (the last turn); or assistant_only=False."
+)
 
 InputMode = Literal["history", "text", "tokens"]
 
@@ -208,7 +215,12 @@ def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: Inpu
             "Add one of them, or pass assistant_only=False."
         )
     template_ids, masks = _render(td, keys)
-    assert masks is not None
+    if masks is None:
+        raise InputError(
+            _NO_TAGS.format(
+                stored=nested(keys.masks_key, "all_assistant_mask"), prompt=nested(keys.tokens_key, "prompt")
+            )
+        )
     for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
         if not torch.equal(ids, expected):
             raise InputError(
@@ -233,9 +245,9 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
         token_ids, masks = _render(td, keys)
         if assistant_only and masks is None:
             raise InputError(
-                "assistant_only=True, but the chat template marks no assistant tokens in any sample. Use a template with "
-                "{% generation %} tags (chat_template=..., or chat_template_name='chatml_format' of TorchRL), store "
-                f"{nested(keys.masks_key, 'all_assistant_mask')}, or pass assistant_only=False."
+                _NO_TAGS.format(
+                    stored=nested(keys.masks_key, "all_assistant_mask"), prompt=nested(keys.tokens_key, "prompt")
+                )
             )
     else:
         texts = _texts(td.get(keys.key))
@@ -266,12 +278,28 @@ def _render(td: TensorDictBase, keys: InputKeys) -> tuple[list[torch.Tensor], li
         "return_assistant_tokens_mask": True,
     }
     options.pop("return_tensors", None)
+    template = options.get("chat_template")
+    own_template = getattr(keys.tokenizer, "chat_template", None)
+    if template is None and options.get("chat_template_name") is None and own_template and not _has_tags(own_template):
+        warnings.warn(
+            "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids may "
+            "differ from those that a policy saw. Store its ids, or pass the template to use: "
+            "tokenizer_kwargs={'chat_template': ...}.",
+            stacklevel=4,
+        )
     rendered = history.apply_chat_template(tokenizer=keys.tokenizer, **options)
     token_ids = [row.long().cpu() for row in rendered.get("input_ids", as_list=True)]
     masks = rendered.get("assistant_masks", default=None, as_list=True)
-    if masks is None or not any(bool(mask.any()) for mask in masks):
+    # Without tags TorchRL 0.14 looks for the assistant's words in the text: a guess, which leaves out the end of a turn.
+    is_guess = template is not None and not _has_tags(template)
+    if masks is None or is_guess or not any(bool(mask.any()) for mask in masks):
         return token_ids, None
     return token_ids, [mask.bool().cpu() for mask in masks]
+
+
+def _has_tags(template: str) -> bool:
+    """Whether a chat template marks what the assistant says."""
+    return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template) is not None
 
 
 def _texts(value: Any) -> Sequence[str]:

@@ -10,6 +10,7 @@ Nothing is written before everything is computed: after an error the tensordict 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,13 +24,14 @@ from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.audit import OnDrift
 from vllm_kl.computation import KLComputation
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import keys_of, read_batch
+from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.outputs import Rows, declare, set_rows
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
 from vllm_kl.steps import NextTransform, scores, to_device
+from vllm_kl.turns import find_retokenized
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
@@ -256,6 +258,7 @@ class RetrieveKL(KLTransform):
             out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *penalty.keys, *reward],
         )
         self.penalty = penalty
+        self._turns: dict[str, float] = {}
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
         self.pad_output = pads["ref_model"]
@@ -276,22 +279,38 @@ class RetrieveKL(KLTransform):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and, named ``audit_``, of the last audit."""
+        """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
+
+        - ``audit_...``: of the last audit;
+        - ``retokenized_turns``: of a batch ``[dialogs, turns]``, the turns whose ids do not begin with those of the turn
+          before, see :mod:`vllm_kl.turns`.
+        """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
-        return {**self.penalty.metrics, **audit}
+        return {**self.penalty.metrics, **audit, **self._turns}
 
-    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        tokenizer = self.tokenizer or self.ref_model.tokenizer or getattr(self.gen_model, "tokenizer", None)
-        collector = self._collector()
-        keys = keys_of(
+    def _keys(self) -> InputKeys:
+        return keys_of(
             self.ref_model,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer or self.ref_model.tokenizer or getattr(self.gen_model, "tokenizer", None),
             template_kwargs=self.tokenizer_kwargs,
             history_key=self.history_key,
-            ids_of=self._gen.policy(collector) if isinstance(self._gen, FromCollector) else None,
+            ids_of=self._gen.policy(self._collector()) if isinstance(self._gen, FromCollector) else None,
         )
-        batch = read_batch(td, keys, assistant_only=self.assistant_only)
+
+    def _look_at_turns(self, td: TensorDictBase) -> None:
+        found = find_retokenized(td, self._keys())
+        self._turns = {"retokenized_turns": float(len(found))}
+        if found:
+            warnings.warn(
+                f"{len(found)} turns do not begin with the ids of the turn before them: its text was tokenized again, to other "
+                f"ids. Each turn is scored on the ids that it saw. The first: {found[0]}",
+                stacklevel=2,
+            )
+
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        collector = self._collector()
+        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
         ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
 
