@@ -91,7 +91,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(ROWS, st.sampled_from(["left", "right"]))
 def test_values_are_the_same_in_every_layout(rows, side):
     rows = ["." * left + "o" + tokens + "." * right for left, tokens, right in rows]
