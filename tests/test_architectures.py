@@ -199,5 +199,6 @@ def test_bfloat16_log_probs_are_no_worse_than_vllms_own(start_engine, tmp_path):
         results = start_engine(path, readout, requests, dtype="bfloat16").uncached
         error = torch.from_numpy(np.concatenate([r.values[:, 0] for r in results])).double() - truth
         rms[readout], largest[readout] = float(error.square().mean().sqrt()), float(error.abs().max())
-    assert rms["pooling"] <= 1.02 * rms["flat"]
-    assert largest["pooling"] <= 1.1 * largest["flat"]
+    assert rms["pooling"] <= rms["flat"]
+    # One token's, and made by the layers: that vLLM rounds logits, too, helps it as often as not.
+    assert largest["pooling"] <= 1.02 * largest["flat"]

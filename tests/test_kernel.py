@@ -98,6 +98,22 @@ class TestLogNormalizer:
         hidden[1, 0] = torch.nan
         assert kernel.log_normalizer(hidden, weight).isfinite().tolist() == [True, False, True]
 
+    def test_no_vocabulary_at_all_weighs_nothing(self):
+        """A rank's share under tensor parallelism."""
+        assert kernel.log_normalizer(torch.randn(3, 8), torch.empty(0, 8)).tolist() == [-torch.inf] * 3
+        ids, logits, _ = kernel.top_tokens(torch.randn(3, 8), torch.empty(0, 8), 5)
+        assert ids.shape == logits.shape == (3, 0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("temperature", [0.01, 1e-3, 1e-4])
+    def test_a_temperature_near_zero(self, dtype, temperature):
+        """Logits of ten thousands: a shift that 16 bits hold only coarsely."""
+        hidden, weight = make(300, 5000, spread=8.0, dtype=dtype)
+        best, _, normalizer = kernel.top_tokens(hidden, weight, 5, scale=1 / temperature)
+        logits = hidden.double() @ weight.double().T / temperature
+        assert torch.equal(best, logits.topk(5).indices)
+        torch.testing.assert_close(normalizer.double(), logits.logsumexp(-1), rtol=1e-6, atol=5e-3)
+
     @pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])
     @pytest.mark.parametrize("temperature", [1.0, 0.7])
     def test_bfloat16_is_ten_times_nearer_than_rounded_logits(self, spread, temperature):
@@ -122,7 +138,7 @@ class TestReduceSlice:
                     before, part = tile.clone(), tile[:, skipped:]
                     want = part.double().exp2().sum(1)
                     shift, sums = torch.randn(num_rows).mul(9).round(), torch.empty(num_rows)
-                    native.reduce_slice(part, shift, sums)
+                    native.reducer(dtype)(part, shift, sums, None, 0)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
                     assert torch.equal(part.float(), -shift[:, None].expand_as(part))
                     assert torch.equal(tile[:, :skipped], before[:, :skipped])
@@ -132,7 +148,7 @@ class TestReduceSlice:
         tile = torch.zeros(6, 64, dtype=dtype)
         tile[0, 3], tile[1, 4], tile[2, 5], tile[3, 6], tile[4, 7] = torch.nan, torch.inf, 1e30, 200, -1e30
         sums = torch.empty(6)
-        native.reduce_slice(tile, torch.zeros(6), sums)
+        native.reducer(dtype)(tile, torch.zeros(6), sums, None, 0)
         assert not (sums[:4] < 1e38).any()
         torch.testing.assert_close(sums[4:], torch.tensor([63.0, 64.0]))
 
@@ -141,7 +157,7 @@ class TestReduceSlice:
         logits = make(77, 1, hidden_size=1000, dtype=dtype)[0] * 8
         best, shift = Best.of(77, 9, logits.device), torch.arange(77.0) - 30
         for low in range(0, 1000, 300):
-            native.reduce_slice(logits[:, low : low + 300].clone(), shift, torch.empty(77), best, low)
+            native.reducer(dtype)(logits[:, low : low + 300].clone(), shift, torch.empty(77), best, low)
         values, order = best.values.sort(descending=True, stable=True)
         want = logits.float().topk(9).values
         assert torch.equal(values, want + shift[:, None])
@@ -191,7 +207,7 @@ class TestTopTokens:
         ids, _, _ = kernel.top_tokens(hidden, weight, 10)
         assert torch.equal(ids, in_float64(hidden, weight).topk(10).indices)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_peaked_rows_of_many_slices(self, dtype):
         hidden, weight = make(200, 20_000, dtype=dtype, spread=12.0)
         ids, logits, normalizer = kernel.top_tokens(hidden, weight, 20)
@@ -247,6 +263,12 @@ print((peak_kib() - before) / 1024)
         assert float(done.stdout) <= 64
         print(f"{float(done.stdout):.0f} MiB")
 
+    def test_row_blocks_shrink_with_the_best_tokens(self):
+        for top_k in (1, 20, 2000, 150_000):
+            largest = max(b.stop - b.start for b in kernel.row_blocks(5000, 64, top_k))
+            assert largest == 64 or 12 * largest * top_k <= 16 << 20
+        assert [*kernel.row_blocks(5000, 64, 1)] == [*kernel.row_blocks(5000, 64)]
+
     def test_products_have_few_shapes(self, monkeypatch):
         # oneDNN compiles each shape of a 16-bit product, and keeps it.
         monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype)
@@ -257,9 +279,18 @@ print((peak_kib() - before) / 1024)
         assert 0 < len(seen.shapes) <= 15
 
     def test_row_blocks_shrink_with_the_hidden_size(self):
-        for num_rows, hidden_size in [(0, 64), (1, 64), (5000, 512), (5000, 8192), (100, 1 << 22)]:
+        for num_rows, hidden_size in [
+            (0, 64),
+            (1, 64),
+            (5000, 512),
+            (5000, 8192),
+            (100, 1 << 22),
+            (4680, 896),
+            (4680, 3584),
+        ]:
             blocks = list(kernel.row_blocks(num_rows, hidden_size))
             assert sum(b.stop - b.start for b in blocks) == num_rows
+            assert len({b.stop - b.start for b in blocks[:-1]}) <= 1
             assert all((b.stop - b.start) * hidden_size <= max(kernel._MAX_HIDDEN, 64 * hidden_size) for b in blocks)
 
 

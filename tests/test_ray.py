@@ -96,11 +96,10 @@ def test_refusals(remote, make_reference):
 
 
 def test_closing_ends_the_actor_and_its_engine(remote):
-    here = psutil.Process().children()
     engines = [
         p
         for p in psutil.process_iter(["cmdline"])
-        if "vllm_kl.engines._child" in (p.info["cmdline"] or []) and p not in here
+        if "vllm_kl.engines._child" in (p.info["cmdline"] or []) and "ray::" in "".join(p.parent().cmdline())
     ]
     assert len(engines) == 1
     scorer = remote.ref_model.scorer

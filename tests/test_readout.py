@@ -289,8 +289,21 @@ class TestEngine:
                     raise ValueError("too many")
                 return [ScoreResult(values=np.zeros((1, 1), np.float32)) for _ in requests]
 
-        driver = _Blocking(Refusing())
+        class Particular(Refusing):
+            def score(self, requests, *, share_prefix):
+                if any(len(r.token_ids) > 2 for r in requests):
+                    raise errors.MissingLogProbError("NaN")
+                return super().score(requests, share_prefix=True)
+
+        driver = _Blocking(Particular())
         request = ScoreRequest(token_ids=np.array([1, 2], np.int32), start=1)
+        driver.submit("a", request, share_prefix=True)
+        driver.submit("b", dataclasses.replace(request, token_ids=np.array([1, 2, 3], np.int32)), share_prefix=True)
+        results = dict(driver.step())
+        assert isinstance(results["a"], ScoreResult)
+        assert isinstance(results["b"], errors.MissingLogProbError)
+
+        driver = _Blocking(Refusing())
         driver.submit("a", request, share_prefix=True)
         driver.submit("b", request, share_prefix=False)
         results = dict(driver.step())

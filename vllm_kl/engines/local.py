@@ -127,14 +127,20 @@ class _Blocking:
         waiting, self._waiting = self._waiting, []
         for share_prefix in (True, False):
             mine = [(key, request) for key, request, share in waiting if share is share_prefix]
-            if mine:
-                try:
-                    results = self._engine.score([request for _, request in mine], share_prefix=share_prefix)
-                except (VLLMKLError, ValueError) as error:  # what vLLM refuses is a ValueError; its engine goes on
-                    finished += [(key, EngineError(f"vLLM refused: {error}")) for key, _ in mine]
-                    continue
-                finished += [(key, result) for (key, _), result in zip(mine, results, strict=True)]
+            finished += self._score(mine, share_prefix) if mine else []
         return finished
+
+    def _score(
+        self, requests: list[tuple[Hashable, ScoreRequest]], share_prefix: bool
+    ) -> list[tuple[Hashable, ScoreResult | Exception]]:
+        keys = [key for key, _ in requests]
+        try:
+            results = self._engine.score([request for _, request in requests], share_prefix=share_prefix)
+        except (VLLMKLError, ValueError) as error:  # what vLLM refuses is a ValueError; its engine goes on
+            if len(requests) > 1:  # one caller's failure is not the others'
+                return [result for one in requests for result in self._score([one], share_prefix)]
+            return [(keys[0], error if isinstance(error, VLLMKLError) else EngineError(f"vLLM refused: {error}"))]
+        return list(zip(keys, results, strict=True))
 
     def cancel(self, keys: Sequence[Hashable]) -> None:
         gone = set(keys)

@@ -15,19 +15,24 @@ import torch
 class Best:
     """``C`` candidates per row, changed in place."""
 
-    values: torch.Tensor  # [N, C] float32, base 2; which entry is the worst is the business of whoever fills it
+    values: torch.Tensor  # [N, C] float32, in the unit of the logits; the order is the business of whoever fills it
     ids: torch.Tensor  # [N, C] int64
 
     @classmethod
     def of(cls, num_rows: int, num_candidates: int, device: torch.device) -> Best:
         shape = (num_rows, num_candidates)
-        return cls(torch.full(shape, -torch.inf, device=device), torch.zeros(shape, dtype=torch.long, device=device))
+        values = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
+        return cls(values, torch.zeros(shape, dtype=torch.long, device=device))
 
     def __getitem__(self, rows: slice) -> Best:
         return Best(self.values[rows], self.ids[rows])
 
+    def forget(self) -> None:
+        """Begin again."""
+        self.values.fill_(-torch.inf)
+
     def take(self, logits_N_S: torch.Tensor, shift_N: torch.Tensor | None, first_id: int) -> None:
-        """Take a slice of the vocabulary, from token ``first_id`` on: logits in base 2, less the row's shift.
+        """Take a slice of the vocabulary, from token ``first_id`` on: logits, less the row's shift if there is one.
 
         Keeps each row sorted, best first.
         """

@@ -39,6 +39,10 @@ _MAX_LOGITS_BYTES = 48 << 20
 _ROUNDING = 0.05
 
 
+# LoRA's wrappers of a model's LogitsProcessors, by the name of their module.
+Adapters = list[tuple[str, torch.nn.Module]]
+
+
 class Head(Protocol):
     """What the pooler asks of a head."""
 
@@ -65,9 +69,11 @@ class MatrixHead:
         scale = self.scale / temperature
         is_sharded = get_tensor_model_parallel_world_size() > 1
         if is_sharded:
-            local = ids_N_K - self.first_token
-            is_here = (local >= 0) & (local < self.num_tokens)
-            logits = kernel.token_logits(hidden_N_H, weight_V_H, local.clamp(0, self.num_tokens - 1)) * is_here
+            logits = torch.zeros(ids_N_K.shape, dtype=torch.float32, device=ids_N_K.device)
+            if self.num_tokens:  # a small vocabulary may leave a rank without any
+                local = ids_N_K - self.first_token
+                is_here = (local >= 0) & (local < self.num_tokens)
+                logits = kernel.token_logits(hidden_N_H, weight_V_H, local.clamp(0, self.num_tokens - 1)) * is_here
             logits = tensor_model_parallel_all_reduce(logits)
         else:
             logits = kernel.token_logits(hidden_N_H, weight_V_H, ids_N_K)
@@ -105,6 +111,7 @@ class ModelHead:
 
     model: torch.nn.Module
     vocab_size: int
+    adapters: Adapters
 
     def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
         values = hidden_N_H.new_full((len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32)
@@ -115,7 +122,7 @@ class ModelHead:
             hidden = hidden_N_H[rows]
             num_rows = len(hidden)
             # Products of few different heights: oneDNN compiles each.
-            with _base_weights(self.model):
+            with _base_weights(self.model, self.adapters):
                 logits = self.model.compute_logits(F.pad(hidden, (0, 0, 0, -num_rows % 16)))[:num_rows]
             log_probs = (logits.float() / temperature).log_softmax(-1)
             columns = [log_probs.gather(1, ids_N_K[rows])]
@@ -131,7 +138,8 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
     generator = torch.Generator().manual_seed(0)  # the same rows on every rank
     probe = torch.randn(6, hidden_states.shape[1], generator=generator) * torch.tensor([[0.2], [1], [1], [1], [5], [5]])
     probe = probe.to(hidden_states)
-    logits, call = _watch_logits(model, probe)
+    adapters = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "LogitsProcessorWithLoRA"]
+    logits, call = _watch_logits(model, probe, adapters)
     reason, head = _as_matrix(call, probe)
     if head is not None and not torch.equal(call.logits, logits):
         reason, head = "the model changes the logits after its LogitsProcessor", None
@@ -144,23 +152,22 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
             reason, head = "its logits are not those of its head's matrix", None
     if head is None:
         logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
-        return ModelHead(model, vocab_size=logits.shape[-1])
+        return ModelHead(model, logits.shape[-1], adapters)
     return head
 
 
 @contextlib.contextmanager
-def _base_weights(model: torch.nn.Module) -> Iterator[None]:
+def _base_weights(model: torch.nn.Module, adapters: Adapters) -> Iterator[None]:
     """Take LoRA's wrapper off the LogitsProcessor: requests here are the base model's.
 
     The wrapper knows which adapter each *sampled* row belongs to (``sampler_indices``), one row a request; ours are many.
     """
-    wrapped = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "LogitsProcessorWithLoRA"]
     try:
-        for name, module in wrapped:
+        for name, module in adapters:
             model.set_submodule(name, module.base_layer)
         yield
     finally:
-        for name, module in wrapped:
+        for name, module in adapters:
             model.set_submodule(name, module)
 
 
@@ -175,7 +182,9 @@ class _LogitsCall:
     bias: Any = None
 
 
-def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Tensor, _LogitsCall | None]:
+def _watch_logits(
+    model: torch.nn.Module, probe: torch.Tensor, adapters: Adapters
+) -> tuple[torch.Tensor, _LogitsCall | None]:
     """Run ``compute_logits``; return its logits and the one call it made."""
     calls: list[_LogitsCall] = []
 
@@ -195,7 +204,7 @@ def _watch_logits(model: torch.nn.Module, probe: torch.Tensor) -> tuple[torch.Te
     processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in processors]
     try:
-        with _base_weights(model):
+        with _base_weights(model, adapters):
             logits = model.compute_logits(probe)
     finally:
         for hook in hooks:

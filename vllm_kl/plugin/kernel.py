@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vllm_kl.plugin.best import Best
-from vllm_kl.plugin.native import reduce_slice, token_logits
+from vllm_kl.plugin.native import reducer, token_logits
 
 LOG2_E = math.log2(math.e)
 
@@ -57,6 +57,10 @@ _FIRST_COLUMNS = 64
 # Rows that are computed in float32 at a time, and elements of their hidden states: 4 MiB.
 _MAX_EXACT_ROWS = 512
 _MAX_EXACT_HIDDEN = 1 << 20
+# Candidates of a block, 12 bytes each.
+_MAX_CANDIDATES = 1 << 20
+# A shift further from 0 than this is too coarse in 16 bits: above 2 ** 12 it is off by up to 8 in bfloat16.
+_MAX_SHIFT = 2.0**12
 # Slices between two looks at the shift: a look costs as much as a pass over a tile.
 _MAX_STRETCH = 32
 # A slice with more than this many times the total that was expected is computed again with a new shift.
@@ -67,16 +71,18 @@ _GROWN = 4.0
 _SPARE_CANDIDATES = 8
 
 
-def row_blocks(num_rows: int, hidden_size: int) -> Iterator[slice]:
+def row_blocks(num_rows: int, hidden_size: int, top_k: int = 0) -> Iterator[slice]:
     """Yield the blocks of rows that are computed together: large enough for the product, small enough for the memory.
 
     They are of one size, since the product is slow on the few rows that a division by the largest size would leave, and
     all but the last need no padding.
     """
-    num_blocks = math.ceil(num_rows / max(64, min(_MAX_ROWS, _MAX_HIDDEN // hidden_size)))
-    step = _height(math.ceil(num_rows / max(1, num_blocks)))
-    for low in range(0, num_rows, step):
-        yield slice(low, min(num_rows, low + step))
+    limit = min(_MAX_ROWS, _MAX_HIDDEN // hidden_size)
+    if top_k:
+        limit = min(limit, _MAX_CANDIDATES // (top_k + _SPARE_CANDIDATES))
+    limit = _HEIGHTS[max(0, bisect.bisect_right(_HEIGHTS, limit) - 1)]
+    step = _height(math.ceil(num_rows / max(1, math.ceil(num_rows / limit))))
+    return _slices(num_rows, step)
 
 
 def log_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
@@ -110,16 +116,27 @@ def top_tokens(
 
 def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None) -> torch.Tensor:
     """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
-    walk = _walk_float32_products if hidden.is_cuda else _walk_shifted_products
-    return walk(hidden, weight, scale2, best)
+    if not len(weight):  # of this shard
+        return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+    if hidden.is_cuda:
+        return _walk_float32_products(hidden, weight, scale2, best)
+    walked = _walk_shifted_products(hidden, weight, scale2, best, product_dtype(hidden.dtype))
+    if walked is None:
+        if best is not None:
+            best.forget()
+        walked = _walk_shifted_products(hidden, weight, scale2, best, torch.float32)
+    return walked
 
 
 def _walk_shifted_products(
-    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None
-) -> torch.Tensor:
-    """On a CPU: the shift is subtracted inside the product; one pass over its results."""
+    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """On a CPU: the shift is subtracted inside the product; one pass over its results.
+
+    ``None`` if the logits are too large for products in ``dtype``: a temperature near 0.
+    """
     num_rows, vocab_size, hidden_size = len(hidden), len(weight), hidden.shape[1]
-    dtype = product_dtype(hidden.dtype)
+    reduce = reducer(dtype)
     height, width = _tile_shape(num_rows, vocab_size, hidden_size, dtype)
     num_exact = max(1, min(_MAX_EXACT_ROWS, _MAX_EXACT_HIDDEN // hidden_size))
     padded = _padded(hidden, height, dtype)
@@ -127,12 +144,13 @@ def _walk_shifted_products(
     tile[num_rows:] = 0
 
     done = min(vocab_size, _FIRST_COLUMNS)
-    shift, total = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.float64)  # total in units of 2 ** shift
+    shift = torch.empty(num_rows, dtype=torch.float32)
+    total = torch.empty(num_rows, dtype=torch.float64)  # in units of 2 ** shift
     for rows in _slices(num_rows, num_exact):
         logits = _float32_logits(hidden[rows], weight[:done], scale2)
         shift[rows] = _representable(logits.amax(1), dtype)
-        sums = torch.empty(len(logits))
-        reduce_slice(logits.sub_(shift[rows, None]), shift[rows], sums, None if best is None else best[rows])
+        sums = torch.empty(len(logits), dtype=torch.float32)
+        reduce(logits.sub_(shift[rows, None]), shift[rows], sums, None if best is None else best[rows], 0)
         total[rows] = sums.double()
 
     stretch = 1
@@ -144,13 +162,15 @@ def _walk_shifted_products(
             old, shift = shift, _representable(shift + expected.log2().float(), dtype)
             factor = torch.exp2((old - shift).double())
             total, expected = total * factor, expected * factor
-        masses = torch.empty(len(slices), num_rows)
+        if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
+            return None
+        masses = torch.empty(len(slices), num_rows, dtype=torch.float32)
         tile[:num_rows] = -shift[:, None]
         for columns, mass in zip(slices, masses, strict=True):
             # The last slice is as wide as the others, and begins among columns that are done.
             first = columns.stop - width
             tile.addmm_(padded, _widened(weight[first : columns.stop], dtype).T, alpha=scale2)
-            reduce_slice(tile[:num_rows, columns.start - first :], shift, mass, best, columns.start)
+            reduce(tile[:num_rows, columns.start - first :], shift, mass, best, columns.start)
         outweighs = ~(masses <= _OUTWEIGHS * expected)  # NaN and inf too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             for rows in torch.where(outweighs[i])[0].split(num_exact):
@@ -163,6 +183,8 @@ def _walk_shifted_products(
                 masses[i, rows] = exact.sub_(new[:, None]).exp2_().sum(1)
         total += masses.sum(0)
         done, stretch = slices[-1].stop, min(2 * stretch, _MAX_STRETCH)
+    if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
+        return None
     return (shift.double() + total.log2_()).float()
 
 
@@ -239,10 +261,12 @@ def _walk_float32_products(
 ) -> torch.Tensor:
     """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
     num_rows, vocab_size = len(hidden), len(weight)
-    columns = max(1024, _CUDA_TILE // num_rows)
-    tile = torch.empty(num_rows * min(columns, vocab_size), dtype=torch.float32, device=hidden.device)
-    top = torch.full((num_rows, 1), -torch.inf, device=hidden.device)
-    total = torch.zeros(num_rows, 1, device=hidden.device)
+    # Ranking makes copies of the tile. Slices of one size: a last one of a single column would be compiled by itself.
+    num_slices = math.ceil(vocab_size / max(1024, (_CUDA_TILE if best is None else _CUDA_TILE // 2) // num_rows))
+    columns = math.ceil(vocab_size / num_slices)
+    tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
+    top = torch.full((num_rows, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
+    total = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden.device)
     update = _fused_update()
     for low in range(0, vocab_size, columns):
         high = min(vocab_size, low + columns)

@@ -10,8 +10,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +23,16 @@ import vllm.envs
 from vllm_kl.plugin.best import Best
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+]
 # Named, not "native": a cache may be shared by machines.
 _FLAGS_OF = {
     "AVX512": ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
@@ -32,27 +44,38 @@ _ROWS = 512
 _MAX_GATHERED_BYTES = 8 << 20
 
 
-def reduce_slice(
-    tile_N_S: torch.Tensor, shift_N: torch.Tensor, sums_N: torch.Tensor, best: Best | None = None, first_id: int = 0
-) -> None:
-    """Write the sums of ``2 ** tile`` over each row, and fill the tile with ``-shift`` for the next product.
+Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Best | None", int], None]
 
-    Args:
-        tile_N_S: logits in base 2, less ``shift``. Rows may lie further apart than they are long.
-        shift_N: float32, whole numbers that the tile's dtype holds.
-        sums_N: float32, written.
-        best: takes the best tokens of the slice. One walk over the vocabulary is one dtype: it decides how they are kept.
-        first_id: token of the first column.
+
+def reducer(dtype: torch.dtype) -> Reduce:
+    """Return ``reduce(tile_N_S, shift_N, sums_N, best, first_id)`` for a walk over the vocabulary whose products are ``dtype``.
+
+    It writes the sums of ``2 ** tile`` over each row, and fills the tile with ``-shift`` for the next product:
+
+    - ``tile_N_S``: logits in base 2, less ``shift``; ``dtype`` or float32. Rows may lie further apart than they are long.
+    - ``shift_N``: float32, whole numbers that ``dtype`` holds. ``sums_N``: float32, written.
+    - ``best``: takes the best tokens of the slice, whose first column is token ``first_id``; or ``None``. One walk, one
+      reducer: each keeps candidates in an order of its own.
     """
-    library = _library()[0]
-    if library is not None and tile_N_S.dtype in _NAME_OF:
-        num_rows, num_columns = tile_N_S.shape
-        values, ids, num_best = (None, None, 0) if best is None else _pointers(best)
-        getattr(library, f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
-            *(tile_N_S.data_ptr(), tile_N_S.stride(0), shift_N.data_ptr(), sums_N.data_ptr(), num_rows, num_columns),
-            *(values, ids, num_best, first_id),
-        )
-        return
+    return _reduce_compiled if dtype in _NAME_OF and _library()[0] is not None else _reduce
+
+
+def _reduce_compiled(
+    tile_N_S: torch.Tensor, shift_N: torch.Tensor, sums_N: torch.Tensor, best: Best | None, first_id: int
+) -> None:
+    assert shift_N.dtype == sums_N.dtype == torch.float32
+    assert tile_N_S.stride(1) == 1
+    num_rows, num_columns = tile_N_S.shape
+    values, ids, num_best = (None, None, 0) if best is None else _pointers(best)
+    getattr(_library()[0], f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
+        *(tile_N_S.data_ptr(), tile_N_S.stride(0), shift_N.data_ptr(), sums_N.data_ptr(), num_rows, num_columns),
+        *(values, ids, num_best, first_id),
+    )
+
+
+def _reduce(
+    tile_N_S: torch.Tensor, shift_N: torch.Tensor, sums_N: torch.Tensor, best: Best | None, first_id: int
+) -> None:
     for low in range(0, len(tile_N_S), _ROWS):
         rows = slice(low, low + _ROWS)
         if best is not None:
@@ -65,7 +88,7 @@ def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: to
     """Return ``[N, K]`` float32 logits of K tokens per row, summed in float64, or pairwise in float32."""
     num_rows, num_ids = ids_N_K.shape
     hidden_size = hidden_N_H.shape[1]
-    logits = torch.empty(num_rows, num_ids, device=hidden_N_H.device)
+    logits = torch.empty(num_rows, num_ids, dtype=torch.float32, device=hidden_N_H.device)
     library = None if hidden_N_H.is_cuda else _library()[0]
     if library is not None and hidden_N_H.dtype in _NAME_OF and hidden_N_H.dtype == weight_V_H.dtype:
         hidden, weight, ids = hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K.contiguous()
@@ -110,11 +133,12 @@ def _build() -> Path:
     """Return the library, compiled unless the cache has it. Processes that do so at the same time do not meet."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     command = [*compiler, *_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([platform.machine(), *command]).encode()).hexdigest()[:16]
     library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"kernel-{key}.so")
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, str(_SOURCE), "-o", str(unfinished)], check=True, capture_output=True, text=True)
-        unfinished.replace(library)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            unfinished = Path(folder, library.name)
+            subprocess.run([*command, str(_SOURCE), "-o", str(unfinished)], check=True, capture_output=True, text=True)
+            unfinished.replace(library)
     return library

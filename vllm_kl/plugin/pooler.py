@@ -86,7 +86,7 @@ class LogProbPooler(Pooler):
             wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
         wanted = wanted.to(device)
         values = torch.empty(len(rows), readout.num_columns, dtype=torch.float32, device=device)
-        for block in row_blocks(len(rows), hidden_states.shape[1]):
+        for block in row_blocks(len(rows), hidden_states.shape[1], readout.top_k):
             values[block] = self._head.read(
                 hidden_states[rows[block]], wanted[block], top_k=readout.top_k, temperature=readout.temperature
             )
