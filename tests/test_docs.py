@@ -6,10 +6,12 @@ import doctest
 import importlib
 import pkgutil
 import re
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from tensordict import TensorDict
 
 import vllm_kl
@@ -57,6 +59,16 @@ def test_readme_examples_run(policy_path, ref_path, policy_llm, tmp_path, monkey
         exec(compile(block, str(README), "exec"), namespace)
     for name in ("scorer", "reference"):
         namespace[name].close()
+
+
+def test_the_lock_holds_everything_that_the_project_asks_for():
+    """Installed without resolving, so what it leaves out is missing, or there by accident."""
+    extras = ("", "cpu", "ray", "data", "plot", "test")
+    asked = [Requirement(line) for line in requires("vllm-kl")]
+    asked = [r for r in asked if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", README.with_name("requirements.lock").read_text(), flags=re.M))
+    missing = [str(r) for r in asked if r.name != "torch" and locked.get(r.name, "0") not in r.specifier]
+    assert not missing
 
 
 def test_modules_stay_small():
