@@ -136,8 +136,14 @@ class TestInACollector:
             RetrieveKL(make_gen("vllm"), make_reference(), audit=0.1)
         with pytest.raises(OptionError, match="audit has no effect with gen_log_probs='rescore'"):
             RetrieveKL("from_collector", make_reference(), gen_log_probs="rescore", audit=0.1)
-        with pytest.raises(OptionError, match=r"give audit to FromCollector\('auto'\), once"):
-            RetrieveKL(FromCollector(audit=0.1), make_reference(), audit=0.1)
+        with pytest.raises(OptionError, match=r"give on_drift to FromCollector\('auto'\), once"):
+            RetrieveKL(FromCollector(audit=0.1), make_reference(), on_drift="warn")
+
+    def test_each_transform_audits_for_itself(self, make_reference):
+        side = FromCollector(audit=0.5)
+        one, two = (RetrieveKL(side, make_reference()) for _ in range(2))
+        assert one._gen.audit is not two._gen.audit
+        assert one._gen.audit.fraction == 0.5
 
 
 def test_what_an_audit_finds_is_what_mismatch_finds():

@@ -125,6 +125,12 @@ def test_what_passes_a_known_limit_is_said_with_numbers():
         mismatch(*sides(0.01), limits={"ratio_max": (1.0, 1.001)}, num_worst=0)
 
 
+def test_rounding_is_no_mismatch():
+    for n in range(1, 200):
+        a = torch.full((1, n), -1.0)
+        assert not mismatch(a, a + 0.01, torch.ones(1, n)).exceeded
+
+
 def test_bad_input_is_refused_by_name():
     sampled, scored, masks = sides()
     with pytest.raises(InputError, match="the mask keeps no token"):
@@ -135,5 +141,7 @@ def test_bad_input_is_refused_by_name():
         mismatch(sampled, scored[1:], masks)
     with pytest.raises(MissingLogProbError, match="scorer_log_probs: sample 2, token"):
         mismatch(sampled, [*scored[:2], scored[2] * torch.nan, *scored[3:]], masks)
+    with pytest.raises(InputError, match=r"token_ids have lengths \[1, 1, 1, 1, 1\], the mask \[40,"):
+        mismatch(sampled, scored, masks, token_ids=[torch.zeros(1)] * 5)
     with pytest.raises(OptionError, match="limits on kl, but the figures are num_tokens"):
         mismatch(sampled, scored, masks, limits={"kl": (0, 1)})

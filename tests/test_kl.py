@@ -160,6 +160,8 @@ def test_bad_input_is_refused_by_name():
         kl_estimate(one, torch.zeros(2, 4), mask)
     with pytest.raises(InputError, match=r"sample 1: log_probs \[3\], ref_log_probs \[2\]"):
         kl_estimate(list(one), [one[0], one[1, :2]], list(mask))
+    with pytest.raises(InputError, match="must all be tensors, or all be lists"):
+        kl_estimate(one, list(one), mask)
     with pytest.raises(InputError, match="2, 1 and 2 samples"):
         kl_estimate(list(one), [one[0]], list(mask))
     with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 1, token 2 of 3"):

@@ -8,8 +8,8 @@ from tensordict import TensorDict
 from torchrl.data import AdaptiveKLController, ConstantKLController
 
 from tests.batches import dense_batch, ids_batch
-from vllm_kl import KLComputation, RetrieveKL, kl_estimate
-from vllm_kl.errors import MissingLogProbError, OptionError
+from vllm_kl import KLComputation, RetrieveKL, RetrieveLogProb, kl_estimate
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError
 from vllm_kl.kl import sequence_kl
 from vllm_kl.penalty import Coefficient
 
@@ -84,6 +84,20 @@ class TestCoefficient:
             for a, b in zip(batch.get("reward", as_list=True), before.get("reward", as_list=True), strict=True)
         )
 
+    def test_a_clone_has_a_coefficient_of_its_own(self):
+        transform = compute(coeff=1.0)
+        twin = transform.clone()
+        twin.coeff = 0.5
+        twin(step())
+        assert (transform.coeff, twin.metrics["coeff"], transform.metrics) == (1.0, 0.5, {})
+
+    def test_what_would_have_no_effect_is_refused(self):
+        for coeff in (lambda batch: 1.0, AdaptiveKLController(init_kl_coef=0.1, target=1, horizon=10)):
+            with pytest.raises(OptionError, match="no effect with add_to_reward=False"):
+                compute(coeff=coeff, add_to_reward=False)
+        with pytest.raises(OptionError, match="it cannot begin at 0"):
+            compute(coeff=AdaptiveKLController(init_kl_coef=0.0, target=1, horizon=10))
+
     def test_batches_that_failed_do_not_count(self):
         coefficient = Coefficient(lambda batch: batch)
         assert [coefficient.value(), coefficient.value()] == [0, 0]
@@ -102,7 +116,9 @@ class TestExtraEstimators:
 
     def test_two_results_under_one_key_are_refused(self):
         with pytest.raises(OptionError, match="two results would be written to one key"):
-            compute(kl_key="kl_k3", extra_estimators=("k2", "k3"), mask_key="kl_k2")
+            compute(kl_key="kl_k3", extra_estimators=("k2", "k3"))
+        with pytest.raises(OptionError, match="two results would be written to one key"):
+            compute(extra_estimators=("k3", "k3"))
         with pytest.raises(OptionError, match=r"such as \('k3',\)"):
             compute(extra_estimators="k3")
 
@@ -140,6 +156,13 @@ class TestMetrics:
             }
         )
 
+    def test_where_the_mask_is_not_known_tokens_are_not_counted(self):
+        """RetrieveLogProb's zeros outside its mask look like values."""
+        transform = compute()
+        batch = transform(step().exclude("kl_mask"))
+        assert sorted(transform.metrics) == ["coeff", "kl_k1_sequence_mean_nats"]
+        assert "kl_mask" not in batch.keys()
+
     def test_without_a_reward_there_is_no_coefficient(self):
         transform = compute(add_to_reward=False)
         assert transform(step()).get("reward", as_list=True)[0].tolist() == [1.0]
@@ -175,6 +198,36 @@ class TestMask:
         with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 0, token 2 of 4"):
             compute()(batch)
         assert "kl_penalty" not in batch.keys()
+
+    @pytest.mark.parametrize("pad_output", [False, True])
+    def test_torchrls_pipeline_of_three_transforms_counts_what_one_does(self, make_reference, make_gen, pad_output):
+        gen, ref = make_gen("vllm", pad_output=pad_output), make_reference(pad_output=pad_output)
+        one = RetrieveKL(gen, ref)
+        three = [RetrieveLogProb(gen), RetrieveLogProb(ref), KLComputation()]
+        batches = []
+        for transforms in ([one], three):
+            batch = dense_batch(self.IDS, self.PROMPTS, 0) if pad_output else ids_batch(self.IDS, self.PROMPTS)
+            for transform in transforms:
+                batch = transform(batch)
+            batches.append(batch)
+        for key in ("kl_penalty", "kl_mask"):
+            for a, b in zip(*(batch.get(key, as_list=True) for batch in batches), strict=True):
+                assert torch.equal(a, b)
+        assert one.metrics == three[-1].metrics
+        assert one.metrics["num_tokens"] == 4
+
+    def test_a_mask_of_other_log_probs_is_refused(self):
+        batch = step()
+        batch[0]["kl_mask"] = torch.tensor([False, True, False, True])
+        with pytest.raises(
+            InputError, match="sample 0, token 2: both sides have a log-prob, but kl_mask leaves it out"
+        ):
+            compute()(batch)
+        assert compute(mask_key=None)(batch).get("kl_penalty", as_list=True)[0][2] == -1.0
+        batch = step()
+        batch[1]["kl_mask"] = torch.tensor([True])
+        with pytest.raises(InputError, match=r"sample 1: kl_mask has shape \[1\], its log-probs \[3\]"):
+            compute()(batch)
 
     def test_no_key_no_mask(self):
         batch = step().exclude("kl_mask")

@@ -122,7 +122,9 @@ class TestTemplatesWithoutTags:
         assert set(td.keys(True)) == set(history_batch(chats=DIALOGS).keys(True))
 
     def test_it_is_said_that_another_template_is_used(self, make_reference, plain, pieces):
-        with pytest.warns(UserWarning, match="no {% generation %} tags, so TorchRL renders with a template of its own"):
+        with pytest.warns(
+            UserWarning, match="no {% generation %} tags .*so TorchRL renders with a template of its own"
+        ):
             td = RetrieveLogProb(make_reference(), tokenizer=plain)(history_batch(chats=DIALOGS))
         assert [len(row) for row in td.get(("ref_log_probs", "full"), as_list=True)] == [len(ids) for ids, _ in pieces]
 
@@ -168,6 +170,12 @@ class TestRetokenized:
     def test_a_new_dialog_in_the_same_row_is_none(self):
         td = turns_batch([[[1, 2, 3], [7, 8], [7, 8, 9]]], done=[[True, False, True]])
         assert find_retokenized(td, KEYS) == []
+
+    def test_rows_that_are_no_turns_are_left_alone(self):
+        """A group's responses to one prompt: nothing says that a dialog goes on."""
+        td = turns_batch([[[1, 2, 3], [1, 2, 4]]])
+        assert len(find_retokenized(td, KEYS)) == 1
+        assert find_retokenized(td.exclude("next"), KEYS) == []
 
     def test_without_ids_there_is_nothing_to_compare(self):
         assert find_retokenized(lazy_stack([TensorDict(a=torch.ones(2), batch_size=2)]), KEYS) == []

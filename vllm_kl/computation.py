@@ -32,7 +32,8 @@ class KLComputation(KLTransform):
         add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
         coeff, estimator, extra_estimators, clamp_log_ratio, clamp_output, direction: as :class:`RetrieveKL` takes them.
         padding_side: accepted as TorchRL's class does; rows are read and written as they are.
-        mask_key: the tokens that count, bool. Read if it is there, else made and written.
+        mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask: the tokens that count, bool. Read, never
+            written; without it ``metrics`` holds no means over tokens.
 
     Without a stored mask NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the
     other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where
@@ -74,7 +75,7 @@ class KLComputation(KLTransform):
     ) -> None:
         penalty = Penalty(
             kl_key=kl_key,
-            mask_key=mask_key,
+            mask_key=None,
             add_to_reward=add_to_reward,
             coeff=coeff,
             estimator=estimator,
@@ -88,6 +89,7 @@ class KLComputation(KLTransform):
             in_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *reward], out_keys=[*penalty.keys, *reward]
         )
         self.penalty = penalty
+        self.mask_key = mask_key
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
         self.padding_side = padding_side
@@ -100,10 +102,30 @@ class KLComputation(KLTransform):
                 f"tensordict has {sorted(map(str, next_td.keys()))}"
             )
         gen, ref = sides
-        stored = None if self.penalty.mask_key is None else rows_of(next_td, self.penalty.mask_key)
-        masks = [_scored(i, g, r) for i, (g, r) in enumerate(zip(gen, ref, strict=True))] if stored is None else stored
+        scored = [_scored(i, g, r) for i, (g, r) in enumerate(zip(gen, ref, strict=True))]
+        stored = None if self.mask_key is None else rows_of(next_td, self.mask_key)
+        if stored is not None:
+            self._check_mask(gen, ref, scored, stored)
         dense = _is_dense(next_td, self.gen_log_probs_full_key)
-        return self.penalty.write(next_td, gen, ref, masks, torch.stack if dense else list)
+        masks = scored if stored is None else stored
+        to_rows = torch.stack if dense and masks else list
+        return self.penalty.write(next_td, gen, ref, masks, to_rows, is_mask_known=stored is not None)
+
+    def _check_mask(
+        self, gen: list[torch.Tensor], ref: list[torch.Tensor], scored: list[torch.Tensor], stored: list[torch.Tensor]
+    ) -> None:
+        """Refuse a mask of other log-probs: it would hide a token that both sides scored."""
+        for i, (a, b, has_values, mask) in enumerate(zip(gen, ref, scored, stored, strict=True)):
+            if mask.shape != a.shape:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, its log-probs {list(a.shape)}"
+                )
+            hidden = has_values & (a != 0).cpu() & (b != 0).cpu() & ~mask.bool().cpu()
+            if hidden.any():
+                raise InputError(
+                    f"sample {i}, token {int(hidden.nonzero()[0])}: both sides have a log-prob, but {self.mask_key} leaves it out. "
+                    "The mask is of other log-probs: remove it, or pass mask_key=None."
+                )
 
 
 def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:

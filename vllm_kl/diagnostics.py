@@ -125,6 +125,12 @@ def mismatch(
     for i, (a, b, m) in enumerate(zip(*rows, strict=True)):
         check_same_shape(f"sample {i}: ", tuple(a.shape), tuple(b.shape), tuple(m.shape))
     keep = [row.bool().cpu() for row in rows[2]]
+    ids = None if token_ids is None else list(token_ids)
+    if ids is not None and [len(row) for row in ids] != [len(row) for row in rows[2]]:
+        raise InputError(
+            f"token_ids have lengths {[len(row) for row in ids]}, the mask {[len(row) for row in rows[2]]}: give the id of every "
+            "position"
+        )
     for name, side in (("log_probs", rows[0]), ("scorer_log_probs", rows[1])):
         check_finite(side, keep, what=name)
     sampled, scored = (
@@ -140,7 +146,7 @@ def mismatch(
         for name, (low, high) in limits.items()
         if not low <= metrics[name] <= high
     }
-    worst = _worst(*rows[:2], keep, None if token_ids is None else list(token_ids), tokenizer, num_worst)
+    worst = _worst(*rows[:2], keep, ids, tokenizer, num_worst)
     if exceeded:
         figures = "; ".join(f"{name} {text}" for name, text in exceeded.items())
         example = f" Worst: {worst[0]}." if worst else ""
@@ -171,7 +177,7 @@ def _metrics(sampled: list[torch.Tensor], scored: list[torch.Tensor]) -> dict[st
         "ratio_max": ratio.max(),
         "ratio_p99": ratio.sort().values[max(0, -(-99 * len(r) // 100) - 1)],  # torch.quantile refuses 2 ** 24 values
         "outside_0.9_1.1_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean(),
-        "effective_sample_size_fraction": ratio.sum().square() / (len(r) * ratio.square().sum()),
+        "effective_sample_size_fraction": (ratio.sum().square() / (len(r) * ratio.square().sum())).clamp(max=1),
         "log_perplexity_diff_nats": torch.stack([-row.mean() for row in per_sample if len(row)]).mean(),
     }
     return {name: float(value) for name, value in values.items()}

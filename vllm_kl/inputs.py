@@ -280,10 +280,13 @@ def _render(td: TensorDictBase, keys: InputKeys) -> tuple[list[torch.Tensor], li
     options.pop("return_tensors", None)
     template = options.get("chat_template")
     own_template = getattr(keys.tokenizer, "chat_template", None)
-    if template is None and options.get("chat_template_name") is None and own_template and not _has_tags(own_template):
+    if isinstance(own_template, dict):
+        own_template = own_template.get("default")
+    is_replaced = bool(own_template) and "{% generation %}" not in own_template  # these very letters: history.py, 0.14
+    if template is None and options.get("chat_template_name") is None and is_replaced:
         warnings.warn(
-            "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids may "
-            "differ from those that a policy saw. Store its ids, or pass the template to use: "
+            "the tokenizer's chat template has no {% generation %} tags (written in just this way), so TorchRL renders with a "
+            "template of its own: ids may differ from those that a policy saw. Store its ids, or pass the template to use: "
             "tokenizer_kwargs={'chat_template': ...}.",
             stacklevel=4,
         )

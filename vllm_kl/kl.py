@@ -102,6 +102,8 @@ def kl_estimate(
     check_estimator(estimator, direction, clamp_log_ratio, clamp_output)
     is_dense = isinstance(log_probs, torch.Tensor)
     sides = {"log_probs": log_probs, "ref_log_probs": ref_log_probs, "mask": mask}
+    if any(isinstance(side, torch.Tensor) != is_dense for side in sides.values()):
+        raise InputError("log_probs, ref_log_probs and mask must all be tensors, or all be lists of tensors")
     if is_dense:
         check_same_shape("", *(tuple(side.shape) for side in sides.values()), estimator)
         shape = mask.shape

@@ -6,6 +6,7 @@ logged are estimated in one pass over the same log-probs. It does not know where
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -26,9 +27,9 @@ class Coefficient:
     """How much of the KL is subtracted from the reward.
 
     Args:
-        coeff: a number; or a schedule, called with the number of batches written before this one; or a controller such
-            as ``torchrl.data.AdaptiveKLController(init_kl_coef=0.1, target=6.0, horizon=10_000)``, told every batch's KL,
-            summed over each sequence, which is what PPO's target is a target of.
+        coeff: a number; or a schedule, called with the number of times a KL was written before (batches; inside an env
+            its steps); or a controller such as ``torchrl.data.AdaptiveKLController(init_kl_coef=0.1, target=6.0,
+            horizon=10_000)``, told every batch's KL, summed over each sequence, which is what PPO's target is a target of.
 
     Raises:
         OptionError: a number that is negative, NaN or infinite, or nothing of these.
@@ -43,6 +44,8 @@ class Coefficient:
         self.given = coeff
         self._num_batches = 0
         self._is_controller = hasattr(coeff, "coef") and callable(getattr(coeff, "update", None))
+        if self._is_controller and not self._checked(coeff.coef):
+            raise OptionError("a controller changes its coefficient by a factor: it cannot begin at 0")
         if not self._is_controller and not callable(coeff):
             self._checked(coeff)
 
@@ -100,12 +103,17 @@ class Penalty:
         self._estimators = {kl_key: estimator} | {_beside(kl_key, f"kl_{name}"): name for name in extra_estimators}
         self.kl_key = kl_key
         self.mask_key = mask_key
+        if not add_to_reward and (callable(coeff) or hasattr(coeff, "update")):
+            raise OptionError("a schedule or a controller of coeff has no effect with add_to_reward=False")
         self.add_to_reward = add_to_reward
         self.coeff = coeff
         self.metrics: dict[str, float] = {}
         self._how = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output, "direction": direction}
-        if len({*self.keys}) < len(self.keys):
-            raise OptionError(f"two results would be written to one key: {', '.join(map(str, self.keys))}")
+        if len({*self.keys}) < 1 + len(extra_estimators) + (mask_key is not None):
+            raise OptionError(
+                f"two results would be written to one key: kl_key={kl_key!r}, mask_key={mask_key!r}, extra_estimators "
+                f"{', '.join(extra_estimators)}, each under kl_<name>"
+            )
 
     @property
     def coeff(self) -> Any:
@@ -130,6 +138,7 @@ class Penalty:
         to_rows: Callable[[list[torch.Tensor]], Rows],
         *,
         log_probs: dict[NestedKey, Rows] | None = None,
+        is_mask_known: bool = True,
     ) -> TensorDictBase:
         """Write everything, or nothing if anything is wrong; return the tensordict that has it.
 
@@ -138,6 +147,7 @@ class Penalty:
             gen, ref, keep: log-probs of both sides and the mask, B tensors ``[L]``.
             to_rows: gives B tensors ``[L]`` the layout in which they are written.
             log_probs: entries to write beside the KL, laid out.
+            is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
         """
         kl = {key: kl_estimate(gen, ref, keep, estimator=name, **self._how) for key, name in self._estimators.items()}
         coeff = self._coefficient.value() if self.add_to_reward else None
@@ -149,10 +159,12 @@ class Penalty:
             entries[self.mask_key] = to_rows([k.to(row.device) for k, row in zip(keep, gen, strict=True)])
         written = write_kl(next_td, entries, kl_key=self.kl_key, coeff=coeff, log_probs=log_probs)
         num_tokens = int(sum(k.sum() for k in keep))
-        self.metrics = {"num_tokens": float(num_tokens)}
+        self.metrics = {"num_tokens": float(num_tokens)} if is_mask_known else {}
         for name, per_sequence in sums.items():
-            self.metrics[f"kl_{name}_token_mean_nats"] = float(per_sequence.double().sum()) / max(1, num_tokens)
-            self.metrics[f"kl_{name}_sequence_mean_nats"] = float(per_sequence.double().mean())
+            total = float(per_sequence.double().sum())
+            if is_mask_known:
+                self.metrics[f"kl_{name}_token_mean_nats"] = total / max(1, num_tokens)
+            self.metrics[f"kl_{name}_sequence_mean_nats"] = total / max(1, len(per_sequence))
         if coeff is not None:
             self.metrics["coeff"] = coeff
             self._coefficient.observe(next(iter(sums.values())))
@@ -170,6 +182,11 @@ class KLTransform(NextTransform):
     """A transform with a :class:`Penalty`, which its constructor sets."""
 
     penalty: Penalty
+
+    def clone(self) -> KLTransform:
+        twin = super().clone()
+        twin.penalty = copy.deepcopy(self.penalty)  # torchrl's copies are shallow
+        return twin
 
     @property
     def coeff(self) -> Any:

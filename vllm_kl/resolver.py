@@ -160,8 +160,8 @@ class FromCollector:
         if isinstance(gen_model, FromCollector):
             if gen_log_probs not in ("auto", gen_model.gen_log_probs):
                 raise OptionError(f"gen_log_probs={gen_log_probs!r} contradicts {gen_model!r}; give it once")
-            if audit.get("audit"):
-                raise OptionError(f"give audit to {gen_model!r}, once")
+            if audit:
+                raise OptionError(f"give {', '.join(audit)} to {gen_model!r}, once")
             return gen_model
         if gen_model != "from_collector":
             raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
@@ -174,6 +174,7 @@ class FromCollector:
         """Return a copy that knows where recorded log-probs lie when no policy tells, and the ``pad_output`` to expect."""
         twin = copy.copy(self)
         twin._key, twin._pad_output = log_probs_full_key, pad_output
+        twin.audit = copy.deepcopy(self.audit)  # each transform audits for itself
         return twin
 
     def policy(self, collector: Any) -> LLMWrapperBase | None:

@@ -27,18 +27,17 @@ class NextTransform(Transform):
     @set_list_to_stack(True)
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         shape = tensordict.batch_size
+        self._look_at_turns(tensordict if len(shape) == 2 else None)
         if len(shape) == 1:
             return self._write(tensordict, next_tensordict)
-        if len(shape) == 2:
-            self._look_at_turns(tensordict)
         same = next_tensordict is tensordict
         flat = tensordict.reshape(-1) if len(shape) else lazy_stack([tensordict])
         flat_next = flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
         written = self._write(flat, flat_next)
         return written.view(shape) if len(shape) else written[0]
 
-    def _look_at_turns(self, td: TensorDictBase) -> None:
-        """See a batch ``[dialogs, turns]`` before it is taken as one-dimensional."""
+    def _look_at_turns(self, td: TensorDictBase | None) -> None:
+        """See a batch ``[dialogs, turns]`` before it is taken as one-dimensional; ``None`` if it is another."""
 
     @abstractmethod
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:

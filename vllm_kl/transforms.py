@@ -52,6 +52,7 @@ class RetrieveLogProb(NextTransform):
             device.
         tokenizer: used where the tensordict has no ids; default the model's.
         padding_side: where rows of different length are padded when ``model.pad_output``.
+        mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
 
@@ -77,12 +78,15 @@ class RetrieveLogProb(NextTransform):
         device: torch.device | None = None,
         tokenizer: Any = None,
         padding_side: PaddingSide = "left",
+        mask_key: NestedKey | None = "kl_mask",
     ) -> None:
         if log_probs_full_key is None:
             log_probs_full_key = (model.log_probs_key, "full")
         else:
             warn_unless_full(log_probs_full_key)
-        super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key])
+        masks = [] if mask_key is None else [mask_key]
+        super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key, *masks])
+        self.mask_key = mask_key
         check_side(model, assistant_only)
         self.log_probs_full_key = log_probs_full_key
         self.model = model if device is None else model.to(device)
@@ -97,11 +101,15 @@ class RetrieveLogProb(NextTransform):
         keys = keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
         batch = read_batch(td, keys, assistant_only=self.assistant_only)
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
-        rows = to_layout(values, batch, pad_output=self.model.pad_output, padding_side=self.padding_side)
-        return set_rows(next_td, self.log_probs_full_key, to_device(rows, td), LogProbs)
+        layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
+        rows, masks = (to_device(to_layout(side, batch, **layout), td) for side in (values, batch.keep))
+        next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
+        return next_td if self.mask_key is None else set_rows(next_td, self.mask_key, masks)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         declare(observation_spec, self.log_probs_full_key, LogProbs)
+        if self.mask_key is not None:
+            declare(observation_spec, self.mask_key, dtype=torch.bool)
         return observation_spec
 
 
@@ -129,8 +137,8 @@ class RetrieveKL(KLTransform):
         padding_side: where rows of different length are padded.
         kl_key: where the KL is written.
         add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
-        coeff: the KL's coefficient: a number, a schedule (called with the number of batches so far) or a controller such
-            as ``torchrl.data.AdaptiveKLController``, see :class:`~vllm_kl.penalty.Coefficient`.
+        coeff: the KL's coefficient: a number, a schedule (called with the number of batches, or of an env's steps, so far)
+            or a controller such as ``torchrl.data.AdaptiveKLController``, see :class:`~vllm_kl.penalty.Coefficient`.
         use_ray_service: keep the reference in a Ray actor, made there by ``ref_model_factory``; everything else stays
             in the caller.
         actor_name: name of that actor; one that exists is used again.
@@ -142,8 +150,8 @@ class RetrieveKL(KLTransform):
         gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see :class:`FromCollector`.
         audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
             the policy's engine and compared.
-        audit_tolerance: largest healthy mean difference, nats.
-        on_drift: ``"raise"`` or ``"warn"`` beyond it; see :class:`~vllm_kl.audit.Audit`.
+        audit_tolerance: largest healthy mean difference, nats; default 0.05.
+        on_drift: ``"raise"`` (the default) or ``"warn"`` beyond it; see :class:`~vllm_kl.audit.Audit`.
         num_cpus, num_gpus: resources of the Ray actor.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``. Outside the mask log-probs, KL
@@ -195,11 +203,13 @@ class RetrieveKL(KLTransform):
         clamp_output: float | None = None,
         direction: Direction = "reverse",
         mask_key: NestedKey | None = "kl_mask",
-        audit: float = 0.0,
-        audit_tolerance: float = 0.05,
-        on_drift: OnDrift = "raise",
+        audit: float | None = None,
+        audit_tolerance: float | None = None,
+        on_drift: OnDrift | None = None,
         **kwargs: Any,
     ) -> None:
+        auditing = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift}
+        auditing = {name: value for name, value in auditing.items() if value is not None}
         penalty = Penalty(
             kl_key=kl_key,
             mask_key=mask_key,
@@ -230,15 +240,13 @@ class RetrieveKL(KLTransform):
             raise OptionError(f"both sides would be written to {gen_log_probs_full_key}: give each a key of its own")
         from_collector: FromCollector | None = None
         if isinstance(gen_model, (str, FromCollector)):
-            from_collector = FromCollector.of(
-                gen_model, gen_log_probs, audit=audit, audit_tolerance=audit_tolerance, on_drift=on_drift
-            )
+            from_collector = FromCollector.of(gen_model, gen_log_probs, **auditing)
         else:
             if gen_log_probs == "reuse":
                 raise OptionError(
                     "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
                 )
-            if audit:
+            if auditing:
                 raise OptionError(
                     "audit has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
                 )
@@ -282,7 +290,8 @@ class RetrieveKL(KLTransform):
         """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
 
         - ``audit_...``: of the last audit;
-        - ``retokenized_turns``: of a batch ``[dialogs, turns]``, the turns whose ids do not begin with those of the turn
+        - ``retokenized_turns``: if it was a batch ``[dialogs, turns]`` (a ``postproc``, a collector's batch; an env sees single
+          turns), the turns whose ids do not begin with those of the turn
           before, see :mod:`vllm_kl.turns`.
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
@@ -298,7 +307,10 @@ class RetrieveKL(KLTransform):
             ids_of=self._gen.policy(self._collector()) if isinstance(self._gen, FromCollector) else None,
         )
 
-    def _look_at_turns(self, td: TensorDictBase) -> None:
+    def _look_at_turns(self, td: TensorDictBase | None) -> None:
+        self._turns = {}
+        if td is None:
+            return
         found = find_retokenized(td, self._keys())
         self._turns = {"retokenized_turns": float(len(found))}
         if found:

@@ -36,16 +36,17 @@ def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
     """Return the turns of a batch ``[dialogs, turns]`` that were tokenized to other ids than the turn before them had.
 
     Args:
-        td: as a collector yields it: ids and attention masks of every turn, ``("next", "done")`` where a dialog ended.
+        td: as a collector yields it: ids and attention masks of every turn, and ``("next", "done")``, which tells where a
+            dialog ended; without it rows may be anything (a group's responses), and nothing is reported.
         keys: where they lie.
     """
     found = []
     for i, dialog in enumerate(td.unbind(0)):
         turns = _real_ids(dialog, keys)
-        if turns is None:
-            return []
         done = dialog.get(("next", "done"), default=None)
-        ended = [False] * len(turns) if done is None else done.reshape(len(turns), -1).any(1).tolist()
+        if turns is None or done is None or not turns:
+            return []
+        ended = done.reshape(len(turns), -1).any(1).tolist()
         for t in range(1, len(turns)):
             if ended[t - 1]:
                 continue  # a new dialog begins
@@ -61,10 +62,10 @@ def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
 
 
 def _real_ids(dialog: TensorDictBase, keys: InputKeys) -> list[torch.Tensor] | None:
-    ids = rows_of(dialog, nested(keys.tokens_key, "full"))
+    ids = rows_of(dialog, nested(keys.tokens_key, "full")) if len(dialog) else []
     if ids is None:
         return None
-    attention = rows_of(dialog, nested(keys.masks_key, "all_attention_mask"))
+    attention = rows_of(dialog, nested(keys.masks_key, "all_attention_mask")) if len(dialog) else None
     if attention is None:
         return [row.cpu() for row in ids]
     return [row[mask.bool()].cpu() for row, mask in zip(ids, attention, strict=True)]
