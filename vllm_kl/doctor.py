@@ -110,7 +110,7 @@ def _hardware(has_gpu: bool) -> Iterator[Finding]:
         yield Finding(
             what="instruction set",
             status=Status.NOTE,
-            detail="no AVX-512: vLLM's CPU backend is slow or does not start",
+            detail="no AVX-512: 16-bit products are slow, use dtype='float32'",
         )
 
 
