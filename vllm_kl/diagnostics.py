@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from vllm_kl.alignment import check_finite
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.kl import check_same_shape
+from vllm_kl.kl import check_rows
 
 # Lowest and highest healthy value of a figure. 1.05 is NeMo RL's bound; half of the samples is verl's.
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -118,21 +117,13 @@ def mismatch(
     sample 0, token 1: -2.0000 sampled, -1.9000 scored
     """
     rows = [list(side) for side in (log_probs, scorer_log_probs, mask)]
-    if len({len(side) for side in rows}) != 1:
-        raise InputError(
-            f"log_probs, scorer_log_probs and mask have {len(rows[0])}, {len(rows[1])} and {len(rows[2])} samples"
-        )
-    for i, (a, b, m) in enumerate(zip(*rows, strict=True)):
-        check_same_shape(f"sample {i}: ", tuple(a.shape), tuple(b.shape), tuple(m.shape))
-    keep = [row.bool().cpu() for row in rows[2]]
+    keep = check_rows(dict(zip(("log_probs", "scorer_log_probs", "mask"), rows, strict=True)))
     ids = None if token_ids is None else list(token_ids)
     if ids is not None and [len(row) for row in ids] != [len(row) for row in rows[2]]:
         raise InputError(
             f"token_ids have lengths {[len(row) for row in ids]}, the mask {[len(row) for row in rows[2]]}: give the id of every "
             "position"
         )
-    for name, side in (("log_probs", rows[0]), ("scorer_log_probs", rows[1])):
-        check_finite(side, keep, what=name)
     sampled, scored = (
         [row.detach().cpu().double()[kept] for row, kept in zip(side, keep, strict=True)] for side in rows[:2]
     )

@@ -111,23 +111,13 @@ def kl_estimate(
         rows = [[*side.reshape(num_rows, *side.shape[len(shape) - 1 :])] for side in sides.values()]
     else:
         rows = [[*side] for side in sides.values()]
-        if len({len(side) for side in rows}) != 1:
-            raise InputError(
-                f"log_probs, ref_log_probs and mask have {len(rows[0])}, {len(rows[1])} and {len(rows[2])} samples"
-            )
-        for i, shapes in enumerate(zip(*([tuple(t.shape) for t in side] for side in rows), strict=True)):
-            check_same_shape(f"sample {i}: ", *shapes, estimator)
-    policy, ref = rows[:2]
-    keep = [row.bool().cpu() for row in rows[2]]
-    for name, side in (("log_probs", policy), ("ref_log_probs", ref)):
-        # One that is not finite stands for its row.
-        check_finite([row if row.dim() == 1 else row.detach().sum(-1) for row in side], keep, what=name)
+    keep = check_rows(dict(zip(sides, rows, strict=True)), estimator)
     bounds = (clamp_log_ratio, clamp_output)
     if is_dense:  # as one tensor: one graph
         dense = _estimate(log_probs, ref_log_probs, mask, estimator, direction, *bounds)
         check_finite([*dense.reshape(num_rows, shape[-1])], keep, what=f"KL {estimator}")
         return dense
-    kl = [_estimate(*row, estimator, direction, *bounds) for row in zip(policy, ref, keep, strict=True)]
+    kl = [_estimate(*row, estimator, direction, *bounds) for row in zip(*rows[:2], keep, strict=True)]
     check_finite(kl, keep, what=f"KL {estimator}")
     return kl
 
@@ -157,6 +147,28 @@ def sequence_kl(
         total = torch.where(kept, row.float(), 0.0).sum()
         rows.append(total / kept.sum().clamp(min=1) if reduction == "mean" else total)
     return torch.stack(rows) if rows else torch.empty(0)
+
+
+def check_rows(sides: dict[str, list[torch.Tensor]], estimator: str = "k1") -> list[torch.Tensor]:
+    """Return the masks, B bool CPU tensors ``[T]``; refuse rows that do not fit each other, or are not finite inside them.
+
+    Args:
+        sides: two sides' log-probs and the masks, each B rows, by the names that errors call them.
+    """
+    *scored, mask = sides.items()
+    counts = [len(rows) for rows in sides.values()]
+    if len(set(counts)) != 1:
+        *names, last = sides
+        raise InputError(
+            f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} samples"
+        )
+    for i, rows in enumerate(zip(*sides.values(), strict=True)):
+        check_same_shape(f"sample {i}: ", *(tuple(row.shape) for row in rows), estimator)
+    keep = [row.bool().cpu() for row in mask[1]]
+    for name, rows in scored:
+        # Of several log-probs a token, one that is not finite stands for all.
+        check_finite([row if row.dim() == 1 else row.detach().sum(-1) for row in rows], keep, what=name)
+    return keep
 
 
 def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:

@@ -179,9 +179,12 @@ class Penalty:
 
 
 class KLTransform(NextTransform):
-    """A transform with a :class:`Penalty`, which its constructor sets."""
+    """A transform with a :class:`Penalty`: reads and writes its keys, and the reward's, beside its own."""
 
-    penalty: Penalty
+    def __init__(self, penalty: Penalty, *, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
+        reward = ["reward"] if penalty.add_to_reward else []
+        super().__init__(in_keys=[*in_keys, *reward], out_keys=[*out_keys, *penalty.keys, *reward])
+        self.penalty = penalty
 
     def clone(self) -> KLTransform:
         twin = super().clone()

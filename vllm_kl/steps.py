@@ -27,7 +27,7 @@ class NextTransform(Transform):
     @set_list_to_stack(True)
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         shape = tensordict.batch_size
-        self._look_at_turns(tensordict if len(shape) == 2 else None)
+        self._look_at(tensordict)
         if len(shape) == 1:
             return self._write(tensordict, next_tensordict)
         same = next_tensordict is tensordict
@@ -36,8 +36,8 @@ class NextTransform(Transform):
         written = self._write(flat, flat_next)
         return written.view(shape) if len(shape) else written[0]
 
-    def _look_at_turns(self, td: TensorDictBase | None) -> None:
-        """See a batch ``[dialogs, turns]`` before it is taken as one-dimensional; ``None`` if it is another."""
+    def _look_at(self, td: TensorDictBase) -> None:
+        """See a batch before it is taken as one-dimensional."""
 
     @abstractmethod
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:

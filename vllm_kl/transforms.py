@@ -155,8 +155,7 @@ class RetrieveKL(KLTransform):
         num_cpus, num_gpus: resources of the Ray actor.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``. Outside the mask log-probs, KL
-    and the KL's share of the reward are exactly 0.0. ``metrics`` holds figures of the
-    last batch for a logger.
+    and the KL's share of the reward are exactly 0.0. ``metrics`` holds figures of the last batch for a logger.
 
     Raises:
         ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
@@ -259,13 +258,10 @@ class RetrieveKL(KLTransform):
             raise InputError(f"pad_output mismatch: {found}. Both sides of a KL share one value.")
         if device is not None:
             models = {name: model.to(device) for name, model in models.items()}
-        reward = ["reward"] if add_to_reward else []
         in_keys = [keys_of(model, history_key=history_key).key for model in models.values()]
         super().__init__(
-            in_keys=list(dict.fromkeys(in_keys)) + reward,
-            out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *penalty.keys, *reward],
+            penalty, in_keys=list(dict.fromkeys(in_keys)), out_keys=[gen_log_probs_full_key, ref_log_probs_full_key]
         )
-        self.penalty = penalty
         self._turns: dict[str, float] = {}
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
@@ -290,9 +286,8 @@ class RetrieveKL(KLTransform):
         """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
 
         - ``audit_...``: of the last audit;
-        - ``retokenized_turns``: if it was a batch ``[dialogs, turns]`` (a ``postproc``, a collector's batch; an env sees single
-          turns), the turns whose ids do not begin with those of the turn
-          before, see :mod:`vllm_kl.turns`.
+        - ``retokenized_turns``: if it was a batch ``[dialogs, turns]`` (a ``postproc``, a collector's batch; an env sees
+          single turns), the turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`.
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
@@ -307,9 +302,9 @@ class RetrieveKL(KLTransform):
             ids_of=self._gen.policy(self._collector()) if isinstance(self._gen, FromCollector) else None,
         )
 
-    def _look_at_turns(self, td: TensorDictBase | None) -> None:
+    def _look_at(self, td: TensorDictBase) -> None:
         self._turns = {}
-        if td is None:
+        if td.batch_dims != 2:
             return
         found = find_retokenized(td, self._keys())
         self._turns = {"retokenized_turns": float(len(found))}

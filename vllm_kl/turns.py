@@ -40,11 +40,13 @@ def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
             dialog ended; without it rows may be anything (a group's responses), and nothing is reported.
         keys: where they lie.
     """
-    found = []
+    found: list[Retokenized] = []
+    if not td.numel():
+        return found
     for i, dialog in enumerate(td.unbind(0)):
         turns = _real_ids(dialog, keys)
         done = dialog.get(("next", "done"), default=None)
-        if turns is None or done is None or not turns:
+        if turns is None or done is None:
             return []
         ended = done.reshape(len(turns), -1).any(1).tolist()
         for t in range(1, len(turns)):
@@ -62,10 +64,10 @@ def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
 
 
 def _real_ids(dialog: TensorDictBase, keys: InputKeys) -> list[torch.Tensor] | None:
-    ids = rows_of(dialog, nested(keys.tokens_key, "full")) if len(dialog) else []
+    ids = rows_of(dialog, nested(keys.tokens_key, "full"))
     if ids is None:
         return None
-    attention = rows_of(dialog, nested(keys.masks_key, "all_attention_mask")) if len(dialog) else None
+    attention = rows_of(dialog, nested(keys.masks_key, "all_attention_mask"))
     if attention is None:
         return [row.cpu() for row in ids]
     return [row[mask.bool()].cpu() for row, mask in zip(ids, attention, strict=True)]

@@ -29,8 +29,7 @@ inline std::uint32_t to_bits(float x) {
 inline float widen(bfloat16 x) { return from_bits(std::uint32_t(x) << 16); }
 inline float widen(float x) { return x; }
 
-inline void narrow(float x, bfloat16& to) { to = bfloat16(to_bits(x) >> 16); }  // exact for what bfloat16 holds
-inline void narrow(float x, float& to) { to = x; }
+inline bfloat16 narrow(float x) { return bfloat16(to_bits(x) >> 16); }  // exact for what bfloat16 holds
 
 // 2 ** x = 2 ** n * 2 ** f with n = round(x), |f| <= 1/2: a polynomial for 2 ** f, relative minimax, times the float whose
 // exponent is n. Relative error: 3e-6 for bfloat16, a thousandth of its own; 1e-7 for float. Below 2 ** -126 nothing is
@@ -62,8 +61,7 @@ inline float power_of_two(float x) {
 
 // Return the sum of 2 ** x over a row, which is then filled for the product that comes next.
 inline float sum_row(bfloat16* row, int64_t num_columns, float fill) {
-    bfloat16 narrow_fill;
-    narrow(fill, narrow_fill);
+    const bfloat16 narrow_fill = narrow(fill);
     float low = 0.0f, high = 0.0f;
     const auto take_one = [&](int64_t i) {
         low += power_of_two<bfloat16>(widen(row[i]));
