@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
 import torch
 from tensordict import TensorDict, lazy_stack
+from torch.utils.data import DataLoader
+from torchrl.envs import Transform
+from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import Masks, Tokens
 
 from tests.batches import history_batch, ids_batch
@@ -15,7 +20,7 @@ from tests.test_from_collector import NUM_ENVS, collect, make_env, make_policy  
 from vllm_kl import RetrieveKL, RetrieveLogProb
 from vllm_kl.errors import InputError
 from vllm_kl.inputs import InputKeys, _has_tags
-from vllm_kl.turns import find_retokenized
+from vllm_kl.turns import TurnWatch, find_retokenized
 
 KEYS = InputKeys(input_mode="history", key=("history", "full"))
 
@@ -180,30 +185,155 @@ class TestRetokenized:
     def test_without_ids_there_is_nothing_to_compare(self):
         assert find_retokenized(lazy_stack([TensorDict(a=torch.ones(2), batch_size=2)]), KEYS) == []
 
-    def test_it_is_counted_and_reported_where_a_batch_has_turns(self, make_env, make_policy, make_reference):  # noqa: F811
-        """A random model's bytes are often no text: the next turn reads other ids than were generated."""
+    def test_masks_that_do_not_fit_are_left_to_those_who_refuse_them(self, make_reference):
+        td = turns_batch([[[1, 2, 3], [1, 2, 3]]])
+        td[0, 1]["masks", "all_attention_mask"] = torch.ones(2, dtype=torch.bool)
+        with pytest.raises(InputError, match="sample 1: .*all_attention_mask.* has shape"):
+            RetrieveLogProb(make_reference(), assistant_only=False)(td)
+
+
+# A policy that only says these bytes. ASCII comes back as the ids that were sampled; 0xFF is in no text: it is decoded to U+FFFD,
+# and that is tokenized to its three bytes.
+SAYS = {"text": "ab", "no text": "\u00ff"}
+
+
+@pytest.fixture
+def policy_saying(make_policy, tokenizer):  # noqa: F811
+    def make(letters, **kwargs):
+        def factory():
+            policy = make_policy(generate_kwargs={"max_new_tokens": 5, "temperature": 1.0}, **kwargs)()
+            # TorchRL's wrapper drops what it does not know of generate_kwargs.
+            policy.sampling_params.allowed_token_ids = tokenizer.convert_tokens_to_ids(list(letters))
+            return policy
+
+        return factory
+
+    return make
+
+
+def caught_warnings(function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    return result, [str(w.message) for w in caught if "tokenized again" in str(w.message)]
+
+
+@pytest.mark.parametrize("says", SAYS)
+class TestDialogsOfTwoTurns:
+    def test_a_batch_of_turns_is_counted_and_reported(self, make_env, policy_saying, make_reference, says):  # noqa: F811
         batches = []
 
         def keep(data):
             batches.append(data)
             return data
 
-        collect(make_env(max_steps=2), make_policy(), turns=4 * NUM_ENVS, postproc=keep)
-        transform = RetrieveKL("from_collector", make_reference())
-        data = torch.cat([batch.to_lazystack(0) for batch in batches], dim=1)
-        plain = []
-        for row in data.unbind(0):
-            ids = row.get(("tokens", "full"), as_list=True)
-            ends = row["next", "done"].reshape(len(ids), -1).any(1)
-            plain += [
-                t
-                for t in range(1, len(ids))
-                if not ends[t - 1] and ids[t - 1].tolist() != ids[t].tolist()[: len(ids[t - 1])]
-            ]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            transform(data)
-        assert transform.metrics["retokenized_turns"] == len(plain)
-        said = [str(w.message) for w in caught if "tokenized again" in str(w.message)]
-        assert len(said) == bool(plain)
-        assert all("dialog" in text for text in said)
+        collect(make_env(max_steps=2), policy_saying(SAYS[says]), turns=4 * NUM_ENVS, postproc=keep)
+        data = torch.cat([batch.to_lazystack(0) for batch in batches], dim=1)  # two dialogs of two turns in a row
+        for transform in (RetrieveKL("from_collector", make_reference()), RetrieveLogProb(make_reference())):
+            _, said = caught_warnings(lambda transform=transform: transform(data.copy()))
+            differing = 2 * NUM_ENVS if says == "no text" else 0
+            assert transform.metrics["retokenized_turns"] == differing
+            assert len(said) == bool(differing)
+            assert all(f"{differing} turns do not begin" in text and "dialog 0, turn 1" in text for text in said)
+
+    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
+    @pytest.mark.parametrize("kind", [RetrieveKL, RetrieveLogProb])
+    def test_an_env_counts_and_reports_once(
+        self,
+        make_env,  # noqa: F811
+        policy_saying,
+        make_reference,
+        tokenizer,
+        says,
+        kind,
+        pad_output,
+    ):
+        args = ("from_collector",) if kind is RetrieveKL else ()
+        transform = kind(*args, make_reference(pad_output=pad_output))
+        env = make_env(max_steps=2).append_transform(transform)
+        policy = policy_saying(SAYS[says], pad_output=pad_output)
+        batches, said = caught_warnings(lambda: collect(env, policy, turns=4 * NUM_ENVS))
+        # Steps 1 and 3 begin dialogs: after a reset nothing is compared.
+        differs = says == "no text"
+        metrics = {name: value for name, value in transform.metrics.items() if "turns" in name}
+        assert metrics == {
+            "retokenized_turns": NUM_ENVS * differs,
+            "retokenized_turns_total": 2 * NUM_ENVS * differs,
+            "later_turns_total": 2 * NUM_ENVS,
+        }
+        assert len(said) == differs
+        if differs:
+            position = int(batches[0][0]["masks", "all_attention_mask"].sum()) - 5  # the first that was generated
+            was, now = tokenizer.convert_tokens_to_ids(["\u00ff", tokenizer.tokenize("\ufffd")[0]])
+            assert f"{NUM_ENVS} of the {NUM_ENVS} later turns" in said[0]
+            assert f"dialog 0, turn 1, token {position}: {was} became {now}." in said[0]
+
+
+class Ends(Transform):
+    """Ends the dialogs of some rows after every step."""
+
+    def __init__(self, *rows):
+        super().__init__()
+        self.rows = rows
+
+    def _step(self, tensordict, next_tensordict):
+        done = torch.zeros(*tensordict.batch_size, 1, dtype=torch.bool)
+        done[list(self.rows)] = True
+        return next_tensordict.set("done", done).set("terminated", done.clone())
+
+
+class TestTurnWatch:
+    def step(self, env, td, *sequences):
+        """Act as a policy that writes these ids, and go on to the next step."""
+        for sample, ids in zip(td.unbind(0), sequences, strict=True):
+            sample["tokens"] = Tokens(prompt=torch.tensor(ids[:1]), full=torch.tensor(ids))
+        return env.step_and_maybe_reset(td)[1]
+
+    def test_only_the_rows_that_were_reset_begin_anew(self, make_reference, tokenizer):
+        loader = DataLoader([{"query": "?"}], collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
+        env = ChatEnv.from_dataloader(loader, batch_size=(3,), repeats=1, input_mode="tokens", tokenizer=tokenizer)
+        transform = RetrieveLogProb(make_reference())
+        env = env.append_transform(Ends(1)).append_transform(transform)
+        td = self.step(env, env.reset(), [5, 6], [5, 6], [5, 6])
+        with pytest.warns(
+            UserWarning, match="1 of the 2 later turns .*The first: dialog 2, turn 1, token 1: 6 became 8."
+        ):
+            td = self.step(env, td, [5, 6, 7], [9, 9, 9], [5, 8, 7])
+        assert transform.metrics == {"retokenized_turns": 1, "retokenized_turns_total": 1, "later_turns_total": 2}
+        td = self.step(env, td, [5, 6, 7, 8], [1, 2, 3, 4], [5, 8, 7, 1])
+        td = self.step(env, td, [5, 6, 9], [3, 4, 5], [5, 8, 7])  # the fourth turn; said only once
+        assert transform.metrics == {"retokenized_turns": 2, "retokenized_turns_total": 3, "later_turns_total": 6}
+        self.step(env, env.reset(), [1, 2], [1, 2], [1, 2])
+        assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 3, "later_turns_total": 6}
+
+    def test_rows_that_cannot_be_told_apart_are_not_compared(self):
+        """``rollout(break_when_all_done=True)`` steps what is not done yet, and does not say which rows that are."""
+        watch = TurnWatch()
+        watch.update(ids_batch([[1, 2], [3, 4]]), KEYS)
+        watch.update(ids_batch([[3, 4, 5]]), KEYS)
+        assert watch.metrics["later_turns_total"] == 0
+        watch.update(ids_batch([[3, 4, 5, 6]]), KEYS)
+        assert watch.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
+
+    def test_what_others_do_to_their_batch_afterwards_is_not_seen(self):
+        watch = TurnWatch()
+        td = ids_batch([[1, 2]])
+        watch.update(td, KEYS)
+        td[0]["tokens", "full"].zero_()
+        watch.update(ids_batch([[1, 2, 3]]), KEYS)
+        assert watch.metrics["retokenized_turns"] == 0
+
+    @pytest.mark.parametrize("copied", ["clone", copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+    def test_copies_begin_anew(self, make_reference, copied):
+        watch = TurnWatch()
+        watch.update(ids_batch([[1, 2]]), KEYS)
+        if copied == "clone":
+            transform = RetrieveKL("from_collector", make_reference())
+            transform._turns = watch
+            twin = transform.clone()._turns
+        else:
+            twin = copied(watch)
+        twin.update(ids_batch([[7, 8]]), KEYS)
+        assert twin.metrics["later_turns_total"] == 0
+        with pytest.warns(UserWarning, match="dialog 0, turn 1, token 1: 2 became 3"):
+            watch.update(ids_batch([[1, 3]]), KEYS)

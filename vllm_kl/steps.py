@@ -1,17 +1,21 @@
-"""What all transforms share: a step, or a batch, as a one-dimensional batch; devices; the reward's spec."""
+"""What all transforms share: a step, or a batch, as a one-dimensional batch; dialogs of several turns; devices; the reward's
+spec.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
+from vllm_kl.inputs import InputKeys
 from vllm_kl.outputs import Rows, declare
 from vllm_kl.resolver import Side
+from vllm_kl.turns import TurnWatch
 from vllm_kl.types import TokenBatch
 
 
@@ -21,13 +25,16 @@ class NextTransform(Transform):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         next_td = tensordict.get("next", default=None)
         if next_td is None:
-            return self._step(tensordict, tensordict)
-        return tensordict.set("next", self._step(tensordict, next_td))
+            return self._flat_write(tensordict, tensordict)
+        return tensordict.set("next", self._flat_write(tensordict, next_td))
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        # Only an env comes here; batches come through forward.
+        return self._flat_write(tensordict, next_tensordict)
 
     @set_list_to_stack(True)
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+    def _flat_write(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         shape = tensordict.batch_size
-        self._look_at(tensordict)
         if len(shape) == 1:
             return self._write(tensordict, next_tensordict)
         same = next_tensordict is tensordict
@@ -35,9 +42,6 @@ class NextTransform(Transform):
         flat_next = flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
         written = self._write(flat, flat_next)
         return written.view(shape) if len(shape) else written[0]
-
-    def _look_at(self, td: TensorDictBase) -> None:
-        """See a batch before it is taken as one-dimensional."""
 
     @abstractmethod
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
@@ -54,6 +58,37 @@ class NextTransform(Transform):
         except AttributeError:  # not appended to anything
             return None
         return None if container is None else container.collector
+
+
+class TurnsTransform(NextTransform):
+    """A transform that reads ids, and tells where a later turn of a dialog does not begin with those of the turn before."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._turns = TurnWatch()
+
+    @abstractmethod
+    def _keys(self) -> InputKeys:
+        """Return where ids and masks lie."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self._turns.look_at_batch(tensordict, self._keys())
+        return super().forward(tensordict)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        flat = tensordict.reshape(-1) if tensordict.batch_dims else lazy_stack([tensordict])
+        self._turns.update(flat, self._keys())
+        return super()._step(tensordict, next_tensordict)
+
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        # Not in _reset: a data loader's primer takes the mask of a partial reset away before (torchrl 0.14).
+        self._turns.forget(None if tensordict is None else tensordict.get("_reset", default=None))
+        return super()._reset_env_preprocess(tensordict)
+
+    def clone(self) -> Self:
+        twin = super().clone()
+        twin._turns = TurnWatch()  # torchrl's copies are shallow
+        return twin
 
 
 def scores(

@@ -10,7 +10,6 @@ Nothing is written before everything is computed: after an error the tensordict 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,13 +29,12 @@ from vllm_kl.outputs import Rows, declare, set_rows
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
-from vllm_kl.steps import NextTransform, scores, to_device
-from vllm_kl.turns import find_retokenized
+from vllm_kl.steps import TurnsTransform, scores, to_device
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
 
-class RetrieveLogProb(NextTransform):
+class RetrieveLogProb(TurnsTransform):
     """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
 
     Args:
@@ -97,9 +95,16 @@ class RetrieveLogProb(NextTransform):
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self._side = ModelSide(self.model)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of re-tokenized turns, as :attr:`RetrieveKL.metrics` has them."""
+        return self._turns.metrics
+
+    def _keys(self) -> InputKeys:
+        return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
+
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        keys = keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
-        batch = read_batch(td, keys, assistant_only=self.assistant_only)
+        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (to_device(to_layout(side, batch, **layout), td) for side in (values, batch.keep))
@@ -113,7 +118,7 @@ class RetrieveLogProb(NextTransform):
         return observation_spec
 
 
-class RetrieveKL(KLTransform):
+class RetrieveKL(TurnsTransform, KLTransform):
     """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
 
     Args:
@@ -262,7 +267,6 @@ class RetrieveKL(KLTransform):
         super().__init__(
             penalty, in_keys=list(dict.fromkeys(in_keys)), out_keys=[gen_log_probs_full_key, ref_log_probs_full_key]
         )
-        self._turns: dict[str, float] = {}
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
         self.pad_output = pads["ref_model"]
@@ -286,12 +290,13 @@ class RetrieveKL(KLTransform):
         """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
 
         - ``audit_...``: of the last audit;
-        - ``retokenized_turns``: if it was a batch ``[dialogs, turns]`` (a ``postproc``, a collector's batch; an env sees
-          single turns), the turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`.
+        - ``retokenized_turns``: turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`: of a batch
+          ``[dialogs, turns]`` (a ``postproc``, a collector's batch), or of an env's last step; and in an env
+          ``retokenized_turns_total`` of ``later_turns_total``, all turns but each dialog's first, since it was made.
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
-        return {**self.penalty.metrics, **audit, **self._turns}
+        return {**self.penalty.metrics, **audit, **self._turns.metrics}
 
     def _keys(self) -> InputKeys:
         return keys_of(
@@ -301,19 +306,6 @@ class RetrieveKL(KLTransform):
             history_key=self.history_key,
             ids_of=self._gen.policy(self._collector()) if isinstance(self._gen, FromCollector) else None,
         )
-
-    def _look_at(self, td: TensorDictBase) -> None:
-        self._turns = {}
-        if td.batch_dims != 2:
-            return
-        found = find_retokenized(td, self._keys())
-        self._turns = {"retokenized_turns": float(len(found))}
-        if found:
-            warnings.warn(
-                f"{len(found)} turns do not begin with the ids of the turn before them: its text was tokenized again, to other "
-                f"ids. Each turn is scored on the ids that it saw. The first: {found[0]}",
-                stacklevel=2,
-            )
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         collector = self._collector()
