@@ -29,8 +29,9 @@ def examples():
 
 
 @pytest.mark.parametrize("test", list(examples()), ids=lambda test: test.name)
-def test_docstring_examples_run(test, ref_scorer, make_reference):
+def test_docstring_examples_run(test, ref_scorer, ref_model, make_reference):
     test.globs.update(torch=torch, TensorDict=TensorDict, scorer=ref_scorer, reference=make_reference())
+    test.globs["weights"] = ref_model.state_dict()
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
     output = []
     runner.run(test, out=output.append)

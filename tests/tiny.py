@@ -13,7 +13,7 @@ from vllm_kl.demo.task import make_tokenizer
 MAX_MODEL_LEN = 320
 
 
-def build(path: Path, *, seed: int, pad_is_eos: bool = False) -> Path:
+def build(path: Path, *, seed: int, pad_is_eos: bool = False, tie_word_embeddings: bool = False) -> Path:
     """Save a two-layer Qwen2 model and its byte-level tokenizer; return the folder."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -29,6 +29,7 @@ def build(path: Path, *, seed: int, pad_is_eos: bool = False) -> Path:
             num_key_value_heads=1,
             max_position_embeddings=512,
             initializer_range=0.12,
+            tie_word_embeddings=tie_word_embeddings,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -7,6 +7,9 @@
     ├── MissingLogProbError (ArithmeticError) the engine returned no usable number for a token
     ├── EngineError (RuntimeError)        the engine did not start, died or was closed
     ├── DriftError (ArithmeticError)      recorded log-probs are not those of the policy's engine
+    ├── WeightsError (RuntimeError)       new weights were refused, or could not be loaded; says which are serving
+    ├── FrozenError (ArithmeticError)     the numbers of a reference moved, which nobody asked for
+    ├── StaleError (ValueError)           tokens of an older policy version would be scored with newer weights
     └── CollectorError (RuntimeError)     ``from_collector`` found no collector, no policy or no recorded log-probs
 
 Each takes one message, so each survives pickling (a queue, Ray, a process pool).
@@ -18,11 +21,14 @@ __all__ = [
     "CollectorError",
     "DriftError",
     "EngineError",
+    "FrozenError",
     "InputError",
     "MissingLogProbError",
     "OptionError",
     "ReadoutUnavailableError",
+    "StaleError",
     "VLLMKLError",
+    "WeightsError",
 ]
 
 
@@ -56,3 +62,15 @@ class DriftError(VLLMKLError, ArithmeticError):
 
 class CollectorError(VLLMKLError, RuntimeError):
     """``from_collector`` found no collector, no policy or no recorded log-probs."""
+
+
+class WeightsError(VLLMKLError, RuntimeError):
+    """New weights were refused, or could not be loaded. Says which weights go on being served."""
+
+
+class FrozenError(VLLMKLError, ArithmeticError):
+    """A reference returns other numbers than it did: its weights, or what computes with them, moved."""
+
+
+class StaleError(VLLMKLError, ValueError):
+    """Tokens that an older version of the policy sampled would be scored with newer weights."""

@@ -6,6 +6,7 @@ It knows keys and layouts; the scorer does the scoring.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -155,6 +156,30 @@ class VLLMReference(LLMWrapperBase):
         if "pad_output" not in kwargs:
             current["layout"] = self.layout
         return type(self)(kwargs.pop("model", self.scorer), **{**current, **kwargs})
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights that serve; ``None`` where the scorer does not know."""
+        return getattr(self.scorer, "weight_version", None)
+
+    def refresh(self, source: Any, *, ema: float | None = None, version: int | None = None) -> int:
+        """Replace the weights on purpose; see :meth:`VLLMScorer.refresh`."""
+        return self._vllm_scorer("refresh").refresh(source, ema=ema, version=version)
+
+    def check_frozen(self, tolerance: float = 0.0) -> float:
+        """Prove that the weights have not moved; see :meth:`VLLMScorer.check_frozen`."""
+        return self._vllm_scorer("check_frozen").check_frozen(tolerance)
+
+    def asleep(self) -> contextlib.AbstractContextManager[None]:
+        """Give the engine's GPU memory to others for a while; see :meth:`VLLMScorer.asleep`."""
+        return self._vllm_scorer("asleep").asleep()
+
+    def _vllm_scorer(self, method: str) -> VLLMScorer:
+        if not hasattr(self.scorer, method):
+            raise OptionError(
+                f"{method} needs a VLLMScorer in this process, this reference has a {type(self.scorer).__name__}"
+            )
+        return self.scorer  # type: ignore[return-value]
 
     def close(self) -> None:
         """End the engine if this made it; a scorer that was passed in is left to its owner."""

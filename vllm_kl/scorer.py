@@ -10,26 +10,35 @@ It knows nothing of tensordicts, chat templates, masks or padding; those are ``i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import numbers
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from vllm_kl.batching import plan
+from vllm_kl.canary import Canary
+from vllm_kl.checkpoint import average, next_version, read
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.process import ProcessEngine
-from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.engines.weights import Weights
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.progress import show_progress
 from vllm_kl.requests import TokenIds, check_ids, check_requests, check_temperature
 from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
 
 logger = logging.getLogger("vllm_kl")
+
+# By how much log-probs with and without the prefix cache may differ, in nats: rounding in 16-bit layers. KV of other
+# weights is off by more.
+_CACHE_TOLERANCE = 0.25
 
 
 class VLLMScorer:
@@ -42,6 +51,8 @@ class VLLMScorer:
             speed; ``"token_ids"`` (a shared engine on a GPU) asks vLLM for the rows and tokens that are needed;
             ``"flat"`` works with every engine. ``"auto"`` takes the first of these that the engine supports, and says
             which in the log.
+        canary: remember what a fixed sequence scores when the engine starts, so that :meth:`check_frozen` can prove that the
+            weights did not move.
         share_prefix: let sequences share the KV of a common prefix. Always exact: a cache hit ends before the first
             row that is scored.
         temperature: log-probs are those of ``softmax(logits / temperature)``, as sampled at that temperature. vLLM's own
@@ -55,7 +66,6 @@ class VLLMScorer:
 
     Attributes:
         stats: figures of the last call, or ``None``.
-        weight_version: version of the engine's weights. 0: those it was started with; nothing here changes them.
 
     >>> # scorer = VLLMScorer("my-model", dtype="float32")
     >>> log_probs = scorer.score([[5, 6, 7, 8], [5, 6, 9]], start=2)
@@ -72,6 +82,7 @@ class VLLMScorer:
         readout: ReadoutName = "auto",
         share_prefix: bool = True,
         temperature: float = 1.0,
+        canary: bool = True,
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -80,12 +91,14 @@ class VLLMScorer:
             )
         self.share_prefix = share_prefix
         self.temperature = check_temperature(temperature)
-        self.weight_version = 0
         self.stats: ScoreStats | None = None
         self._engine: Engine = _make_engine(model, readout, engine_options)
+        self._canary = Canary(self._score_alone, self._engine.info)
         try:
             self._check_can(self.temperature)
-        except ReadoutUnavailableError:
+            if canary and self._engine is not model:
+                self._canary.check()
+        except BaseException:
             self.close()
             raise
         logger.info("vllm_kl: read-out %s", self.readout)
@@ -96,6 +109,26 @@ class VLLMScorer:
     def readout(self) -> str:
         """The read-out in use: ``"flat"``, ``"token_ids"`` or ``"pooling"``."""
         return self._engine.info.readout
+
+    @property
+    def weights(self) -> Weights:
+        """What the engine's weights can be asked, and told; see :mod:`vllm_kl.engines.weights`.
+
+        Raises:
+            WeightsError: the engine is one whose weights are not known here.
+        """
+        weights = getattr(self._engine, "weights", None)
+        if weights is None:
+            raise WeightsError(
+                f"nothing is known of the weights of a {type(self._engine).__name__} on this engine: an engine that the scorer "
+                "owns, or a vllm.LLM, can be asked"
+            )
+        return weights
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that serve now. 0: those that the engine was started with."""
+        return self.weights.version
 
     def score(
         self,
@@ -227,6 +260,12 @@ class VLLMScorer:
         values = [torch.empty(0, request.num_columns) for request in asked]
         for (i, request), result in zip(requests.items(), planned.restore(results), strict=True):
             values[i] = _checked(i, request, result)
+        versions = {result.weight_version for result in results}
+        if len(versions) > 1:
+            raise WeightsError(
+                f"the engine's weights changed during the call: versions {sorted(map(str, versions))}. Whoever updates them must "
+                "wait for it; push_weights() does"
+            )
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
         self.stats = ScoreStats(
@@ -237,8 +276,88 @@ class VLLMScorer:
             num_rescored=sum(r.rescored for r in results),
             readout=self.readout,
             wall_s=time.perf_counter() - began,
+            weight_version=versions.pop() if versions else None,
         )
         return values
+
+    def check_frozen(self, tolerance: float = 0.0) -> float:
+        """Prove that the weights of this version have not moved since they were first seen.
+
+        A fixed sequence is scored alone and uncached, and compared with what it scored when the engine started, or when
+        the version came by :meth:`refresh`.
+
+        Args:
+            tolerance: nats that a log-prob may differ. 0.0 asks for the same bits, which the same kernels give.
+
+        Returns:
+            The largest difference, nats.
+
+        Raises:
+            FrozenError: the numbers moved.
+
+        >>> scorer.check_frozen()
+        0.0
+        """
+        return self._canary.check(tolerance)
+
+    def refresh(self, source: Any, *, ema: float | None = None, version: int | None = None) -> int:
+        """Replace the reference's weights on purpose.
+
+        In this order: what is being scored is finished, the old weights prove that they are the old ones, the new ones are
+        checked and loaded, the prefix cache is emptied and proved empty, and the version is stamped.
+
+        Args:
+            source: a state dict in transformers' names, a module that has one, or the folder of a checkpoint.
+            ema: ``ema * old + (1 - ema) * source``, averaged in float32 in this process; ``None`` takes ``source`` as it is.
+            version: of the new weights; ``None`` is the next.
+
+        Returns:
+            The new :attr:`weight_version`.
+
+        Raises:
+            WeightsError: the source does not fit, or could not be loaded: the old weights go on being served. Or the engine
+                is shared with a policy, whose weights these are too.
+            FrozenError: the old weights had moved, or the cache still holds KV of the old ones.
+        """
+        if isinstance(self._engine, GenerateEngine):
+            raise WeightsError(
+                "this scorer shares its engine with whatever generates there: a refresh would change the policy as well. Use "
+                "push_weights(engine, ...) if that is what you want, or a scorer that owns its engine"
+            )
+        if ema is not None and not 0.0 < ema < 1.0:
+            raise OptionError(f"ema must lie between 0 and 1, got {ema!r}")
+        weights = self.weights
+        self.check_frozen()
+        state = weights.skeleton.checked(read(source) if isinstance(source, (str, os.PathLike)) else source)
+        if ema is not None:
+            state = average(weights.skeleton.checked(read(weights.source)), state, ema)
+        version = next_version(weights.version, version)
+        weights.load(weights.skeleton.write(state), version=version)
+        self._canary.check()
+        self._canary.check_cache(_CACHE_TOLERANCE)
+        return version
+
+    @contextlib.contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Give the engine's GPU memory to others while the block runs: ``with scorer.asleep(): train()``.
+
+        Its weights wait in the host's memory, its KV is dropped. The engine must have been made with
+        ``enable_sleep_mode=True``. On a CPU there is nothing to give: a warning says so, once.
+
+        Raises:
+            WeightsError: the engine cannot sleep.
+        """
+        if not self.weights.sleep():
+            warnings.warn("asleep() does nothing on a CPU: the engine has no GPU memory to give back", stacklevel=3)
+            yield
+            return
+        try:
+            yield
+        finally:
+            self.weights.wake_up()
+
+    def _score_alone(self, request: ScoreRequest, share_prefix: bool) -> ScoreResult:
+        return self._engine.score([request], share_prefix=share_prefix, alone=True)[0]
 
     def _check_can(self, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
         """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""

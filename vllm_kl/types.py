@@ -44,6 +44,7 @@ class ScoreResult:
     values: np.ndarray
     num_cached_tokens: int = 0  # tokens whose KV was read from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1
+    weight_version: int | None = None  # of the weights that made the values; None: not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,6 +79,9 @@ class ScoreStats:
     num_rescored: int  # sequences sent twice for exactness
     readout: str
     wall_s: float
+    weight_version: int | None = (
+        None  # of the weights that made the log-probs; None: not known, or nothing was computed
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,9 @@
 """The main program of an owned engine's process: ``python -m vllm_kl.engines._child FD OWNER_PID``.
 
-Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel". Answers with the same triple:
-"info", "results" of every step that finished some, or "error". It ends with its owner; see
-:mod:`vllm_kl.engines.process`.
+Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel", and the exclusive calls "load",
+"sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them.
+Answers with the same triple: "info", "results" of every step that finished some, "done", or "error". It ends with its owner;
+see :mod:`vllm_kl.engines.process`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from vllm_kl.checkpoint import Checkpoint
+from vllm_kl.engines.base import drive
 from vllm_kl.errors import EngineError, VLLMKLError
+from vllm_kl.types import ScoreRequest
+
+_EXCLUSIVE = frozenset({"start", "load", "sleep", "wake_up", "score alone"})
 
 
 def _end_with_owner(owner_pid: int, interval_s: float = 0.5) -> None:
@@ -52,29 +59,59 @@ class _Server:
         self._connection = connection
         self._driver: Any = None
         self._calls: dict[int, set[int]] = {}  # call -> its requests that are not finished
+        self._held: deque[tuple[int, str, Any]] = deque()  # calls that wait behind an exclusive one, itself first
 
     def run(self) -> None:
         while True:
             while self._connection.poll(0 if self._calls else None):
-                self._take(*self._connection.recv())
+                call = self._connection.recv()
+                if call[1] == "cancel":
+                    self._take(*call)
+                else:
+                    self._held.append(call)
+                self._take_held()
+            self._take_held()
             self._step()
 
-    def _take(self, call_id: int, kind: str, body: Any) -> None:
-        if kind == "start":
-            from vllm_kl.engines.local import start
+    def _take_held(self) -> None:
+        while self._held and not (self._calls and self._held[0][1] in _EXCLUSIVE):
+            self._take(*self._held.popleft())
 
+    def _take(self, call_id: int, kind: str, body: Any) -> None:
+        if kind in _EXCLUSIVE:
             try:
-                self._driver = start(**body)
+                answer = getattr(self, "_" + kind.replace(" ", "_"))(**body)
             except Exception as error:
                 self._answer(call_id, "error", _as_answer(error))
             else:
-                self._answer(call_id, "info", self._driver.info)
+                self._answer(call_id, *answer)
         elif kind == "score" and body["requests"]:
             self._calls[call_id] = set(range(len(body["requests"])))
             for n, request in enumerate(body["requests"]):
                 self._driver.submit((call_id, n), request, share_prefix=body["share_prefix"])
         elif kind == "cancel":
+            self._held = deque(call for call in self._held if call[0] != call_id)
             self._driver.cancel([(call_id, n) for n in self._calls.pop(call_id, ())])
+
+    def _start(self, **options: Any) -> tuple[str, Any]:
+        from vllm_kl.engines.local import start
+
+        self._driver = start(**options)
+        return "info", self._driver.info
+
+    def _load(self, folder: Path, version: int) -> tuple[str, Any]:
+        self._driver.weights.load(Checkpoint(folder), version=version)
+        return "done", None
+
+    def _sleep(self) -> tuple[str, Any]:
+        return "done", self._driver.weights.sleep()
+
+    def _wake_up(self) -> tuple[str, Any]:
+        self._driver.weights.wake_up()
+        return "done", None
+
+    def _score_alone(self, requests: list[ScoreRequest], share_prefix: bool) -> tuple[str, Any]:
+        return "results", list(enumerate(drive(self._driver, requests, share_prefix=share_prefix)))
 
     def _step(self) -> None:
         finished = defaultdict(list)

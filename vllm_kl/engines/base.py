@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
+from vllm_kl.engines.weights import Weights
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 OnDone = Callable[[int], None]  # told how many more requests are done
@@ -18,13 +19,20 @@ class Engine(Protocol):
     """What the scorer asks of an engine."""
 
     info: EngineInfo
+    weights: Weights | None  # None: nothing is known of them, and they cannot be changed from here
 
     def score(
-        self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_done: OnDone | None = None
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        share_prefix: bool,
+        on_done: OnDone | None = None,
+        alone: bool = False,
     ) -> list[ScoreResult]:
         """Return one result per request, in their order.
 
-        ``share_prefix`` allows reading the prefix cache; results must not depend on it beyond rounding.
+        ``share_prefix`` allows reading the prefix cache; results must not depend on it beyond rounding. ``alone`` keeps
+        other callers' requests out of the batches: the same requests then give the same bits.
         A row the engine has no number for is NaN.
         """
         ...
@@ -38,6 +46,7 @@ class Driver(Protocol):
     """An engine that is fed and stepped: what runs in an owned engine's process. Callers share its batches."""
 
     info: EngineInfo
+    weights: Weights
 
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
         """Take a request. Nothing is computed yet."""

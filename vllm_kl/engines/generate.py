@@ -16,21 +16,17 @@ an engine that also generates holds whole responses, and may hold KV of older we
 from __future__ import annotations
 
 import contextlib
-import threading
 import uuid
-import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from vllm_kl.engines.base import OnDone
+from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-
-# ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get each
-# other's results. One lock an engine, whoever scores with it.
-_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 class GenerateEngine:
@@ -66,7 +62,10 @@ class GenerateEngine:
                 f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
                 "'raw_logprobs', vLLM's default"
             )
-        self._lock = _LOCKS.setdefault(engine, threading.Lock()) if self._is_llm else contextlib.nullcontext()
+        # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
+        # each other's results.
+        self._lock = lock_of(llm_engine) if self._is_llm else contextlib.nullcontext()
+        self.weights = LiveWeights(llm_engine) if self._is_llm else None
         max_logprobs = getattr(config, "max_logprobs", -1)
         is_token_ids = readout != "flat" and not reason
         self.info = EngineInfo(
@@ -80,8 +79,18 @@ class GenerateEngine:
         self._readout = _TokenIds() if is_token_ids else _Flat()
 
     def score(
-        self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_done: OnDone | None = None
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        share_prefix: bool,
+        on_done: OnDone | None = None,
+        alone: bool = False,
     ) -> list[ScoreResult]:
+        with self._lock:  # always alone
+            version = None if self.weights is None else self.weights.version
+            return [replace(result, weight_version=version) for result in self._score(requests, share_prefix, on_done)]
+
+    def _score(self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: OnDone | None) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
         for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
             num_cached = output.num_cached_tokens or 0
@@ -120,9 +129,8 @@ class GenerateEngine:
             SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
             for r in requests
         ]
-        with self._lock:
-            # Without use_tqdm=False a vllm.LLM shows a progress bar.
-            return self._generate(prompts, params, use_tqdm=False)
+        # Without use_tqdm=False a vllm.LLM shows a progress bar.
+        return self._generate(prompts, params, use_tqdm=False)
 
 
 class _TokenIds:

@@ -117,6 +117,7 @@ class _Blocking:
     def __init__(self, engine: GenerateEngine) -> None:
         self._engine = engine
         self.info = engine.info
+        self.weights = engine.weights
         self._waiting: list[tuple[Hashable, ScoreRequest, bool]] = []
 
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:

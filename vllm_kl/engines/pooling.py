@@ -20,6 +20,7 @@ from vllm import PoolingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_kl.engines.weights import LiveWeights
 from vllm_kl.errors import EngineError
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.request import Readout, pack
@@ -38,6 +39,7 @@ class PoolingEngine:
 
     def __init__(self, engine: LLMEngine) -> None:
         self._core = engine.engine_core
+        self.weights = LiveWeights(engine)
         config = engine.vllm_config
         # More would only wait in the scheduler; what is hashed early keeps the first batch waiting.
         self._max_in_core = 2 * config.scheduler_config.max_num_seqs
@@ -58,6 +60,7 @@ class PoolingEngine:
         while self._waiting and len(self._in_core) < self._max_in_core:
             self._send(self._waiting.popleft())
         finished: list[tuple[Hashable, ScoreResult | Exception]] = []
+        version = self.weights.version
         for output in self._core.get_output().outputs if self._in_core else ():
             if output.request_id not in self._in_core or (output.pooling_output is None and not output.finished):
                 continue
@@ -71,7 +74,14 @@ class PoolingEngine:
                 self._send(job._replace(share_prefix=False, rescored=True))
                 continue
             num_cached = 0 if output.prefill_stats is None else output.prefill_stats.num_cached_tokens
-            finished.append((job.key, ScoreResult(values=values, num_cached_tokens=num_cached, rescored=job.rescored)))
+            finished.append(
+                (
+                    job.key,
+                    ScoreResult(
+                        values=values, num_cached_tokens=num_cached, rescored=job.rescored, weight_version=version
+                    ),
+                )
+            )
         return finished
 
     def cancel(self, keys: Sequence[Hashable]) -> None:

@@ -15,6 +15,7 @@ Life and death: the child leads a process group of its own, which holds every pr
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import pickle
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 
+from vllm_kl.checkpoint import Checkpoint, Skeleton
 from vllm_kl.engines.base import OnDone
 from vllm_kl.errors import EngineError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
@@ -82,6 +84,7 @@ class ProcessEngine:
     info: EngineInfo
 
     def __init__(self, model: str, *, readout: str, options: dict[str, Any]) -> None:
+        self.weights: _OwnedWeights | None = None
         ours, theirs = socket.socketpair()
         with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
             self._log = Path(log.name)
@@ -103,6 +106,7 @@ class ProcessEngine:
         except BaseException:
             self.close()
             raise
+        self.weights = _OwnedWeights(self, model, options)
 
     @property
     def pid(self) -> int:
@@ -110,11 +114,16 @@ class ProcessEngine:
         return self._process.pid
 
     def score(
-        self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_done: OnDone | None = None
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        share_prefix: bool,
+        on_done: OnDone | None = None,
+        alone: bool = False,
     ) -> list[ScoreResult]:
         results: dict[int, ScoreResult] = {}
         body = {"requests": list(requests), "share_prefix": share_prefix}
-        with self._call("score", body) as answers:
+        with self._call("score alone" if alone else "score", body) as answers:
             while len(results) < len(requests):
                 finished = next(answers)
                 results.update(finished)
@@ -122,8 +131,20 @@ class ProcessEngine:
                     on_done(len(finished))
         return [results[n] for n in range(len(requests))]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the child lives."""
+        return self._finalizer.alive
+
     def close(self) -> None:
         self._finalizer()
+        if self.weights is not None:
+            self.weights.release()
+
+    def ask(self, kind: str, **body: Any) -> Any:
+        """Make a call that the child answers once."""
+        with self._call(kind, body) as answers:
+            return next(answers)
 
     @contextlib.contextmanager
     def _call(self, kind: str, body: Any) -> Iterator[Iterator[Any]]:
@@ -153,6 +174,53 @@ class ProcessEngine:
         with contextlib.suppress(OSError):
             return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
         return "(no log)"
+
+
+class _OwnedWeights:
+    """The weights of the engine in the child. What was pushed is kept, in shared memory: a push that fails is taken back."""
+
+    def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any]) -> None:
+        self._engine = weakref.proxy(engine)
+        self._model = model
+        self._options = options
+        self._checkpoint: Checkpoint | None = None
+        self.version = 0
+
+    @functools.cached_property
+    def skeleton(self) -> Skeleton:
+        return Skeleton(
+            self._model,
+            trust_remote_code=self._options.get("trust_remote_code", False),
+            hf_overrides=self._options.get("hf_overrides"),
+        )
+
+    @property
+    def source(self) -> str:
+        return self._model if self._checkpoint is None else str(self._checkpoint.folder)
+
+    def load(self, checkpoint: Checkpoint, *, version: int) -> None:
+        try:
+            self._engine.ask("load", folder=checkpoint.folder, version=version)
+        except EngineError as error:
+            if self._engine.is_open:
+                raise
+            raise EngineError(
+                f"while version {version} was being loaded: {error}\nNothing serves any more; the last that did was version "
+                f"{self.version}"
+            ) from error
+        self._checkpoint = checkpoint
+        self.version = version
+
+    def release(self) -> None:
+        """Give back the memory of what was pushed."""
+        if self._checkpoint is not None:
+            self._checkpoint.delete()
+
+    def sleep(self) -> bool:
+        return self._engine.ask("sleep")
+
+    def wake_up(self) -> None:
+        self._engine.ask("wake_up")
 
 
 class _Calls:

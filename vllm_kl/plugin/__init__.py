@@ -8,6 +8,7 @@
     kernel    the fused sum over the vocabulary
     native    its inner loop on a CPU, compiled where there is a compiler
     cap       prefix-cache hits end before the first scored row
+    weights   new weights for a live model, in every worker
 
 Nothing here changes an engine, or a request, that does not come from this package.
 """
@@ -30,11 +31,12 @@ def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
     import vllm
 
-    from vllm_kl.plugin import cap, models
+    from vllm_kl.plugin import cap, models, weights
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
     if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         cap.install()
+        weights.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
 
@@ -43,7 +45,7 @@ def enable(base_architecture: str) -> str:
     """Make an architecture loadable for scoring, here and in processes started from here; return its name."""
     import vllm
 
-    from vllm_kl.plugin import cap, models
+    from vllm_kl.plugin import cap, models, weights
 
     if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -57,4 +59,5 @@ def enable(base_architecture: str) -> str:
         allowed = os.environ["VLLM_PLUGINS"].split(",")
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "vllm_kl"]))
     cap.install()
+    weights.install()
     return models.register(base_architecture)

@@ -1,0 +1,209 @@
+"""A trainer's weights as a checkpoint that a vLLM engine can load: checked against the model, written to shared memory.
+
+transformers does the writing: its ``save_pretrained`` knows tied weights, shards, and the names that a checkpoint on disk
+has where the model's own differ. The skeleton of the model (no memory: the ``meta`` device) says which tensors there must be.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tensordict import TensorDictBase
+
+from vllm_kl.errors import WeightsError
+
+StateDict = Mapping[str, torch.Tensor]
+
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "vllm_kl_weights"
+
+
+class Checkpoint:
+    """A folder of weights. One that was made here is deleted when nobody holds it any more."""
+
+    def __init__(self, folder: Path, *, is_ours: bool = False) -> None:
+        self.folder = folder
+        self._delete = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True) if is_ours else None
+
+    def delete(self) -> None:
+        """Delete the folder now, if it was made here."""
+        if self._delete is not None:
+            self._delete()
+
+
+class Skeleton:
+    """What a model's state dict must hold.
+
+    Args:
+        model: path or name of the engine's model.
+        trust_remote_code, hf_overrides: as the engine has them.
+
+    Raises:
+        WeightsError: transformers has no causal language model for it.
+    """
+
+    def __init__(self, model: str, *, trust_remote_code: bool = False, hf_overrides: Any = None) -> None:
+        try:
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            config.update(hf_overrides if isinstance(hf_overrides, dict) else {})
+            with torch.device("meta"):
+                self._model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"transformers cannot say which weights {model!r} has ({error}): only models that AutoModelForCausalLM knows can "
+                "be updated from a state dict"
+            ) from error
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        # TensorDict.from_module gives these as well; no checkpoint holds them.
+        self._computed = {name for name, _ in self._model.named_buffers()} - self._shapes.keys()
+        self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
+
+    def checked(self, source: Any) -> dict[str, torch.Tensor]:
+        """Return the tensors of a state dict, detached, or refuse it.
+
+        Args:
+            source: a state dict in transformers' names, a tensordict of one, or a module that has one. Tied weights may be
+                left out.
+
+        Raises:
+            WeightsError: missing, extra or misshapen tensors, numbers that are not finite, tied weights that differ. Names
+                them. Nothing was sent.
+        """
+        given = {name: tensor for name, tensor in as_state_dict(source).items() if name not in self._computed}
+        missing = sorted(self._shapes.keys() - given.keys() - self._tied.keys())
+        extra = sorted(given.keys() - self._shapes.keys())
+        if missing or extra:
+            hint = (
+                " These are names of a PEFT model: pass merge_and_unload().state_dict()."
+                if any(name.startswith("base_model.model.") for name in extra)
+                else ""
+            )
+            raise WeightsError(
+                f"the state dict is not that of the engine's model: missing {_list(missing)}, unknown {_list(extra)}.{hint} "
+                "Expected the names of transformers' state_dict()"
+            )
+        for name, tensor in given.items():
+            if tuple(tensor.shape) != self._shapes[name]:
+                raise WeightsError(f"{name}: got shape {list(tensor.shape)}, expected {list(self._shapes[name])}")
+            if not tensor.isfinite().all():
+                bad = int((~tensor.isfinite()).sum())
+                raise WeightsError(
+                    f"{name}: {bad} of {tensor.numel()} numbers are not finite. Training has diverged; the engine was left alone"
+                )
+        for name, other in self._tied.items():
+            if name not in given:
+                continue
+            same = given[name].data_ptr() == given[other].data_ptr()
+            if not same and not torch.equal(given[name], given[other]):
+                raise WeightsError(f"{name} and {other} are tied in the engine's model, but differ here")
+            given.pop(name)
+        return given
+
+    def write(self, state: StateDict) -> Checkpoint:
+        """Write checked tensors where every process of this machine can map them: shared memory, if they fit."""
+        size_bytes = sum(t.numel() * t.element_size() for t in state.values())
+        folder = _new_folder(size_bytes)
+        checkpoint = Checkpoint(folder, is_ours=True)  # deletes it, too, when writing fails
+        with _no_bars():
+            self._model.save_pretrained(folder, state_dict=dict(state), max_shard_size=size_bytes + 1)
+        return checkpoint
+
+
+def as_state_dict(source: Any) -> dict[str, torch.Tensor]:
+    """Return the named tensors of a mapping, a tensordict, a module or a TorchRL wrapper of one; detached, gathered."""
+    if isinstance(source, TensorDictBase):
+        source = dict(source.flatten_keys(".").items())
+    elif isinstance(source, torch.nn.Module):
+        is_wrapper = not isinstance(source, transformers.PreTrainedModel)  # TorchRL's TransformersWrapper
+        inner = getattr(source, "model", None)
+        source = (inner if is_wrapper and isinstance(inner, torch.nn.Module) else source).state_dict()
+    if not isinstance(source, Mapping):
+        raise WeightsError(f"expected a state dict, a tensordict or a module, got {type(source).__name__}")
+    for name, tensor in source.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    # Shards of FSDP have full_tensor(), which every rank must call.
+    return {str(k): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for k, t in source.items()}
+
+
+def read(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
+    """Return the state dict of a checkpoint, in float32.
+
+    Raises:
+        WeightsError: there is none, or transformers cannot read it.
+    """
+    try:
+        with _no_bars():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{os.fspath(folder)!r} is no checkpoint that transformers can read: {error}") from error
+    return as_state_dict(model)
+
+
+def average(old: StateDict, new: StateDict, decay: float) -> dict[str, torch.Tensor]:
+    """Return ``decay * old + (1 - decay) * new``, in float32; tensors that are not floating are the new ones."""
+    return {
+        name: old[name].float().lerp(tensor.to(old[name].device).float(), 1 - decay)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in new.items()
+    }
+
+
+def next_version(current: int, version: int | None) -> int:
+    """Return the version of new weights: the one that is asked for, or the next.
+
+    Raises:
+        WeightsError: it is not above the one that serves: versions are compared to tell old tokens from new weights.
+    """
+    if version is None:
+        return current + 1
+    if isinstance(version, bool) or not isinstance(version, int) or version <= current:
+        raise WeightsError(f"version={version!r}: expected an int above {current}, the version that serves")
+    return version
+
+
+def _list(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _new_folder(size_bytes: int) -> Path:
+    parent = Path(tempfile.gettempdir())
+    if _SHARED_MEMORY.is_dir():
+        _remove_orphans()
+        if shutil.disk_usage(_SHARED_MEMORY).free > 1.05 * size_bytes:
+            parent = _SHARED_MEMORY
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}_{os.getpid()}_", dir=parent))
+
+
+def _remove_orphans() -> None:
+    """Remove what processes left that were killed: their folders hold memory until somebody does."""
+    for folder in _SHARED_MEMORY.glob(f"{_PREFIX}_*"):
+        pid = folder.name.removeprefix(f"{_PREFIX}_").partition("_")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    bars = transformers.utils.logging
+    was_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            bars.enable_progress_bar()

@@ -1,0 +1,263 @@
+"""The weights of a live engine: which version serves, and how another takes its place.
+
+    checkpoint (checked, in shared memory) -> every worker loads it (plugin/weights.py) -> prefix cache emptied
+        -> version stamped (vLLM's own ``weight_version``)
+
+A load that fails is taken back: the workers load what served before, and the version stays.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Protocol
+
+from vllm_kl.checkpoint import Checkpoint, Skeleton
+from vllm_kl.errors import WeightsError
+
+# vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
+_INITIAL = "default"
+_UNKNOWN = "unknown"
+
+# What to do with an engine, one call at a time, and what the calls returned.
+Steps = Generator[tuple[Any, ...], Any, None]
+
+
+class Weights(Protocol):
+    """What can be asked of an engine's weights."""
+
+    @property
+    def version(self) -> int:
+        """The version that serves; 0: those that the engine was started with."""
+        ...
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """What a state dict for this engine must hold."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The checkpoint that serves: a folder, or the model's path or name."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, *, version: int) -> None:
+        """Serve a checkpoint instead, when what is being computed is done.
+
+        Raises:
+            WeightsError: it could not be loaded; the old weights and their version go on serving.
+        """
+        ...
+
+    def sleep(self) -> bool:
+        """Give the engine's GPU memory back until :meth:`wake_up`; return whether there was anything to give."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take the memory again."""
+        ...
+
+
+class _Record:
+    """What was loaded into one engine: enough to load it again, and whose version that is."""
+
+    def __init__(self, model_config: Any) -> None:
+        self._model_config = model_config
+        self._skeleton: Skeleton | None = None
+        self._served: tuple[str, Checkpoint | None] = (_INITIAL, None)
+
+    @property
+    def skeleton(self) -> Skeleton:
+        if self._skeleton is None:
+            config = self._model_config
+            self._skeleton = Skeleton(
+                config.model, trust_remote_code=config.trust_remote_code, hf_overrides=config.hf_overrides
+            )
+        return self._skeleton
+
+    @property
+    def source(self) -> str:
+        _, checkpoint = self._served
+        return self._model_config.model if checkpoint is None else str(checkpoint.folder)
+
+    def loading(self, checkpoint: Checkpoint, version: int) -> Steps:
+        """Yield the calls that make an engine serve a checkpoint, or serve again what it did."""
+        from vllm_kl.plugin.weights import LOAD
+
+        before = yield ("get_weight_version",)
+        try:
+            yield ("collective_rpc", LOAD, None, (str(checkpoint.folder),))
+            yield from _emptying_the_cache()
+        except Exception as error:
+            yield from self._taking_back(before, error)
+            name = 0 if before == _INITIAL else before
+            raise WeightsError(
+                f"the weights could not be loaded ({error}). Version {name} was put back and goes on serving"
+            ) from error
+        yield ("set_weight_version", str(version))
+        self._served = (str(version), checkpoint)
+
+    def _taking_back(self, before: str, error: Exception) -> Steps:
+        from vllm_kl.plugin.weights import LOAD
+
+        served, checkpoint = self._served
+        try:
+            if served != before:
+                raise WeightsError("others loaded it, and from where is not known")
+            yield ("collective_rpc", LOAD, None, (None if checkpoint is None else str(checkpoint.folder),))
+            yield from _emptying_the_cache()
+        except Exception as second:
+            yield ("set_weight_version", _UNKNOWN)
+            raise WeightsError(
+                f"the weights could not be loaded ({error}), and version {before} could not be put back ({second}): which "
+                "weights serve is not known. Push again, or make a new engine"
+            ) from error
+
+
+def _emptying_the_cache() -> Steps:
+    """KV of other weights must not be read: vLLM returns False and keeps it while a block is in use."""
+    if not (yield ("reset_prefix_cache",)):
+        raise WeightsError("the prefix cache could not be emptied: blocks are in use")
+
+
+_RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+def lock_of(engine: Any) -> threading.Lock:
+    """Return the lock of an engine: one call at a time uses it, or changes its weights."""
+    return _LOCKS.setdefault(engine, threading.Lock())
+
+
+class LiveWeights:
+    """The weights of an ``LLMEngine``, on its own or inside a ``vllm.LLM``.
+
+    Args:
+        llm_engine: the engine. Several of these may look at one engine.
+    """
+
+    def __init__(self, llm_engine: Any) -> None:
+        self._engine = llm_engine
+        self._record = _RECORDS.setdefault(llm_engine, _Record(llm_engine.model_config))
+
+    @property
+    def version(self) -> int:
+        return as_version(self._engine.get_weight_version())
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self._record.skeleton
+
+    @property
+    def source(self) -> str:
+        return self._record.source
+
+    def load(self, checkpoint: Checkpoint, *, version: int) -> None:
+        with lock_of(self._engine):
+            if self._engine.has_unfinished_requests():
+                raise WeightsError(
+                    "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
+                )
+            drive(self._record.loading(checkpoint, version), self._call)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return getattr(self._engine, method)(*args)
+
+    def sleep(self) -> bool:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            return False
+        if not self._engine.model_config.enable_sleep_mode:
+            raise WeightsError("the engine cannot sleep: make it with enable_sleep_mode=True")
+        with lock_of(self._engine):
+            self._engine.sleep(level=1)
+        return True
+
+    def wake_up(self) -> None:
+        with lock_of(self._engine):
+            self._engine.wake_up()
+
+
+class AsyncWeights:
+    """The weights of an ``AsyncLLM``. Requests in flight finish with the old weights; new ones wait.
+
+    Args:
+        engine: a ``vllm.v1.engine.async_llm.AsyncLLM``.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._record = _RECORDS.setdefault(engine, _Record(engine.model_config))
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self._record.skeleton
+
+    async def version(self) -> int:
+        return as_version(await self._engine.get_weight_version())
+
+    async def load(self, checkpoint: Checkpoint, *, version: int) -> None:
+        """Serve a checkpoint.
+
+        Raises:
+            WeightsError: it could not be loaded; the old weights and their version go on serving.
+        """
+        await self._engine.pause_generation(mode="wait")
+        try:
+            await drive_async(self._record.loading(checkpoint, version), self._call)
+        finally:
+            await self._engine.resume_generation()
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        name = {"set_weight_version": "update_weight_version"}.get(method, method)
+        return await getattr(self._engine, name)(*args)
+
+
+def drive(steps: Steps, call: Callable[..., Any]) -> None:
+    """Do the steps with calls that return."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = call(*step)
+            except Exception as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration:
+        pass
+
+
+async def drive_async(steps: Steps, call: Callable[..., Awaitable[Any]]) -> None:
+    """Do the steps with calls that are awaited."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = await call(*step)
+            except Exception as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration:
+        pass
+
+
+def as_version(weight_version: str) -> int:
+    """Return vLLM's ``weight_version`` as a number.
+
+    Raises:
+        WeightsError: it is none, or not known since a push failed.
+    """
+    if weight_version == _INITIAL:
+        return 0
+    if weight_version == _UNKNOWN:
+        raise WeightsError("which weights serve is not known since a push failed: push again, or make a new engine")
+    if not weight_version.isdigit():
+        raise WeightsError(
+            f"the engine's weight version is {weight_version!r}, expected a number: versions are compared. Give one to "
+            "finish_weight_update(weight_version=...)"
+        )
+    return int(weight_version)

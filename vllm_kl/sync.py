@@ -1,0 +1,235 @@
+"""A trainer's weights into the engines that generate and score: the plain call, and TorchRL's two ways to make it.
+
+    state dict -> checked against the engine's model -> shared memory -> every worker -> cache emptied -> version stamped
+
+See :mod:`vllm_kl.checkpoint` for the first half and :mod:`vllm_kl.engines.weights` for the second. Nothing here needs NCCL,
+a process group or a GPU. Where trainer and engine have GPUs of their own and a model is large, vLLM's and TorchRL's NCCL ways
+(``vLLMUpdaterV2``, ``VLLMWeightSyncScheme``) are faster; they work with everything here as long as they stamp numbers:
+``finish_weight_update(weight_version="7")``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import warnings
+import weakref
+from typing import Any
+
+from torchrl.collectors.weight_update import WeightUpdaterBase
+from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
+
+from vllm_kl.checkpoint import next_version
+from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
+from vllm_kl.errors import OptionError, WeightsError
+
+
+def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
+    """Make a vLLM engine serve other weights; return their version.
+
+    Afterwards no KV of the old weights is left. All or nothing: whatever fails, the old weights and their version serve.
+
+    Args:
+        engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``, a
+            ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
+        state_dict: tensors in transformers' names, on any device, in any floating dtype; or a module, or a tensordict. Tied
+            weights may be left out.
+        version: of the new weights, above the one that serves; ``None`` is the next.
+
+    Returns:
+        The version that serves now.
+
+    Raises:
+        WeightsError: the state dict is not that of the engine's model (nothing was sent), or could not be loaded (the old
+            weights were put back).
+        EngineError: an owned engine died; says which version it served last.
+
+    >>> before = scorer.weight_version
+    >>> push_weights(scorer, weights) == scorer.weight_version == before + 1
+    True
+    """
+    engine = _inner(engine)
+    if _is_async(engine):
+        handler = getattr(engine, "output_handler", None)
+        if handler is None or handler.done():
+            raise WeightsError(
+                "the AsyncLLM's event loop is not known before its first request: await push_weights_async()"
+            )
+        loop = handler.get_loop()
+        if loop is _running_loop():
+            raise WeightsError(
+                "push_weights would block the event loop that the AsyncLLM needs: await push_weights_async()"
+            )
+        return asyncio.run_coroutine_threadsafe(push_weights_async(engine, state_dict, version=version), loop).result()
+    weights = weights_of(engine)
+    state = weights.skeleton.checked(state_dict)
+    version = next_version(weights.version, version)
+    weights.load(weights.skeleton.write(state), version=version)
+    return version
+
+
+async def push_weights_async(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
+    """As :func:`push_weights`, for an ``AsyncLLM``, in its event loop.
+
+    Requests in flight finish with the old weights; requests that come in the meantime wait for the new ones.
+    """
+    weights = AsyncWeights(engine)
+    state = await asyncio.to_thread(lambda: weights.skeleton.checked(state_dict))
+    version = next_version(await weights.version(), version)
+    checkpoint = await asyncio.to_thread(weights.skeleton.write, state)
+    await weights.load(checkpoint, version=version)
+    return version
+
+
+def weights_of(engine: Any) -> Weights:
+    """Return what is known of an engine's weights.
+
+    Raises:
+        WeightsError: nothing is.
+    """
+    engine = _inner(engine)
+    weights = getattr(engine, "weights", None)  # a VLLMScorer
+    if weights is not None:
+        return weights
+    llm_engine = getattr(engine, "llm_engine", None)
+    if llm_engine is None:
+        raise WeightsError(
+            f"expected a vllm.LLM, an AsyncLLM or a VLLMScorer, got {type(engine).__name__}. TorchRL's AsyncVLLM and Ray actors "
+            "have their own way: vLLMUpdaterV2"
+        )
+    return LiveWeights(llm_engine)
+
+
+def _inner(engine: Any) -> Any:
+    """Return the engine behind TorchRL's wrappers."""
+    for name in ("scorer", "model"):  # VLLMReference, vLLMWrapper
+        inner = getattr(engine, name, None)
+        if inner is not None and (hasattr(inner, "weights") or hasattr(inner, "llm_engine") or _is_async(inner)):
+            return inner
+    return engine
+
+
+def _is_async(engine: Any) -> bool:
+    return inspect.iscoroutinefunction(getattr(engine, "collective_rpc", None))
+
+
+def _running_loop() -> Any:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class _Pusher:
+    """Pushes to one engine, and keeps the versions of collectors in step with it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._collectors: list[weakref.ref[Any]] = []
+
+    def register(self, collector: Any) -> None:
+        self._collectors.append(weakref.ref(collector))
+
+    def push(self, weights: Any) -> int:
+        version = push_weights(self._engine, weights)
+        for reference in self._collectors:
+            tracker = getattr(reference(), "policy_version_tracker", None)
+            if tracker is None:
+                continue
+            tracker.increment_version()
+            if isinstance(tracker.version, int):  # else it counts in UUIDs
+                tracker.version = version
+        return version
+
+
+with warnings.catch_warnings():
+    # TorchRL 0.14 deprecates the class, and its LLMCollector takes nothing else.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    class VLLMWeightUpdater(WeightUpdaterBase):
+        """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine of this machine.
+
+        ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict; the engine's version and the
+        collector's ``policy_version`` are one number afterwards.
+
+        Args:
+            engine: as :func:`push_weights` takes it.
+            model: pushed where ``update_policy_weights_()`` is given nothing.
+
+        >>> updater = VLLMWeightUpdater(scorer)
+        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=True)
+        """
+
+        def __init__(self, engine: Any, model: Any = None) -> None:
+            self._pusher = _Pusher(engine)
+            self._model = model
+
+        def register_collector(self, collector: Any) -> None:
+            super().register_collector(collector)
+            self._pusher.register(collector)
+
+        def _sync_weights_with_worker(self, *, worker_id: Any = None, server_weights: Any) -> None:
+            self._pusher.push(server_weights)
+
+        def _get_server_weights(self) -> Any:
+            if self._model is None:
+                raise OptionError("no weights: pass them to update_policy_weights_, or a model to VLLMWeightUpdater")
+            return self._model
+
+        def _maybe_map_weights(self, policy_or_weights: Any) -> Any:
+            return policy_or_weights  # push_weights reads modules, tensordicts and state dicts
+
+
+class VLLMSyncScheme(WeightSyncScheme):
+    """TorchRL's weight sync scheme for a vLLM engine of this machine: sender and receiver are one process.
+
+    Args:
+        engine: as :func:`push_weights` takes it.
+
+    >>> sender = VLLMSyncScheme(scorer).create_sender()
+    >>> # sender.register_model(trainer); sender.register_collector(collector); each step: sender.update_weights()
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(strategy="tensordict")
+        self._engine = engine
+
+    def create_sender(self) -> VLLMSender:
+        """Return the trainer's side."""
+        return VLLMSender(self._engine)
+
+    def create_transport(self, **kwargs: Any) -> _Transport:
+        """Return what carries weights: a push."""
+        return _Transport(self._engine)
+
+
+class _Transport:
+    """TorchRL's seam for carrying weights; blocks until they serve."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def send_weights(self, weights: Any) -> None:
+        push_weights(self._engine, weights)
+
+
+class VLLMSender:
+    """The trainer's side of :class:`VLLMSyncScheme`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._pusher = _Pusher(engine)
+        self._model: Any = None
+
+    def register_model(self, model: Any) -> None:
+        """Take the model whose weights are sent."""
+        self._model = model
+
+    def register_collector(self, collector: Any) -> None:
+        """Keep a collector's ``policy_version`` in step with the engine."""
+        self._pusher.register(collector)
+
+    def update_weights(self, weights: Any = None) -> int:
+        """Push ``weights``, or the registered model's; return the version that serves now."""
+        if weights is None and self._model is None:
+            raise OptionError("no weights: pass them, or register_model() first")
+        return self._pusher.push(self._model if weights is None else weights)
