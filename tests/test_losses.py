@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +91,55 @@ def test_distillation_loss_reads_a_vllm_teacher(make_reference, trainer, tokeniz
     assert loss.kl_to_teacher.item() == pytest.approx(float(torch.stack(kl).mean()), abs=TOLERANCE)
     loss.loss_distill.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.parameters())
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "losses.py"
+LAYOUTS = {"ragged": [], "padded": ["--pad-output"]}
+
+
+@pytest.fixture(scope="module")
+def printed(policy_path, ref_path):
+    """What the example prints in either layout, as numbers; both run at the same time, mostly importing."""
+    models = ["--policy", policy_path, "--reference", ref_path]
+    runs = {
+        name: subprocess.Popen(
+            [sys.executable, EXAMPLE, *models, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for name, flags in LAYOUTS.items()
+    }
+    figures = {}
+    for name, run in runs.items():
+        out, err = run.communicate(timeout=280)
+        assert run.returncode == 0, err
+        grpo = re.search(
+            r"^GRPOLoss: objective (\S+), kl_to_ref (\S+) over (\d+) columns\n"
+            r"  kl_estimate, k3: sum (\S+) nats, (\S+) per token of (\d+)$",
+            out,
+            re.M,
+        )
+        distillation = re.search(
+            r"^DistillationLoss: loss (\S+), kl_to_teacher (\S+)\n  kl_estimate, k3: ([\d.]+)", out, re.M
+        )
+        figures[name] = [float(x) for x in grpo.groups()], [float(x) for x in distillation.groups()]
+    return figures
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_examples_figures_agree_with_each_other(printed, layout):
+    (objective, kl_to_ref, num_columns, k3, k3_per_token, num_tokens), (loss, kl_to_teacher, ours) = printed[layout]
+    assert objective != 0
+    assert k3_per_token > 0.1
+    assert kl_to_ref * num_columns == pytest.approx(k3, rel=1e-4)  # the trainer's log-probs against the sampler's
+    assert k3_per_token == pytest.approx(k3 / num_tokens, abs=1e-6)
+    assert num_tokens < num_columns
+    assert kl_to_teacher == loss
+    assert ours > 0.1
+    assert kl_to_teacher == pytest.approx(ours, rel=1e-5)
+
+
+def test_the_examples_figures_are_those_of_the_other_layout(printed):
+    """One seed, one engine: the same tokens are sampled, and laid out in two ways."""
+    (_, _, _, *ragged), ragged_distillation = printed["ragged"]
+    (_, _, _, *padded), padded_distillation = printed["padded"]
+    assert ragged == pytest.approx(padded, rel=1e-5)
+    assert ragged_distillation == pytest.approx(padded_distillation, rel=1e-5)
