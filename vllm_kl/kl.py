@@ -75,7 +75,9 @@ def kl_estimate(
             or B tensors ``[T, K]``.
         ref_log_probs: log-probs of the reference on the same tokens (``VLLMScorer.score_ids``), same shapes.
         mask: tokens to keep, ``[B, T]`` or B tensors ``[T]``, bool. What lies outside it is never read.
-        estimator: ``"k1"``, ``"k2"``, ``"k3"``, ``"abs"`` or ``"topk"``; see the top of this module.
+        estimator: ``"k1"`` (the log-ratio: unbiased, may be negative), ``"k2"`` (half its square: low variance, biased), ``"k3"``
+            (unbiased, never negative), ``"abs"`` (its absolute value: a distance, not a KL) or ``"topk"`` (of distributions:
+            no sampling noise); formulas at the top of :mod:`vllm_kl.kl`.
         clamp_log_ratio: the log-ratio goes into an exponential (k3, and forward's weight) no further than this from 0,
             so one token that a model finds impossible cannot overflow the sum, nor its gradient. Estimators without
             an exponential are not clamped. ``None``: no bound.

@@ -147,7 +147,9 @@ class RetrieveKL(TurnsTransform, KLTransform):
         use_ray_service: keep the reference in a Ray actor, made there by ``ref_model_factory``; everything else stays
             in the caller.
         actor_name: name of that actor; one that exists is used again.
-        estimator: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``; see :func:`vllm_kl.kl_estimate`.
+        estimator: of the KL that is written and subtracted: ``"k1"`` (the log-ratio: unbiased, may be negative), ``"k2"`` (half its
+            square: low variance, biased), ``"k3"`` (unbiased, never negative) or ``"abs"`` (its absolute value: a distance, not
+            a KL); see :func:`vllm_kl.kl_estimate`.
         extra_estimators: estimated in the same pass and written as ``kl_<name>``, but not subtracted: ``("k3",)`` to log k3
             while k1 is in the reward.
         clamp_log_ratio, clamp_output, direction: as :func:`vllm_kl.kl_estimate` takes them.
