@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm_kl.kl import kl_estimate
     from vllm_kl.reference import VLLMReference
     from vllm_kl.resolver import FromCollector
+    from vllm_kl.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.scorer import VLLMScorer
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
 
@@ -26,10 +27,14 @@ __all__ = [
     "KLComputation",
     "RetrieveKL",
     "RetrieveLogProb",
+    "Sample",
     "VLLMReference",
     "VLLMScorer",
     "kl_estimate",
     "mismatch",
+    "read_samples",
+    "samples_from_batch",
+    "write_samples",
 ]
 
 _HOME = {
@@ -37,10 +42,14 @@ _HOME = {
     "KLComputation": "computation",
     "RetrieveKL": "transforms",
     "RetrieveLogProb": "transforms",
+    "Sample": "samples",
     "VLLMReference": "reference",
     "VLLMScorer": "scorer",
     "kl_estimate": "kl",
     "mismatch": "diagnostics",
+    "read_samples": "samples",
+    "samples_from_batch": "samples",
+    "write_samples": "samples",
 }
 
 

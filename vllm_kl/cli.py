@@ -1,14 +1,19 @@
-"""The command ``vllm-kl``. Arguments only: the work is in ``demo`` and ``doctor``."""
+"""The command ``vllm-kl``. Arguments only: the work is in ``demo``, ``doctor`` and ``view``."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from vllm_kl.errors import VLLMKLError
 
 app = typer.Typer(
     help="Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.",
@@ -65,6 +70,48 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps({"ok": not failed, "findings": [finding.as_dict() for finding in findings]}))
     raise typer.Exit(code=int(failed))
+
+
+@app.command()
+def view(
+    file: Annotated[
+        Path, typer.Argument(help="Scored samples, JSON lines: the demo's rollouts.jsonl, or write_samples.")
+    ],
+    html: Annotated[Path, typer.Option(help="The page to write.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Path or name of the tokenizer, where the file has no texts of tokens.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show the samples of the largest |KL sum|, this many.")] = 500,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Per-token KL",
+    as_json: Json = False,
+) -> None:
+    """Write one page, needing no network, that shows every token of scored samples coloured by its KL."""
+    from vllm_kl.samples import read_samples, with_texts
+    from vllm_kl.view import write_page
+
+    with _one_line_errors():
+        samples = read_samples(file)
+        if tokenizer is not None:
+            samples = with_texts(samples, tokenizer)
+        page = write_page(samples, html, title=title, limit=limit)
+    Console(stderr=as_json).print(
+        f"wrote {page.path}: {page.num_shown:,} of {page.num_samples:,} samples, {page.size_bytes / 1e6:.1f} MB",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(page), "path": str(page.path)}))
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn an error of ours, or of the file system, into one line and exit code 1."""
+    try:
+        yield
+    except (VLLMKLError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(code=1) from None
 
 
 def main() -> None:

@@ -1,9 +1,7 @@
-"""What the demo shows: a table, rollouts as JSON lines, one picture."""
+"""What the demo shows: a table and one picture."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,13 +35,6 @@ def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: 
         f"{len(last.log_probs)} tokens",
         highlight=False,
     )
-
-
-def write_jsonl(path: Path, rollouts: Sequence[Rollout]) -> Path:
-    """Write one JSON object per rollout."""
-    with path.open("w") as file:
-        file.writelines(json.dumps(dataclasses.asdict(rollout)) + "\n" for rollout in rollouts)
-    return path
 
 
 def plot(path: Path, rows: Sequence[BatchRow]) -> Path:

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from vllm_kl.demo import report, task, train
 from vllm_kl.kl import kl_estimate
 from vllm_kl.reference import VLLMReference
+from vllm_kl.samples import Sample, samples_from_batch, write_samples
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.transforms import RetrieveKL
 
@@ -53,19 +54,11 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One scored response."""
+class Rollout(Sample):
+    """One scored response; its reward is the task's, before the KL, and its KL is k1 as RetrieveKL wrote it."""
 
     batch: int
     group: int
-    query: str
-    response: str
-    reward: float  # of the task, before the KL
-    token_ids: list[int]  # [L], prompt and response
-    log_probs: list[float]  # [R] of the response's tokens under the policy, nats
-    ref_log_probs: list[float]  # [R] under the reference, nats
-    kl: list[float]  # [R] as RetrieveKL wrote it (k1), nats
-    policy_version: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +99,7 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
             began = time.perf_counter()
             for data in collector:
                 wall_s = time.perf_counter() - began
-                batch = list(read_rollouts(data.reshape(-1), len(rows), config.group))
+                batch = list(read_rollouts(data.reshape(-1), len(rows), config.group, reference))
                 rows.append(summarize(batch, oracle, wall_s))
                 rollouts += batch
                 progress.update(bar, advance=1)
@@ -115,9 +108,10 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
         collector.shutdown()
         readout, stats = reference.scorer.readout, reference.scorer.stats
     files = [
-        str(report.write_jsonl(config.out / "rollouts.jsonl", rollouts)),
+        str(config.out / "rollouts.jsonl"),
         str(report.plot(config.out / "kl.png", rows)),
     ]
+    write_samples(files[0], rollouts)
     report.print_table(rows, rollouts, console)
     console.print(
         f"reference: read-out {readout!r}; of the last batch's {stats.num_prompt_tokens:,} tokens {stats.num_cached_tokens:,} "
@@ -223,31 +217,12 @@ def _memory() -> dict[str, Any]:
     return {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 256 << 20}
 
 
-def read_rollouts(data: TensorDictBase, batch: int, group: int) -> Iterator[Rollout]:
+def read_rollouts(data: TensorDictBase, batch: int, group: int, reference: VLLMReference) -> Iterator[Rollout]:
     """Yield the responses of one collected batch, ``[B]``."""
-    keys = {
-        "ids": ("tokens", "full"),
-        "mask": ("masks", "all_assistant_mask"),
-        "real": ("masks", "all_attention_mask"),
-        "policy": ("next", "log_probs", "full"),
-        "reference": ("next", "ref_log_probs", "full"),
-        "kl": ("next", "kl_penalty"),
-    }
-    columns = {name: data.get(key, as_list=True) for name, key in keys.items()}
-    for i in range(len(data)):
-        row = {name: column[i] for name, column in columns.items()}
-        yield Rollout(
-            batch=batch,
-            group=i // group,
-            query=data["query"][i],
-            response=data["text", "response"][i],
-            reward=task.grade(data["text", "response"][i], int(data["answer"][i])),
-            token_ids=row["ids"][row["real"]].tolist(),
-            log_probs=row["policy"][row["mask"]].tolist(),
-            ref_log_probs=row["reference"][row["mask"]].tolist(),
-            kl=row["kl"][row["mask"]].tolist(),
-            policy_version=int(data["next", "policy_version"][i]),
-        )
+    samples = samples_from_batch(data, reference.tokenizer, ref_version=reference.scorer.weight_version)
+    for i, sample in enumerate(samples):
+        reward = task.grade(data["text", "response"][i], int(data["answer"][i]))
+        yield Rollout(batch=batch, group=i // group, **{**vars(sample), "reward": reward})
 
 
 class Float64KL:

@@ -1,0 +1,383 @@
+"""Scored samples <-> a file of JSON lines: both sides' log-probs of every token, to look at and to keep.
+
+One JSON object per line, UTF-8. L is the length of the sequence, N the number of tokens that were scored:
+
+==================  ==========================================================================================
+``token_ids``       ``[L]`` ids, prompt and response
+``log_probs``       ``[N]`` under the policy, nats
+``ref_log_probs``   ``[N]`` under the reference, nats
+``mask``            ``[L]`` true where a token was scored, N times; left out: the last N tokens
+``kl``              ``[N]`` nats; left out: ``log_probs - ref_log_probs``
+``tokens``          ``[L]`` each token's text
+``query``           text
+``response``        text
+``reward``          number
+``policy_version``  integer or text: the weights that sampled
+``ref_version``     integer or text: the weights of the reference
+==================  ==========================================================================================
+
+The first three must be there; one that is null counts as left out. Other fields are for others: they are not read. Every number
+is finite. Nothing here imports torch, TorchRL or vLLM before a batch is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_kl.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+    from tensordict import TensorDictBase
+
+    from vllm_kl.alignment import PaddingSide
+    from vllm_kl.types import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One scored sequence of L tokens, N of them scored.
+
+    Lists may be given as anything that has ``tolist()``: tensors, arrays.
+
+    Raises:
+        InputError: a length, a type or a number does not fit; names the field, what it got and what it expected.
+
+    >>> sample = Sample(token_ids=[5, 6, 7, 8], log_probs=[-1.0, -2.0], ref_log_probs=[-1.5, -1.75])
+    >>> sample.mask, sample.kl
+    ([False, False, True, True], [0.5, -0.25])
+    """
+
+    token_ids: list[int]  # [L], prompt and response
+    log_probs: list[float]  # [N] under the policy, nats
+    ref_log_probs: list[float]  # [N] under the reference, nats
+    mask: list[bool] | None = None  # [L], true where a token was scored; None: the last N
+    kl: list[float] | None = None  # [N], nats; None: log_probs - ref_log_probs
+    tokens: list[str] | None = None  # [L], each token's text
+    query: str | None = None
+    response: str | None = None
+    reward: float | None = None
+    policy_version: int | str | None = None
+    ref_version: int | str | None = None
+
+    def __post_init__(self) -> None:
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
+        for name, is_one, what in _LISTS:
+            value = getattr(self, name)
+            if value is not None or name in REQUIRED:
+                set_field(name, _checked_list(name, value, is_one, what))
+        for name, is_one, what in _SCALARS:
+            value = getattr(self, name)
+            if value is not None and not is_one(value):
+                raise InputError(f"{name}: got {_shown(value)}, expected {what}")
+        num_tokens, num_scored = len(self.token_ids), len(self.log_probs)
+        if num_scored > num_tokens:
+            raise InputError(f"log_probs: got {num_scored} values, expected at most {num_tokens}, one per token id")
+        if self.mask is None:
+            set_field("mask", [t >= num_tokens - num_scored for t in range(num_tokens)])
+        for name in ("mask", "tokens"):
+            value = getattr(self, name)
+            if value is not None and len(value) != num_tokens:
+                raise InputError(f"{name}: got {len(value)} values, expected {num_tokens}, one per token id")
+        if sum(self.mask) != num_scored:
+            raise InputError(f"mask: keeps {sum(self.mask)} tokens, expected {num_scored}, one per value of log_probs")
+        for name in ("ref_log_probs", "kl"):
+            value = getattr(self, name)
+            if value is not None and len(value) != num_scored:
+                raise InputError(f"{name}: got {len(value)} values, expected {num_scored}, one per value of log_probs")
+        if self.kl is None:
+            set_field("kl", [p - q for p, q in zip(self.log_probs, self.ref_log_probs, strict=True)])
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_int(value) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_version(value: Any) -> bool:
+    return _is_int(value) or _is_text(value)
+
+
+Check = Callable[[Any], bool]
+REQUIRED = ("token_ids", "log_probs", "ref_log_probs")
+_LISTS: tuple[tuple[str, Check, str], ...] = (
+    ("token_ids", _is_id, "an integer of at least 0"),
+    ("log_probs", _is_number, "a finite number"),
+    ("ref_log_probs", _is_number, "a finite number"),
+    ("mask", _is_bool, "true or false"),
+    ("kl", _is_number, "a finite number"),
+    ("tokens", _is_text, "a text"),
+)
+_SCALARS: tuple[tuple[str, Check, str], ...] = (
+    ("query", _is_text, "a text"),
+    ("response", _is_text, "a text"),
+    ("reward", _is_number, "a finite number"),
+    ("policy_version", _is_version, "an integer or a text"),
+    ("ref_version", _is_version, "an integer or a text"),
+)
+
+
+def _checked_list(name: str, value: Any, is_one: Check, what: str) -> list[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{name}: got {_shown(value)}, expected a list")
+    for t, item in enumerate(value):
+        if not is_one(item):
+            raise InputError(f"{name}: value {t} is {_shown(item)}, expected {what}")
+    return list(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Return the samples of a file.
+
+    Args:
+        path: a file in the format at the top of this module. Empty lines are skipped.
+
+    Raises:
+        InputError: names file, line and field, what is there and what was expected.
+        OSError: the file cannot be read.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "samples.jsonl")
+    >>> write_samples(path, [Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-2.0], reward=1.0)])
+    >>> read_samples(path)[0].kl
+    [1.0]
+    """
+    known = {field.name for field in fields(Sample)}
+    samples = []
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = _parsed(line)
+                samples.append(Sample(**{name: value for name, value in entry.items() if name in known}))
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+    if not samples:
+        raise InputError(f"{path}: holds no samples, expected one JSON object per line")
+    return samples
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise InputError(f"got {_shown(entry)}, expected a JSON object")
+    for name in REQUIRED:
+        if entry.get(name) is None:
+            raise InputError(f"{name} is missing; it has {', '.join(sorted(entry)) or 'no fields'}")
+    return entry
+
+
+def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
+    """Write samples, one JSON object per line; a file that is there is replaced.
+
+    Args:
+        path: where to.
+        samples: of :class:`Sample` or of a subclass, whose further fields are written too.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "samples.jsonl")
+    >>> write_samples(path, [Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-2.0])])
+    >>> print(Path(path).read_text().strip())
+    {"token_ids": [5, 6], "log_probs": [-1.0], "ref_log_probs": [-2.0], "mask": [false, true], "kl": [1.0]}
+    """
+    with Path(path).open("w", encoding="utf-8") as file:
+        for sample in samples:
+            entry = {field.name: getattr(sample, field.name) for field in fields(sample)}
+            entry = {name: value for name, value in entry.items() if value is not None}
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+def decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Return each token's text, decoded by itself; bytes that are no text alone come out as U+FFFD.
+
+    >>> from vllm_kl.demo.task import make_tokenizer
+    >>> decode_tokens([22, 220, 79], make_tokenizer())
+    ['7', ' ', 'p']
+    """
+    texts: dict[int, str] = {}
+    for token_id in token_ids:
+        if token_id not in texts:
+            texts[token_id] = tokenizer.decode([token_id], skip_special_tokens=False)
+    return [texts[token_id] for token_id in token_ids]
+
+
+def with_texts(samples: Sequence[Sample], tokenizer: str) -> list[Sample]:
+    """Return the samples with each token's text, where they have none, decoded by a tokenizer.
+
+    Args:
+        samples: some of them without texts.
+        tokenizer: path or name, for transformers.
+
+    Raises:
+        OptionError: all of them have texts.
+        OSError: there is no such tokenizer.
+    """
+    if all(sample.tokens is not None for sample in samples):
+        raise OptionError(f"tokenizer {tokenizer!r} would have no effect: every sample has its tokens' texts")
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return [
+        sample if sample.tokens is not None else replace(sample, tokens=decode_tokens(sample.token_ids, loaded))
+        for sample in samples
+    ]
+
+
+def samples_from_batch(
+    data: TensorDictBase,
+    tokenizer: Any = None,
+    *,
+    padding_side: PaddingSide = "left",
+    ref_version: int | str | None = None,
+) -> list[Sample]:
+    """Return the samples of a scored batch, in its order.
+
+    Args:
+        data: a batch as :class:`~vllm_kl.RetrieveKL` or :class:`~vllm_kl.KLComputation` left it, dense or ragged, with both
+            log-probs; of any batch size, which is flattened. Results are read under ``"next"``, where a collector puts them, or
+            else at the root. The mask is ``"kl_mask"``, or else ``("masks", "all_assistant_mask")``, or else all tokens after
+            ``("tokens", "prompt")``. KL, texts, reward and versions are taken where they are there. A reward per token
+            becomes its mean over the mask, in which the KL's share is what was subtracted.
+        tokenizer: gives each token its text.
+        padding_side: the transform's, where it padded results of ids that are ragged.
+        ref_version: the weights of the reference, instead of the batch's ``"ref_version"`` (``reference.scorer.weight_version``).
+
+    Raises:
+        InputError: no ids, no mask, no log-probs, or rows that do not fit the ids.
+        MissingLogProbError: a value inside the mask is not finite.
+
+    >>> from tensordict import lazy_stack
+    >>> tokens = TensorDict(prompt=torch.tensor([5]), full=torch.tensor([5, 6, 7]))
+    >>> sides = {name: TensorDict(full=torch.tensor([0.0, -1.0, p])) for name, p in [("log_probs", -2.0), ("ref_log_probs", -3.0)]}
+    >>> samples_from_batch(lazy_stack([TensorDict(tokens=tokens, **sides)]))[0].kl
+    [0.0, 1.0]
+    """
+    from vllm_kl.alignment import check_finite
+    from vllm_kl.inputs import InputKeys, read_batch
+
+    if data.ndim != 1:
+        data = data.reshape(-1)
+    stored_mask = _result_rows(data, "kl_mask")
+    keys = InputKeys(input_mode="tokens", key=("tokens", "full"))
+    batch = read_batch(data, keys, assistant_only=stored_mask is None)
+    keep = batch.keep
+    if stored_mask is not None:
+        keep = [row.bool() for row in _aligned(stored_mask, batch, padding_side, "kl_mask")]
+    columns: dict[str, list[torch.Tensor]] = {}
+    for name, key in {
+        "log_probs": ("log_probs", "full"),
+        "ref_log_probs": ("ref_log_probs", "full"),
+        "kl": "kl_penalty",
+    }.items():
+        rows = _result_rows(data, key)
+        if rows is not None:
+            columns[name] = _aligned(rows, batch, padding_side, str(key))
+            check_finite(columns[name], keep, what=str(key))
+        elif name in REQUIRED:
+            raise InputError(f"no {key}, neither under 'next' nor at the root: score the batch with RetrieveKL first")
+    rewards = _rewards(data, batch, keep, padding_side)
+    out = []
+    for i, sample in enumerate(data.unbind(0)):
+        ids = batch.token_ids[i].tolist()
+        query = _entry(sample, "query")
+        out.append(
+            Sample(
+                token_ids=ids,
+                mask=keep[i].tolist(),
+                tokens=None if tokenizer is None else decode_tokens(ids, tokenizer),
+                query=query if isinstance(query, str) else _entry(sample, ("text", "prompt")),
+                response=_entry(sample, ("text", "response")),
+                reward=rewards[i],
+                policy_version=_entry(sample, "policy_version"),
+                ref_version=_entry(sample, "ref_version") if ref_version is None else ref_version,
+                **{name: rows[i][keep[i]].tolist() for name, rows in columns.items()},
+            )
+        )
+    return out
+
+
+def _result_rows(data: TensorDictBase, key: str | tuple[str, ...]) -> list[torch.Tensor] | None:
+    from vllm_kl.inputs import rows_of
+
+    under_next = ("next", key) if isinstance(key, str) else ("next", *key)
+    rows = rows_of(data, under_next) if "next" in data.keys() else None
+    return rows_of(data, key) if rows is None else rows
+
+
+def _aligned(
+    rows: list[torch.Tensor], batch: TokenBatch, padding_side: PaddingSide, what: str, *, is_zero_outside: bool = True
+) -> list[torch.Tensor]:
+    """Return ``[L]`` values of the real tokens; without the padding of results that are dense while their ids are ragged."""
+    from vllm_kl.alignment import from_layout
+
+    rows = [row.detach().cpu() for row in rows]
+    if all(len(row) == max(batch.widths) for row in rows):
+        for i, width in enumerate(batch.widths):
+            num_padding = len(rows[i]) - width
+            padding, values = rows[i][:num_padding], rows[i][num_padding:]
+            if padding_side == "right":
+                values, padding = rows[i][:width], rows[i][width:]
+            if is_zero_outside and padding.any():
+                raise InputError(
+                    f"{what}: sample {i} has values where padding was expected, on the {padding_side}: pass the "
+                    "padding_side of the transform that wrote them"
+                )
+            rows[i] = values
+    return from_layout(rows, batch, what=what)
+
+
+def _rewards(
+    data: TensorDictBase, batch: TokenBatch, keep: list[torch.Tensor], padding_side: PaddingSide
+) -> list[float | None]:
+    rows = _result_rows(data, "reward")
+    if rows is None:
+        return [None] * len(keep)
+    if all(row.numel() == 1 for row in rows):
+        return [float(row) for row in rows]
+    per_token = _aligned([row.reshape(-1) for row in rows], batch, padding_side, "reward", is_zero_outside=False)
+    return [float(row[kept].double().mean()) if kept.any() else None for row, kept in zip(per_token, keep, strict=True)]
+
+
+def _entry(sample: TensorDictBase, key: str | tuple[str, ...]) -> Any:
+    """Return one sample's text or version, found under ``"next"`` or at the root, or ``None``."""
+    from tensordict import NonTensorData
+
+    path = (key,) if isinstance(key, str) else key
+    for place in (("next", *path), path):
+        value = sample.get(place, default=None)
+        if value is not None:
+            value = value.data if isinstance(value, NonTensorData) else value
+            return value.reshape(-1)[0].item() if hasattr(value, "reshape") else value
+    return None
