@@ -88,6 +88,21 @@ def policy_llm(policy_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def tied_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Checkpoints of a model that learns: tied embeddings, as most small models have."""
+    home = tmp_path_factory.mktemp("tied")
+    return [tiny.build(home / str(seed), seed=10 + seed, tie_word_embeddings=True) for seed in range(4)]
+
+
+@pytest.fixture(scope="session")
+def tied_llm(tied_paths: list[Path]) -> Any:
+    """A live ``vllm.LLM`` whose weights tests replace. For the whole run: one that ends takes vLLM's process groups along."""
+    from vllm import LLM
+
+    return LLM(str(tied_paths[0]), enforce_eager=True, use_tqdm_on_load=False, **tiny.ENGINE_OPTIONS)
+
+
+@pytest.fixture(scope="session")
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
     """A scorer that owns an engine in a process of its own: the reference's."""
     with VLLMScorer(

@@ -25,10 +25,8 @@ IDS = list(range(5, 80))  # more than two blocks: the prefix cache has something
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Three models with tied embeddings, as most small models have."""
-    home = tmp_path_factory.mktemp("tied")
-    return [tiny.build(home / str(seed), seed=seed, tie_word_embeddings=True) for seed in range(3)]
+def folders(tied_paths):
+    return tied_paths[:3]
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +39,14 @@ def states(folders):
     return [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders]
 
 
-OPTIONS = {"dtype": "float32", "max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
-
-
 @pytest.fixture(scope="module")
-def llm(folders):
-    from vllm import LLM
-
-    return LLM(str(folders[0]), enforce_eager=True, use_tqdm_on_load=False, **OPTIONS)
+def llm(tied_llm):
+    return tied_llm
 
 
 @pytest.fixture(scope="module")
 def owned(folders):
-    with VLLMScorer(str(folders[0]), **OPTIONS) as scorer:
+    with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer:
         yield scorer
 
 
@@ -302,7 +295,7 @@ def requests():
 
 
 def test_an_engine_that_dies_during_a_push_says_which_version_served_last(folders, states):
-    with VLLMScorer(str(folders[0]), **OPTIONS) as scorer:
+    with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer:
         push_weights(scorer, states[1], version=7)
         os.kill(scorer._engine.pid, 9)
         with pytest.raises(
@@ -312,7 +305,7 @@ def test_an_engine_that_dies_during_a_push_says_which_version_served_last(folder
 
 
 def test_pushed_weights_leave_shared_memory_with_their_engine(folders, states):
-    with VLLMScorer(str(folders[0]), **OPTIONS) as scorer:
+    with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer:
         push_weights(scorer, states[1])
         folder = checkpoint.Path(scorer.weights.source)
         push_weights(scorer, states[2])
@@ -473,7 +466,7 @@ def test_an_async_engine_finishes_what_it_generates_and_then_serves_the_new_weig
 
     async def run():
         engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=str(folders[0]), enforce_eager=True, disable_log_stats=True, **OPTIONS)
+            AsyncEngineArgs(model=str(folders[0]), enforce_eager=True, disable_log_stats=True, **tiny.ENGINE_OPTIONS)
         )
         try:
             with pytest.raises(WeightsError, match="await push_weights_async"):

@@ -199,7 +199,8 @@ class TestWhereTorchRLsRecipesPutIt:
     def test_specs_announce_every_key_that_is_written(self, make_reference):
         transform = RetrieveKL("from_collector", make_reference())
         spec = transform.transform_observation_spec(Composite(shape=(3,)))
-        assert set(spec.keys(True, True)) == {("log_probs", "full"), ("ref_log_probs", "full"), "kl_penalty", "kl_mask"}
+        announced = {("log_probs", "full"), ("ref_log_probs", "full"), "kl_penalty", "kl_mask", "ref_version"}
+        assert set(spec.keys(True, True)) == announced
         reward = transform.transform_reward_spec(Composite(reward=Unbounded(shape=(3, 1, 1)), shape=(3,)))
         assert reward["reward"].shape == (3, -1, 1)
         spec = RetrieveLogProb(make_reference()).transform_observation_spec(Composite(shape=(3,)))

@@ -11,6 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2For
 from vllm_kl.demo.task import make_tokenizer
 
 MAX_MODEL_LEN = 320
+ENGINE_OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": MAX_MODEL_LEN,
+    "kv_cache_memory_bytes": 64 << 20,
+    "block_size": 32,
+}
 
 
 def build(path: Path, *, seed: int, pad_is_eos: bool = False, tie_word_embeddings: bool = False) -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm_kl.resolver import FromCollector
     from vllm_kl.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.scorer import VLLMScorer
+    from vllm_kl.sync import VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
 
 __version__ = "0.1.0"
@@ -30,8 +31,12 @@ __all__ = [
     "Sample",
     "VLLMReference",
     "VLLMScorer",
+    "VLLMSyncScheme",
+    "VLLMWeightUpdater",
     "kl_estimate",
     "mismatch",
+    "push_weights",
+    "push_weights_async",
     "read_samples",
     "samples_from_batch",
     "write_samples",
@@ -45,8 +50,12 @@ _HOME = {
     "Sample": "samples",
     "VLLMReference": "reference",
     "VLLMScorer": "scorer",
+    "VLLMSyncScheme": "sync",
+    "VLLMWeightUpdater": "sync",
     "kl_estimate": "kl",
     "mismatch": "diagnostics",
+    "push_weights": "sync",
+    "push_weights_async": "sync",
     "read_samples": "samples",
     "samples_from_batch": "samples",
     "write_samples": "samples",

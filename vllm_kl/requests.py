@@ -1,4 +1,4 @@
-"""Token ids as callers have them -> arrays and starts that are fit to be sent, or a refusal that names the sequence."""
+"""What may be sent, and what may come back: ids and starts fit for an engine, log-probs fit for a caller, or a refusal."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kl.errors import InputError
-from vllm_kl.types import EngineInfo
+from vllm_kl.errors import InputError, MissingLogProbError
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -135,3 +135,22 @@ def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[in
             f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"
         )
     return starts
+
+
+def check_result(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:
+    """Return the values of sequence i, or refuse: -inf is a number (probability 0), NaN and what is above 0 are not."""
+    want, got = (len(request.token_ids) - request.start, request.num_columns), tuple(result.values.shape)
+    if got != want:
+        raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
+    bad = np.isnan(result.values) | (result.values == np.inf)
+    is_id = np.zeros(want[1], bool)
+    is_id[1 + request.num_ids : 1 + request.num_ids + request.top_k] = True
+    bad |= (result.values > 1e-3) & ~is_id  # no rounding makes a probability that large
+    if bad.any():
+        j, column = (int(n) for n in np.argwhere(bad)[0])
+        raise MissingLogProbError(
+            f"sequence {i}, token {request.start + j}: the engine returned {result.values[j, column]} instead of a "
+            f"log-prob ({int(bad.any(axis=1).sum())} such tokens). The model's weights or activations overflow, or a row "
+            "was lost."
+        )
+    return torch.from_numpy(result.values)

@@ -69,6 +69,12 @@ def scorer_for(model: Any) -> Scorer:
     )
 
 
+def version_of(scorer: Scorer) -> int | None:
+    """Return the version of the weights that made a scorer's last log-probs, or else of those that serve."""
+    version = getattr(getattr(scorer, "stats", None), "weight_version", None)
+    return getattr(scorer, "weight_version", None) if version is None else version
+
+
 class WrapperScorer:
     """Scores with any :class:`~torchrl.modules.llm.policies.LLMWrapperBase`, through its own ``tokens`` mode.
 
@@ -98,6 +104,8 @@ class WrapperScorer:
 class Side(Protocol):
     """One side of a KL."""
 
+    version: int | None  # of the weights that made the last log-probs; None: not known
+
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
         """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded."""
         ...
@@ -108,9 +116,12 @@ class ModelSide:
 
     def __init__(self, model: Any) -> None:
         self._scorer = scorer_for(model)
+        self.version = version_of(self._scorer)
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
-        return score_batch(self._scorer, batch), False
+        values = score_batch(self._scorer, batch)
+        self.version = version_of(self._scorer)
+        return values, False
 
 
 class FromCollector:
@@ -150,6 +161,7 @@ class FromCollector:
         self._key: NestedKey = ("log_probs", "full")
         self._pad_output: bool | None = None
         self._resolved: tuple[Any, Scorer] | None = None
+        self.version: int | None = None
 
     def __repr__(self) -> str:
         return f"FromCollector({self.gen_log_probs!r})"
@@ -225,7 +237,9 @@ class FromCollector:
                 f"from_collector: {why}there is no collector whose policy could be asked to score. Append the transform to "
                 "the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= with a model."
             )
-        return score_batch(self._scorer_of(policy), batch), False
+        values = score_batch(self._scorer_of(policy), batch)
+        self.version = version_of(self._scorer_of(policy))
+        return values, False
 
     def _recorded(
         self, batch: TokenBatch, td: TensorDictBase, policy: Any

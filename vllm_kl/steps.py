@@ -66,6 +66,7 @@ class TurnsTransform(NextTransform):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._turns = TurnWatch()
+        self._is_step = False  # what is written was generated just now, by the policy as it is
 
     @abstractmethod
     def _keys(self) -> InputKeys:
@@ -78,7 +79,11 @@ class TurnsTransform(NextTransform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         flat = tensordict.reshape(-1) if tensordict.batch_dims else lazy_stack([tensordict])
         self._turns.update(flat, self._keys())
-        return super()._step(tensordict, next_tensordict)
+        self._is_step = True
+        try:
+            return super()._step(tensordict, next_tensordict)
+        finally:
+            self._is_step = False
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
         # Not in _reset: a data loader's primer takes the mask of a partial reset away before (torchrl 0.14).

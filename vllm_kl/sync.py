@@ -130,15 +130,16 @@ class _Pusher:
     def register(self, collector: Any) -> None:
         self._collectors.append(weakref.ref(collector))
 
-    def push(self, weights: Any) -> int:
+    def push(self, weights: Any, *, collector_counts: bool = False) -> int:
         version = push_weights(self._engine, weights)
         for reference in self._collectors:
             tracker = getattr(reference(), "policy_version_tracker", None)
             if tracker is None:
                 continue
-            tracker.increment_version()
             if isinstance(tracker.version, int):  # else it counts in UUIDs
-                tracker.version = version
+                tracker.version = version - 1
+            if not collector_counts:
+                tracker.increment_version()
         return version
 
 
@@ -167,6 +168,12 @@ with warnings.catch_warnings():
         def register_collector(self, collector: Any) -> None:
             super().register_collector(collector)
             self._pusher.register(collector)
+
+        def __call__(self, policy_or_weights: Any = None, worker_ids: Any = None) -> None:
+            # collector.update_policy_weights_() comes here, and counts one version further itself (TorchRL 0.14).
+            weights = self._get_server_weights() if policy_or_weights is None else policy_or_weights
+            self._pusher.push(weights, collector_counts=True)
+            self._call_post_hooks()
 
         def _sync_weights_with_worker(self, *, worker_id: Any = None, server_weights: Any) -> None:
             self._pusher.push(server_weights)

@@ -30,6 +30,7 @@ from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
+from vllm_kl.versions import OnStale, check_on_stale, check_stale, policy_versions
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
@@ -155,6 +156,11 @@ class RetrieveKL(TurnsTransform, KLTransform):
         clamp_log_ratio, clamp_output, direction: as :func:`vllm_kl.kl_estimate` takes them.
         mask_key: where the mask is written, bool: the tokens that count, for losses and averages; ``None``: nowhere.
         gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see :class:`FromCollector`.
+        on_stale: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where the gen side scores again samples of a batch that
+            another version of the policy generated. Versions are those that ``LLMCollector(track_policy_version=True)``
+            stamps and :func:`vllm_kl.push_weights` counts.
+        ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: nowhere. Only a
+            reference whose scorer knows one has it.
         audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
             the policy's engine and compared.
         audit_tolerance: largest healthy mean difference, nats; default 0.05.
@@ -209,11 +215,14 @@ class RetrieveKL(TurnsTransform, KLTransform):
         clamp_output: float | None = None,
         direction: Direction = "reverse",
         mask_key: NestedKey | None = "kl_mask",
+        on_stale: OnStale = "raise",
+        ref_version_key: NestedKey | None = "ref_version",
         audit: float | None = None,
         audit_tolerance: float | None = None,
         on_drift: OnDrift | None = None,
         **kwargs: Any,
     ) -> None:
+        check_on_stale(on_stale)
         auditing = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift}
         auditing = {name: value for name, value in auditing.items() if value is not None}
         penalty = Penalty(
@@ -266,18 +275,25 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if device is not None:
             models = {name: model.to(device) for name, model in models.items()}
         in_keys = [keys_of(model, history_key=history_key).key for model in models.values()]
+        ref_side = ModelSide(models["ref_model"])
+        self.ref_version_key = None if ref_side.version is None else ref_version_key
+        versions = [] if self.ref_version_key is None else [self.ref_version_key]
         super().__init__(
-            penalty, in_keys=list(dict.fromkeys(in_keys)), out_keys=[gen_log_probs_full_key, ref_log_probs_full_key]
+            penalty,
+            in_keys=list(dict.fromkeys(in_keys)),
+            out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *versions],
         )
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
         self.pad_output = pads["ref_model"]
-        self._ref: Side = ModelSide(self.ref_model)
+        self._ref: Side = ref_side
         self._gen: Side = (
             ModelSide(self.gen_model)
             if from_collector is None
             else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
         )
+        self.on_stale: OnStale = on_stale
+        self._versions: dict[str, float] = {}
         self.assistant_only = assistant_only
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
@@ -292,13 +308,15 @@ class RetrieveKL(TurnsTransform, KLTransform):
         """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
 
         - ``audit_...``: of the last audit;
+        - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
+          an update; ``ref_version``: of the reference's weights;
         - ``retokenized_turns``: turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`: of a batch
           ``[dialogs, turns]`` (a ``postproc``, a collector's batch), or of an env's last step; and in an env
           ``retokenized_turns_total`` of ``later_turns_total``, all turns but each dialog's first, since it was made.
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
-        return {**self.penalty.metrics, **audit, **self._turns.metrics}
+        return {**self.penalty.metrics, **audit, **self._versions, **self._turns.metrics}
 
     def _keys(self) -> InputKeys:
         return keys_of(
@@ -313,6 +331,9 @@ class RetrieveKL(TurnsTransform, KLTransform):
         collector = self._collector()
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
+        versions = None if self._is_step else policy_versions(td, next_td)
+        if versions and not recorded and self._gen.version:  # 0: never stamped, so nothing can be said
+            check_stale(versions, self._gen.version, self.on_stale)
         ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
 
         def to_rows(rows: list[torch.Tensor]) -> Rows:
@@ -322,9 +343,21 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if recorded and next_td is td:
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             del log_probs[self.gen_log_probs_full_key]
-        return self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
+        written = self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
+        self._versions = {}
+        if versions:
+            self._versions = {
+                "policy_version_min": float(min(versions)),
+                "policy_version_max": float(max(versions)),
+            }
+        if self.ref_version_key is not None:
+            self._versions["ref_version"] = float(self._ref.version)
+            written.set(self.ref_version_key, torch.full((len(batch),), self._ref.version, device=td.device))
+        return written
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         declare(observation_spec, self.gen_log_probs_full_key, LogProbs)
         declare(observation_spec, self.ref_log_probs_full_key, LogProbs)
+        if self.ref_version_key is not None:
+            declare(observation_spec, self.ref_version_key, trailing=(), dtype=torch.int64)
         return super().transform_observation_spec(observation_spec)

@@ -27,6 +27,9 @@ class _ScorerActor:
     def attributes(self) -> dict[str, Any]:
         return self._attributes
 
+    def weight_version(self) -> int | None:
+        return getattr(self._scorer, "weight_version", None)
+
     def score(self, token_ids: list[np.ndarray], start: list[int]) -> tuple[list[np.ndarray], ScoreStats | None]:
         with torch.no_grad():
             scored = self._scorer.score([torch.from_numpy(ids.copy()) for ids in token_ids], start)
@@ -65,6 +68,11 @@ class RayScorer:
             self._actor = remote.remote(build)
         self.stats: ScoreStats | None = None
         self.attributes: dict[str, Any] = self._get(self._actor.attributes.remote())
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights that serve in the actor; ``None``: not known."""
+        return self._get(self._actor.weight_version.remote())
 
     def score(self, token_ids: list[Any], start: list[int]) -> list[torch.Tensor]:
         """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""

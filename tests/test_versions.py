@@ -1,0 +1,165 @@
+"""Versions through a real collector whose policy is updated while it collects: what was sampled, what scored it, and when."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torchrl.collectors.llm import LLMCollector
+from torchrl.modules.llm import vLLMWrapper
+from transformers import AutoModelForCausalLM
+
+from tests.oracle import Oracle
+from tests.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
+from vllm_kl import RetrieveKL, VLLMSyncScheme, VLLMWeightUpdater, push_weights
+from vllm_kl.errors import StaleError
+from vllm_kl.sync import weights_of
+from vllm_kl.versions import StaleWarning
+
+
+@pytest.fixture
+def steps(tied_paths):
+    return tied_paths
+
+
+@pytest.fixture
+def policy_engine(tied_llm, steps):
+    """The policy's engine, at version 0 again: as if it had just been started."""
+    weights = weights_of(tied_llm)
+    written = weights.skeleton.write(weights.skeleton.checked(AutoModelForCausalLM.from_pretrained(steps[0])))
+    weights.load(written, version=0)
+    return tied_llm
+
+
+@pytest.fixture
+def make_collector(make_env, policy_engine, tokenizer):  # noqa: F811
+    made = []
+
+    def make(*transforms, num_batches=4, **kwargs):
+        env = make_env()
+        for transform in transforms:
+            env = env.append_transform(transform)
+        collector = LLMCollector(
+            env,
+            policy_factory=functools.partial(
+                vLLMWrapper,
+                policy_engine,
+                tokenizer=tokenizer,
+                input_mode="history",
+                generate=True,
+                generate_kwargs={"max_new_tokens": 10, "temperature": 1.0},
+            ),
+            dialog_turns_per_batch=NUM_ENVS,
+            total_dialog_turns=NUM_ENVS * num_batches,
+            track_policy_version=True,
+            weight_updater=VLLMWeightUpdater(policy_engine),
+            **kwargs,
+        )
+        made.append(collector)
+        return collector
+
+    yield make
+    for collector in made:
+        collector.shutdown()
+
+
+@pytest.mark.parametrize("share_prefix", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("mode", ["reuse", "rescore"])
+def test_three_updates_and_every_kl_is_that_of_the_versions_it_carries(
+    make_collector, make_reference, ref_oracle, ref_scorer, steps, policy_engine, mode, share_prefix, monkeypatch
+):
+    monkeypatch.setattr(ref_scorer, "share_prefix", share_prefix)
+    transform = RetrieveKL("from_collector", make_reference(), gen_log_probs=mode)
+    collector = make_collector(transform)
+    for version, data in enumerate(collector):
+        data = data.reshape(-1)
+        assert data["next", "policy_version"].tolist() == [version] * NUM_ENVS
+        assert data["next", "ref_version"].tolist() == [ref_scorer.weight_version] * NUM_ENVS
+        assert transform.metrics["ref_version"] == ref_scorer.weight_version
+        check(data, Oracle(steps[version]), ref_oracle)
+        if version < 3:
+            collector.update_policy_weights_(AutoModelForCausalLM.from_pretrained(steps[version + 1]))
+            assert collector.policy_version == weights_of(policy_engine).version == version + 1
+    assert version == 3
+    assert ref_scorer.check_frozen() == 0.0
+
+
+@pytest.mark.parametrize("how", ["updater", "scheme"])
+def test_pushes_beside_the_collector_move_its_version_too(make_collector, steps, policy_engine, how):
+    collector = make_collector(num_batches=2)
+    model = AutoModelForCausalLM.from_pretrained(steps[1])
+    if how == "updater":
+        collector.weight_updater.push_weights(model)
+    else:
+        sender = VLLMSyncScheme(policy_engine).create_sender()
+        sender.register_model(model)
+        sender.register_collector(collector)
+        sender.update_weights()
+    assert collector.policy_version == weights_of(policy_engine).version == 1
+    data = next(iter(collector)).reshape(-1)
+    assert data["next", "policy_version"].tolist() == [1] * NUM_ENVS
+    collector.update_policy_weights_(model)
+    assert collector.policy_version == weights_of(policy_engine).version == 2
+
+
+def test_two_batches_of_one_version_agree_and_a_failed_update_moves_no_version(
+    make_collector, make_reference, ref_oracle, steps, policy_engine
+):
+    collector = make_collector(RetrieveKL("from_collector", make_reference()), num_batches=2)
+    batches = iter(collector)
+    check(next(batches).reshape(-1), Oracle(steps[0]), ref_oracle)
+    state = AutoModelForCausalLM.from_pretrained(steps[1]).state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"] * float("nan")
+    with pytest.raises(RuntimeError, match="Training has diverged"):
+        collector.update_policy_weights_(state)
+    assert collector.policy_version == weights_of(policy_engine).version == 0
+    data = next(batches).reshape(-1)
+    check(data, Oracle(steps[0]), ref_oracle)
+    assert data["next", "policy_version"].tolist() == [0] * NUM_ENVS
+
+
+@pytest.fixture
+def old_batch(make_collector, steps, policy_engine):
+    """A batch of version 0, and an engine that serves version 1."""
+    data = next(iter(make_collector(num_batches=1))).reshape(-1)
+    push_weights(policy_engine, AutoModelForCausalLM.from_pretrained(steps[1]))
+    return data
+
+
+@pytest.fixture
+def as_scorer(policy_engine, tokenizer):
+    return vLLMWrapper(policy_engine, tokenizer=tokenizer, input_mode="history", generate=False)
+
+
+def test_old_tokens_are_never_scored_with_new_weights_unless_told(
+    old_batch, as_scorer, make_reference, ref_oracle, steps
+):
+    before = old_batch.clone()
+    rescore = functools.partial(RetrieveKL, as_scorer, make_reference())
+    message = "4 of 4 samples .* sample 0 is of policy version 0 .*the engine serves version 1"
+    with pytest.raises(StaleError, match=message):
+        rescore()(old_batch)
+    assert set(old_batch.keys(True, True)) == set(before.keys(True, True))  # as it was
+    with pytest.warns(StaleWarning, match=message):
+        check(rescore(on_stale="warn")(old_batch), Oracle(steps[1]), ref_oracle)
+    check(rescore(on_stale="allow")(before), Oracle(steps[1]), ref_oracle)
+
+
+def test_log_probs_that_were_recorded_are_not_stale(old_batch, make_reference, ref_oracle, steps):
+    check(RetrieveKL("from_collector", make_reference())(old_batch), Oracle(steps[0]), ref_oracle)
+
+
+def test_a_batch_that_straddles_an_update_says_so(old_batch, make_reference):
+    versions = torch.arange(NUM_ENVS)
+    for sample, version in zip(old_batch.unbind(0), versions, strict=True):
+        sample["next", "policy_version"] = version
+    transform = RetrieveKL("from_collector", make_reference())
+    transform(old_batch)
+    assert transform.metrics["policy_version_min"] == 0
+    assert transform.metrics["policy_version_max"] == NUM_ENVS - 1
+
+
+def test_a_choice_that_does_not_exist_is_refused(make_reference):
+    with pytest.raises(TypeError, match="on_stale='ignore' does not exist; choose one of raise, warn, allow"):
+        RetrieveKL("from_collector", make_reference(), on_stale="ignore")
