@@ -43,16 +43,19 @@ class TestCoefficient:
             assert rewards[1][2].item() == pytest.approx(2.0 - 0.5 * n * 1.0)
             assert transform.metrics["coeff"] == 0.5 * n
 
-    def test_an_adaptive_controller_moves_towards_its_target(self):
-        sums = sequence_kl(kl_estimate(GEN, REF, MASK), MASK, reduction="sum")
-        controller = AdaptiveKLController(init_kl_coef=0.2, target=0.5, horizon=10)
+    @pytest.mark.parametrize("target", [0.5, 0.24, 0.1], ids=["far below", "a little above", "far above"])
+    def test_an_adaptive_controller_moves_towards_its_target(self, target):
+        kl = float(sequence_kl(kl_estimate(GEN, REF, MASK), MASK, reduction="sum").mean())
+        assert kl == 0.25
+        controller = AdaptiveKLController(init_kl_coef=0.2, target=target, horizon=10)
         transform = compute(coeff=controller)
         transform(step())
         assert transform.metrics["coeff"] == 0.2  # the batch that was seen; the next gets what was learned from it
-        error = min(max(float(sums.mean()) / 0.5 - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
-        assert float(controller.coef) == pytest.approx(0.2 * (1 + error * 2 / 10))
+        error = min(max(kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
+        assert float(controller.coef) == pytest.approx(0.2 * (1 + error * 2 / 10), rel=1e-6)
+        assert (float(controller.coef) > 0.2) == (kl > target)
         transform(step())
-        assert transform.metrics["coeff"] == pytest.approx(float(controller.coef) / (1 + error * 2 / 10))
+        assert transform.metrics["coeff"] == pytest.approx(0.2 * (1 + error * 2 / 10), rel=1e-6)
 
     def test_a_constant_controller_is_a_number(self):
         rewards = [
@@ -213,8 +216,49 @@ class TestMask:
         for key in ("kl_penalty", "kl_mask"):
             for a, b in zip(*(batch.get(key, as_list=True) for batch in batches), strict=True):
                 assert torch.equal(a, b)
-        assert one.metrics == three[-1].metrics
+        assert one.metrics == three[-1].metrics | {"ref_version": float(ref.scorer.weight_version)}
         assert one.metrics["num_tokens"] == 4
+
+    @pytest.mark.parametrize("wider", ["policy", "reference"])
+    def test_a_side_that_scored_other_tokens_is_refused_not_read_as_zero(self, make_reference, make_gen, wider):
+        """0.0 outside one side's mask would be taken for a log-prob inside the other's."""
+        gen, ref = make_gen("vllm"), make_reference()
+        first = RetrieveLogProb(gen, assistant_only=wider != "policy")
+        second = RetrieveLogProb(ref, assistant_only=wider != "reference")
+        batch = first(ids_batch(self.IDS, self.PROMPTS))
+        verb = "leaves out" if wider == "reference" else "keeps"
+        with pytest.raises(InputError, match=f"sample 0, token 1: kl_mask is there already and {verb} it"):
+            second(batch)
+        assert "ref_log_probs" not in batch.keys()
+
+    def test_a_mask_that_keeps_token_0_is_refused(self):
+        batch = step()
+        batch[1]["kl_mask"] = torch.tensor([True, False, True])
+        batch[0]["kl_mask"] = torch.tensor([False, True, True, True])
+        with pytest.raises(InputError, match="sample 1: kl_mask keeps token 0, which has no log-prob"):
+            compute()(batch)
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"mask_key": ("log_probs", "full")},
+            {"mask_key": "log_probs"},
+            {"kl_key": ("ref_log_probs", "full")},
+            {"kl_key": "reward"},
+            {"kl_key": "reward", "add_to_reward": False},
+            {"kl_key": "kl_k3", "extra_estimators": ("k3",)},
+        ],
+    )
+    def test_two_results_under_one_key_are_refused(self, make_reference, keys):
+        with pytest.raises(OptionError, match="two results would be written to one key"):
+            RetrieveKL("from_collector", make_reference(), **keys)
+
+    def test_two_entries_of_one_key_are_refused_by_every_transform(self, make_reference):
+        with pytest.raises(OptionError, match="two results"):
+            RetrieveLogProb(make_reference(), log_probs_full_key=("a", "full"), mask_key=("a", "full"))
+        for keys in ({"kl_key": ("gen", "full")}, {"mask_key": ("ref", "full")}, {"kl_key": "kl_mask"}):
+            with pytest.raises(OptionError, match="two results"):
+                compute(**keys)
 
     def test_a_mask_of_other_log_probs_is_refused(self):
         batch = step()

@@ -17,6 +17,7 @@ from vllm_kl.alignment import PaddingSide
 from vllm_kl.errors import InputError
 from vllm_kl.inputs import rows_of
 from vllm_kl.kl import Direction, Estimator
+from vllm_kl.outputs import check_distinct
 from vllm_kl.penalty import KLTransform, Penalty
 
 
@@ -84,7 +85,9 @@ class KLComputation(KLTransform):
             clamp_output=clamp_output,
             direction=direction,
         )
-        super().__init__(penalty, in_keys=[gen_log_probs_full_key, ref_log_probs_full_key], out_keys=[])
+        sides = [gen_log_probs_full_key, ref_log_probs_full_key]
+        check_distinct([*sides, *([] if mask_key is None else [mask_key]), *penalty.keys, "reward"])
+        super().__init__(penalty, in_keys=sides, out_keys=[])
         self.mask_key = mask_key
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
@@ -110,11 +113,16 @@ class KLComputation(KLTransform):
     def _check_mask(
         self, gen: list[torch.Tensor], ref: list[torch.Tensor], scored: list[torch.Tensor], stored: list[torch.Tensor]
     ) -> None:
-        """Refuse a mask of other log-probs: it would hide a token that both sides scored."""
+        """Refuse a mask of other log-probs: it would hide a token that both sides scored, or keep one that has no log-prob."""
         for i, (a, b, has_values, mask) in enumerate(zip(gen, ref, scored, stored, strict=True)):
             if mask.shape != a.shape:
                 raise InputError(
                     f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, its log-probs {list(a.shape)}"
+                )
+            if len(mask) and mask[0]:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} keeps token 0, which has no log-prob. Both sides of {self.mask_key} begin with "
+                    "the sequence's first token, or with padding"
                 )
             hidden = has_values & (a != 0).cpu() & (b != 0).cpu() & ~mask.bool().cpu()
             if hidden.any():

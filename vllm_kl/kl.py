@@ -138,14 +138,23 @@ def sequence_kl(
         kl: per-token estimates, ``[B, T]`` or B tensors ``[T]``.
         mask: tokens that count, same shapes.
 
+    Raises:
+        InputError: other numbers of samples, or other shapes.
+        MissingLogProbError: a value inside the mask is not finite.
+
     >>> sequence_kl([torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 2.0])], [torch.tensor([0, 1, 1]), torch.tensor([0, 1])])
     tensor([2., 2.])
     """
     if reduction not in ("mean", "sum"):
         raise OptionError(f"reduction={reduction!r} does not exist; choose one of mean, sum")
+    kl, keep = list(kl), [row.bool().cpu() for row in mask]
+    shapes = [[tuple(row.shape) for row in side] for side in (kl, keep)]
+    if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
+        raise InputError(f"kl has rows {shapes[0]}, the mask {shapes[1]}: expected the same, one number per token")
+    check_finite(kl, keep, what="kl")
     rows = []
-    for row, kept in zip(kl, mask, strict=True):
-        kept = kept.bool().to(row.device)
+    for row, kept in zip(kl, keep, strict=True):
+        kept = kept.to(row.device)
         total = torch.where(kept, row.float(), 0.0).sum()
         rows.append(total / kept.sum().clamp(min=1) if reduction == "mean" else total)
     return torch.stack(rows) if rows else torch.empty(0)

@@ -6,15 +6,16 @@ The counterpart of ``inputs.py``: what is written here reads back with ``td.get(
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensorclass
+from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensorclass, unravel_key
 from tensordict.utils import NestedKey
 from torchrl.data import Composite, Unbounded
 from torchrl.modules.llm.policies import LogProbs
 
-from vllm_kl.errors import InputError
+from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import rows_of
 
 Rows = torch.Tensor | list[torch.Tensor]
@@ -47,6 +48,26 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
     for sample, row in zip(td.unbind(0), rows, strict=True):
         sample.set(key, row)
     return td
+
+
+def check_distinct(keys: Sequence[NestedKey]) -> None:
+    """Refuse keys of which one would replace another's entry.
+
+    Raises:
+        OptionError: two are equal, or one is the parent of the other.
+
+    >>> check_distinct(["kl_penalty", ("log_probs", "full"), ("ref_log_probs", "full")])
+    """
+    paths = [unravel_key(key) for key in keys]
+    paths = [(path,) if isinstance(path, str) else path for path in paths]
+    for n, path in enumerate(paths):
+        for other in paths[:n]:
+            shared = min(len(path), len(other))
+            if path[:shared] == other[:shared]:
+                raise OptionError(
+                    f"two results would be written to one key: {other if len(other) > 1 else other[0]!r} and "
+                    f"{path if len(path) > 1 else path[0]!r}, of {', '.join(map(repr, keys))}"
+                )
 
 
 def declare(

@@ -19,7 +19,7 @@ from torchrl.data import Composite
 
 from vllm_kl.errors import OptionError
 from vllm_kl.kl import TOKEN_ESTIMATORS, Direction, Estimator, check_estimator, kl_estimate, sequence_kl
-from vllm_kl.outputs import Rows, declare, write_kl
+from vllm_kl.outputs import Rows, check_distinct, declare, write_kl
 from vllm_kl.steps import NextTransform, per_token_reward
 
 
@@ -100,7 +100,9 @@ class Penalty:
             raise OptionError(f"extra_estimators must be a sequence of names, such as ({extra_estimators!r},)")
         for name in (estimator, *extra_estimators):
             check_estimator(name, direction, clamp_log_ratio, clamp_output, known=TOKEN_ESTIMATORS)
-        self._estimators = {kl_key: estimator} | {_beside(kl_key, f"kl_{name}"): name for name in extra_estimators}
+        names = [(kl_key, estimator), *((_beside(kl_key, f"kl_{name}"), name) for name in extra_estimators)]
+        check_distinct([key for key, _ in names])
+        self._estimators = dict(names)
         self.kl_key = kl_key
         self.mask_key = mask_key
         if not add_to_reward and (callable(coeff) or hasattr(coeff, "update")):
@@ -109,11 +111,6 @@ class Penalty:
         self.coeff = coeff
         self.metrics: dict[str, float] = {}
         self._how = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output, "direction": direction}
-        if len({*self.keys}) < 1 + len(extra_estimators) + (mask_key is not None):
-            raise OptionError(
-                f"two results would be written to one key: kl_key={kl_key!r}, mask_key={mask_key!r}, extra_estimators "
-                f"{', '.join(extra_estimators)}, each under kl_<name>"
-            )
 
     @property
     def coeff(self) -> Any:
@@ -183,6 +180,7 @@ class KLTransform(NextTransform):
 
     def __init__(self, penalty: Penalty, *, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
         reward = ["reward"] if penalty.add_to_reward else []
+        check_distinct([*out_keys, *penalty.keys, "reward"])
         super().__init__(in_keys=[*in_keys, *reward], out_keys=[*out_keys, *penalty.keys, *reward])
         self.penalty = penalty
 
