@@ -5,11 +5,14 @@ A value that lands one token off, in another sample or in another layout is anot
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Masks, Tokens
 
 from tests.batches import dense_batch, ids_batch
@@ -119,3 +122,104 @@ def test_any_mask_keeps_its_tokens_and_no_others(samples, data):
 def test_a_mask_that_keeps_the_first_token_is_refused():
     with pytest.raises(InputError, match="sample 1: the assistant mask keeps token 0"):
         read_batch(ids_batch([[1, 2], [3]], assistant=[[False, True], [True]]), KEYS, assistant_only=True)
+
+
+def apart(prompts, full, attention=None):
+    """Prompts that are not columns of the full rows, and no assistant mask; rows of one width are one tensor."""
+    samples = [
+        TensorDict(tokens=Tokens(prompt=torch.tensor(p, dtype=torch.long), full=torch.tensor(f)))
+        for p, f in zip(prompts, full, strict=True)
+    ]
+    for sample, mask in zip(samples, attention or [], strict=attention is not None):
+        sample["masks"] = Masks(all_attention_mask=torch.tensor(mask).bool())
+    widths = {len(p) for p in prompts}, {len(f) for f in full}
+    return torch.stack(samples) if max(map(len, widths)) == 1 else lazy_stack(samples)
+
+
+def kept(td, tokenizer_pad=None):
+    keys = replace(KEYS, tokenizer=SimpleNamespace(pad_token_id=tokenizer_pad))
+    return [keep.tolist() for keep in read_batch(td, keys, assistant_only=True).keep]
+
+
+FIRST, SECOND = [False, False, True, True], [False, False, False, True, True, True]
+
+
+class TestPromptsWithoutAnAssistantMask:
+    """The response begins where the prompt's real tokens end, wherever either is padded."""
+
+    def test_prompts_padded_apart_from_sequences_padded_on_the_left(self):
+        mask = [[0, 0, 1, 1, 1, 1], [1] * 6]
+        assert kept(apart([[0, 5, 6], [9, 8, 7]], [[0, 0, 5, 6, 7, 8], [9, 8, 7, 5, 4, 3]], mask)) == [FIRST, SECOND]
+
+    def test_prompts_padded_on_the_right(self):
+        mask = [[1, 1, 1, 1, 0, 0], [1] * 6]
+        assert kept(apart([[5, 6, 0], [9, 8, 7]], [[5, 6, 7, 8, 0, 0], [9, 8, 7, 5, 4, 3]], mask)) == [FIRST, SECOND]
+
+    def test_prompts_without_padding_beside_padded_sequences(self):
+        mask = [[0, 0, 1, 1, 1, 1], [1] * 6]
+        assert kept(apart([[5, 6], [9, 8, 7]], [[0, 0, 5, 6, 7, 8], [9, 8, 7, 5, 4, 3]], mask)) == [FIRST, SECOND]
+
+    def test_padded_prompts_beside_sequences_without_padding(self):
+        td = apart([[0, 5, 6], [9, 8, 7]], [[5, 6, 7, 8], [9, 8, 7, 5, 4, 3]])
+        assert kept(td, tokenizer_pad=0) == [FIRST, SECOND]
+        with pytest.raises(InputError, match="sample 0: .* its token 0 is 0, expected 5.*all_assistant_mask"):
+            kept(td)  # an id that nothing says is padding
+
+    def test_a_pad_id_that_begins_or_ends_a_prompt_is_a_token_of_it(self):
+        mask = [[0, 0, 1, 1, 1, 1], [1] * 6]
+        td = apart([[0, 0, 6], [9, 8, 0]], [[0, 0, 0, 6, 7, 8], [9, 8, 0, 0, 0, 0]], mask)
+        assert kept(td) == [FIRST, SECOND]
+
+    def test_prompts_cut_on_the_left_as_the_sequences_are(self):
+        assert kept(apart([[6], [8, 7]], [[6, 7, 8], [8, 7, 5, 4]])) == [
+            [False, True, True],
+            [False, False, True, True],
+        ]
+
+    def test_ids_that_do_not_begin_the_sequence_are_refused(self):
+        with pytest.raises(InputError, match=r"sample 1: .*'prompt'.* token 1 is 4, expected 8.*all_assistant_mask"):
+            kept(apart([[5, 6], [9, 4]], [[5, 6, 7], [9, 8, 7]]))
+        with pytest.raises(InputError, match="sample 0: .* its token 1 is 8, expected 6"):
+            kept(apart([[0, 5, 8], [9, 8, 7]], [[0, 5, 6, 7], [9, 8, 7, 5]], [[0, 1, 1, 1], [1] * 4]))
+
+    def test_a_prompt_that_is_longer_than_its_sequence_is_refused(self):
+        with pytest.raises(InputError, match="sample 0: .* its token 3 is 8, expected the end of the row"):
+            kept(apart([[5, 6, 7, 8]], [[5, 6, 7]]))
+
+    def test_a_pad_id_that_may_be_the_prompts_end_or_a_response_is_refused(self):
+        td = apart([[5, 6, 0], [9, 8, 7]], [[5, 6, 0, 0], [9, 8, 7, 5]], [[1, 1, 1, 0], [1] * 4])
+        with pytest.raises(InputError, match=r"sample 0: .* with 2 tokens or with 3: .*\[0\] pad.*all_assistant_mask"):
+            kept(td)
+
+    def test_prompts_padded_on_both_sides_are_refused(self):
+        td = apart([[0, 5, 6], [9, 0, 0]], [[5, 6, 7], [9, 8, 7]])
+        with pytest.raises(InputError, match="padding is unlike that of the other prompts"):
+            kept(td, tokenizer_pad=0)
+
+    def test_a_prompt_does_not_matter_where_a_mask_is_stored_or_all_tokens_count(self):
+        td = apart([[1, 1, 1]], [[5, 6, 7]], [[1, 1, 1]])
+        batch = read_batch(td, KEYS, assistant_only=False)
+        assert batch.keep[0].tolist() == [False, True, True]
+        assert batch.assistant is None
+        td["masks", "all_assistant_mask"] = torch.tensor([[False, False, True]])
+        assert kept(td) == [[False, False, True]]
+
+
+@settings(max_examples=500, deadline=None)
+@given(SAMPLES, st.sampled_from(["left", "right", None]), st.sampled_from(["left", "right", None]))
+def test_prompts_padded_in_any_way_end_where_they_end_or_are_refused(samples, prompt_side, full_side):
+    sequences = [prompt + response for prompt, response in samples]
+    prompts = [torch.tensor(prompt) for prompt, _ in samples]
+    td = ids_batch(sequences) if full_side is None else one_sided_batch(sequences, [1] * len(samples), full_side)
+    td = td.exclude(("masks", "all_assistant_mask")).to_lazystack(0)
+    rows = prompts if prompt_side is None else padded(prompts, prompt_side, PAD).unbind(0)
+    for sample, row in zip(td.unbind(0), rows, strict=True):
+        sample["tokens", "prompt"] = row
+    want = [[t >= len(prompt) for t in range(len(prompt + response))] for prompt, response in samples]
+    try:
+        got = kept(td, tokenizer_pad=PAD)
+    except InputError as error:
+        got = str(error)
+    if got != want:
+        assert "tokens or with" in got
+        assert any(PAD in (prompt[0], prompt[-1], *response[:1]) for prompt, response in samples)

@@ -127,7 +127,7 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     attention = rows_of(td, nested(keys.masks_key, "all_attention_mask"))
     columns = _columns(ids_rows, attention, keys)
     token_ids = [row[c.to(row.device)].long().cpu() for row, c in zip(ids_rows, columns, strict=True)]
-    assistant = _stored_assistant_mask(td, ids_rows, columns, keys)
+    assistant = _stored_assistant_mask(td, ids_rows, columns, keys, assistant_only)
     if assistant is None and assistant_only:
         assistant = _template_mask(td, token_ids, keys)
     return _batch(
@@ -187,7 +187,7 @@ def _columns(ids_rows: list[torch.Tensor], attention: list[torch.Tensor] | None,
 
 
 def _stored_assistant_mask(
-    td: TensorDictBase, ids_rows: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys
+    td: TensorDictBase, ids_rows: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys, assistant_only: bool
 ) -> list[torch.Tensor] | None:
     """Return the stored assistant mask of the real tokens; or everything after the stored prompt; or ``None``."""
     name = nested(keys.masks_key, "all_assistant_mask")
@@ -202,8 +202,90 @@ def _stored_assistant_mask(
     prompts = rows_of(td, nested(keys.tokens_key, "prompt"))
     if prompts is None:
         return None
-    # A prompt row is a prefix of the full row, its padding included.
-    return [c >= len(prompt) for prompt, c in zip(prompts, columns, strict=True)]
+    lengths = _prompt_lengths([p.long().cpu() for p in prompts], [r.long().cpu() for r in ids_rows], columns, keys)
+    if isinstance(lengths, str):
+        if assistant_only:
+            raise InputError(f"{lengths} Store {name} beside the ids, or pass assistant_only=False.")
+        return None
+    return [torch.arange(len(c)) >= length for c, length in zip(columns, lengths, strict=True)]
+
+
+def _prompt_lengths(
+    prompts: list[torch.Tensor], full: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys
+) -> list[int] | str:
+    """Return how many of its real ids each sample's prompt has, or why nobody can know.
+
+    A batch of prompts is read in every way in which all its rows begin their sequences: as columns of the full rows,
+    padding included (TorchRL's layout); as ids without padding; as ids padded on one side, apart from the full rows.
+    No mask of the prompts is stored, so an id counts as their padding only if it pads the full rows or is the
+    tokenizer's pad, and only where the ids beside it begin the sequence. Ways that differ are not chosen between.
+    """
+    names = {"prompt": nested(keys.tokens_key, "prompt"), "full": nested(keys.tokens_key, "full")}
+    real = [row[c] for row, c in zip(full, columns, strict=True)]
+    edges = {int(p[end]) for p in prompts if len(p) for end in (0, -1)}
+    hidden = torch.cat([row[~torch.isin(torch.arange(len(row)), c)] for row, c in zip(full, columns, strict=True)])
+    pads = sorted(edges & {*hidden.tolist(), getattr(keys.tokenizer, "pad_token_id", None)})
+    in_place = [
+        {int((c < len(p)).sum())} if torch.equal(p, row[: len(p)]) else set()
+        for p, row, c in zip(prompts, full, columns, strict=True)
+    ]
+    unpadded = [{len(p)} if torch.equal(p, ids[: len(p)]) else set() for p, ids in zip(prompts, real, strict=True)]
+    ways = [way for way in (in_place, unpadded) if all(way)]
+    if ways and len({len(p) for p in prompts}) > 1:
+        pads = []  # prompts of different widths were not padded to one
+    padded = [
+        [_padded_lengths(p, ids, pad, side) for p, ids in zip(prompts, real, strict=True)]
+        for pad in pads
+        for side in ("left", "right")
+    ]
+    ways += [way for way in padded if all(way)]
+    if not ways:
+        nearest = max((in_place, unpadded, *padded), key=lambda way: sum(map(bool, way)))
+        i = [bool(lengths) for lengths in nearest].index(False)
+        views = [*(_strip(prompts[i], pad, side) for pad in pads for side in ("left", "right")), prompts[i]]
+        ids, at = max(((view, _num_common(view, real[i])) for view in views), key=lambda f: (f[1], -len(f[0])))
+        wrong = f"after {at} ids that fit, its padding is unlike that of the other prompts"
+        if at < len(ids):
+            expected = int(real[i][at]) if at < len(real[i]) else "the end of the row"
+            wrong = f"its token {at} is {int(ids[at])}, expected {expected}"
+        return f"sample {i}: {names['prompt']} does not begin {names['full']}: {wrong}. Where the response begins is not known."
+    for i, ways_of_sample in enumerate(zip(*ways, strict=True)):
+        lengths = set().union(*ways_of_sample)
+        lengths = sorted(lengths - {0} or lengths)  # a prompt of nothing only where it can be nothing else
+        if len(lengths) > 1:
+            return (
+                f"sample {i}: {names['prompt']} begins {names['full']} with {lengths[0]} tokens or with {lengths[-1]}: the ids "
+                f"at its ends are padding or tokens ({pads} pad rows of this batch, or are the tokenizer's pad)."
+            )
+        prompts[i] = real[i][: lengths[0]]
+    return [len(prompt) for prompt in prompts]
+
+
+def _strip(prompt: torch.Tensor, pad: int, side: str) -> torch.Tensor:
+    """Return a prompt without the pad ids on one side."""
+    kept = (prompt != pad).nonzero()[:, 0]
+    if not len(kept):
+        return prompt[:0]
+    return prompt[kept[0] :] if side == "left" else prompt[: kept[-1] + 1]
+
+
+def _padded_lengths(prompt: torch.Tensor, ids: torch.Tensor, pad: int, side: str) -> set[int]:
+    """Return with how many tokens a prompt that is padded on one side can begin ``ids``; pad ids may be tokens too."""
+    shortest = len(_strip(prompt, pad, side))
+    first = ids[:1] if side == "left" else ids[shortest : shortest + 1]  # what a longer prompt puts a pad id on
+    longest = min(len(prompt), len(ids)) if first.tolist() == [pad] else shortest
+    return {
+        n
+        for n in range(max(shortest, 1), longest + 1)
+        if torch.equal(prompt[len(prompt) - n :] if side == "left" else prompt[:n], ids[:n])
+    }
+
+
+def _num_common(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Return how many tokens two sequences have in common before the first that differs."""
+    n = min(len(a), len(b))
+    differs = (a[:n] != b[:n]).nonzero()
+    return int(differs[0]) if len(differs) else n
 
 
 def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: InputKeys) -> list[torch.Tensor]:
