@@ -16,8 +16,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from vllm_kl import Sample, write_samples
+from vllm_kl import Sample, read_samples, write_samples
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.samples import FLOAT32_MAX, replacing
 from vllm_kl.view import kl_cap, render_page, write_page
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -62,10 +63,10 @@ SAMPLES = [
         reward=-1.0,
     ),
     Sample(
-        token_ids=list(range(30, 30 + len(HOSTILE))),
+        token_ids=list(range(30, 31 + len(HOSTILE))),
         log_probs=[-1.0] * len(HOSTILE),
         ref_log_probs=[-0.75] * len(HOSTILE),
-        tokens=HOSTILE,
+        tokens=["", *HOSTILE],
         query=HOSTILE[1],
         response=HOSTILE[0],
         policy_version=HOSTILE[0],
@@ -76,7 +77,7 @@ SAMPLES = [
 SHOWN = [
     ["Q", " yes", "↵\n", "··"],
     ["20", "21", "22", "23", "24"],
-    [*HOSTILE[:4], "U+202EevilU+200B␇U+D800", "U+2028'\"`${1}"],
+    ["∅", *HOSTILE[:4], "U+202EevilU+200B␇U+D800", "U+2028'\"`${1}"],
 ]
 
 
@@ -122,7 +123,9 @@ def texts(driver):
 
 
 def order(driver):
-    return [int(h.text.split()[-1]) for h in css(driver, "#list h2")]
+    # In one go: the page draws the list anew while a filter is typed.
+    script = "return [...document.querySelectorAll('#list h2')].map(h => Number(h.textContent.split(' ').pop()))"
+    return driver.execute_script(script)
 
 
 def tip(driver):
@@ -161,7 +164,7 @@ class TestPage:
         assert order(driver) == [1, 2, 3]
         assert texts(driver) == SHOWN
         unscored = [[t.text for t in s.find_elements(By.CSS_SELECTOR, ".unscored")] for s in css(driver, ".tokens")]
-        assert unscored == [["Q"], ["20", "22", "23"], []]
+        assert unscored == [["Q"], ["20", "22", "23"], ["∅"]]
 
     def test_sums_and_figures_are_those_of_the_samples(self, open_page):
         driver = open_page()
@@ -230,11 +233,12 @@ class TestPage:
     def test_colours_tell_the_sign_and_grow_up_to_the_cap(self, open_page):
         kl = [0.0, 0.5, 1.0, 1.0, 3.0, -0.5, -1.0]
         many = [*kl, *[1.0] * 500]
-        ids = list(range(len(many)))
-        driver = open_page([Sample(token_ids=ids, log_probs=many, ref_log_probs=[0.0] * len(many))])
+        ids = list(range(len(many) + 1))
+        policy = [value - 3 for value in many]
+        driver = open_page([Sample(token_ids=ids, log_probs=policy, ref_log_probs=[-3.0] * len(many))])
         assert kl_cap(many) == (1.0, "99th percentile of |KL|")
         assert "from ±1, the 99th percentile of |KL|" in css(driver, ".legend .note")[0].text
-        backgrounds = [colour(t, "background-color") for t in css(driver, ".t")[:7]]
+        backgrounds = [colour(t, "background-color") for t in css(driver, ".t")[1:8]]
         assert backgrounds[0][3] == 0
         assert [round(b[3], 2) for b in backgrounds[1:]] == [0.5, 1, 1, 1, 0.5, 1]
         assert len({b[:3] for b in backgrounds[1:5]}) == 1
@@ -378,6 +382,16 @@ class TestFile:
             write_page(SAMPLES, tmp_path / "kl.html", limit=0)
         assert not (tmp_path / "kl.html").exists()
 
+    @pytest.mark.parametrize(
+        "kl", [[5e-324, 0.0], [-5e-324, FLOAT32_MAX], [FLOAT32_MAX, FLOAT32_MAX], [FLOAT32_MAX, -FLOAT32_MAX]], ids=str
+    )
+    def test_every_number_that_a_sample_may_hold_is_drawn(self, kl):
+        page = render_page([Sample(token_ids=[1, 2, 3], log_probs=[-1.0] * 2, ref_log_probs=[-1.0] * 2, kl=kl)])
+        counts = [int(n) for n in re.findall(r"<title>(\d+) tokens, ", page)]
+        assert (len(counts), sum(counts)) == (41, 2)
+        for end in (-FLOAT32_MAX, 0.0):
+            assert render_page([Sample(token_ids=[1, 2], log_probs=[end], ref_log_probs=[-FLOAT32_MAX], reward=end)])
+
 
 def vllm_kl(*args, code="from vllm_kl.cli import main; main()"):
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
@@ -414,15 +428,42 @@ class TestCommand:
             ('{"token_ids": [1]}\n', (), r"error: .*s\.jsonl, line 1: log_probs is missing"),
             (json.dumps(vars(SAMPLES[0])), ("--tokenizer", "x"), r"error: tokenizer 'x' would have no effect"),
             (json.dumps(vars(SAMPLES[1])), ("--tokenizer", "./none"), r"error: .*\./none"),
+            (json.dumps({**vars(SAMPLES[1]), "reward": 10**400}), (), r"error: .*s\.jsonl, line 1: reward: got 1000"),
+            (
+                json.dumps(vars(SAMPLES[1])),
+                ("--tokenizer", "BROKEN"),
+                r"error: tokenizer '.*broken' cannot be loaded: ",
+            ),
         ],
     )
     def test_errors_are_one_line_without_a_traceback(self, tmp_path, content, options, message):
         if content is not None:
             (tmp_path / "s.jsonl").write_text(content)
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "tokenizer_config.json").write_text("{broken")
+        options = [str(tmp_path / "broken") if option == "BROKEN" else option for option in options]
         done = vllm_kl("view", tmp_path / "s.jsonl", "--html", tmp_path / "kl.html", *options)
         assert done.returncode == 1
         assert re.fullmatch(message + r".*\n", done.stderr)
         assert not (tmp_path / "kl.html").exists()
+
+    @pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+    def test_the_samples_are_never_replaced_by_their_page(self, tmp_path, link):
+        write_samples(tmp_path / "s.jsonl", SAMPLES)
+        html = tmp_path / ("s.jsonl" if link is None else "kl.html")
+        if link is not None:
+            getattr(html, link)(tmp_path / "s.jsonl")
+        done = vllm_kl("view", tmp_path / "s.jsonl", "--html", html)
+        assert done.returncode == 1
+        assert re.fullmatch(r"error: --html .*: got the file of the samples, expected another: .*\n", done.stderr)
+        assert read_samples(tmp_path / "s.jsonl") == SAMPLES
+
+    def test_a_page_that_fails_to_be_written_leaves_the_one_before(self, tmp_path):
+        write_page(SAMPLES, tmp_path / "kl.html", title="before")
+        with pytest.raises(TypeError), replacing(tmp_path / "kl.html") as file:
+            file.writelines([b"half", None])
+        assert "<h1>before</h1>" in (tmp_path / "kl.html").read_text()
+        assert [path.name for path in tmp_path.iterdir()] == ["kl.html"]
 
     def test_it_loads_neither_torch_nor_vllm(self, tmp_path):
         write_samples(tmp_path / "s.jsonl", SAMPLES)

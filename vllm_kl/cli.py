@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_kl.errors import VLLMKLError
+from vllm_kl.errors import OptionError, VLLMKLError
 
 app = typer.Typer(
     help="Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.",
@@ -90,6 +90,8 @@ def view(
     from vllm_kl.view import write_page
 
     with _one_line_errors():
+        if file.exists() and html.exists() and html.samefile(file):
+            raise OptionError(f"--html {html}: got the file of the samples, expected another: name a page to write")
         samples = read_samples(file)
         if tokenizer is not None:
             samples = with_texts(samples, tokenizer)

@@ -16,18 +16,22 @@ One JSON object per line, UTF-8. L is the length of the sequence, N the number o
 ``ref_version``     integer or text: the weights of the reference
 ==================  ==========================================================================================
 
-The first three must be there; one that is null counts as left out. Other fields are for others: they are not read. Every number
-is finite. Nothing here imports torch, TorchRL or vLLM before a batch is read.
+The first three must be there; one that is null counts as left out. Other fields are for others: they are not read. Token 0 is
+never scored: nothing comes before it. Every number is within float32's range, so sums of them are finite; a log-prob is at most
+0, or 0.001 for rounding. Nothing here imports torch, TorchRL or vLLM before a batch is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from vllm_kl.errors import InputError, OptionError
 
@@ -36,7 +40,6 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
     from vllm_kl.alignment import PaddingSide
-    from vllm_kl.types import TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +79,21 @@ class Sample:
             if value is not None and not is_one(value):
                 raise InputError(f"{name}: got {_shown(value)}, expected {what}")
         num_tokens, num_scored = len(self.token_ids), len(self.log_probs)
-        if num_scored > num_tokens:
-            raise InputError(f"log_probs: got {num_scored} values, expected at most {num_tokens}, one per token id")
+        if num_scored > max(0, num_tokens - 1):
+            raise InputError(
+                f"log_probs: got {num_scored} values, expected at most {max(0, num_tokens - 1)}, one per token id but the first, "
+                "which has no log-prob: leave its value out"
+            )
         if self.mask is None:
             set_field("mask", [t >= num_tokens - num_scored for t in range(num_tokens)])
         for name in ("mask", "tokens"):
             value = getattr(self, name)
             if value is not None and len(value) != num_tokens:
                 raise InputError(f"{name}: got {len(value)} values, expected {num_tokens}, one per token id")
+        if self.mask and self.mask[0]:
+            raise InputError(
+                "mask: keeps token 0, which has no log-prob because nothing comes before it: clear it there"
+            )
         if sum(self.mask) != num_scored:
             raise InputError(f"mask: keeps {sum(self.mask)} tokens, expected {num_scored}, one per value of log_probs")
         for name in ("ref_log_probs", "kl"):
@@ -99,11 +109,17 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return _is_int(value) and value >= 0
+    return _is_int(value) and 0 <= value < 2**31
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
+
+
+def _is_log_prob(value: Any) -> bool:
+    return (
+        _is_number(value) and value <= 1e-3
+    )  # as of an engine (requests.py): no rounding makes a probability that large
 
 
 def _is_bool(value: Any) -> bool:
@@ -118,20 +134,23 @@ def _is_version(value: Any) -> bool:
     return _is_int(value) or _is_text(value)
 
 
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_NUMBER = "a finite number of float32's range"
+_LOG_PROB = f"{_NUMBER}, at most 0 (0.001 for rounding)"
 Check = Callable[[Any], bool]
 REQUIRED = ("token_ids", "log_probs", "ref_log_probs")
 _LISTS: tuple[tuple[str, Check, str], ...] = (
-    ("token_ids", _is_id, "an integer of at least 0"),
-    ("log_probs", _is_number, "a finite number"),
-    ("ref_log_probs", _is_number, "a finite number"),
+    ("token_ids", _is_id, "an integer of at least 0 and below 2**31"),
+    ("log_probs", _is_log_prob, _LOG_PROB),
+    ("ref_log_probs", _is_log_prob, _LOG_PROB),
     ("mask", _is_bool, "true or false"),
-    ("kl", _is_number, "a finite number"),
+    ("kl", _is_number, _NUMBER),
     ("tokens", _is_text, "a text"),
 )
 _SCALARS: tuple[tuple[str, Check, str], ...] = (
     ("query", _is_text, "a text"),
     ("response", _is_text, "a text"),
-    ("reward", _is_number, "a finite number"),
+    ("reward", _is_number, _NUMBER),
     ("policy_version", _is_version, "an integer or a text"),
     ("ref_version", _is_version, "an integer or a text"),
 )
@@ -206,17 +225,56 @@ def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
         path: where to.
         samples: of :class:`Sample` or of a subclass, whose further fields are written too.
 
+    Raises:
+        InputError: a further field is nothing that JSON has; names the sample. The file is left as it was.
+        OSError: the file cannot be written.
+
     >>> import tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "samples.jsonl")
     >>> write_samples(path, [Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-2.0])])
     >>> print(Path(path).read_text().strip())
     {"token_ids": [5, 6], "log_probs": [-1.0], "ref_log_probs": [-2.0], "mask": [false, true], "kl": [1.0]}
     """
-    with Path(path).open("w", encoding="utf-8") as file:
-        for sample in samples:
-            entry = {field.name: getattr(sample, field.name) for field in fields(sample)}
-            entry = {name: value for name, value in entry.items() if value is not None}
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+    with replacing(path) as file:
+        for i, sample in enumerate(samples):
+            try:
+                entry = {field.name: getattr(sample, field.name) for field in fields(sample)}
+                line = json.dumps({k: v for k, v in entry.items() if v is not None}, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InputError(
+                    f"sample {i} cannot be written: {error}; expected a Sample whose fields are texts, finite numbers, lists or "
+                    "dicts of them"
+                ) from None
+            file.write(f"{line}\n".encode())
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file beside ``path`` that takes its place, through links, once all of it is written; until then nothing changes.
+
+    What is no ordinary file (a pipe, ``/dev/stdout``) is written to directly.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        with Path(path).open("wb") as file:
+            yield file
+        return
+    beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        file = beside.open("xb")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+    try:
+        with file:
+            yield file
+        if target.exists():
+            shutil.copymode(target, beside)
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
@@ -242,13 +300,22 @@ def with_texts(samples: Sequence[Sample], tokenizer: str) -> list[Sample]:
 
     Raises:
         OptionError: all of them have texts.
+        InputError: it is there, but cannot be loaded.
         OSError: there is no such tokenizer.
     """
     if all(sample.tokens is not None for sample in samples):
         raise OptionError(f"tokenizer {tokenizer!r} would have no effect: every sample has its tokens' texts")
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except OSError:
+        raise
+    except Exception as error:  # whatever its files make of the libraries that read them
+        raise InputError(
+            f"tokenizer {tokenizer!r} cannot be loaded: {type(error).__name__}: {error}; expected a folder or a name that "
+            "transformers.AutoTokenizer loads"
+        ) from None
     return [
         sample if sample.tokens is not None else replace(sample, tokens=decode_tokens(sample.token_ids, loaded))
         for sample in samples
@@ -275,7 +342,8 @@ def samples_from_batch(
         ref_version: the weights of the reference, instead of the batch's ``"ref_version"`` (``reference.scorer.weight_version``).
 
     Raises:
-        InputError: no ids, no mask, no log-probs, or rows that do not fit the ids.
+        InputError: no ids, no mask, no log-probs, rows that do not fit the ids, a mask that keeps token 0, or results that were
+            padded on the other side.
         MissingLogProbError: a value inside the mask is not finite.
 
     >>> from tensordict import lazy_stack
@@ -286,98 +354,44 @@ def samples_from_batch(
     """
     from vllm_kl.alignment import check_finite
     from vllm_kl.inputs import InputKeys, read_batch
+    from vllm_kl.sample_rows import aligned, entry_of, read_mask, read_rewards, result_rows
 
     if data.ndim != 1:
         data = data.reshape(-1)
-    stored_mask = _result_rows(data, "kl_mask")
+    stored_mask = result_rows(data, "kl_mask")
     keys = InputKeys(input_mode="tokens", key=("tokens", "full"))
     batch = read_batch(data, keys, assistant_only=stored_mask is None)
     keep = batch.keep
     if stored_mask is not None:
-        keep = [row.bool() for row in _aligned(stored_mask, batch, padding_side, "kl_mask")]
+        keep = read_mask(stored_mask, batch, padding_side, "kl_mask")
     columns: dict[str, list[torch.Tensor]] = {}
     for name, key in {
         "log_probs": ("log_probs", "full"),
         "ref_log_probs": ("ref_log_probs", "full"),
         "kl": "kl_penalty",
     }.items():
-        rows = _result_rows(data, key)
+        rows = result_rows(data, key)
         if rows is not None:
-            columns[name] = _aligned(rows, batch, padding_side, str(key))
+            columns[name] = aligned(rows, batch, padding_side, str(key), keep=keep)
             check_finite(columns[name], keep, what=str(key))
         elif name in REQUIRED:
             raise InputError(f"no {key}, neither under 'next' nor at the root: score the batch with RetrieveKL first")
-    rewards = _rewards(data, batch, keep, padding_side)
+    rewards = read_rewards(data, batch, keep, padding_side)
     out = []
     for i, sample in enumerate(data.unbind(0)):
         ids = batch.token_ids[i].tolist()
-        query = _entry(sample, "query")
+        query = entry_of(sample, "query")
         out.append(
             Sample(
                 token_ids=ids,
                 mask=keep[i].tolist(),
                 tokens=None if tokenizer is None else decode_tokens(ids, tokenizer),
-                query=query if isinstance(query, str) else _entry(sample, ("text", "prompt")),
-                response=_entry(sample, ("text", "response")),
+                query=query if isinstance(query, str) else entry_of(sample, ("text", "prompt")),
+                response=entry_of(sample, ("text", "response")),
                 reward=rewards[i],
-                policy_version=_entry(sample, "policy_version"),
-                ref_version=_entry(sample, "ref_version") if ref_version is None else ref_version,
+                policy_version=entry_of(sample, "policy_version"),
+                ref_version=entry_of(sample, "ref_version") if ref_version is None else ref_version,
                 **{name: rows[i][keep[i]].tolist() for name, rows in columns.items()},
             )
         )
     return out
-
-
-def _result_rows(data: TensorDictBase, key: str | tuple[str, ...]) -> list[torch.Tensor] | None:
-    from vllm_kl.inputs import rows_of
-
-    under_next = ("next", key) if isinstance(key, str) else ("next", *key)
-    rows = rows_of(data, under_next) if "next" in data.keys() else None
-    return rows_of(data, key) if rows is None else rows
-
-
-def _aligned(
-    rows: list[torch.Tensor], batch: TokenBatch, padding_side: PaddingSide, what: str, *, is_zero_outside: bool = True
-) -> list[torch.Tensor]:
-    """Return ``[L]`` values of the real tokens; without the padding of results that are dense while their ids are ragged."""
-    from vllm_kl.alignment import from_layout
-
-    rows = [row.detach().cpu() for row in rows]
-    if all(len(row) == max(batch.widths) for row in rows):
-        for i, width in enumerate(batch.widths):
-            num_padding = len(rows[i]) - width
-            padding, values = rows[i][:num_padding], rows[i][num_padding:]
-            if padding_side == "right":
-                values, padding = rows[i][:width], rows[i][width:]
-            if is_zero_outside and padding.any():
-                raise InputError(
-                    f"{what}: sample {i} has values where padding was expected, on the {padding_side}: pass the "
-                    "padding_side of the transform that wrote them"
-                )
-            rows[i] = values
-    return from_layout(rows, batch, what=what)
-
-
-def _rewards(
-    data: TensorDictBase, batch: TokenBatch, keep: list[torch.Tensor], padding_side: PaddingSide
-) -> list[float | None]:
-    rows = _result_rows(data, "reward")
-    if rows is None:
-        return [None] * len(keep)
-    if all(row.numel() == 1 for row in rows):
-        return [float(row) for row in rows]
-    per_token = _aligned([row.reshape(-1) for row in rows], batch, padding_side, "reward", is_zero_outside=False)
-    return [float(row[kept].double().mean()) if kept.any() else None for row, kept in zip(per_token, keep, strict=True)]
-
-
-def _entry(sample: TensorDictBase, key: str | tuple[str, ...]) -> Any:
-    """Return one sample's text or version, found under ``"next"`` or at the root, or ``None``."""
-    from tensordict import NonTensorData
-
-    path = (key,) if isinstance(key, str) else key
-    for place in (("next", *path), path):
-        value = sample.get(place, default=None)
-        if value is not None:
-            value = value.data if isinstance(value, NonTensorData) else value
-            return value.reshape(-1)[0].item() if hasattr(value, "reshape") else value
-    return None

@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.samples import Sample
+from vllm_kl.samples import Sample, replacing
 
 DEFAULT_LIMIT = 500
 _NUM_BINS = 41  # odd: the middle one is centred on 0
@@ -49,7 +49,7 @@ def write_page(
 
     Args:
         samples: what to show.
-        path: the HTML file; one that is there is replaced.
+        path: the HTML file; one that is there is replaced once the page is complete.
         title: heading of the page.
         limit: show the samples of the largest absolute KL sums, at most this many. Figures and histogram are of all.
 
@@ -65,7 +65,8 @@ def write_page(
     (1, 1, True)
     """
     html = render_page(samples, title=title, limit=limit).encode("utf-8", "replace")
-    Path(path).write_bytes(html)
+    with replacing(path) as file:
+        file.write(html)
     return Page(
         path=Path(path),
         num_samples=len(samples),
@@ -78,7 +79,7 @@ def write_page(
 def render_page(samples: Sequence[Sample], *, title: str = "Per-token KL", limit: int = DEFAULT_LIMIT) -> str:
     """Return the page of :func:`write_page` as text.
 
-    >>> page = render_page([Sample(token_ids=[5], log_probs=[-1.0], ref_log_probs=[-2.0])], title="a < b")
+    >>> page = render_page([Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-2.0])], title="a < b")
     >>> "<h1>a &lt; b</h1>" in page
     True
     """
@@ -222,15 +223,17 @@ def _number(value: float, *, sign: bool = True) -> str:
 def _histogram(kl: Sequence[float], cap: float) -> dict[str, Any]:
     """Return bars and ticks of the histogram from ``-cap`` to ``cap``; what lies beyond is in the outermost bars."""
     edge = cap or 1.0
-    width = 2 * edge / _NUM_BINS
     counts = [0] * _NUM_BINS
     for value in kl:
-        counts[min(_NUM_BINS - 1, max(0, math.floor((value + edge) / width)))] += 1
+        along = (
+            min(1.0, max(-1.0, value / edge)) + 1
+        ) / 2  # 0 to 1; a quotient that overflows is an infinity, so an end
+        counts[min(_NUM_BINS - 1, math.floor(along * _NUM_BINS))] += 1
     # Most tokens have a KL near 0; on a linear axis the others would not be seen. log1p: one token still has a height.
     top = math.log1p(max(counts) or 1)
     bars = []
     for i, count in enumerate(counts):
-        low, high = -edge + i * width, -edge + (i + 1) * width
+        low, high = (edge * (2 * n / _NUM_BINS - 1) for n in (i, i + 1))
         where = f"{_number(low)} to {_number(high)}"
         where = f"below {_number(high)}" if i == 0 else f"above {_number(low)}" if i == _NUM_BINS - 1 else where
         bars.append(
