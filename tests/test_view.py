@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
@@ -247,6 +249,46 @@ class TestPage:
         assert backgrounds[5][0] < backgrounds[5][2]  # blue
         lines = [t.value_of_css_property("text-decoration-style") for t in css(driver, ".t.worst")]
         assert (lines[0], lines[3]) == ("solid", "dotted")  # not by colour alone
+
+    @pytest.mark.parametrize("estimator", ["k2", "k3", "abs", "forward k1"])
+    def test_colours_are_of_the_log_ratio_whatever_the_estimator(self, open_page, estimator):
+        policy, ref = [-1.0, -3.0, -2.0], [-2.0, -1.0, -2.0]  # likelier, less likely, the same
+        formula = {
+            "k2": lambda r: r**2 / 2,
+            "k3": lambda r: math.expm1(r) - r,
+            "abs": abs,
+            "forward k1": lambda r: math.exp(r) * r,
+        }[estimator]
+        kl = [formula(q - p) for p, q in zip(policy, ref, strict=True)]
+        other = Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-1.5])  # k1: does not change the page's words
+        driver = open_page([Sample(token_ids=[1, 2, 3, 4], log_probs=policy, ref_log_probs=ref, kl=kl), other])
+        shades = [t.get_attribute("class").split()[1:] for t in css(driver, ".t")[1:4]]
+        assert shades == [["id", "pos"], ["id", "neg", "worst"], ["id"]]
+        alphas = [round(colour(t, "background-color")[3], 2) for t in css(driver, ".t")[1:4]]
+        assert alphas == [0.5, 1, 0]
+        assert "KL(policy" not in css(driver, ".lead")[0].text
+        assert "from ±2, the 99th percentile of |log-ratio|" in css(driver, ".legend .note")[0].text
+        bars = [t.get_attribute("textContent") for t in css(driver, ".histogram svg g title")]
+        assert bars[0].startswith("1 tokens, log-ratio below")
+        assert bars[-1].startswith("0 tokens, log-ratio above")
+        assert f"sum KL as stored {math.fsum(kl):+.4f}" in plain(css(driver, "#list .facts")[0])
+        assert "mean log-ratio per token -0.125" in plain(css(driver, ".figures")[0])
+        ActionChains(driver).move_to_element(css(driver, ".t")[2]).perform()
+        assert (tip(driver)["log-ratio"], tip(driver)["KL as stored"]) == ("-2.000000", f"{kl[1]:+.6f}")
+        ActionChains(driver).move_to_element(
+            css(driver, ".tokens")[1].find_elements(By.CSS_SELECTOR, ".t")[1]
+        ).perform()
+        assert (tip(driver)["log-ratio"], tip(driver)["KL as stored"]) == ("+0.500000", "+0.500000")
+        bars = {bar.value_of_css_property("background-color") for bar in css(driver, ".sum span")}
+        assert len(bars) == 1  # neither orange nor blue: the sign of such a sum is not the colours'
+        assert colour(css(driver, ".sum span")[0], "background-color") == colour(css(driver, ".facts dt")[0], "color")
+
+    def test_a_kl_that_was_subtracted_in_float32_is_still_k1(self):
+        p, q = np.float32(-3.3209188), np.float32(-9.602787)
+        kl = [float(p - q)]
+        assert kl != [float(p) - float(q)]
+        page = render_page([Sample(token_ids=[1, 2], log_probs=[float(p)], ref_log_probs=[float(q)], kl=kl)])
+        assert "as stored" not in re.sub(r"<script>.*</script>", "", page, flags=re.S)
 
     def test_one_model_twice_has_no_colours(self, open_page):
         driver = open_page([Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-1.0])])

@@ -85,7 +85,7 @@ def view(
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Per-token KL",
     as_json: Json = False,
 ) -> None:
-    """Write one page, needing no network, that shows every token of scored samples coloured by its KL."""
+    """Write one page, needing no network, that colours every token of scored samples by its log-ratio."""
     from vllm_kl.samples import read_samples, with_texts
     from vllm_kl.view import write_page
 

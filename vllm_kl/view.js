@@ -59,7 +59,9 @@
     for (const [start, stop] of sample.spans) for (let t = start; t < stop; t++) at[t] = n++;
     return at;
   }
-  const klOf = (sample, n) => (sample.kl ? sample.kl[n] : sample.policy[n] - sample.ref[n]);
+  // Above 0: the policy finds the token likelier. What is coloured, whatever estimator the stored KL is of.
+  const logRatio = (sample, n) => sample.policy[n] - sample.ref[n];
+  const klName = data.is_k1 ? "KL" : "KL as stored";
 
   function drawToken(sample, t, n) {
     const entry = data.vocabulary[sample.tokens[t]];
@@ -72,11 +74,11 @@
       span.classList.add("unscored");
       return span;
     }
-    const kl = klOf(sample, n);
-    if (kl && data.cap) {
-      span.classList.add(kl > 0 ? "pos" : "neg");
-      span.style.setProperty("--a", Math.min(1, Math.abs(kl) / data.cap).toFixed(3));
-      if (Math.abs(kl) >= data.cap * (1 - 1e-6)) span.classList.add("worst");
+    const ratio = logRatio(sample, n);
+    if (ratio && data.cap) {
+      span.classList.add(ratio > 0 ? "pos" : "neg");
+      span.style.setProperty("--a", Math.min(1, Math.abs(ratio) / data.cap).toFixed(3));
+      if (Math.abs(ratio) >= data.cap * (1 - 1e-6)) span.classList.add("worst");
     }
     return span;
   }
@@ -88,12 +90,12 @@
     heading.id = `sample-${sample.number}`;
     const facts = element("dl", "facts");
     const fact = (name, value, extra = null) => facts.append(element("div", "", element("dt", "", name), element("dd", "", value, extra)));
-    const bar = element("span", "sum", element("span", sample.sum >= 0 ? "pos" : "neg"));
+    const bar = element("span", "sum", element("span", `${sample.sum >= 0 ? "pos" : "neg"}${data.is_k1 ? "" : " stored"}`));
     bar.firstChild.style.setProperty("--w", (Math.abs(sample.sum) / largestSum).toFixed(3));
     bar.setAttribute("aria-hidden", "true");
-    fact("sum KL", signed(sample.sum, 4), bar);
-    fact("mean KL", scored ? signed(sample.sum / scored, 4) : "none");
-    fact("max |KL|", sample.max.toFixed(4));
+    fact(`sum ${klName}`, signed(sample.sum, 4), bar);
+    fact(`mean ${klName}`, scored ? signed(sample.sum / scored, 4) : "none");
+    fact(`max |${klName}|`, sample.max.toFixed(4));
     fact("scored", `${scored} of ${sample.tokens.length}`);
     if (sample.reward !== null) fact("reward", String(Number(sample.reward.toPrecision(4))).replace("-", "−"));
     if (sample.policy_version !== null) fact("policy version", String(sample.policy_version));
@@ -162,9 +164,10 @@
     if (n >= 0) {
       row("policy log-prob", logProb(sample.policy[n]), percent(sample.policy[n]));
       row("reference log-prob", logProb(sample.ref[n]), percent(sample.ref[n]));
-      row("KL", signed(klOf(sample, n), 6), "nats");
+      row(data.is_k1 ? "KL" : "log-ratio", signed(logRatio(sample, n), 6), "nats");
+      if (!data.is_k1) row(klName, signed(sample.kl[n], 6), "nats");
     } else {
-      row("KL", "not scored");
+      row(klName, "not scored");
     }
     row("token id", String(id));
     row("position", String(t), `0 to ${sample.tokens.length - 1}`);

@@ -1,4 +1,8 @@
-"""Scored samples -> one self-contained page: every token coloured by its KL, with both log-probs at hand.
+"""Scored samples -> one self-contained page: every token coloured by its log-ratio, with both log-probs at hand.
+
+The log-ratio is ``log_probs - ref_log_probs``: above 0 where the policy finds the token likelier. Colours and histogram are always
+of it. ``kl`` is the same number where the estimator was k1 of KL(policy || reference), and the page then calls it KL; a ``kl`` of
+any other estimator or direction tells less of a token (k3 is never below 0), and is shown beside it as "KL as stored".
 
 ``view.html`` is the page, ``view.css`` and ``view.js`` are put into it. Texts of tokens come from a model, so from anyone: they
 reach the page only as JSON without ``<``, ``>`` and ``&``, and its script only ever sets them as text. The page's policy allows
@@ -87,10 +91,13 @@ def render_page(samples: Sequence[Sample], *, title: str = "Per-token KL", limit
         raise InputError("no samples: there is nothing to show")
     if limit < 1:
         raise OptionError(f"limit must be at least 1, got {limit}")
+    is_k1 = all(map(_is_k1, samples))
+    kl_name, ratio_name = ("KL", "KL") if is_k1 else ("KL as stored", "log-ratio")
     sums = [math.fsum(sample.kl) for sample in samples]
     shown = sorted(sorted(range(len(samples)), key=lambda i: -abs(sums[i]))[:limit])
     kl = [value for sample in samples for value in sample.kl]
-    cap, cap_name = kl_cap(kl)
+    ratios = [ratio for sample in samples for ratio in log_ratios(sample)]
+    cap, cap_name = kl_cap(ratios, ratio_name)
     env = Environment(
         loader=PackageLoader("vllm_kl", "."),
         autoescape=True,
@@ -105,29 +112,47 @@ def render_page(samples: Sequence[Sample], *, title: str = "Per-token KL", limit
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
-        data=_script_json(_page_data(samples, shown, cap)),
-        figures=_figures(samples, sums, kl),
+        data=_script_json(_page_data(samples, shown, cap, is_k1)),
+        figures=_figures(samples, sums, kl, kl_name, [] if is_k1 else ratios),
+        is_k1=is_k1,
+        kl_name=kl_name,
+        ratio_name=ratio_name,
         num_samples=len(samples),
         num_shown=len(shown),
         num_tokens=len(kl),
         cap=cap,
         cap_name=cap_name,
-        plot=_histogram(kl, cap),
+        plot=_histogram(ratios, cap, ratio_name),
         number=_number,
     )
 
 
-def kl_cap(kl: Sequence[float]) -> tuple[float, str]:
-    """Return where the colours end, and what that is: the 99th percentile of ``|KL|``, or the largest where that is 0.
+def log_ratios(sample: Sample) -> list[float]:
+    """Return ``log_probs - ref_log_probs`` of the scored tokens, nats: what is coloured.
 
-    >>> kl_cap([0.0] * 50 + [-0.5] * 50), kl_cap([0.0] * 999 + [2.0])
-    ((0.5, '99th percentile of |KL|'), (2.0, 'largest |KL|'))
+    >>> log_ratios(Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-0.5], kl=[0.15]))
+    [-0.5]
     """
-    sizes = sorted(map(abs, kl))
+    return [p - q for p, q in zip(sample.log_probs, sample.ref_log_probs, strict=True)]
+
+
+def _is_k1(sample: Sample) -> bool:
+    """Whether the sample's KL is its log-ratio, but for the rounding of the page and of a subtraction in float32."""
+    sides = zip(sample.log_probs, sample.ref_log_probs, sample.kl, strict=True)
+    return all(abs(p - q - k) <= 10**-_DECIMALS + 2**-22 * (abs(p) + abs(q)) for p, q, k in sides)
+
+
+def kl_cap(values: Sequence[float], name: str = "KL") -> tuple[float, str]:
+    """Return where the colours end, and what that is: the 99th percentile of absolute values, or the largest where that is 0.
+
+    >>> kl_cap([0.0] * 50 + [-0.5] * 50), kl_cap([0.0] * 999 + [2.0], "log-ratio")
+    ((0.5, '99th percentile of |KL|'), (2.0, 'largest |log-ratio|'))
+    """
+    sizes = sorted(map(abs, values))
     percentile = sizes[math.ceil(0.99 * len(sizes)) - 1] if sizes else 0.0
     if percentile:
-        return percentile, "99th percentile of |KL|"
-    return (sizes[-1] if sizes else 0.0), "largest |KL|"
+        return percentile, f"99th percentile of |{name}|"
+    return (sizes[-1] if sizes else 0.0), f"largest |{name}|"
 
 
 def _hash(text: str) -> str:
@@ -142,7 +167,7 @@ def _script_json(data: Any) -> Markup:
     return Markup(text)
 
 
-def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float) -> dict[str, Any]:
+def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k1: bool) -> dict[str, Any]:
     """Return what ``view.js`` reads: a table of the tokens that occur, and the samples shown."""
     table: dict[tuple[int, str | None], int] = {}  # the same text is written once, not once per token
     entries = []
@@ -153,9 +178,6 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float) -> d
             [round(value, _DECIMALS) for value in values]
             for values in (sample.log_probs, sample.ref_log_probs, sample.kl)
         )
-        is_k1 = all(
-            abs(p - q - k) < 1e-9 for p, q, k in zip(sample.log_probs, sample.ref_log_probs, sample.kl, strict=True)
-        )
         entries.append(
             {
                 "number": i + 1,
@@ -163,7 +185,7 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float) -> d
                 "spans": _spans(sample.mask),
                 "policy": log_probs,
                 "ref": ref_log_probs,
-                "kl": None if is_k1 else kl,  # the page subtracts by itself
+                "kl": None if is_k1 else kl,  # as stored; the page subtracts by itself
                 "sum": round(math.fsum(sample.kl), _DECIMALS),
                 "max": round(max(map(abs, sample.kl), default=0.0), _DECIMALS),
                 "query": sample.query,
@@ -173,7 +195,7 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float) -> d
                 "ref_version": sample.ref_version,
             }
         )
-    return {"cap": cap, "vocabulary": list(table), "samples": entries}
+    return {"cap": cap, "vocabulary": list(table), "is_k1": is_k1, "samples": entries}
 
 
 def _spans(mask: Sequence[bool]) -> list[list[int]]:
@@ -187,16 +209,21 @@ def _spans(mask: Sequence[bool]) -> list[list[int]]:
     return runs
 
 
-def _figures(samples: Sequence[Sample], sums: Sequence[float], kl: Sequence[float]) -> list[tuple[str, str]]:
-    """Return names and values of the figures of all samples."""
+def _figures(
+    samples: Sequence[Sample], sums: Sequence[float], kl: Sequence[float], kl_name: str, ratios: Sequence[float]
+) -> list[tuple[str, str]]:
+    """Return names and values of the figures of all samples; log-ratios are given where they are not the KL."""
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     figures = [
         ("samples", f"{len(samples):,}"),
         ("scored tokens", f"{len(kl):,}"),
-        ("mean KL per token", _number(math.fsum(kl) / len(kl)) if kl else "none"),
-        ("mean KL per sample", _number(math.fsum(sums) / len(sums))),
-        ("largest |KL|", _number(max(map(abs, kl), default=0.0), sign=False)),
+        (f"mean {kl_name} per token", _number(math.fsum(kl) / len(kl)) if kl else "none"),
+        (f"mean {kl_name} per sample", _number(math.fsum(sums) / len(sums))),
+        (f"largest |{kl_name}|", _number(max(map(abs, kl), default=0.0), sign=False)),
     ]
+    if ratios:
+        figures.append(("mean log-ratio per token", _number(math.fsum(ratios) / len(ratios))))
+        figures.append(("largest |log-ratio|", _number(max(map(abs, ratios)), sign=False)))
     if rewards:
         figures.append(("mean reward", _number(math.fsum(rewards) / len(rewards), sign=False)))
     for name, versions in (
@@ -220,11 +247,11 @@ def _number(value: float, *, sign: bool = True) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _histogram(kl: Sequence[float], cap: float) -> dict[str, Any]:
+def _histogram(values: Sequence[float], cap: float, name: str) -> dict[str, Any]:
     """Return bars and ticks of the histogram from ``-cap`` to ``cap``; what lies beyond is in the outermost bars."""
     edge = cap or 1.0
     counts = [0] * _NUM_BINS
-    for value in kl:
+    for value in values:
         along = (
             min(1.0, max(-1.0, value / edge)) + 1
         ) / 2  # 0 to 1; a quotient that overflows is an infinity, so an end
@@ -241,7 +268,7 @@ def _histogram(kl: Sequence[float], cap: float) -> dict[str, Any]:
                 "x": round(i * _PLOT_WIDTH / _NUM_BINS, 2),
                 "height": round(math.log1p(count) / top * _PLOT_HEIGHT, 2),
                 "value": (i - _NUM_BINS // 2) / (_NUM_BINS // 2),
-                "title": f"{count:,} tokens, KL {where} nats",
+                "title": f"{count:,} tokens, {name} {where} nats",
             }
         )
     powers = [10**n for n in range(12) if 10**n <= max(counts)]
