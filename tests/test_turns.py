@@ -19,7 +19,7 @@ from tests.oracle import LOG_PROB_TOLERANCE
 from tests.test_from_collector import NUM_ENVS, collect, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import RetrieveKL, RetrieveLogProb
 from vllm_kl.errors import InputError
-from vllm_kl.inputs import InputKeys, _has_tags
+from vllm_kl.inputs import InputKeys, read_batch
 from vllm_kl.turns import TurnWatch, find_retokenized
 
 KEYS = InputKeys(input_mode="history", key=("history", "full"))
@@ -127,16 +127,9 @@ class TestTemplatesWithoutTags:
         assert set(td.keys(True)) == set(history_batch(chats=DIALOGS).keys(True))
 
     def test_it_is_said_that_another_template_is_used(self, make_reference, plain, pieces):
-        with pytest.warns(
-            UserWarning, match="no {% generation %} tags .*so TorchRL renders with a template of its own"
-        ):
+        with pytest.warns(UserWarning, match="no {% generation %} tags, so TorchRL renders with a template of its own"):
             td = RetrieveLogProb(make_reference(), tokenizer=plain)(history_batch(chats=DIALOGS))
         assert [len(row) for row in td.get(("ref_log_probs", "full"), as_list=True)] == [len(ids) for ids, _ in pieces]
-
-    @pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%generation%}"])
-    def test_tags_may_be_written_in_any_way(self, tag):
-        assert _has_tags(f"{tag}text")
-        assert not _has_tags("{% if generation %}{{ generation }}{% endif %}")
 
     def test_the_prompts_boundary_marks_the_last_turn(self, make_reference, plain, pieces, ref_oracle):
         sequences = [ids for ids, _ in pieces]
@@ -145,6 +138,72 @@ class TestTemplatesWithoutTags:
         for row, ids, first in zip(td.get(("ref_log_probs", "full"), as_list=True), sequences, last, strict=True):
             want = ref_oracle.masked(ids, [t >= first for t in range(len(ids))])
             torch.testing.assert_close(row.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+
+class TestTemplatesWithTags:
+    """A tokenizer's own template is rendered, and its own mask is the mask: TorchRL's templates and guesses are not."""
+
+    MARKS_WORDS = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+
+    def mask(self, tokenizer, dialogs, **template_kwargs):
+        keys = InputKeys(**vars(KEYS) | {"tokenizer": tokenizer, "template_kwargs": template_kwargs})
+        batch = read_batch(history_batch(chats=dialogs), keys, assistant_only=True)
+        return list(zip(map(torch.Tensor.tolist, batch.token_ids), map(torch.Tensor.tolist, batch.keep), strict=True))
+
+    @pytest.mark.parametrize("family", ["qwen", "llama", "deepseek", "falcon", "dialogpt", "other"])
+    def test_the_tokenizers_own_template_is_used_whatever_its_path_is_called(self, tokenizer, pieces, family):
+        tokenizer.name_or_path = f"/models/my-{family}-ft"
+        assert self.mask(tokenizer, DIALOGS) == pieces
+        tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": TestTemplatesWithoutTags.PLAIN}
+        assert self.mask(tokenizer, DIALOGS) == pieces
+
+    @pytest.mark.parametrize("opening", ["{%- generation -%}", "{%generation%}", "{% generation -%}"])
+    def test_tags_may_be_written_in_any_way(self, tokenizer, pieces, opening):
+        tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", opening)
+        tokenizer.name_or_path = "/models/llama"
+        assert self.mask(tokenizer, DIALOGS) == pieces
+
+    def test_a_template_that_is_named_wins(self, tokenizer, pieces):
+        tokenizer.name_or_path = "/models/llama"
+        ids = self.mask(tokenizer, DIALOGS, chat_template_name="falcon")[1][0]
+        text = "".join(tokenizer.convert_ids_to_tokens(ids))
+        assert text.startswith("User:\u0120Hi")
+        assert self.mask(tokenizer, DIALOGS, chat_template=tokenizer.chat_template) == pieces
+
+    @pytest.mark.parametrize("family", ["llama", "other"])
+    def test_every_replacement_of_a_template_is_said(self, tokenizer, family):
+        tokenizer.chat_template = TestTemplatesWithoutTags.PLAIN
+        tokenizer.name_or_path = family
+        with pytest.warns(UserWarning, match="TorchRL renders with a template of its own"):
+            self.mask(tokenizer, DIALOGS)
+
+    @pytest.mark.parametrize(
+        "dead",
+        ["{{# {{% generation %}} #}}{}", "{{% if False %}}{{% generation %}}{{% endgeneration %}}{{% endif %}}{}"],
+    )
+    @pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
+    def test_tags_that_never_run_mark_nothing(self, tokenizer, dead, given):
+        """TorchRL takes the words it finds in the text: without the end of a turn, in the wrong place if they come twice."""
+        template = dead.format(TestTemplatesWithoutTags.PLAIN)
+        if not given:
+            tokenizer.chat_template = template
+        with pytest.raises(InputError, match=r"marks no assistant tokens in sample 0\..*all_assistant_mask"):
+            self.mask(tokenizer, DIALOGS, **{"chat_template": template} if given else {})
+
+    def test_one_dialog_whose_tags_do_not_run_is_refused(self, tokenizer):
+        tokenizer.chat_template = self.MARKS_WORDS.replace("{% if", "{% if messages[0].role == 'system' and")
+        with pytest.raises(InputError, match="marks no assistant tokens in sample 1"):
+            self.mask(tokenizer, DIALOGS)
+
+    def test_an_assistant_that_says_nothing_has_nothing_to_mark(self, tokenizer):
+        silent = [[say("user", "Hi")], [say("user", "Hi"), say("assistant", "")]]
+        tokenizer.chat_template = self.MARKS_WORDS
+        first, *others = self.mask(tokenizer, [DIALOGS[0], *silent])
+        assert sum(first[1]) == len("4call addIt is 7.Bye, bye!")
+        assert [sum(mask) for _, mask in others] == [0, 0]
 
 
 def turns_batch(dialogs, done=None):

@@ -24,10 +24,12 @@ from vllm_kl.errors import InputError
 from vllm_kl.types import TokenBatch
 
 _NO_TAGS = (
-    "assistant_only=True, but the chat template marks no assistant tokens. What works: a template with {{% generation %}} tags "
-    "(tokenizer_kwargs={{'chat_template': ...}}, or 'chat_template_name': 'chatml_format' of TorchRL); ids with {stored}; ids with "
-    "{prompt}, after which everything counts (the last turn); or assistant_only=False."
+    "assistant_only=True, but the chat template marks no assistant tokens in sample {sample}. What works: a template that "
+    "runs {{% generation %}} tags around what the assistant says (tokenizer_kwargs={{'chat_template': ...}}, or "
+    "'chat_template_name': 'chatml_format' of TorchRL); ids with {stored}; ids with {prompt}, after which everything counts "
+    "(the last turn); or assistant_only=False."
 )
+_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
 InputMode = Literal["history", "text", "tokens"]
 
@@ -220,7 +222,7 @@ def _prompt_lengths(
     No mask of the prompts is stored, so an id counts as their padding only if it pads the full rows or is the
     tokenizer's pad, and only where the ids beside it begin the sequence. Ways that differ are not chosen between.
     """
-    names = {"prompt": nested(keys.tokens_key, "prompt"), "full": nested(keys.tokens_key, "full")}
+    name = f"{nested(keys.tokens_key, 'prompt')} {{}} {nested(keys.tokens_key, 'full')}".format
     real = [row[c] for row, c in zip(full, columns, strict=True)]
     edges = {int(p[end]) for p in prompts if len(p) for end in (0, -1)}
     hidden = torch.cat([row[~torch.isin(torch.arange(len(row)), c)] for row, c in zip(full, columns, strict=True)])
@@ -248,13 +250,12 @@ def _prompt_lengths(
         if at < len(ids):
             expected = int(real[i][at]) if at < len(real[i]) else "the end of the row"
             wrong = f"its token {at} is {int(ids[at])}, expected {expected}"
-        return f"sample {i}: {names['prompt']} does not begin {names['full']}: {wrong}. Where the response begins is not known."
+        return f"sample {i}: {name('does not begin')}: {wrong}. Where the response begins is not known."
     for i, ways_of_sample in enumerate(zip(*ways, strict=True)):
-        lengths = set().union(*ways_of_sample)
-        lengths = sorted(lengths - {0} or lengths)  # a prompt of nothing only where it can be nothing else
+        lengths = sorted(set().union(*ways_of_sample) - {0}) or [0]  # nothing only where it can be nothing else
         if len(lengths) > 1:
             return (
-                f"sample {i}: {names['prompt']} begins {names['full']} with {lengths[0]} tokens or with {lengths[-1]}: the ids "
+                f"sample {i}: {name('begins')} with {lengths[0]} tokens or with {lengths[-1]}: the ids "
                 f"at its ends are padding or tokens ({pads} pad rows of this batch, or are the tokenizer's pad)."
             )
         prompts[i] = real[i][: lengths[0]]
@@ -263,9 +264,7 @@ def _prompt_lengths(
 
 def _strip(prompt: torch.Tensor, pad: int, side: str) -> torch.Tensor:
     """Return a prompt without the pad ids on one side."""
-    kept = (prompt != pad).nonzero()[:, 0]
-    if not len(kept):
-        return prompt[:0]
+    kept = (prompt != pad).nonzero()[:, 0].tolist() or [len(prompt) if side == "left" else -1]
     return prompt[kept[0] :] if side == "left" else prompt[: kept[-1] + 1]
 
 
@@ -283,9 +282,8 @@ def _padded_lengths(prompt: torch.Tensor, ids: torch.Tensor, pad: int, side: str
 
 def _num_common(a: torch.Tensor, b: torch.Tensor) -> int:
     """Return how many tokens two sequences have in common before the first that differs."""
-    n = min(len(a), len(b))
-    differs = (a[:n] != b[:n]).nonzero()
-    return int(differs[0]) if len(differs) else n
+    pairs = enumerate(zip(a.tolist(), b.tolist(), strict=False))
+    return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: InputKeys) -> list[torch.Tensor]:
@@ -296,19 +294,14 @@ def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: Inpu
             f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor {keys.key}. "
             "Add one of them, or pass assistant_only=False."
         )
-    template_ids, masks = _render(td, keys)
-    if masks is None:
-        raise InputError(
-            _NO_TAGS.format(
-                stored=nested(keys.masks_key, "all_assistant_mask"), prompt=nested(keys.tokens_key, "prompt")
-            )
-        )
+    template_ids, masks = _render(td, keys, assistant_only=True)
+    assert masks is not None, "found or refused"
     for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
         if not torch.equal(ids, expected):
             raise InputError(
                 f"sample {i}: its history renders to {len(ids)} tokens that differ from its {len(expected)} stored ids, "
                 f"so the template's assistant mask does not fit them. Store {nested(keys.masks_key, 'all_assistant_mask')} "
-                "beside the ids."
+                "beside the ids, or name the template that made them: tokenizer_kwargs={'chat_template_name': ...}."
             )
     return masks
 
@@ -324,13 +317,7 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
     if keys.tokenizer is None:
         raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
     if keys.input_mode == "history":
-        token_ids, masks = _render(td, keys)
-        if assistant_only and masks is None:
-            raise InputError(
-                _NO_TAGS.format(
-                    stored=nested(keys.masks_key, "all_assistant_mask"), prompt=nested(keys.tokens_key, "prompt")
-                )
-            )
+        token_ids, masks = _render(td, keys, assistant_only=assistant_only)
     else:
         texts = _texts(td.get(keys.key))
         options = {
@@ -346,45 +333,63 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
     )
 
 
-def _render(td: TensorDictBase, keys: InputKeys) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-    """Return ids and assistant masks of the histories; masks are ``None`` where the template marks nothing."""
+def _render(
+    td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Return ids and assistant masks of the histories; masks are ``None`` where the template does not make them."""
     history = td.get(keys.key)
     if not isinstance(history, History):
         raise InputError(f"{keys.key} must be a History, got {type(history).__name__}")
-    options = {
-        "add_generation_prompt": False,
-        **keys.template_kwargs,
-        "tokenize": True,
-        "padding": False,
-        "return_dict": True,
-        "return_assistant_tokens_mask": True,
-    }
+    options = {"add_generation_prompt": False, **keys.template_kwargs}
+    options |= {"tokenize": True, "padding": False, "return_dict": True, "return_assistant_tokens_mask": True}
     options.pop("return_tensors", None)
-    template = options.get("chat_template")
-    own_template = getattr(keys.tokenizer, "chat_template", None)
-    if isinstance(own_template, dict):
-        own_template = own_template.get("default")
-    is_replaced = bool(own_template) and "{% generation %}" not in own_template  # these very letters: history.py, 0.14
-    if template is None and options.get("chat_template_name") is None and is_replaced:
-        warnings.warn(
-            "the tokenizer's chat template has no {% generation %} tags (written in just this way), so TorchRL renders with a "
-            "template of its own: ids may differ from those that a policy saw. Store its ids, or pass the template to use: "
-            "tokenizer_kwargs={'chat_template': ...}.",
-            stacklevel=4,
-        )
-    rendered = history.apply_chat_template(tokenizer=keys.tokenizer, **options)
+    own = getattr(keys.tokenizer, "chat_template", None)
+    if own and options.get("chat_template") is None and options.get("chat_template_name") is None:
+        text = own.get("default", "") if isinstance(own, dict) else own
+        if _TAG.search(text):
+            options["chat_template"] = text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
+        else:
+            warnings.warn(
+                "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids "
+                "may differ from those that a policy saw. Store its ids, or pass the template to use: "
+                "tokenizer_kwargs={'chat_template': ...}.",
+                stacklevel=4,
+            )
+    template = _MaskKeeper(keys.tokenizer)
+    rendered = history.apply_chat_template(tokenizer=template, **options)
     token_ids = [row.long().cpu() for row in rendered.get("input_ids", as_list=True)]
-    masks = rendered.get("assistant_masks", default=None, as_list=True)
-    # Without tags TorchRL 0.14 looks for the assistant's words in the text: a guess, which leaves out the end of a turn.
-    is_guess = template is not None and not _has_tags(template)
-    if masks is None or is_guess or not any(bool(mask.any()) for mask in masks):
-        return token_ids, None
-    return token_ids, [mask.bool().cpu() for mask in masks]
+    bare = [i for i, mask in enumerate(template.masks) if not mask.any()]
+    if len(bare) < len(token_ids):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
+        bare = [i for i in bare if template.speaks[i] and not options.get("truncation")]
+    if not bare:
+        return token_ids, template.masks
+    if assistant_only:
+        stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
+        raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
+    return token_ids, None
 
 
-def _has_tags(template: str) -> bool:
-    """Whether a chat template marks what the assistant says."""
-    return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template) is not None
+class _MaskKeeper:
+    """A tokenizer that keeps a chat template's masks: where one is empty, TorchRL 0.14 guesses it from the words in the text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.masks: list[torch.Tensor] = []  # a dialog each: [L] bool, CPU
+        self.speaks: list[bool] = []  # whether the assistant says anything in it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._tokenizer(*args, **options)
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
+        result = self._tokenizer.apply_chat_template(conversation, **options)
+        if options.get("return_assistant_tokens_mask"):
+            self.masks.append(torch.as_tensor(result["assistant_masks"]).flatten().bool().cpu())
+            said = [m.get("content") or m.get("tool_calls") for m in conversation if m["role"] == "assistant"]
+            self.speaks.append(any(said))
+        return result
 
 
 def _texts(value: Any) -> Sequence[str]:
