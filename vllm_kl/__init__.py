@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_kl.computation import KLComputation
+    from vllm_kl.deferred import fill_deferred
     from vllm_kl.diagnostics import mismatch
     from vllm_kl.kl import kl_estimate
     from vllm_kl.reference import VLLMReference
@@ -33,6 +34,7 @@ __all__ = [
     "VLLMScorer",
     "VLLMSyncScheme",
     "VLLMWeightUpdater",
+    "fill_deferred",
     "kl_estimate",
     "mismatch",
     "push_weights",
@@ -52,6 +54,7 @@ _HOME = {
     "VLLMScorer": "scorer",
     "VLLMSyncScheme": "sync",
     "VLLMWeightUpdater": "sync",
+    "fill_deferred": "deferred",
     "kl_estimate": "kl",
     "mismatch": "diagnostics",
     "push_weights": "sync",

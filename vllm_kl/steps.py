@@ -105,11 +105,11 @@ def scores(
     return [value.detach() for value in values] if detach else values, recorded
 
 
-def to_device(rows: Rows, td: TensorDictBase) -> Rows:
-    """Move rows to the tensordict's device, if it has one."""
-    if td.device is None:
+def to_device(rows: Rows, device: torch.device | None) -> Rows:
+    """Move rows to a tensordict's device, if it has one."""
+    if device is None:
         return rows
-    return rows.to(td.device) if isinstance(rows, torch.Tensor) else [row.to(td.device) for row in rows]
+    return rows.to(device) if isinstance(rows, torch.Tensor) else [row.to(device) for row in rows]
 
 
 def per_token_reward(reward_spec: Composite) -> Composite:

@@ -10,8 +10,10 @@ Nothing is written before everything is computed: after an error the tensordict 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
@@ -22,101 +24,20 @@ from torchrl.modules.llm.policies import LogProbs
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.audit import OnDrift
 from vllm_kl.computation import KLComputation
+from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
-from vllm_kl.outputs import Rows, declare, set_rows
+from vllm_kl.log_prob import RetrieveLogProb
+from vllm_kl.outputs import Rows, declare
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
+from vllm_kl.types import TokenBatch
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, policy_versions
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
-
-
-class RetrieveLogProb(TurnsTransform):
-    """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
-
-    Args:
-        model: a ``VLLMReference``, ``vLLMWrapper``, ``TransformersWrapper`` or another ``LLMWrapperBase`` with
-            ``generate=False``.
-
-    Keyword Args:
-        log_probs_full_key: where to write; default ``(model.log_probs_key, "full")``.
-        assistant_only: keep the assistant's tokens (needs ``input_mode="history"``).
-        tokenizer_kwargs: passed to the chat template where a history must be tokenized (``chat_template_name``, ...).
-        detach: no graph on the result.
-        device: where to place a transformers model; a vLLM engine stays where it runs. Results lie on the tensordict's
-            device.
-        tokenizer: used where the tensordict has no ids; default the model's.
-        padding_side: where rows of different length are padded when ``model.pad_output``.
-        mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
-
-    Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
-
-    Raises:
-        ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
-        InputError: when called: nothing to score, or masks that do not fit.
-        MissingLogProbError: when called: a kept token has no finite log-prob.
-
-    >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
-    >>> td = RetrieveLogProb(reference)(td)
-    >>> (td["ref_log_probs", "full"] != 0).tolist()  # the two tokens after the prompt
-    [[False, False, True, True]]
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        *,
-        log_probs_full_key: NestedKey | None = None,
-        assistant_only: bool = True,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        detach: bool = True,
-        device: torch.device | None = None,
-        tokenizer: Any = None,
-        padding_side: PaddingSide = "left",
-        mask_key: NestedKey | None = "kl_mask",
-    ) -> None:
-        if log_probs_full_key is None:
-            log_probs_full_key = (model.log_probs_key, "full")
-        else:
-            warn_unless_full(log_probs_full_key)
-        masks = [] if mask_key is None else [mask_key]
-        super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key, *masks])
-        self.mask_key = mask_key
-        check_side(model, assistant_only)
-        self.log_probs_full_key = log_probs_full_key
-        self.model = model if device is None else model.to(device)
-        self.assistant_only = assistant_only
-        self.detach = detach
-        self.tokenizer = tokenizer
-        self.padding_side = padding_side
-        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self._side = ModelSide(self.model)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Figures of re-tokenized turns, as :attr:`RetrieveKL.metrics` has them."""
-        return self._turns.metrics
-
-    def _keys(self) -> InputKeys:
-        return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
-
-    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
-        values, _ = scores(self._side, batch, td, None, detach=self.detach)
-        layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
-        rows, masks = (to_device(to_layout(side, batch, **layout), td) for side in (values, batch.keep))
-        next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
-        return next_td if self.mask_key is None else set_rows(next_td, self.mask_key, masks)
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        declare(observation_spec, self.log_probs_full_key, LogProbs)
-        if self.mask_key is not None:
-            declare(observation_spec, self.mask_key, dtype=torch.bool)
-        return observation_spec
 
 
 class RetrieveKL(TurnsTransform, KLTransform):
@@ -165,6 +86,10 @@ class RetrieveKL(TurnsTransform, KLTransform):
             the policy's engine and compared.
         audit_tolerance: largest healthy mean difference, nats; default 0.05.
         on_drift: ``"raise"`` (the default) or ``"warn"`` beyond it; see :class:`~vllm_kl.audit.Audit`.
+        deferred: inside an env: ask for the reference's log-probs at each step, and go on generating while they are computed.
+            ``True``: results are there when the batch leaves the collector, for you or for its replay buffer; the last step of a
+            batch is waited for. ``"buffer"``: batches leave as they are, until :func:`vllm_kl.fill_deferred`, on a replay buffer or
+            by hand. Until then results are absent and the reward that will change is NaN. See :mod:`vllm_kl.deferred`.
         num_cpus, num_gpus: resources of the Ray actor.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``. Outside the mask log-probs, KL
@@ -220,6 +145,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         audit: float | None = None,
         audit_tolerance: float | None = None,
         on_drift: OnDrift | None = None,
+        deferred: Deferred = False,
         **kwargs: Any,
     ) -> None:
         check_on_stale(on_stale)
@@ -292,6 +218,9 @@ class RetrieveKL(TurnsTransform, KLTransform):
             if from_collector is None
             else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
         )
+        self._deferral = Deferral.of(deferred, self.ref_model, detach=detach)
+        if self._deferral is not None:
+            self.out_keys = []  # what a step writes is no result
         self.on_stale: OnStale = on_stale
         self._versions: dict[str, float] = {}
         self.assistant_only = assistant_only
@@ -334,13 +263,43 @@ class RetrieveKL(TurnsTransform, KLTransform):
         versions = None if self._is_step else policy_versions(td, next_td)
         if versions and not recorded and self._gen.version:  # 0: never stamped, so nothing can be said
             check_stale(versions, self._gen.version, self.on_stale)
-        ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
+        keeps_recorded = recorded and next_td is td
+        write = partial(self._write_kl, batch, gen, versions, td.device, keeps_recorded)
+        if self._deferral is None:
+            ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
+            return write(next_td, ref, self._ref.version)
+        if not self._is_step:
+            raise OptionError(
+                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
+            )
+        return self._deferral.submit(
+            self,
+            next_td,
+            self._ref,
+            batch,
+            expected_version=getattr(self.ref_model, "weight_version", None),
+            reward_waits=self.penalty.add_to_reward,
+            write=write,
+        )
+
+    def _write_kl(
+        self,
+        batch: TokenBatch,
+        gen: list[torch.Tensor],
+        versions: list[int] | None,
+        device: torch.device | None,
+        keeps_recorded: bool,
+        next_td: TensorDictBase,
+        ref: list[torch.Tensor],
+        ref_version: int | None,
+    ) -> TensorDictBase:
+        """Write the results, all or none; return the tensordict that has them."""
 
         def to_rows(rows: list[torch.Tensor]) -> Rows:
-            return to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), td)
+            return to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), device)
 
         log_probs = {self.gen_log_probs_full_key: to_rows(gen), self.ref_log_probs_full_key: to_rows(ref)}
-        if recorded and next_td is td:
+        if keeps_recorded:
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             del log_probs[self.gen_log_probs_full_key]
         written = self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
@@ -351,13 +310,24 @@ class RetrieveKL(TurnsTransform, KLTransform):
                 "policy_version_max": float(max(versions)),
             }
         if self.ref_version_key is not None:
-            self._versions["ref_version"] = float(self._ref.version)
-            written.set(self.ref_version_key, torch.full((len(batch),), self._ref.version, device=td.device))
+            self._versions["ref_version"] = float(ref_version)
+            written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
         return written
 
+    def clone(self) -> Self:
+        twin = super().clone()
+        if self._deferral is not None:
+            twin._deferral, twin._ref = copy.copy(self._deferral), copy.copy(self._ref)  # two threads share neither
+        return twin
+
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        if self._deferral is not None:
+            return observation_spec
         declare(observation_spec, self.gen_log_probs_full_key, LogProbs)
         declare(observation_spec, self.ref_log_probs_full_key, LogProbs)
         if self.ref_version_key is not None:
             declare(observation_spec, self.ref_version_key, trailing=(), dtype=torch.int64)
         return super().transform_observation_spec(observation_spec)
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        return super().transform_reward_spec(reward_spec) if self._deferral is None else reward_spec

@@ -1,0 +1,105 @@
+"""``RetrieveLogProb``: tokens -> the log-probs of one model.
+
+Drop-in for the class of the same name in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same defaults, the
+same keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torchrl.data import Composite
+from torchrl.modules.llm.policies import LogProbs
+
+from vllm_kl.alignment import PaddingSide, to_layout
+from vllm_kl.inputs import InputKeys, keys_of, read_batch
+from vllm_kl.outputs import declare, set_rows
+from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
+from vllm_kl.steps import TurnsTransform, scores, to_device
+
+
+class RetrieveLogProb(TurnsTransform):
+    """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
+
+    Args:
+        model: a ``VLLMReference``, ``vLLMWrapper``, ``TransformersWrapper`` or another ``LLMWrapperBase`` with
+            ``generate=False``.
+
+    Keyword Args:
+        log_probs_full_key: where to write; default ``(model.log_probs_key, "full")``.
+        assistant_only: keep the assistant's tokens (needs ``input_mode="history"``).
+        tokenizer_kwargs: passed to the chat template where a history must be tokenized (``chat_template_name``, ...).
+        detach: no graph on the result.
+        device: where to place a transformers model; a vLLM engine stays where it runs. Results lie on the tensordict's
+            device.
+        tokenizer: used where the tensordict has no ids; default the model's.
+        padding_side: where rows of different length are padded when ``model.pad_output``.
+        mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
+
+    Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
+
+    Raises:
+        ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
+        InputError: when called: nothing to score, or masks that do not fit.
+        MissingLogProbError: when called: a kept token has no finite log-prob.
+
+    >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
+    >>> td = RetrieveLogProb(reference)(td)
+    >>> (td["ref_log_probs", "full"] != 0).tolist()  # the two tokens after the prompt
+    [[False, False, True, True]]
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        log_probs_full_key: NestedKey | None = None,
+        assistant_only: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        detach: bool = True,
+        device: torch.device | None = None,
+        tokenizer: Any = None,
+        padding_side: PaddingSide = "left",
+        mask_key: NestedKey | None = "kl_mask",
+    ) -> None:
+        if log_probs_full_key is None:
+            log_probs_full_key = (model.log_probs_key, "full")
+        else:
+            warn_unless_full(log_probs_full_key)
+        masks = [] if mask_key is None else [mask_key]
+        super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key, *masks])
+        self.mask_key = mask_key
+        check_side(model, assistant_only)
+        self.log_probs_full_key = log_probs_full_key
+        self.model = model if device is None else model.to(device)
+        self.assistant_only = assistant_only
+        self.detach = detach
+        self.tokenizer = tokenizer
+        self.padding_side = padding_side
+        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+        self._side = ModelSide(self.model)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of re-tokenized turns, as :attr:`RetrieveKL.metrics` has them."""
+        return self._turns.metrics
+
+    def _keys(self) -> InputKeys:
+        return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
+
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
+        values, _ = scores(self._side, batch, td, None, detach=self.detach)
+        layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
+        rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.keep))
+        next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
+        return next_td if self.mask_key is None else set_rows(next_td, self.mask_key, masks)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        declare(observation_spec, self.log_probs_full_key, LogProbs)
+        if self.mask_key is not None:
+            declare(observation_spec, self.mask_key, dtype=torch.bool)
+        return observation_spec
