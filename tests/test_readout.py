@@ -283,6 +283,7 @@ class TestEngine:
     def test_one_callers_failure_is_not_the_others(self):
         class Refusing:
             info = EngineInfo(readout="flat", vocab_size=9, max_sequence_len=9)
+            weights = None
 
             def score(self, requests, *, share_prefix):
                 if not share_prefix:

@@ -27,16 +27,32 @@ Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on
 
 @app.command()
 def demo(
-    batches: Annotated[int, typer.Option(min=1, help="Batches to collect.")] = 8,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches to collect; 8 unless told.")] = None,
+    train: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train the policy instead, from the reference on: this many updates of GRPO."),
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per batch; 8 unless told, 16 with --train.")
+    ] = None,
     group: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 8,
-    coeff: Annotated[float, typer.Option(min=0.0, help="Coefficient of the KL in the reward.")] = 0.1,
+    coeff: Annotated[
+        float, typer.Option(min=0.0, help="Coefficient of the KL in the reward; with --train in the loss.")
+    ] = 0.1,
     pad_output: Annotated[bool, typer.Option(help="Dense padded tensors instead of ragged ones.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for rollouts and picture.")] = Path("demo_out"),
     as_json: Json = False,
 ) -> None:
     """Train a small model on arithmetic (cached), collect GRPO groups, and check every KL against float64."""
+    if train is not None and batches is not None:
+        raise typer.BadParameter(
+            "has no effect with --train, which collects one batch per update", param_hint="--batches"
+        )
+    if train is not None and group == 1:
+        raise typer.BadParameter(
+            "must be at least 2 with --train: GRPO compares responses of a group", param_hint="--group"
+        )
     # Read by vLLM, torch and torchrl when they are imported, so before the first import of any.
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -47,13 +63,18 @@ def demo(
         "RL_LOGGING_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)
-    from vllm_kl.demo.run import DemoConfig, run
-
     console = Console(stderr=as_json)
-    config = DemoConfig(
-        batches=batches, prompts=prompts, group=group, coeff=coeff, pad_output=pad_output, seed=seed, out=out
-    )
-    figures = run(config, console)
+    common = {"group": group, "coeff": coeff, "pad_output": pad_output, "seed": seed, "out": out}
+    if prompts is not None:
+        common["prompts"] = prompts
+    if train is None:
+        from vllm_kl.demo.run import DemoConfig, run
+
+        figures = run(DemoConfig(**common, batches=batches or DemoConfig.batches), console)
+    else:
+        from vllm_kl.demo.loop import TrainConfig, run_training
+
+        figures = run_training(TrainConfig(**common, updates=train), console)
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)
     if as_json:
         typer.echo(json.dumps(figures))

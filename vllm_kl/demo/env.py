@@ -1,0 +1,143 @@
+"""The demo's env: arithmetic problems in, graded responses out, of a vLLM policy, in groups.
+
+    problems -> ChatEnv -> policy (vLLM, in this process) -> reward -> RetrieveKL("from_collector", reference) -> batches
+
+The reference's engine runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
+from torch.utils.data import DataLoader, IterableDataset
+from torchrl.collectors.llm import LLMCollector
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import StepCounter, Transform
+from torchrl.envs.llm import ChatEnv
+from torchrl.modules.llm import vLLMWrapper
+
+from vllm_kl.demo import task
+from vllm_kl.reference import VLLMReference
+from vllm_kl.scorer import VLLMScorer
+from vllm_kl.transforms import RetrieveKL
+
+MAX_NEW_TOKENS = 24
+
+
+def set_up() -> None:
+    """Make this process ready: lists stack, and upstream's notices and bars do not tear ours."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    set_list_to_stack(True).set()
+
+
+def make_reference(path: Path, *, seed: int, pad_output: bool) -> VLLMReference:
+    """Return a reference whose engine runs in a process of its own."""
+    scorer = VLLMScorer(str(path), dtype="float32", max_model_len=256, seed=seed, **_memory())
+    return VLLMReference(scorer, task.make_tokenizer(), pad_output=pad_output)
+
+
+def make_policy(path: Path, *, seed: int) -> Any:
+    """Return a ``vllm.LLM`` in this process."""
+    from vllm import LLM
+
+    engine = LLM(
+        str(path),
+        dtype="float32",
+        max_model_len=256,
+        seed=seed,
+        enforce_eager=True,
+        use_tqdm_on_load=False,
+        **_memory(),
+    )
+    engine.generate = functools.partial(engine.generate, use_tqdm=False)  # the wrapper cannot ask for quiet
+    return engine
+
+
+class Problems(IterableDataset):
+    """Endless word problems."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rng = random.Random(self._seed)
+        while True:
+            problem = task.make_problem(rng)
+            yield {"query": problem.question, "answer": problem.answer}
+
+
+def collate(items: list[dict[str, Any]]) -> TensorDictBase:
+    """Return problems as a lazy stack: texts may differ in length."""
+    return lazy_stack([TensorDict(query=i["query"], answer=NonTensorData(str(i["answer"]))) for i in items])
+
+
+class Grade(Transform):
+    """Writes the task's reward, ``[B, 1, 1]``: 1.0 for the right answer."""
+
+    def __init__(self) -> None:
+        super().__init__(in_keys=[("text", "response"), "answer"], out_keys=["reward"])
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        pairs = zip(tensordict["text", "response"], tensordict["answer"], strict=True)
+        rewards = [task.grade(response, int(answer)) for response, answer in pairs]
+        return next_tensordict.set("reward", torch.tensor(rewards).view(-1, 1, 1))
+
+    def transform_reward_spec(self, reward_spec: Composite) -> Composite:
+        reward_spec["reward"] = Unbounded(shape=(*reward_spec.shape, 1, 1), dtype=torch.float32)
+        return reward_spec
+
+
+def make_collector(
+    engine: Any,
+    kl: RetrieveKL,
+    *,
+    prompts: int,
+    group: int,
+    batches: int,
+    seed: int,
+    weight_updater: Any = None,
+) -> LLMCollector:
+    """Return a collector of ``batches`` batches ``[prompts * group]``; the KL is appended before the collector exists."""
+    num_envs = prompts * group
+    tokenizer = kl.ref_model.tokenizer
+    env = ChatEnv.from_dataloader(
+        DataLoader(Problems(seed), batch_size=1, collate_fn=collate),
+        batch_size=(num_envs,),
+        repeats=group,
+        input_mode="history",
+        tokenizer=tokenizer,
+    )
+    for transform in (StepCounter(max_steps=1), Grade(), kl):
+        env = env.append_transform(transform)
+    return LLMCollector(
+        env,
+        policy_factory=functools.partial(
+            vLLMWrapper,
+            engine,
+            tokenizer=tokenizer,
+            input_mode="history",
+            generate=True,
+            pad_output=kl.pad_output,
+            generate_kwargs={"max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0},
+        ),
+        dialog_turns_per_batch=num_envs,
+        total_dialog_turns=num_envs * batches,
+        track_policy_version=True,
+        weight_updater=weight_updater,
+    )
+
+
+def _memory() -> dict[str, Any]:
+    """Return engine options under which two engines fit on one machine."""
+    return {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 256 << 20}

@@ -1,0 +1,207 @@
+"""GRPO on the demo's problems: the policy moves, the reference does not, and every figure is checked.
+
+    collect -> check against float64 -> replay buffer, advantages -> GRPOLoss, AdamW -> push to the policy's engine -> collect
+
+The trainer's model begins as a copy of the reference, so the KL begins at zero. The checkpoints of all versions are kept: the KL
+of an update is that of its own version's checkpoint, computed in float64 by transformers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensordict import TensorDictBase
+from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.modules.llm import TransformersWrapper
+from torchrl.objectives.llm import GRPOLoss, MCAdvantage
+from transformers import AutoModelForCausalLM
+
+from vllm_kl.demo import report, train
+from vllm_kl.demo.env import make_collector, make_policy, make_reference, set_up
+from vllm_kl.demo.run import BatchRow, Float64KL, Rollout, read_rollouts, summarize
+from vllm_kl.diagnostics import mismatch
+from vllm_kl.samples import write_samples
+from vllm_kl.sync import VLLMWeightUpdater
+from vllm_kl.transforms import RetrieveKL
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the demo trains."""
+
+    updates: int = 30
+    prompts: int = 16  # per update
+    group: int = 8  # responses per prompt
+    coeff: float = 0.1  # of the KL in the loss
+    pad_output: bool = False
+    seed: int = 0
+    out: Path = Path("demo_out")
+    minibatch: int = 64  # responses per step of the optimizer
+    learning_rate: float = 2e-4
+    max_grad_norm: float = 1.0
+
+    @property
+    def batches_kept(self) -> int:
+        """Batches in the replay buffer: a response is trained on once per update while it is there."""
+        return 1 if self.pad_output else 2  # GRPOLoss (TorchRL 0.14) takes no dense rows of two widths
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRow:
+    """Figures of one update."""
+
+    policy_version: int  # of the weights that sampled
+    ref_version: int
+    collected: BatchRow  # what was collected for it
+    mismatch: float  # token_mult_prob_error - 1, sampler (vLLM) against trainer (transformers), before the update
+    staleness: float  # mean over the responses trained on: versions between the weights that sampled and those trained
+    loss: float  # mean over the optimizer's steps
+    clip_fraction: float
+
+
+def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Train; return the figures of ``--json``."""
+    began = time.perf_counter()
+    set_up()
+    checkpoints = config.out / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    reference_path, _ = train.checkpoints(console)
+    model = AutoModelForCausalLM.from_pretrained(
+        reference_path, dtype=torch.float32
+    )  # in eval mode, as GRPOLoss wants it
+    model.save_pretrained(checkpoints / "0")
+    with console.status("starting the reference's engine (vLLM, its own process)"):
+        reference = make_reference(reference_path, seed=config.seed, pad_output=config.pad_output)
+    with reference.scorer:
+        with console.status("starting the policy's engine (vLLM, this process)"):
+            engine = make_policy(reference_path, seed=config.seed)
+        collector = make_collector(
+            engine,
+            RetrieveKL("from_collector", reference, add_to_reward=False),  # the KL is a term of the loss
+            prompts=config.prompts,
+            group=config.group,
+            batches=config.updates,
+            seed=config.seed,
+            weight_updater=VLLMWeightUpdater(engine, model),
+        )
+        trainer = Trainer(model, reference.tokenizer, config)
+        rows: list[UpdateRow] = []
+        rollouts: list[Rollout] = []
+        with _progress(console) as progress:
+            bar = progress.add_task("", total=config.updates, reward=float("nan"), kl=float("nan"))
+            start = time.perf_counter()
+            for data in collector:
+                data, wall_s = data.reshape(-1), time.perf_counter() - start
+                batch = list(read_rollouts(data, len(rows), config.group, reference))
+                (versions,) = {(r.policy_version, r.ref_version) for r in batch}  # nobody updates while this collects
+                oracle = Float64KL(checkpoints / str(versions[0]), reference_path)
+                row = UpdateRow(
+                    policy_version=versions[0],
+                    ref_version=versions[1],
+                    collected=summarize(batch, oracle, wall_s),
+                    mismatch=trainer.mismatch(data),
+                    **trainer.update(data, versions[0]),
+                )
+                collector.update_policy_weights_()
+                model.save_pretrained(checkpoints / str(collector.policy_version))
+                rows.append(row)
+                rollouts += batch
+                progress.update(bar, advance=1, reward=row.collected.reward, kl=row.collected.kl_k3)
+                start = time.perf_counter()
+        collector.shutdown()
+        reference.scorer.check_frozen()
+    files = [str(config.out / "rollouts.jsonl"), str(report.plot_training(config.out / "train.png", rows))]
+    write_samples(files[0], rollouts)
+    report.print_updates(rows, console)
+    console.print(
+        f"reference: version {rows[-1].ref_version}, its numbers did not move; policy: version {rows[0].policy_version} to "
+        f"{collector.policy_version}, checkpoints of all in {checkpoints}",
+        highlight=False,
+    )
+    return summary(rows, time.perf_counter() - began, files)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("GRPO"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reward {task.fields[reward]:.3f}, KL {task.fields[kl]:.4f}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class Trainer:
+    """The trained model with its loss, its optimizer and the batches it is trained on."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, config: TrainConfig) -> None:
+        self._model = model
+        self._max_grad_norm = config.max_grad_norm
+        self._actor = TransformersWrapper(
+            model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=config.pad_output
+        )
+        self._loss = GRPOLoss(
+            self._actor, masking_strategy="rlhf", kl_to_ref_coeff=config.coeff or None, entropy_bonus=False
+        )
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+        self._buffer = ReplayBuffer(
+            storage=LazyStackStorage(config.batches_kept * config.prompts * config.group),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=config.minibatch,
+        )
+        self._buffer.append_transform(MCAdvantage(grpo_size=config.group))
+
+    @torch.no_grad()
+    def mismatch(self, data: TensorDictBase) -> float:
+        """Return ``token_mult_prob_error - 1`` of a batch ``[B]``: the sampler's log-probs against the model's own."""
+        own = self._actor(data.select("tokens", "masks"))
+        sampled, scored = (batch.get(("log_probs", "full"), as_list=True) for batch in (data, own))
+        found = mismatch(sampled, scored, data.get(("next", "kl_mask"), as_list=True))
+        return found.metrics["token_mult_prob_error"] - 1
+
+    def update(self, data: TensorDictBase, version: int) -> dict[str, float]:
+        """Take in a batch ``[B]`` and go once through the buffer; return the figures of it."""
+        for sample in data.unbind(0):
+            # The one mask of the KL becomes the loss's: "rlhf" reads it there.
+            sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
+        self._buffer.extend(data)
+        losses, clipped = [], []
+        for minibatch in self._buffer:
+            out = self._loss(minibatch)
+            loss = sum(value for name, value in out.items() if name.startswith("loss_"))
+            self._optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm, error_if_nonfinite=True)
+            self._optimizer.step()
+            losses.append(loss.item())
+            clipped.append(out.clip_fraction.item())
+        kept = self._buffer[:]["next", "policy_version"]
+        return {
+            "staleness": version - torch.as_tensor(kept).double().mean().item(),
+            "loss": statistics.fmean(losses),
+            "clip_fraction": statistics.fmean(clipped),
+        }
+
+
+def summary(rows: list[UpdateRow], seconds: float, files: list[str]) -> dict[str, Any]:
+    """Return the figures of the whole run; KL is k3's mean per response token, nats."""
+    return {
+        "updates": len(rows),
+        "reward_first5": statistics.fmean(row.collected.reward for row in rows[:5]),
+        "reward_last5": statistics.fmean(row.collected.reward for row in rows[-5:]),
+        "kl_first": rows[0].collected.kl_k3,
+        "kl_last": rows[-1].collected.kl_k3,
+        "max_abs_err": max(row.collected.max_abs_err for row in rows),
+        "seconds": seconds,
+        "versions": [row.policy_version for row in rows],
+        "ref_version": rows[-1].ref_version,
+        "files": files,
+    }
