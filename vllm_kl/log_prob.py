@@ -15,8 +15,9 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
-from vllm_kl.inputs import InputKeys, keys_of, read_batch
-from vllm_kl.outputs import declare, set_rows
+from vllm_kl.errors import InputError
+from vllm_kl.inputs import InputKeys, keys_of, read_batch, rows_of
+from vllm_kl.outputs import Rows, check_distinct, declare, set_rows
 from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
 
@@ -44,6 +45,7 @@ class RetrieveLogProb(TurnsTransform):
     Raises:
         ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
         InputError: when called: nothing to score, or masks that do not fit.
+            Or another side's mask, which keeps other tokens, is at ``mask_key``.
         MissingLogProbError: when called: a kept token has no finite log-prob.
 
     >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
@@ -70,6 +72,7 @@ class RetrieveLogProb(TurnsTransform):
         else:
             warn_unless_full(log_probs_full_key)
         masks = [] if mask_key is None else [mask_key]
+        check_distinct([log_probs_full_key, *masks])
         super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key, *masks])
         self.mask_key = mask_key
         check_side(model, assistant_only)
@@ -95,8 +98,27 @@ class RetrieveLogProb(TurnsTransform):
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.keep))
+        if self.mask_key is not None:
+            self._check_mask(next_td, masks)
         next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
         return next_td if self.mask_key is None else set_rows(next_td, self.mask_key, masks)
+
+    def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:
+        """Refuse to replace another side's mask: its tokens would be read where this side has none, or the other way round."""
+        for i, (stored, mask) in enumerate(zip(rows_of(next_td, self.mask_key) or masks, masks, strict=True)):
+            stored, mask = stored.cpu().bool(), mask.cpu()
+            if stored.shape != mask.shape:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} is there already and has shape {list(stored.shape)}, these log-probs have "
+                    f"{list(mask.shape)}: give both sides one pad_output and one padding_side"
+                )
+            if (differs := (stored != mask).nonzero()).numel():
+                t = int(differs[0])
+                raise InputError(
+                    f"sample {i}, token {t}: {self.mask_key} is there already and {'keeps' if stored[t] else 'leaves out'} it, the "
+                    f"mask of these log-probs {'keeps' if mask[t] else 'leaves out'} it. Give both sides one assistant_only, or "
+                    f"each side a mask_key of its own"
+                )
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         declare(observation_spec, self.log_probs_full_key, LogProbs)
