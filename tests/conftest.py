@@ -102,6 +102,30 @@ def tied_llm(tied_paths: list[Path]) -> Any:
     return LLM(str(tied_paths[0]), enforce_eager=True, use_tqdm_on_load=False, **tiny.ENGINE_OPTIONS)
 
 
+# The policy's engine takes these adapters, and leaves the others out without a word.
+LORA_OPTIONS = {
+    "enable_lora": True,
+    "max_loras": 2,
+    "max_lora_rank": 8,
+    "lora_target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
+}
+
+
+@pytest.fixture(scope="session")
+def lora_llm(policy_path: Path) -> Any:
+    """A live ``vllm.LLM`` of the policy's model that takes LoRA adapters."""
+    from vllm import LLM
+
+    return LLM(str(policy_path), enforce_eager=True, use_tqdm_on_load=False, **LORA_OPTIONS, **tiny.ENGINE_OPTIONS)
+
+
+@pytest.fixture(scope="session")
+def lora_paths(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of the policy's model."""
+    home = tmp_path_factory.mktemp("adapters")
+    return [tiny.build_adapter(home / str(seed), policy_path, seed=seed) for seed in range(2)]
+
+
 @pytest.fixture(scope="session")
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
     """A scorer that owns an engine in a process of its own: the reference's."""

@@ -47,12 +47,14 @@ def test_public_names_are_sorted_and_documented():
         _ = vllm_kl.VLLMscorer
 
 
-def test_readme_examples_run(policy_path, ref_path, policy_llm, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*its text was tokenized again")  # a random model says bytes that are no text
+def test_readme_examples_run(policy_path, ref_path, policy_llm, lora_llm, lora_paths, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my-policy").symlink_to(policy_path)
     Path("my-reference").symlink_to(ref_path)
-    # The README makes its own policy engine; here the one of this run stands in for it.
-    monkeypatch.setattr("vllm.LLM", lambda *_, **__: policy_llm)
+    Path("my-adapter").symlink_to(lora_paths[0])
+    # The README makes its own policy engines; here those of this run stand in for them.
+    monkeypatch.setattr("vllm.LLM", lambda *_, **options: lora_llm if options.get("enable_lora") else policy_llm)
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.S | re.M)
     assert blocks
     namespace = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_kl.demo.task import make_tokenizer
@@ -43,6 +45,40 @@ def build(path: Path, *, seed: int, pad_is_eos: bool = False, tie_word_embedding
     )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def build_adapter(
+    path: Path, base: Path, *, seed: int, modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"), rank: int = 4
+) -> Path:
+    """Save a LoRA adapter of a model as PEFT does, large enough to move log-probs by a nat; return the folder."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: 0.15 * torch.randn(*shape, generator=generator)  # noqa: E731
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in modules:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = draw(rank, weight.shape[1])
+            tensors[f"base_model.model.{module}.lora_B.weight"] = draw(weight.shape[0], rank)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank + 1, "target_modules": list(modules)}
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def merge(path: Path, base: Path, adapter: Path) -> Path:
+    """Save the model that an adapter makes of another, in float64: weight + alpha / r * B @ A; return the folder."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            if (a := tensors.get(f"{module}.lora_A.weight")) is not None:
+                b = tensors[f"{module}.lora_B.weight"]
+                parameter += config["lora_alpha"] / config["r"] * (b.double() @ a.double())
+    model.save_pretrained(path)
     return path
 
 

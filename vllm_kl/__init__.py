@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from vllm_kl.scorer import VLLMScorer
     from vllm_kl.sync import VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
+    from vllm_kl.wrapper import LoRAWrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FromCollector",
     "KLComputation",
+    "LoRAWrapper",
     "RetrieveKL",
     "RetrieveLogProb",
     "Sample",
@@ -47,6 +49,7 @@ __all__ = [
 _HOME = {
     "FromCollector": "resolver",
     "KLComputation": "computation",
+    "LoRAWrapper": "wrapper",
     "RetrieveKL": "transforms",
     "RetrieveLogProb": "transforms",
     "Sample": "samples",

@@ -1,4 +1,5 @@
-"""What may be sent, and what may come back: ids and starts fit for an engine, log-probs fit for a caller, or a refusal."""
+"""What may be sent, and what may come back: ids, starts and adapters fit for an engine, log-probs fit for a caller, or
+a refusal."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kl.errors import InputError, MissingLogProbError
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
@@ -99,6 +100,26 @@ def check_temperature(temperature: float) -> float:
             f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs to compare."
         )
     return float(temperature)
+
+
+def check_lora_request(lora_request: Any) -> Any:
+    """Return it if it can name an adapter for every call of a scorer.
+
+    Raises:
+        OptionError: it is no ``LoRARequest``, or one that loads its adapter again at every step.
+    """
+    if lora_request is None:
+        return None
+    if not all(hasattr(lora_request, name) for name in ("lora_name", "lora_int_id", "lora_path")):
+        raise OptionError(
+            f"lora_request must be a vllm.lora.request.LoRARequest(name, id, path), got {type(lora_request).__name__}"
+        )
+    if lora_request.load_inplace:
+        raise OptionError(
+            "load_inplace=True would read the adapter from disk at every step of the engine, in the middle of a call (vLLM "
+            "0.32): load it once with llm.llm_engine.add_lora(lora_request), and name it here without load_inplace"
+        )
+    return lora_request
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:

@@ -57,8 +57,11 @@ def scorer_for(model: Any) -> Scorer:
     if scorer is not None:
         return scorer
     if isinstance(model, vLLMWrapper):
-        # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor.
-        return VLLMScorer(GenerateEngine(model.model, model._call_generate))
+        # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor. It names the
+        # policy's adapter, if it has one: what generated is what scores.
+        return VLLMScorer(
+            GenerateEngine(model.model, model._call_generate, lora_request=getattr(model, "lora_request", None))
+        )
     if isinstance(model, TransformersWrapper):
         return TransformersScorer(model.model)
     if isinstance(model, LLMWrapperBase):
@@ -160,7 +163,7 @@ class FromCollector:
             raise OptionError("audit has no effect with gen_log_probs='rescore': every log-prob is the engine's own")
         self._key: NestedKey = ("log_probs", "full")
         self._pad_output: bool | None = None
-        self._resolved: tuple[Any, Scorer] | None = None
+        self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
         self.version: int | None = None
 
     def __repr__(self) -> str:
@@ -283,8 +286,9 @@ class FromCollector:
         self.audit.check(recorded, batch, lambda part: score_batch(self._scorer_of(policy), part), tokenizer)
 
     def _scorer_of(self, policy: Any) -> Scorer:
-        if self._resolved is None or self._resolved[0] is not policy.model:
-            self._resolved = policy.model, scorer_for(policy)
+        weights = (policy.model, getattr(policy, "lora_request", None))
+        if self._resolved is None or any(a is not b for a, b in zip(self._resolved[0], weights, strict=True)):
+            self._resolved = weights, scorer_for(policy)
         return self._resolved[1]
 
 

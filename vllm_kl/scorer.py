@@ -26,12 +26,12 @@ from vllm_kl.canary import Canary
 from vllm_kl.checkpoint import average, next_version, read
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.engines.process import ProcessEngine
+from vllm_kl.engines.make import make_engine
 from vllm_kl.engines.weights import Weights
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.progress import show_progress
-from vllm_kl.requests import TokenIds, check_ids, check_requests, check_result, check_temperature
-from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
+from vllm_kl.requests import TokenIds, check_ids, check_lora_request, check_requests, check_result, check_temperature
+from vllm_kl.types import ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
 
 logger = logging.getLogger("vllm_kl")
 
@@ -52,11 +52,16 @@ class VLLMScorer:
             row that is scored.
         temperature: log-probs are those of ``softmax(logits / temperature)``, as sampled at that temperature. vLLM's own
             prompt log-probs ignore it; read-outs that cannot apply it refuse.
+        lora_request: a ``vllm.lora.request.LoRARequest``: the adapter whose log-probs these are; ``None`` is the base model.
+            A shared engine must have been made with ``enable_lora=True``. Any number of scorers may share it: one of the base
+            model, one of each adapter. ``weight_version`` is the base model's; the canary is scored with the adapter.
         **engine_options: vLLM's engine options under their own names, for an owned engine.
 
     Raises:
         OptionError: an engine option does not exist, or was given for an engine that already runs.
-        ReadoutUnavailableError: the engine cannot do this read-out, or the read-out this temperature; says why.
+        ReadoutUnavailableError: the engine cannot do this read-out, or the read-out this temperature; the engine takes no
+            adapters, or its LM head is wrapped for them, which spoils prompt log-probs; says why.
+        WeightsError: the adapter cannot be loaded, or would not be served as it is written.
         EngineError: the engine did not start; with the end of its log.
 
     Attributes:
@@ -78,6 +83,7 @@ class VLLMScorer:
         share_prefix: bool = True,
         temperature: float = 1.0,
         canary: bool = True,
+        lora_request: Any = None,
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -87,7 +93,7 @@ class VLLMScorer:
         self.share_prefix = share_prefix
         self.temperature = check_temperature(temperature)
         self.stats: ScoreStats | None = None
-        self._engine: Engine = _make_engine(model, readout, engine_options)
+        self._engine: Engine = make_engine(model, readout, engine_options, check_lora_request(lora_request))
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
             self._check_can(self.temperature)
@@ -387,21 +393,3 @@ class VLLMScorer:
             "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process (ref_model_factory), "
             "or keep it in a Ray actor (RetrieveKL(..., use_ray_service=True))"
         )
-
-
-def _make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any]) -> Engine:
-    if isinstance(model, (str, os.PathLike)):
-        return ProcessEngine(os.fspath(model), readout=readout, options=engine_options)
-    is_engine = isinstance(getattr(model, "info", None), EngineInfo)
-    if not is_engine and not callable(getattr(model, "generate", None)):
-        raise OptionError(f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}")
-    if engine_options:
-        raise OptionError(
-            f"engine options have no effect on an engine that already runs: {', '.join(engine_options)}. Give them "
-            "where the engine is made."
-        )
-    if not is_engine:
-        return GenerateEngine(model, readout=readout)
-    if readout not in ("auto", model.info.readout):
-        raise ReadoutUnavailableError(f"readout={readout!r} is not available: this engine does {model.info.readout!r}")
-    return model

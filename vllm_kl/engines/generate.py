@@ -10,7 +10,8 @@ A cache hit that reaches past row ``start - 1`` hides rows. With the plugin's ca
 where there is no cap, ``token_ids`` returns ``None``, and ``flat`` has rows without a value: uninitialised memory on the V1
 runner (``v1/worker/gpu_model_runner.py``, 0.32), left out on V2. So a result is accepted only if its hit ends at or before
 row ``start - 1``; other requests are sent again without the cache. A salt per call keeps hits inside the call: the cache of
-an engine that also generates holds whole responses, and may hold KV of older weights.
+an engine that also generates holds whole responses, and may hold KV of older weights, or of an adapter that was loaded in the
+place of another (vLLM hashes an adapter's name and path, not its weights).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.weights import LiveWeights, lock_of
-from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError
+from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 
@@ -36,15 +38,27 @@ class GenerateEngine:
         engine: a ``vllm.LLM``, or anything whose ``generate`` takes token prompts and sampling parameters and returns
             vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``). Threads that score with one ``vllm.LLM`` take
             turns; vLLM itself does not allow generating with it at the same time.
-        generate: used instead of ``engine.generate`` (a Ray actor's remote call, for example).
+        generate: used instead of ``engine.generate`` (a policy's own call, which names the policy's adapter itself).
         readout: ``"token_ids"``, ``"flat"`` or ``"auto"``.
+        lora_request: the adapter whose log-probs these are, a ``vllm.lora.request.LoRARequest``; ``None`` is the base
+            model, or, where ``generate`` is given, whatever that asks for.
 
     Raises:
-        ReadoutUnavailableError: this engine cannot do ``readout``.
+        ReadoutUnavailableError: this engine cannot do ``readout``, takes no adapters, or has an LM head wrapped for them.
+        WeightsError: the engine would not serve the adapter as it is written.
     """
 
-    def __init__(self, engine: Any, generate: Callable[..., list] | None = None, *, readout: str = "auto") -> None:
+    def __init__(
+        self,
+        engine: Any,
+        generate: Callable[..., list] | None = None,
+        *,
+        readout: str = "auto",
+        lora_request: Any = None,
+    ) -> None:
         self._generate = generate or engine.generate
+        self._names_adapter = generate is None
+        self._lora_request = lora_request
         llm_engine = getattr(engine, "llm_engine", None)
         self._is_llm = llm_engine is not None
         reason = _why_not_token_ids(llm_engine)
@@ -62,6 +76,10 @@ class GenerateEngine:
                 f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
                 "'raw_logprobs', vLLM's default"
             )
+        if self._is_llm:
+            check_adapter(llm_engine, lora_request)
+        elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
+            check_engine_args(engine.engine_args, lora_request)
         # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
         # each other's results.
         self._lock = lock_of(llm_engine) if self._is_llm else contextlib.nullcontext()
@@ -123,14 +141,30 @@ class GenerateEngine:
         common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": not read_cache}
         salt = uuid.uuid4().hex
         prompts = [TokensPrompt(prompt_token_ids=r.token_ids.tolist(), cache_salt=salt) for r in requests]
+        adapter = {"lora_request": self._lora_request} if self._names_adapter else {}
         if not self._is_llm:  # takes one set of parameters for all
-            return self._generate(prompts, SamplingParams(**common, **self._readout.params(None)))
+            adapter = adapter if self._lora_request is not None else {}
+            outputs = self._generate(prompts, SamplingParams(**common, **self._readout.params(None)), **adapter)
+            return self._of_the_adapter(outputs)
         params = [
             SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
             for r in requests
         ]
-        # Without use_tqdm=False a vllm.LLM shows a progress bar.
-        return self._generate(prompts, params, use_tqdm=False)
+        # Without use_tqdm=False a vllm.LLM shows a progress bar. None is passed, too: somebody may have bound another.
+        return self._of_the_adapter(self._generate(prompts, params, use_tqdm=False, **adapter))
+
+    def _of_the_adapter(self, outputs: list[Any]) -> list[Any]:
+        """Return the outputs, or refuse those of other weights: each tells the adapter that made it."""
+        if self._names_adapter or self._lora_request is not None:
+            want = identity(self._lora_request)
+            for output in outputs:
+                got = identity(getattr(output, "lora_request", None))
+                if got != want:
+                    raise WeightsError(
+                        f"the engine scored with adapter {got}, expected {want} (name, id, path; None: the base model). Whatever "
+                        "wraps its generate() must pass lora_request on"
+                    )
+        return outputs
 
 
 class _TokenIds:

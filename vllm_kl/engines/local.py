@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_kl.engines.adapters import lora_options
 from vllm_kl.engines.base import Driver, drive
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import EngineError, OptionError, ReadoutUnavailableError, VLLMKLError
 from vllm_kl.types import ScoreRequest, ScoreResult
 
 
-def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
+def start(*, model: str, readout: str, options: dict[str, Any], lora_request: Any = None) -> Driver:
     """Return a running engine, warm: its first request compiles nothing.
 
     Raises:
         OptionError: an option does not exist, or would break scoring.
         ReadoutUnavailableError: this engine cannot do ``readout``.
+        WeightsError: the adapter ``lora_request`` cannot be loaded, or would not be served as it is written.
     """
     from vllm import EngineArgs
     from vllm.platforms import current_platform
@@ -39,7 +41,7 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
         torch.cpu._init_amx()
-    options = {**_defaults(is_cpu=current_platform.is_cpu()), **options}
+    options = {**_defaults(is_cpu=current_platform.is_cpu()), **lora_options(lora_request, options)}
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
     if "gpu_memory_utilization" not in options:
@@ -48,9 +50,9 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     if readout == "pooling" and reason:
         raise ReadoutUnavailableError(f"readout='pooling' is not available: {reason}. Use 'auto'")
     if readout == "pooling" or (readout == "auto" and not reason):
-        driver: Driver = _start_pooling(model, config, options)
+        driver: Driver = _start_pooling(model, config, options, lora_request)
     else:
-        driver = _Blocking(_start_generate(model, config, readout, options))
+        driver = _Blocking(_start_generate(model, config, readout, options, lora_request))
     drive(driver, [ScoreRequest(token_ids=np.zeros(2, np.int32), start=1)], share_prefix=False)
     notes = [f"no pooling read-out: {reason}"] if reason and readout == "auto" else []
     if driver.info.readout == "pooling" and (missing := missing_compiler()):
@@ -64,7 +66,7 @@ def start(*, model: str, readout: str, options: dict[str, Any]) -> Driver:
     return driver
 
 
-def _start_pooling(model: str, config: Any, options: dict[str, Any]) -> Driver:
+def _start_pooling(model: str, config: Any, options: dict[str, Any], lora_request: Any) -> Driver:
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -92,7 +94,7 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any]) -> Driver:
             else {**defaults, **theirs, **overrides},
         },
     )
-    return PoolingEngine(LLMEngine.from_engine_args(args))
+    return PoolingEngine(LLMEngine.from_engine_args(args), lora_request)
 
 
 def _override(theirs: Callable[[Any], Any], defaults: dict[str, Any], overrides: dict[str, Any], config: Any) -> Any:
@@ -102,13 +104,16 @@ def _override(theirs: Callable[[Any], Any], defaults: dict[str, Any], overrides:
     return config
 
 
-def _start_generate(model: str, config: Any, readout: str, options: dict[str, Any]) -> GenerateEngine:
+def _start_generate(
+    model: str, config: Any, readout: str, options: dict[str, Any], lora_request: Any
+) -> GenerateEngine:
     from vllm import LLM
 
     # An engine that generates refuses a prompt of max_model_len, for want of room for one more token. Give it that room:
     # the token is sampled and never fed back, so no position past the model's last is computed.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    return GenerateEngine(LLM(model, **{**options, "max_model_len": config.max_model_len + 1}), readout=readout)
+    llm = LLM(model, **{**options, "max_model_len": config.max_model_len + 1})
+    return GenerateEngine(llm, readout=readout, lora_request=lora_request)
 
 
 class _Blocking:

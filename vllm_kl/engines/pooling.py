@@ -20,6 +20,7 @@ from vllm import PoolingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_kl.engines.adapters import check_weights
 from vllm_kl.engines.weights import LiveWeights
 from vllm_kl.errors import EngineError
 from vllm_kl.plugin.pooler import TASK
@@ -35,9 +36,21 @@ class _Job(NamedTuple):
 
 
 class PoolingEngine:
-    """Drives an engine whose model is a scoring class. Not thread-safe: one thread feeds and steps it."""
+    """Drives an engine whose model is a scoring class. Not thread-safe: one thread feeds and steps it.
 
-    def __init__(self, engine: LLMEngine) -> None:
+    Args:
+        engine: the engine.
+        lora_request: the adapter whose log-probs these are; ``None`` is the base model. An LM head that is wrapped for
+            adapters does no harm here: rows go through the base model's (:mod:`vllm_kl.plugin.head`).
+
+    Raises:
+        WeightsError: the engine would not serve the adapter as it is written.
+    """
+
+    def __init__(self, engine: LLMEngine, lora_request: Any = None) -> None:
+        self._lora_request = lora_request
+        if lora_request is not None:
+            check_weights(engine, lora_request)
         self._core = engine.engine_core
         self.weights = LiveWeights(engine)
         config = engine.vllm_config
@@ -103,10 +116,10 @@ class PoolingEngine:
         )
         params = PoolingParams(task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout))
         self._in_core[request_id] = job
-        self._core.add_request(_core_request(request_id, request.token_ids.tolist(), params))
+        self._core.add_request(_core_request(request_id, request.token_ids.tolist(), params, self._lora_request))
 
 
-def _core_request(request_id: str, token_ids: list[int], params: Any) -> EngineCoreRequest:
+def _core_request(request_id: str, token_ids: list[int], params: Any, lora_request: Any) -> EngineCoreRequest:
     return EngineCoreRequest(
         request_id=request_id,
         prompt_token_ids=token_ids,
@@ -114,7 +127,7 @@ def _core_request(request_id: str, token_ids: list[int], params: Any) -> EngineC
         sampling_params=None,
         pooling_params=params,
         arrival_time=time.time(),
-        lora_request=None,
+        lora_request=lora_request,
         cache_salt=None,
         data_parallel_rank=None,
     )

@@ -74,16 +74,18 @@ class ProcessEngine:
         model: path or name of the model.
         readout: as :class:`~vllm_kl.VLLMScorer` takes it; the child decides what ``"auto"`` is.
         options: vLLM's engine options by their own names; unknown ones are refused.
+        lora_request: the adapter whose log-probs these are; ``None`` is the base model.
 
     Raises:
         OptionError: an engine option does not exist.
         ReadoutUnavailableError: the engine cannot do this read-out.
+        WeightsError: the adapter cannot be loaded, or would not be served as it is written.
         EngineError: the engine did not start; with the end of its log.
     """
 
     info: EngineInfo
 
-    def __init__(self, model: str, *, readout: str, options: dict[str, Any]) -> None:
+    def __init__(self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any = None) -> None:
         self.weights: _OwnedWeights | None = None
         ours, theirs = socket.socketpair()
         with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
@@ -101,7 +103,8 @@ class ProcessEngine:
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._process, ours, self._log, self._owner_pid)
         try:
-            with self._call("start", {"model": model, "readout": readout, "options": options}) as answers:
+            start = {"model": model, "readout": readout, "options": options, "lora_request": lora_request}
+            with self._call("start", start) as answers:
                 self.info = next(answers)
         except BaseException:
             self.close()

@@ -9,6 +9,7 @@
     native    its inner loop on a CPU, compiled where there is a compiler
     cap       prefix-cache hits end before the first scored row
     weights   new weights for a live model, in every worker
+    adapters  which LoRA adapters a worker serves, and how
 
 Nothing here changes an engine, or a request, that does not come from this package.
 """
@@ -31,12 +32,13 @@ def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
     import vllm
 
-    from vllm_kl.plugin import cap, models, weights
+    from vllm_kl.plugin import adapters, cap, models, weights
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
     if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         cap.install()
         weights.install()
+        adapters.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
 
@@ -45,7 +47,7 @@ def enable(base_architecture: str) -> str:
     """Make an architecture loadable for scoring, here and in processes started from here; return its name."""
     import vllm
 
-    from vllm_kl.plugin import cap, models, weights
+    from vllm_kl.plugin import adapters, cap, models, weights
 
     if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -60,4 +62,5 @@ def enable(base_architecture: str) -> str:
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "vllm_kl"]))
     cap.install()
     weights.install()
+    adapters.install()
     return models.register(base_architecture)

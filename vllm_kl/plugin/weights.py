@@ -1,6 +1,6 @@
-"""New weights for a live model, in each of an engine's workers: methods that the plugin gives to vLLM's ``WorkerBase``.
+"""New weights for a live model, in each of an engine's workers: a method that the plugin gives to vLLM's ``WorkerBase``.
 
-``collective_rpc`` calls them by name, in whichever process a worker is, on the CPU and on a GPU. They do what vLLM's own
+``collective_rpc`` calls it by name, in whichever process a worker is, on the CPU and on a GPU. It does what vLLM's own
 ``reload_weights`` does, and three things that it leaves out (0.32):
 
 - A tensor that the checkpoint lacks is only logged there. Here it is an error: the layer would keep its old weights.
@@ -20,17 +20,15 @@ from typing import Any
 
 import torch
 
-# Names of the methods, for ``collective_rpc``.
+# Name of the method, for ``collective_rpc``.
 LOAD = "vllm_kl_load_weights"
-LORA_HEADS = "vllm_kl_lora_heads"
 
 
 def install() -> None:
-    """Give every worker of this process the methods. Idempotent; imports no model."""
+    """Give every worker of this process the method. Idempotent; imports no model."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, LOAD, load_weights)
-    setattr(WorkerBase, LORA_HEADS, lora_heads)
 
 
 def load_weights(worker: Any, folder: str | None) -> None:
@@ -50,12 +48,6 @@ def load_weights(worker: Any, folder: str | None) -> None:
         wanted = {name.replace(".base_layer.", ".") if lora else name for name, _ in model.named_parameters()}
         if missing := sorted(wanted - loaded):
             raise ValueError(f"no weights for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
-
-
-def lora_heads(worker: Any) -> list[str]:
-    """Return the names of LM heads that are wrapped for LoRA."""
-    modules = worker.model_runner.get_model().named_modules()
-    return [name for name, module in modules if type(module).__name__ == "LogitsProcessorWithLoRA"]
 
 
 def _read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
