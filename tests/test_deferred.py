@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -194,6 +195,19 @@ class TestWhereTheyAreFilledIn:
         for step in (2, 0, 1):
             for sample in fill_deferred(batches[step]).reshape(-1)["next"].unbind(0):
                 torch.testing.assert_close(sample["reward"][:, 0], 1 - step * sample["kl_penalty"])
+
+    def test_threads_that_fill_in_the_same_steps_count_them_once(self, rollout, kl, gate):
+        transform = kl("buffer", coeff=lambda step: float(step))
+        data = rollout(transform)
+        copies = [data.clone() for _ in range(4)]
+        threading.Timer(0.2, gate.set).start()
+        with ThreadPoolExecutor(4) as pool:
+            filled = list(pool.map(fill_deferred, copies))
+        for other in filled:
+            for was, is_ in zip(results(filled[0]), results(other), strict=True):
+                assert all(torch.equal(value, is_[key]) for key, value in was.items())
+        assert gate.calls == STEPS
+        assert transform.metrics["coeff"] == STEPS - 1
 
     def test_two_references_in_one_env(self, collector, kl, make_reference):
         second = RetrieveKL(

@@ -58,14 +58,16 @@ class Step:
     """One env step whose reference log-probs were asked for. Finished oldest first, each once."""
 
     def __init__(
-        self, number: int, owner: object, future: Future, write: Callable[..., TensorDictBase], previous: Step | None
+        self, number: int, owner: Deferral, future: Future, write: Callable[..., TensorDictBase], previous: Step | None
     ) -> None:
         self.number = number
         self.owner = owner  # of all steps of one transform the same
         self.version: int | None = None  # of the reference's weights
         self._future: Future | None = future
         self._write = write
-        self._previous = previous  # not finished yet
+        self._previous = (
+            previous  # not finished yet; held even if its batch is not, because a schedule of coeff counts it
+        )
         self._outcome: list[TensorDictBase] | _StepError = []
         weakref.finalize(self, future.cancel)  # without effect on one that is being scored
 
@@ -80,13 +82,14 @@ class Step:
         Raises:
             _StepError: the step could not be scored.
         """
-        unfinished: list[Step] = []
-        step: Step | None = self
-        while step is not None and not step.is_finished:
-            unfinished.append(step)
-            step = step._previous
-        for step in reversed(unfinished):
-            step._finish()
+        with self.owner.finishing:
+            unfinished: list[Step] = []
+            step: Step | None = self
+            while step is not None and not step.is_finished:
+                unfinished.append(step)
+                step = step._previous
+            for step in reversed(unfinished):
+                step._finish()
         if isinstance(self._outcome, _StepError):
             raise self._outcome
         return self._outcome
@@ -131,6 +134,7 @@ class Deferral:
     """
 
     def __init__(self, until: Literal[True, "buffer"]) -> None:
+        self.finishing = threading.Lock()  # batches may be filled in by several threads
         self._until = until
         self._worker = _Worker()
         self._last: Callable[[], Step | None] = lambda: None
