@@ -7,8 +7,8 @@ mean and standard deviation of an estimate over the token that is drawn are sums
 ``topk`` is what the engines return: ``score_topk`` of the policy, ``score_ids`` of the reference on the same ids.
 
 Shown per position, averaged over positions, in nats: the KL, the bias (mean of the estimate less the KL), the standard
-deviation, and how many tokens must be averaged until their mean's error (bias and noise together) is within 10 % of the KL;
-"never" if the bias alone is more.
+deviation, and how many tokens at one position must be averaged until their mean's error (bias and noise together) is within 10 %
+of the KL; "never" if the bias alone is more.
 """
 
 from __future__ import annotations

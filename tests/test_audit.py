@@ -12,7 +12,7 @@ from tests.test_from_collector import collect, make_env, make_policy  # noqa: F4
 from vllm_kl import FromCollector, RetrieveKL, mismatch
 from vllm_kl.audit import Audit
 from vllm_kl.diagnostics import MismatchWarning
-from vllm_kl.errors import CollectorError, DriftError, OptionError
+from vllm_kl.errors import CollectorError, DriftError, MissingLogProbError, OptionError
 from vllm_kl.types import TokenBatch
 
 
@@ -62,6 +62,17 @@ class TestAudit:
         with pytest.warns(MismatchWarning, match="Worst: sample 7, token 4"):
             Audit(1.0, on_drift="warn").check([torch.full((6,), -1.0)] * 10, batch, pick)
         Audit(1.0, tolerance=0.3).check([torch.full((6,), -1.0)] * 10, batch, pick)
+
+    def test_a_missing_log_prob_is_told_by_the_samples_that_were_drawn(self):
+        batch = batch_of(10)
+        scored = [torch.full((6,), -1.0) for _ in range(10)]
+        scored[7][4] = float("nan")
+        with pytest.raises(
+            MissingLogProbError, match=r"samples \[0, 1, 2, 4, 5, 6, 7, 8, 9\], counted.*sample 6, token 4"
+        ):
+            Audit(1.0).check(
+                [torch.full((6,), -1.0)] * 10, batch, lambda part: [scored[int(ids[0])] for ids in part.token_ids]
+            )
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

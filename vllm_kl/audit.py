@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vllm_kl.diagnostics import Mismatch, MismatchWarning, mismatch
-from vllm_kl.errors import DriftError, OptionError
+from vllm_kl.errors import DriftError, MissingLogProbError, OptionError
 from vllm_kl.types import TokenBatch
 
 OnDrift = Literal["raise", "warn"]
@@ -71,13 +71,19 @@ class Audit:
 
         Raises:
             DriftError: the mean difference is beyond the tolerance and ``on_drift="raise"``.
+            MissingLogProbError: the engine has no number for a token.
         """
         drawn = self.draw(batch)
         if not drawn:
             return
         part = batch.select(drawn)
-        sides = [recorded[i] for i in drawn], score(part)
-        found = mismatch(*sides, part.keep, token_ids=part.token_ids, tokenizer=tokenizer, limits={})
+        try:
+            sides = [recorded[i] for i in drawn], score(part)
+            found = mismatch(*sides, part.keep, token_ids=part.token_ids, tokenizer=tokenizer, limits={})
+        except MissingLogProbError as error:
+            raise MissingLogProbError(
+                f"in the audit of samples {drawn}, counted among these from 0: {error}"
+            ) from error
         # Samples are counted as in the batch.
         worst = [dataclasses.replace(token, sample=drawn[token.sample]) for token in found.worst]
         self.found = dataclasses.replace(found, worst=worst)

@@ -8,7 +8,9 @@ Tokens were sampled from the policy. With ``r = ref_log_probs - log_probs`` (the
 | ``k2`` | ``r**2 / 2`` | low variance, biased |
 | ``k3`` | ``exp(r) - 1 - r`` | unbiased, never negative |
 | ``abs`` | ``|r|`` | a distance, not a KL |
-| ``topk`` | ``sum_k p_k (log p_k - log q_k)``, K tokens and the rest as one | no sampling noise; a lower bound |
+| ``topk`` | ``sum_k p_k (log p_k - log q_k)``, K tokens and the rest as one | no sampling noise; a lower bound [1]_ |
+
+.. [1] As long as float32 resolves both tails: one below ``2**-23`` counts as that.
 
 ``direction="forward"`` is KL(reference || policy). Tokens of the policy stand for tokens of the reference by the importance
 weight ``exp(r)``: each estimator with the two sides exchanged, times the weight. ``topk`` knows both distributions and needs
