@@ -51,3 +51,15 @@ def test_the_kernel_agrees_with_float64(dtype, scale):
     want = (hidden.double() @ weight.double().T * scale).logsumexp(-1)
     got = kernel.log_normalizer(hidden.cuda(), weight.cuda(), scale=scale).cpu()
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)
+
+
+def test_an_engine_that_slept_scores_the_same_and_gave_its_memory_back(ref_path):
+    with VLLMScorer(str(ref_path), enable_sleep_mode=True, gpu_memory_utilization=0.5, **OPTIONS) as scorer:
+        before = scorer.score(SEQUENCES, 40)
+        free_awake, _ = torch.cuda.mem_get_info()
+        with scorer.asleep():
+            free_asleep, total = torch.cuda.mem_get_info()
+            assert free_asleep - free_awake > total / 4
+        for a, b in zip(before, scorer.score(SEQUENCES, 40), strict=True):
+            assert torch.equal(a, b)
+        scorer.check_frozen()

@@ -114,3 +114,28 @@ def test_the_owner_never_imports_vllm():
         "import sys; from vllm_kl import VLLMScorer; print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+TRAINER = """
+import sys
+from transformers import AutoModelForCausalLM
+from vllm_kl import VLLMScorer, push_weights
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+scorer = VLLMScorer(sys.argv[1], dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
+print(scorer._engine.pid, flush=True)
+while True:
+    print(push_weights(scorer, model), flush=True)
+"""
+
+
+def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(ref_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as trainer:
+        group = int(trainer.stdout.readline())
+        while int(trainer.stdout.readline()) < 3:
+            pass
+        assert alive(group)
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait(60)
+    assert wait_until_gone(group) == []
