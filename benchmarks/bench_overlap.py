@@ -1,0 +1,238 @@
+"""How much of the reference's scoring hides behind the next generation?
+
+    python benchmarks/bench_overlap.py            # prints the table of benchmarks/README.md, about six minutes
+
+A policy (a live vllm.LLM) generates in an LLMCollector, a larger reference with an engine of its own scores every step. Each
+engine has one core for itself (--cores own), as each has a GPU elsewhere; or both may use all cores (--cores shared), where a
+machine that is busy with one has nothing left for the other. Every way collects the same batches of K steps and has all their
+results when the clock stops:
+
+    immediate        RetrieveKL(...)                     K (G + S)
+    deferred         RetrieveKL(..., deferred=True)      at best K max(G, S), and the last step of each batch: min(G, S) more
+    one batch later  RetrieveKL(..., deferred="buffer"), fill_deferred(the batch before)     at best K max(G, S)
+    ideal            the longer of generating alone and scoring alone
+
+G and S are what a step takes to generate and to score. Before anything is timed the three ways' results are compared bit for bit,
+and the reference with float64. Prompts differ and no cache is read, so no way profits from what another has computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from datetime import date
+from pathlib import Path
+
+# Read by vLLM, torch and torchrl at import; the reference's process inherits them.
+os.environ.update(
+    OMP_NUM_THREADS=str(os.cpu_count()) if "shared" in sys.argv else "1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    TORCH_COMPILE_DISABLE="1",
+    RL_LOGGING_LEVEL="ERROR",
+)
+
+import torch
+import torchrl
+import vllm
+from rich.console import Console
+from rich.table import Table
+from tensordict import TensorDict, lazy_stack, set_list_to_stack
+from torch.utils.data import DataLoader
+from torchrl.collectors.llm import LLMCollector
+from torchrl.data import Unbounded
+from torchrl.envs import Transform
+from torchrl.envs.llm import ChatEnv
+from torchrl.modules.llm import vLLMWrapper
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from vllm_kl import RetrieveKL, VLLMReference, fill_deferred
+from vllm_kl.demo.task import make_tokenizer
+
+CORES = sorted(os.sched_getaffinity(0))
+NUM_ENVS = 8
+STEPS_PER_MEASUREMENT = 8
+BATCH_STEPS = (1, 4)
+RESULTS = ("kl_penalty", "kl_mask", "reward", ("ref_log_probs", "full"), ("log_probs", "full"))
+
+
+class Reward(Transform):
+    """A reward of 1 per sequence."""
+
+    def __init__(self):
+        super().__init__(out_keys=["reward"])
+
+    def _step(self, tensordict, next_tensordict):
+        return next_tensordict.set("reward", torch.ones(*tensordict.batch_size, 1, 1))
+
+    def transform_reward_spec(self, reward_spec):
+        reward_spec["reward"] = Unbounded(shape=(*reward_spec.shape, 1, 1))
+        return reward_spec
+
+
+def build(path: Path, tokenizer, *, hidden: int, layers: int) -> str:
+    torch.manual_seed(hidden)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=1024,
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+class Bench:
+    """Two engines, and collectors on them."""
+
+    def __init__(self, folder: Path, tokenizer, args) -> None:
+        self.args = args
+        self.tokenizer = tokenizer
+        options = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20}
+        self.ref_path = build(folder / "reference", tokenizer, hidden=768, layers=args.layers)
+        policy_path = build(folder / "policy", tokenizer, hidden=256, layers=4)
+        if args.cores == "own":
+            os.sched_setaffinity(0, {CORES[1]})  # which the reference's process inherits
+        self.reference = VLLMReference(self.ref_path, tokenizer, share_prefix=False, **options)
+        if args.cores == "own":
+            os.sched_setaffinity(0, {CORES[0]})
+        self.llm = vllm.LLM(
+            policy_path, enforce_eager=True, enable_prefix_caching=False, use_tqdm_on_load=False, **options
+        )
+        generate = self.llm.generate
+        self.llm.generate = lambda *a, **k: generate(*a, **{**k, "use_tqdm": False})
+
+    def batches(self, steps: int, deferred=None):
+        """Yield batches of ``steps`` steps for ever; ``deferred=None``: nothing is scored."""
+        queries = [{"query": f"{i}: what is {i} and {7 * i}? " + "Think. " * 8} for i in range(64)]
+        loader = DataLoader(queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
+        env = ChatEnv.from_dataloader(loader, batch_size=(NUM_ENVS,), input_mode="history", tokenizer=self.tokenizer)
+        env.append_transform(Reward())
+        if deferred is not None:
+            env.append_transform(RetrieveKL("from_collector", self.reference, coeff=0.1, deferred=deferred))
+        sampling = {"max_new_tokens": self.args.tokens, "temperature": 0.0, "ignore_eos": True}
+        policy = functools.partial(vLLMWrapper, self.llm, tokenizer=self.tokenizer, generate_kwargs=sampling)
+        turns = NUM_ENVS * steps
+        collector = LLMCollector(
+            env, policy_factory=policy, dialog_turns_per_batch=turns, total_dialog_turns=10_000, reset_at_each_iter=True
+        )
+        yield from collector
+
+    def score(self, batch) -> None:
+        """Score a batch step by step, as the transforms do."""
+        for t in range(batch.shape[1]):
+            ids = batch[:, t].get(("tokens", "full"), as_list=True)
+            self.reference.scorer.score(ids, [len(p) for p in batch[:, t].get(("tokens", "prompt"), as_list=True)])
+
+
+def rows(batch):
+    return [[sample["next"].get(key) for key in RESULTS] for sample in batch.reshape(-1).unbind(0)]
+
+
+def check(bench: Bench, ways: dict) -> None:
+    """The same numbers in all ways, and those of the model."""
+    found = {name: rows(fill_deferred(next(batches))) for name, batches in ways.items()}
+    for name, got in found.items():
+        for mine, theirs in zip(got, found["immediate"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), f"{name} has other numbers"
+    oracle = AutoModelForCausalLM.from_pretrained(bench.ref_path, dtype=torch.float64)
+    sample = next(ways["immediate"])[0, 0]
+    ids, mask = sample["tokens", "full"], sample["next", "kl_mask"][1:]
+    with torch.no_grad():
+        want = oracle(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    error = (sample["next", "ref_log_probs", "full"][1:] - want)[mask].abs().max().item()
+    assert error < 1e-3, "the reference returns other numbers than the model"
+    print(f"results equal bit for bit in all ways; largest error {error:.1e}")
+
+
+def measure(bench: Bench, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Return seconds per step, round by round."""
+    ways = {
+        name: bench.batches(steps, d) for name, d in (("immediate", False), ("deferred", True), ("later", "buffer"))
+    }
+    check(bench, ways)
+    alone = bench.batches(steps)
+    seconds: dict[str, list[float]] = {}
+    num_batches = STEPS_PER_MEASUREMENT // steps
+
+    def timed(name, work):
+        began = time.perf_counter()
+        result = work()
+        seconds.setdefault(name, []).append((time.perf_counter() - began) / STEPS_PER_MEASUREMENT)
+        return result
+
+    def later():
+        before = None
+        for _ in range(num_batches):
+            batch = next(ways["later"])
+            if before is not None:
+                fill_deferred(before)
+            before = batch
+        fill_deferred(before)
+
+    for _ in range(rounds):
+        collected = timed("generating alone", lambda: [next(alone) for _ in range(num_batches)])
+        timed("scoring alone", lambda collected=collected: [bench.score(batch) for batch in collected])
+        timed("immediate", lambda: [next(ways["immediate"]) for _ in range(num_batches)])
+        timed("deferred", lambda: [next(ways["deferred"]) for _ in range(num_batches)])
+        timed("one batch later", later)
+    pairs = zip(seconds["generating alone"], seconds["scoring alone"], strict=True)
+    seconds["ideal"] = [max(pair) for pair in pairs]
+    return seconds
+
+
+def report(console: Console, steps: int, seconds: dict[str, list[float]]) -> None:
+    table = Table(title=f"batches of {steps} step{'s' * (steps > 1)}; seconds per step")
+    for name in ("way", "s p20", "s p50", "s p80", "ratio to immediate, p50"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for name, runs in seconds.items():
+        p20, p50, p80 = (statistics.quantiles(runs, n=10, method="inclusive")[k] for k in (1, 4, 7))
+        ratio = statistics.median(now / mine for now, mine in zip(seconds["immediate"], runs, strict=True))
+        table.add_row(name, f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", f"{ratio:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", choices=("own", "shared"), default="own")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=3, help="of the reference")
+    parser.add_argument("--tokens", type=int, default=96, help="that the policy generates")
+    args = parser.parse_args()
+    set_list_to_stack(True).set()
+    warnings.simplefilter("ignore")  # upstream deprecations, and bytes of a random model that are no text
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), make_tokenizer(), args)
+        for steps in BATCH_STEPS:
+            report(console, steps, measure(bench, steps, args.rounds))
+        bench.reference.close()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout
+    print(
+        f"{date.today()}, commit {commit.strip()}, {platform.processor() or platform.machine()}, cores {args.cores} of "
+        f"{len(CORES)}, vllm {vllm.__version__}, torch {torch.__version__}, torchrl {torchrl.__version__}; float32, policy hidden "
+        f"256, 4 layers, reference hidden 768, {args.layers} layers; {NUM_ENVS} envs, {args.tokens} tokens a turn, "
+        f"{args.rounds} rounds of {STEPS_PER_MEASUREMENT} steps"
+    )
+
+
+if __name__ == "__main__":
+    main()
