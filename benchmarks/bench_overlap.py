@@ -1,11 +1,10 @@
 """How much of the reference's scoring hides behind the next generation?
 
-    python benchmarks/bench_overlap.py            # prints the table of benchmarks/README.md, about six minutes
+    python benchmarks/bench_overlap.py            # prints the tables of benchmarks/README.md, about six minutes
 
 A policy (a live vllm.LLM) generates in an LLMCollector, a larger reference with an engine of its own scores every step. Each
-engine has one core for itself (--cores own), as each has a GPU elsewhere; or both may use all cores (--cores shared), where a
-machine that is busy with one has nothing left for the other. Every way collects the same batches of K steps and has all their
-results when the clock stops:
+engine has one core for itself (--cores own), as each has a GPU elsewhere; or both use all cores (--cores shared). Every way
+collects the same batches of K steps and has all their results when the clock stops:
 
     immediate        RetrieveKL(...)                     K (G + S)
     deferred         RetrieveKL(..., deferred=True)      at best K max(G, S), and the last step of each batch: min(G, S) more
