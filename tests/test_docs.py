@@ -32,10 +32,13 @@ def examples():
 def test_docstring_examples_run(test, ref_scorer, ref_model, make_reference):
     test.globs.update(torch=torch, TensorDict=TensorDict, scorer=ref_scorer, reference=make_reference())
     test.globs["weights"] = ref_model.state_dict()
+    version = ref_scorer.weight_version
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
     output = []
     runner.run(test, out=output.append)
     assert runner.failures == 0, "".join(output)
+    if ref_scorer.weight_version != version:  # the example pushed
+        ref_scorer.refresh(ref_model.state_dict())
 
 
 def test_public_names_are_sorted_and_documented():

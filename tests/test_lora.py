@@ -72,6 +72,19 @@ def generated(llm, request, n=40):
     return PROMPT + list(output.outputs[0].token_ids)
 
 
+def generation_error(llm, request, truth):
+    """How far recorded log-probs are from those of the weights that were named, nats."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(max_tokens=8, temperature=1.0, logprobs=0, seed=0, ignore_eos=True)
+    (output,) = llm.generate([TokensPrompt(prompt_token_ids=PROMPT)], params, use_tqdm=False, lora_request=request)
+    (sample,) = output.outputs
+    recorded = [next(iter(entry.values())).logprob for entry in sample.logprobs]
+    wanted = truth.log_probs(PROMPT + list(sample.token_ids))[len(PROMPT) :]
+    return max(abs(a - b) for a, b in zip(recorded, wanted, strict=True))
+
+
 # Whose log-probs they are.
 
 
@@ -291,6 +304,20 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(lora_ll
     assert error_of(scorer, oracles[2], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
 
 
+def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(lora_llm, lora_paths, oracles, tmp_path):
+    path = tmp_path / "adapter"
+    shutil.copytree(lora_paths[0], path)
+    request = lora_request(path, "rewritten", 31)
+    assert generation_error(lora_llm, request, oracles[1]) < LOG_PROB_TOLERANCE
+    shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
+    with pytest.raises(WeightsError, match=r"load_inplace=True\)\); assert llm\.reset_prefix_cache\(\)"):
+        VLLMScorer(lora_llm, lora_request=request)
+    lora_llm.llm_engine.add_lora(lora_request(path, "rewritten", 31, load_inplace=True))
+    assert generation_error(lora_llm, request, oracles[2]) > 0.1  # KV of the old adapter: what the second half is for
+    assert lora_llm.reset_prefix_cache()
+    assert generation_error(lora_llm, request, oracles[2]) < LOG_PROB_TOLERANCE
+
+
 def test_a_push_changes_the_base_and_adapters_apply_on_top(
     lora_llm, scorers, policy_path, ref_path, lora_paths, ref_oracle, oracles, tmp_path
 ):
@@ -301,7 +328,8 @@ def test_a_push_changes_the_base_and_adapters_apply_on_top(
         for scorer, truth in zip(scorers, truths, strict=True):
             assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
             assert scorer.stats.weight_version == scorer.weight_version == version
-            assert scorer.check_frozen() == 0.0  # a new version, so nothing moved
+            with pytest.raises(FrozenError, match=f"version {version} of the weights serves, which no refresh"):
+                scorer.check_frozen()
     finally:
         push_weights(lora_llm, before)
     for scorer, truth in zip(scorers, oracles, strict=True):

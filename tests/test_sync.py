@@ -329,10 +329,8 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed(states, folders)
 
 
 def test_a_frozen_reference_proves_it_and_one_that_was_moved_is_caught(owned, states):
-    assert owned.check_frozen() == 0.0
     moved = {name: t + 1e-4 * torch.randn_like(t) for name, t in owned.weights.skeleton.checked(states[0]).items()}
-    push_weights(owned, states[0])
-    version = owned.weight_version
+    version = owned.refresh(states[0])
     assert owned.check_frozen() == 0.0
     written = owned.weights.skeleton.write(moved)
     owned.weights.load(written, version=version)  # nobody says that the weights are others
@@ -361,7 +359,7 @@ def test_a_refresh_changes_the_reference_to_what_was_asked_for(folders, owned_fr
 @pytest.fixture
 def owned_fresh(owned, states):
     owned._canary._known.clear()
-    push_weights(owned, states[0])
+    owned.refresh(states[0])
     return owned
 
 
@@ -377,20 +375,45 @@ def test_an_average_is_of_the_old_weights_and_the_new(owned_fresh, states, folde
     assert error_of(owned_fresh, oracle) < LOG_PROB_TOLERANCE
 
 
-def test_a_cache_that_keeps_old_keys_is_noticed(owned_fresh, states, monkeypatch):
-    """The second line of defence: the engine says that its cache is empty, and it is not."""
-    canary = owned_fresh._canary
-    score = canary._score
+def test_a_push_is_no_refresh(owned_fresh, states):
+    """Whoever pushes into a reference's engine has moved the reference: KL against it is another KL."""
+    version = push_weights(owned_fresh, states[1])
+    with pytest.raises(FrozenError, match=rf"version {version} of the weights serves, which no refresh\(\) made"):
+        owned_fresh.check_frozen()
+    owned_fresh.refresh(states[1])
+    assert owned_fresh.check_frozen() == 0.0
 
-    def cached_is_old(request, share_prefix):
-        result = score(request, share_prefix)
-        if share_prefix:
-            result.values[:] -= 0.5
-        return result
 
-    monkeypatch.setattr(canary, "_score", cached_is_old)
-    with pytest.raises(FrozenError, match="still holds KV of the old ones"):
-        owned_fresh.refresh(states[1])
+@pytest.mark.timeout(300)
+def test_a_cache_that_keeps_old_keys_is_noticed_and_nothing_is_scored(folders, states, tmp_path, monkeypatch):
+    """The second line of defence: an engine that says that its cache is empty, and it is not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'vllm_kl.engines._child' in ' '.join(sys.orig_argv):\n"
+        "    from vllm.v1.core.block_pool import BlockPool\n"
+        "    BlockPool.reset_prefix_cache = lambda self: True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer:
+        for _ in range(2):
+            with pytest.raises(FrozenError, match=r"still holds KV of the old ones \(\d+ tokens of the canary\)"):
+                scorer.refresh(states[1])
+            with pytest.raises(FrozenError, match="still holds KV of the old ones"):
+                scorer.score([IDS])
+
+
+def test_scores_wait_until_new_weights_are_proved(owned_fresh, states, oracles):
+    """A call that comes between the load and the proof gets its numbers when the proof is there."""
+    canary, scored = owned_fresh._canary, []
+    with ThreadPoolExecutor(1) as pool:
+        with canary.replacing():
+            push_weights(owned_fresh, states[1])
+            future = pool.submit(lambda: scored.append(error_of(owned_fresh, oracles[1])))
+            with pytest.raises(TimeoutError):
+                future.result(timeout=0.5)
+        future.result(timeout=30)
+    assert scored[0] < LOG_PROB_TOLERANCE
+    assert owned_fresh.check_frozen() == 0.0
 
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -0.1, math.nan])

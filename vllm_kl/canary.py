@@ -1,12 +1,15 @@
-"""A fixed sequence whose log-probs prove that a version of the weights has not moved.
+"""A fixed sequence whose log-probs prove that weights have not moved, and that new ones left no KV of the old.
 
 It is scored alone and without the prefix cache, so the same weights give the same bits; what other callers ask for in the
-meantime cannot change them. Each version has its own numbers: a refresh on purpose is no false alarm.
+meantime cannot change them. Versions that a refresh made are accepted on purpose; others, of a push, are not those of a
+reference that is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,9 +18,8 @@ from vllm_kl.errors import FrozenError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 _LENGTH = 64
-# By how much log-probs with and without the prefix cache may differ, in nats: rounding in 16-bit layers. KV of other
-# weights is off by more.
-_CACHE_TOLERANCE = 0.25
+# Longer than a block, on any device: a hit is of whole blocks.
+_CACHED_LENGTH = 512
 
 
 class Canary:
@@ -30,20 +32,37 @@ class Canary:
 
     def __init__(self, score: Callable[[ScoreRequest, bool], ScoreResult], info: EngineInfo) -> None:
         self._score = score
-        length = min(_LENGTH, info.max_sequence_len or _LENGTH)
-        ids = np.random.default_rng(0).integers(0, info.vocab_size or 256, max(length, 2))
-        self._request = ScoreRequest(token_ids=ids.astype(np.int32), start=1)
+        length = min(_CACHED_LENGTH, info.max_sequence_len or _CACHED_LENGTH)
+        ids = np.random.default_rng(0).integers(0, info.vocab_size or 256, max(length, 2)).astype(np.int32)
+        self._request = ScoreRequest(token_ids=ids[:_LENGTH], start=1)
+        # All but its last token may be read from the cache.
+        self._cached_request = ScoreRequest(token_ids=ids, start=len(ids) - 1)
         self._known: dict[int | None, torch.Tensor] = {}
+        self._is_proved = threading.Event()
+        self._is_proved.set()
+        self._doubt: FrozenError | None = None
 
-    def check(self, tolerance: float = 0.0) -> float:
-        """Score the sequence; return by how much a log-prob moved since this version was first seen, in nats.
+    def check(self, tolerance: float = 0.0, *, accept: bool = False) -> float:
+        """Score the sequence; return by how much a log-prob moved since this version was accepted, in nats.
+
+        Args:
+            tolerance: nats that it may.
+            accept: take a version that is not known as it is. The first is taken in any case.
 
         Raises:
-            FrozenError: by more than ``tolerance``.
+            FrozenError: it moved by more; or the version is not one that was accepted.
         """
         result = self._score(self._request, False)
         version, now = result.weight_version, torch.from_numpy(result.values[:, 0].copy())
-        before = self._known.setdefault(version, now)
+        if accept or not self._known:
+            self._known.setdefault(version, now)
+        if version not in self._known:
+            raise FrozenError(
+                f"version {version} of the weights serves, which no refresh() made: somebody pushed it, and KL against it is not "
+                f"what it was (accepted: {', '.join(map(str, self._known))}). Replace a reference with refresh(); give it an "
+                "engine of its own if a policy is pushed into this one"
+            )
+        before = self._known[version]
         moved = (now - before).abs()
         # Equal infinities have not moved; NaN never compares as small.
         moved[now == before] = 0.0
@@ -57,18 +76,42 @@ class Canary:
             )
         return float(moved[worst])
 
-    def check_cache(self, tolerance: float = _CACHE_TOLERANCE) -> None:
-        """Score the sequence with the prefix cache, twice: what it holds must be of the weights that serve.
+    @contextmanager
+    def replacing(self, tolerance: float = 0.0) -> Iterator[None]:
+        """Prove the old weights, let the block load new ones, prove that the prefix cache is empty, accept the new ones.
+
+        Until all that is done no log-prob of the new weights leaves the scorer (:meth:`wait`).
 
         Raises:
-            FrozenError: cached and uncached log-probs differ by more than ``tolerance`` nats.
+            FrozenError: the old weights had moved; or KV of theirs is still in the cache.
         """
-        uncached = self._score(self._request, False).values
-        for _ in range(2):  # the first fills it
-            cached = self._score(self._request, True).values
-        difference = float(np.abs(np.where(cached == uncached, 0.0, cached - uncached)).max())
-        if not difference <= tolerance:
-            raise FrozenError(
-                f"after new weights the prefix cache still holds KV of the old ones: log-probs with and without it are "
-                f"{difference:.2e} nats apart"
-            )
+        self.check(tolerance, accept=True)
+        for _ in range(2):  # the first fills the cache
+            self._num_cached()
+        self._is_proved.clear()
+        try:
+            yield
+            self._doubt = None
+            if num := self._num_cached():
+                self._doubt = FrozenError(
+                    f"after new weights the prefix cache still holds KV of the old ones ({num} tokens of the canary), though the "
+                    "engine said that it was emptied: log-probs would be of both. Refresh again, or make a new scorer"
+                )
+                raise self._doubt
+            self.check(tolerance, accept=True)
+        finally:
+            self._is_proved.set()
+
+    def wait(self) -> None:
+        """Wait until weights that are being replaced are proved.
+
+        Raises:
+            FrozenError: they could not be.
+        """
+        self._is_proved.wait()
+        if self._doubt is not None:
+            raise self._doubt
+
+    def _num_cached(self) -> int:
+        """Return how many tokens of the canary are read from the prefix cache; afterwards they are in it."""
+        return self._score(self._cached_request, True).num_cached_tokens

@@ -162,9 +162,11 @@ class VLLMReference(LLMWrapperBase):
         """Version of the weights that serve; ``None`` where the scorer does not know."""
         return getattr(self.scorer, "weight_version", None)
 
-    def refresh(self, source: Any, *, ema: float | None = None, version: int | None = None) -> int:
+    def refresh(
+        self, source: Any, *, ema: float | None = None, version: int | None = None, tolerance: float = 0.0
+    ) -> int:
         """Replace the weights on purpose; see :meth:`VLLMScorer.refresh`."""
-        return self._vllm_scorer("refresh").refresh(source, ema=ema, version=version)
+        return self._vllm_scorer("refresh").refresh(source, ema=ema, version=version, tolerance=tolerance)
 
     def check_frozen(self, tolerance: float = 0.0) -> float:
         """Prove that the weights have not moved; see :meth:`VLLMScorer.check_frozen`."""

@@ -93,6 +93,7 @@ class VLLMScorer:
         self.share_prefix = share_prefix
         self.temperature = check_temperature(temperature)
         self.stats: ScoreStats | None = None
+        self._is_asleep = False
         self._engine: Engine = make_engine(model, readout, engine_options, check_lora_request(lora_request))
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
@@ -244,6 +245,8 @@ class VLLMScorer:
     ) -> list[torch.Tensor]:
         """Return B float32 tensors ``[len - start, 1 + K + 2 * top_k]``; see :class:`~vllm_kl.types.ScoreResult`."""
         began = time.perf_counter()
+        if self._is_asleep:
+            raise WeightsError("the engine is asleep: score when the block of asleep() has ended")
         info = self._engine.info
         temperature = self.temperature if temperature is None else check_temperature(temperature)
         self._check_can(temperature, ids=ids is not None, top_k=top_k > 0)
@@ -262,11 +265,12 @@ class VLLMScorer:
         values = [torch.empty(0, request.num_columns) for request in asked]
         for (i, request), result in zip(requests.items(), planned.restore(results), strict=True):
             values[i] = check_result(i, request, result)
+        self._canary.wait()
         versions = {result.weight_version for result in results}
         if len(versions) > 1:
+            found = sorted(map(str, versions))
             raise WeightsError(
-                f"the engine's weights changed during the call: versions {sorted(map(str, versions))}. Whoever updates them must "
-                "wait for it; push_weights() does"
+                f"the engine's weights changed during the call: versions {found}. push_weights() waits for it"
             )
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
@@ -283,10 +287,9 @@ class VLLMScorer:
         return values
 
     def check_frozen(self, tolerance: float = 0.0) -> float:
-        """Prove that the weights of this version have not moved since they were first seen.
+        """Prove that the weights are those that the scorer started with, or that a refresh made.
 
-        A fixed sequence is scored alone and uncached, and compared with what it scored when the engine started, or when
-        the version came by :meth:`refresh`.
+        A fixed sequence is scored alone and uncached, and compared with what it scored at the start or after the refresh.
 
         Args:
             tolerance: nats that a log-prob may differ. 0.0 asks for the same bits, which the same kernels give.
@@ -295,31 +298,35 @@ class VLLMScorer:
             The largest difference, nats.
 
         Raises:
-            FrozenError: the numbers moved.
+            FrozenError: the numbers moved, or other weights were pushed.
 
         >>> scorer.check_frozen()
         0.0
         """
         return self._canary.check(tolerance)
 
-    def refresh(self, source: Any, *, ema: float | None = None, version: int | None = None) -> int:
+    def refresh(
+        self, source: Any, *, ema: float | None = None, version: int | None = None, tolerance: float = 0.0
+    ) -> int:
         """Replace the reference's weights on purpose.
 
-        In this order: what is being scored is finished, the old weights prove that they are the old ones, the new ones are
-        checked and loaded, the prefix cache is emptied and proved empty, and the version is stamped.
+        In this order: the old weights prove that they are the old ones, the new ones are checked, what is being scored is
+        finished, they are loaded, the prefix cache is emptied and proved empty. Only then do log-probs of the new version
+        leave the scorer; calls that come in the meantime wait.
 
         Args:
             source: a state dict in transformers' names, a module that has one, or the folder of a checkpoint.
             ema: ``ema * old + (1 - ema) * source``, averaged in float32 in this process; ``None`` takes ``source`` as it is.
             version: of the new weights; ``None`` is the next.
+            tolerance: as :meth:`check_frozen` takes it, for the old weights' proof.
 
         Returns:
             The new :attr:`weight_version`.
 
         Raises:
             WeightsError: the source does not fit, or could not be loaded: the old weights go on being served. Or the engine
-                is shared with a policy, whose weights these are too.
-            FrozenError: the old weights had moved, or the cache still holds KV of the old ones.
+                is shared with a policy.
+            FrozenError: the old weights had moved; or the cache still holds KV of theirs, and nothing is scored any more.
         """
         if isinstance(self._engine, GenerateEngine):
             raise WeightsError(
@@ -329,14 +336,12 @@ class VLLMScorer:
         if ema is not None and not 0.0 < ema < 1.0:
             raise OptionError(f"ema must lie between 0 and 1, got {ema!r}")
         weights = self.weights
-        self.check_frozen()
         state = weights.skeleton.checked(read(source) if isinstance(source, (str, os.PathLike)) else source)
         if ema is not None:
             state = average(weights.skeleton.checked(read(weights.source)), state, ema)
         version = next_version(weights.version, version)
-        weights.load(weights.skeleton.write(state), version=version)
-        self._canary.check()
-        self._canary.check_cache()
+        with self._canary.replacing(tolerance):
+            weights.load(weights.skeleton.write(state), version=version)
         return version
 
     @contextlib.contextmanager
@@ -344,19 +349,20 @@ class VLLMScorer:
         """Give the engine's GPU memory to others while the block runs: ``with scorer.asleep(): train()``.
 
         Its weights wait in the host's memory, its KV is dropped. The engine must have been made with
-        ``enable_sleep_mode=True``. On a CPU there is nothing to give: a warning says so, once.
+        ``enable_sleep_mode=True``. On a CPU there is nothing to give: a warning says so, once. Scoring in the block is refused.
 
         Raises:
             WeightsError: the engine cannot sleep.
         """
-        if not self.weights.sleep():
+        self._is_asleep = self.weights.sleep()
+        if not self._is_asleep:
             warnings.warn("asleep() does nothing on a CPU: the engine has no GPU memory to give back", stacklevel=3)
-            yield
-            return
         try:
             yield
         finally:
-            self.weights.wake_up()
+            if self._is_asleep:
+                self.weights.wake_up()
+                self._is_asleep = False
 
     def _score_alone(self, request: ScoreRequest, share_prefix: bool) -> ScoreResult:
         return self._engine.score([request], share_prefix=share_prefix, alone=True)[0]
