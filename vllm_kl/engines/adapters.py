@@ -73,8 +73,8 @@ def check_weights(llm_engine: Any, lora_request: Any) -> None:
     if not all(is_same for _, _, is_same in answers):
         raise WeightsError(
             f"{name} is not what the engine serves under id {lora_request.lora_int_id}: vLLM keeps what was loaded first. Give "
-            "each adapter a lora_int_id of its own; where its file was written again, load it anew: "
-            "llm.llm_engine.add_lora(LoRARequest(name, id, path, load_inplace=True))"
+            "each adapter a lora_int_id of its own; where its file was written again, load it anew and drop the KV of the old: "
+            "llm.llm_engine.add_lora(LoRARequest(name, id, path, load_inplace=True)); assert llm.reset_prefix_cache()"
         )
 
 
