@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from vllm_kl import VLLMScorer
+from tests import tiny
+from tests.oracle import Oracle
+from vllm_kl import VLLMScorer, push_weights
 from vllm_kl.plugin import kernel
 
 pytestmark = [
@@ -63,3 +66,37 @@ def test_an_engine_that_slept_scores_the_same_and_gave_its_memory_back(ref_path)
         for a, b in zip(before, scorer.score(SEQUENCES, 40), strict=True):
             assert torch.equal(a, b)
         scorer.check_frozen()
+
+
+def assert_serves(scorer, path):
+    oracle = Oracle(path)
+    for share_prefix in (True, True, False):
+        scorer.share_prefix = share_prefix
+        for got, ids in zip(scorer.score(SEQUENCES, 40), SEQUENCES, strict=True):
+            assert_close_to(oracle, got, ids, 40)
+
+
+def test_after_a_push_and_a_refresh_the_new_weights_serve(tied_paths):
+    states = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in tied_paths[:3]]
+    with VLLMScorer(str(tied_paths[0]), **OPTIONS) as scorer:
+        assert_serves(scorer, tied_paths[0])
+        on_the_gpu = {name: tensor.cuda() for name, tensor in states[1].items()}  # where a trainer has them
+        assert push_weights(scorer, on_the_gpu) == scorer.weight_version == 1
+        assert_serves(scorer, tied_paths[1])
+        assert scorer.refresh(states[2]) == 2
+        assert_serves(scorer, tied_paths[2])
+        scorer.check_frozen()
+
+
+def test_a_push_reaches_an_engine_that_generates(tied_llm, tied_paths):
+    for path in (tied_paths[1], tied_paths[0]):
+        push_weights(tied_llm, AutoModelForCausalLM.from_pretrained(path))
+        assert_serves(VLLMScorer(tied_llm), path)
+
+
+def test_an_adapter_is_scored(policy_path, lora_paths, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("adapter", 1, str(lora_paths[0]))
+    with VLLMScorer(str(policy_path), lora_request=request, gpu_memory_utilization=0.4, **OPTIONS) as scorer:
+        assert_serves(scorer, tiny.merge(tmp_path / "merged", policy_path, lora_paths[0]))

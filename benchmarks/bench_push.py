@@ -1,0 +1,339 @@
+"""How long until a trainer's weights serve, by which way, and do they?
+
+    python benchmarks/bench_push.py                    # prints the tables of benchmarks/README.md, about eight minutes, 12 GiB
+    python benchmarks/bench_push.py --sizes 5M         # half a minute
+
+A transformers model in this process's memory is the trainer; before every push its weights change. The engine is a vllm.LLM in the
+same process, or one whose core has a process of its own (vLLM's default). The clock runs from the trainer's state dict to an
+engine that answers with the new weights and an empty prefix cache:
+
+    push_weights           ours: checked, written to shared memory, loaded, packed again, stamped; can be taken back
+    shared memory, reload  save_pretrained to shared memory, vLLM's reload_weights(weights_path)
+    disk, reload           the same from a folder on disk, written through (fsync)
+    RPC, reload            the tensors themselves as arguments of collective_rpc: references within a process, pickled beyond it
+    backend                vLLM's weight transfer (start, update, finish) with a backend that reads the same shared memory;
+                           registered here, so only in the same process
+    new engine             save_pretrained to shared memory, and another vllm.LLM (timed once)
+    floor                  one copy of the bytes (torch.Tensor.copy_) into memory that is there
+
+After every push the log-probs of a prompt are compared with those of the trainer's own model in float64. push_weights must agree;
+where another way does not, the table says by how much: that is a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+# Read by vLLM and torch at import, in the children.
+os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1")  # pickle, for "RPC, reload"
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary; the last is Qwen2.5-0.5B's shape. All with tied embeddings.
+SIZES = {
+    "5M": (256, 768, 4, 4, 2, 8_192),
+    "168M": (1024, 2816, 12, 16, 4, 32_000),
+    "494M": (896, 4864, 24, 14, 2, 151_936),
+}
+PLACES = {"same process": "0", "own process": "1"}
+WAYS = ("push_weights", "shared memory, reload", "disk, reload", "RPC, reload", "backend")
+PROMPT = [1 + 37 * i % 8_000 for i in range(48)]
+TOLERANCE = 5e-5  # nats; float32 on random weights
+
+
+def build(size: str) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        initializer_range=0.04,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def register_backend() -> None:
+    """Register "files": a weight transfer whose update names a folder."""
+    from dataclasses import dataclass
+
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    from vllm_kl.plugin.weights import _read
+
+    @dataclass
+    class Init(WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class Update(WeightTransferUpdateInfo):
+        folder: str
+
+    class Files(WeightTransferEngine[Init, Update]):
+        init_info_cls = Init
+        update_info_cls = Update
+
+        def init_transfer_engine(self, init_info: Init) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            self.receive_weights(self.parse_update_info(update_info))  # the base class waits for an accelerator
+
+        def receive_weights(self, update_info: Update) -> None:
+            with torch.device(self.device):
+                self.model.load_weights(_read(Path(update_info.folder)))
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    WeightTransferEngineFactory.register_engine("files", Files)
+
+
+class Pickled:
+    """An iterable that vLLM's serializer leaves to pickle: lists of tensors do not come out of it as they went in."""
+
+    def __init__(self, items: list[tuple[str, torch.Tensor]]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._items)
+
+
+class Pushes:
+    """The ways to push one trainer's weights into one engine."""
+
+    def __init__(self, model: Any, llm: Any, *, has_backend: bool) -> None:
+        self.model = model
+        self.llm = llm
+        self.ways: dict[str, Callable[[], None]] = {
+            "push_weights": self.ours,
+            "shared memory, reload": lambda: self.reload_folder(Path("/dev/shm"), sync=False),
+            "disk, reload": lambda: self.reload_folder(Path(tempfile.gettempdir()), sync=True),
+            "RPC, reload": self.reload_tensors,
+        }
+        if has_backend:
+            llm.llm_engine.collective_rpc("init_weight_transfer_engine", args=({},))
+            self.ways["backend"] = self.transfer
+
+    def ours(self) -> None:
+        from vllm_kl import push_weights
+
+        push_weights(self.llm, self.model)
+
+    def reload_folder(self, parent: Path, *, sync: bool) -> None:
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            self.model.save_pretrained(folder)
+            for path in Path(folder).iterdir() if sync else ():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            assert self.llm.reset_prefix_cache()
+
+    def reload_tensors(self) -> None:
+        state = Pickled([(name, t) for name, t in self.model.state_dict().items() if name != "lm_head.weight"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": state})
+        assert self.llm.reset_prefix_cache()
+
+    def transfer(self) -> None:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            self.model.save_pretrained(folder)
+            self.llm.collective_rpc("start_weight_update")
+            self.llm.collective_rpc("update_weights", args=({"folder": folder},))
+            self.llm.collective_rpc("finish_weight_update")
+            assert self.llm.reset_prefix_cache()
+
+
+def log_probs(llm: Any) -> torch.Tensor:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (output,) = llm.generate([TokensPrompt(prompt_token_ids=PROMPT)], params, use_tqdm=False)
+    entries = zip(output.prompt_logprobs[1:], PROMPT[1:], strict=True)
+    return torch.tensor([entry[token].logprob for entry, token in entries], dtype=torch.float64)
+
+
+@torch.no_grad()
+def error_of(llm: Any, model: Any, exact: Any) -> float:
+    """Return how far an engine is from the trainer's weights, computed in float64: nats."""
+    exact.load_state_dict(model.state_dict())
+    rows = exact(torch.tensor([PROMPT])).logits[0, :-1].log_softmax(-1)
+    truth = rows.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    return float((log_probs(llm) - truth).abs().max())
+
+
+@torch.no_grad()
+def train(model: Any, shift: int) -> None:
+    """Change every matrix by a tenth of its size, and not its size."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(0.99**0.5).add_(parameter.roll(shift, dims=1), alpha=0.1)
+
+
+def measure(size: str, place: str, rounds: int, connection: Any) -> None:
+    """Send what one engine did: seconds and errors of every way, and the parts of ours."""
+    from transformers.utils import logging
+    from vllm import LLM
+
+    from vllm_kl.engines.weights import LiveWeights
+
+    logging.disable_progress_bar()
+    model = build(size)
+    options: dict[str, Any] = {}
+    if has_backend := place == "same process":
+        from vllm.config import WeightTransferConfig
+
+        register_backend()
+        options["weight_transfer_config"] = WeightTransferConfig(backend="files")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        began = time.perf_counter()
+        model.save_pretrained(folder)
+        llm = LLM(
+            folder,
+            dtype="float32",
+            max_model_len=512,
+            kv_cache_memory_bytes=256 << 20,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
+            **options,
+        )
+        start_s = time.perf_counter() - began
+        _ = LiveWeights(llm.llm_engine).skeleton  # reads the folder
+    try:
+        connection.send(take_turns(model, llm, start_s, rounds, has_backend=has_backend))
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # else this process waits at its end for the engine's
+
+
+def take_turns(model: Any, llm: Any, start_s: float, rounds: int, *, has_backend: bool) -> dict[str, Any]:
+    from vllm_kl.checkpoint import Skeleton
+    from vllm_kl.engines.weights import LiveWeights
+
+    seconds: dict[str, list[float]] = {"new engine": [start_s], "floor": []}
+    exact = copy.deepcopy(model).double()
+    errors = {"new engine": error_of(llm, model, exact)}
+    parts: dict[str, list[float]] = {}
+    for cls, name in ((Skeleton, "checked"), (Skeleton, "write"), (LiveWeights, "load")):
+        setattr(cls, name, timed(getattr(cls, name), parts.setdefault(name, [])))
+    ways = list(Pushes(model, llm, has_backend=has_backend).ways.items())
+    source = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    target = torch.empty(max(t.numel() for t in source.values()))
+    for round_number in range(rounds + 1):  # the first warms up
+        for number, (way, push) in enumerate(ways[::-1] if round_number % 2 else ways):
+            train(model, 1 + len(ways) * round_number + number)
+            log_probs(llm)  # leaves KV in the prefix cache
+            began = time.perf_counter()
+            push()
+            seconds.setdefault(way, []).append(time.perf_counter() - began)
+            errors[way] = max(errors.get(way, 0.0), error_of(llm, model, exact))
+        began = time.perf_counter()
+        for tensor in source.values():
+            target[: tensor.numel()].view_as(tensor).copy_(tensor)
+        seconds["floor"].append(time.perf_counter() - began)
+    if errors["push_weights"] > TOLERANCE:
+        raise SystemExit(f"push_weights is {errors['push_weights']:.1e} nats from float64, expected below {TOLERANCE}")
+    return {
+        "seconds": {way: values[1:] or values for way, values in seconds.items()},
+        "errors": errors,
+        "parts": {part: values[1:] for part, values in parts.items()},
+        "size_bytes": sum(t.numel() * t.element_size() for t in source.values()),
+    }
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    return call
+
+
+def table(size: str, place: str, result: dict[str, Any]) -> Table:
+    seconds, ours = result["seconds"], result["seconds"]["push_weights"]
+    shown = Table(title=f"{size}, {result['size_bytes'] / 2**20:,.0f} MiB of float32, engine in {place}")
+    for name in ("way", "s p20", "s p50", "s p80", "ratio to push_weights, p50", "largest error"):
+        shown.add_column(name, justify="left" if name == "way" else "right")
+    for way in (*WAYS, "new engine", "floor"):
+        if way not in seconds:
+            continue
+        values = seconds[way]
+        quantiles = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        pairs = zip(values, ours if len(values) > 1 else [statistics.median(ours)], strict=True)
+        error = f"{result['errors'][way]:.1e}" if way in result["errors"] else ""
+        shown.add_row(way, *(f"{q:.3f}" for q in quantiles), f"{statistics.median(v / o for v, o in pairs):.2f}", error)
+        if way == "push_weights":
+            for part, values in result["parts"].items():
+                quantiles = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+                shown.add_row(f"  {part}", *(f"{q:.3f}" for q in quantiles), "", "")
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    for size in args.sizes:
+        for place in args.places:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = PLACES[place]
+            ours, theirs = spawn.Pipe()
+            child = spawn.Process(target=measure, args=(size, place, args.rounds, theirs))
+            child.start()
+            theirs.close()
+            try:
+                result = ours.recv()
+            except EOFError:
+                raise SystemExit(f"{size}, {place}: not measured, see above") from None
+            child.join()
+            Console(width=120).print(table(size, place, result))
+    import vllm
+
+    print(
+        f"{date.today()}, {args.rounds} rounds, {torch.get_num_threads()} threads, vllm {vllm.__version__}, "
+        f"torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
