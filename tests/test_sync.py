@@ -143,6 +143,10 @@ def without(state, name):
     return {key: tensor for key, tensor in state.items() if key != name}
 
 
+def with_one(tensor, number):
+    return tensor.index_fill(0, torch.tensor(len(tensor) - 1), number)
+
+
 NORM = "model.norm.weight"
 
 
@@ -153,6 +157,8 @@ NORM = "model.norm.weight"
         (lambda s: {**s, "value_head.weight": s[NORM]}, r"missing nothing, unknown value_head\.weight"),
         (lambda s: {**s, NORM: s[NORM][:-1]}, rf"{NORM}: got shape \[63\], expected \[64\]"),
         (lambda s: {**s, NORM: s[NORM] * math.nan}, rf"{NORM}: 64 of 64 numbers are not finite"),
+        (lambda s: {**s, NORM: with_one(s[NORM].half(), -math.inf)}, rf"{NORM}: 1 of 64 numbers are not finite"),
+        (lambda s: {**s, NORM: with_one(s[NORM].bfloat16(), math.nan)}, rf"{NORM}: 1 of 64 numbers are not finite"),
         (lambda s: {**s, "lm_head.weight": s["lm_head.weight"] + 1}, "lm_head.weight and .* are tied .* but differ"),
         (lambda s: {"base_model.model." + k: t for k, t in s.items()}, "PEFT model: pass merge_and_unload"),
         (lambda s: {**s, NORM: [1.0]}, f"{NORM}: expected a tensor, got list"),
