@@ -182,6 +182,42 @@ def test_a_version_that_is_not_above_the_serving_one_is_refused(llm, states, ver
         push_weights(llm, states[0], version=version)
 
 
+@pytest.fixture
+def two_at_once(monkeypatch):
+    """Let two threads push; neither loads before both have chosen what to ask for."""
+    barrier = threading.Barrier(2)
+    write = checkpoint.Skeleton.write
+
+    def wait_and_write(self, state):
+        barrier.wait(60)
+        return write(self, state)
+
+    monkeypatch.setattr(checkpoint.Skeleton, "write", wait_and_write)
+
+    def push(engine, states, **kwargs):
+        with ThreadPoolExecutor(2) as pool:
+            futures = [pool.submit(push_weights, engine, state, **kwargs) for state in states]
+            return [future.exception() or future.result() for future in futures]
+
+    return push
+
+
+def test_two_pushes_at_once_get_a_version_each(engine, states, oracles, two_at_once):
+    before = weights_of(engine).version
+    versions = two_at_once(engine, [states[1], states[2]])
+    assert sorted(versions) == [before + 1, before + 2]
+    assert weights_of(engine).version == before + 2
+    assert error_of(engine, oracles[1 + versions.index(before + 2)]) < LOG_PROB_TOLERANCE
+
+
+def test_a_version_that_was_taken_in_the_meantime_is_refused(engine, states, oracles, two_at_once):
+    wanted = weights_of(engine).version + 3
+    results = two_at_once(engine, [states[1], states[2]], version=wanted)
+    (refusal,) = [result for result in results if isinstance(result, WeightsError)]
+    assert f"expected an int above {wanted}" in str(refusal)
+    assert error_of(engine, oracles[1 + results.index(wanted)]) < LOG_PROB_TOLERANCE
+
+
 def test_a_push_that_fails_halfway_leaves_the_old_weights_and_the_old_version(llm, states, oracles, monkeypatch):
     push_weights(llm, states[1])
     version = weights_of(llm).version
@@ -305,7 +341,7 @@ def test_an_engine_that_dies_during_a_push_says_which_version_served_last(folder
         push_weights(scorer, states[1], version=7)
         os.kill(scorer._engine.pid, 9)
         with pytest.raises(
-            EngineError, match=r"while version 8 was being loaded.*(?s:.*)the last that did was version 7"
+            EngineError, match=r"the engine process died(?s:.*)Nothing serves any more; the last that did was version 7"
         ):
             push_weights(scorer, states[2])
 
@@ -336,10 +372,11 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed(states, folders)
 
 def test_a_frozen_reference_proves_it_and_one_that_was_moved_is_caught(owned, states):
     moved = {name: t + 1e-4 * torch.randn_like(t) for name, t in owned.weights.skeleton.checked(states[0]).items()}
-    version = owned.refresh(states[0])
+    owned.refresh(states[0])
     assert owned.check_frozen() == 0.0
-    written = owned.weights.skeleton.write(moved)
-    owned.weights.load(written, version=version)  # nobody says that the weights are others
+    known = owned._canary._known
+    version = push_weights(owned, moved)
+    known[version] = known[version - 1]  # as if nobody had said that the weights are others
     with pytest.raises(FrozenError, match=rf"the weights of version {version} moved: token \d+ of the canary"):
         owned.check_frozen()
     assert 0 < owned.check_frozen(tolerance=0.1) < 0.1
@@ -510,7 +547,10 @@ def test_an_async_engine_finishes_what_it_generates_and_then_serves_the_new_weig
             between = await generate(engine, "after")
             # From another thread, as a trainer would.
             assert await asyncio.to_thread(push_weights, engine, states[2]) == 2
-            return [before.result(), between, await generate(engine, "last")]
+            last = await generate(engine, "last")
+            both = [push_weights_async(engine, states[which]) for which in (0, 1)]
+            assert sorted(await asyncio.gather(*both)) == [3, 4]
+            return [before.result(), between, last]
         finally:
             engine.shutdown()
 

@@ -26,9 +26,8 @@ def steps(tied_paths):
 @pytest.fixture
 def policy_engine(tied_llm, steps):
     """The policy's engine, at version 0 again: as if it had just been started."""
-    weights = weights_of(tied_llm)
-    written = weights.skeleton.write(weights.skeleton.checked(AutoModelForCausalLM.from_pretrained(steps[0])))
-    weights.load(written, version=0)
+    push_weights(tied_llm, AutoModelForCausalLM.from_pretrained(steps[0]))
+    tied_llm.update_weight_version("0")
     return tied_llm
 
 

@@ -23,7 +23,7 @@ import torch
 
 from vllm_kl.batching import plan
 from vllm_kl.canary import Canary
-from vllm_kl.checkpoint import average, next_version, read
+from vllm_kl.checkpoint import average, read
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make import make_engine
@@ -339,9 +339,9 @@ class VLLMScorer:
         state = weights.skeleton.checked(read(source) if isinstance(source, (str, os.PathLike)) else source)
         if ema is not None:
             state = average(weights.skeleton.checked(read(weights.source)), state, ema)
-        version = next_version(weights.version, version)
+        weights.next_version(version)  # refuses before anything is written; load() chooses
         with self._canary.replacing(tolerance):
-            weights.load(weights.skeleton.write(state), version=version)
+            version = weights.load(weights.skeleton.write(state), version=version)
         return version
 
     @contextlib.contextmanager

@@ -19,7 +19,6 @@ from typing import Any
 from torchrl.collectors.weight_update import WeightUpdaterBase
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
-from vllm_kl.checkpoint import next_version
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
 
@@ -63,9 +62,8 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
         return asyncio.run_coroutine_threadsafe(push_weights_async(engine, state_dict, version=version), loop).result()
     weights = weights_of(engine)
     state = weights.skeleton.checked(state_dict)
-    version = next_version(weights.version, version)
-    weights.load(weights.skeleton.write(state), version=version)
-    return version
+    weights.next_version(version)  # refuses before anything is written; load() chooses
+    return weights.load(weights.skeleton.write(state), version=version)
 
 
 async def push_weights_async(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
@@ -75,10 +73,8 @@ async def push_weights_async(engine: Any, state_dict: Any, *, version: int | Non
     """
     weights = AsyncWeights(engine)
     state = await asyncio.to_thread(lambda: weights.skeleton.checked(state_dict))
-    version = next_version(await weights.version(), version)
-    checkpoint = await asyncio.to_thread(weights.skeleton.write, state)
-    await weights.load(checkpoint, version=version)
-    return version
+    await weights.next_version(version)
+    return await weights.load(await asyncio.to_thread(weights.skeleton.write, state), version=version)
 
 
 def weights_of(engine: Any) -> Weights:

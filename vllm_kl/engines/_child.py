@@ -1,7 +1,8 @@
 """The main program of an owned engine's process: ``python -m vllm_kl.engines._child FD OWNER_PID``.
 
 Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel", and the exclusive calls "load",
-"sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them.
+"sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them;
+and the question "next version".
 Answers with the same triple: "info", "results" of every step that finished some, "done", or "error". It ends with its owner;
 see :mod:`vllm_kl.engines.process`.
 """
@@ -78,7 +79,7 @@ class _Server:
             self._take(*self._held.popleft())
 
     def _take(self, call_id: int, kind: str, body: Any) -> None:
-        if kind in _EXCLUSIVE:
+        if kind not in ("score", "cancel"):
             try:
                 answer = getattr(self, "_" + kind.replace(" ", "_"))(**body)
             except Exception as error:
@@ -99,9 +100,11 @@ class _Server:
         self._driver = start(**options)
         return "info", self._driver.info
 
-    def _load(self, folder: Path, version: int) -> tuple[str, Any]:
-        self._driver.weights.load(Checkpoint(folder), version=version)
-        return "done", None
+    def _load(self, folder: Path, version: int | None) -> tuple[str, Any]:
+        return "done", self._driver.weights.load(Checkpoint(folder), version=version)
+
+    def _next_version(self, version: int | None) -> tuple[str, Any]:
+        return "done", self._driver.weights.next_version(version)
 
     def _sleep(self) -> tuple[str, Any]:
         return "done", self._driver.weights.sleep()

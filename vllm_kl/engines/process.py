@@ -187,6 +187,7 @@ class _OwnedWeights:
         self._model = model
         self._options = options
         self._checkpoint: Checkpoint | None = None
+        self._lock = threading.Lock()
         self.version = 0
 
     @functools.cached_property
@@ -201,18 +202,24 @@ class _OwnedWeights:
     def source(self) -> str:
         return self._model if self._checkpoint is None else str(self._checkpoint.folder)
 
-    def load(self, checkpoint: Checkpoint, *, version: int) -> None:
+    def next_version(self, version: int | None = None) -> int:
+        return self._ask("next version", version=version)
+
+    def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        with self._lock:
+            self.version = self._ask("load", folder=checkpoint.folder, version=version)
+            self._checkpoint = checkpoint
+            return self.version
+
+    def _ask(self, kind: str, **body: Any) -> Any:
         try:
-            self._engine.ask("load", folder=checkpoint.folder, version=version)
+            return self._engine.ask(kind, **body)
         except EngineError as error:
             if self._engine.is_open:
                 raise
             raise EngineError(
-                f"while version {version} was being loaded: {error}\nNothing serves any more; the last that did was version "
-                f"{self.version}"
+                f"{error}\nNothing serves any more; the last that did was version {self.version}"
             ) from error
-        self._checkpoint = checkpoint
-        self.version = version
 
     def release(self) -> None:
         """Give back the memory of what was pushed."""

@@ -8,12 +8,13 @@ A load that fails is taken back: the workers load what served before, and the ve
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Protocol
 
-from vllm_kl.checkpoint import Checkpoint, Skeleton
+from vllm_kl.checkpoint import Checkpoint, Skeleton, next_version
 from vllm_kl.errors import WeightsError
 
 # vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
@@ -21,7 +22,7 @@ _INITIAL = "default"
 _UNKNOWN = "unknown"
 
 # What to do with an engine, one call at a time, and what the calls returned.
-Steps = Generator[tuple[Any, ...], Any, None]
+Steps = Generator[tuple[Any, ...], Any, Any]
 
 
 class Weights(Protocol):
@@ -42,11 +43,20 @@ class Weights(Protocol):
         """The checkpoint that serves: a folder, or the model's path or name."""
         ...
 
-    def load(self, checkpoint: Checkpoint, *, version: int) -> None:
-        """Serve a checkpoint instead, when what is being computed is done.
+    def next_version(self, version: int | None = None) -> int:
+        """Return the version that a load would give now: ``version``, or the next.
 
         Raises:
-            WeightsError: it could not be loaded; the old weights and their version go on serving.
+            WeightsError: ``version`` is not above the one that serves.
+        """
+        ...
+
+    def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        """Serve a checkpoint instead, when what is being computed is done; return its version.
+
+        Raises:
+            WeightsError: it could not be loaded, or ``version`` is not above the one that serves by then; the old weights and
+                their version go on serving.
         """
         ...
 
@@ -66,6 +76,13 @@ class _Record:
         self._model_config = model_config
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (_INITIAL, None)
+        self.last = 0  # the last version that is known to have served
+
+    def next_version(self, stamp: str, version: int | None) -> int:
+        """Return the version after the engine's own or, where that is not known, after the last that was."""
+        if stamp != _UNKNOWN:
+            self.last = as_version(stamp)
+        return next_version(self.last, version)
 
     @property
     def skeleton(self) -> Skeleton:
@@ -81,11 +98,12 @@ class _Record:
         _, checkpoint = self._served
         return self._model_config.model if checkpoint is None else str(checkpoint.folder)
 
-    def loading(self, checkpoint: Checkpoint, version: int) -> Steps:
-        """Yield the calls that make an engine serve a checkpoint, or serve again what it did."""
+    def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
+        """Yield the calls that make an engine serve a checkpoint, or serve again what it did; return the new version."""
         from vllm_kl.plugin.weights import LOAD
 
         before = yield ("get_weight_version",)
+        version = self.next_version(before, version)
         try:
             yield ("collective_rpc", LOAD, None, (str(checkpoint.folder),))
             yield from _emptying_the_cache()
@@ -96,7 +114,8 @@ class _Record:
                 f"the weights could not be loaded ({error}). Version {name} was put back and goes on serving"
             ) from error
         yield ("set_weight_version", str(version))
-        self._served = (str(version), checkpoint)
+        self._served, self.last = (str(version), checkpoint), version
+        return version
 
     def _taking_back(self, before: str, error: Exception) -> Steps:
         from vllm_kl.plugin.weights import LOAD
@@ -123,6 +142,7 @@ def _emptying_the_cache() -> Steps:
 
 _RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+_TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
 
 
 def lock_of(engine: Any) -> threading.Lock:
@@ -153,13 +173,16 @@ class LiveWeights:
     def source(self) -> str:
         return self._record.source
 
-    def load(self, checkpoint: Checkpoint, *, version: int) -> None:
+    def next_version(self, version: int | None = None) -> int:
+        return self._record.next_version(self._call("get_weight_version"), version)
+
+    def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
         with lock_of(self._engine):
             if self._engine.has_unfinished_requests():
                 raise WeightsError(
                     "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
                 )
-            drive(self._record.loading(checkpoint, version), self._call)
+            return drive(self._record.loading(checkpoint, version), self._call)
 
     def _call(self, method: str, *args: Any) -> Any:
         return getattr(self._engine, method)(*args)
@@ -198,25 +221,25 @@ class AsyncWeights:
     async def version(self) -> int:
         return as_version(await self._engine.get_weight_version())
 
-    async def load(self, checkpoint: Checkpoint, *, version: int) -> None:
-        """Serve a checkpoint.
+    async def next_version(self, version: int | None = None) -> int:
+        return self._record.next_version(await self._call("get_weight_version"), version)
 
-        Raises:
-            WeightsError: it could not be loaded; the old weights and their version go on serving.
-        """
-        await self._engine.pause_generation(mode="wait")
-        try:
-            await drive_async(self._record.loading(checkpoint, version), self._call)
-        finally:
-            await self._engine.resume_generation()
+    async def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        """As :meth:`Weights.load`."""
+        async with _TURNS.setdefault(self._engine, asyncio.Lock()):
+            await self._engine.pause_generation(mode="wait")
+            try:
+                return await drive_async(self._record.loading(checkpoint, version), self._call)
+            finally:
+                await self._engine.resume_generation()
 
     async def _call(self, method: str, *args: Any) -> Any:
         name = {"set_weight_version": "update_weight_version"}.get(method, method)
         return await getattr(self._engine, name)(*args)
 
 
-def drive(steps: Steps, call: Callable[..., Any]) -> None:
-    """Do the steps with calls that return."""
+def drive(steps: Steps, call: Callable[..., Any]) -> Any:
+    """Do the steps with calls that return; return what the steps do."""
     try:
         step = next(steps)
         while True:
@@ -226,12 +249,12 @@ def drive(steps: Steps, call: Callable[..., Any]) -> None:
                 step = steps.throw(error)
             else:
                 step = steps.send(result)
-    except StopIteration:
-        pass
+    except StopIteration as end:
+        return end.value
 
 
-async def drive_async(steps: Steps, call: Callable[..., Awaitable[Any]]) -> None:
-    """Do the steps with calls that are awaited."""
+async def drive_async(steps: Steps, call: Callable[..., Awaitable[Any]]) -> Any:
+    """Do the steps with calls that are awaited; return what the steps do."""
     try:
         step = next(steps)
         while True:
@@ -241,8 +264,8 @@ async def drive_async(steps: Steps, call: Callable[..., Awaitable[Any]]) -> None
                 step = steps.throw(error)
             else:
                 step = steps.send(result)
-    except StopIteration:
-        pass
+    except StopIteration as end:
+        return end.value
 
 
 def as_version(weight_version: str) -> int:
