@@ -242,6 +242,71 @@ def test_a_push_that_fails_halfway_leaves_the_old_weights_and_the_old_version(ll
     assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
 
 
+def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(llm, states, oracles, monkeypatch):
+    version = push_weights(llm, states[1])
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    load = type(model).load_weights
+
+    def interrupt(self, weights):
+        load(self, list(weights)[:10])
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "load_weights", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        push_weights(llm, states[2])
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+def test_an_interrupt_after_the_stamp_takes_the_stamp_back_too(llm, states, oracles, monkeypatch):
+    version = push_weights(llm, states[1])
+    stamp = llm.llm_engine.set_weight_version
+
+    def interrupt(name):
+        stamp(name)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.llm_engine, "set_weight_version", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        push_weights(llm, states[2])
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+def test_an_owner_that_is_interrupted_while_its_engine_loads_asks_what_came_of_it(owned, states, oracles, monkeypatch):
+    version = push_weights(owned, states[1])
+    answers = type(owned._engine._calls).answers
+
+    def interrupt(self, call_id):
+        next(answers(self, call_id))  # the engine has done it, and its owner does not hear of it
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.Skeleton, "write", written_then(monkeypatch, owned, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        push_weights(owned, states[2])
+    assert owned.weight_version == version + 1
+    assert error_of(owned, oracles[2]) < LOG_PROB_TOLERANCE
+    assert owned.stats.weight_version == version + 1
+    assert checkpoint.Path(owned.weights.source).exists()
+    assert push_weights(owned, states[0]) == version + 2
+    assert error_of(owned, oracles[0]) < LOG_PROB_TOLERANCE
+
+
+def written_then(monkeypatch, owned, interrupt):
+    """Interrupt the call after the weights were written: the load."""
+    write = checkpoint.Skeleton.write
+
+    def write_then(self, state):
+        written = write(self, state)
+        monkeypatch.setattr(type(owned._engine._calls), "answers", interrupt)
+        return written
+
+    return write_then
+
+
 def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, states, monkeypatch):
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
@@ -548,13 +613,27 @@ def test_an_async_engine_finishes_what_it_generates_and_then_serves_the_new_weig
             # From another thread, as a trainer would.
             assert await asyncio.to_thread(push_weights, engine, states[2]) == 2
             last = await generate(engine, "last")
+            rpc = engine.collective_rpc
+
+            async def cancel(*args):
+                push.cancel()
+                return await rpc(*args)
+
+            engine.collective_rpc = cancel
+            push = asyncio.create_task(push_weights_async(engine, states[1]))
+            with pytest.raises(asyncio.CancelledError):
+                await push
+            engine.collective_rpc = rpc
+            cancelled = await generate(engine, "cancelled")
             both = [push_weights_async(engine, states[which]) for which in (0, 1)]
-            assert sorted(await asyncio.gather(*both)) == [3, 4]
-            return [before.result(), between, last]
+            assert sorted(await asyncio.gather(*both)) == [4, 5]
+            return [before.result(), between, last, cancelled]
         finally:
             engine.shutdown()
 
-    for which, (response, log_probs, versions) in enumerate(asyncio.run(run())):
+    for (which, version), (response, log_probs, versions) in zip(
+        [(0, "default"), (1, "1"), (2, "2"), (1, "3")], asyncio.run(run()), strict=True
+    ):
         truth = Oracle(folders[which]).log_probs(IDS + response)[len(IDS) :]
         assert log_probs == pytest.approx(truth, abs=2e-5)
-        assert versions == [("default", "1", "2")[which]]
+        assert versions == [version]

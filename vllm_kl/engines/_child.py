@@ -2,7 +2,7 @@
 
 Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel", and the exclusive calls "load",
 "sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them;
-and the question "next version".
+and the questions "weights" and "next version".
 Answers with the same triple: "info", "results" of every step that finished some, "done", or "error". It ends with its owner;
 see :mod:`vllm_kl.engines.process`.
 """
@@ -101,7 +101,11 @@ class _Server:
         return "info", self._driver.info
 
     def _load(self, folder: Path, version: int | None) -> tuple[str, Any]:
-        return "done", self._driver.weights.load(Checkpoint(folder), version=version)
+        self._driver.weights.load(Checkpoint(folder), version=version)
+        return self._weights()
+
+    def _weights(self) -> tuple[str, Any]:
+        return "done", (self._driver.weights.version, self._driver.weights.folder)
 
     def _next_version(self, version: int | None) -> tuple[str, Any]:
         return "done", self._driver.weights.next_version(version)

@@ -180,15 +180,19 @@ class ProcessEngine:
 
 
 class _OwnedWeights:
-    """The weights of the engine in the child. What was pushed is kept, in shared memory: a push that fails is taken back."""
+    """The weights of the engine in the child. What was pushed is kept, in shared memory: a push that fails is taken back.
+
+    The child knows what serves. Its last answer is good until a push fails, or is interrupted here while the child goes on.
+    """
 
     def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any]) -> None:
         self._engine = weakref.proxy(engine)
         self._model = model
         self._options = options
-        self._checkpoint: Checkpoint | None = None
+        self._kept: list[Checkpoint] = []  # each may be what the child serves
+        self._last = 0
+        self._served: tuple[int, str | None] | None = (0, None)  # version and folder; None: the child must be asked
         self._lock = threading.Lock()
-        self.version = 0
 
     @functools.cached_property
     def skeleton(self) -> Skeleton:
@@ -199,17 +203,35 @@ class _OwnedWeights:
         )
 
     @property
+    def version(self) -> int:
+        return self._ask_if_unsure()[0]
+
+    @property
     def source(self) -> str:
-        return self._model if self._checkpoint is None else str(self._checkpoint.folder)
+        return self._ask_if_unsure()[1] or self._model
 
     def next_version(self, version: int | None = None) -> int:
         return self._ask("next version", version=version)
 
     def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
         with self._lock:
-            self.version = self._ask("load", folder=checkpoint.folder, version=version)
-            self._checkpoint = checkpoint
-            return self.version
+            self._kept.append(checkpoint)
+            try:
+                return self._settle(self._ask("load", folder=checkpoint.folder, version=version))[0]
+            except BaseException:
+                self._served = None
+                raise
+
+    def _ask_if_unsure(self) -> tuple[int, str | None]:
+        if self._served is None:
+            with self._lock:
+                return self._settle(self._ask("weights"))
+        return self._served
+
+    def _settle(self, served: tuple[int, str | None]) -> tuple[int, str | None]:
+        self._last, folder = self._served = served
+        self._kept = [checkpoint for checkpoint in self._kept if str(checkpoint.folder) == folder]
+        return served
 
     def _ask(self, kind: str, **body: Any) -> Any:
         try:
@@ -218,13 +240,13 @@ class _OwnedWeights:
             if self._engine.is_open:
                 raise
             raise EngineError(
-                f"{error}\nNothing serves any more; the last that did was version {self.version}"
+                f"{error}\nNothing serves any more; the last that did was version {self._last}"
             ) from error
 
     def release(self) -> None:
         """Give back the memory of what was pushed."""
-        if self._checkpoint is not None:
-            self._checkpoint.delete()
+        for checkpoint in self._kept:
+            checkpoint.delete()
 
     def sleep(self) -> bool:
         return self._engine.ask("sleep")

@@ -3,7 +3,7 @@
     checkpoint (checked, in shared memory) -> every worker loads it (plugin/weights.py) -> prefix cache emptied
         -> version stamped (vLLM's own ``weight_version``)
 
-A load that fails is taken back: the workers load what served before, and the version stays.
+A load that fails, or is interrupted, is taken back: the workers load what served before, and the version stays.
 """
 
 from __future__ import annotations
@@ -94,9 +94,13 @@ class _Record:
         return self._skeleton
 
     @property
-    def source(self) -> str:
+    def folder(self) -> str | None:
         _, checkpoint = self._served
-        return self._model_config.model if checkpoint is None else str(checkpoint.folder)
+        return None if checkpoint is None else str(checkpoint.folder)
+
+    @property
+    def source(self) -> str:
+        return self.folder or self._model_config.model
 
     def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
         """Yield the calls that make an engine serve a checkpoint, or serve again what it did; return the new version."""
@@ -107,17 +111,19 @@ class _Record:
         try:
             yield ("collective_rpc", LOAD, None, (str(checkpoint.folder),))
             yield from _emptying_the_cache()
-        except Exception as error:
+            yield ("set_weight_version", str(version))
+        except BaseException as error:
             yield from self._taking_back(before, error)
+            if not isinstance(error, Exception):  # Ctrl-C, an event loop that ends
+                raise
             name = 0 if before == _INITIAL else before
             raise WeightsError(
                 f"the weights could not be loaded ({error}). Version {name} was put back and goes on serving"
             ) from error
-        yield ("set_weight_version", str(version))
         self._served, self.last = (str(version), checkpoint), version
         return version
 
-    def _taking_back(self, before: str, error: Exception) -> Steps:
+    def _taking_back(self, before: str, error: BaseException) -> Steps:
         from vllm_kl.plugin.weights import LOAD
 
         served, checkpoint = self._served
@@ -126,8 +132,12 @@ class _Record:
                 raise WeightsError("others loaded it, and from where is not known")
             yield ("collective_rpc", LOAD, None, (None if checkpoint is None else str(checkpoint.folder),))
             yield from _emptying_the_cache()
-        except Exception as second:
+            yield ("set_weight_version", before)
+        except BaseException as second:
             yield ("set_weight_version", _UNKNOWN)
+            for interrupt in (second, error):
+                if not isinstance(interrupt, Exception):
+                    raise interrupt from None
             raise WeightsError(
                 f"the weights could not be loaded ({error}), and version {before} could not be put back ({second}): which "
                 "weights serve is not known. Push again, or make a new engine"
@@ -143,6 +153,7 @@ def _emptying_the_cache() -> Steps:
 _RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
+_TASKS: set[asyncio.Task[int]] = set()
 
 
 def lock_of(engine: Any) -> threading.Lock:
@@ -168,6 +179,11 @@ class LiveWeights:
     @property
     def skeleton(self) -> Skeleton:
         return self._record.skeleton
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that serves; ``None``: the model's own."""
+        return self._record.folder
 
     @property
     def source(self) -> str:
@@ -225,10 +241,16 @@ class AsyncWeights:
         return self._record.next_version(await self._call("get_weight_version"), version)
 
     async def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
-        """As :meth:`Weights.load`."""
+        """As :meth:`Weights.load`. A caller that is cancelled leaves a load that goes on to its end."""
+        task = asyncio.create_task(self._load(checkpoint, version))
+        _TASKS.add(task)  # the event loop itself would drop it
+        task.add_done_callback(_TASKS.discard)
+        return await asyncio.shield(task)
+
+    async def _load(self, checkpoint: Checkpoint, version: int | None) -> int:
         async with _TURNS.setdefault(self._engine, asyncio.Lock()):
-            await self._engine.pause_generation(mode="wait")
             try:
+                await self._engine.pause_generation(mode="wait")
                 return await drive_async(self._record.loading(checkpoint, version), self._call)
             finally:
                 await self._engine.resume_generation()
@@ -239,33 +261,31 @@ class AsyncWeights:
 
 
 def drive(steps: Steps, call: Callable[..., Any]) -> Any:
-    """Do the steps with calls that return; return what the steps do."""
-    try:
-        step = next(steps)
-        while True:
-            try:
-                result = call(*step)
-            except Exception as error:
-                step = steps.throw(error)
-            else:
-                step = steps.send(result)
-    except StopIteration as end:
-        return end.value
+    """Do the steps with calls that return; return what the steps do. What interrupts them is theirs to handle."""
+    send, value = steps.send, None
+    while True:
+        try:
+            send, value = steps.send, call(*send(value))
+        except StopIteration as end:
+            return end.value
+        except BaseException as error:
+            if steps.gi_frame is None:  # the steps' own error
+                raise
+            send, value = steps.throw, error
 
 
 async def drive_async(steps: Steps, call: Callable[..., Awaitable[Any]]) -> Any:
-    """Do the steps with calls that are awaited; return what the steps do."""
-    try:
-        step = next(steps)
-        while True:
-            try:
-                result = await call(*step)
-            except Exception as error:
-                step = steps.throw(error)
-            else:
-                step = steps.send(result)
-    except StopIteration as end:
-        return end.value
+    """Do the steps with calls that are awaited; return what the steps do. What interrupts them is theirs to handle."""
+    send, value = steps.send, None
+    while True:
+        try:
+            send, value = steps.send, await call(*send(value))
+        except StopIteration as end:
+            return end.value
+        except BaseException as error:
+            if steps.gi_frame is None:
+                raise
+            send, value = steps.throw, error
 
 
 def as_version(weight_version: str) -> int:
