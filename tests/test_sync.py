@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -307,7 +309,8 @@ def written_then(monkeypatch, owned, interrupt):
     return write_then
 
 
-def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, states, monkeypatch):
+def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, states, oracles, monkeypatch):
+    version = weights_of(llm).version
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
 
     def fail(self, weights):
@@ -319,8 +322,8 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
             push_weights(llm, states[2])
     with pytest.raises(WeightsError, match="not known since a push failed"):
         VLLMScorer(llm, canary=False).score([IDS])
-    llm.update_weight_version("100")  # the next tests push to an engine whose version is known
-    push_weights(llm, states[0])
+    assert push_weights(llm, states[0]) == version + 1  # what the error says
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
 
 def test_a_tensor_that_the_model_does_not_take_is_an_error_not_a_line_in_the_log(llm, states, oracles, monkeypatch):
@@ -409,6 +412,53 @@ def test_an_engine_that_dies_during_a_push_says_which_version_served_last(folder
             EngineError, match=r"the engine process died(?s:.*)Nothing serves any more; the last that did was version 7"
         ):
             push_weights(scorer, states[2])
+
+
+DYING = """
+import sys
+import psutil
+from transformers import AutoModelForCausalLM
+from vllm import LLM
+from vllm_kl import checkpoint, errors, push_weights
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    push_weights(llm, model, version=7)
+    (core,) = [p for p in psutil.Process().children() if "EngineCore" in p.name()]
+    def kill(*_):
+        for process in [core, *core.children(recursive=True)]:
+            process.kill()
+    if sys.argv[2] == "before the load":
+        written = checkpoint.Skeleton.write
+        checkpoint.Skeleton.write = lambda self, state: (written(self, state), kill())[0]
+    else:
+        rpc = llm.llm_engine.collective_rpc
+        def stop_and_kill(*args):
+            core.suspend()  # the call is on its way when the process dies
+            __import__("threading").Timer(1, kill).start()
+            return rpc(*args)
+        llm.llm_engine.collective_rpc = stop_and_kill
+    try:
+        push_weights(llm, model)
+    except errors.EngineError as error:
+        print("caught", error, "|", type(error.__cause__).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["before the load", "in the load"])
+def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(folders, tmp_path, when):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folders[0]), when],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    (caught,) = [line for line in done.stdout.splitlines() if line.startswith("caught")] or [done.stderr]
+    assert "Nothing serves any more; the last that did was version 7." in caught
+    assert caught.endswith("| EngineDeadError")
 
 
 def test_pushed_weights_leave_shared_memory_with_their_engine(folders, states):

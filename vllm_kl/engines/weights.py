@@ -9,17 +9,19 @@ A load that fails, or is interrupted, is taken back: the workers load what serve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from typing import Any, Protocol
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton, next_version
-from vllm_kl.errors import WeightsError
+from vllm_kl.errors import EngineError, WeightsError
 
 # vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
 _INITIAL = "default"
 _UNKNOWN = "unknown"
+_LOOK_EVERY_S = 0.5
 
 # What to do with an engine, one call at a time, and what the calls returned.
 Steps = Generator[tuple[Any, ...], Any, Any]
@@ -80,9 +82,24 @@ class _Record:
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version after the engine's own or, where that is not known, after the last that was."""
-        if stamp != _UNKNOWN:
-            self.last = as_version(stamp)
-        return next_version(self.last, version)
+        return next_version(self.last if stamp == _UNKNOWN else self.version(stamp), version)
+
+    def version(self, stamp: str) -> int:
+        """Return what the engine says as a number, and remember it."""
+        self.last = as_version(stamp)
+        return self.last
+
+    @contextlib.contextmanager
+    def telling_of_death(self) -> Iterator[None]:
+        """Say which version served last, where vLLM says that its engine died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            raise EngineError(
+                f"the engine died. Nothing serves any more; the last that did was version {self.last}. Its log says why"
+            ) from error
 
     @property
     def skeleton(self) -> Skeleton:
@@ -174,7 +191,7 @@ class LiveWeights:
 
     @property
     def version(self) -> int:
-        return as_version(self._engine.get_weight_version())
+        return self._record.version(self._call("get_weight_version"))
 
     @property
     def skeleton(self) -> Skeleton:
@@ -201,7 +218,8 @@ class LiveWeights:
             return drive(self._record.loading(checkpoint, version), self._call)
 
     def _call(self, method: str, *args: Any) -> Any:
-        return getattr(self._engine, method)(*args)
+        with self._record.telling_of_death(), _not_waiting_for_the_dead(self._engine.engine_core):
+            return getattr(self._engine, method)(*args)
 
     def sleep(self) -> bool:
         from vllm.platforms import current_platform
@@ -235,7 +253,7 @@ class AsyncWeights:
         return self._record.skeleton
 
     async def version(self) -> int:
-        return as_version(await self._engine.get_weight_version())
+        return self._record.version(await self._call("get_weight_version"))
 
     async def next_version(self, version: int | None = None) -> int:
         return self._record.next_version(await self._call("get_weight_version"), version)
@@ -250,14 +268,43 @@ class AsyncWeights:
     async def _load(self, checkpoint: Checkpoint, version: int | None) -> int:
         async with _TURNS.setdefault(self._engine, asyncio.Lock()):
             try:
-                await self._engine.pause_generation(mode="wait")
+                await self._call("pause_generation", mode="wait")
                 return await drive_async(self._record.loading(checkpoint, version), self._call)
             finally:
-                await self._engine.resume_generation()
+                await self._call("resume_generation")
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         name = {"set_weight_version": "update_weight_version"}.get(method, method)
-        return await getattr(self._engine, name)(*args)
+        with self._record.telling_of_death():
+            call = asyncio.ensure_future(getattr(self._engine, name)(*args, **kwargs))
+            while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
+                if self._engine.errored:  # vLLM 0.32 waits for ever for what a dead engine was asked
+                    call.cancel()
+                    raise self._engine.dead_error
+            return call.result()
+
+
+@contextlib.contextmanager
+def _not_waiting_for_the_dead(core: Any) -> Iterator[None]:
+    """End a call to an engine's process when that dies: vLLM waits for ever (``SyncMPClient.call_utility``, 0.32)."""
+    if not hasattr(core, "utility_results"):  # in this process
+        yield
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def watch() -> None:
+        while not is_over.wait(_LOOK_EVERY_S):
+            if core.resources.engine_dead:
+                for future in list(core.utility_results.values()):
+                    if not future.done():
+                        future.set_exception(EngineDeadError())
+
+    is_over = threading.Event()
+    threading.Thread(target=watch, name="vllm_kl-engine-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def drive(steps: Steps, call: Callable[..., Any]) -> Any:
