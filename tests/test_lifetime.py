@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from vllm_kl import VLLMScorer
+from vllm_kl import VLLMScorer, orphans
 from vllm_kl.errors import EngineError, OptionError
 
 OWNER = """
@@ -128,6 +128,68 @@ while True:
 """
 
 
+SHARED_TRAINER = """
+import sys
+import psutil
+from transformers import AutoModelForCausalLM
+from vllm import LLM
+from vllm_kl import push_weights
+if __name__ == "__main__":
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
+    push_weights(llm, model)
+    print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
+    while True:
+        push_weights(llm, model)
+"""
+# vLLM forks on a GPU: the fork loads no plugins, its parent has.
+FORKING_TRAINER = """
+import multiprocessing, time
+from vllm_kl import orphans, plugin
+plugin.register()
+folder = orphans.new_folder(orphans.SHARED_MEMORY)
+core = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), name="EngineCore_DP0")
+core.start()
+print(core.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("code", [SHARED_TRAINER, FORKING_TRAINER], ids=["spawned", "forked"])
+def test_a_trainer_that_is_killed_leaves_neither_the_engine_of_its_policy_nor_weights(ref_path, tmp_path, code):
+    script = tmp_path / "trainer.py"
+    script.write_text(code)
+    with subprocess.Popen(
+        [sys.executable, str(script), str(ref_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    ) as trainer:
+        children = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert children
+        assert all(map(runs, children))
+        assert weights_left_by(trainer.pid)
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait(60)
+    deadline = time.monotonic() + WITHIN_S
+    while (any(map(runs, children)) or weights_left_by(trainer.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in children if runs(pid)] == []
+    assert weights_left_by(trainer.pid) == []
+
+
+def runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def weights_left_by(pid):
+    return list(orphans.SHARED_MEMORY.glob(f"{orphans.PREFIX}_{pid}_*"))
+
+
 def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_path):
     with subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(ref_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -139,3 +201,4 @@ def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_pa
         trainer.send_signal(signal.SIGKILL)
         trainer.wait(60)
     assert wait_until_gone(group) == []
+    assert weights_left_by(trainer.pid) == []

@@ -11,7 +11,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from tensordict import TensorDict
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import VLLMReference, VLLMScorer, checkpoint
+from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
 from vllm_kl.sync import VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async, weights_of
 
@@ -473,13 +472,55 @@ def test_pushed_weights_leave_shared_memory_with_their_engine(folders, states):
 
 
 def test_what_a_killed_process_left_in_shared_memory_is_removed(states, folders):
-    child = psutil.Popen(["true"])
-    child.wait()
-    orphan = checkpoint._SHARED_MEMORY / f"{checkpoint._PREFIX}_{child.pid}_x"
-    orphan.mkdir()
-    mine = checkpoint.Skeleton(str(folders[0])).write(states[0])
-    assert not orphan.exists()
-    assert mine.folder.exists()
+    code = (
+        "import os; from vllm_kl import orphans; print(orphans.new_folder(orphans.SHARED_MEMORY), flush=True);"
+        "input(); os.kill(os.getpid(), 9)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        theirs = checkpoint.Path(owner.stdout.readline().strip())
+        first = checkpoint.Skeleton(str(folders[0])).write(states[0])
+        assert theirs.exists()
+        owner.communicate("\n")
+    assert theirs.exists()
+    second = checkpoint.Skeleton(str(folders[0])).write(states[0])
+    assert not theirs.exists()
+    assert first.folder.exists()
+    assert second.folder.exists()
+
+
+def test_a_folder_is_its_owners_whatever_process_ids_say(tmp_path, monkeypatch):
+    """Containers that share /dev/shm have process ids of their own."""
+    monkeypatch.setattr(orphans, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)  # nobody's here
+    mine = orphans.new_folder(tmp_path)
+    orphans.remove_orphans()
+    assert mine.exists()
+    orphans.remove(mine)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fork_neither_keeps_nor_removes_its_parents_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(orphans, "SHARED_MEMORY", tmp_path)
+    mine = orphans.new_folder(tmp_path)
+    ours, theirs = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        orphans.remove(mine)
+        os.write(theirs[1], b"x")
+        os.read(ours[0], 1)
+        os._exit(0)
+    os.read(theirs[0], 1)
+    try:
+        assert mine.exists()
+        os.close(orphans._HELD.pop(mine))  # as if this process had been killed, and not its fork
+        orphans.remove_orphans()
+        assert not mine.exists()
+    finally:
+        os.write(ours[1], b"x")
+        os.waitpid(child, 0)
+        for end in (*ours, *theirs):
+            os.close(end)
 
 
 # A reference that is proved frozen, and refreshed on purpose.

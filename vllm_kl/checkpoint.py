@@ -19,12 +19,10 @@ import torch
 import transformers
 from tensordict import TensorDictBase
 
+from vllm_kl import orphans
 from vllm_kl.errors import WeightsError
 
 StateDict = Mapping[str, torch.Tensor]
-
-_SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "vllm_kl_weights"
 
 
 class Checkpoint:
@@ -32,7 +30,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, *, is_ours: bool = False) -> None:
         self.folder = folder
-        self._delete = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True) if is_ours else None
+        self._delete = weakref.finalize(self, orphans.remove, folder) if is_ours else None
 
     def delete(self) -> None:
         """Delete the folder now, if it was made here."""
@@ -187,19 +185,11 @@ def _list(names: list[str]) -> str:
 
 def _new_folder(size_bytes: int) -> Path:
     parent = Path(tempfile.gettempdir())
-    if _SHARED_MEMORY.is_dir():
-        _remove_orphans()
-        if shutil.disk_usage(_SHARED_MEMORY).free > 1.05 * size_bytes:
-            parent = _SHARED_MEMORY
-    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}_{os.getpid()}_", dir=parent))
-
-
-def _remove_orphans() -> None:
-    """Remove what processes left that were killed: their folders hold memory until somebody does."""
-    for folder in _SHARED_MEMORY.glob(f"{_PREFIX}_*"):
-        pid = folder.name.removeprefix(f"{_PREFIX}_").partition("_")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    if orphans.SHARED_MEMORY.is_dir():
+        orphans.remove_orphans()
+        if shutil.disk_usage(orphans.SHARED_MEMORY).free > 1.05 * size_bytes:
+            parent = orphans.SHARED_MEMORY
+    return orphans.new_folder(parent)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import defaultdict, deque
@@ -24,24 +23,14 @@ from typing import Any
 from vllm_kl.checkpoint import Checkpoint
 from vllm_kl.engines.base import drive
 from vllm_kl.errors import EngineError, VLLMKLError
+from vllm_kl.orphans import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
 
 _EXCLUSIVE = frozenset({"start", "load", "sleep", "wake_up", "score alone"})
 
 
-def _end_with_owner(owner_pid: int, interval_s: float = 0.5) -> None:
-    """Kill this process group as soon as the owner is gone, however it went.
-
-    Polls the parent's id: it needs no file descriptor that a fork of the owner could keep open, and unlike
-    ``PR_SET_PDEATHSIG`` it does not fire when only the owner's starting thread ends.
-    """
-
-    def watch() -> None:
-        while os.getppid() == owner_pid:
-            time.sleep(interval_s)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, name="vllm_kl-owner-watch", daemon=True).start()
+def _kill_group() -> None:
+    os.killpg(0, signal.SIGKILL)  # vLLM's own processes, if it started any, are in this group
 
 
 def _as_answer(error: Exception) -> Exception:
@@ -148,17 +137,17 @@ class _Server:
 
 
 def main(fd: int, owner_pid: int) -> None:
-    _end_with_owner(owner_pid)
+    end_with_owner(owner_pid, _kill_group)
     try:
         _Server(Connection(fd)).run()
     except (EOFError, OSError):
-        pass  # the owner closed the connection
+        time.sleep(0.2)  # the owner closed the connection: if it was killed, its other files are closed by then
     except BaseException:
         traceback.print_exc()  # below, nothing is left that could
     finally:
-        # vLLM's own processes, if it started any, are in this group.
         sys.stderr.flush()
-        os.killpg(0, signal.SIGKILL)
+        remove_orphans()
+        _kill_group()
 
 
 if __name__ == "__main__":

@@ -11,15 +11,21 @@
     weights   new weights for a live model, in every worker
     adapters  which LoRA adapters a worker serves, and how
 
-Nothing here changes an engine, or a request, that does not come from this package.
+Nothing here changes an engine, or a request, that does not come from this package; but every engine's process ends with the
+process that made it.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
+from multiprocessing.util import register_after_fork
 
 from packaging.specifiers import SpecifierSet
+
+from vllm_kl.orphans import end_with_owner
 
 # The versions whose sources were read and whose engines were run.
 KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
@@ -41,6 +47,16 @@ def register() -> None:
         adapters.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
+    _end_with_owner()
+    # A fork of this process loads no plugins again; multiprocessing keeps no hold of the function.
+    register_after_fork(_end_with_owner, lambda _: _end_with_owner())
+
+
+def _end_with_owner() -> None:
+    """In the process of a ``vllm.LLM``'s engine: end when whoever made it is killed. vLLM's workers end with this process."""
+    owner = multiprocessing.parent_process()
+    if owner is not None and multiprocessing.current_process().name.startswith("EngineCore"):
+        end_with_owner(owner.pid, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def enable(base_architecture: str) -> str:
