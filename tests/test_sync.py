@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -339,6 +340,73 @@ def test_a_tensor_that_the_model_does_not_take_is_an_error_not_a_line_in_the_log
     with pytest.raises(WeightsError, match=rf"no weights for {NORM}"):
         push_weights(llm, states[1])
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
+
+
+def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, states, oracles, monkeypatch):
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_kl.plugin.weights import LOAD, READY
+
+    version = push_weights(llm, states[1])
+    monkeypatch.delattr(WorkerBase, LOAD)
+    monkeypatch.delattr(WorkerBase, READY)
+    with pytest.raises(WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched.*VLLM_PLUGINS"):
+        push_weights(llm, states[2])
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+def test_a_cache_that_is_busy_before_the_load_leaves_the_version_as_it_was(llm, states, oracles, monkeypatch):
+    version = push_weights(llm, states[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.llm_engine, "reset_prefix_cache", lambda: False)
+        with pytest.raises(WeightsError, match="blocks are in use. Push when every request is finished"):
+            push_weights(llm, states[2])
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+# The prefix cache of a scorer's engine is busy from the first look after a load until the second push.
+BUSY = """
+import sys
+if any("_child" in argument for argument in sys.orig_argv):
+    from vllm.v1.core.block_pool import BlockPool
+    reset, calls = BlockPool.reset_prefix_cache, []
+    def busy(self):
+        calls.append(1)
+        return reset(self) and len(calls) not in (2, 3)
+    BlockPool.reset_prefix_cache = busy
+"""
+
+
+def test_an_owned_engine_whose_weights_are_not_known_says_so_and_lives(folders, states, oracles, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(BUSY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with VLLMScorer(str(folders[0]), canary=False, **tiny.ENGINE_OPTIONS) as scorer:
+        with pytest.raises(WeightsError, match="which weights serve is not known"):
+            push_weights(scorer, states[1])
+        for _ in range(2):
+            with pytest.raises(WeightsError, match="push again"):
+                scorer.weight_version  # noqa: B018
+            with pytest.raises(WeightsError, match="push again"):
+                scorer.score([IDS, IDS[:-1]])
+        assert push_weights(scorer, states[2]) == 1
+        assert scorer.weight_version == 1
+        assert error_of(scorer, oracles[2]) < LOG_PROB_TOLERANCE
+
+
+def test_weights_that_do_not_fit_in_memory_say_how_much_they_need_and_leave_nothing(llm, states):
+    version = weights_of(llm).version
+    before = set(orphans.SHARED_MEMORY.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk that is full
+    try:
+        with pytest.raises(WeightsError, match=r"[\d,]+ bytes of weights could not be written to .* TMPDIR"):
+            push_weights(llm, states[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert weights_of(llm).version == version
+    assert not [path for path in set(orphans.SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in path.name]
 
 
 def test_the_tied_head_is_packed_again(llm, states, oracles, monkeypatch):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tensordict import TensorDictBase
 
 from vllm_kl import orphans
@@ -107,12 +108,23 @@ class Skeleton:
         return given
 
     def write(self, state: StateDict) -> Checkpoint:
-        """Write checked tensors where every process of this machine can map them: shared memory, if they fit."""
+        """Write checked tensors where every process of this machine can map them: shared memory, if they fit.
+
+        Raises:
+            WeightsError: there was no room.
+        """
         size_bytes = sum(t.numel() * t.element_size() for t in state.values())
         folder = _new_folder(size_bytes)
         checkpoint = Checkpoint(folder, is_ours=True)  # deletes it, too, when writing fails
-        with _no_bars():
-            self._model.save_pretrained(folder, state_dict=dict(state), max_shard_size=size_bytes + 1)
+        try:
+            with _no_bars():
+                self._model.save_pretrained(folder, state_dict=dict(state), max_shard_size=size_bytes + 1)
+        except (OSError, SafetensorError) as error:
+            checkpoint.delete()
+            raise WeightsError(
+                f"{size_bytes:,} bytes of weights could not be written to {folder.parent} ({error}); the engine was left alone. "
+                "Make room there (a container's --shm-size), or set TMPDIR to where there is room"
+            ) from error
         return checkpoint
 
 

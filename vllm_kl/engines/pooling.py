@@ -22,7 +22,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_kl.engines.adapters import check_weights
 from vllm_kl.engines.weights import LiveWeights
-from vllm_kl.errors import EngineError
+from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
@@ -70,10 +70,15 @@ class PoolingEngine:
         self._waiting.append(_Job(key, request, share_prefix))
 
     def step(self) -> list[tuple[Hashable, ScoreResult | Exception]]:
+        finished: list[tuple[Hashable, ScoreResult | Exception]] = []
+        try:
+            version = self.weights.version
+        except WeightsError as error:  # of the weights, not of the engine: it goes on when it has others
+            keys = [job.key for job in (*self._waiting, *self._in_core.values())]
+            self.cancel(keys)
+            return [(key, error) for key in keys]
         while self._waiting and len(self._in_core) < self._max_in_core:
             self._send(self._waiting.popleft())
-        finished: list[tuple[Hashable, ScoreResult | Exception]] = []
-        version = self.weights.version
         for output in self._core.get_output().outputs if self._in_core else ():
             if output.request_id not in self._in_core or (output.pooling_output is None and not output.finished):
                 continue

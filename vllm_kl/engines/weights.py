@@ -1,7 +1,7 @@
 """The weights of a live engine: which version serves, and how another takes its place.
 
-    checkpoint (checked, in shared memory) -> every worker loads it (plugin/weights.py) -> prefix cache emptied
-        -> version stamped (vLLM's own ``weight_version``)
+    checkpoint (checked, in shared memory) -> nothing stands in the way -> every worker loads it (plugin/weights.py)
+        -> prefix cache emptied -> version stamped (vLLM's own ``weight_version``)
 
 A load that fails, or is interrupted, is taken back: the workers load what served before, and the version stays.
 """
@@ -125,6 +125,8 @@ class _Record:
 
         before = yield ("get_weight_version",)
         version = self.next_version(before, version)
+        yield from _asking_for_the_plugin()
+        yield from _emptying_the_cache()
         try:
             yield ("collective_rpc", LOAD, None, (str(checkpoint.folder),))
             yield from _emptying_the_cache()
@@ -161,10 +163,27 @@ class _Record:
             ) from error
 
 
+def _asking_for_the_plugin() -> Steps:
+    from vllm_kl.plugin import KNOWN_VLLM
+    from vllm_kl.plugin.weights import READY
+
+    try:
+        yield ("collective_rpc", READY)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise WeightsError(
+            "the engine's processes have not loaded the plugin vllm_kl, which loads weights there; nothing was touched. Make the "
+            f"engine where VLLM_PLUGINS is not set, or names vllm_kl; with vLLM{KNOWN_VLLM} ({error})"
+        ) from error
+
+
 def _emptying_the_cache() -> Steps:
     """KV of other weights must not be read: vLLM returns False and keeps it while a block is in use."""
     if not (yield ("reset_prefix_cache",)):
-        raise WeightsError("the prefix cache could not be emptied: blocks are in use")
+        raise WeightsError(
+            "the prefix cache could not be emptied: blocks are in use. Push when every request is finished"
+        )
 
 
 _RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()

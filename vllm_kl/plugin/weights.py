@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 
-# Name of the method, for ``collective_rpc``.
+# Names of the methods, for ``collective_rpc``.
 LOAD = "vllm_kl_load_weights"
+READY = "vllm_kl_can_load_weights"
 
 
 def install() -> None:
-    """Give every worker of this process the method. Idempotent; imports no model."""
+    """Give every worker of this process the methods. Idempotent; imports no model."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, LOAD, load_weights)
+    setattr(WorkerBase, READY, lambda worker: True)
 
 
 def load_weights(worker: Any, folder: str | None) -> None:
