@@ -6,10 +6,12 @@ import asyncio
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
+from vllm_kl.engines import weights as weights_module
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
+from vllm_kl.plugin.weights import LOAD
 from vllm_kl.sync import VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async, weights_of
 
 IDS = list(range(5, 80))  # more than two blocks: the prefix cache has something to keep
@@ -345,7 +349,7 @@ def test_a_tensor_that_the_model_does_not_take_is_an_error_not_a_line_in_the_log
 def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, states, oracles, monkeypatch):
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_kl.plugin.weights import LOAD, READY
+    from vllm_kl.plugin.weights import READY
 
     version = push_weights(llm, states[1])
     monkeypatch.delattr(WorkerBase, LOAD)
@@ -681,6 +685,55 @@ def test_scores_wait_until_new_weights_are_proved(owned_fresh, states, oracles):
         future.result(timeout=30)
     assert scored[0] < LOG_PROB_TOLERANCE
     assert owned_fresh.check_frozen() == 0.0
+
+
+def test_an_average_with_a_checkpoint_that_was_written_over_is_refused(folders, states, oracles, tmp_path):
+    mine = tmp_path / "model"
+    shutil.copytree(folders[0], mine)
+    with VLLMScorer(str(mine), **tiny.ENGINE_OPTIONS) as scorer:
+        shutil.copy(folders[2] / "model.safetensors", mine)
+        with pytest.raises(WeightsError, match=r"model' have changed since the engine was started.*without ema= needs"):
+            scorer.refresh(states[1], ema=0.5)
+        assert scorer.weight_version == 0
+        assert error_of(scorer, oracles[0]) < LOG_PROB_TOLERANCE
+        assert scorer.refresh(states[1]) == 1
+        assert scorer.refresh(states[1], ema=0.5) == 2  # of what was pushed
+        assert error_of(scorer, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
+    """A fake engine: one whose version is still 0 and whose load fails is not had otherwise."""
+    mine = tmp_path / "model"
+    shutil.copytree(folders[0], mine)
+    record = weights_module._Record(SimpleNamespace(model=str(mine)))
+    calls = []
+
+    def call(method, *args):
+        calls.append((method, *args))
+        if args[:1] == (LOAD,):
+            raise RuntimeError("out of memory")
+        return {"get_weight_version": "default"}.get(method, True)
+
+    os.utime(mine / "model.safetensors", ns=(0, 0))
+    with pytest.raises(WeightsError, match=r"out of memory.* could not be put back .*have changed since the engine"):
+        weights_module.drive(record.loading(checkpoint.Checkpoint(folders[1]), None), call)
+    assert calls[-1] == ("set_weight_version", "unknown")
+    assert sum(LOAD in call for call in calls) == 1
+
+
+def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, monkeypatch):
+    asked = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def note(source, **options):
+        asked.append((options["revision"], options["trust_remote_code"]))
+        return load(source, dtype=options["dtype"])
+
+    skeleton = checkpoint.Skeleton(str(folders[0]), revision="a1b2", trust_remote_code=True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    for folder in folders[:2]:
+        skeleton.read(folder)
+    assert asked == [("a1b2", True), ("main", True)]
 
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -0.1, math.nan])

@@ -39,20 +39,55 @@ class Checkpoint:
             self._delete()
 
 
+class Start:
+    """The checkpoint that an engine is started with: its weights of version 0, as long as nobody writes there.
+
+    Args:
+        model: its path, or its name on the hub, where files do not change.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._files = self._stamps()
+
+    def unchanged(self) -> str:
+        """Return path or name.
+
+        Raises:
+            WeightsError: the files are others than when this was made.
+        """
+        if self._stamps() != self._files:
+            raise WeightsError(
+                f"the weight files in {self._model!r} have changed since the engine was started: they are not the weights of "
+                "version 0 any more. Keep the starting checkpoint apart from where a trainer saves; refresh(source) without "
+                "ema= needs no old weights"
+            )
+        return self._model
+
+    def _stamps(self) -> list[tuple[str, int, int]]:
+        folder = Path(self._model)
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        return [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+
+
 class Skeleton:
     """What a model's state dict must hold.
 
     Args:
         model: path or name of the engine's model.
-        trust_remote_code, hf_overrides: as the engine has them.
+        revision, trust_remote_code, hf_overrides: as the engine has them.
 
     Raises:
         WeightsError: transformers has no causal language model for it.
     """
 
-    def __init__(self, model: str, *, trust_remote_code: bool = False, hf_overrides: Any = None) -> None:
+    def __init__(
+        self, model: str, *, revision: str | None = None, trust_remote_code: bool = False, hf_overrides: Any = None
+    ) -> None:
+        self._source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        self._name = model
         try:
-            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(model, **self._source)
             config.update(hf_overrides if isinstance(hf_overrides, dict) else {})
             with torch.device("meta"):
                 self._model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -107,6 +142,20 @@ class Skeleton:
             given.pop(name)
         return given
 
+    def read(self, source: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of a checkpoint in float32, checked; the engine's own model in the engine's revision.
+
+        Raises:
+            WeightsError: there is none that transformers can read, or it is another model's.
+        """
+        options = self._source if os.fspath(source) == self._name else {**self._source, "revision": "main"}
+        try:
+            with _no_bars():
+                model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}") from error
+        return self.checked(model)
+
     def write(self, state: StateDict) -> Checkpoint:
         """Write checked tensors where every process of this machine can map them: shared memory, if they fit.
 
@@ -143,22 +192,6 @@ def as_state_dict(source: Any) -> dict[str, torch.Tensor]:
             raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     # Shards of FSDP have full_tensor(), which every rank must call.
     return {str(k): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for k, t in source.items()}
-
-
-def read(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
-    """Return the state dict of a checkpoint, in float32.
-
-    Raises:
-        WeightsError: there is none, or transformers cannot read it.
-    """
-    try:
-        with _no_bars():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{os.fspath(folder)!r} is no checkpoint that transformers can read: {error}") from error
-    return as_state_dict(model)
 
 
 def average(old: StateDict, new: StateDict, decay: float) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ import torch
 
 from vllm_kl.batching import plan
 from vllm_kl.canary import Canary
-from vllm_kl.checkpoint import average, read
+from vllm_kl.checkpoint import average
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make import make_engine
@@ -336,9 +336,10 @@ class VLLMScorer:
         if ema is not None and not 0.0 < ema < 1.0:
             raise OptionError(f"ema must lie between 0 and 1, got {ema!r}")
         weights = self.weights
-        state = weights.skeleton.checked(read(source) if isinstance(source, (str, os.PathLike)) else source)
+        is_path = isinstance(source, (str, os.PathLike))
+        state = weights.skeleton.read(source) if is_path else weights.skeleton.checked(source)
         if ema is not None:
-            state = average(weights.skeleton.checked(read(weights.source)), state, ema)
+            state = average(weights.skeleton.read(weights.source), state, ema)
         weights.next_version(version)  # refuses before anything is written; load() chooses
         with self._canary.replacing(tolerance):
             version = weights.load(weights.skeleton.write(state), version=version)

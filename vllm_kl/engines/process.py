@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from vllm_kl.checkpoint import Checkpoint, Skeleton
+from vllm_kl.checkpoint import Checkpoint, Skeleton, Start
 from vllm_kl.engines.base import OnDone
 from vllm_kl.errors import EngineError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
@@ -87,6 +87,7 @@ class ProcessEngine:
 
     def __init__(self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any = None) -> None:
         self.weights: _OwnedWeights | None = None
+        checkpoint = Start(model)
         ours, theirs = socket.socketpair()
         with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
             self._log = Path(log.name)
@@ -109,7 +110,7 @@ class ProcessEngine:
         except BaseException:
             self.close()
             raise
-        self.weights = _OwnedWeights(self, model, options)
+        self.weights = _OwnedWeights(self, model, options, checkpoint)
 
     @property
     def pid(self) -> int:
@@ -185,9 +186,10 @@ class _OwnedWeights:
     The child knows what serves. Its last answer is good until a push fails, or is interrupted here while the child goes on.
     """
 
-    def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any]) -> None:
+    def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any], start: Start) -> None:
         self._engine = weakref.proxy(engine)
         self._model = model
+        self._start = start
         self._options = options
         self._kept: list[Checkpoint] = []  # each may be what the child serves
         self._last = 0
@@ -198,6 +200,7 @@ class _OwnedWeights:
     def skeleton(self) -> Skeleton:
         return Skeleton(
             self._model,
+            revision=self._options.get("revision"),
             trust_remote_code=self._options.get("trust_remote_code", False),
             hf_overrides=self._options.get("hf_overrides"),
         )
@@ -208,7 +211,7 @@ class _OwnedWeights:
 
     @property
     def source(self) -> str:
-        return self._ask_if_unsure()[1] or self._model
+        return self._ask_if_unsure()[1] or self._start.unchanged()
 
     def next_version(self, version: int | None = None) -> int:
         return self._ask("next version", version=version)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from typing import Any, Protocol
 
-from vllm_kl.checkpoint import Checkpoint, Skeleton, next_version
+from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, next_version
 from vllm_kl.errors import EngineError, WeightsError
 
 # vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
@@ -42,7 +42,11 @@ class Weights(Protocol):
 
     @property
     def source(self) -> str:
-        """The checkpoint that serves: a folder, or the model's path or name."""
+        """The checkpoint that serves: a folder, or the model's path or name.
+
+        Raises:
+            WeightsError: the model's files are not those any more that the engine was started with.
+        """
         ...
 
     def next_version(self, version: int | None = None) -> int:
@@ -76,6 +80,7 @@ class _Record:
 
     def __init__(self, model_config: Any) -> None:
         self._model_config = model_config
+        self._start = Start(model_config.model)
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (_INITIAL, None)
         self.last = 0  # the last version that is known to have served
@@ -106,7 +111,10 @@ class _Record:
         if self._skeleton is None:
             config = self._model_config
             self._skeleton = Skeleton(
-                config.model, trust_remote_code=config.trust_remote_code, hf_overrides=config.hf_overrides
+                config.model,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                hf_overrides=config.hf_overrides,
             )
         return self._skeleton
 
@@ -117,7 +125,7 @@ class _Record:
 
     @property
     def source(self) -> str:
-        return self.folder or self._model_config.model
+        return self.folder or self._start.unchanged()
 
     def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
         """Yield the calls that make an engine serve a checkpoint, or serve again what it did; return the new version."""
@@ -149,7 +157,9 @@ class _Record:
         try:
             if served != before:
                 raise WeightsError("others loaded it, and from where is not known")
-            yield ("collective_rpc", LOAD, None, (None if checkpoint is None else str(checkpoint.folder),))
+            if checkpoint is None:
+                self._start.unchanged()
+            yield ("collective_rpc", LOAD, None, (self.folder,))
             yield from _emptying_the_cache()
             yield ("set_weight_version", before)
         except BaseException as second:
@@ -186,6 +196,10 @@ def _emptying_the_cache() -> Steps:
         )
 
 
+def _record_of(engine: Any) -> _Record:
+    return _RECORDS.get(engine) or _RECORDS.setdefault(engine, _Record(engine.model_config))
+
+
 _RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
@@ -206,7 +220,7 @@ class LiveWeights:
 
     def __init__(self, llm_engine: Any) -> None:
         self._engine = llm_engine
-        self._record = _RECORDS.setdefault(llm_engine, _Record(llm_engine.model_config))
+        self._record = _record_of(llm_engine)
 
     @property
     def version(self) -> int:
@@ -265,7 +279,7 @@ class AsyncWeights:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._record = _RECORDS.setdefault(engine, _Record(engine.model_config))
+        self._record = _record_of(engine)
 
     @property
     def skeleton(self) -> Skeleton:
