@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kl.errors import InputError, MissingLogProbError, OptionError
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
@@ -156,6 +156,21 @@ def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[in
             f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"
         )
     return starts
+
+
+def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
+    """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
+    wanted = {"temperature": temperature != 1.0, "ids": ids, "top_k": top_k}
+    for name, is_wanted in wanted.items():
+        if is_wanted and name not in info.can:
+            what = {
+                "temperature": f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
+                "ids": "return log-probs of chosen ids",
+                "top_k": "return the best tokens",
+            }[name]
+            raise ReadoutUnavailableError(
+                f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns (VLLMScorer(path)) can"
+            )
 
 
 def check_result(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:

@@ -30,7 +30,15 @@ from vllm_kl.engines.make import make_engine
 from vllm_kl.engines.weights import Weights
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.progress import show_progress
-from vllm_kl.requests import TokenIds, check_ids, check_lora_request, check_requests, check_result, check_temperature
+from vllm_kl.requests import (
+    TokenIds,
+    check_can,
+    check_ids,
+    check_lora_request,
+    check_requests,
+    check_result,
+    check_temperature,
+)
 from vllm_kl.types import ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
 
 logger = logging.getLogger("vllm_kl")
@@ -97,7 +105,7 @@ class VLLMScorer:
         self._engine: Engine = make_engine(model, readout, engine_options, check_lora_request(lora_request))
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
-            self._check_can(self.temperature)
+            check_can(self._engine.info, self.temperature)
             if canary and self._engine is not model:
                 self._canary.check()
         except BaseException:
@@ -249,7 +257,7 @@ class VLLMScorer:
             raise WeightsError("the engine is asleep: score when the block of asleep() has ended")
         info = self._engine.info
         temperature = self.temperature if temperature is None else check_temperature(temperature)
-        self._check_can(temperature, ids=ids is not None, top_k=top_k > 0)
+        check_can(info, temperature, ids=ids is not None, top_k=top_k > 0)
         sequences, starts = check_requests(token_ids, start, info)
         chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
         asked = [
@@ -336,14 +344,13 @@ class VLLMScorer:
         if ema is not None and not 0.0 < ema < 1.0:
             raise OptionError(f"ema must lie between 0 and 1, got {ema!r}")
         weights = self.weights
-        is_path = isinstance(source, (str, os.PathLike))
-        state = weights.skeleton.read(source) if is_path else weights.skeleton.checked(source)
+        skeleton = weights.skeleton
+        state = skeleton.read(source) if isinstance(source, (str, os.PathLike)) else skeleton.checked(source)
         if ema is not None:
-            state = average(weights.skeleton.read(weights.source), state, ema)
+            state = average(skeleton.read(weights.source), state, ema)
         weights.next_version(version)  # refuses before anything is written; load() chooses
         with self._canary.replacing(tolerance):
-            version = weights.load(weights.skeleton.write(state), version=version)
-        return version
+            return weights.load(skeleton.write(state), version=version)
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
@@ -367,20 +374,6 @@ class VLLMScorer:
 
     def _score_alone(self, request: ScoreRequest, share_prefix: bool) -> ScoreResult:
         return self._engine.score([request], share_prefix=share_prefix, alone=True)[0]
-
-    def _check_can(self, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
-        """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
-        wanted = {"temperature": temperature != 1.0, "ids": ids, "top_k": top_k}
-        for name, is_wanted in wanted.items():
-            if is_wanted and name not in self._engine.info.can:
-                what = {
-                    "temperature": f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
-                    "ids": "return log-probs of chosen ids",
-                    "top_k": "return the best tokens",
-                }[name]
-                raise ReadoutUnavailableError(
-                    f"the read-out {self.readout!r} cannot {what}. An engine that the scorer owns (VLLMScorer(path)) can"
-                )
 
     def close(self) -> None:
         """End the owned engine and its processes; a shared engine is left running. Safe to call twice."""
