@@ -26,7 +26,8 @@ from vllm_kl.errors import OptionError, WeightsError
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
     """Make a vLLM engine serve other weights; return their version.
 
-    Afterwards no KV of the old weights is left. All or nothing: whatever fails, the old weights and their version serve.
+    Afterwards no KV of the old weights is left. All or nothing: whatever fails or is interrupted, the old weights and their version
+    serve. Pushes at the same time take turns, and get a version each.
 
     Args:
         engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``, a
@@ -39,9 +40,9 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
         The version that serves now.
 
     Raises:
-        WeightsError: the state dict is not that of the engine's model (nothing was sent), or could not be loaded (the old
-            weights were put back).
-        EngineError: an owned engine died; says which version it served last.
+        WeightsError: the state dict is not that of the engine's model, there is no room for it, the engine has not loaded the
+            plugin or is busy (nothing was touched), or it could not be loaded (the old weights were put back).
+        EngineError: the engine died; says which version it served last.
 
     >>> before = scorer.weight_version
     >>> push_weights(scorer, weights) == scorer.weight_version == before + 1
@@ -69,7 +70,8 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
 async def push_weights_async(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
     """As :func:`push_weights`, for an ``AsyncLLM``, in its event loop.
 
-    Requests in flight finish with the old weights; requests that come in the meantime wait for the new ones.
+    Requests in flight finish with the old weights; requests that come in the meantime wait for the new ones. When it is cancelled,
+    a load that has begun goes on to its end: ask the engine for its version.
     """
     weights = AsyncWeights(engine)
     state = await asyncio.to_thread(lambda: weights.skeleton.checked(state_dict))
