@@ -516,10 +516,42 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("when", ["before the load", "in the load"])
-def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(folders, tmp_path, when):
+ASYNC_DYING = """
+import asyncio, sys
+import psutil
+from transformers import AutoModelForCausalLM
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm_kl import errors, push_weights_async
+async def main():
+    options = {"enforce_eager": True, "dtype": "float32", "max_model_len": 64, "kv_cache_memory_bytes": 16 << 20}
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=sys.argv[1], disable_log_stats=True, **options))
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    await push_weights_async(engine, model, version=7)
+    (core,) = [p for p in psutil.Process().children() if "EngineCore" in p.name()]
+    rpc = engine.collective_rpc
+    async def stop_and_kill(*args):
+        core.suspend()
+        asyncio.get_running_loop().call_later(1, core.kill)
+        return await rpc(*args)
+    engine.collective_rpc = stop_and_kill
+    try:
+        await push_weights_async(engine, model)
+    except errors.EngineError as error:
+        print("caught", error, "|", type(error.__cause__).__name__, flush=True)
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "when"),
+    [(DYING, "before the load"), (DYING, "in the load"), (ASYNC_DYING, "in the load")],
+    ids=["before-the-load", "in-the-load", "in-the-load-of-an-AsyncLLM"],
+)
+def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(folders, tmp_path, code, when):
     script = tmp_path / "dying.py"
-    script.write_text(DYING)
+    script.write_text(code)
     done = subprocess.run(
         [sys.executable, str(script), str(folders[0]), when],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
