@@ -817,9 +817,6 @@ def test_an_engine_of_another_kind_is_refused_with_what_works():
         push_weights(object(), {})
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Unclosed context:ResourceWarning", "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
 @pytest.mark.timeout(300)
 def test_an_async_engine_finishes_what_it_generates_and_then_serves_the_new_weights(folders, states):
     from vllm import SamplingParams
