@@ -34,7 +34,7 @@ from torchrl.objectives.llm import GRPOLoss, MCAdvantage
 from transformers import AutoModelForCausalLM
 from vllm import LLM
 
-from vllm_kl import RetrieveKL, VLLMReference, VLLMWeightUpdater
+from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMReference, VLLMWeightUpdater
 from vllm_kl.demo.env import Grade, Problems, collate
 from vllm_kl.demo.train import checkpoints
 
@@ -61,7 +61,7 @@ def make_collector(args: argparse.Namespace, engine: Any, reference: VLLMReferen
         ),
         dialog_turns_per_batch=num_envs,
         total_dialog_turns=num_envs * args.updates,
-        track_policy_version=True,
+        track_policy_version=EnginePolicyVersion(engine),
         weight_updater=VLLMWeightUpdater(engine, trained),
     )
 

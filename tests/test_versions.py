@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.oracle import Oracle
 from tests.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
-from vllm_kl import RetrieveKL, VLLMSyncScheme, VLLMWeightUpdater, push_weights
+from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMSyncScheme, VLLMWeightUpdater, push_weights
 from vllm_kl.errors import StaleError
 from vllm_kl.sync import weights_of
 from vllm_kl.versions import StaleWarning
@@ -35,8 +35,8 @@ def policy_engine(tied_llm, steps):
 def make_collector(make_env, policy_engine, tokenizer):  # noqa: F811
     made = []
 
-    def make(*transforms, num_batches=4, **kwargs):
-        env = make_env()
+    def make(*transforms, num_batches=4, max_steps=1, **kwargs):
+        env = make_env(max_steps)
         for transform in transforms:
             env = env.append_transform(transform)
         collector = LLMCollector(
@@ -49,11 +49,13 @@ def make_collector(make_env, policy_engine, tokenizer):  # noqa: F811
                 generate=True,
                 generate_kwargs={"max_new_tokens": 10, "temperature": 1.0},
             ),
-            dialog_turns_per_batch=NUM_ENVS,
-            total_dialog_turns=NUM_ENVS * num_batches,
-            track_policy_version=True,
-            weight_updater=VLLMWeightUpdater(policy_engine),
-            **kwargs,
+            **{
+                "dialog_turns_per_batch": NUM_ENVS,
+                "total_dialog_turns": NUM_ENVS * num_batches,
+                "track_policy_version": EnginePolicyVersion(policy_engine),
+                "weight_updater": VLLMWeightUpdater(policy_engine),
+                **kwargs,
+            },
         )
         made.append(collector)
         return collector
@@ -84,22 +86,61 @@ def test_three_updates_and_every_kl_is_that_of_the_versions_it_carries(
     assert ref_scorer.check_frozen() == 0.0
 
 
-@pytest.mark.parametrize("how", ["updater", "scheme"])
-def test_pushes_beside_the_collector_move_its_version_too(make_collector, steps, policy_engine, how):
-    collector = make_collector(num_batches=2)
+@pytest.fixture
+def stamped(policy_engine):
+    """Collect a batch; return its version, which is the engine's and the collector's."""
+
+    def stamped(batches, collector):
+        (version,) = set(next(batches).reshape(-1)["next", "policy_version"].tolist())
+        assert collector.policy_version == weights_of(policy_engine).version == version
+        return version
+
+    return stamped
+
+
+@pytest.mark.parametrize("how", ["plain", "update", "call", "updater", "scheme"])
+def test_whoever_pushes_samples_carry_the_version_of_the_engine(make_collector, steps, policy_engine, how, stamped):
     model = AutoModelForCausalLM.from_pretrained(steps[1])
-    if how == "updater":
+    push_weights(policy_engine, model, version=100)  # a run that is resumed
+    collector = make_collector(num_batches=2)
+    batches = iter(collector)
+    assert stamped(batches, collector) == 100
+    if how == "scheme":
+        sender = VLLMSyncScheme(policy_engine).create_sender()
+        sender.register_collector(collector)
+    {
+        "plain": lambda: push_weights(policy_engine, model),
+        "update": lambda: collector.update_policy_weights_(model),
+        "call": lambda: collector.weight_updater(model),
+        "updater": lambda: collector.weight_updater.push_weights(model),
+        "scheme": lambda: sender.update_weights(model),
+    }[how]()
+    assert stamped(batches, collector) == 101
+
+
+def test_collectors_that_share_an_engine_carry_one_version(make_collector, steps, stamped):
+    collectors = [make_collector(), make_collector()]
+    collectors[0].weight_updater.register_collector(collectors[1])
+    collectors[0].update_policy_weights_(AutoModelForCausalLM.from_pretrained(steps[1]))
+    assert [stamped(iter(collector), collector) for collector in collectors] == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["update", "updater", "scheme"])
+def test_a_tracker_that_counts_for_itself_is_kept_in_step(make_collector, steps, policy_engine, how, stamped):
+    collector = make_collector(num_batches=1, track_policy_version=True)
+    model = AutoModelForCausalLM.from_pretrained(steps[1])
+    push_weights(policy_engine, model, version=6)
+    if how == "update":
+        collector.update_policy_weights_(model)
+    elif how == "updater":
         collector.weight_updater.push_weights(model)
     else:
         sender = VLLMSyncScheme(policy_engine).create_sender()
         sender.register_model(model)
         sender.register_collector(collector)
+        assert collector.policy_version == 6
         sender.update_weights()
-    assert collector.policy_version == weights_of(policy_engine).version == 1
-    data = next(iter(collector)).reshape(-1)
-    assert data["next", "policy_version"].tolist() == [1] * NUM_ENVS
-    collector.update_policy_weights_(model)
-    assert collector.policy_version == weights_of(policy_engine).version == 2
+    assert stamped(iter(collector), collector) == 7
 
 
 def test_two_batches_of_one_version_agree_and_a_failed_update_moves_no_version(

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from vllm_kl.resolver import FromCollector
     from vllm_kl.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.scorer import VLLMScorer
-    from vllm_kl.sync import VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async
+    from vllm_kl.sync import EnginePolicyVersion, VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
     from vllm_kl.wrapper import LoRAWrapper
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EnginePolicyVersion",
     "FromCollector",
     "KLComputation",
     "LoRAWrapper",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "EnginePolicyVersion": "sync",
     "FromCollector": "resolver",
     "KLComputation": "computation",
     "LoRAWrapper": "wrapper",

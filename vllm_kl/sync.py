@@ -17,6 +17,7 @@ import weakref
 from typing import Any
 
 from torchrl.collectors.weight_update import WeightUpdaterBase
+from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
@@ -118,8 +119,36 @@ def _running_loop() -> Any:
         return None
 
 
+class EnginePolicyVersion(PolicyVersion):
+    """TorchRL's ``PolicyVersion`` that counts nothing: the policy's version is the one that its engine serves.
+
+    Whoever pushes, and however often, before the collector exists or beside it: samples are stamped with the weights that made
+    them. TorchRL's own tracker (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
+
+    Args:
+        engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one.
+
+    Raises:
+        WeightsError: nothing is known of the engine's weights.
+
+    >>> # LLMCollector(env, policy_factory=policy, track_policy_version=EnginePolicyVersion(llm))
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._weights = weights_of(engine)
+        super().__init__(int)
+
+    @property
+    def version(self) -> int:
+        """The version that the engine serves now."""
+        return self._weights.version
+
+    def _increment_version(self, init: bool = False) -> int:
+        return self.version
+
+
 class _Pusher:
-    """Pushes to one engine, and keeps the versions of collectors in step with it."""
+    """Pushes to one engine, and keeps the versions of collectors that count for themselves in step with it."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -127,18 +156,22 @@ class _Pusher:
 
     def register(self, collector: Any) -> None:
         self._collectors.append(weakref.ref(collector))
+        for tracker in self._counting():
+            tracker.version = weights_of(self._engine).version
 
     def push(self, weights: Any, *, collector_counts: bool = False) -> int:
         version = push_weights(self._engine, weights)
-        for reference in self._collectors:
-            tracker = getattr(reference(), "policy_version_tracker", None)
-            if tracker is None:
-                continue
-            if isinstance(tracker.version, int):  # else it counts in UUIDs
-                tracker.version = version - 1
-            if not collector_counts:
-                tracker.increment_version()
+        for tracker in self._counting():
+            tracker.version = version - collector_counts
         return version
+
+    def _counting(self) -> list[PolicyVersion]:
+        trackers = [getattr(reference(), "policy_version_tracker", None) for reference in self._collectors]
+        return [
+            t
+            for t in trackers
+            if isinstance(getattr(t, "version", None), int) and not isinstance(t, EnginePolicyVersion)
+        ]
 
 
 with warnings.catch_warnings():
@@ -148,15 +181,16 @@ with warnings.catch_warnings():
     class VLLMWeightUpdater(WeightUpdaterBase):
         """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine of this machine.
 
-        ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict; the engine's version and the
-        collector's ``policy_version`` are one number afterwards.
+        ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict. With
+        :class:`EnginePolicyVersion` the collector's ``policy_version`` is the engine's version, always; with
+        ``track_policy_version=True`` it is after that call, if no other collector shares the updater.
 
         Args:
             engine: as :func:`push_weights` takes it.
             model: pushed where ``update_policy_weights_()`` is given nothing.
 
         >>> updater = VLLMWeightUpdater(scorer)
-        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=True)
+        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=EnginePolicyVersion(llm))
         """
 
         def __init__(self, engine: Any, model: Any = None) -> None:

@@ -28,6 +28,7 @@ from torchrl.modules.llm import vLLMWrapper
 from vllm_kl.demo import task
 from vllm_kl.reference import VLLMReference
 from vllm_kl.scorer import VLLMScorer
+from vllm_kl.sync import EnginePolicyVersion
 from vllm_kl.transforms import RetrieveKL
 
 MAX_NEW_TOKENS = 24
@@ -133,7 +134,7 @@ def make_collector(
         ),
         dialog_turns_per_batch=num_envs,
         total_dialog_turns=num_envs * batches,
-        track_policy_version=True,
+        track_policy_version=EnginePolicyVersion(engine),
         weight_updater=weight_updater,
     )
 
