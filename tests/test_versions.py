@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import pytest
 import torch
 from torchrl.collectors.llm import LLMCollector
+from torchrl.data import LazyStackStorage, ReplayBuffer
+from torchrl.envs import Transform
 from torchrl.modules.llm import vLLMWrapper
 from transformers import AutoModelForCausalLM
 
-from tests.oracle import Oracle
+from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
-from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMSyncScheme, VLLMWeightUpdater, push_weights
+from vllm_kl import (
+    EnginePolicyVersion,
+    RetrieveKL,
+    RetrieveLogProb,
+    VLLMReference,
+    VLLMScorer,
+    VLLMSyncScheme,
+    VLLMWeightUpdater,
+    push_weights,
+)
 from vllm_kl.errors import StaleError
 from vllm_kl.sync import weights_of
 from vllm_kl.versions import StaleWarning
@@ -203,3 +215,59 @@ def test_a_batch_that_straddles_an_update_says_so(old_batch, make_reference):
 def test_a_choice_that_does_not_exist_is_refused(make_reference):
     with pytest.raises(TypeError, match="on_stale='ignore' does not exist; choose one of raise, warn, allow"):
         RetrieveKL("from_collector", make_reference(), on_stale="ignore")
+
+
+class TestBackground:
+    """``LLMCollector.start()``: one thread collects, another pushes."""
+
+    @pytest.fixture
+    def run(self, make_collector, steps, policy_engine):
+        """Push the models in turn while a collector fills a buffer; return the samples, and which model each version is."""
+
+        def run(*transforms, num_updates=6):
+            buffer = ReplayBuffer(storage=LazyStackStorage(10_000))
+            collector = make_collector(*transforms, num_batches=10_000, replay_buffer=buffer)
+            models = [AutoModelForCausalLM.from_pretrained(path) for path in steps]
+            collector.start()
+            for i in range(1, num_updates + 1):
+                count = buffer.write_count
+                while buffer.write_count == count and collector.is_running():
+                    time.sleep(0.01)
+                collector.update_policy_weights_(models[i % len(models)])
+                assert collector.policy_version == i
+            assert collector.is_running()
+            collector.async_shutdown(timeout=60)
+            return buffer[:]
+
+        return run
+
+    def test_every_sample_is_of_the_version_it_carries(self, run, steps):
+        data = run()
+        oracles = [Oracle(path) for path in steps]
+        versions = data["next", "policy_version"].tolist()
+        assert versions == sorted(versions)
+        assert len(set(versions)) > 4
+        for sample, version in zip(data.unbind(0), versions, strict=True):
+            ids, prompt = sample["tokens", "full"], len(sample["tokens", "prompt"])
+            want = torch.tensor(oracles[version % len(steps)].log_probs(ids.tolist())[prompt:], dtype=torch.float64)
+            torch.testing.assert_close(
+                sample["log_probs", "full"][prompt:].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE
+            )
+
+    def test_a_scorer_on_the_policys_engine_neither_waits_for_itself_nor_claims_to_have_generated(
+        self, run, policy_engine, tokenizer, steps
+    ):
+        shared = RetrieveLogProb(VLLMReference(VLLMScorer(policy_engine), tokenizer))
+        assert len(set(run(shared, num_updates=3)["next", "policy_version"].tolist())) > 1
+
+
+def test_an_update_between_generation_and_step_does_not_name_the_new_weights(make_collector, steps, policy_engine):
+    class Push(Transform):
+        def _step(self, td, next_td):
+            push_weights(policy_engine, AutoModelForCausalLM.from_pretrained(steps[1]))
+            VLLMScorer(policy_engine).score([[5, 6, 7]])
+            return next_td
+
+    data = next(iter(make_collector(Push(), num_batches=1)))
+    assert weights_of(policy_engine).version == 1
+    assert data.reshape(-1)["next", "policy_version"].tolist() == [0] * NUM_ENVS

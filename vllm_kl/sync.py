@@ -16,12 +16,15 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
+from tensordict import TensorDictBase
 from torchrl.collectors.weight_update import WeightUpdaterBase
 from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
+from vllm_kl.generated import guard
 
 
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
@@ -136,6 +139,7 @@ class EnginePolicyVersion(PolicyVersion):
 
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine)
+        self._guard = guard(_inner(engine))
         super().__init__(int)
 
     @property
@@ -146,12 +150,23 @@ class EnginePolicyVersion(PolicyVersion):
     def _increment_version(self, init: bool = False) -> int:
         return self.version
 
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        origin = None if self._guard is None else self._guard.last  # another thread may have pushed since
+        version = self.version if origin is None else origin.version
+        return next_tensordict.set(
+            "policy_version", torch.full(next_tensordict.shape, version, device=next_tensordict.device)
+        )
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return super()._step(tensordict, tensordict_reset)
+
 
 class _Pusher:
     """Pushes to one engine, and keeps the versions of collectors that count for themselves in step with it."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        guard(_inner(engine))
         self._collectors: list[weakref.ref[Any]] = []
 
     def register(self, collector: Any) -> None:

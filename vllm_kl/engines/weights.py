@@ -201,14 +201,14 @@ def _record_of(engine: Any) -> _Record:
 
 
 _RECORDS: weakref.WeakKeyDictionary[Any, _Record] = weakref.WeakKeyDictionary()
-_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
 _TASKS: set[asyncio.Task[int]] = set()
 
 
-def lock_of(engine: Any) -> threading.Lock:
-    """Return the lock of an engine: one call at a time uses it, or changes its weights."""
-    return _LOCKS.setdefault(engine, threading.Lock())
+def lock_of(engine: Any) -> threading.RLock:
+    """Return the lock of an engine: one thread at a time uses it, or changes its weights."""
+    return _LOCKS.setdefault(engine, threading.RLock())
 
 
 class LiveWeights:
@@ -224,7 +224,8 @@ class LiveWeights:
 
     @property
     def version(self) -> int:
-        return self._record.version(self._call("get_weight_version"))
+        with lock_of(self._engine):
+            return self._record.version(self._call("get_weight_version"))
 
     @property
     def skeleton(self) -> Skeleton:
@@ -240,7 +241,8 @@ class LiveWeights:
         return self._record.source
 
     def next_version(self, version: int | None = None) -> int:
-        return self._record.next_version(self._call("get_weight_version"), version)
+        with lock_of(self._engine):
+            return self._record.next_version(self._call("get_weight_version"), version)
 
     def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
         with lock_of(self._engine):

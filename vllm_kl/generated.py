@@ -1,0 +1,69 @@
+"""Which weights generated last: a ``vllm.LLM`` whose ``generate`` takes turns with pushes, and remembers what it served.
+
+    policy -> LLM.generate, under the engine's lock -> the version that served it, by thread -> stamped at the env's step
+
+Without the lock a push in another thread (``LLMCollector.start()`` beside a trainer) meets unfinished requests, or, where vLLM's
+engine runs in a process of its own, breaks the socket that both threads use. Without the memory a push between a generation
+and its stamp would name the weights of the next one.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+from vllm_kl.engines.weights import as_version, lock_of
+
+
+class Origin(NamedTuple):
+    """The weights that made something."""
+
+    version: int | str | None  # None: not known
+    adapter: int = 0  # its id on the engine; 0: the base model
+
+    def __str__(self) -> str:
+        version = "an unknown version" if self.version is None else f"version {self.version}"
+        return version + (f" with adapter {self.adapter}" if self.adapter else "")
+
+
+class Guard:
+    """The ``generate`` of a ``vllm.LLM``, one call at a time. Use :func:`guard`."""
+
+    def __init__(self, llm: Any) -> None:
+        self._generate = llm.generate
+        self._engine = llm.llm_engine
+        self._lock = lock_of(llm.llm_engine)
+        self._last = threading.local()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scores = self._lock._is_owned()  # a scorer holds it already: its requests generate nothing
+        with self._lock:
+            version = self._engine.get_weight_version()
+            outputs = self._generate(*args, **kwargs)
+        if not scores:
+            self._last.origin = version, adapter_id(kwargs.get("lora_request"))
+        return outputs
+
+    @property
+    def last(self) -> Origin | None:
+        """What this thread generated with last; ``None``: nothing yet.
+
+        Raises:
+            WeightsError: the version is no number.
+        """
+        origin = getattr(self._last, "origin", None)
+        return None if origin is None else Origin(as_version(origin[0]), origin[1])
+
+
+def guard(engine: Any) -> Guard | None:
+    """Make an engine's ``generate`` take turns with pushes, once; ``None`` for what is no ``vllm.LLM``."""
+    if not hasattr(engine, "llm_engine"):
+        return None
+    if not isinstance(engine.generate, Guard):
+        engine.generate = Guard(engine)
+    return engine.generate
+
+
+def adapter_id(lora_request: Any) -> int:
+    """Return the id of an adapter; 0 for the base model. An engine has one adapter under an id (engines/adapters.py)."""
+    return getattr(lora_request, "lora_int_id", 0)
