@@ -204,7 +204,7 @@ class TestWhereTorchRLsRecipesPutIt:
         reward = transform.transform_reward_spec(Composite(reward=Unbounded(shape=(3, 1, 1)), shape=(3,)))
         assert reward["reward"].shape == (3, -1, 1)
         spec = RetrieveLogProb(make_reference()).transform_observation_spec(Composite(shape=(3,)))
-        assert set(spec.keys(True, True)) == {("ref_log_probs", "full"), "kl_mask"}
+        assert set(spec.keys(True, True)) == {("ref_log_probs", "full"), "kl_mask", "ref_version"}
 
     def test_zeros_that_we_wrote_never_pass_for_recorded_log_probs(self, make_reference, policy_oracle, ref_oracle):
         values = [torch.tensor(policy_oracle.log_probs(s)) for s in SEQUENCES]

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from vllm_kl.engines.weights import as_version, lock_of
 
+# Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
+POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
+
 
 class Origin(NamedTuple):
     """The weights that made something."""
@@ -62,6 +65,13 @@ def guard(engine: Any) -> Guard | None:
     if not isinstance(engine.generate, Guard):
         engine.generate = Guard(engine)
     return engine.generate
+
+
+def generated_by(collector: Any) -> Origin | None:
+    """Return what the policy of a collector generated with last, in this thread; ``None``: not known."""
+    engine = getattr(getattr(collector, "policy", None), "model", None)
+    generate = getattr(engine, "generate", None)
+    return generate.last if isinstance(generate, Guard) else None
 
 
 def adapter_id(lora_request: Any) -> int:

@@ -16,10 +16,13 @@ from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.errors import InputError
+from vllm_kl.generated import Origin
 from vllm_kl.inputs import InputKeys, keys_of, read_batch, rows_of
 from vllm_kl.outputs import Rows, check_distinct, declare, set_rows
+from vllm_kl.reference import VLLMReference
 from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
+from vllm_kl.versions import OnStale, check_on_stale, check_stale, origins
 
 
 class RetrieveLogProb(TurnsTransform):
@@ -39,6 +42,9 @@ class RetrieveLogProb(TurnsTransform):
         tokenizer: used where the tensordict has no ids; default the model's.
         padding_side: where rows of different length are padded when ``model.pad_output``.
         mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
+        on_stale: as :class:`RetrieveKL` takes it, where a batch's tokens are scored by any model but a ``VLLMReference``: a policy,
+            which may not be the one that sampled them.
+        ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``; ``None``: nowhere.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
 
@@ -47,6 +53,7 @@ class RetrieveLogProb(TurnsTransform):
         InputError: when called: nothing to score, or masks that do not fit.
             Or another side's mask, which keeps other tokens, is at ``mask_key``.
         MissingLogProbError: when called: a kept token has no finite log-prob.
+        StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the model's weights.
 
     >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
     >>> td = RetrieveLogProb(reference)(td)
@@ -66,24 +73,34 @@ class RetrieveLogProb(TurnsTransform):
         tokenizer: Any = None,
         padding_side: PaddingSide = "left",
         mask_key: NestedKey | None = "kl_mask",
+        on_stale: OnStale = "raise",
+        ref_version_key: NestedKey | None = "ref_version",
     ) -> None:
+        check_on_stale(on_stale)
         if log_probs_full_key is None:
             log_probs_full_key = (model.log_probs_key, "full")
         else:
             warn_unless_full(log_probs_full_key)
-        masks = [] if mask_key is None else [mask_key]
-        check_distinct([log_probs_full_key, *masks])
-        super().__init__(in_keys=list(model.in_keys), out_keys=[log_probs_full_key, *masks])
-        self.mask_key = mask_key
         check_side(model, assistant_only)
+        model = model if device is None else model.to(device)
+        side, is_reference = ModelSide(model), isinstance(model, VLLMReference)
+        if not is_reference or side.version is None:
+            ref_version_key = None
+        out_keys = [key for key in (log_probs_full_key, mask_key, ref_version_key) if key is not None]
+        check_distinct(out_keys)
+        super().__init__(in_keys=list(model.in_keys), out_keys=out_keys)
+        self.model = model
+        self._side = side
+        self._is_reference = is_reference
+        self.on_stale: OnStale = on_stale
+        self.ref_version_key = ref_version_key
+        self.mask_key = mask_key
         self.log_probs_full_key = log_probs_full_key
-        self.model = model if device is None else model.to(device)
         self.assistant_only = assistant_only
         self.detach = detach
         self.tokenizer = tokenizer
         self.padding_side = padding_side
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self._side = ModelSide(self.model)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -96,12 +113,18 @@ class RetrieveLogProb(TurnsTransform):
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
+        if not self._is_step and not self._is_reference:
+            check_stale(origins(td), Origin(self._side.version, self._side.adapter), self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.keep))
         if self.mask_key is not None:
             self._check_mask(next_td, masks)
         next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
-        return next_td if self.mask_key is None else set_rows(next_td, self.mask_key, masks)
+        if self.mask_key is not None:
+            next_td = set_rows(next_td, self.mask_key, masks)
+        if self.ref_version_key is not None:
+            next_td.set(self.ref_version_key, torch.full((len(batch),), self._side.version, device=td.device))
+        return next_td
 
     def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:
         """Refuse to replace another side's mask: its tokens would be read where this side has none, or the other way round."""
@@ -124,4 +147,6 @@ class RetrieveLogProb(TurnsTransform):
         declare(observation_spec, self.log_probs_full_key, LogProbs)
         if self.mask_key is not None:
             declare(observation_spec, self.mask_key, dtype=torch.bool)
+        if self.ref_version_key is not None:
+            declare(observation_spec, self.ref_version_key, trailing=(), dtype=torch.int64)
         return observation_spec

@@ -22,6 +22,7 @@ from vllm_kl.audit import Audit, OnDrift
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
+from vllm_kl.generated import adapter_id
 from vllm_kl.inputs import nested, rows_of
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.types import Scorer, TokenBatch
@@ -108,6 +109,7 @@ class Side(Protocol):
     """One side of a KL."""
 
     version: int | None  # of the weights that made the last log-probs; None: not known
+    adapter: int  # and their adapter; 0: the base model
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
         """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded."""
@@ -120,6 +122,7 @@ class ModelSide:
     def __init__(self, model: Any) -> None:
         self._scorer = scorer_for(model)
         self.version = version_of(self._scorer)
+        self.adapter = adapter_id(getattr(getattr(self._scorer, "_engine", None), "_lora_request", None))
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
         values = score_batch(self._scorer, batch)
@@ -165,6 +168,7 @@ class FromCollector:
         self._pad_output: bool | None = None
         self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
         self.version: int | None = None
+        self.adapter = 0
 
     def __repr__(self) -> str:
         return f"FromCollector({self.gen_log_probs!r})"
@@ -242,6 +246,7 @@ class FromCollector:
             )
         values = score_batch(self._scorer_of(policy), batch)
         self.version = version_of(self._scorer_of(policy))
+        self.adapter = adapter_id(getattr(policy, "lora_request", None))
         return values, False
 
     def _recorded(

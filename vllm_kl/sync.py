@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torchrl.collectors.weight_update import WeightUpdaterBase
+from torchrl.data import Composite
 from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
-from vllm_kl.generated import guard
+from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin, guard
+from vllm_kl.outputs import declare
 
 
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
@@ -126,7 +128,8 @@ class EnginePolicyVersion(PolicyVersion):
     """TorchRL's ``PolicyVersion`` that counts nothing: the policy's version is the one that its engine serves.
 
     Whoever pushes, and however often, before the collector exists or beside it: samples are stamped with the weights that made
-    them. TorchRL's own tracker (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
+    them, and with their adapter's id (``"policy_adapter"``, 0: the base model). TorchRL's own tracker
+    (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
 
     Args:
         engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one.
@@ -152,13 +155,19 @@ class EnginePolicyVersion(PolicyVersion):
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         origin = None if self._guard is None else self._guard.last  # another thread may have pushed since
-        version = self.version if origin is None else origin.version
-        return next_tensordict.set(
-            "policy_version", torch.full(next_tensordict.shape, version, device=next_tensordict.device)
-        )
+        return self._stamp(next_tensordict, origin or Origin(self.version))
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return super()._step(tensordict, tensordict_reset)
+        return self._stamp(tensordict_reset, Origin(self.version))
+
+    def _stamp(self, td: TensorDictBase, origin: Origin) -> TensorDictBase:
+        for key, value in ((POLICY_VERSION, origin.version), (POLICY_ADAPTER, origin.adapter)):
+            td.set(key, torch.full(td.shape, value, device=td.device))
+        return td
+
+    def transform_observation_spec(self, spec: Composite) -> Composite:
+        declare(spec, POLICY_ADAPTER, trailing=(), dtype=torch.int64)
+        return super().transform_observation_spec(spec)
 
 
 class _Pusher:

@@ -26,6 +26,7 @@ from vllm_kl.audit import OnDrift
 from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.generated import Origin, generated_by
 from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.log_prob import RetrieveLogProb
@@ -35,7 +36,7 @@ from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
 from vllm_kl.types import TokenBatch
-from vllm_kl.versions import OnStale, check_on_stale, check_stale, policy_versions
+from vllm_kl.versions import OnStale, check_on_stale, check_stale, origins
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
@@ -77,9 +78,11 @@ class RetrieveKL(TurnsTransform, KLTransform):
         clamp_log_ratio, clamp_output, direction: as :func:`vllm_kl.kl_estimate` takes them.
         mask_key: where the mask is written, bool: the tokens that count, for losses and averages; ``None``: nowhere.
         gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see :class:`FromCollector`.
-        on_stale: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where the gen side scores again samples of a batch that
-            another version of the policy generated. Versions are those that ``LLMCollector(track_policy_version=True)``
-            stamps and :func:`vllm_kl.push_weights` counts.
+        on_stale: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where the gen side scores again samples that other weights
+            generated, or where that is not known: a version is missing or no number, on either side, or adapters differ. Samples
+            are stamped with ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))``; TorchRL's own tracker says nothing
+            of adapters. Not asked: where no sample has a version and the engine's weights never moved, or are not counted; and at
+            an env's step, of tokens that were generated just now.
         ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: nowhere. Only a
             reference whose scorer knows one has it.
         audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
@@ -260,11 +263,11 @@ class RetrieveKL(TurnsTransform, KLTransform):
         collector = self._collector()
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
-        versions = None if self._is_step else policy_versions(td, next_td)
-        if versions and not recorded and self._gen.version:  # 0: never stamped, so nothing can be said
-            check_stale(versions, self._gen.version, self.on_stale)
+        sampled = self._sampled(td, collector)
+        if not recorded:
+            check_stale(sampled, Origin(self._gen.version, self._gen.adapter), self.on_stale)
         keeps_recorded = recorded and next_td is td
-        write = partial(self._write_kl, batch, gen, versions, td.device, keeps_recorded)
+        write = partial(self._write_kl, batch, gen, sampled, td.device, keeps_recorded)
         if self._deferral is None:
             ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
             return write(next_td, ref, self._ref.version)
@@ -282,11 +285,18 @@ class RetrieveKL(TurnsTransform, KLTransform):
             write=write,
         )
 
+    def _sampled(self, td: TensorDictBase, collector: Any) -> list[Origin]:
+        if not self._is_step:
+            return origins(td)
+        # Generated just now: only another thread's push can have come between.
+        last = generated_by(collector) if isinstance(self._gen, FromCollector) else None
+        return [] if last is None else [last] * len(td)
+
     def _write_kl(
         self,
         batch: TokenBatch,
         gen: list[torch.Tensor],
-        versions: list[int] | None,
+        sampled: list[Origin],
         device: torch.device | None,
         keeps_recorded: bool,
         next_td: TensorDictBase,
@@ -304,7 +314,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
             del log_probs[self.gen_log_probs_full_key]
         written = self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
         self._versions = {}
-        if versions:
+        if versions := [origin.version for origin in sampled if isinstance(origin.version, int)]:
             self._versions = {
                 "policy_version_min": float(min(versions)),
                 "policy_version_max": float(max(versions)),
