@@ -26,9 +26,10 @@ from vllm_kl import (
     VLLMScorer,
     VLLMSyncScheme,
     VLLMWeightUpdater,
+    check_versions,
     push_weights,
 )
-from vllm_kl.errors import StaleError
+from vllm_kl.errors import StaleError, WeightsError
 from vllm_kl.sync import weights_of
 from vllm_kl.versions import StaleWarning
 
@@ -304,6 +305,53 @@ def test_a_batch_that_straddles_an_update_says_so(old_batch, make_reference):
     transform(old_batch)
     assert transform.metrics["policy_version_min"] == 0
     assert transform.metrics["policy_version_max"] == NUM_ENVS - 1
+
+
+class EndFirst(Transform):
+    """The first dialog of a batch is one turn long, the others two: it leaves first."""
+
+    def __init__(self):
+        super().__init__(out_keys=[])
+        self._turn = 0
+
+    def _step(self, td, next_td):
+        self._turn += 1
+        if self._turn % 2:
+            for key in ("done", "terminated"):
+                next_td[key] = next_td[key].index_fill(0, torch.tensor(0), True)
+        return next_td
+
+
+@pytest.fixture
+def complete_dialogs(make_collector, make_reference):
+    """A collector of dialogs as they complete, those of a batch begun at different times; and its transform."""
+    kl = RetrieveKL("from_collector", make_reference())
+    kwargs = {"yield_completed_trajectories": True, "num_batches": 10}
+    return iter(make_collector(EndFirst(), kl, max_steps=2, **kwargs)), kl
+
+
+@pytest.mark.filterwarnings("ignore:.*its text was tokenized again")  # a random model says bytes that are no text
+def test_in_an_env_too_a_batch_that_straddles_an_update_says_so(complete_dialogs, policy_engine, steps):
+    batches, kl = complete_dialogs
+    figures = []
+    for _ in range(6):
+        data = next(batches)
+        versions = data["next", "policy_version"]
+        assert kl.metrics["policy_version_min"] == versions.min()
+        assert kl.metrics["policy_version_max"] == versions.max()
+        assert check_versions(data).items() <= kl.metrics.items()
+        figures.append(kl.metrics)
+        push_weights(policy_engine, AutoModelForCausalLM.from_pretrained(steps[1]))
+    assert any(f["policy_version_min"] < f["policy_version_max"] for f in figures)
+
+
+@pytest.mark.filterwarnings("ignore:.*its text was tokenized again")
+def test_scores_of_two_reference_versions_never_leave_in_one_batch(complete_dialogs, ref_scorer, ref_model):
+    batches, _ = complete_dialogs
+    next(batches)
+    ref_scorer.refresh(ref_model.state_dict())
+    with pytest.raises(WeightsError, match="two versions of the reference .*sample .* with no dialog half collected"):
+        list(batches)
 
 
 def test_a_choice_that_does_not_exist_is_refused(make_reference):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm_kl.scorer import VLLMScorer
     from vllm_kl.sync import EnginePolicyVersion, VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
+    from vllm_kl.versions import check_versions
     from vllm_kl.wrapper import LoRAWrapper
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "VLLMScorer",
     "VLLMSyncScheme",
     "VLLMWeightUpdater",
+    "check_versions",
     "fill_deferred",
     "kl_estimate",
     "mismatch",
@@ -59,6 +61,7 @@ _HOME = {
     "VLLMScorer": "scorer",
     "VLLMSyncScheme": "sync",
     "VLLMWeightUpdater": "sync",
+    "check_versions": "versions",
     "fill_deferred": "deferred",
     "kl_estimate": "kl",
     "mismatch": "diagnostics",

@@ -31,10 +31,12 @@ from torchrl.envs import Transform
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.inputs import rows_of
+from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import Side, scorer_for
 from vllm_kl.steps import scores
 from vllm_kl.types import TokenBatch
+from vllm_kl.versions import place, two_references
 
 Deferred = Literal[False, True, "buffer"]
 
@@ -189,8 +191,13 @@ class Deferral:
             CollectorError: there is no collector that could be made to fill the batch in.
             OptionError: a later transform of the env would read the reward too early.
         """
-        if self._until is True:
-            _fill_on_leaving(transform._collector())
+        collector = transform._collector()
+        if self._until is True and not on_leaving(collector, fill_deferred):
+            what = "there is no collector" if collector is None else f"a {type(collector).__name__} has no postproc"
+            raise CollectorError(
+                f"deferred=True fills in what leaves a collector, but {what}. Append the transform to the env of an LLMCollector; "
+                "or pass deferred='buffer' and call vllm_kl.fill_deferred(batch), or deferred=False"
+            )
         if reward_waits:
             _check_later(transform)
         reward = rows_of(next_td, "reward") if reward_waits else None
@@ -291,11 +298,11 @@ def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handl
     except _StepError as failed:
         error = failed.error
         rows = {h.row: i for i, handles in enumerate(waiting) for h in handles if h.step is handle.step}
-        where = f"env step {handle.step.number}, of which this batch has sample {_index(i, shape)} and maybe more"
+        where = f"env step {handle.step.number}, of which this batch has sample {place(i, shape)} and maybe more"
         if failed.row is not None:
             at = rows.get(failed.row)
-            place = "not in this batch" if at is None else f"sample {_index(at, shape)} of this batch"
-            where = f"row {failed.row} of env step {handle.step.number}: {place}"
+            found = "not in this batch" if at is None else f"sample {place(at, shape)} of this batch"
+            where = f"row {failed.row} of env step {handle.step.number}: {found}"
         if isinstance(error, VLLMKLError):
             raise type(error)(f"{where}: {error}") from error
         error.add_note(f"vllm_kl: {where}")
@@ -308,16 +315,7 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
     for i, handle in ((i, handle) for i, handles in enumerate(waiting) for handle in handles):
         before, version = first.setdefault(handle.step.owner, (i, handle.step.version))
         if version != handle.step.version:
-            raise WeightsError(
-                f"two versions of the reference would meet in one batch: sample {_index(before, shape)} was scored by version "
-                f"{version}, sample {_index(i, shape)} by version {handle.step.version}. Refresh it between batches, with no "
-                "dialog half collected"
-            )
-
-
-def _index(i: int, shape: torch.Size) -> int | list[int]:
-    """Return where sample i of the flattened batch lies in the batch."""
-    return i if len(shape) < 2 else [int(n) for n in torch.unravel_index(torch.tensor(i), shape)]
+            raise two_references(place(before, shape), version, place(i, shape), handle.step.version)
 
 
 def _score(side: Side, batch: TokenBatch, expected_version: int | None) -> tuple[list[torch.Tensor], int | None]:
@@ -355,29 +353,6 @@ def _write_apart(
     """Write a step's results into a tensordict of their own, with the reward that the step had."""
     rows = [{} if reward is None else {"reward": reward[i]} for i in range(num_samples)]
     return write(lazy_stack([TensorDict(row, device=device) for row in rows]), log_probs, version)
-
-
-class _FillFirst:
-    """A collector's ``postproc`` that fills batches in before the one that the user gave, if any, sees them."""
-
-    def __init__(self, postproc: Callable[[TensorDictBase], TensorDictBase] | None) -> None:
-        self._postproc = postproc
-
-    def __call__(self, td: TensorDictBase) -> TensorDictBase:
-        td = fill_deferred(td)
-        return td if self._postproc is None else self._postproc(td)
-
-
-def _fill_on_leaving(collector: Any) -> None:
-    """Make a collector fill in what leaves it: torchrl 0.14's call ``postproc`` on every batch, before a replay buffer too."""
-    if collector is None or not hasattr(collector, "postproc"):
-        what = "there is no collector" if collector is None else f"a {type(collector).__name__} has no postproc"
-        raise CollectorError(
-            f"deferred=True fills in what leaves a collector, but {what}. Append the transform to the env of an LLMCollector; or "
-            "pass deferred='buffer' and call vllm_kl.fill_deferred(batch), or deferred=False"
-        )
-    if not isinstance(collector.postproc, _FillFirst):  # looked at every step: a postproc may be set at any time
-        collector.postproc = _FillFirst(collector.postproc)
 
 
 def _check_later(transform: Transform) -> None:

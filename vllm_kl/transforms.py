@@ -29,6 +29,7 @@ from vllm_kl.errors import InputError, OptionError
 from vllm_kl.generated import Origin, generated_by
 from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
+from vllm_kl.leaving import on_leaving
 from vllm_kl.log_prob import RetrieveLogProb
 from vllm_kl.outputs import Rows, declare
 from vllm_kl.penalty import KLTransform, Penalty
@@ -36,7 +37,7 @@ from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
 from vllm_kl.types import TokenBatch
-from vllm_kl.versions import OnStale, check_on_stale, check_stale, origins
+from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, origins, policy_range
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
@@ -103,6 +104,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
         DriftError: when called: an audit found other numbers than the recorded ones.
         CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
+        StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the weights that score them again.
+        WeightsError: from the collector: scores of two versions of the reference would leave it in one batch.
 
     >>> td = TensorDict(
     ...     tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1),
@@ -241,7 +244,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
         - ``audit_...``: of the last audit;
         - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
-          an update; ``ref_version``: of the reference's weights;
+          an update; ``ref_version``: of the reference's weights. In an env: of the last batch that left the collector, see
+          :func:`~vllm_kl.check_versions`;
         - ``retokenized_turns``: turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`: of a batch
           ``[dialogs, turns]`` (a ``postproc``, a collector's batch), or of an env's last step; and in an env
           ``retokenized_turns_total`` of ``later_turns_total``, all turns but each dialog's first, since it was made.
@@ -285,6 +289,15 @@ class RetrieveKL(TurnsTransform, KLTransform):
             write=write,
         )
 
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        written = super()._step(tensordict, next_tensordict)
+        on_leaving(self._collector(), self._check_batch)  # a step does not see the batch that it will be in
+        return written
+
+    def _check_batch(self, td: TensorDictBase) -> TensorDictBase:
+        self._versions = check_versions(td, ref_version_key=self.ref_version_key or "ref_version")
+        return td
+
     def _sampled(self, td: TensorDictBase, collector: Any) -> list[Origin]:
         if not self._is_step:
             return origins(td)
@@ -313,12 +326,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             del log_probs[self.gen_log_probs_full_key]
         written = self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
-        self._versions = {}
-        if versions := [origin.version for origin in sampled if isinstance(origin.version, int)]:
-            self._versions = {
-                "policy_version_min": float(min(versions)),
-                "policy_version_max": float(max(versions)),
-            }
+        self._versions = policy_range(sampled)
         if self.ref_version_key is not None:
             self._versions["ref_version"] = float(ref_version)
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))

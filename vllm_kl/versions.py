@@ -7,11 +7,13 @@ other weights sampled, or that nothing says are of these, are not scored again, 
 from __future__ import annotations
 
 import warnings
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDictBase, lazy_stack
+from tensordict.utils import NestedKey
 
-from vllm_kl.errors import OptionError, StaleError
+from vllm_kl.errors import OptionError, StaleError, WeightsError
 from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin
 from vllm_kl.sample_rows import entry_of
 
@@ -30,8 +32,7 @@ def check_on_stale(on_stale: str) -> None:
 
 def origins(td: TensorDictBase) -> list[Origin]:
     """Return what sampled each row of ``[B]``, as far as it was recorded."""
-    rows = td.unbind(0)
-    return [Origin(entry_of(row, POLICY_VERSION), entry_of(row, POLICY_ADAPTER) or 0) for row in rows]
+    return [Origin(entry_of(row, POLICY_VERSION), entry_of(row, POLICY_ADAPTER) or 0) for row in td.unbind(0)]
 
 
 def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> None:
@@ -56,3 +57,50 @@ def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> No
     if on_stale == "raise":
         raise StaleError(message)
     warnings.warn(message, StaleWarning, stacklevel=2)
+
+
+def check_versions(td: TensorDictBase, *, ref_version_key: NestedKey = "ref_version") -> dict[str, float]:
+    """Return the versions of a batch, for a logger, where samples carry them: it straddles an update where they differ.
+
+    :class:`~vllm_kl.RetrieveKL` in the env of a collector does it to every batch that leaves, and has them in its ``metrics``.
+
+    Args:
+        td: a batch of any shape, as a collector gives it, or several that were joined.
+        ref_version_key: as the transform was given it.
+
+    Returns:
+        ``policy_version_min``, ``policy_version_max`` and ``ref_version``.
+
+    Raises:
+        WeightsError: scores of two versions of the reference are in one batch; names two samples.
+
+    >>> versions = {"policy_version": torch.tensor([3, 4]), "ref_version": torch.tensor([0, 0])}
+    >>> check_versions(TensorDict(next=TensorDict(versions, batch_size=2), batch_size=2))
+    {'policy_version_min': 3.0, 'policy_version_max': 4.0, 'ref_version': 0.0}
+    """
+    shape = td.batch_size
+    rows = (td.reshape(-1) if shape else lazy_stack([td])).unbind(0)
+    refs = [(i, version) for i, row in enumerate(rows) if (version := entry_of(row, ref_version_key)) is not None]
+    for i, version in refs:
+        if version != refs[0][1]:
+            raise two_references(place(refs[0][0], shape), refs[0][1], place(i, shape), version)
+    return policy_range(origins(lazy_stack(rows))) | ({"ref_version": float(refs[0][1])} if refs else {})
+
+
+def policy_range(sampled: list[Origin]) -> dict[str, float]:
+    """Return the smallest and the largest version, of those that are numbers."""
+    versions = [float(origin.version) for origin in sampled if isinstance(origin.version, int)]
+    return {"policy_version_min": min(versions), "policy_version_max": max(versions)} if versions else {}
+
+
+def place(i: int, shape: torch.Size) -> int | list[int]:
+    """Return where sample i of the flattened batch lies in the batch."""
+    return i if len(shape) < 2 else [int(n) for n in torch.unravel_index(torch.tensor(i), shape)]
+
+
+def two_references(one: Any, version: Any, other: Any, other_version: Any) -> WeightsError:
+    """Return the error of a batch with scores of two versions of one reference."""
+    return WeightsError(
+        f"two versions of the reference would meet in one batch: sample {one} was scored by version {version}, sample {other} by "
+        f"version {other_version}. Refresh it between batches, with no dialog half collected"
+    )
