@@ -15,6 +15,7 @@ from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
+from tests.batches import ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
 from vllm_kl import (
@@ -305,6 +306,19 @@ def test_a_batch_that_straddles_an_update_says_so(old_batch, make_reference):
     transform(old_batch)
     assert transform.metrics["policy_version_min"] == 0
     assert transform.metrics["policy_version_max"] == NUM_ENVS - 1
+
+
+def test_a_batch_that_keeps_no_token_is_of_the_reference_that_serves(make_reference, ref_scorer, ref_model):
+    kl = RetrieveKL("from_collector", make_reference())
+
+    def scored_by(num_prompt):
+        log_probs = [torch.tensor([0.0, 0.0, -1.0, -2.0])]
+        td = ids_batch([[5, 6, 7, 8]], [num_prompt], extra={("log_probs", "full"): log_probs})
+        return kl(td)["ref_version"].tolist()
+
+    assert scored_by(2) == [ref_scorer.weight_version]
+    version = ref_scorer.refresh(ref_model.state_dict())
+    assert scored_by(4) == [version]
 
 
 class EndFirst(Transform):

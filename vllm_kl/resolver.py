@@ -73,9 +73,10 @@ def scorer_for(model: Any) -> Scorer:
     )
 
 
-def version_of(scorer: Scorer) -> int | None:
-    """Return the version of the weights that made a scorer's last log-probs, or else of those that serve."""
-    version = getattr(getattr(scorer, "stats", None), "weight_version", None)
+def version_of(scorer: Scorer, batch: TokenBatch | None = None) -> int | None:
+    """Return the version of the weights that scored a batch just now, or of those that serve where nothing was sent."""
+    was_sent = batch is not None and any(keep.any() for keep in batch.keep)
+    version = getattr(getattr(scorer, "stats", None), "weight_version", None) if was_sent else None
     return getattr(scorer, "weight_version", None) if version is None else version
 
 
@@ -126,7 +127,7 @@ class ModelSide:
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
         values = score_batch(self._scorer, batch)
-        self.version = version_of(self._scorer)
+        self.version = version_of(self._scorer, batch)
         return values, False
 
 
@@ -245,7 +246,7 @@ class FromCollector:
                 "the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= with a model."
             )
         values = score_batch(self._scorer_of(policy), batch)
-        self.version = version_of(self._scorer_of(policy))
+        self.version = version_of(self._scorer_of(policy), batch)
         self.adapter = adapter_id(getattr(policy, "lora_request", None))
         return values, False
 
