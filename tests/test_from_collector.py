@@ -17,7 +17,7 @@ from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 
 from tests import oracle
 from tests.oracle import KL_TOLERANCE
-from vllm_kl import FromCollector, RetrieveKL
+from vllm_kl import FromCollector, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.errors import CollectorError
 
 NUM_ENVS, GROUP = 4, 2
@@ -58,8 +58,7 @@ def make_policy(policy_llm, tokenizer):
             policy_llm,
             tokenizer=tokenizer,
             input_mode="history",
-            generate=True,
-            **{"generate_kwargs": {"max_new_tokens": 10, "temperature": 1.0}, **kwargs},
+            **{"generate": True, "generate_kwargs": {"max_new_tokens": 10, "temperature": 1.0}, **kwargs},
         )
 
     return make
@@ -187,6 +186,16 @@ def test_pad_output_mismatch_is_refused_when_the_policy_is_resolved(make_env, ma
     env = make_env().append_transform(RetrieveKL("from_collector", make_reference(pad_output=True)))
     with pytest.raises(ValueError, match="pad_output mismatch: the collector's policy has pad_output=False"):
         collect(env, make_policy(pad_output=False))
+
+
+@pytest.mark.parametrize("mode", ["auto", "rescore"])
+def test_a_reference_that_is_the_policys_engine_is_refused(make_env, make_policy, policy_llm, tokenizer, mode):
+    reference = VLLMReference(VLLMScorer(policy_llm), tokenizer)
+    message = "both sides are one LLMEngine: the KL would be 0 at every update. Give the reference an engine of its own"
+    with pytest.raises(TypeError, match=message):
+        collect(make_env().append_transform(RetrieveKL("from_collector", reference, gen_log_probs=mode)), make_policy())
+    with pytest.raises(TypeError, match=message):
+        RetrieveKL(make_policy(generate=False)(), reference)
 
 
 def test_as_a_postproc_it_reuses_what_was_recorded(make_env, make_policy, make_reference, policy_oracle, ref_oracle):

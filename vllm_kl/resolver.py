@@ -80,6 +80,33 @@ def version_of(scorer: Scorer, batch: TokenBatch | None = None) -> int | None:
     return getattr(scorer, "weight_version", None) if version is None else version
 
 
+def check_two_models(gen_model: Any, ref_model: Any) -> None:
+    """Refuse a reference that is the policy itself: their KL is 0, and stays it whatever the policy learns.
+
+    Raises:
+        OptionError: both are one engine, or one model, with one adapter or none.
+    """
+    (engine, adapter), other = _weights_behind(gen_model), _weights_behind(ref_model)
+    if engine is other[0] and adapter == other[1]:
+        what = f"adapter {adapter} on one engine" if adapter else f"one {type(engine).__name__}"
+        raise OptionError(
+            f"both sides are {what}: the KL would be 0 at every update. Give the reference an engine of its own "
+            "(VLLMReference(path)), or, where the policy is an adapter, let only the policy name it (lora_request)"
+        )
+
+
+def _weights_behind(model: Any) -> tuple[Any, int]:
+    """Return what holds a model's weights, and the id of its adapter."""
+    scorer = getattr(model, "scorer", None)
+    if scorer is None:
+        engine = getattr(model, "model", model)
+        return getattr(engine, "llm_engine", engine), adapter_id(getattr(model, "lora_request", None))
+    engine = getattr(scorer, "_engine", scorer)
+    if isinstance(engine, GenerateEngine) and engine.weights is not None:
+        return engine.weights._engine, adapter_id(engine._lora_request)
+    return engine, 0
+
+
 class WrapperScorer:
     """Scores with any :class:`~torchrl.modules.llm.policies.LLMWrapperBase`, through its own ``tokens`` mode.
 

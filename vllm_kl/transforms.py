@@ -34,7 +34,16 @@ from vllm_kl.log_prob import RetrieveLogProb
 from vllm_kl.outputs import Rows, declare
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.reference import remote_reference
-from vllm_kl.resolver import FromCollector, GenLogProbs, ModelSide, Side, check_side, one_of, warn_unless_full
+from vllm_kl.resolver import (
+    FromCollector,
+    GenLogProbs,
+    ModelSide,
+    Side,
+    check_side,
+    check_two_models,
+    one_of,
+    warn_unless_full,
+)
 from vllm_kl.steps import TurnsTransform, scores, to_device
 from vllm_kl.types import TokenBatch
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, origins, policy_range
@@ -101,6 +110,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
     Raises:
         ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
+        OptionError: reference and policy are one engine with one adapter, or none: known when called, with ``from_collector``.
         DriftError: when called: an audit found other numbers than the recorded ones.
         CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
@@ -198,6 +208,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
                     "audit has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
                 )
             models["gen_model"] = gen_model
+            check_two_models(gen_model, ref_model)
         for name, model in models.items():
             check_side(model, assistant_only, name)
         pads = {name: model.pad_output for name, model in models.items()}
@@ -265,6 +276,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         collector = self._collector()
+        if isinstance(self._gen, FromCollector) and (policy := self._gen.policy(collector)) is not None:
+            check_two_models(policy, self.ref_model)
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
         sampled = self._sampled(td, collector)
