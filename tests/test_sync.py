@@ -22,10 +22,17 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
-from vllm_kl.engines import weights as weights_module
+from vllm_kl.engines import loading
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
 from vllm_kl.plugin.weights import LOAD
-from vllm_kl.sync import VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async, weights_of
+from vllm_kl.sync import (
+    VLLMSyncScheme,
+    VLLMWeightUpdater,
+    finish_update,
+    push_weights,
+    push_weights_async,
+    weights_of,
+)
 
 IDS = list(range(5, 80))  # more than two blocks: the prefix cache has something to keep
 
@@ -737,7 +744,7 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
     """A fake engine: one whose version is still 0 and whose load fails is not had otherwise."""
     mine = tmp_path / "model"
     shutil.copytree(folders[0], mine)
-    record = weights_module._Record(SimpleNamespace(model=str(mine)))
+    record = loading.Record(SimpleNamespace(model=str(mine)))
     calls = []
 
     def call(method, *args):
@@ -748,7 +755,7 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
 
     os.utime(mine / "model.safetensors", ns=(0, 0))
     with pytest.raises(WeightsError, match=r"out of memory.* could not be put back .*have changed since the engine"):
-        weights_module.drive(record.loading(checkpoint.Checkpoint(folders[1]), None), call)
+        loading.drive(record.loading(checkpoint.Checkpoint(folders[1]), None), call)
     assert calls[-1] == ("set_weight_version", "unknown")
     assert sum(LOAD in call for call in calls) == 1
 
@@ -790,6 +797,43 @@ def test_asleep_says_on_a_cpu_that_it_does_nothing(owned):
     with pytest.warns(UserWarning, match="does nothing on a CPU"), owned.asleep():
         pass
     owned.score([IDS])
+
+
+# Weights that came another way.
+
+
+def test_weights_that_vllm_loaded_itself_serve_whole_and_under_a_version_of_theirs(llm, folders, states, oracles):
+    version = push_weights(llm, states[0])
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE  # leaves KV
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
+    assert error_of(llm, oracles[1]) > 0.1  # what vLLM leaves out
+    assert finish_update(llm) == weights_of(llm).version == version + 1
+    for share_prefix in (True, True, False):
+        assert error_of(llm, oracles[1], share_prefix=share_prefix) < LOG_PROB_TOLERANCE
+    with pytest.raises(WeightsError, match=f"expected an int above {version + 1}"):
+        finish_update(llm, version=version)
+    assert push_weights(llm, states[2]) == version + 2
+    assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
+
+
+def test_a_push_that_fails_after_weights_came_another_way_claims_nothing(llm, folders, states, monkeypatch):
+    """What to put back is not known: a version that is not there must not be named."""
+    push_weights(llm, states[0])
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
+    version = finish_update(llm)
+    broken = {name: tensor for name, tensor in states[2].items() if name != "model.norm.weight"}
+    monkeypatch.setattr(checkpoint.Skeleton, "checked", lambda self, state: dict(state))
+    with pytest.raises(WeightsError, match="could not be put back .*others loaded it"):
+        push_weights(llm, broken)
+    with pytest.raises(WeightsError, match="which weights serve is not known"):
+        VLLMScorer(llm)
+    monkeypatch.undo()
+    assert push_weights(llm, states[0]) == version + 1
+
+
+def test_a_scorers_own_engine_is_reached_by_nobody_else(owned):
+    with pytest.raises(WeightsError, match=r"nobody but push_weights\(\) and refresh\(\)"):
+        finish_update(owned)
 
 
 # TorchRL's two ways, and the asynchronous engine.

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from vllm_kl.resolver import FromCollector
     from vllm_kl.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.scorer import VLLMScorer
-    from vllm_kl.sync import EnginePolicyVersion, VLLMSyncScheme, VLLMWeightUpdater, push_weights, push_weights_async
+    from vllm_kl.sync import (
+        EnginePolicyVersion,
+        VLLMSyncScheme,
+        VLLMWeightUpdater,
+        finish_update,
+        push_weights,
+        push_weights_async,
+    )
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
     from vllm_kl.versions import check_versions
     from vllm_kl.wrapper import LoRAWrapper
@@ -40,6 +47,7 @@ __all__ = [
     "VLLMWeightUpdater",
     "check_versions",
     "fill_deferred",
+    "finish_update",
     "kl_estimate",
     "mismatch",
     "push_weights",
@@ -63,6 +71,7 @@ _HOME = {
     "VLLMWeightUpdater": "sync",
     "check_versions": "versions",
     "fill_deferred": "deferred",
+    "finish_update": "sync",
     "kl_estimate": "kl",
     "mismatch": "diagnostics",
     "push_weights": "sync",

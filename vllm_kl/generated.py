@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 from typing import Any, NamedTuple
 
-from vllm_kl.engines.weights import as_version, lock_of
+from vllm_kl.engines.loading import as_version
+from vllm_kl.engines.weights import lock_of
 
 # Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
 POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"

@@ -4,8 +4,7 @@
 
 See :mod:`vllm_kl.checkpoint` for the first half and :mod:`vllm_kl.engines.weights` for the second. Nothing here needs NCCL,
 a process group or a GPU. Where trainer and engine have GPUs of their own and a model is large, vLLM's and TorchRL's NCCL ways
-(``vLLMUpdaterV2``, ``VLLMWeightSyncScheme``) are faster; they work with everything here as long as they stamp numbers:
-``finish_weight_update(weight_version="7")``.
+(``update_weights``, ``VLLMWeightSyncScheme``) are faster, and :func:`finish_update` after them does what they leave out.
 """
 
 from __future__ import annotations
@@ -71,6 +70,33 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     state = weights.skeleton.checked(state_dict)
     weights.next_version(version)  # refuses before anything is written; load() chooses
     return weights.load(weights.skeleton.write(state), version=version)
+
+
+def finish_update(engine: Any, *, version: int | None = None) -> int:
+    """Let an engine serve weights that came another way: vLLM's weight transfer or ``reload_weights``, TorchRL's NCCL senders.
+
+    Those leave KV of the old weights in the prefix cache, the version as it was, and on a CPU a tied LM head with the old
+    weights (vLLM 0.32). Afterwards all of it is of the new ones.
+
+    Args:
+        engine: a ``vllm.LLM``, or a TorchRL ``vLLMWrapper`` of one.
+        version: as :func:`push_weights` takes it.
+
+    Returns:
+        The version that serves now.
+
+    Raises:
+        WeightsError: the engine is none of these; requests are unfinished.
+        EngineError: the engine died.
+
+    >>> # llm.collective_rpc("reload_weights", kwargs={"weights_path": "step-7"}); finish_update(llm, version=7)
+    """
+    weights = weights_of(engine)
+    if not isinstance(weights, LiveWeights):
+        raise WeightsError(
+            "nobody but push_weights() and refresh() can load weights into the engine that a scorer owns"
+        )
+    return weights.take_over(version=version)
 
 
 async def push_weights_async(engine: Any, state_dict: Any, *, version: int | None = None) -> int:

@@ -23,6 +23,7 @@ import torch
 # Names of the methods, for ``collective_rpc``.
 LOAD = "vllm_kl_load_weights"
 READY = "vllm_kl_can_load_weights"
+REPACK = "vllm_kl_repack_heads"
 
 
 def install() -> None:
@@ -31,6 +32,7 @@ def install() -> None:
 
     setattr(WorkerBase, LOAD, load_weights)
     setattr(WorkerBase, READY, lambda worker: True)
+    setattr(WorkerBase, REPACK, lambda worker: _repack_heads(worker.model_runner.get_model()))
 
 
 def load_weights(worker: Any, folder: str | None) -> None:
