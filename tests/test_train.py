@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,24 @@ def run(tmp_path_factory):
     done = vllm_kl("demo", "--train", UPDATES, "--prompts", 4, "--group", 4, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def log_probs(run):
+    """Of a sample's response by the checkpoint of a version, in float64."""
+    out, _, _ = run
+    models = {
+        version: AutoModelForCausalLM.from_pretrained(out / "checkpoints" / str(version), dtype=torch.float64)
+        for version in range(UPDATES + 1)
+    }
+
+    @torch.no_grad()
+    def log_probs(version, sample):
+        ids, mask = torch.tensor(sample.token_ids), torch.tensor(sample.mask)
+        rows = models[version](ids[None]).logits[0].log_softmax(-1)
+        return rows[:-1].gather(-1, ids[1:, None])[:, 0][mask[1:]]
+
+    return log_probs
 
 
 @pytest.mark.timeout(600)
@@ -48,21 +68,10 @@ class TestTraining:
         _, figures, _ = run
         assert 0 <= figures["kl_first"] < 1e-4 < figures["kl_last"]
 
-    def test_every_updates_kl_is_that_of_its_own_checkpoint(self, run):
+    def test_every_updates_kl_is_that_of_its_own_checkpoint(self, run, log_probs):
         """Computed here once more, apart from the demo's own check, and from other versions' checkpoints it is another."""
         out, figures, _ = run
         samples = read_samples(out / "rollouts.jsonl")
-        models = {
-            version: AutoModelForCausalLM.from_pretrained(out / "checkpoints" / str(version), dtype=torch.float64)
-            for version in range(UPDATES)
-        }
-
-        @torch.no_grad()
-        def log_probs(version, sample):
-            ids, mask = torch.tensor(sample.token_ids), torch.tensor(sample.mask)
-            rows = models[version](ids[None]).logits[0].log_softmax(-1)
-            return rows[:-1].gather(-1, ids[1:, None])[:, 0][mask[1:]]
-
         errors = {version: [] for version in range(UPDATES)}
         for sample in samples:
             own = log_probs(sample.policy_version, sample)
@@ -75,6 +84,20 @@ class TestTraining:
         worst = max(float(torch.stack(rows).max()) for rows in errors.values())
         assert worst <= 2e-5
         assert worst == pytest.approx(figures["max_abs_err"], abs=1e-7)
+
+    def test_updates_make_the_better_answers_of_a_group_likelier(self, run, log_probs):
+        """The reward's sign, from the grade through advantages and loss to the weights that serve next."""
+        out, _, _ = run
+        groups = defaultdict(list)
+        for sample in read_samples(out / "rollouts.jsonl"):
+            groups[sample.policy_version, sample.query].append(sample)
+        gain = 0.0
+        for (version, _), group in groups.items():
+            mean = statistics.fmean(sample.reward for sample in group)
+            for sample in group:
+                moved = log_probs(version + 1, sample).sum() - log_probs(version, sample).sum()
+                gain += (sample.reward - mean) * float(moved)
+        assert gain > 0.1
 
     def test_the_table_and_the_picture_are_there(self, run):
         out, _, shown = run
