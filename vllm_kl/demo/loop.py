@@ -44,7 +44,7 @@ class TrainConfig:
     seed: int = 0
     out: Path = Path("demo_out")
     minibatch: int = 64  # responses per step of the optimizer
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-5
     max_grad_norm: float = 1.0
 
     @property
