@@ -23,7 +23,7 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import LoRAWrapper, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import FrozenError, OptionError, ReadoutUnavailableError, WeightsError
-from vllm_kl.resolver import FromCollector
+from vllm_kl.resolver import FromCollector, check_two_models
 from vllm_kl.sync import push_weights, weights_of
 
 PROMPT = [7 * i % 200 for i in range(40)]  # more than a block, so that its KV is kept
@@ -302,6 +302,16 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(lora_ll
         scorer.check_frozen()
     # Name and path are what vLLM hashes: without a salt per call this would read KV of the old adapter.
     assert error_of(scorer, oracles[2], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
+
+
+def test_two_sides_of_one_engine_are_told_apart_by_their_adapters(lora_llm, requests, tokenizer):
+    base, adapted = (VLLMReference(VLLMScorer(lora_llm, lora_request=r), tokenizer) for r in requests[:2])
+    options = {"tokenizer": tokenizer, "input_mode": "tokens", "generate": False, "pad_output": base.pad_output}
+    policy = LoRAWrapper(lora_llm, lora_request=requests[1], **options)
+    check_two_models(policy, base)
+    check_two_models(vLLMWrapper(lora_llm, **options), base)  # an adapter may be bound to its engine's generate
+    with pytest.raises(OptionError, match="both sides are adapter 1 on one engine: the KL would be 0"):
+        check_two_models(policy, adapted)
 
 
 def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(lora_llm, lora_paths, oracles, tmp_path):

@@ -775,6 +775,36 @@ def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, m
     assert asked == [("a1b2", True), ("main", True)]
 
 
+def test_a_proof_that_was_interrupted_is_none(owned_fresh, states, monkeypatch):
+    num_cached = iter([0, 0])  # before the load
+
+    def interrupted_after_it():
+        try:
+            return next(num_cached)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(owned_fresh._canary, "_num_cached", interrupted_after_it)
+    with pytest.raises(KeyboardInterrupt):
+        owned_fresh.refresh(states[1])
+    monkeypatch.undo()
+    with pytest.raises(FrozenError, match="the proof of new weights was interrupted"):
+        owned_fresh.score([IDS])
+    owned_fresh.refresh(states[1])
+    owned_fresh.score([IDS])
+
+
+def test_refreshes_and_proofs_in_several_threads_take_turns(owned_fresh, states):
+    def work(n):
+        return owned_fresh.refresh(states[n % 2]) if n < 4 else owned_fresh.check_frozen()
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert len(set(results[:4])) == 4
+    assert results[4:] == [0.0] * 4
+    owned_fresh.score([IDS])
+
+
 @pytest.mark.parametrize("ema", [0.0, 1.0, -0.1, math.nan])
 def test_an_average_that_is_none_is_refused(owned, states, ema):
     with pytest.raises(OptionError, match="ema must lie between 0 and 1"):
@@ -814,6 +844,26 @@ def test_weights_that_vllm_loaded_itself_serve_whole_and_under_a_version_of_thei
         finish_update(llm, version=version)
     assert push_weights(llm, states[2]) == version + 2
     assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
+
+
+def test_a_stamp_that_is_no_number_is_replaced_by_one(llm, states, oracles):
+    last = push_weights(llm, states[0])
+    llm.llm_engine.set_weight_version("step-7")  # what finish_weight_update(weight_version="step-7") does
+    with pytest.raises(WeightsError, match="'step-7', expected a number"):
+        VLLMScorer(llm)
+    assert finish_update(llm, version=last + 8) == last + 8
+    llm.llm_engine.set_weight_version("step-9")
+    assert push_weights(llm, states[1]) == last + 9
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+def test_pushes_that_fail_pile_nothing_up(owned, states, folders, tmp_path):
+    push_weights(owned, states[0])
+    for _ in range(3):
+        with pytest.raises(WeightsError, match="put back"):
+            owned.weights.load(checkpoint.Checkpoint(tmp_path))  # no weights in it
+    assert len(owned.weights._kept) == 1
+    assert error_of(owned, torch.tensor(Oracle(folders[0]).log_probs(IDS)[1:])) < LOG_PROB_TOLERANCE
 
 
 def test_a_push_that_fails_after_weights_came_another_way_claims_nothing(llm, folders, states, monkeypatch):

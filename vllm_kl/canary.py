@@ -34,10 +34,13 @@ class Canary:
         self._score = score
         length = min(_CACHED_LENGTH, info.max_sequence_len or _CACHED_LENGTH)
         ids = np.random.default_rng(0).integers(0, info.vocab_size or 256, max(length, 2)).astype(np.int32)
-        self._request = ScoreRequest(token_ids=ids[:_LENGTH], start=1)
+        self._request = ScoreRequest(
+            token_ids=ids[::-1][:_LENGTH].copy(), start=1
+        )  # its KV is no prefix of the other's
         # All but its last token may be read from the cache.
         self._cached_request = ScoreRequest(token_ids=ids, start=len(ids) - 1)
         self._known: dict[int | None, torch.Tensor] = {}
+        self._turn = threading.RLock()
         self._is_proved = threading.Event()
         self._is_proved.set()
         self._doubt: FrozenError | None = None
@@ -52,6 +55,10 @@ class Canary:
         Raises:
             FrozenError: it moved by more; or the version is not one that was accepted.
         """
+        with self._turn:
+            return self._check(tolerance, accept=accept)
+
+    def _check(self, tolerance: float, *, accept: bool) -> float:
         result = self._score(self._request, False)
         version, now = result.weight_version, torch.from_numpy(result.values[:, 0].copy())
         if accept or not self._known:
@@ -85,22 +92,24 @@ class Canary:
         Raises:
             FrozenError: the old weights had moved; or KV of theirs is still in the cache.
         """
-        self.check(tolerance, accept=True)
-        for _ in range(2):  # the first fills the cache
-            self._num_cached()
-        self._is_proved.clear()
-        try:
-            yield
-            self._doubt = None
-            if num := self._num_cached():
-                self._doubt = FrozenError(
-                    f"after new weights the prefix cache still holds KV of the old ones ({num} tokens of the canary), though the "
-                    "engine said that it was emptied: log-probs would be of both. Refresh again, or make a new scorer"
-                )
-                raise self._doubt
-            self.check(tolerance, accept=True)
-        finally:
-            self._is_proved.set()
+        with self._turn:
+            self._check(tolerance, accept=True)
+            for _ in range(2):  # the first fills the cache
+                self._num_cached()
+            self._is_proved.clear()
+            try:
+                yield
+                self._doubt = FrozenError("the proof of new weights was interrupted: refresh again")
+                if num := self._num_cached():
+                    self._doubt = FrozenError(
+                        f"after new weights the prefix cache still holds KV of the old ones ({num} tokens of the canary), though "
+                        "the engine said that it was emptied: log-probs would be of both. Refresh again, or make a new scorer"
+                    )
+                    raise self._doubt
+                self._check(tolerance, accept=True)
+                self._doubt = None
+            finally:
+                self._is_proved.set()
 
     def wait(self) -> None:
         """Wait until weights that are being replaced are proved.

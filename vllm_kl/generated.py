@@ -23,7 +23,7 @@ class Origin(NamedTuple):
     """The weights that made something."""
 
     version: int | str | None  # None: not known
-    adapter: int = 0  # its id on the engine; 0: the base model
+    adapter: int | None = 0  # its id on the engine; 0: the base model; None: not known
 
     def __str__(self) -> str:
         version = "an unknown version" if self.version is None else f"version {self.version}"

@@ -91,7 +91,8 @@ class RetrieveLogProb(TurnsTransform):
         super().__init__(in_keys=list(model.in_keys), out_keys=out_keys)
         self.model = model
         self._side = side
-        self._is_reference = is_reference
+        # Its log-probs are taken for those that the samples were drawn with; under another key they are a second opinion.
+        self._is_policy = not is_reference and log_probs_full_key == ("log_probs", "full")
         self.on_stale: OnStale = on_stale
         self.ref_version_key = ref_version_key
         self.mask_key = mask_key
@@ -113,7 +114,7 @@ class RetrieveLogProb(TurnsTransform):
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
-        if not self._is_step and not self._is_reference:
+        if not self._is_step and self._is_policy and self._side.version is not None:
             check_stale(origins(td), Origin(self._side.version, self._side.adapter), self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.keep))

@@ -86,8 +86,9 @@ def check_two_models(gen_model: Any, ref_model: Any) -> None:
     Raises:
         OptionError: both are one engine, or one model, with one adapter or none.
     """
-    (engine, adapter), other = _weights_behind(gen_model), _weights_behind(ref_model)
-    if engine is other[0] and adapter == other[1]:
+    one, other = _weights_behind(gen_model), _weights_behind(ref_model)
+    if one is not None and other is not None and one[0] is other[0] and one[1] == other[1]:
+        engine, adapter = one
         what = f"adapter {adapter} on one engine" if adapter else f"one {type(engine).__name__}"
         raise OptionError(
             f"both sides are {what}: the KL would be 0 at every update. Give the reference an engine of its own "
@@ -95,16 +96,19 @@ def check_two_models(gen_model: Any, ref_model: Any) -> None:
         )
 
 
-def _weights_behind(model: Any) -> tuple[Any, int]:
-    """Return what holds a model's weights, and the id of its adapter."""
-    scorer = getattr(model, "scorer", None)
-    if scorer is None:
-        engine = getattr(model, "model", model)
-        return getattr(engine, "llm_engine", engine), adapter_id(getattr(model, "lora_request", None))
-    engine = getattr(scorer, "_engine", scorer)
-    if isinstance(engine, GenerateEngine) and engine.weights is not None:
-        return engine.weights._engine, adapter_id(engine._lora_request)
-    return engine, 0
+def _weights_behind(model: Any) -> tuple[Any, int] | None:
+    """Return what holds a model's weights, and the id of its adapter; ``None``: an adapter may come in otherwise, or later."""
+    engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
+    if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
+        if not isinstance(scorer._engine, GenerateEngine) or scorer._engine.weights is None:
+            return scorer._engine, 0
+        return scorer._engine.weights._engine, adapter_id(scorer._engine._lora_request)
+    if isinstance(model, TransformersWrapper):
+        return (engine, 0) if type(model) is TransformersWrapper else None
+    if not isinstance(model, vLLMWrapper) or not hasattr(engine, "llm_engine"):
+        return None
+    takes_adapters = engine.llm_engine.vllm_config.lora_config is not None
+    return (engine.llm_engine, adapter) if adapter or not takes_adapters else None
 
 
 class WrapperScorer:
@@ -137,7 +141,7 @@ class Side(Protocol):
     """One side of a KL."""
 
     version: int | None  # of the weights that made the last log-probs; None: not known
-    adapter: int  # and their adapter; 0: the base model
+    adapter: int | None  # and their adapter; 0: the base model; None: not known
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
         """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded."""
@@ -196,7 +200,7 @@ class FromCollector:
         self._pad_output: bool | None = None
         self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
         self.version: int | None = None
-        self.adapter = 0
+        self.adapter: int | None = None
 
     def __repr__(self) -> str:
         return f"FromCollector({self.gen_log_probs!r})"
@@ -274,7 +278,8 @@ class FromCollector:
             )
         values = score_batch(self._scorer_of(policy), batch)
         self.version = version_of(self._scorer_of(policy), batch)
-        self.adapter = adapter_id(getattr(policy, "lora_request", None))
+        # A wrapper that names none may have it bound to its call, which is what scored.
+        self.adapter = adapter_id(policy.lora_request) if hasattr(policy, "lora_request") else None
         return values, False
 
     def _recorded(

@@ -253,8 +253,7 @@ class VLLMScorer:
     ) -> list[torch.Tensor]:
         """Return B float32 tensors ``[len - start, 1 + K + 2 * top_k]``; see :class:`~vllm_kl.types.ScoreResult`."""
         began = time.perf_counter()
-        if self._is_asleep:
-            raise WeightsError("the engine is asleep: score when the block of asleep() has ended")
+        self._check_awake()
         info = self._engine.info
         temperature = self.temperature if temperature is None else check_temperature(temperature)
         check_can(info, temperature, ids=ids is not None, top_k=top_k > 0)
@@ -318,8 +317,8 @@ class VLLMScorer:
     ) -> int:
         """Replace the reference's weights on purpose.
 
-        In this order: the old weights prove that they are the old ones, the new ones are checked, what is being scored is
-        finished, they are loaded, the prefix cache is emptied and proved empty. Only then do log-probs of the new version
+        In this order: the new weights are checked, the old ones prove that they are the old ones, what is being scored is
+        finished, the new ones are loaded, the prefix cache is emptied and proved empty. Only then do log-probs of the new version
         leave the scorer; calls that come in the meantime wait.
 
         Args:
@@ -349,8 +348,9 @@ class VLLMScorer:
         if ema is not None:
             state = average(skeleton.read(weights.source), state, ema)
         weights.next_version(version)  # refuses before anything is written; load() chooses
+        checkpoint = skeleton.write(state)
         with self._canary.replacing(tolerance):
-            return weights.load(skeleton.write(state), version=version)
+            return weights.load(checkpoint, version=version)
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
@@ -373,7 +373,12 @@ class VLLMScorer:
                 self._is_asleep = False
 
     def _score_alone(self, request: ScoreRequest, share_prefix: bool) -> ScoreResult:
+        self._check_awake()
         return self._engine.score([request], share_prefix=share_prefix, alone=True)[0]
+
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise WeightsError("the engine is asleep: score when the block of asleep() has ended")
 
     def close(self) -> None:
         """End the owned engine and its processes; a shared engine is left running. Safe to call twice."""

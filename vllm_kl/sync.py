@@ -176,6 +176,14 @@ class EnginePolicyVersion(PolicyVersion):
         """The version that the engine serves now."""
         return self._weights.version
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EnginePolicyVersion:
+        return self  # a copied env asks the same engine
+
+    def __reduce__(self) -> Any:
+        raise OptionError(
+            "an EnginePolicyVersion asks an engine of this process, and cannot go to another: use track_policy_version=True there"
+        )
+
     def _increment_version(self, init: bool = False) -> int:
         return self.version
 

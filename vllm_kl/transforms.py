@@ -110,7 +110,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
     Raises:
         ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
-        OptionError: reference and policy are one engine with one adapter, or none: known when called, with ``from_collector``.
+        OptionError: when called: with ``from_collector``, reference and policy are one engine with one adapter, or none.
         DriftError: when called: an audit found other numbers than the recorded ones.
         CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
@@ -208,7 +208,6 @@ class RetrieveKL(TurnsTransform, KLTransform):
                     "audit has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
                 )
             models["gen_model"] = gen_model
-            check_two_models(gen_model, ref_model)
         for name, model in models.items():
             check_side(model, assistant_only, name)
         pads = {name: model.pad_output for name, model in models.items()}
@@ -281,10 +280,13 @@ class RetrieveKL(TurnsTransform, KLTransform):
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
         sampled = self._sampled(td, collector)
-        if not recorded:
+        is_counted = isinstance(self._gen, FromCollector) or self._gen.version is not None
+        if is_counted and not recorded:
             check_stale(sampled, Origin(self._gen.version, self._gen.adapter), self.on_stale)
+        # A step of a collector is part of a batch, whose versions are read when it leaves.
+        versions = None if self._is_step and collector is not None else policy_range(sampled)
         keeps_recorded = recorded and next_td is td
-        write = partial(self._write_kl, batch, gen, sampled, td.device, keeps_recorded)
+        write = partial(self._write_kl, batch, gen, versions, td.device, keeps_recorded)
         if self._deferral is None:
             ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
             return write(next_td, ref, self._ref.version)
@@ -322,7 +324,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         self,
         batch: TokenBatch,
         gen: list[torch.Tensor],
-        sampled: list[Origin],
+        versions: dict[str, float] | None,
         device: torch.device | None,
         keeps_recorded: bool,
         next_td: TensorDictBase,
@@ -339,10 +341,10 @@ class RetrieveKL(TurnsTransform, KLTransform):
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             del log_probs[self.gen_log_probs_full_key]
         written = self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
-        self._versions = policy_range(sampled)
         if self.ref_version_key is not None:
-            self._versions["ref_version"] = float(ref_version)
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
+        if versions is not None:
+            self._versions = versions | ({} if self.ref_version_key is None else {"ref_version": float(ref_version)})
         return written
 
     def clone(self) -> Self:

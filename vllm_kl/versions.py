@@ -43,8 +43,10 @@ def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> No
     Raises:
         StaleError: at least one sample is of another origin, or of none that is known, and ``on_stale="raise"``.
     """
+    if scoring.adapter is None:
+        sampled = [origin._replace(adapter=None) for origin in sampled]
     stale = [i for i, origin in enumerate(sampled) if origin != scoring or origin.version is None]
-    nothing_moves = set(sampled) == {Origin(None)} and scoring in (Origin(None), Origin(0))
+    nothing_moves = all(origin.version is None for origin in sampled) and scoring.version in (None, 0)
     if on_stale == "allow" or not stale or nothing_moves:
         return
     message = (

@@ -35,7 +35,8 @@ class Record:
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version after the engine's own or, where that is not known, after the last that was."""
-        return next_version(self.last if stamp == _UNKNOWN else self.version(stamp), version)
+        is_number = stamp == _INITIAL or stamp.isdigit()
+        return next_version(self.version(stamp) if is_number else self.last, version)
 
     def version(self, stamp: str) -> int:
         """Return what the engine says as a number, and remember it."""
@@ -104,9 +105,11 @@ class Record:
 
         version = self.next_version((yield ("get_weight_version",)), version)
         yield from _asking_for_the_plugin()
+        yield ("set_weight_version", _UNKNOWN)  # until all of it is done
         yield ("collective_rpc", REPACK)
         yield from _emptying_the_cache()
         yield ("set_weight_version", str(version))
+        self.last = version
         return version
 
     def _taking_back(self, before: str, error: BaseException) -> Steps:
@@ -192,7 +195,9 @@ def as_version(weight_version: str) -> int:
     if weight_version == _INITIAL:
         return 0
     if weight_version == _UNKNOWN:
-        raise WeightsError("which weights serve is not known since a push failed: push again, or make a new engine")
+        raise WeightsError(
+            "which weights serve is not known since a push or finish_update() failed: do it again, or make a new engine"
+        )
     if not weight_version.isdigit():
         raise WeightsError(
             f"the engine's weight version is {weight_version!r}, expected a number: versions are compared. Give one to "

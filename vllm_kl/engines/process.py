@@ -36,7 +36,7 @@ import torch
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton, Start
 from vllm_kl.engines.base import OnDone
-from vllm_kl.errors import EngineError
+from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 
@@ -221,15 +221,18 @@ class _OwnedWeights:
             self._kept.append(checkpoint)
             try:
                 return self._settle(self._ask("load", folder=checkpoint.folder, version=version))[0]
-            except BaseException:
+            except BaseException as error:
                 self._served = None
+                if isinstance(error, WeightsError):
+                    with contextlib.suppress(WeightsError):  # not known: then either may be what serves
+                        self._settle(self._ask("weights"))
                 raise
 
     def _ask_if_unsure(self) -> tuple[int, str | None]:
-        if self._served is None:
-            with self._lock:
-                return self._settle(self._ask("weights"))
-        return self._served
+        if (served := self._served) is not None:
+            return served
+        with self._lock:
+            return self._settle(self._ask("weights"))
 
     def _settle(self, served: tuple[int, str | None]) -> tuple[int, str | None]:
         self._last, folder = self._served = served

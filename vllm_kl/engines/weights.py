@@ -59,7 +59,7 @@ class Weights(Protocol):
         ...
 
     def sleep(self) -> bool:
-        """Give the engine's GPU memory back until :meth:`wake_up`; return whether there was anything to give."""
+        """Give the engine's GPU memory back until :meth:`wake_up`, of the same thread; return whether there was any to give."""
         ...
 
     def wake_up(self) -> None:
@@ -139,13 +139,19 @@ class LiveWeights:
             return False
         if not self._engine.model_config.enable_sleep_mode:
             raise WeightsError("the engine cannot sleep: make it with enable_sleep_mode=True")
-        with lock_of(self._engine):
+        lock_of(self._engine).acquire()  # until it wakes: a sleeping engine takes requests and never answers them
+        try:
             self._engine.sleep(level=1)
+        except BaseException:
+            lock_of(self._engine).release()
+            raise
         return True
 
     def wake_up(self) -> None:
-        with lock_of(self._engine):
+        try:
             self._engine.wake_up()
+        finally:
+            lock_of(self._engine).release()
 
 
 class AsyncWeights:

@@ -55,7 +55,9 @@ def register() -> None:
 def _end_with_owner() -> None:
     """In the process of a ``vllm.LLM``'s engine: end when whoever made it is killed. vLLM's workers end with this process."""
     owner = multiprocessing.parent_process()
-    is_child = owner is not None and owner.pid == os.getppid()  # not of a fork server, or seen from another pid namespace
+    is_child = (
+        owner is not None and owner.pid == os.getppid()
+    )  # not of a fork server, or seen from another pid namespace
     if is_child and multiprocessing.current_process().name.startswith("EngineCore"):
         end_with_owner(owner.pid, lambda: os.kill(os.getpid(), signal.SIGKILL))
 

@@ -40,17 +40,17 @@ def load_weights(worker: Any, folder: str | None) -> None:
     runner = worker.model_runner
     model = runner.get_model()
     iterator = None if folder is None else _read(Path(folder))
-    with _noting_what_is_loaded(model) as loaded:
+    with _noting_what_is_loaded(model) as answers:
         try:
             worker.reload_weights(weights_iterator=iterator)
         except BaseException:
             _put_back(model, worker.vllm_config)
             raise
     _repack_heads(model)
-    if worker.model_config.quantization is None and loaded:
+    if worker.model_config.quantization is None and answers:
         lora = worker.lora_config is not None
         wanted = {name.replace(".base_layer.", ".") if lora else name for name, _ in model.named_parameters()}
-        if missing := sorted(wanted - loaded):
+        if missing := sorted(wanted.difference(*answers)):
             raise ValueError(f"no weights for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
 
 
@@ -64,19 +64,20 @@ def _read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def _noting_what_is_loaded(model: torch.nn.Module) -> Iterator[set[str]]:
-    """Give the names that ``model.load_weights`` returns, once it has; models may return none."""
-    names: set[str] = set()
+def _noting_what_is_loaded(model: torch.nn.Module) -> Iterator[list[set[str]]]:
+    """Give the names that ``model.load_weights`` returned, of each call; models may return nothing."""
+    answers: list[set[str]] = []
     load = model.load_weights
 
     def note(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
         result = load(weights, *args, **kwargs)
-        names.update(result or ())
+        if result is not None:
+            answers.append(set(result))
         return result
 
     model.load_weights = note  # type: ignore[assignment]
     try:
-        yield names
+        yield answers
     finally:
         del model.load_weights
 
