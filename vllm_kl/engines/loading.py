@@ -195,9 +195,7 @@ def as_version(weight_version: str) -> int:
     if weight_version == _INITIAL:
         return 0
     if weight_version == _UNKNOWN:
-        raise WeightsError(
-            "which weights serve is not known since a push or finish_update() failed: do it again, or make a new engine"
-        )
+        raise WeightsError("which weights serve is not known since a push failed: push again, or make a new engine")
     if not weight_version.isdigit():
         raise WeightsError(
             f"the engine's weight version is {weight_version!r}, expected a number: versions are compared. Give one to "
