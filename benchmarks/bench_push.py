@@ -1,7 +1,7 @@
 """How long until a trainer's weights serve, by which way, and do they?
 
-    python benchmarks/bench_push.py                    # prints the tables of benchmarks/README.md, about eight minutes, 12 GiB
-    python benchmarks/bench_push.py --sizes 5M         # half a minute
+    python benchmarks/bench_push.py                    # prints the tables of benchmarks/README.md, about twelve minutes, 12 GiB
+    python benchmarks/bench_push.py --sizes 5M         # a minute and a half
 
 A transformers model in this process's memory is the trainer; before every push its weights change. The engine is a vllm.LLM in the
 same process, or one whose core has a process of its own (vLLM's default). The clock runs from the trainer's state dict to an
