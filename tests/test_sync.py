@@ -75,6 +75,10 @@ def scorer_on(engine):
     return engine if isinstance(engine, VLLMScorer) else VLLMScorer(engine)
 
 
+def model_of(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+
+
 def error_of(engine, oracle, *, share_prefix=True):
     scorer = scorer_on(engine)
     scorer.share_prefix = share_prefix
@@ -234,7 +238,7 @@ def test_a_version_that_was_taken_in_the_meantime_is_refused(engine, states, ora
 def test_a_push_that_fails_halfway_leaves_the_old_weights_and_the_old_version(llm, states, oracles, monkeypatch):
     push_weights(llm, states[1])
     version = weights_of(llm).version
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    model = model_of(llm)
     load = type(model).load_weights
     attempts = []
 
@@ -255,9 +259,8 @@ def test_a_push_that_fails_halfway_leaves_the_old_weights_and_the_old_version(ll
     assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
 
 
-def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(llm, states, oracles, monkeypatch):
-    version = push_weights(llm, states[1])
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+def interrupted_in_the_load(llm, monkeypatch):
+    model = model_of(llm)
     load = type(model).load_weights
 
     def interrupt(self, weights):
@@ -266,14 +269,9 @@ def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(l
         raise KeyboardInterrupt
 
     monkeypatch.setattr(type(model), "load_weights", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        push_weights(llm, states[2])
-    assert weights_of(llm).version == version
-    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 
-def test_an_interrupt_after_the_stamp_takes_the_stamp_back_too(llm, states, oracles, monkeypatch):
-    version = push_weights(llm, states[1])
+def interrupted_after_the_stamp(llm, monkeypatch):
     stamp = llm.llm_engine.set_weight_version
 
     def interrupt(name):
@@ -282,6 +280,14 @@ def test_an_interrupt_after_the_stamp_takes_the_stamp_back_too(llm, states, orac
         raise KeyboardInterrupt
 
     monkeypatch.setattr(llm.llm_engine, "set_weight_version", interrupt)
+
+
+@pytest.mark.parametrize("interrupted", [interrupted_in_the_load, interrupted_after_the_stamp])
+def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(
+    llm, states, oracles, monkeypatch, interrupted
+):
+    version = push_weights(llm, states[1])
+    interrupted(llm, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         push_weights(llm, states[2])
     assert weights_of(llm).version == version
@@ -322,7 +328,7 @@ def written_then(monkeypatch, owned, interrupt):
 
 def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, states, oracles, monkeypatch):
     version = weights_of(llm).version
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    model = model_of(llm)
 
     def fail(self, weights):
         raise RuntimeError("out of memory")
@@ -339,7 +345,7 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
 
 def test_a_tensor_that_the_model_does_not_take_is_an_error_not_a_line_in_the_log(llm, states, oracles, monkeypatch):
     push_weights(llm, states[0])
-    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    model = model_of(llm)
     load = type(model).load_weights
     seen = []
 

@@ -34,31 +34,28 @@ class Canary:
         self._score = score
         length = min(_CACHED_LENGTH, info.max_sequence_len or _CACHED_LENGTH)
         ids = np.random.default_rng(0).integers(0, info.vocab_size or 256, max(length, 2)).astype(np.int32)
-        self._request = ScoreRequest(
-            token_ids=ids[::-1][:_LENGTH].copy(), start=1
-        )  # its KV is no prefix of the other's
-        # All but its last token may be read from the cache.
+        # The second is read from the cache but for its last token, and the KV of the first is no prefix of it.
+        self._request = ScoreRequest(token_ids=ids[::-1][:_LENGTH].copy(), start=1)
         self._cached_request = ScoreRequest(token_ids=ids, start=len(ids) - 1)
         self._known: dict[int | None, torch.Tensor] = {}
-        self._turn = threading.RLock()
+        self._turn = threading.Lock()
         self._is_proved = threading.Event()
         self._is_proved.set()
         self._doubt: FrozenError | None = None
 
-    def check(self, tolerance: float = 0.0, *, accept: bool = False) -> float:
+    def check(self, tolerance: float = 0.0) -> float:
         """Score the sequence; return by how much a log-prob moved since this version was accepted, in nats.
 
         Args:
             tolerance: nats that it may.
-            accept: take a version that is not known as it is. The first is taken in any case.
 
         Raises:
-            FrozenError: it moved by more; or the version is not one that was accepted.
+            FrozenError: it moved by more; or the version is not one that was accepted. The first is.
         """
         with self._turn:
-            return self._check(tolerance, accept=accept)
+            return self._check(tolerance)
 
-    def _check(self, tolerance: float, *, accept: bool) -> float:
+    def _check(self, tolerance: float, *, accept: bool = False) -> float:
         result = self._score(self._request, False)
         version, now = result.weight_version, torch.from_numpy(result.values[:, 0].copy())
         if accept or not self._known:

@@ -42,10 +42,11 @@ class Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scores = self._lock._is_owned()  # a scorer holds it already: its requests generate nothing
         with self._lock:
+            if scores:
+                return self._generate(*args, **kwargs)
             version = self._engine.get_weight_version()
             outputs = self._generate(*args, **kwargs)
-        if not scores:
-            self._last.origin = version, adapter_id(kwargs.get("lora_request"))
+        self._last.origin = version, adapter_id(kwargs.get("lora_request"))
         return outputs
 
     @property

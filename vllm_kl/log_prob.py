@@ -42,8 +42,8 @@ class RetrieveLogProb(TurnsTransform):
         tokenizer: used where the tensordict has no ids; default the model's.
         padding_side: where rows of different length are padded when ``model.pad_output``.
         mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
-        on_stale: as :class:`RetrieveKL` takes it, where a batch's tokens are scored by any model but a ``VLLMReference``: a policy,
-            which may not be the one that sampled them.
+        on_stale: as :class:`RetrieveKL` takes it, where a batch's log-probs are written to ``("log_probs", "full")`` by a model
+            whose weights are counted and that is no ``VLLMReference``: they are taken for those of the policy that sampled.
         ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``; ``None``: nowhere.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
@@ -115,7 +115,7 @@ class RetrieveLogProb(TurnsTransform):
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
         if not self._is_step and self._is_policy and self._side.version is not None:
-            check_stale(origins(td), Origin(self._side.version, self._side.adapter), self.on_stale)
+            check_stale(origins(td.unbind(0)), Origin(self._side.version, self._side.adapter), self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.keep))
         if self.mask_key is not None:

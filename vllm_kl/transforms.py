@@ -91,8 +91,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
         on_stale: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where the gen side scores again samples that other weights
             generated, or where that is not known: a version is missing or no number, on either side, or adapters differ. Samples
             are stamped with ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))``; TorchRL's own tracker says nothing
-            of adapters. Not asked: where no sample has a version and the engine's weights never moved, or are not counted; and at
-            an env's step, of tokens that were generated just now.
+            of adapters. Not asked: of a ``gen_model`` whose weights nobody counts; where no sample has a version and the engine's
+            weights never moved; and at an env's step, of tokens that were generated just now.
         ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: nowhere. Only a
             reference whose scorer knows one has it.
         audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
@@ -315,7 +315,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
     def _sampled(self, td: TensorDictBase, collector: Any) -> list[Origin]:
         if not self._is_step:
-            return origins(td)
+            return origins(td.unbind(0))
         # Generated just now: only another thread's push can have come between.
         last = generated_by(collector) if isinstance(self._gen, FromCollector) else None
         return [] if last is None else [last] * len(td)
