@@ -24,7 +24,8 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
 from vllm_kl.engines import loading
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
-from vllm_kl.plugin.weights import LOAD
+from vllm_kl.plugin import adoption
+from vllm_kl.plugin.weights import ADOPT, PREPARE, READY
 from vllm_kl.sync import (
     VLLMSyncScheme,
     VLLMWeightUpdater,
@@ -235,28 +236,42 @@ def test_a_version_that_was_taken_in_the_meantime_is_refused(engine, states, ora
     assert error_of(engine, oracles[1 + results.index(wanted)]) < LOG_PROB_TOLERANCE
 
 
-def test_a_push_that_fails_halfway_leaves_the_old_weights_and_the_old_version(llm, states, oracles, monkeypatch):
-    push_weights(llm, states[1])
-    version = weights_of(llm).version
+def test_a_load_that_fails_halfway_touches_nothing(llm, states, oracles, monkeypatch):
+    version = push_weights(llm, states[1])
     model = model_of(llm)
     load = type(model).load_weights
-    attempts = []
 
-    def fail_once(self, weights):
-        attempts.append(len(weights := list(weights)))
-        if len(attempts) > 1:
-            return load(self, weights)
+    def fail(self, weights):
+        weights = list(weights)
         load(self, weights[: len(weights) // 2])
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(type(model), "load_weights", fail_once)
-    with pytest.raises(WeightsError, match=rf"out of memory\)\. Version {version} was put back and goes on serving"):
-        push_weights(llm, states[2])
-    assert len(attempts) == 2
-    assert weights_of(llm).version == version
-    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "load_weights", fail)
+        with pytest.raises(
+            WeightsError, match=rf"out of memory\)\. Nothing was touched: version {version} goes on serving"
+        ):
+            push_weights(llm, states[2])
+        assert weights_of(llm).version == version
+        assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
     push_weights(llm, states[2])
     assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
+
+
+def test_what_fails_after_workers_took_over_is_put_back(llm, states, oracles, monkeypatch):
+    version = push_weights(llm, states[1])
+    adopt, failures = adoption.adopt, [RuntimeError("a worker died")]
+
+    def fail_once(found):
+        adopt(found)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(adoption, "adopt", fail_once)
+    with pytest.raises(WeightsError, match=rf"a worker died\)\. Version {version} was put back and goes on serving"):
+        push_weights(llm, states[2])
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 
 def interrupted_in_the_load(llm, monkeypatch):
@@ -271,6 +286,27 @@ def interrupted_in_the_load(llm, monkeypatch):
     monkeypatch.setattr(type(model), "load_weights", interrupt)
 
 
+def interrupted_while_it_copies(llm, monkeypatch):
+    copy = torch.Tensor.copy_
+    copied = []
+
+    def interrupt(self, *args, **kwargs):
+        copied.append(1)
+        if len(copied) == 5:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return copy(self, *args, **kwargs)
+
+    adopt = adoption.adopt
+
+    def adopt_and_interrupt(found):
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupt)
+        adopt(found)
+
+    monkeypatch.setattr(adoption, "adopt", adopt_and_interrupt)
+
+
 def interrupted_after_the_stamp(llm, monkeypatch):
     stamp = llm.llm_engine.set_weight_version
 
@@ -282,7 +318,9 @@ def interrupted_after_the_stamp(llm, monkeypatch):
     monkeypatch.setattr(llm.llm_engine, "set_weight_version", interrupt)
 
 
-@pytest.mark.parametrize("interrupted", [interrupted_in_the_load, interrupted_after_the_stamp])
+@pytest.mark.parametrize(
+    "interrupted", [interrupted_in_the_load, interrupted_while_it_copies, interrupted_after_the_stamp]
+)
 def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(
     llm, states, oracles, monkeypatch, interrupted
 ):
@@ -327,14 +365,13 @@ def written_then(monkeypatch, owned, interrupt):
 
 
 def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, states, oracles, monkeypatch):
-    version = weights_of(llm).version
-    model = model_of(llm)
+    version = push_weights(llm, states[0])
 
-    def fail(self, weights):
+    def fail(found):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(model), "load_weights", fail)
+        patch.setattr(adoption, "adopt", fail)
         with pytest.raises(WeightsError, match="could not be put back"):
             push_weights(llm, states[2])
     with pytest.raises(WeightsError, match="not known since a push failed"):
@@ -343,29 +380,34 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
 
-def test_a_tensor_that_the_model_does_not_take_is_an_error_not_a_line_in_the_log(llm, states, oracles, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_a_tensor_that_the_model_does_not_take_is_an_error_whatever_names_it_returns(
+    llm, states, oracles, monkeypatch, name
+):
+    """v_proj and up_proj are parts of fused parameters, whose names are returned for their other parts."""
     push_weights(llm, states[0])
     model = model_of(llm)
     load = type(model).load_weights
-    seen = []
 
     def lose_one(self, weights):
-        seen.append(1)
-        return load(self, [w for w in weights if len(seen) > 1 or w[0] != NORM])
+        load(self, [w for w in weights if w[0] != name])
+        return {name for name, _ in self.named_parameters()}
 
-    monkeypatch.setattr(type(model), "load_weights", lose_one)
-    with pytest.raises(WeightsError, match=rf"no weights for {NORM}"):
-        push_weights(llm, states[1])
+    fused = name.replace("v_proj", "qkv_proj").replace("up_proj", "gate_up_proj")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "load_weights", lose_one)
+        with pytest.raises(WeightsError, match=rf"no weights for {fused}\)\. Nothing was touched"):
+            push_weights(llm, states[1])
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
 
 def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, states, oracles, monkeypatch):
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_kl.plugin.weights import READY
-
     version = push_weights(llm, states[1])
-    monkeypatch.delattr(WorkerBase, LOAD)
+    monkeypatch.delattr(WorkerBase, PREPARE)
     monkeypatch.delattr(WorkerBase, READY)
     with pytest.raises(WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched.*VLLM_PLUGINS"):
         push_weights(llm, states[2])
@@ -424,21 +466,6 @@ def test_weights_that_do_not_fit_in_memory_say_how_much_they_need_and_leave_noth
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert weights_of(llm).version == version
     assert not [path for path in set(orphans.SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in path.name]
-
-
-def test_the_tied_head_is_packed_again(llm, states, oracles, monkeypatch):
-    """What vLLM's own reload leaves out on a CPU: without it logits are those of the old head."""
-    from vllm_kl.plugin import weights
-
-    if torch.cuda.is_available():
-        pytest.skip("packed heads are the CPU backend's")
-    push_weights(llm, states[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "_repack_heads", lambda model: None)
-        push_weights(llm, states[1])
-        assert error_of(llm, oracles[1]) > 0.1  # vLLM has mended it when this fails: _repack_heads can go
-    push_weights(llm, states[1])
-    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 
 def test_an_engine_with_unfinished_requests_is_not_pushed_to(llm, states):
@@ -747,7 +774,7 @@ def test_an_average_with_a_checkpoint_that_was_written_over_is_refused(folders, 
 
 
 def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
-    """A fake engine: one whose version is still 0 and whose load fails is not had otherwise."""
+    """A fake engine: one whose version is still 0 and whose workers fail is not had otherwise."""
     mine = tmp_path / "model"
     shutil.copytree(folders[0], mine)
     record = loading.Record(SimpleNamespace(model=str(mine)))
@@ -755,15 +782,15 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
 
     def call(method, *args):
         calls.append((method, *args))
-        if args[:1] == (LOAD,):
+        if args[:1] == (ADOPT,):
             raise RuntimeError("out of memory")
-        return {"get_weight_version": "default"}.get(method, True)
+        return {"get_weight_version": "default", "collective_rpc": [[]]}.get(method, True)
 
     os.utime(mine / "model.safetensors", ns=(0, 0))
     with pytest.raises(WeightsError, match=r"out of memory.* could not be put back .*have changed since the engine"):
         loading.drive(record.loading(checkpoint.Checkpoint(folders[1]), None), call)
     assert calls[-1] == ("set_weight_version", "unknown")
-    assert sum(LOAD in call for call in calls) == 1
+    assert sum(PREPARE in call for call in calls) == 1
 
 
 def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, monkeypatch):
@@ -866,25 +893,41 @@ def test_a_stamp_that_is_no_number_is_replaced_by_one(llm, states, oracles):
 def test_pushes_that_fail_pile_nothing_up(owned, states, folders, tmp_path):
     push_weights(owned, states[0])
     for _ in range(3):
-        with pytest.raises(WeightsError, match="put back"):
+        with pytest.raises(WeightsError, match="Nothing was touched"):
             owned.weights.load(checkpoint.Checkpoint(tmp_path))  # no weights in it
     assert len(owned.weights._kept) == 1
     assert error_of(owned, torch.tensor(Oracle(folders[0]).log_probs(IDS)[1:])) < LOG_PROB_TOLERANCE
 
 
-def test_a_push_that_fails_after_weights_came_another_way_claims_nothing(llm, folders, states, monkeypatch):
-    """What to put back is not known: a version that is not there must not be named."""
+def test_weights_that_nobody_named_are_refused_with_what_to_pass(llm, folders, states, oracles):
+    """A transfer leaves no trace of where weights came from: here, a folder that vLLM was told before another load."""
+    version = push_weights(llm, states[0])
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    worker.reload_weights(weights_iterator=iter(states[2].items()))
+    with pytest.raises(WeightsError, match=r"are not those of .*pass finish_update\(source=...\)"):
+        finish_update(llm)
+    with pytest.raises(WeightsError, match="which weights serve is not known"):
+        VLLMScorer(llm)
+    assert finish_update(llm, source=states[2]) == version + 1
+    assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
+    assert finish_update(llm, source=str(folders[1])) == version + 2
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+    with pytest.raises(OptionError, match="source has no effect"):
+        finish_update(llm, source=states[2], check=False)
+
+
+def test_weights_that_came_another_way_are_put_back_when_a_push_after_them_fails(
+    llm, folders, states, oracles, monkeypatch
+):
     push_weights(llm, states[0])
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
     version = finish_update(llm)
-    broken = {name: tensor for name, tensor in states[2].items() if name != "model.norm.weight"}
+    broken = {name: tensor for name, tensor in states[2].items() if name != NORM}
     monkeypatch.setattr(checkpoint.Skeleton, "checked", lambda self, state: dict(state))
-    with pytest.raises(WeightsError, match="could not be put back .*others loaded it"):
+    with pytest.raises(WeightsError, match=f"{NORM}.*Nothing was touched: version {version}"):
         push_weights(llm, broken)
-    with pytest.raises(WeightsError, match="which weights serve is not known"):
-        VLLMScorer(llm)
-    monkeypatch.undo()
-    assert push_weights(llm, states[0]) == version + 1
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 
 def test_a_scorers_own_engine_is_reached_by_nobody_else(owned):

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torchrl.data import Composite
 from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
+from vllm_kl.checkpoint import Checkpoint
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin, guard
@@ -72,21 +75,26 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     return weights.load(weights.skeleton.write(state), version=version)
 
 
-def finish_update(engine: Any, *, version: int | None = None) -> int:
+def finish_update(engine: Any, *, version: int | None = None, source: Any = None, check: bool = True) -> int:
     """Let an engine serve weights that came another way: vLLM's weight transfer or ``reload_weights``, TorchRL's NCCL senders.
 
-    Those leave KV of the old weights in the prefix cache, the version as it was, and on a CPU a tied LM head with the old
-    weights (vLLM 0.32). Afterwards all of it is of the new ones.
+    Those leave KV of the old weights in the prefix cache, the version as it was and, in vLLM 0.32, some layers without their new
+    weights: experts and tied LM heads on a CPU, tensors that a model copies itself. Afterwards all of it is of the new ones: what is
+    in the engine is compared with what was sent, and mended.
 
     Args:
         engine: a ``vllm.LLM``, or a TorchRL ``vLLMWrapper`` of one.
         version: as :func:`push_weights` takes it.
+        source: what was sent: a checkpoint's folder, or what :func:`push_weights` takes. ``None``: the folder that vLLM's
+            ``reload_weights`` was told.
+        check: ``False`` compares nothing and mends nothing: it empties the cache, stamps the version, and believes the rest.
 
     Returns:
         The version that serves now.
 
     Raises:
-        WeightsError: the engine is none of these; requests are unfinished.
+        WeightsError: the engine is none of these; requests are unfinished; the engine holds other weights than the folder, or what
+            was sent cannot be loaded.
         EngineError: the engine died.
 
     >>> # llm.collective_rpc("reload_weights", kwargs={"weights_path": "step-7"}); finish_update(llm, version=7)
@@ -96,7 +104,14 @@ def finish_update(engine: Any, *, version: int | None = None) -> int:
         raise WeightsError(
             "nobody but push_weights() and refresh() can load weights into the engine that a scorer owns"
         )
-    return weights.take_over(version=version)
+    if source is None:
+        return weights.take_over(version=version, check=check)
+    if not check:
+        raise OptionError("check=False compares nothing: source has no effect")
+    if isinstance(source, (str, os.PathLike)):
+        weights.next_version(version)
+        return weights.load(Checkpoint(Path(source)), version=version)
+    return push_weights(engine, source, version=version)
 
 
 async def push_weights_async(engine: Any, state_dict: Any, *, version: int | None = None) -> int:

@@ -1,19 +1,24 @@
 """The steps by which an engine comes to serve other weights, and the record of what it serves.
 
-    nothing stands in the way -> every worker loads (plugin/weights.py) -> prefix cache emptied -> version stamped
+    nothing stands in the way -> every worker loads beside what serves, and compares (plugin/weights.py)
+        -> every worker takes over -> prefix cache emptied -> version stamped
 
 Steps are generators that yield calls and get their results, so that one description serves engines that are called and engines
-that are awaited. A load that fails, or is interrupted, is taken back: the workers load what served before, and the version stays.
+that are awaited. What fails before the workers take over has touched nothing. What fails, or is interrupted, after it is taken
+back: the workers load what served before, and the version stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, next_version
 from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.plugin import KNOWN_VLLM
+from vllm_kl.plugin.weights import ADOPT, DISCARD, PREPARE, READY, SERVES, SOURCE
 
 # vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
 _INITIAL = "default"
@@ -21,6 +26,10 @@ _UNKNOWN = "unknown"
 
 # What to do with an engine, one call at a time, and what the calls returned.
 Steps = Generator[tuple[Any, ...], Any, Any]
+
+
+class NeedsNewEngineError(WeightsError):
+    """The weights can only be served by an engine that starts with them. Nothing was touched."""
 
 
 class Record:
@@ -77,51 +86,84 @@ class Record:
         return self.folder or self._start.unchanged()
 
     def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
-        """Yield the calls that make an engine serve a checkpoint, or serve again what it did; return the new version."""
-        from vllm_kl.plugin.weights import LOAD
-
+        """Yield the calls that make an engine serve a checkpoint, or go on serving what it did; return the new version."""
         before = yield ("get_weight_version",)
         version = self.next_version(before, version)
         yield from _asking_for_the_plugin()
         yield from _emptying_the_cache()
         try:
-            yield ("collective_rpc", LOAD, None, (str(checkpoint.folder),))
-            yield from _emptying_the_cache()
-            yield ("set_weight_version", str(version))
+            yield from _preparing(str(checkpoint.folder))
+        except Exception as error:
+            kind = type(error) if isinstance(error, NeedsNewEngineError) else WeightsError
+            raise kind(
+                f"the weights could not be loaded ({error}). Nothing was touched: version {_name(before)} goes on serving"
+            ) from error
+        try:
+            yield from self._adopting(checkpoint, version)
         except BaseException as error:
             yield from self._taking_back(before, error)
             if not isinstance(error, Exception):  # Ctrl-C, an event loop that ends
                 raise
-            name = 0 if before == _INITIAL else before
             raise WeightsError(
-                f"the weights could not be loaded ({error}). Version {name} was put back and goes on serving"
+                f"the weights could not be loaded ({error}). Version {_name(before)} was put back and goes on serving"
             ) from error
-        self._served, self.last = (str(version), checkpoint), version
         return version
 
     def taking_over(self, version: int | None) -> Steps:
-        """Yield the calls that make the engine serve what others loaded, under a version; return it."""
-        from vllm_kl.plugin.weights import REPACK
+        """Yield the calls that compare what others loaded with the checkpoint it came from, and serve it; return its version.
 
+        That checkpoint is what was pushed last, or what vLLM's ``reload_weights`` was told, which vLLM notes as the engine's model
+        (0.32).
+        """
         version = self.next_version((yield ("get_weight_version",)), version)
         yield from _asking_for_the_plugin()
         yield ("set_weight_version", _UNKNOWN)  # until all of it is done
-        yield ("collective_rpc", REPACK)
+        told, *_ = yield ("collective_rpc", SOURCE)
+        _, pushed = self._served
+        candidates = [pushed, None if told == self._model_config.model else Checkpoint(Path(told))]
+        for checkpoint in dict.fromkeys(candidates):
+            yield from _preparing(None if checkpoint is None else str(checkpoint.folder))
+            if all((yield ("collective_rpc", SERVES))):
+                break
+        else:
+            yield ("collective_rpc", DISCARD)
+            raise WeightsError(
+                f"the weights in the engine are not those of {told!r}, the checkpoint that vLLM was told last, so nothing says what "
+                "they should be: pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes "
+                "vLLM's load as it is"
+            )
+        yield from self._adopting(checkpoint, version)
+        return version
+
+    def believing(self, version: int | None) -> Steps:
+        """Yield the calls that serve what others loaded, as it is; return its version."""
+        version = self.next_version((yield ("get_weight_version",)), version)
+        yield ("set_weight_version", _UNKNOWN)
         yield from _emptying_the_cache()
         yield ("set_weight_version", str(version))
         self.last = version
         return version
 
-    def _taking_back(self, before: str, error: BaseException) -> Steps:
-        from vllm_kl.plugin.weights import LOAD
+    def started_with(self, checkpoint: Checkpoint, version: int) -> Steps:
+        """Yield the call that gives the weights an engine was started with the version that they have elsewhere."""
+        yield ("set_weight_version", str(version))
+        self._served, self.last = (str(version), checkpoint), version
 
+    def _adopting(self, checkpoint: Checkpoint | None, version: int) -> Steps:
+        yield ("collective_rpc", ADOPT)
+        yield from _emptying_the_cache()
+        yield ("set_weight_version", str(version))
+        self._served, self.last = (str(version), checkpoint), version
+
+    def _taking_back(self, before: str, error: BaseException) -> Steps:
         served, checkpoint = self._served
         try:
             if served != before:
                 raise WeightsError("others loaded it, and from where is not known")
             if checkpoint is None:
                 self._start.unchanged()
-            yield ("collective_rpc", LOAD, None, (self.folder,))
+            yield from _preparing(self.folder)
+            yield ("collective_rpc", ADOPT)
             yield from _emptying_the_cache()
             yield ("set_weight_version", before)
         except BaseException as second:
@@ -135,10 +177,29 @@ class Record:
             ) from error
 
 
-def _asking_for_the_plugin() -> Steps:
-    from vllm_kl.plugin import KNOWN_VLLM
-    from vllm_kl.plugin.weights import READY
+def _preparing(folder: str | None) -> Steps:
+    """Let every worker load a folder beside what it serves; nothing that serves is touched.
 
+    Raises:
+        NeedsNewEngineError: the serving model cannot take the weights over.
+    """
+    try:
+        answers = yield ("collective_rpc", PREPARE, None, (folder,))
+        if obstacles := [obstacle for answer in answers for obstacle in answer]:
+            raise NeedsNewEngineError(
+                f"this model cannot take new weights while it serves: {'; '.join(obstacles[:3])}"
+                f"{f'; and {len(obstacles) - 3} more' if len(obstacles) > 3 else ''}. Make a new engine on the checkpoint"
+            )
+    except BaseException:
+        yield ("collective_rpc", DISCARD)
+        raise
+
+
+def _name(stamp: str) -> int | str:
+    return 0 if stamp == _INITIAL else stamp
+
+
+def _asking_for_the_plugin() -> Steps:
     try:
         yield ("collective_rpc", READY)
     except EngineError:

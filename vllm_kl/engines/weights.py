@@ -123,10 +123,15 @@ class LiveWeights:
                 )
             return drive(self._record.loading(checkpoint, version), self._call)
 
-    def take_over(self, *, version: int | None = None) -> int:
-        """Serve what others loaded: empty the cache, stamp the version, return it."""
+    def take_over(self, *, version: int | None = None, check: bool = True) -> int:
+        """Serve what others loaded, compared with the checkpoint it came from; return its version."""
+        steps = self._record.taking_over if check else self._record.believing
         with lock_of(self._engine):
-            return drive(self._record.taking_over(version), self._call)
+            return drive(steps(version), self._call)
+
+    def started_with(self, checkpoint: Checkpoint, version: int) -> None:
+        """Give the weights that this engine was started with the version that they have elsewhere."""
+        drive(self._record.started_with(checkpoint, version), self._call)
 
     def _call(self, method: str, *args: Any) -> Any:
         with self._record.telling_of_death(), _not_waiting_for_the_dead(self._engine.engine_core):

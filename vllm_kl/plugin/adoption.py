@@ -1,0 +1,207 @@
+"""One model takes over the tensors of another, in place.
+
+Two models of one architecture, one that serves and one that was loaded just now, hold the same tensors at the same places: in
+parameters, in buffers, in attributes of layers, and inside the objects that layers compute with (vLLM's quantization methods and
+kernels). :func:`compare` walks through both at once and pairs them; :func:`adopt` copies, so that whoever holds a tensor of the
+serving model (a kernel, a captured CUDA graph, an attention that was given its sinks) sees the new numbers.
+
+What cannot be copied is moved: on a CPU a linear layer's product is a function over weights that oneDNN has packed, which Python
+cannot look into. What has no counterpart, or another shape, is reported, and nothing is adopted.
+
+It knows no architecture. KV caches belong to the engine, not to its weights, and stay.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import FunctionType, MappingProxyType
+from typing import Any
+
+import torch
+
+# Attributes that the engine fills when it makes its KV cache.
+_NOT_WEIGHTS = frozenset({"kv_cache"})
+# Where classes live whose objects may hold tensors of weights.
+_PACKAGES = ("vllm.", "vllm_kl.")
+_CONFIGS = "vllm.config."
+
+
+@dataclass
+class Differences:
+    """What one model must take over from another, and what it cannot."""
+
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # into, from
+    plain: list[tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=list
+    )  # of these, the numbers of a checkpoint as they are
+    moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # into, under which name, what
+    obstacles: list[str] = field(default_factory=list)  # places that do not match, as sentences
+
+
+def compare(serving: torch.nn.Module, loaded: torch.nn.Module) -> Differences:
+    """Pair everything that the loaded model holds with what the serving model holds at the same place."""
+    walk = _Walk()
+    modules = {name: module for name, module in _named_modules(serving)}
+    for name, module in loaded.named_modules():
+        if name not in modules:
+            walk.found.obstacles += [f"{name} is not in the serving model"] if _holds_tensors(module) else []
+        elif module is not modules[name]:  # rotary embeddings are shared by all models of a process
+            walk.module(name, modules[name], module)
+    return walk.found
+
+
+@torch.no_grad()
+def adopt(found: Differences) -> None:
+    """Copy and move. Whatever interrupts it, it ends with all of it done: half a model must not serve."""
+    try:
+        _adopt(found)
+    except BaseException:
+        _adopt(found)
+        raise
+
+
+def _adopt(found: Differences) -> None:
+    for into, source in found.copies:
+        into.copy_(source)
+    for holder, name, value in found.moves:
+        holder[name] = value
+
+
+def _named_modules(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Module]]:
+    """Yield modules under the names they have without LoRA, which puts each adapted layer inside another."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseLayerWithLoRA):
+            yield name.replace(".base_layer", ""), module
+
+
+class _Walk:
+    """Goes through two models, layer by layer."""
+
+    def __init__(self) -> None:
+        self.found = Differences()
+        self._seen: set[int] = set()
+
+    def module(self, name: str, ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+        num_before = len(self.found.copies)
+        self._mapping(name, ours._parameters, theirs._parameters)
+        if type(getattr(theirs, "quant_method", None)) in _plain_methods():
+            self.found.plain += self.found.copies[num_before:]
+        self._mapping(name, ours._buffers, theirs._buffers)
+        own = {key: value for key, value in vars(theirs).items() if key not in vars(_EMPTY)}
+        self._mapping(name, vars(ours), own)
+
+    def _mapping(self, path: str, ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> None:
+        for key, value in theirs.items():
+            if key in _NOT_WEIGHTS:
+                continue
+            place = f"{path}.{key}"
+            if key in ours:
+                if not self._value(place, ours[key], value):
+                    self._move(place, ours, key, value)
+            elif _holds_tensors(value):
+                self.found.obstacles.append(f"{place} is not in the serving model")
+
+    def _move(self, place: str, ours: Mapping[Any, Any], key: Any, value: Any) -> None:
+        if isinstance(ours, dict) and isinstance(value, FunctionType):
+            self.found.moves.append((ours, key, value))
+        else:
+            self.found.obstacles.append(f"{place} is a {type(value).__name__} that cannot be looked into")
+
+    def _value(self, path: str, ours: Any, theirs: Any) -> bool:
+        """Pair two values; return False for what can be neither copied nor looked into."""
+        if theirs is ours or isinstance(theirs, torch.nn.Module):  # modules are visited by name
+            return True
+        if isinstance(theirs, torch.Tensor):
+            self._tensor(path, ours, theirs)
+            return True
+        if isinstance(theirs, (Mapping, list, tuple)):
+            return self._items(path, ours, theirs)
+        if isinstance(theirs, FunctionType):
+            return self._function(path, ours, theirs)
+        if isinstance(theirs, functools.partial):
+            return self._object(path, ours, theirs, ("args", "keywords"))
+        if hasattr(type(theirs), "__del__"):  # it owns something outside of Python
+            return False
+        if _is_vllms(theirs) and id(theirs) not in self._seen:
+            self._seen.add(id(theirs))
+            return self._object(path, ours, theirs, tuple(vars(theirs)))
+        return True
+
+    def _tensor(self, path: str, ours: Any, theirs: torch.Tensor) -> None:
+        if not isinstance(ours, torch.Tensor):
+            self.found.obstacles.append(f"{path} is no tensor in the serving model")
+        elif ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            self.found.obstacles.append(
+                f"{path} is {theirs.dtype} {list(theirs.shape)}, and {ours.dtype} {list(ours.shape)} in the serving model"
+            )
+        elif not theirs.is_meta:
+            self.found.copies.append((ours.data, theirs.data))
+
+    def _items(self, path: str, ours: Any, theirs: Any) -> bool:
+        if isinstance(theirs, Mapping):
+            self._mapping(path, ours if isinstance(ours, Mapping) else {}, theirs)
+            return True
+        ours = ours if isinstance(ours, (list, tuple)) else ()
+        self._mapping(path, MappingProxyType(dict(enumerate(ours))), dict(enumerate(theirs)))
+        return True
+
+    def _function(self, path: str, ours: Any, theirs: FunctionType) -> bool:
+        cells = theirs.__closure__ or ()
+        if not cells:
+            return True
+        if not isinstance(ours, FunctionType) or ours.__code__ is not theirs.__code__:
+            return False
+        values = zip(theirs.__code__.co_freevars, ours.__closure__ or (), cells, strict=True)
+        return all([self._value(f"{path}.{name}", a.cell_contents, b.cell_contents) for name, a, b in values])
+
+    def _object(self, path: str, ours: Any, theirs: Any, names: tuple[str, ...]) -> bool:
+        if type(ours) is not type(theirs):
+            if _holds_tensors(theirs):
+                self.found.obstacles.append(
+                    f"{path} is a {type(theirs).__name__}, and a {type(ours).__name__} in the serving model"
+                )
+            return True
+        holder: Mapping[str, Any] = vars(ours)
+        if isinstance(ours, functools.partial):  # nothing can be put into one
+            holder = MappingProxyType({name: getattr(ours, name) for name in names})
+        self._mapping(path, holder, {name: getattr(theirs, name) for name in names})
+        return True
+
+
+def _plain_methods() -> tuple[type, ...]:
+    """Return how layers compute that take their weights as a checkpoint has them, or not at all."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    return type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod
+
+
+_EMPTY = torch.nn.Module()  # what every module has is no place for weights, but _parameters and _buffers
+
+
+def _is_vllms(value: Any) -> bool:
+    module = type(value).__module__
+    return hasattr(value, "__dict__") and module.startswith(_PACKAGES) and not module.startswith(_CONFIGS)
+
+
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    """Whether a tensor can be reached from a value within a few steps."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    if isinstance(value, torch.nn.Module):
+        return any(True for _ in value.parameters()) or any(True for _ in value.buffers())
+    if depth == 0:
+        return False
+    if isinstance(value, Mapping):
+        inner: Iterable[Any] = value.values()
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif _is_vllms(value):
+        inner = vars(value).values()
+    else:
+        return False
+    return any(_holds_tensors(item, depth - 1) for item in inner if not isinstance(item, torch.nn.Module))

@@ -1,0 +1,142 @@
+"""A second model in a worker, loaded from a checkpoint the way the engine loaded its first one when it started.
+
+vLLM's own ``reload_weights`` (0.32) loads into the live layers instead, and leaves some of them wrong without a word: experts
+come back in the checkpoint's layout where a CPU has packed them, tensors that a model writes with ``copy_`` are lost, and what
+is derived from a weight at the start (the packed product of a tied head, MLA's ``W_UK_T``) is not derived again. A model that is
+loaded from nothing goes through the code that every start of an engine goes through, so it has none of these faults, and until it
+is complete nothing that serves was touched.
+
+That every parameter got its weights is seen, not believed: parameters are marked with NaN before the load, and no mark may be
+left. The names that ``load_weights`` returns are not looked at, and vLLM exempts most layers from its own check of them.
+
+Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loader.py``, vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Parameters larger than this are marked at every 509th number: a weight that a checkpoint fills is larger than that.
+_MARK_ALL = 1 << 20
+_STRIDE = 509
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class CannotLoadBesideError(RuntimeError):
+    """A second model cannot be made in this process; a new engine may do."""
+
+
+def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
+    """Return a model with the weights of a folder, in the layout that the worker's kernels use.
+
+    Args:
+        worker: vLLM's; its model goes on serving, untouched.
+        folder: of safetensors files; ``None`` is the checkpoint that the engine was started with.
+
+    Raises:
+        CannotLoadBesideError: the model could not be made, or its weights not be brought into their layout.
+        ValueError: a parameter got no weights; names it.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    config = _config_of_a_second_model(worker.vllm_config, folder)
+    _choose_device(config, worker)
+    loader = get_model_loader(config.load_config)
+    is_quantized = config.model_config.quantization is not None
+    weights_are_there = []
+
+    def load_and_look(model: torch.nn.Module, model_config: Any) -> None:
+        marks = [] if is_quantized else list(_mark(model))
+        type(loader).load_weights(loader, model, model_config)
+        if missing := [name for name, is_missing in _unmark(marks) if is_missing]:
+            raise ValueError(f"no weights for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
+        weights_are_there.append(True)
+
+    def load_or_tell(model: torch.nn.Module, model_config: Any) -> None:
+        try:
+            load_and_look(model, model_config)
+        except Exception as error:
+            raise _LoadError(error) from error
+
+    loader.load_weights = load_or_tell
+    try:
+        with set_current_vllm_config(config):
+            return loader.load_model(vllm_config=config, model_config=config.model_config)
+    except _LoadError as error:
+        raise error.args[0] from None
+    except Exception as error:
+        raise CannotLoadBesideError(f"{type(error).__name__}: {error}") from error
+
+
+class _LoadError(Exception):
+    """Carries what ``load_weights`` raised past those who cannot tell it from an error of the model."""
+
+
+def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
+    """Return the engine's configuration with another folder, and with places of its own for layers to register in."""
+    config = copy.copy(first)
+    config.compilation_config = copy.copy(first.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    config.compilation_config.static_all_moe_layers = []
+    config.compilation_config.enabled_custom_ops = Counter()
+    config.compilation_config.disabled_custom_ops = Counter()
+    config.load_config = copy.copy(first.load_config)
+    if folder is not None:
+        config.model_config = copy.copy(first.model_config)
+        config.model_config.model = folder
+        config.model_config.model_weights = ""
+        config.model_config.revision = None
+        config.load_config.load_format = "safetensors"
+        config.load_config.model_loader_extra_config = {}
+    return config
+
+
+def _choose_device(config: Any, worker: Any) -> None:
+    """Load in the host's memory where the GPU has no room for the weights a second time."""
+    if worker.device.type == "cpu" or config.load_config.device is not None:
+        return
+    size_bytes = sum(p.numel() * p.element_size() for p in worker.model_runner.get_model().parameters())
+    free, _ = torch.accelerator.get_memory_info(worker.device)
+    if free < 1.1 * size_bytes:
+        config.load_config.device = "cpu"
+
+
+Mark = tuple[str, torch.nn.Parameter, torch.Tensor]  # name, parameter, what stood at its marked places
+
+
+def _mark(model: torch.nn.Module) -> Iterator[Mark]:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in _FLOATS and not parameter.is_meta:
+            places = _places(parameter)
+            yield name, parameter, places.clone()
+            places.fill_(torch.nan)
+
+
+def _unmark(marks: list[Mark]) -> Iterator[tuple[str, bool]]:
+    """Yield every parameter's name, and whether more of it is unwritten than its padding; put back what stood there."""
+    for name, parameter, before in marks:
+        places = _places(parameter)
+        unwritten = places.isnan()
+        num_unwritten = int(unwritten.sum())
+        if num_unwritten:
+            places.copy_(torch.where(unwritten, before, places))
+        yield name, num_unwritten > _num_padding(parameter)
+
+
+def _places(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return a view of the numbers of a parameter that are marked."""
+    data = parameter.data
+    if data.numel() <= _MARK_ALL or not data.is_contiguous() or _num_padding(parameter):
+        return data
+    return data.view(-1)[::_STRIDE]
+
+
+def _num_padding(parameter: torch.nn.Parameter) -> int:
+    """Return how many numbers no checkpoint fills: vLLM's layers of experts say how many it does."""
+    return parameter.numel() - getattr(parameter, "weight_loader_numel", parameter.numel())
