@@ -177,6 +177,23 @@ class Skeleton:
         return checkpoint
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def complete(folder: Path, model: str) -> Path:
+    """Give a folder of weights what else an engine reads from a model's: its configuration, its code; return the folder.
+
+    Args:
+        model: whose: its path, or its name on the hub, where the engine that was started with it has left a copy.
+    """
+    config = transformers.utils.cached_file(model, "config.json")
+    for file in Path(config).parent.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHTS):
+            (folder / file.name).unlink(missing_ok=True)
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
 def as_state_dict(source: Any) -> dict[str, torch.Tensor]:
     """Return the named tensors of a mapping, a tensordict, a module or a TorchRL wrapper of one; detached, gathered."""
     if isinstance(source, TensorDictBase):

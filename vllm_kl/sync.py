@@ -78,9 +78,9 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
 def finish_update(engine: Any, *, version: int | None = None, source: Any = None, check: bool = True) -> int:
     """Let an engine serve weights that came another way: vLLM's weight transfer or ``reload_weights``, TorchRL's NCCL senders.
 
-    Those leave KV of the old weights in the prefix cache, the version as it was and, in vLLM 0.32, some layers without their new
-    weights: experts and tied LM heads on a CPU, tensors that a model copies itself. Afterwards all of it is of the new ones: what is
-    in the engine is compared with what was sent, and mended.
+    Those leave KV of the old weights in the prefix cache, the version as it was and, in vLLM 0.32, some layers without
+    their new weights: experts and tied LM heads on a CPU, tensors that a model copies itself. Afterwards all of it is of the
+    new ones: what is in the engine is compared with what was sent, and mended.
 
     Args:
         engine: a ``vllm.LLM``, or a TorchRL ``vLLMWrapper`` of one.

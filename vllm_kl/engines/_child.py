@@ -2,7 +2,7 @@
 
 Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel", and the exclusive calls "load",
 "sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them;
-and the questions "weights" and "next version".
+"started with", and the questions "weights" and "next version".
 Answers with the same triple: "info", "results" of every step that finished some, "done", or "error". It ends with its owner;
 see :mod:`vllm_kl.engines.process`.
 """
@@ -91,6 +91,10 @@ class _Server:
 
     def _load(self, folder: Path, version: int | None) -> tuple[str, Any]:
         self._driver.weights.load(Checkpoint(folder), version=version)
+        return self._weights()
+
+    def _started_with(self, folder: Path, version: int) -> tuple[str, Any]:
+        self._driver.weights.started_with(Checkpoint(folder), version)
         return self._weights()
 
     def _weights(self) -> tuple[str, Any]:

@@ -31,6 +31,16 @@ Steps = Generator[tuple[Any, ...], Any, Any]
 class NeedsNewEngineError(WeightsError):
     """The weights can only be served by an engine that starts with them. Nothing was touched."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the running engine cannot take these weights over: {self.reason}. Nothing was touched, the old weights go on serving. "
+            "Make a new engine on the checkpoint"
+        )
+
 
 class Record:
     """What was loaded into one engine: enough to load it again, and whose version that is."""
@@ -93,9 +103,10 @@ class Record:
         yield from _emptying_the_cache()
         try:
             yield from _preparing(str(checkpoint.folder))
+        except NeedsNewEngineError:
+            raise
         except Exception as error:
-            kind = type(error) if isinstance(error, NeedsNewEngineError) else WeightsError
-            raise kind(
+            raise WeightsError(
                 f"the weights could not be loaded ({error}). Nothing was touched: version {_name(before)} goes on serving"
             ) from error
         try:
@@ -186,10 +197,8 @@ def _preparing(folder: str | None) -> Steps:
     try:
         answers = yield ("collective_rpc", PREPARE, None, (folder,))
         if obstacles := [obstacle for answer in answers for obstacle in answer]:
-            raise NeedsNewEngineError(
-                f"this model cannot take new weights while it serves: {'; '.join(obstacles[:3])}"
-                f"{f'; and {len(obstacles) - 3} more' if len(obstacles) > 3 else ''}. Make a new engine on the checkpoint"
-            )
+            more = f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else ""
+            raise NeedsNewEngineError("; ".join(obstacles[:3]) + more)
     except BaseException:
         yield ("collective_rpc", DISCARD)
         raise

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import pickle
 import queue
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -34,10 +36,13 @@ from typing import Any
 
 import torch
 
-from vllm_kl.checkpoint import Checkpoint, Skeleton, Start
+from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, complete
 from vllm_kl.engines.base import OnDone
-from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.engines.loading import NeedsNewEngineError
+from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+logger = logging.getLogger("vllm_kl")
 
 
 def _environment(options: dict[str, Any]) -> dict[str, str]:
@@ -88,34 +93,15 @@ class ProcessEngine:
     def __init__(self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any = None) -> None:
         self.weights: _OwnedWeights | None = None
         checkpoint = Start(model)
-        ours, theirs = socket.socketpair()
-        with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
-            self._log = Path(log.name)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_kl.engines._child", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2 if _shows_log() else log,
-                stderr=2 if _shows_log() else log,
-                env={**_environment(options), **os.environ},
-                start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
-            )
-        self._calls = _Calls(Connection(os.dup(ours.fileno())), ours)
-        self._owner_pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self._process, ours, self._log, self._owner_pid)
-        try:
-            start = {"model": model, "readout": readout, "options": options, "lora_request": lora_request}
-            with self._call("start", start) as answers:
-                self.info = next(answers)
-        except BaseException:
-            self.close()
-            raise
+        self._how = {"readout": readout, "options": options, "lora_request": lora_request}
+        self._child = _Child(model, **self._how)
+        self.info = self._child.info
         self.weights = _OwnedWeights(self, model, options, checkpoint)
 
     @property
     def pid(self) -> int:
         """The child's process id, and the id of the process group that holds all of vLLM's processes."""
-        return self._process.pid
+        return self._child.process.pid
 
     def score(
         self,
@@ -127,7 +113,7 @@ class ProcessEngine:
     ) -> list[ScoreResult]:
         results: dict[int, ScoreResult] = {}
         body = {"requests": list(requests), "share_prefix": share_prefix}
-        with self._call("score alone" if alone else "score", body) as answers:
+        with self._child.call("score alone" if alone else "score", body) as answers:
             while len(results) < len(requests):
                 finished = next(answers)
                 results.update(finished)
@@ -138,20 +124,80 @@ class ProcessEngine:
     @property
     def is_open(self) -> bool:
         """Whether the child lives."""
-        return self._finalizer.alive
+        return self._child.is_alive
 
     def close(self) -> None:
-        self._finalizer()
+        self._child.end()
         if self.weights is not None:
             self.weights.release()
 
     def ask(self, kind: str, **body: Any) -> Any:
         """Make a call that the child answers once."""
-        with self._call(kind, body) as answers:
+        with self._child.call(kind, body) as answers:
             return next(answers)
 
+    def start_anew(self, checkpoint: Checkpoint, model: str, version: int) -> None:
+        """Serve a checkpoint by a new child, started with it; what the old one was asked it still answers.
+
+        Until the new child is ready the old one serves, so both need their memory for a moment.
+
+        Raises:
+            WeightsError, EngineError: the new child did not start; the old one goes on.
+        """
+        child = _Child(str(complete(checkpoint.folder, model)), **self._how)
+        try:
+            with child.call("started with", {"folder": checkpoint.folder, "version": version}) as answers:
+                next(answers)
+        except BaseException:
+            child.end()
+            raise
+        self._child, self.info = (
+            child,
+            child.info,
+        )  # the old one ends when the last call that it still answers has ended
+
+
+class _Child:
+    """A child process with an engine, and the calls to it. It ends when nobody holds this object any more.
+
+    Raises:
+        EngineError and others: the engine did not start; see :class:`ProcessEngine`.
+    """
+
+    def __init__(self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
+            self._log = Path(log.name)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_kl.engines._child", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2 if _shows_log() else log,
+                stderr=2 if _shows_log() else log,
+                env={**_environment(options), **os.environ},
+                start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
+            )
+        self._calls = _Calls(Connection(os.dup(ours.fileno())), ours)
+        self._owner_pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _end, self.process, ours, self._log, self._owner_pid)
+        try:
+            start = {"model": model, "readout": readout, "options": options, "lora_request": lora_request}
+            with self.call("start", start) as answers:
+                self.info: EngineInfo = next(answers)
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def is_alive(self) -> bool:
+        return self._finalizer.alive
+
+    def end(self) -> None:
+        """End the process group. Safe to call twice."""
+        self._finalizer()
+
     @contextlib.contextmanager
-    def _call(self, kind: str, body: Any) -> Iterator[Iterator[Any]]:
+    def call(self, kind: str, body: Any) -> Iterator[Iterator[Any]]:
         """Send a call; give its answers as they come. A call that is left early is cancelled."""
         if os.getpid() != self._owner_pid:
             raise EngineError("the engine belongs to the process that started it, not to a fork: make one here")
@@ -170,8 +216,8 @@ class ProcessEngine:
             if not self._finalizer.alive:
                 raise EngineError("the engine was closed during the call") from error
             tail = self._log_tail()
-            code = _wait(self._process, timeout=5.0)
-            self.close()
+            code = _wait(self.process, timeout=5.0)
+            self.end()
             raise EngineError(f"the engine process died (exit status {code}). The end of its log:\n{tail}") from error
 
     def _log_tail(self, lines: int = 25) -> str:
@@ -220,13 +266,35 @@ class _OwnedWeights:
         with self._lock:
             self._kept.append(checkpoint)
             try:
-                return self._settle(self._ask("load", folder=checkpoint.folder, version=version))[0]
+                return self._settle(self._load(checkpoint, version))[0]
             except BaseException as error:
                 self._served = None
                 if isinstance(error, WeightsError):
                     with contextlib.suppress(WeightsError):  # not known: then either may be what serves
                         self._settle(self._ask("weights"))
                 raise
+
+    def _load(self, checkpoint: Checkpoint, version: int | None) -> tuple[int, str | None]:
+        try:
+            return self._ask("load", folder=checkpoint.folder, version=version)
+        except NeedsNewEngineError as error:
+            version = self.next_version(version)
+            began = time.perf_counter()
+            try:
+                self._engine.start_anew(checkpoint, self._model, version)
+            except VLLMKLError as second:
+                raise WeightsError(
+                    f"the running engine cannot take these weights over ({error.reason}), and none starts with them ({second}). The "
+                    "old weights go on serving"
+                ) from second
+            logger.warning(
+                "vllm_kl: version %d is served by an engine that was started for it, in %.1f s. The running one could not take the "
+                "weights over: %s",
+                version,
+                time.perf_counter() - began,
+                error.reason,
+            )
+            return version, str(checkpoint.folder)
 
     def _ask_if_unsure(self) -> tuple[int, str | None]:
         if (served := self._served) is not None:

@@ -156,7 +156,8 @@ class _Walk:
         if not isinstance(ours, FunctionType) or ours.__code__ is not theirs.__code__:
             return False
         values = zip(theirs.__code__.co_freevars, ours.__closure__ or (), cells, strict=True)
-        return all([self._value(f"{path}.{name}", a.cell_contents, b.cell_contents) for name, a, b in values])
+        looked_into = [self._value(f"{path}.{name}", a.cell_contents, b.cell_contents) for name, a, b in values]
+        return all(looked_into)
 
     def _object(self, path: str, ours: Any, theirs: Any, names: tuple[str, ...]) -> bool:
         if type(ours) is not type(theirs):
