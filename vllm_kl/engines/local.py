@@ -109,6 +109,9 @@ def _start_generate(
 ) -> GenerateEngine:
     from vllm import LLM
 
+    from vllm_kl import plugin
+
+    plugin.enable(config.architecture)
     # An engine that generates refuses a prompt of max_model_len, for want of room for one more token. Give it that room:
     # the token is sampled and never fed back, so no position past the model's last is computed.
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"

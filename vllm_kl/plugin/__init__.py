@@ -8,7 +8,8 @@
     kernel    the fused sum over the vocabulary
     native    its inner loop on a CPU, compiled where there is a compiler
     cap       prefix-cache hits end before the first scored row
-    weights   new weights for a live model, in every worker
+    weights   new weights for a live model, in every worker: a second_model is loaded, and by adoption the first takes it over
+    rope      rotary embeddings of a CPU, for heads that are kept apart
     adapters  which LoRA adapters a worker serves, and how
 
 Nothing here changes an engine, or a request, that does not come from this package; but every engine's process ends with the
@@ -38,7 +39,7 @@ def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, models, weights
+    from vllm_kl.plugin import adapters, cap, models, rope, weights
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
     if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
@@ -47,6 +48,7 @@ def register() -> None:
         adapters.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
+        rope.install()
     _end_with_owner()
     # A fork of this process loads no plugins again; multiprocessing keeps no hold of the function.
     register_after_fork(_end_with_owner, lambda _: _end_with_owner())
@@ -63,10 +65,13 @@ def _end_with_owner() -> None:
 
 
 def enable(base_architecture: str) -> str:
-    """Make an architecture loadable for scoring, here and in processes started from here; return its name."""
+    """Make an architecture loadable for scoring, here and in processes started from here; return its name.
+
+    Engines that generate need it too, for what it mends.
+    """
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, models, weights
+    from vllm_kl.plugin import adapters, cap, models, rope, weights
 
     if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -82,4 +87,5 @@ def enable(base_architecture: str) -> str:
     cap.install()
     weights.install()
     adapters.install()
+    rope.install()
     return models.register(base_architecture)
