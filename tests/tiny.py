@@ -110,6 +110,85 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"num_key_value_heads": 2, "init_std": 0.12, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "olmo2": {},
 }
+# Whose engines keep weights in another layout than checkpoints, derive some, or write some themselves.
+_MLA = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_MAMBA2 = {"mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_head": 16, "mamba_chunk_size": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+KERNEL_LAYOUTS: dict[str, dict[str, Any]] = {
+    "mixtral": ARCHITECTURES["mixtral"],
+    "mixtral-padded": {**ARCHITECTURES["mixtral"], "intermediate_size": 48},  # kernels take multiples of 32
+    "qwen3_moe": {"head_dim": 32, **_EXPERTS, "norm_topk_prob": True},
+    "glm4_moe": {
+        "head_dim": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "gpt_oss": {
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "deepseek_v2": {**_MLA, "q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax"},
+    "deepseek_v3": {**_MLA, "q_lora_rank": 24, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "granitemoehybrid": {
+        **_MAMBA2,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_expand": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+        "position_embedding_type": "rope",
+    },
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*-",
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "chunk_size": 16,
+    },
+    "falcon_h1": {
+        **_MAMBA2,
+        "head_dim": 32,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_conv": 4,
+        "mamba_expand": 1,
+    },
+    "mamba2": {
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 16,
+        "n_groups": 1,
+        "expand": 2,
+        "chunk_size": 16,
+        "conv_kernel": 4,
+    },
+}
 _SIZES = {
     "vocab_size": 301,  # no multiple of 64, to which vLLM pads
     "hidden_size": 64,
@@ -124,15 +203,20 @@ _SIZES = {
 }
 
 
-def build_architecture(path: Path, name: str, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def build_architecture(
+    path: Path, name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> Path:
     """Save a two-layer model of an architecture, without a tokenizer; return the folder. Pad and EOS are the last ids."""
-    torch.manual_seed(0)
-    settings = {**_SIZES, **ARCHITECTURES[name], **overrides}
+    torch.manual_seed(seed)
+    settings = {**_SIZES, **(ARCHITECTURES | KERNEL_LAYOUTS)[name], **overrides}
     ends = {"pad_token_id": settings["vocab_size"] - 2, "eos_token_id": settings["vocab_size"] - 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **settings, **ends))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases start at 0 and norms at 1, where a missing one goes unnoticed
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name in model.state_dict():  # a router's biases
+                buffer.add_(0.2 * torch.randn_like(buffer))
     model.to(dtype).save_pretrained(path)
     return path
