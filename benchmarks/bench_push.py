@@ -87,8 +87,7 @@ def register_backend() -> None:
     )
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    from vllm_kl.plugin.weights import _read
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
     @dataclass
     class Init(WeightTransferInitInfo):
@@ -113,7 +112,8 @@ def register_backend() -> None:
 
         def receive_weights(self, update_info: Update) -> None:
             with torch.device(self.device):
-                self.model.load_weights(_read(Path(update_info.folder)))
+                files = sorted(map(str, Path(update_info.folder).glob("*.safetensors")))
+                self.model.load_weights(safetensors_weights_iterator(files, use_tqdm_on_load=False))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
