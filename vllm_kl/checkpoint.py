@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from tensordict import TensorDictBase
 
 from vllm_kl import orphans
 from vllm_kl.errors import WeightsError
+from vllm_kl.trained import as_state_dict
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -105,24 +105,19 @@ class Skeleton:
         """Return the tensors of a state dict, detached, or refuse it.
 
         Args:
-            source: a state dict in transformers' names, a tensordict of one, or a module that has one. Tied weights may be
-                left out.
+            source: what a training loop holds, as :func:`vllm_kl.trained.as_state_dict` takes it. Tied weights may be left out.
 
         Raises:
-            WeightsError: missing, extra or misshapen tensors, numbers that are not finite, tied weights that differ. Names
-                them. Nothing was sent.
+            WeightsError: it cannot be made plain; missing, extra or misshapen tensors, numbers that are not finite, tied weights
+                that differ. Names them. Nothing was sent.
         """
-        given = {name: tensor for name, tensor in as_state_dict(source).items() if name not in self._computed}
-        missing = sorted(self._shapes.keys() - given.keys() - self._tied.keys())
+        required = self._shapes.keys() - self._tied.keys()
+        given = {k: tensor for k, tensor in as_state_dict(source, required).items() if k not in self._computed}
+        missing = sorted(required - given.keys())
         extra = sorted(given.keys() - self._shapes.keys())
         if missing or extra:
-            hint = (
-                " These are names of a PEFT model: pass merge_and_unload().state_dict()."
-                if any(name.startswith("base_model.model.") for name in extra)
-                else ""
-            )
             raise WeightsError(
-                f"the state dict is not that of the engine's model: missing {_list(missing)}, unknown {_list(extra)}.{hint} "
+                f"the state dict is not that of the engine's model: missing {_list(missing)}, unknown {_list(extra)}. "
                 "Expected the names of transformers' state_dict()"
             )
         for name, tensor in given.items():
@@ -192,23 +187,6 @@ def complete(folder: Path, model: str) -> Path:
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file.resolve())
     return folder
-
-
-def as_state_dict(source: Any) -> dict[str, torch.Tensor]:
-    """Return the named tensors of a mapping, a tensordict, a module or a TorchRL wrapper of one; detached, gathered."""
-    if isinstance(source, TensorDictBase):
-        source = dict(source.flatten_keys(".").items())
-    elif isinstance(source, torch.nn.Module):
-        is_wrapper = not isinstance(source, transformers.PreTrainedModel)  # TorchRL's TransformersWrapper
-        inner = getattr(source, "model", None)
-        source = (inner if is_wrapper and isinstance(inner, torch.nn.Module) else source).state_dict()
-    if not isinstance(source, Mapping):
-        raise WeightsError(f"expected a state dict, a tensordict or a module, got {type(source).__name__}")
-    for name, tensor in source.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    # Shards of FSDP have full_tensor(), which every rank must call.
-    return {str(k): (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for k, t in source.items()}
 
 
 def average(old: StateDict, new: StateDict, decay: float) -> dict[str, torch.Tensor]:
