@@ -40,15 +40,18 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     Args:
         engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``, a
             ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
-        state_dict: tensors in transformers' names, on any device, in any floating dtype; or a module, or a tensordict. Tied
-            weights may be left out.
+        state_dict: tensors in transformers' names, on any device, in any floating dtype; or a module, or a tensordict. Wrappers
+            are seen through: ``torch.compile``, DDP, FSDP, checkpointing, value heads, a merged PEFT model, TorchRL's modules.
+            What is sharded is gathered, for which every rank must call; or call torch's ``get_model_state_dict`` on every
+            rank, with ``full_state_dict`` and ``cpu_offload``, and push on rank 0. Tied weights may be left out.
         version: of the new weights, above the one that serves; ``None`` is the next.
 
     Returns:
         The version that serves now.
 
     Raises:
-        WeightsError: the state dict is not that of the engine's model, there is no room for it, the engine has not loaded the
+        WeightsError: the state dict is not that of the engine's model, or cannot be made so (adapters that are not merged,
+            quantised weights, parts of weights that are on other ranks), there is no room for it, the engine has not loaded the
             plugin or is busy (nothing was touched), or it could not be loaded (the old weights were put back).
         EngineError: the engine died; says which version it served last.
 

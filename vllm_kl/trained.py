@@ -50,9 +50,8 @@ def as_state_dict(source: Any, names: Collection[str]) -> dict[str, torch.Tensor
     Raises:
         WeightsError: ``source`` cannot be made plain; says which tensor or layer, what it is, and what to pass instead.
     """
-    is_module = isinstance(source, torch.nn.Module) and not isinstance(
-        source, TensorDictBase
-    )  # TensorDictParams is both
+    # tensordict's TensorDictParams is both.
+    is_module = isinstance(source, torch.nn.Module) and not isinstance(source, TensorDictBase)
     given = _of_module(source, names) if is_module else _of_mapping(source)
     if not given:
         raise WeightsError(f"there are no weights in this {type(source).__name__}. If they are sharded: {_GATHER}")
@@ -81,7 +80,7 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
     holders = dict(_holders(source)) or {"": source}
     states = {path: _named_tensors(holder) for path, holder in holders.items()}
     if len(states) > 1:
-        states = {path: state for path, state in states.items() if _has_all(state, names)}
+        states = {p: state for p, state in states.items() if _has_head(holders[p]) and _has_all(state, names)}
         if len(states) != 1:
             found = ", ".join(f"{path} ({type(_inside(holder)).__name__})" for path, holder in holders.items())
             raise WeightsError(
@@ -91,6 +90,13 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
     ((path, state),) = states.items()
     _refuse_what_is_not_whole(source, holders[path])
     return state
+
+
+def _has_head(holder: torch.nn.Module) -> bool:
+    models = (module for module in holder.modules() if isinstance(module, transformers.PreTrainedModel))
+    return any(
+        model.get_output_embeddings() is not None for model in models
+    )  # a critic with a tied policy's names has none
 
 
 def _holders(
@@ -111,8 +117,10 @@ def _holders(
 
 def _named_tensors(holder: torch.nn.Module) -> dict[str, Any]:
     """Return a module's state dict, in the names that its layers have without PEFT's wrappers."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in holder.modules()):
-        whole = FullStateDictConfig(offload_to_cpu=True, rank0_only=False)
+    if shards := [module for module in holder.modules() if isinstance(module, FullyShardedDataParallel)]:
+        # Offloading what is on the CPU frees it before it is copied (torch 2.13: _unshard_fsdp_state_params).
+        is_elsewhere = shards[0].compute_device.type != "cpu"
+        whole = FullStateDictConfig(offload_to_cpu=is_elsewhere, rank0_only=False)
         with warnings.catch_warnings():
             # torch 2.13 deprecates it for a helper that gathers on the device, or for rank 0 alone.
             warnings.simplefilter("ignore", FutureWarning)
@@ -233,8 +241,8 @@ def _plain(name: str, tensor: Any) -> torch.Tensor:
         raise WeightsError(f"{name} is quantised ({kind}, {tensor.dtype}). {_DEQUANTIZE}")
     if not tensor.numel():
         raise WeightsError(
-            f"{name} is empty (shape {list(tensor.shape)}): FSDP and DeepSpeed's ZeRO-3 leave that of a tensor whose numbers are on "
-            f"other ranks. FSDP: {_GATHER}. ZeRO-3: make the state dict inside deepspeed.zero.GatheredParameters"
+            f"{name} is empty (shape {list(tensor.shape)}): FSDP and DeepSpeed's ZeRO-3 leave that of a tensor whose numbers are "
+            f"on other ranks. FSDP: {_GATHER}. ZeRO-3: make the state dict inside deepspeed.zero.GatheredParameters"
         )
     return tensor.detach()
 
