@@ -183,6 +183,15 @@ def test_merge_and_unload_is_a_plain_model(skeleton, model):
     assert_same(skeleton.checked(plain), plain)
 
 
+def test_an_adapter_that_is_not_in_use_needs_no_merging(skeleton, model):
+    wrapped = peft_of(model, target_modules=["q_proj"])
+    wrapped.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
+    wrapped.merge_adapter()
+    state, layer = skeleton.checked(wrapped), model.model.layers[0].self_attn
+    assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], layer.q_proj.base_layer.weight)
+    assert torch.equal(state["model.layers.0.self_attn.v_proj.weight"], layer.v_proj.base_layer.weight)
+
+
 def assert_same(state, model):
     truth = model.state_dict()
     assert state.keys() == truth.keys() - {"lm_head.weight"}

@@ -174,9 +174,7 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
                 "Use LoRA, or score with the model itself"
             )
     for name, module in holder.named_modules():
-        # A layer computes with its base layer alone where its adapters are merged, or where they are switched off: not both.
-        if _served_child(module) == ["base_layer"] and bool(module.merged) == bool(module.disable_adapters):
-            state = "switched off while merged" if module.merged else "not merged"
+        if _served_child(module) == ["base_layer"] and (state := _unserved_state(module)):
             raise WeightsError(f"{name}: its adapter (PEFT's {type(module).__name__}) is {state}. {_UNMERGED}")
         if (quantizer := getattr(module, "hf_quantizer", None)) is not None:
             raise WeightsError(f"{type(module).__name__} is quantised ({type(quantizer).__name__}). {_DEQUANTIZE}")
@@ -186,6 +184,14 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
                 f"{name} is empty here: DeepSpeed's ZeRO-3 keeps it in parts on all ranks. Push inside "
                 "`with deepspeed.zero.GatheredParameters(list(model.parameters())):`, which every rank must enter"
             )
+
+
+def _unserved_state(layer: Any) -> str:
+    """Return why a layer of PEFT computes other numbers than its base layer; ``""``: it does not."""
+    if layer.merged:
+        return "switched off while merged" if layer.disable_adapters else ""
+    adapters = {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part)}
+    return "" if layer.disable_adapters or adapters.isdisjoint(layer.active_adapters) else "not merged"
 
 
 def _without_wrappers(name: str) -> str:
