@@ -21,7 +21,9 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from vllm_kl.errors import InputError
-from vllm_kl.types import TokenBatch
+from vllm_kl.templates import compare, end_ids, end_turns, render
+from vllm_kl.texts import doubled_bos, tokenize
+from vllm_kl.types import TextReport, TokenBatch
 
 _NO_TAGS = (
     "assistant_only=True, but the chat template marks no assistant tokens in sample {sample}. What works: a template that "
@@ -132,8 +134,15 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     assistant = _stored_assistant_mask(td, ids_rows, columns, keys, assistant_only)
     if assistant is None and assistant_only:
         assistant = _template_mask(td, token_ids, keys)
+    report = TextReport(warnings=doubled_bos(token_ids, keys.tokenizer))
     return _batch(
-        token_ids, columns, [len(row) for row in ids_rows], assistant, assistant_only=assistant_only, stored=True
+        token_ids,
+        columns,
+        [len(row) for row in ids_rows],
+        assistant,
+        report,
+        assistant_only=assistant_only,
+        stored=True,
     )
 
 
@@ -142,6 +151,7 @@ def _batch(
     columns: list[torch.Tensor],
     widths: list[int],
     assistant: list[torch.Tensor] | None,
+    report: TextReport,
     *,
     assistant_only: bool,
     stored: bool,
@@ -161,7 +171,13 @@ def _batch(
                     "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
                 )
     return TokenBatch(
-        token_ids=token_ids, keep=keep, assistant=assistant, columns=columns, widths=widths, stored=stored
+        token_ids=token_ids,
+        keep=keep,
+        assistant=assistant,
+        columns=columns,
+        widths=widths,
+        stored=stored,
+        report=report,
     )
 
 
@@ -294,7 +310,7 @@ def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: Inpu
             f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor {keys.key}. "
             "Add one of them, or pass assistant_only=False."
         )
-    template_ids, masks = _render(td, keys, assistant_only=True)
+    template_ids, masks, _ = _render(td, keys, assistant_only=True)
     assert masks is not None, "found or refused"
     for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
         if not torch.equal(ids, expected):
@@ -317,25 +333,24 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
     if keys.tokenizer is None:
         raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
     if keys.input_mode == "history":
-        token_ids, masks = _render(td, keys, assistant_only=assistant_only)
+        token_ids, masks, report = _render(td, keys, assistant_only=assistant_only)
+    elif assistant_only:
+        raise InputError("assistant_only=True needs input_mode='history': text does not say whose tokens are whose")
     else:
-        texts = _texts(td.get(keys.key))
         options = {
             k: v for k, v in keys.tokenizer_kwargs.items() if k not in ("padding", "return_tensors", "padding_side")
         }
-        token_ids = [torch.tensor(ids, dtype=torch.long) for ids in keys.tokenizer(texts, **options)["input_ids"]]
-        masks = None
-        if assistant_only:
-            raise InputError("assistant_only=True needs input_mode='history': text does not say whose tokens are whose")
+        rows, report = tokenize(_texts(td.get(keys.key)), keys.tokenizer, options)
+        token_ids, masks = [torch.tensor(ids, dtype=torch.long) for ids in rows], None
     columns = [torch.arange(len(ids)) for ids in token_ids]
     return _batch(
-        token_ids, columns, [len(ids) for ids in token_ids], masks, assistant_only=assistant_only, stored=False
+        token_ids, columns, [len(ids) for ids in token_ids], masks, report, assistant_only=assistant_only, stored=False
     )
 
 
 def _render(
     td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
-) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
     """Return ids and assistant masks of the histories; masks are ``None`` where the template does not make them."""
     history = td.get(keys.key)
     if not isinstance(history, History):
@@ -343,53 +358,39 @@ def _render(
     options = {"add_generation_prompt": False, **keys.template_kwargs}
     options |= {"tokenize": True, "padding": False, "return_dict": True, "return_assistant_tokens_mask": True}
     options.pop("return_tensors", None)
-    own = getattr(keys.tokenizer, "chat_template", None)
-    if own and options.get("chat_template") is None and options.get("chat_template_name") is None:
-        text = own.get("default", "") if isinstance(own, dict) else own
-        if _TAG.search(text):
-            options["chat_template"] = text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
-        else:
-            warnings.warn(
-                "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids "
-                "may differ from those that a policy saw. Store its ids, or pass the template to use: "
-                "tokenizer_kwargs={'chat_template': ...}.",
-                stacklevel=4,
-            )
-    template = _MaskKeeper(keys.tokenizer)
-    rendered = history.apply_chat_template(tokenizer=template, **options)
-    token_ids = [row.long().cpu() for row in rendered.get("input_ids", as_list=True)]
-    bare = [i for i, mask in enumerate(template.masks) if not mask.any()]
-    if len(bare) < len(token_ids):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
-        bare = [i for i in bare if template.speaks[i] and not options.get("truncation")]
-    if not bare:
-        return token_ids, template.masks
-    if assistant_only:
+    whose = _choose_template(keys.tokenizer, options)
+    dialogs, notes = render(history, keys.tokenizer, options, whose=whose)
+    token_ids = [dialog.token_ids for dialog in dialogs]
+    bare = [i for i, dialog in enumerate(dialogs) if not dialog.marked.any()]
+    if len(bare) < len(dialogs):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
+        bare = [i for i in bare if dialogs[i].speaks and not options.get("truncation")]
+    if bare and assistant_only:
         stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
         raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
-    return token_ids, None
+    ends = end_ids(dialogs, keys.tokenizer)
+    masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
+    return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
 
 
-class _MaskKeeper:
-    """A tokenizer that keeps a chat template's masks: where one is empty, TorchRL 0.14 guesses it from the words in the text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.masks: list[torch.Tensor] = []  # a dialog each: [L] bool, CPU
-        self.speaks: list[bool] = []  # whether the assistant says anything in it
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._tokenizer(*args, **options)
-
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
-        result = self._tokenizer.apply_chat_template(conversation, **options)
-        if options.get("return_assistant_tokens_mask"):
-            self.masks.append(torch.as_tensor(result["assistant_masks"]).flatten().bool().cpu())
-            said = [m.get("content") or m.get("tool_calls") for m in conversation if m["role"] == "assistant"]
-            self.speaks.append(any(said))
-        return result
+def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
+    """Set the chat template in TorchRL's options, where it is the tokenizer's own; return whose it is."""
+    if options.get("chat_template") is not None:
+        return "the chat_template that was passed"
+    if options.get("chat_template_name") is not None:
+        return f"TorchRL's chat template {options['chat_template_name']!r}"
+    own = getattr(tokenizer, "chat_template", None)
+    text = own.get("default", "") if isinstance(own, dict) else own
+    if text and _TAG.search(text):
+        options["chat_template"] = text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
+        return "the tokenizer's own chat template"
+    if own:
+        warnings.warn(
+            "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids "
+            "may differ from those that a policy saw. Store its ids, or pass the template to use: "
+            "tokenizer_kwargs={'chat_template': ...}.",
+            stacklevel=5,
+        )
+    return "the chat template that TorchRL chose by the tokenizer's path"
 
 
 def _texts(value: Any) -> Sequence[str]:

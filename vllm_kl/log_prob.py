@@ -34,7 +34,7 @@ class RetrieveLogProb(TurnsTransform):
 
     Keyword Args:
         log_probs_full_key: where to write; default ``(model.log_probs_key, "full")``.
-        assistant_only: keep the assistant's tokens (needs ``input_mode="history"``).
+        assistant_only: keep the assistant's tokens (needs ``input_mode="history"``), the one that ends a turn included.
         tokenizer_kwargs: passed to the chat template where a history must be tokenized (``chat_template_name``, ...).
         detach: no graph on the result.
         device: where to place a transformers model; a vLLM engine stays where it runs. Results lie on the tensordict's
@@ -105,14 +105,15 @@ class RetrieveLogProb(TurnsTransform):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of re-tokenized turns, as :attr:`RetrieveKL.metrics` has them."""
-        return self._turns.metrics
+        """Figures of re-tokenized turns and of chat templates, as :attr:`RetrieveKL.metrics` has them."""
+        return {**self._turns.metrics, **self._texts.metrics}
 
     def _keys(self) -> InputKeys:
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
+        self._texts.see(batch.report)
         values, _ = scores(self._side, batch, td, None, detach=self.detach)
         if not self._is_step and self._is_policy and self._side.version is not None:
             check_stale(origins(td.unbind(0)), Origin(self._side.version, self._side.adapter), self.on_stale)

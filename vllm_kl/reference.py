@@ -23,6 +23,7 @@ from vllm_kl.inputs import InputMode, keys_of, nested, read_batch, rows_of
 from vllm_kl.outputs import Rows, set_rows
 from vllm_kl.resolver import score_batch, scorer_for
 from vllm_kl.scorer import VLLMScorer
+from vllm_kl.texts import TextWatch
 from vllm_kl.types import Scorer, TokenBatch
 
 # What a caller must know of a wrapper to use its weights from elsewhere.
@@ -58,13 +59,15 @@ class VLLMReference(LLMWrapperBase):
         padding_side: where rows of different length are padded; rows stored dense keep their columns.
         log_probs_key, tokens_key, masks_key, text_key, history_key: where entries lie.
         chat_template_name, chat_template: as in TorchRL's wrappers.
-        tokenizer_kwargs: passed to the tokenizer in text mode.
+        tokenizer_kwargs: passed to the tokenizer in text mode. Without ``add_special_tokens`` a text that begins with BOS has one.
         inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the same kind.
         layout: read by TorchRL's own ``RetrieveLogProb`` when it makes nested tensors; ours makes none.
         **engine_options: vLLM's engine options, where this makes the scorer.
 
     Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding, finite
-    elsewhere; ``(tokens_key, "full")`` and the masks beside it.
+    elsewhere; ``(tokens_key, "full")`` and the masks beside it. The assistant's mask of a History is what the chat template marks;
+    the token that ends a turn counts, wherever the template's tags close, as in ids whose prompt is stored. What a template cuts,
+    moves or adds is warned of once and counted in :attr:`metrics`.
 
     Raises:
         OptionError: an argument has no effect here (``generate=True``, engine options for a running scorer).
@@ -145,6 +148,7 @@ class VLLMReference(LLMWrapperBase):
         self.input_key = input_key or nested(
             {"history": history_key, "text": text_key, "tokens": tokens_key}[input_mode], "full"
         )
+        self._texts = TextWatch()
         self.in_keys = [self.input_key]
         self.out_keys = [masks_key, tokens_key, log_probs_key]
 
@@ -156,6 +160,11 @@ class VLLMReference(LLMWrapperBase):
         if "pad_output" not in kwargs:
             current["layout"] = self.layout
         return type(self)(kwargs.pop("model", self.scorer), **{**current, **kwargs})
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last batch whose texts were tokenized here, ``template_...`` as :attr:`RetrieveKL.metrics` has them."""
+        return self._texts.metrics
 
     @property
     def weight_version(self) -> int | None:
@@ -210,6 +219,7 @@ class VLLMReference(LLMWrapperBase):
 
     def _write(self, td: TensorDictBase, out: TensorDictBase) -> None:
         batch = read_batch(td, keys_of(self), assistant_only=False)
+        self._texts.see(batch.report)
         values = score_batch(self.scorer, batch)
         self._write_tokens(td, out, batch)
         set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)

@@ -15,6 +15,7 @@ from torchrl.envs import Transform
 from vllm_kl.inputs import InputKeys
 from vllm_kl.outputs import Rows, declare
 from vllm_kl.resolver import Side
+from vllm_kl.texts import TextWatch
 from vllm_kl.turns import TurnWatch
 from vllm_kl.types import TokenBatch
 
@@ -66,6 +67,7 @@ class TurnsTransform(NextTransform):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._turns = TurnWatch()
+        self._texts = TextWatch()
         self._is_step = False  # what is written was generated just now, by the policy as it is
 
     @abstractmethod
@@ -92,7 +94,7 @@ class TurnsTransform(NextTransform):
 
     def clone(self) -> Self:
         twin = super().clone()
-        twin._turns = TurnWatch()  # torchrl's copies are shallow
+        twin._turns, twin._texts = TurnWatch(), TextWatch()  # torchrl's copies are shallow
         return twin
 
 

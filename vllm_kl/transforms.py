@@ -63,8 +63,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
     Keyword Args:
         gen_model_factory, ref_model_factory: called once instead of passing a model.
-        assistant_only: keep the assistant's tokens (both sides need ``input_mode="history"``); else every token but
-            the first.
+        assistant_only: keep the assistant's tokens (both sides need ``input_mode="history"``), the one that ends a turn included;
+            else every token but the first.
         gen_log_probs_full_key, ref_log_probs_full_key: where log-probs are written.
         history_key: where the history lies, if there are no ids.
         tokenizer_kwargs: passed to the chat template where a history must be tokenized.
@@ -258,11 +258,14 @@ class RetrieveKL(TurnsTransform, KLTransform):
           :func:`~vllm_kl.check_versions`;
         - ``retokenized_turns``: turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`: of a batch
           ``[dialogs, turns]`` (a ``postproc``, a collector's batch), or of an env's last step; and in an env
-          ``retokenized_turns_total`` of ``later_turns_total``, all turns but each dialog's first, since it was made.
+          ``retokenized_turns_total`` of ``later_turns_total``, all turns but each dialog's first, since it was made;
+        - ``template_...``: of a batch whose History was tokenized here: ``cut_chars`` of its ``content_chars`` are not in what the
+          chat template rendered, of ``cut_messages`` of its ``messages``; ``moved_messages`` stand elsewhere in the dialog;
+          ``inserted_chars`` are marked as the assistant's though no message says them, ``unmarked_chars`` are said and not marked.
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
-        return {**self.penalty.metrics, **audit, **self._versions, **self._turns.metrics}
+        return {**self.penalty.metrics, **audit, **self._versions, **self._turns.metrics, **self._texts.metrics}
 
     def _keys(self) -> InputKeys:
         return keys_of(
@@ -278,6 +281,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if isinstance(self._gen, FromCollector) and (policy := self._gen.policy(collector)) is not None:
             check_two_models(policy, self.ref_model)
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
+        self._texts.see(batch.report)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
         sampled = self._sampled(td, collector)
         is_counted = isinstance(self._gen, FromCollector) or self._gen.version is not None

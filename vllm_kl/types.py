@@ -5,7 +5,7 @@ B sequences, L tokens of one sequence, W columns of the row a sequence is stored
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -85,6 +85,24 @@ class ScoreStats:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextReport:
+    """What was found in the texts of one batch."""
+
+    metrics: dict[str, float] = field(default_factory=dict)  # figures for a logger
+    warnings: dict[str, str] = field(default_factory=dict)  # by kind: what makes the numbers others than one may think
+    notes: dict[str, str] = field(default_factory=dict)  # by kind: what is right, and good to know
+
+    def joined(self, *others: TextReport) -> TextReport:
+        """Return a report that has what all of them have."""
+        all_of = [self, *others]
+        return TextReport(
+            metrics={name: value for report in all_of for name, value in report.metrics.items()},
+            warnings={kind: text for report in all_of for kind, text in report.warnings.items()},
+            notes={kind: text for report in all_of for kind, text in report.notes.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
     """A batch of real tokens, with the place of each in the row it is stored in.
 
@@ -98,6 +116,7 @@ class TokenBatch:
     columns: list[torch.Tensor]  # B x [L] int64: column of each token in its stored row
     widths: list[int]  # B: columns of the stored row
     stored: bool  # the ids were read from the tensordict, not tokenized here
+    report: TextReport = field(default_factory=TextReport)  # what was found in the texts, or at the ids' beginning
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -112,6 +131,7 @@ class TokenBatch:
             columns=pick(self.columns),
             widths=pick(self.widths),
             stored=self.stored,
+            report=self.report,
         )
 
 

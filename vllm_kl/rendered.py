@@ -1,0 +1,303 @@
+"""A rendered dialog against its messages: how much of each message's content a chat template gave back, and where.
+
+Templates cut content (earlier reasoning), trim it, move it (a system message into a later turn) and add words of their own. This
+finds out by looking for the contents in the rendered text; it needs to know no template. Contents that stand there in their order
+cost one search each. Where one does not, the longest are placed first, and what is left is looked for between its neighbours.
+
+Spans are ``(start, end)``, in characters. It does not know tokens, tokenizers or TorchRL.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Span = tuple[int, int]
+_SHORTEST = 4  # a part of a message that is shorter may be a part of anything
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """What became of one message."""
+
+    role: str
+    num_chars: int  # of its content, names and arguments of tool calls included
+    num_found: int  # of those, in the rendered text
+    missing: str  # the first part that is not there
+    is_moved: bool  # some of it stands before an earlier message, or after a later one
+    spans: list[Span]  # of its content in the rendered text; not of tool calls
+    window: Span  # what lies between the contents of its neighbours
+    is_printed: bool  # its content is a list, and is there as Python prints one
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A text of a message's content, and where it was found."""
+
+    message: int
+    text: str
+    is_marked: bool  # an assistant's, in a dialog whose template marks what assistants say
+    found: list[Span] = field(default_factory=list)  # in the rendered text
+    kept: list[Span] = field(default_factory=list)  # the same parts, in ``text``
+    is_moved: bool = False
+
+    def place(self, at: int, kept: Span) -> None:
+        self.found.append((at, at + kept[1] - kept[0]))
+        self.kept.append(kept)
+
+    def missing(self) -> str:
+        """Return the first part that was not found."""
+        end = 0
+        for start, stop in sorted(self.kept):
+            if start > end:
+                return self.text[end:start]
+            end = stop
+        return self.text[end:]
+
+
+def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[Span] = ()) -> list[Rendered]:
+    """Return where the messages' contents are in a rendered dialog.
+
+    Args:
+        text: what the template rendered.
+        messages: its messages; content is a text, ``None`` or a list of parts.
+        runs: what the template marks as the assistant's, in order.
+
+    >>> said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>easy</think>four"}]
+    >>> user, assistant = find_messages("user: 2 + 2? assistant: four", said, [(24, 28)])
+    >>> (user.num_found, user.num_chars), (assistant.num_found, assistant.num_chars), assistant.missing
+    ((6, 6), (4, 23), '<think>easy</think>')
+    """
+    pieces = [
+        _Piece(i, part, bool(runs) and message.get("role") == "assistant")
+        for i, message in enumerate(messages)
+        for part in _texts_of(message.get("content"))
+    ]
+    if not _place_in_order(text, pieces, runs):
+        _place_by_length(text, pieces)
+        _mark_moved(pieces)
+        _place_parts(text, pieces, runs)
+    by_message: list[list[_Piece]] = [[] for _ in messages]
+    for piece in pieces:
+        by_message[piece.message].append(piece)
+    windows = _windows(by_message, len(text))
+    return [_rendered(text, *of_message) for of_message in zip(messages, by_message, windows, strict=True)]
+
+
+def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span) -> Rendered:
+    words = [word for word in _words_of_calls(message) if word]
+    lost = [word for word in words if all(text.find(form, window[0]) < 0 for form in _forms(word))]
+    missing = [gap for piece in pieces if (gap := piece.missing())] + lost
+    num_chars = sum(len(piece.text) for piece in pieces) + sum(map(len, words))
+    num_lost = sum(len(piece.text) - sum(b - a for a, b in piece.kept) for piece in pieces) + sum(map(len, lost))
+    content = message.get("content")
+    return Rendered(
+        role=str(message.get("role")),
+        num_chars=num_chars,
+        num_found=num_chars - num_lost,
+        missing=missing[0] if missing else "",
+        is_moved=any(piece.is_moved for piece in pieces),
+        spans=[span for piece in pieces for span in piece.found],
+        window=window,
+        is_printed=isinstance(content, list) and bool(content) and str(content) in text,
+    )
+
+
+def _texts_of(content: Any) -> list[str]:
+    """Return the texts of a content that are not empty; pictures and the like have none."""
+    if content is None:
+        return []
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text if isinstance(text, str) else str(text) for text in texts if text not in (None, "")]
+
+
+def _words_of_calls(message: dict[str, Any]) -> Iterator[str]:
+    """Yield the texts of a message's tool calls and tool responses. Templates print them in any order and format."""
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(function, dict):
+            yield from _leaves([function.get("name"), function.get("arguments")])
+    yield from _leaves(message.get("tool_responses"))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, (dict, list)):
+            yield from _leaves(parsed)
+        else:
+            yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+
+
+def _forms(word: str) -> set[str]:
+    """Return a text as it is, and as JSON writes it."""
+    return {word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]}
+
+
+def _bounds(text: str) -> list[Span]:
+    """Return the bounds of a text, and those without the white space around it."""
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    return [(0, len(text))] if (start, end) == (0, len(text)) or start >= end else [(0, len(text)), (start, end)]
+
+
+def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bool:
+    """Place all pieces one after the other, some without the white space around them; or none, and return ``False``."""
+    cursor, next_run = 0, 0
+    for piece in pieces:
+        while next_run < len(runs) and runs[next_run][1] <= cursor:
+            next_run += 1
+        run = runs[next_run] if piece.is_marked and next_run < len(runs) else None
+        options = (
+            (at, kept) for kept in _bounds(piece.text) for at in _in_run(piece.text[slice(*kept)], text, run, cursor)
+        )
+        after = ((text.find(piece.text[slice(*kept)], cursor), kept) for kept in _bounds(piece.text))
+        at, kept = next((option for option in (*options, *after) if option[0] >= 0), (-1, (0, 0)))
+        if at < 0:
+            for placed in pieces:
+                placed.found, placed.kept = [], []
+            return False
+        piece.place(at, kept)
+        cursor = piece.found[-1][1]
+    return True
+
+
+def _in_run(part: str, text: str, run: Span | None, cursor: int) -> list[int]:
+    """Return where a part may be in what is marked: at its end first, as a word like "a" is in the tags before it too."""
+    if run is None:
+        return []
+    start, stop = max(run[0], cursor), run[1]
+    at_end = stop - len(part) if text.endswith(part, start, stop) else -1
+    return [at_end, text.find(part, start, stop)]
+
+
+def _place_by_length(text: str, pieces: list[_Piece]) -> None:
+    """Place the pieces that are in the text, the longest first: between their neighbours, or else anywhere."""
+    placed: list[int] = []  # indices of pieces, sorted
+    taken: list[Span] = []  # sorted
+
+    def first_free(part: str, start: int, stop: int) -> int:
+        at = text.find(part, start, stop)
+        while at >= 0:
+            k = bisect.bisect_right(taken, (at, len(text)))
+            before, after = taken[k - 1 : k], taken[k : k + 1]
+            clash = [end for begin, end in (*before, *after) if begin < at + len(part) and end > at]
+            if not clash:
+                return at
+            at = text.find(part, clash[0], stop)
+        return -1
+
+    for i in sorted(range(len(pieces)), key=lambda i: -len(pieces[i].text)):
+        piece, k = pieces[i], bisect.bisect(placed, i)
+        start = pieces[placed[k - 1]].found[-1][1] if k else 0
+        stop = pieces[placed[k]].found[0][0] if k < len(placed) else len(text)
+        places, bounds = [(start, stop), (0, len(text))], _bounds(piece.text)
+        options = ((first_free(piece.text[a:b], *place), (a, b)) for place in places for a, b in bounds)
+        at, kept = next((option for option in options if option[0] >= 0), (-1, (0, 0)))
+        if at >= 0:
+            piece.place(at, kept)
+            placed.insert(k, i)
+            bisect.insort(taken, piece.found[0])
+
+
+def _mark_moved(pieces: list[_Piece]) -> None:
+    """Mark the fewest pieces without which all others stand in order: all but a longest increasing subsequence."""
+    placed = [piece for piece in pieces if piece.found]
+    ends: list[int] = []  # by length of a subsequence: the smallest position that ends one
+    last: list[int] = []  # and its index in ``placed``
+    before: list[int | None] = []
+    for i, piece in enumerate(placed):
+        k = bisect.bisect_left(ends, piece.found[0][0])
+        before.append(last[k - 1] if k else None)
+        ends[k : k + 1], last[k : k + 1] = [piece.found[0][0]], [i]
+    in_order, i = set(), last[-1] if last else None
+    while i is not None:
+        in_order.add(i)
+        i = before[i]
+    for i, piece in enumerate(placed):
+        piece.is_moved = i not in in_order
+
+
+def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
+    """Place what is left of the pieces that are not there as a whole, between their neighbours that stand in order."""
+    stops, stop = [0] * len(pieces), len(text)
+    for i in reversed(range(len(pieces))):
+        stops[i] = stop
+        if pieces[i].found and not pieces[i].is_moved:
+            stop = pieces[i].found[0][0]
+    start = 0
+    for piece, stop in zip(pieces, stops, strict=True):
+        if not piece.found:
+            inside = (
+                [(max(a, start), min(b, stop)) for a, b in runs if a < stop and b > start] if piece.is_marked else []
+            )
+            shortest = 1 if inside else _SHORTEST
+            for at, kept in _common_parts(piece.text, text, *(inside[0] if inside else (start, stop)), shortest):
+                piece.place(at, kept)
+        if piece.found and not piece.is_moved:
+            start = max(end for _, end in piece.found)
+
+
+def _common_parts(piece: str, text: str, start: int, stop: int, shortest: int) -> list[tuple[int, Span]]:
+    """Return parts of a piece that are in ``text[start:stop]``, in order: where each begins, and its bounds in the piece.
+
+    The longer of the longest beginning and the longest end; then the other; then whole lines between them.
+    """
+    parts: list[tuple[int, Span]] = []
+    low, high = 0, len(piece)
+    ends = {True: _longest(piece, text, start, stop, True), False: _longest(piece, text, start, stop, False)}
+    is_head = ends[True] >= ends[False]
+    for number, head in enumerate((is_head, not is_head)):
+        length = ends[head] if not number else min(_longest(piece[low:high], text, start, stop, head), high - low)
+        if length < (_SHORTEST if number else shortest):
+            continue
+        bounds = (low, low + length) if head else (high - length, high)
+        part = piece[slice(*bounds)]
+        at = text.find(part, start, stop) if head else text.rfind(part, start, stop)
+        parts.append((at, bounds))
+        if head:
+            low, start = bounds[1], at + length
+        else:
+            high, stop = bounds[0], at
+    position = low
+    for line in piece[low:high].splitlines(keepends=True):
+        core = line.strip()
+        at = text.find(core, start, stop) if len(core) >= _SHORTEST else -1
+        if at >= 0:
+            begin = position + line.index(core)
+            parts.append((at, (begin, begin + len(core))))
+            start = at + len(core)
+        position += len(line)
+    return parts
+
+
+def _longest(piece: str, text: str, start: int, stop: int, head: bool) -> int:
+    """Return the length of the longest beginning, or end, of a piece that is in ``text[start:stop]``."""
+    low, high = 0, len(piece)
+    while low < high:
+        middle = (low + high + 1) // 2
+        part = piece[:middle] if head else piece[len(piece) - middle :]
+        low, high = (middle, high) if text.find(part, start, stop) >= 0 else (low, middle - 1)
+    return low
+
+
+def _windows(by_message: list[list[_Piece]], length: int) -> list[Span]:
+    """Return for each message what lies between the contents of the messages before and after it."""
+    spans = [[span for piece in pieces if not piece.is_moved for span in piece.found] for pieces in by_message]
+    starts, stops, start, stop = [], [], 0, length
+    for own in spans:
+        starts.append(start)
+        start = max((end for _, end in own), default=start)
+    for own in reversed(spans):
+        stops.append(stop)
+        stop = min((begin for begin, _ in own), default=stop)
+    return list(zip(starts, reversed(stops), strict=True))

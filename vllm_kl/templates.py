@@ -1,0 +1,367 @@
+"""Histories -> ids and assistant masks, by a chat template; and what the template made of the messages.
+
+TorchRL chooses the template and turns a History into messages; the tokenizer renders and tokenizes. Then the text is compared with
+the messages (:mod:`vllm_kl.rendered`) and the marks with what the assistant said. A template or a tokenizer that raises becomes
+an InputError that names the sample.
+
+One rule says which tokens of a turn count: those of what the assistant said, up to and with the token that ends its turn, because
+the policy sampled that one too. It is the mask that ids have whose prompt is stored. Templates whose ``{% generation %}`` tags
+close before that token, or after the newline behind it, give the same mask as others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from torchrl.data.llm import History
+
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.rendered import Rendered, Span, find_messages
+from vllm_kl.texts import added_tokens
+from vllm_kl.types import TextReport
+
+_TRACKER = (
+    threading.Lock()
+)  # transformers 5.19 renders generation tags with one tracker per template: two threads would raise
+_SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()])
+_CURE = (
+    "What works: the ids that the policy saw, in ('tokens', 'full'); or a template that gives all of it: "
+    "tokenizer_kwargs={'chat_template': ...}. Counted in metrics."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dialog:
+    """One rendered history of L tokens."""
+
+    messages: list[dict[str, Any]]
+    text: str
+    token_ids: torch.Tensor  # [L] int64, CPU
+    offsets: np.ndarray  # [L, 2]: where each token's characters begin and end in ``text``
+    is_space: np.ndarray  # [L] bool: nothing but white space
+    marked: np.ndarray  # [L] bool: between the template's generation tags
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the assistant says anything."""
+        return any(m.get("content") or m.get("tool_calls") for m in self.messages if m["role"] == "assistant")
+
+
+def render(
+    history: History, tokenizer: Any, options: dict[str, Any], *, whose: str
+) -> tuple[list[Dialog], dict[str, str]]:
+    """Return the dialogs of a batch of histories, and what to note of their template.
+
+    Args:
+        history: ``[B, messages]``.
+        tokenizer: a tokenizer of transformers.
+        options: of ``History.apply_chat_template``.
+        whose: the template's owner, for messages.
+
+    Raises:
+        InputError: the template or the tokenizer raises.
+        OptionError: a template's name that TorchRL does not know.
+    """
+    renderer = _Renderer(tokenizer, whose)
+    try:
+        history.apply_chat_template(tokenizer=renderer, **options)
+    except KeyError as error:
+        if options.get("chat_template") is None and error.args == (options.get("chat_template_name"),):
+            raise OptionError(
+                f"chat_template_name={error.args[0]!r}: TorchRL has no template of that name; pass the template itself, as "
+                "chat_template"
+            ) from None
+        raise
+    notes = {}
+    if renderer.dates:
+        notes["date"] = (
+            f"{whose} writes the current date into the text (strftime_now gave {renderer.dates[0]!r}): the ids and the numbers "
+            "of a History change with the day. Store the ids, or pass the date: tokenizer_kwargs={'date_string': ...} for "
+            "templates that take one, or {'strftime_now': ...}."
+        )
+    begin, _ = added_tokens(tokenizer)
+    bare = [i for i, dialog in enumerate(renderer.dialogs) if begin and dialog.token_ids[0] != begin[0]]
+    if bare and begin[0] == getattr(tokenizer, "bos_token_id", None):
+        notes["no_bos"] = (
+            f"{whose} renders no BOS (first in sample {bare[0]}), though the tokenizer begins every text with "
+            f"{tokenizer.bos_token!r}: the dialogs are scored without, as TorchRL's wrappers tokenize them"
+        )
+    return renderer.dialogs, notes
+
+
+class _Renderer:
+    """Stands for the tokenizer while TorchRL 0.14 turns a History into messages, and keeps the text, the ids and the mask.
+
+    TorchRL renders a second time, without the template's arguments, to guess a mask from words in the text where the template gives
+    an empty one; it does not when it is given no text.
+    """
+
+    def __init__(self, tokenizer: Any, whose: str) -> None:
+        self._tokenizer = tokenizer
+        self._whose = whose
+        self.dialogs: list[Dialog] = []
+        self.dates: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
+        if not options.get("tokenize"):
+            return None
+        options = {"strftime_now": self._strftime_now, **options}
+        text = self._text(conversation, options)
+        try:
+            with _TRACKER:
+                result = self._tokenizer.apply_chat_template(conversation, **options)
+            offsets = np.array(result.encodings[0].offsets, dtype=np.int64).reshape(-1, 2)
+        except Exception as error:
+            raise InputError(
+                f"sample {len(self.dialogs)}: the tokenizer ({type(self._tokenizer).__name__}) cannot turn what {self._whose} "
+                f"rendered into ids: {type(error).__name__}: {error}"
+            ) from error
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        self.dialogs.append(
+            Dialog(
+                messages=conversation,
+                text=text,
+                token_ids=torch.as_tensor(result["input_ids"]).flatten().long().cpu(),
+                offsets=offsets,
+                is_space=_overlap(~np.isin(codes, _SPACES), offsets) == 0,
+                marked=np.asarray(result["assistant_masks"]).reshape(-1).astype(bool),
+            )
+        )
+        return result
+
+    def _text(self, conversation: list[dict[str, Any]], options: dict[str, Any]) -> str:
+        as_text = {**options, "tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
+        try:
+            return self._tokenizer.apply_chat_template(conversation, **as_text)
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(f"{self._whose} is no valid Jinja: line {error.lineno}: {error.message}") from error
+        except Exception as error:
+            raise InputError(
+                f"sample {len(self.dialogs)}{self._first_that_raises(conversation, as_text, error)}: {self._whose} raised "
+                f"{type(error).__name__}: {error}. What works: messages that it takes; another template "
+                "(tokenizer_kwargs={'chat_template': ...}); or the policy's ids in ('tokens', 'full')."
+            ) from error
+
+    def _first_that_raises(self, conversation: list[dict[str, Any]], options: dict[str, Any], error: Exception) -> str:
+        """Return which message the template stumbled over: the last of the shortest beginning that raises the same."""
+        for i, message in enumerate(conversation):
+            try:
+                self._tokenizer.apply_chat_template(conversation[: i + 1], **options)
+            except Exception as of_beginning:
+                if str(of_beginning) == str(error):
+                    return f", message {i} (role {message.get('role')!r})"
+        return ""
+
+    def _strftime_now(self, form: str) -> str:
+        self.dates.append(datetime.datetime.now().strftime(form))
+        return self.dates[-1]
+
+
+def end_turns(dialogs: Sequence[Dialog], ends: set[int]) -> tuple[list[torch.Tensor], TextReport]:
+    """Return the masks, ``[L]`` bool, of what the assistant said and of the tokens that end its turns.
+
+    The report says where tags leave such a token out or run on after it, and where there is none, or two.
+    """
+    report, masks = TextReport(), []
+    for i, dialog in enumerate(dialogs):
+        ids, mask, is_space = dialog.token_ids.tolist(), dialog.marked.copy(), dialog.is_space
+        end = None
+        for start, stop in _runs(dialog.marked):
+            first = stop
+            while first > start and (ids[first - 1] in ends or is_space[first - 1]):
+                first -= 1
+            end = next((t for t in range(first, stop) if ids[t] in ends), None)
+            if end is not None and end + 1 < stop:
+                mask[end + 1 : stop] = False
+                report.notes.setdefault(
+                    "after_end", _AFTER_END.format(sample=i, text=_words(_slice(dialog, end + 1, stop)))
+                )
+            if end is None and stop < len(ids) and ids[stop] in ends:
+                end = stop
+                mask[end] = True
+                report.notes.setdefault(
+                    "end_outside", _OUTSIDE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
+                )
+            if end is not None and ids[end + 1 : end + 2] == [ids[end]]:
+                report.warnings.setdefault(
+                    "double_end", _TWICE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
+                )
+        if end is None and dialog.marked.any():
+            report.warnings.setdefault("no_end", _NO_END.format(sample=i))
+        masks.append(torch.from_numpy(mask))
+    return masks, report
+
+
+_AFTER_END = (
+    "the chat template's tags mark {text} after the token that ends a turn (first in sample {sample}): no policy samples it, so "
+    "it does not count"
+)
+_OUTSIDE = (
+    "the chat template's tags leave out {text}, which ends a turn (first in sample {sample}): the policy samples it, so it "
+    "counts, as it does for ids"
+)
+_TWICE = (
+    "{text} ends a turn twice in sample {sample}: the message ends with it and the chat template adds another. Both are in the "
+    "ids, the first one counts. Take it from the message's content, or use a template that looks for it."
+)
+_NO_END = (
+    "the chat template renders no token that ends the assistant's turn in sample {sample} (EOS, or a special token): the one "
+    "that a policy samples there is not in the ids and does not count, as it would with ids from the policy."
+)
+
+
+def end_ids(dialogs: Sequence[Dialog], tokenizer: Any) -> set[int]:
+    """Return the ids that end turns: EOS, and the special token that ends the dialogs' last turns, which Gemma's EOS is not."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = [*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)]
+    ends = {getattr(tokenizer, "eos_token_id", None)} - {None}
+    for dialog in dialogs:
+        ids, is_special = dialog.token_ids.tolist(), np.isin(dialog.token_ids.numpy(), special)
+        is_word = ~(is_special | dialog.is_space)
+        at: int | None = None
+        stop = len(ids)
+        for start, stop in _runs(dialog.marked):
+            words = np.flatnonzero(is_word[start:stop])
+            after_words = start + int(words[-1]) + 1 if len(words) else start
+            at = next((t for t in range(stop - 1, after_words - 1, -1) if is_special[t]), None)
+            ends |= set() if at is None else {ids[at]}
+        # Where nothing is said after the last turn, what is special there ends it.
+        if at is None and not is_word[stop:].any():
+            ends |= {ids[t] for t in (np.flatnonzero(is_special[stop:]) + stop)[:1]}
+    return ends
+
+
+def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: set[int]) -> TextReport:
+    """Return what the template made of the messages: figures, and the first example of each kind.
+
+    Args:
+        dialogs: rendered histories.
+        masks: their masks, ``[L]`` bool, where the template marks what the assistant said.
+        ends: the ids that end turns.
+    """
+    count: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for i, dialog in enumerate(dialogs):
+        is_end = np.isin(dialog.token_ids.numpy(), sorted(ends))
+        runs = [] if masks is None else _char_runs(dialog, masks[i].numpy() & ~is_end)
+        found = find_messages(dialog.text, dialog.messages, runs)
+        for j, message in enumerate(found):
+            where = f"sample {i}, message {j} ({message.role})"
+            for kind, num_chars, example in _losses(message):
+                count[f"{kind}_messages"] += 1
+                count[f"{kind}_chars"] += num_chars
+                first.setdefault(kind, f"{where}: {example}")
+            count["messages"] += 1
+            count["content_chars"] += message.num_chars
+        if masks is not None:
+            for kind, num_chars, example in _wrong_marks(dialog, masks[i].numpy(), is_end, found):
+                count[f"{kind}_chars"] += num_chars
+                first.setdefault(kind, f"sample {i}: {example}")
+    names = (
+        "messages",
+        "content_chars",
+        "cut_messages",
+        "cut_chars",
+        "moved_messages",
+        "inserted_chars",
+        "unmarked_chars",
+    )
+    metrics = {f"template_{name}": float(count[name]) for name in names}
+    said = {kind: f"{_SAYS[kind].format_map(count)} The first: {example}. {_CURE}" for kind, example in first.items()}
+    return TextReport(metrics=metrics, warnings=said)
+
+
+_SAYS = {
+    "cut": "the chat template leaves out content of {cut_messages} of {messages} messages, {cut_chars} of {content_chars} "
+    "characters: they are not in the ids that are scored.",
+    "moved": "the chat template moves {moved_messages} of {messages} messages to another place in the dialog.",
+    "printed": "the chat template prints the content of {printed_messages} of {messages} messages as a Python list.",
+    "inserted": "the chat template marks {inserted_chars} characters as the assistant's that are in no message's content: they "
+    "count.",
+    "unmarked": "the chat template leaves {unmarked_chars} characters that the assistant says outside its tags: they do not count.",
+}
+
+
+def _losses(message: Rendered) -> Iterator[tuple[str, int, str]]:
+    """Yield the kind, the number of characters and the example of what a message lost."""
+    num_lost = message.num_chars - message.num_found
+    if num_lost:
+        how = "white space was trimmed" if not message.missing.strip() else f"missing: {_words(message.missing)}"
+        yield "cut", num_lost, f"{message.num_found} of its {message.num_chars} characters came back; {how}"
+    if message.is_moved:
+        yield (
+            "moved",
+            0,
+            f"its {message.num_chars} characters stand before an earlier message's, or after a later one's",
+        )
+    if message.is_printed:
+        yield "printed", 0, "its content is a list of parts, which the template takes for a text"
+
+
+def _wrong_marks(
+    dialog: Dialog, mask: np.ndarray, is_end: np.ndarray, found: Sequence[Rendered]
+) -> Iterator[tuple[str, int, str]]:
+    """Yield what is marked that the assistant did not say, and what it said that is not marked."""
+    said = np.zeros(len(dialog.text), dtype=bool)
+    may_be_said = said.copy()
+    for message, rendered in zip(dialog.messages, found, strict=True):
+        if rendered.role == "assistant":
+            for start, stop in rendered.spans:
+                said[start:stop] = True
+            if message.get("tool_calls"):  # a template has its own way to write them
+                may_be_said[slice(*rendered.window)] = True
+    may_be_said |= said
+    added = mask & ~is_end & (_overlap(may_be_said, dialog.offsets) == 0)
+    inserted = [(a, b) for a, b in _runs(added) if not dialog.is_space[a:b].all()]  # " four" may be one token, or two
+    if inserted:
+        num_chars = sum(len(_slice(dialog, *run)) for run in inserted)
+        yield "inserted", num_chars, _words(_slice(dialog, *inserted[0]))
+    in_tokens, in_mask = np.zeros_like(said), np.zeros_like(said)
+    for chars, tokens in ((in_tokens, np.ones_like(mask)), (in_mask, mask)):
+        for start, stop in _char_runs(dialog, tokens):
+            chars[start:stop] = True
+    unmarked = said & in_tokens & ~in_mask
+    if unmarked.any():
+        start, stop = _runs(unmarked)[0]
+        yield "unmarked", int(unmarked.sum()), _words(dialog.text[start:stop])
+
+
+def _runs(mask: np.ndarray) -> list[Span]:
+    """Return where a mask's runs begin and end.
+
+    >>> _runs(np.array([False, True, True, False, True]))
+    [(1, 3), (4, 5)]
+    """
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _char_runs(dialog: Dialog, mask: np.ndarray) -> list[Span]:
+    """Return the characters of a mask's runs of tokens."""
+    return [(int(dialog.offsets[a, 0]), int(dialog.offsets[b - 1, 1])) for a, b in _runs(mask)]
+
+
+def _overlap(chars: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return how many of some characters each token has, ``[L]``."""
+    before = np.concatenate([[0], np.cumsum(chars)])
+    return before[offsets[:, 1]] - before[offsets[:, 0]]
+
+
+def _slice(dialog: Dialog, start: int, stop: int) -> str:
+    """Return the text of some tokens."""
+    return dialog.text[dialog.offsets[start, 0] : dialog.offsets[stop - 1, 1]]
+
+
+def _words(text: str, limit: int = 60) -> str:
+    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
