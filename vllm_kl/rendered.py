@@ -88,10 +88,12 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
 
 
 def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span) -> Rendered:
-    words = [word for word in _words_of_calls(message) if word]
-    lost = [word for word in words if all(text.find(form, window[0]) < 0 for form in _forms(word))]
+    words = list(_words_of_calls(message))
+    lost = [
+        word for word, whole in words if all(text.find(form, window[0]) < 0 for form in _forms(word) | _forms(whole))
+    ]
     missing = [gap for piece in pieces if (gap := piece.missing())] + lost
-    num_chars = sum(len(piece.text) for piece in pieces) + sum(map(len, words))
+    num_chars = sum(len(piece.text) for piece in pieces) + sum(len(word) for word, _ in words)
     num_lost = sum(len(piece.text) - sum(b - a for a, b in piece.kept) for piece in pieces) + sum(map(len, lost))
     content = message.get("content")
     return Rendered(
@@ -115,28 +117,31 @@ def _texts_of(content: Any) -> list[str]:
     return [text if isinstance(text, str) else str(text) for text in texts if text not in (None, "")]
 
 
-def _words_of_calls(message: dict[str, Any]) -> Iterator[str]:
-    """Yield the texts of a message's tool calls and tool responses. Templates print them in any order and format."""
+def _words_of_calls(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a message's tool calls and tool responses. Templates print them in any order and format.
+
+    Beside each comes the JSON that it was given in, which a template may print as it is.
+    """
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(function, dict):
-            yield from _leaves([function.get("name"), function.get("arguments")])
-    yield from _leaves(message.get("tool_responses"))
+            yield from _leaves([function.get("name"), function.get("arguments")], "")
+    yield from _leaves(message.get("tool_responses"), "")
 
 
-def _leaves(value: Any) -> Iterator[str]:
+def _leaves(value: Any, whole: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = None
         if isinstance(parsed, (dict, list)):
-            yield from _leaves(parsed)
-        else:
-            yield value
+            yield from _leaves(parsed, value)
+        elif value:
+            yield value, whole or value
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
+            yield from _leaves(item, whole)
 
 
 def _forms(word: str) -> set[str]:
@@ -185,16 +190,20 @@ def _place_by_length(text: str, pieces: list[_Piece]) -> None:
     placed: list[int] = []  # indices of pieces, sorted
     taken: list[Span] = []  # sorted
 
+    free_from: dict[str, int] = {}  # by part: where it was found free last, or the end; before it all places are taken
+
     def first_free(part: str, start: int, stop: int) -> int:
-        at = text.find(part, start, stop)
+        is_anywhere = (start, stop) == (0, len(text))
+        at = text.find(part, free_from.get(part, 0) if is_anywhere else start, stop)
         while at >= 0:
             k = bisect.bisect_right(taken, (at, len(text)))
-            before, after = taken[k - 1 : k], taken[k : k + 1]
-            clash = [end for begin, end in (*before, *after) if begin < at + len(part) and end > at]
+            clash = [end for begin, end in taken[max(k - 1, 0) : k + 1] if begin < at + len(part) and end > at]
             if not clash:
-                return at
+                break
             at = text.find(part, clash[0], stop)
-        return -1
+        if is_anywhere:
+            free_from[part] = at if at >= 0 else len(text)
+        return at
 
     for i in sorted(range(len(pieces)), key=lambda i: -len(pieces[i].text)):
         piece, k = pieces[i], bisect.bisect(placed, i)
