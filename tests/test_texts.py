@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -469,6 +471,14 @@ class TestErrors:
                 r"message 0 \(role 'system'\).*System role not supported",
             ),
             (FAMILIES["gemma"], [*TURNS[:2], *TURNS[1:]], r"message 2 \(role 'assistant'\).*roles must alternate"),
+            (  # beginnings that raise something else say nothing
+                make(
+                    "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}"
+                    "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + CHATML
+                ),
+                [*TURNS[:2], say("tool", "7")],
+                r"message 2 \(role 'tool'\).*no tools",
+            ),
             (
                 FAMILIES["chatml"],
                 [TURNS[0], say("assistant", None)],
@@ -512,11 +522,17 @@ class TestErrors:
             read(make(CHATML), TURNS, truncation="sometimes")
 
     def test_threads_may_render_one_template(self):
-        from concurrent.futures import ThreadPoolExecutor
+        def render(_):
+            return kept(FAMILIES["chatml"], read(FAMILIES["chatml"], *[TURNS * 20] * 4))
 
-        with ThreadPoolExecutor(4) as pool:
-            texts = list(pool.map(lambda _: kept(FAMILIES["chatml"], read(FAMILIES["chatml"], *[TURNS] * 8)), range(8)))
-        assert set(itertools.chain(*texts)) == {"four<|im_end|>a<|im_end|>"}
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                texts = list(pool.map(render, range(8)))
+        finally:
+            sys.setswitchinterval(interval)
+        assert set(itertools.chain(*texts)) == {"four<|im_end|>a<|im_end|>" * 20}
 
 
 class TestOddDialogs:

@@ -28,9 +28,7 @@ from vllm_kl.rendered import Rendered, Span, find_messages
 from vllm_kl.texts import added_tokens
 from vllm_kl.types import TextReport
 
-_TRACKER = (
-    threading.Lock()
-)  # transformers 5.19 renders generation tags with one tracker per template: two threads would raise
+_RENDERING = threading.Lock()
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()])
 _CURE = (
     "What works: the ids that the policy saw, in ('tokens', 'full'); or a template that gives all of it: "
@@ -119,8 +117,7 @@ class _Renderer:
         options = {"strftime_now": self._strftime_now, **options}
         text = self._text(conversation, options)
         try:
-            with _TRACKER:
-                result = self._tokenizer.apply_chat_template(conversation, **options)
+            result = self._apply(conversation, options)
             offsets = np.array(result.encodings[0].offsets, dtype=np.int64).reshape(-1, 2)
         except Exception as error:
             raise InputError(
@@ -140,10 +137,15 @@ class _Renderer:
         )
         return result
 
+    def _apply(self, conversation: list[dict[str, Any]], options: dict[str, Any]) -> Any:
+        # transformers 5.19 keeps one list of marked spans per template: two threads would raise, or mark each other's text.
+        with _RENDERING:
+            return self._tokenizer.apply_chat_template(conversation, **options)
+
     def _text(self, conversation: list[dict[str, Any]], options: dict[str, Any]) -> str:
         as_text = {**options, "tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
         try:
-            return self._tokenizer.apply_chat_template(conversation, **as_text)
+            return self._apply(conversation, as_text)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{self._whose} is no valid Jinja: line {error.lineno}: {error.message}") from error
         except Exception as error:
@@ -157,7 +159,7 @@ class _Renderer:
         """Return which message the template stumbled over: the last of the shortest beginning that raises the same."""
         for i, message in enumerate(conversation):
             try:
-                self._tokenizer.apply_chat_template(conversation[: i + 1], **options)
+                self._apply(conversation[: i + 1], options)
             except Exception as of_beginning:
                 if str(of_beginning) == str(error):
                     return f", message {i} (role {message.get('role')!r})"
