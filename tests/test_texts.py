@@ -312,8 +312,9 @@ class TestContentIsCompared:
     @pytest.mark.parametrize("words", ["<think>\n\n</think>\n\n", "Answer: "])
     def test_words_that_nobody_said_between_the_tags_are_told(self, words):
         template = CHATML.replace("{% generation %}", "{% generation %}{{ " + repr(words) + " }}")
-        report = read(make(template), TURNS).report
-        assert report.metrics["template_inserted_chars"] == 2 * len(words)
+        chat = [say("user", "2 + 2?"), say("assistant", "n")]  # which is in those words too
+        report = read(make(template), chat, TURNS).report
+        assert report.metrics["template_inserted_chars"] == 3 * len(words)
         assert f"The first: sample 0: {words!r}" in report.warnings["inserted"]
 
     def test_a_role_that_is_marked_as_the_assistants_is_told(self):
