@@ -34,6 +34,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
+    from vllm_kl.plugin import text_only
     from vllm_kl.plugin.kernel import product_dtype
     from vllm_kl.plugin.native import missing_compiler
 
@@ -42,6 +43,8 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
         torch.cpu._init_amx()
     options = {**_defaults(is_cpu=current_platform.is_cpu()), **lora_options(lora_request, options)}
+    if options["language_model_only"]:
+        text_only.enable()
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
     if "gpu_memory_utilization" not in options:
@@ -191,6 +194,7 @@ def _is_cuda() -> bool:
 def _defaults(*, is_cpu: bool) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,  # ids come in, log-probs go out
+        "language_model_only": True,  # of a vision-language model; no tower is made, and no processor, which wants a tokenizer
         "disable_log_stats": True,
         "enable_prefix_caching": True,
         # vLLM keeps few blocks of layers with a sliding window or a state, so that a group's second member finds none.

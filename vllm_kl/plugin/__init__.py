@@ -10,6 +10,7 @@
     cap       prefix-cache hits end before the first scored row
     weights   new weights for a live model, in every worker: a second_model is loaded, and by adoption the first takes it over
     rope      rotary embeddings of a CPU, for heads that are kept apart
+    text_only vision-language models without torchvision
     adapters  which LoRA adapters a worker serves, and how
 
 Nothing here changes an engine, or a request, that does not come from this package; but every engine's process ends with the
@@ -39,13 +40,14 @@ def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, models, rope, weights
+    from vllm_kl.plugin import adapters, cap, models, rope, text_only, weights
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
     if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         cap.install()
         weights.install()
         adapters.install()
+    text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
         rope.install()
