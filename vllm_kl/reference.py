@@ -62,7 +62,7 @@ class VLLMReference(LLMWrapperBase):
         tokenizer_kwargs: passed to the tokenizer in text mode. Without ``add_special_tokens`` a text that begins with BOS has one.
         inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the same kind.
         layout: read by TorchRL's own ``RetrieveLogProb`` when it makes nested tensors; ours makes none.
-        **engine_options: vLLM's engine options, where this makes the scorer.
+        **engine_options: ``placeholders`` and vLLM's engine options, where this makes the scorer.
 
     Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding, finite
     elsewhere; ``(tokens_key, "full")`` and the masks beside it. The assistant's mask of a History is what the chat template marks;

@@ -13,19 +13,23 @@ import numpy as np
 import torch
 
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.placeholders import Placeholders
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 
 
 def check_requests(
-    token_ids: Sequence[TokenIds], start: int | Sequence[int] | None, info: EngineInfo
+    token_ids: Sequence[TokenIds],
+    start: int | Sequence[int] | None,
+    info: EngineInfo,
+    placeholders: Placeholders = "refuse",
 ) -> tuple[list[np.ndarray], list[int]]:
     """Return B arrays ``[L]`` int32 and B starts.
 
     Raises:
-        InputError: a sequence is empty, not flat, too long, or has an id outside the vocabulary; a start is out of
-            range; there are not as many starts as sequences.
+        InputError: a sequence is empty, not flat, too long, has an id outside the vocabulary, or one that stands for an image;
+            a start is out of range; there are not as many starts as sequences.
     """
     sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
     starts = _to_starts(start, len(sequences))
@@ -42,13 +46,9 @@ def check_requests(
                 f"sequence {i} has {len(ids)} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
                 "where the engine is made, or cut the sequence."
             )
-        top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
-        if (outside := (ids < 0) | (ids >= top)).any():
-            t = int(outside.argmax())
-            raise InputError(
-                f"sequence {i}, token {t}: id {int(ids[t])} is outside the vocabulary [0, {top}). Padding such as -100 "
-                "must be cut off before scoring."
-            )
+        if placeholders == "refuse":
+            _check_no_placeholder(i, ids, info)
+        _check_vocabulary(i, ids, info)
     return [ids.astype(np.int32) for ids in sequences], starts
 
 
@@ -120,6 +120,35 @@ def check_lora_request(lora_request: Any) -> Any:
             "0.32): load it once with llm.llm_engine.add_lora(lora_request), and name it here without load_inplace"
         )
     return lora_request
+
+
+def _check_no_placeholder(i: int, ids: np.ndarray, info: EngineInfo) -> None:
+    if not info.placeholders:
+        return
+    found = np.isin(ids, list(info.placeholders))
+    if found.any():
+        t = int(found.argmax())
+        raise InputError(
+            f"sequence {i}, token {t}: id {ids[t]} is the model's placeholder for {info.placeholders[int(ids[t])]}, and only ids "
+            f"are sent, no pixels and no sound: log-probs from there on would not be those of the sampling model "
+            f"({int(found.sum())} such tokens in the sequence). Leave the sample out; or pass placeholders='as_text' (VLLMScorer, "
+            "VLLMReference, FromCollector) to score the id as an ordinary token"
+        )
+
+
+def _check_vocabulary(i: int, ids: np.ndarray, info: EngineInfo) -> None:
+    top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
+    outside = (ids < 0) | (ids >= top)
+    if not outside.any():
+        return
+    t = int(outside.argmax())
+    cure = (
+        "Padding and ignored labels such as -100 must be cut off before scoring"
+        if ids[t] < 0
+        else f"The model's head has {top} rows, and the tokenizer that made the id has more tokens, or is another model's: use "
+        "this model's own, or resize the model's embeddings"
+    )
+    raise InputError(f"sequence {i}, token {t}: id {ids[t]} is outside the vocabulary [0, {top}). {cure}.")
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:

@@ -24,6 +24,7 @@ from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
 from vllm_kl.generated import adapter_id
 from vllm_kl.inputs import nested, rows_of
+from vllm_kl.placeholders import Placeholders, check_placeholders
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.types import Scorer, TokenBatch
 
@@ -48,7 +49,7 @@ def score_batch(scorer: Scorer, batch: TokenBatch) -> list[torch.Tensor]:
     return values
 
 
-def scorer_for(model: Any) -> Scorer:
+def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
     """Return what scores with the weights of a TorchRL wrapper.
 
     A ``VLLMReference`` brings its own; a ``vLLMWrapper`` lends its engine, a ``TransformersWrapper`` its model; any
@@ -61,10 +62,11 @@ def scorer_for(model: Any) -> Scorer:
         # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor. It names the
         # policy's adapter, if it has one: what generated is what scores.
         return VLLMScorer(
-            GenerateEngine(model.model, model._call_generate, lora_request=getattr(model, "lora_request", None))
+            GenerateEngine(model.model, model._call_generate, lora_request=getattr(model, "lora_request", None)),
+            placeholders=placeholders,
         )
     if isinstance(model, TransformersWrapper):
-        return TransformersScorer(model.model)
+        return TransformersScorer(model.model, placeholders)
     if isinstance(model, LLMWrapperBase):
         return WrapperScorer(model)
     raise OptionError(
@@ -171,6 +173,7 @@ class FromCollector:
             rescores.
         audit: this fraction of the samples whose log-probs are reused is scored again and compared.
         audit_tolerance, on_drift: see :class:`~vllm_kl.audit.Audit`.
+        placeholders: of a policy that is asked again; as :class:`~vllm_kl.VLLMScorer` takes it.
 
     Specs and construction never need the collector: the policy is looked up at each step, so one that is replaced or
     updated is followed. Outside an env (a ``postproc``, a replay buffer, a plain batch) there is no collector and only
@@ -187,12 +190,14 @@ class FromCollector:
         audit: float = 0.0,
         audit_tolerance: float = 0.05,
         on_drift: OnDrift = "raise",
+        placeholders: Placeholders = "refuse",
     ) -> None:
         if gen_log_probs not in get_args(GenLogProbs):
             raise OptionError(
                 f"gen_log_probs={gen_log_probs!r} does not exist; choose one of {', '.join(get_args(GenLogProbs))}"
             )
         self.gen_log_probs = gen_log_probs
+        self._placeholders = check_placeholders(placeholders)
         self.audit = Audit(audit, tolerance=audit_tolerance, on_drift=on_drift)
         if audit and gen_log_probs == "rescore":
             raise OptionError("audit has no effect with gen_log_probs='rescore': every log-prob is the engine's own")
@@ -326,7 +331,7 @@ class FromCollector:
     def _scorer_of(self, policy: Any) -> Scorer:
         weights = (policy.model, getattr(policy, "lora_request", None))
         if self._resolved is None or any(a is not b for a, b in zip(self._resolved[0], weights, strict=True)):
-            self._resolved = weights, scorer_for(policy)
+            self._resolved = weights, scorer_for(policy, self._placeholders)
         return self._resolved[1]
 
 

@@ -29,6 +29,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make import make_engine
 from vllm_kl.engines.weights import Weights
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
+from vllm_kl.placeholders import Placeholders, check_placeholders
 from vllm_kl.progress import show_progress
 from vllm_kl.requests import (
     TokenIds,
@@ -63,7 +64,10 @@ class VLLMScorer:
         lora_request: a ``vllm.lora.request.LoRARequest``: the adapter whose log-probs these are; ``None`` is the base model.
             A shared engine must have been made with ``enable_lora=True``. Any number of scorers may share it: one of the base
             model, one of each adapter. ``weight_version`` is the base model's; the canary is scored with the adapter.
-        **engine_options: vLLM's engine options under their own names, for an owned engine.
+        placeholders: what happens to ids that stand for an image, a video or audio in a multimodal model: ``"refuse"``, or
+            ``"as_text"``, which scores them as the ordinary tokens that they are not.
+        **engine_options: vLLM's engine options under their own names, for an owned engine. A vision-language model serves text
+            only (``language_model_only=True``), unless they say otherwise.
 
     Raises:
         OptionError: an engine option does not exist, or was given for an engine that already runs.
@@ -92,6 +96,7 @@ class VLLMScorer:
         temperature: float = 1.0,
         canary: bool = True,
         lora_request: Any = None,
+        placeholders: Placeholders = "refuse",
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -100,6 +105,7 @@ class VLLMScorer:
             )
         self.share_prefix = share_prefix
         self.temperature = check_temperature(temperature)
+        self._placeholders = check_placeholders(placeholders)
         self.stats: ScoreStats | None = None
         self._is_asleep = False
         self._engine: Engine = make_engine(model, readout, engine_options, check_lora_request(lora_request))
@@ -163,8 +169,8 @@ class VLLMScorer:
             ``log p(token_ids[i][start + j] | token_ids[i][:start + j])`` in nats, shape ``[len - start]``.
 
         Raises:
-            InputError: an empty sequence, a start out of range, an id outside the vocabulary, a sequence longer than
-                the engine takes, a temperature that is not positive. Names the sequence. Nothing was sent.
+            InputError: an empty sequence, a start out of range, an id outside the vocabulary, one that stands for an image, a
+                sequence longer than the engine takes, a temperature that is not positive. Names the sequence. Nothing was sent.
             ReadoutUnavailableError: a temperature that the read-out cannot apply.
             MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token.
             EngineError: the engine died.
@@ -257,7 +263,7 @@ class VLLMScorer:
         info = self._engine.info
         temperature = self.temperature if temperature is None else check_temperature(temperature)
         check_can(info, temperature, ids=ids is not None, top_k=top_k > 0)
-        sequences, starts = check_requests(token_ids, start, info)
+        sequences, starts = check_requests(token_ids, start, info, self._placeholders)
         chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
         asked = [
             ScoreRequest(token_ids=sequence, start=first, temperature=temperature, ids=rows, top_k=top_k)

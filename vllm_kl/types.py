@@ -5,6 +5,7 @@ B sequences, L tokens of one sequence, W columns of the row a sequence is stored
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -66,6 +67,9 @@ class EngineInfo:
     can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()  # what it can do beyond the tokens' log-probs
     max_ids: int | None = None  # most chosen ids per row; None: no limit
     notes: tuple[str, ...] = ()  # what makes it slower than it could be; the scorer logs them as warnings
+    placeholders: Mapping[int, str] = field(
+        default_factory=dict
+    )  # ids that stand for an image, video or audio; for which
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,7 @@ from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError, WeightsError
+from vllm_kl.placeholders import placeholder_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 
@@ -93,6 +94,7 @@ class GenerateEngine:
             max_sequence_len=None if config is None else config.max_model_len - 1,
             can=frozenset({"ids"}) if is_token_ids else frozenset(),
             max_ids=None if max_logprobs < 0 else max_logprobs - 1,  # the token itself is one of vLLM's limit
+            placeholders=placeholder_ids(_hf_config(engine)),
         )
         self._readout = _TokenIds() if is_token_ids else _Flat()
 
@@ -204,6 +206,18 @@ class _Flat:
                 "that vllm_kl does not know"
             )
         return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
+
+
+def _hf_config(engine: Any) -> Any:
+    """Return the config of an engine's model; ``None``: it is out of reach, in an actor."""
+    if hasattr(engine, "llm_engine"):
+        return engine.llm_engine.model_config.hf_config
+    args = getattr(engine, "engine_args", None)  # TorchRL's AsyncVLLM
+    if args is None:
+        return None
+    from vllm.transformers_utils.config import get_config
+
+    return get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
 
 
 def _why_not_token_ids(llm_engine: Any) -> str:

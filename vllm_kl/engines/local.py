@@ -38,13 +38,13 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     from vllm_kl.plugin.kernel import product_dtype
     from vllm_kl.plugin.native import missing_compiler
 
+    if options.get("language_model_only", True):
+        text_only.enable()
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
         torch.cpu._init_amx()
     options = {**_defaults(is_cpu=current_platform.is_cpu()), **lora_options(lora_request, options)}
-    if options["language_model_only"]:
-        text_only.enable()
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
     if "gpu_memory_utilization" not in options:

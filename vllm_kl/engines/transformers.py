@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_kl.placeholders import Placeholders, placeholder_ids
 from vllm_kl.requests import check_requests
 from vllm_kl.types import EngineInfo
 
@@ -23,15 +24,18 @@ class TransformersScorer:
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype.
+        placeholders: as :class:`~vllm_kl.VLLMScorer` takes it.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, placeholders: Placeholders = "refuse") -> None:
         self.model = model
+        self._placeholders = placeholders
         config = model.config.get_text_config()
         self._info = EngineInfo(
             readout="logits",
             vocab_size=config.vocab_size,
             max_sequence_len=getattr(config, "max_position_embeddings", None),
+            placeholders=placeholder_ids(model.config),
         )
 
     def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
@@ -40,7 +44,7 @@ class TransformersScorer:
         Raises:
             InputError: as :meth:`vllm_kl.VLLMScorer.score`.
         """
-        check_requests(token_ids, start, self._info)
+        check_requests(token_ids, start, self._info, self._placeholders)
         out: list[torch.Tensor] = []
         while len(out) < len(token_ids):
             out.extend(self._score_slice(token_ids[len(out) :], start[len(out) :]))
