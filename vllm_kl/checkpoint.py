@@ -6,7 +6,9 @@ has where the model's own differ. The skeleton of the model (no memory: the ``me
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -23,7 +25,12 @@ from vllm_kl import orphans
 from vllm_kl.errors import WeightsError
 from vllm_kl.trained import as_state_dict
 
+logger = logging.getLogger("vllm_kl")
+
 StateDict = Mapping[str, torch.Tensor]
+# The language model inside a multimodal model: "model.language_model.layers.0" (transformers 5) and "language_model.model.layers.0"
+# (checkpoints before 4.52) are "model.layers.0" of the language model alone.
+_WHERE_TEXT_LIES = re.compile(r"^((model|language_model|text_model|thinker)\.)+")
 
 
 class Checkpoint:
@@ -73,6 +80,8 @@ class Start:
 class Skeleton:
     """What a model's state dict must hold.
 
+    That of a multimodal model may hold the whole model, or its language model alone, under the names of either.
+
     Args:
         model: path or name of the engine's model.
         revision, trust_remote_code, hf_overrides: as the engine has them.
@@ -90,7 +99,7 @@ class Skeleton:
             config = transformers.AutoConfig.from_pretrained(model, **self._source)
             config.update(hf_overrides if isinstance(hf_overrides, dict) else {})
             with torch.device("meta"):
-                self._model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+                self._model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise WeightsError(
                 f"transformers cannot say which weights {model!r} has ({error}): only models that AutoModelForCausalLM knows can "
@@ -100,6 +109,9 @@ class Skeleton:
         # TensorDict.from_module gives these as well; no checkpoint holds them.
         self._computed = {name for name, _ in self._model.named_buffers()} - self._shapes.keys()
         self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
+        self._towers = self._shapes.keys() - _names_of_text(self._model)  # and what joins them to the language model
+        self._by_text_name = {_text_name(name): name for name in self._shapes}
+        self._has_told_of_towers = False
 
     def checked(self, source: Any) -> dict[str, torch.Tensor]:
         """Return the tensors of a state dict, detached, or refuse it.
@@ -113,7 +125,10 @@ class Skeleton:
         """
         required = self._shapes.keys() - self._tied.keys()
         given = {k: tensor for k, tensor in as_state_dict(source, required).items() if k not in self._computed}
-        missing = sorted(required - given.keys())
+        if self._towers:
+            given = self._of_the_whole_model(given)
+        is_text_alone = self._towers.isdisjoint(given)
+        missing = sorted(required - given.keys() - (self._towers if is_text_alone else set()))
         extra = sorted(given.keys() - self._shapes.keys())
         if missing or extra:
             raise WeightsError(
@@ -135,7 +150,21 @@ class Skeleton:
             if not same and not torch.equal(given[name], given[other]):
                 raise WeightsError(f"{name} and {other} are tied in the engine's model, but differ here")
             given.pop(name)
+        if self._towers and is_text_alone and not self._has_told_of_towers:
+            self._has_told_of_towers = True
+            names = _list(sorted(self._towers))
+            logger.warning("vllm_kl: the state dict holds the language model alone; these stay as they are: %s", names)
         return given
+
+    def _of_the_whole_model(self, given: StateDict) -> dict[str, torch.Tensor]:
+        """Return the tensors under the names of the multimodal model, whichever part of it they were read from."""
+        renamed: dict[str, torch.Tensor] = {}
+        for name, tensor in given.items():
+            ours = name if name in self._shapes else self._by_text_name.get(_text_name(name), name)
+            if ours in renamed:
+                raise WeightsError(f"{name}: the state dict has {ours} of the engine's model twice, under two names")
+            renamed[ours] = tensor
+        return renamed
 
     def read(self, source: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         """Return the tensors of a checkpoint in float32, checked; the engine's own model in the engine's revision.
@@ -146,10 +175,14 @@ class Skeleton:
         options = self._source if os.fspath(source) == self._name else {**self._source, "revision": "main"}
         try:
             with _no_bars():
-                model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+                auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **options))
+                model, found = auto_class.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True, **options
+                )
         except (OSError, ValueError) as error:
             raise WeightsError(f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}") from error
-        return self.checked(model)
+        # transformers draws random numbers for what the checkpoint lacks.
+        return self.checked({k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]})
 
     def write(self, state: StateDict) -> Checkpoint:
         """Write checked tensors where every process of this machine can map them: shared memory, if they fit.
@@ -187,6 +220,30 @@ def complete(folder: Path, model: str) -> Path:
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file.resolve())
     return folder
+
+
+def _auto_class(config: Any) -> Any:
+    """Return transformers' class for the whole of a model: its language model, and what sees or hears for it."""
+    is_multimodal = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return transformers.AutoModelForMultimodalLM if is_multimodal else transformers.AutoModelForCausalLM
+
+
+def _names_of_text(model: torch.nn.Module) -> set[str]:
+    """Return the names of the language model's tensors: all of them, unless the model is multimodal."""
+    kind = type(model.config.get_text_config())
+    # The outermost such module comes first.
+    text = next(module for module in model.modules() if type(getattr(module, "config", None)) is kind)
+    parts = {id(module) for module in (*text.modules(), model.get_output_embeddings())}
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if id(module) in parts
+        for name in (*module._parameters, *module._buffers)
+    }
+
+
+def _text_name(name: str) -> str:
+    return _WHERE_TEXT_LIES.sub("", name)
 
 
 def average(old: StateDict, new: StateDict, decay: float) -> dict[str, torch.Tensor]:
