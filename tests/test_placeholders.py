@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from vllm_kl import VLLMScorer, push_weights
 from vllm_kl.checkpoint import Skeleton, _auto_class, _names_of_text, _text_name
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import InputError, OptionError, WeightsError
-from vllm_kl.placeholders import placeholder_ids
+from vllm_kl.placeholders import notes_on, placeholder_ids
+from vllm_kl.plugin.text_only import naming_what_is_missing
 from vllm_kl.requests import check_requests
 from vllm_kl.types import EngineInfo
 
@@ -229,9 +231,36 @@ def test_a_placeholder_outside_the_vocabulary_is_told_by_what_it_is():
         check_requests([[1, -200]], None, info)
 
 
+@pytest.mark.parametrize("serves_images", [False, True])
+def test_a_package_that_a_models_module_wants_is_named(monkeypatch: pytest.MonkeyPatch, serves_images: bool):
+    from vllm import ModelRegistry
+
+    def load() -> None:
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    monkeypatch.setitem(ModelRegistry.models, "Seeing", SimpleNamespace(load_model_cls=load))
+    given = {"language_model_only": False} if serves_images else {}
+    cure = ", or pass language_model_only=True to serve its text" if serves_images else ""
+    with pytest.raises(OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"):  # noqa: SIM117
+        with naming_what_is_missing(given):
+            raise ValueError(
+                "Value error, Model architectures ['Seeing'] failed to be inspected. Please check the logs"
+            )
+    with pytest.raises(ValueError, match="too long"), naming_what_is_missing(given):
+        raise ValueError("max_model_len is too long")
+
+
+def test_a_multimodal_model_whose_config_names_no_placeholder_has_a_note():
+    seeing = SimpleNamespace(is_multimodal_model=True, architecture="Seeing")
+    assert notes_on(seeing, {5: "an image"}) == notes_on(None, {}) == ()
+    assert notes_on(SimpleNamespace(is_multimodal_model=False, architecture="Reading"), {}) == ()
+    (note,) = notes_on(seeing, {})
+    assert note.startswith("the config of Seeing does not name the ids that stand for an image")
+
+
 def test_vllm_imports_its_vision_models_where_torchvision_is_missing():
     code = (
-        "import sys; sys.modules.pop('torchvision', None)\n"
+        "import sys\n"
         "from vllm_kl.plugin import text_only; text_only.enable()\n"
         "from vllm import ModelRegistry\n"
         "for name in ('Gemma3ForConditionalGeneration', 'Qwen2_5_VLForConditionalGeneration', 'LlavaForConditionalGeneration',\n"

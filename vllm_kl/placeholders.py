@@ -56,6 +56,20 @@ def placeholder_ids(config: Any) -> dict[int, str]:
     return found
 
 
+def notes_on(model_config: Any, placeholders: Mapping[int, str]) -> tuple[str, ...]:
+    """Return what a user must know of an engine's multimodal model whose config names no placeholder.
+
+    Args:
+        model_config: vLLM's; ``None``: not known.
+    """
+    if placeholders or not getattr(model_config, "is_multimodal_model", False):
+        return ()
+    return (
+        f"the config of {model_config.architecture} does not name the ids that stand for an image, a video or audio: such an id "
+        "in a sequence would be scored as an ordinary token",
+    )
+
+
 def check_placeholders(placeholders: Any) -> Placeholders:
     """Return it if it says what to do with placeholders.
 

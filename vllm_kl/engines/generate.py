@@ -28,7 +28,7 @@ from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError, WeightsError
-from vllm_kl.placeholders import placeholder_ids
+from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 
@@ -87,6 +87,7 @@ class GenerateEngine:
         self.weights = LiveWeights(llm_engine) if self._is_llm else None
         max_logprobs = getattr(config, "max_logprobs", -1)
         is_token_ids = readout != "flat" and not reason
+        placeholders = placeholder_ids(_hf_config(engine))
         self.info = EngineInfo(
             readout="token_ids" if is_token_ids else "flat",
             vocab_size=None if config is None else config.get_vocab_size(),
@@ -94,7 +95,8 @@ class GenerateEngine:
             max_sequence_len=None if config is None else config.max_model_len - 1,
             can=frozenset({"ids"}) if is_token_ids else frozenset(),
             max_ids=None if max_logprobs < 0 else max_logprobs - 1,  # the token itself is one of vLLM's limit
-            placeholders=placeholder_ids(_hf_config(engine)),
+            placeholders=placeholders,
+            notes=notes_on(config, placeholders),
         )
         self._readout = _TokenIds() if is_token_ids else _Flat()
 

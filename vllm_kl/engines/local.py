@@ -34,19 +34,19 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     from vllm import EngineArgs
     from vllm.platforms import current_platform
 
-    from vllm_kl.plugin import text_only
     from vllm_kl.plugin.kernel import product_dtype
     from vllm_kl.plugin.native import missing_compiler
+    from vllm_kl.plugin.text_only import naming_what_is_missing, text_options
 
-    if options.get("language_model_only", True):
-        text_only.enable()
     _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
         torch.cpu._init_amx()
-    options = {**_defaults(is_cpu=current_platform.is_cpu()), **lora_options(lora_request, options)}
+    given = {**text_options(options), **lora_options(lora_request, options)}
+    options = {**_defaults(is_cpu=current_platform.is_cpu()), **given}
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
-    config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
+    with naming_what_is_missing(given):
+        config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
     if "gpu_memory_utilization" not in options:
         options.setdefault("kv_cache_memory_bytes", _kv_bytes(config, options))
     reason = _why_not_pooling(config, options)
@@ -65,7 +65,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
             f"this CPU multiplies {str(config.dtype).removeprefix('torch.')} matrices one number at a time: dtype='float32' is "
             "two to three times as fast, for twice the memory"
         )
-    driver.info = dataclasses.replace(driver.info, notes=tuple(notes))
+    driver.info = dataclasses.replace(driver.info, notes=(*driver.info.notes, *notes))
     return driver
 
 
@@ -194,7 +194,6 @@ def _is_cuda() -> bool:
 def _defaults(*, is_cpu: bool) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,  # ids come in, log-probs go out
-        "language_model_only": True,  # of a vision-language model; no tower is made, and no processor, which wants a tokenizer
         "disable_log_stats": True,
         "enable_prefix_caching": True,
         # vLLM keeps few blocks of layers with a sliding window or a state, so that a group's second member finds none.

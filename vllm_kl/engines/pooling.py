@@ -23,7 +23,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm_kl.engines.adapters import check_weights
 from vllm_kl.engines.weights import LiveWeights
 from vllm_kl.errors import EngineError, WeightsError
-from vllm_kl.placeholders import placeholder_ids
+from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
@@ -60,12 +60,14 @@ class PoolingEngine:
         self._ids = itertools.count()
         self._waiting: deque[_Job] = deque()
         self._in_core: dict[str, _Job] = {}
+        placeholders = placeholder_ids(config.model_config.hf_config)
         self.info = EngineInfo(
             readout="pooling",
             vocab_size=config.model_config.get_vocab_size(),
             max_sequence_len=config.model_config.max_model_len,
             can=frozenset({"temperature", "ids", "top_k"}),
-            placeholders=placeholder_ids(config.model_config.hf_config),
+            placeholders=placeholders,
+            notes=notes_on(config.model_config, placeholders),
         )
 
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:

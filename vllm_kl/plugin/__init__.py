@@ -83,11 +83,16 @@ def enable(base_architecture: str) -> str:
         )
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
-    if "VLLM_PLUGINS" in os.environ:  # vLLM's list of plugins that may be loaded: the engine's workers need this one
-        allowed = os.environ["VLLM_PLUGINS"].split(",")
-        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "vllm_kl"]))
+    be_allowed()
     cap.install()
     weights.install()
     adapters.install()
     rope.install()
     return models.register(base_architecture)
+
+
+def be_allowed() -> None:
+    """Let vLLM load this plugin in processes that are started from here, also where its list of plugins names only others."""
+    if "VLLM_PLUGINS" in os.environ:
+        allowed = os.environ["VLLM_PLUGINS"].split(",")
+        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "vllm_kl"]))

@@ -9,27 +9,72 @@ An engine's processes and the process in which vLLM inspects a class each need i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
+
+from vllm_kl.errors import OptionError
 
 TEXT_ONLY = "VLLMKL_TEXT_ONLY"
 _PACKAGE = "torchvision"
 
 
+def text_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine options that make a vision-language model serve its text; a model of text does not look at them.
+
+    Args:
+        given: the caller's own options, which say whether it is to.
+    """
+    if given.get("language_model_only") is False:
+        return {"skip_tokenizer_init": False}  # vLLM makes the processor of images, which wants a tokenizer
+    enable()
+    return {"language_model_only": True, "skip_tokenizer_init": True}
+
+
+@contextlib.contextmanager
+def naming_what_is_missing(given: dict[str, Any]) -> Iterator[None]:
+    """Name the package that a model's module wants and that is not installed: vLLM writes it to its log alone.
+
+    Raises:
+        OptionError: vLLM could not import the model's module.
+    """
+    try:
+        yield
+    except ValueError as error:
+        from vllm import ModelRegistry
+
+        serves_images = given.get("language_model_only") is False
+        found = re.search(r"Model architectures \[(.*?)\] failed to be inspected", str(error))
+        for architecture in re.findall(r"'(\w+)'", found[1]) if found else ():
+            try:
+                ModelRegistry.models[architecture].load_model_cls()
+            except ImportError as missing:
+                raise OptionError(
+                    f"vLLM's {architecture} needs {missing.name or missing}, which is not installed. Install it"
+                    + (", or pass language_model_only=True to serve its text" if serves_images else "")
+                ) from error
+        raise
+
+
 def enable() -> None:
     """Let this process, and those that it starts, import vision models without torchvision. Idempotent."""
+    from vllm_kl.plugin import be_allowed
+
     os.environ[TEXT_ONLY] = "1"
+    be_allowed()
     install()
 
 
 def install() -> None:
     """Do so in this process, if an owner of an engine asked for it and torchvision is missing. Idempotent."""
-    if os.environ.get(TEXT_ONLY) != "1" or _PACKAGE in sys.modules:
+    is_installed = any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    if os.environ.get(TEXT_ONLY) != "1" or is_installed:
         return
     from transformers.utils import is_torchvision_available
 
