@@ -20,6 +20,7 @@ from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
 from vllm_kl.alignment import check_finite, from_layout, scored_span, spread
 from vllm_kl.audit import Audit, OnDrift
 from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
 from vllm_kl.generated import adapter_id
@@ -98,6 +99,21 @@ def check_two_models(gen_model: Any, ref_model: Any) -> None:
         )
 
 
+def warn_of_two_lengths(gen_model: Any, ref_model: Any) -> None:
+    """Warn where two sides lie on two sides of a length that changes a model's numbers; see :mod:`vllm_kl.engines.lengths`."""
+    if why := why_two_lengths(_length_side(gen_model), _length_side(ref_model)):
+        warnings.warn(why, stacklevel=3)
+
+
+def _length_side(model: Any) -> LengthSide | None:
+    if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
+        return scorer._engine.info.length_side
+    if isinstance(model, vLLMWrapper):
+        engine = getattr(model.model, "llm_engine", None)  # TorchRL's AsyncVLLM does not tell
+        return None if engine is None else side_in(engine)
+    return Lengths(getattr(model, "model", None)).side
+
+
 def _weights_behind(model: Any) -> tuple[Any, int] | None:
     """Return what holds a model's weights, and the id of its adapter; ``None``: an adapter may come in otherwise, or later."""
     engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
@@ -123,20 +139,29 @@ class WrapperScorer:
         self._model = model.get_new_version(
             generate=False, return_log_probs=True, input_mode="tokens", pad_output=False, inplace=False
         )
+        self._lengths = Lengths(getattr(model, "model", None))
 
     def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
         """Return B float32 tensors ``[L - start]``, nats."""
+        out: dict[int, torch.Tensor] = {}
+        for samples in self._lengths.alike([len(ids) for ids in token_ids]):
+            self._lengths.forget()
+            rows = self._score_together(samples, [token_ids[i] for i in samples])
+            out.update(zip(samples, rows, strict=True))
+        return [out[i][s:].float() for i, s in enumerate(start)]
+
+    def _score_together(self, samples: list[int], token_ids: list[torch.Tensor]) -> list[torch.Tensor]:
         td = lazy_stack(
             [TensorDict(tokens=Tokens(full=ids), masks=TensorDict(all_attention_mask=ids >= 0)) for ids in token_ids]
         )
-        rows = rows_of(self._model(td), nested(self._model.log_probs_key, "full"))
-        for i, (row, ids) in enumerate(zip(rows or [], token_ids, strict=True)):
+        rows = rows_of(self._model(td), nested(self._model.log_probs_key, "full")) or []
+        for i, row, ids in zip(samples, rows, token_ids, strict=True):
             if len(row) != len(ids):
                 raise MissingLogProbError(
                     f"{type(self._model).__name__} returned {len(row)} log-probs for the {len(ids)} tokens of sample {i}. "
                     "It drops pad ids: give its tokenizer a pad token that no sequence contains."
                 )
-        return [row[s:].float() for row, s in zip(rows or [], start, strict=True)]
+        return rows
 
 
 class Side(Protocol):

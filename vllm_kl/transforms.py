@@ -42,6 +42,7 @@ from vllm_kl.resolver import (
     check_side,
     check_two_models,
     one_of,
+    warn_of_two_lengths,
     warn_unless_full,
 )
 from vllm_kl.steps import TurnsTransform, scores, to_device
@@ -217,6 +218,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if device is not None:
             models = {name: model.to(device) for name, model in models.items()}
         in_keys = [keys_of(model, history_key=history_key).key for model in models.values()]
+        if "gen_model" in models:
+            warn_of_two_lengths(models["gen_model"], models["ref_model"])
         ref_side = ModelSide(models["ref_model"])
         self.ref_version_key = None if ref_side.version is None else ref_version_key
         versions = [] if self.ref_version_key is None else [self.ref_version_key]
@@ -280,6 +283,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         collector = self._collector()
         if isinstance(self._gen, FromCollector) and (policy := self._gen.policy(collector)) is not None:
             check_two_models(policy, self.ref_model)
+            warn_of_two_lengths(policy, self.ref_model)
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         self._texts.see(batch.report)
         gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)

@@ -66,10 +66,12 @@ class EngineInfo:
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
     can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()  # what it can do beyond the tokens' log-probs
     max_ids: int | None = None  # most chosen ids per row; None: no limit
-    notes: tuple[str, ...] = ()  # what makes it slower than it could be; the scorer logs them as warnings
-    placeholders: Mapping[int, str] = field(
-        default_factory=dict
-    )  # ids that stand for an image, video or audio; for which
+    # What makes it slower, or its numbers other, than expected; the scorer logs them as warnings.
+    notes: tuple[str, ...] = ()
+    # Ids that stand for an image, video or audio; for which.
+    placeholders: Mapping[int, str] = field(default_factory=dict)
+    # Which numbers a model has whose numbers depend on a length, see engines/lengths.py; None: of most models they do not
+    length_side: Literal["short", "long", "row"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

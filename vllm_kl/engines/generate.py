@@ -26,6 +26,7 @@ import numpy as np
 
 from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
+from vllm_kl.engines.lengths import dynamic_length, note_on, side_in
 from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError, WeightsError
 from vllm_kl.placeholders import notes_on, placeholder_ids
@@ -88,15 +89,22 @@ class GenerateEngine:
         max_logprobs = getattr(config, "max_logprobs", -1)
         is_token_ids = readout != "flat" and not reason
         placeholders = placeholder_ids(_hf_config(engine))
+        text = getattr(config, "hf_text_config", None)
+        side = None if config is None else side_in(llm_engine)
+        notes = () if side is None else (note_on(text, config.max_model_len, side),)
         self.info = EngineInfo(
             readout="token_ids" if is_token_ids else "flat",
             vocab_size=None if config is None else config.get_vocab_size(),
             # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
-            max_sequence_len=None if config is None else config.max_model_len - 1,
+            max_sequence_len=None
+            if config is None
+            # Beyond "dynamic" RoPE's length vLLM has no positions (see engines/local.py).
+            else min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len),
             can=frozenset({"ids"}) if is_token_ids else frozenset(),
             max_ids=None if max_logprobs < 0 else max_logprobs - 1,  # the token itself is one of vLLM's limit
             placeholders=placeholders,
-            notes=notes_on(config, placeholders),
+            notes=(*notes_on(config, placeholders), *notes),
+            length_side=side,
         )
         self._readout = _TokenIds() if is_token_ids else _Flat()
 

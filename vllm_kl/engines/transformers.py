@@ -1,7 +1,8 @@
 """Log-probs from a transformers model in this process: the side of a KL that is a ``TransformersWrapper``.
 
 Exact where TorchRL's own path is not: rows are cut by length, so a pad or EOS id inside a sequence is scored.
-The graph is kept when gradients are enabled.
+The graph is kept when gradients are enabled. Where RoPE depends on the longest row of a batch, only rows that it treats alike
+share one, so a row's numbers are those that it has alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_kl.engines.lengths import Lengths
 from vllm_kl.placeholders import Placeholders, placeholder_ids
 from vllm_kl.requests import check_requests
 from vllm_kl.types import EngineInfo
@@ -31,10 +33,13 @@ class TransformersScorer:
         self.model = model
         self._placeholders = placeholders
         config = model.config.get_text_config()
+        self._lengths = Lengths(model)
         self._info = EngineInfo(
             readout="logits",
             vocab_size=config.vocab_size,
-            max_sequence_len=getattr(config, "max_position_embeddings", None),
+            # "dynamic" RoPE goes on beyond it.
+            max_sequence_len=None if self._lengths.is_dynamic else getattr(config, "max_position_embeddings", None),
+            length_side=self._lengths.side,
             placeholders=placeholder_ids(model.config),
         )
 
@@ -45,10 +50,13 @@ class TransformersScorer:
             InputError: as :meth:`vllm_kl.VLLMScorer.score`.
         """
         check_requests(token_ids, start, self._info, self._placeholders)
-        out: list[torch.Tensor] = []
-        while len(out) < len(token_ids):
-            out.extend(self._score_slice(token_ids[len(out) :], start[len(out) :]))
-        return out
+        out: dict[int, torch.Tensor] = {}
+        for rows in self._lengths.alike([len(ids) for ids in token_ids]):
+            while rows:
+                scored = self._score_slice([token_ids[i] for i in rows], [start[i] for i in rows])
+                out.update(zip(rows, scored, strict=False))  # a slice: those that fit into memory
+                rows = rows[len(scored) :]
+        return [out[i] for i in range(len(token_ids))]
 
     def _score_slice(self, token_ids: Sequence[torch.Tensor], start: Sequence[int]) -> list[torch.Tensor]:
         longest, rows = 0, 0
@@ -62,6 +70,7 @@ class TransformersScorer:
         # Padding on the right leaves positions, and with a causal mask every real row, as without padding.
         input_ids = pad_sequence(ids, batch_first=True).to(device)
         attention_mask = pad_sequence([torch.ones_like(t) for t in ids], batch_first=True).to(device)
+        self._lengths.forget()
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         out = []
         for row, t, s in zip(logits, ids, start, strict=True):
