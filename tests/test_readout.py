@@ -262,7 +262,7 @@ class TestEngine:
 
     def test_pooling_with_speculation_says_why_not(self, ref_path):
         ngram = {"method": "ngram", "num_speculative_tokens": 2}
-        with pytest.raises(errors.ReadoutUnavailableError, match="'pooling' is not available: .* do not speculate"):
+        with pytest.raises(errors.OptionError, match="speculative_config=.* is refused: .* do not speculate"):
             VLLMScorer(str(ref_path), readout="pooling", speculative_config=ngram)
 
     def test_flat_can_be_asked_for_on_an_owned_engine(self, ref_path, ref_oracle):

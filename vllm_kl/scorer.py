@@ -70,7 +70,8 @@ class VLLMScorer:
             only (``language_model_only=True``), unless they say otherwise.
 
     Raises:
-        OptionError: an engine option does not exist, or was given for an engine that already runs.
+        OptionError: an engine option does not exist, cannot work (see :mod:`vllm_kl.engines.options`), or was given for an engine
+            that already runs; a folder that does not exist, or is no checkpoint; a ``max_model_len`` whose KV does not fit.
         ReadoutUnavailableError: the engine cannot do this read-out, or the read-out this temperature; the engine takes no
             adapters, or its LM head is wrapped for them, which spoils prompt log-probs; says why.
         WeightsError: the adapter cannot be loaded, or would not be served as it is written.

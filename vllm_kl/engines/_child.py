@@ -22,6 +22,7 @@ from typing import Any
 
 from vllm_kl.checkpoint import Checkpoint
 from vllm_kl.engines.base import drive
+from vllm_kl.engines.failures import explain
 from vllm_kl.errors import EngineError, VLLMKLError
 from vllm_kl.orphans import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
@@ -86,7 +87,12 @@ class _Server:
     def _start(self, **options: Any) -> tuple[str, Any]:
         from vllm_kl.engines.local import start
 
-        self._driver = start(**options)
+        try:
+            self._driver = start(**options)
+        except Exception as error:
+            if not isinstance(error, VLLMKLError):
+                traceback.print_exc()
+            raise explain(error, model=options["model"], options=options["options"]) from error
         return "info", self._driver.info
 
     def _load(self, folder: Path, version: int | None) -> tuple[str, Any]:

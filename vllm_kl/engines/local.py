@@ -7,10 +7,9 @@ under vLLM's own name.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,8 @@ import torch
 from vllm_kl.engines.adapters import lora_options
 from vllm_kl.engines.base import Driver, drive
 from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.lengths import dynamic_length, note_on, side_of, switch_length
+from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.errors import EngineError, OptionError, ReadoutUnavailableError, VLLMKLError
 from vllm_kl.types import ScoreRequest, ScoreResult
 
@@ -27,29 +28,39 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     """Return a running engine, warm: its first request compiles nothing.
 
     Raises:
-        OptionError: an option does not exist, or would break scoring.
+        OptionError: an option does not exist, or does not work with this model or on this platform; the KV of one sequence does
+            not fit.
         ReadoutUnavailableError: this engine cannot do ``readout``.
         WeightsError: the adapter ``lora_request`` cannot be loaded, or would not be served as it is written.
     """
     from vllm import EngineArgs
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.platforms import current_platform
 
-    from vllm_kl.plugin.kernel import product_dtype
-    from vllm_kl.plugin.native import missing_compiler
+    from vllm_kl.engines.memory import kv_cache_bytes
     from vllm_kl.plugin.text_only import naming_what_is_missing, text_options
 
-    _check_options(options, {field.name for field in dataclasses.fields(EngineArgs)})
-    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
-        # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
-        torch.cpu._init_amx()
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    check_options(options)
+    check_names(options, known)
+    is_cpu = current_platform.is_cpu()
+    if is_cpu:
+        _check_on_cpu(options)
+        if torch.cpu._is_amx_tile_supported():
+            # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
+            torch.cpu._init_amx()
+    _ROPE_DICT.clear()  # vLLM keeps RoPE by the model's config, also where it depends on the engine's length
     given = {**text_options(options), **lora_options(lora_request, options)}
-    options = {**_defaults(is_cpu=current_platform.is_cpu()), **given}
-    options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     with naming_what_is_missing(given):
-        config = EngineArgs(model=model, **options).create_model_config()  # refuses what is too long, or no model
-    if "gpu_memory_utilization" not in options:
-        options.setdefault("kv_cache_memory_bytes", _kv_bytes(config, options))
-    reason = _why_not_pooling(config, options)
+        # Refuses what is too long, or no model.
+        config = EngineArgs(model=model, **{"skip_tokenizer_init": True, **given}).create_model_config()
+    _check_model(config)
+    defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
+    options = {**defaults, **given, **_fitted(config, given, is_cpu=is_cpu)}
+    options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
+    if options.get("kv_cache_memory_bytes") is None and "gpu_memory_utilization" not in options:
+        options["kv_cache_memory_bytes"] = kv_cache_bytes(model, config, options, is_cuda=_is_cuda())
+    reason = _why_not_pooling(config)
     if readout == "pooling" and reason:
         raise ReadoutUnavailableError(f"readout='pooling' is not available: {reason}. Use 'auto'")
     if readout == "pooling" or (readout == "auto" and not reason):
@@ -58,14 +69,10 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         driver = _Blocking(_start_generate(model, config, readout, options, lora_request))
     drive(driver, [ScoreRequest(token_ids=np.zeros(2, np.int32), start=1)], share_prefix=False)
     notes = [f"no pooling read-out: {reason}"] if reason and readout == "auto" else []
-    if driver.info.readout == "pooling" and (missing := missing_compiler()):
-        notes.append(missing)
-    if current_platform.is_cpu() and product_dtype(config.dtype) != config.dtype:
-        notes.append(
-            f"this CPU multiplies {str(config.dtype).removeprefix('torch.')} matrices one number at a time: dtype='float32' is "
-            "two to three times as fast, for twice the memory"
-        )
-    driver.info = dataclasses.replace(driver.info, notes=(*driver.info.notes, *notes))
+    notes += [note for note in _notes(config, given, options, driver.info.readout, is_cpu=is_cpu) if note]
+    side = side_of(config.hf_text_config, config.max_model_len)
+    notes = list(dict.fromkeys([*driver.info.notes, *notes]))
+    driver.info = dataclasses.replace(driver.info, notes=tuple(notes), length_side=side)
     return driver
 
 
@@ -116,9 +123,12 @@ def _start_generate(
 
     plugin.enable(config.architecture)
     # An engine that generates refuses a prompt of max_model_len, for want of room for one more token. Give it that room:
-    # the token is sampled and never fed back, so no position past the model's last is computed.
+    # the token is sampled and never fed back, so no position past the model's last is computed. Where that room would change
+    # all numbers, the longest sequence is one token shorter.
+    text, length = config.hf_text_config, config.max_model_len
+    room = int(side_of(text, length + 1) == side_of(text, length))
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-    llm = LLM(model, **{**options, "max_model_len": config.max_model_len + 1})
+    llm = LLM(model, **{**options, "max_model_len": length + room})
     return GenerateEngine(llm, readout=readout, lora_request=lora_request)
 
 
@@ -159,30 +169,108 @@ class _Blocking:
         self._waiting = [entry for entry in self._waiting if entry[0] not in gone]
 
 
-def _check_options(options: dict[str, Any], known: set[str]) -> None:
-    for name in options:
-        if name == "model" or name not in known:
-            close = difflib.get_close_matches(name, known - {"model"}, n=3)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise OptionError(f"unknown engine option {name!r}: vLLM's EngineArgs has none of this name.{hint}")
-    for name in ("runner", "convert"):
-        if name in options:
-            raise OptionError(f"{name!r} follows from the read-out: pass readout= instead")
-    if options.get("enable_prefix_caching") is False:
-        raise OptionError(
-            "enable_prefix_caching=False would make share_prefix meaningless; pass share_prefix=False instead"
-        )
-
-
-def _why_not_pooling(config: Any, options: dict[str, Any]) -> str:
+def _why_not_pooling(config: Any) -> str:
     """Return why a model cannot be read out in the engine; empty if it can."""
     if config.is_encoder_decoder:
         return f"{config.architecture} is an encoder-decoder; only decoders can be scored in the engine"
     if config.runner_type != "generate":
         return f"{config.architecture} is not a model that generates text"
-    if options.get("speculative_config"):
-        return "vLLM's pooling engines do not speculate"
     return ""
+
+
+def _check_on_cpu(options: dict[str, Any]) -> None:
+    if options.get("pipeline_parallel_size", 1) != 1:
+        raise OptionError(
+            f"pipeline_parallel_size={options['pipeline_parallel_size']} does not work on a CPU: vLLM 0.32's later stages fail "
+            "at the first batch. Use tensor_parallel_size"
+        )
+
+
+def _check_model(config: Any) -> None:
+    """Refuse a model whose numbers would not be log-probs of a token given those before it, or depend on other sequences."""
+    text = config.hf_text_config
+    if getattr(text, "is_causal", True) is False:
+        raise ReadoutUnavailableError(
+            f"{config.architecture} has is_causal=False in its config: every token sees the later ones, so there is no log-prob of "
+            "a token given those before it. It is a model for embeddings"
+        )
+    longest = min(filter(None, (switch_length(text), dynamic_length(text))), default=None)
+    if longest is not None and longest < config.max_model_len and config.using_transformers_backend():
+        raise OptionError(
+            f"max_model_len={config.max_model_len} does not work with vLLM's transformers backend: above {longest} tokens it "
+            f"computes RoPE for the longest sequence of a batch, so log-probs would depend on other sequences. Pass "
+            f"max_model_len={longest}"
+        )
+
+
+def _fitted(config: Any, given: dict[str, Any], *, is_cpu: bool) -> dict[str, Any]:
+    """Return options that the model's config decides, and update the config likewise.
+
+    Raises:
+        OptionError: the caller gave one that does not work with this model.
+    """
+    fitted: dict[str, Any] = {}
+    if given.get("dtype", "auto") == "auto":
+        # The choice for an engine that generates. For one that pools vLLM 0.32 takes float16 where that takes bfloat16.
+        fitted["dtype"] = str(config.dtype).removeprefix("torch.")
+    if (why_not := _why_not_shared(config, is_cpu=is_cpu)) and given.get("enable_prefix_caching"):
+        raise OptionError(f"enable_prefix_caching=True does not work here: {why_not}. Leave it out")
+    if why_not:
+        fitted["enable_prefix_caching"] = False
+    longest = dynamic_length(config.hf_text_config)
+    if longest is not None and config.max_model_len > longest and not config.using_transformers_backend():
+        # vLLM 0.32 makes a table of positions that ends there, and reads what lies behind it.
+        if (given.get("max_model_len") or -1) > longest:
+            raise OptionError(
+                f"max_model_len={given['max_model_len']} does not work with 'dynamic' RoPE: vLLM has positions for {longest} "
+                f"tokens, and reads other memory beyond. Pass max_model_len={longest}. A TransformersWrapper scores longer ones"
+            )
+        fitted["max_model_len"] = config.max_model_len = longest
+    return fitted
+
+
+def _why_not_shared(config: Any, *, is_cpu: bool) -> str:
+    """Return why the KV of common prefixes cannot be shared; empty if it can."""
+    if config.is_attention_free:
+        return f"vLLM does not support prefix caching for {config.architecture}, which has no attention"
+    if config.is_hybrid and is_cpu:
+        # mamba_mixer2.py, 0.32: the CPU's scan returns last states only, and fails where one inside a batch is to be kept.
+        return f"vLLM's CPU kernels cannot keep the states that {config.architecture} has beside its KV"
+    return ""
+
+
+def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout: str, *, is_cpu: bool) -> Iterator[str]:
+    """Yield what a user should know of a running engine; empty strings do not count."""
+    from vllm_kl.plugin.kernel import product_dtype
+    from vllm_kl.plugin.native import missing_compiler
+
+    if readout == "pooling":
+        yield missing_compiler()
+    dtype = str(config.dtype).removeprefix("torch.")
+    stored = getattr(config.hf_text_config, "dtype", None) or getattr(config.hf_config, "dtype", None)
+    if stored == torch.float32 and config.dtype.itemsize < 4 and given.get("dtype", "auto") == "auto":
+        yield (
+            f"the checkpoint is float32 and is served in {dtype}, vLLM's choice where no dtype is given: pass dtype='float32' for "
+            f"its own numbers, or dtype={dtype!r} if the policy is served in that"
+        )
+    elif is_cpu and product_dtype(config.dtype) != config.dtype:
+        yield (
+            f"this CPU multiplies {dtype} matrices one number at a time: dtype='float32' is two to three times as fast, for twice "
+            "the memory"
+        )
+    if why_not := _why_not_shared(config, is_cpu=is_cpu):
+        yield f"prefixes are not shared: {why_not}"
+    elif config.is_hybrid:
+        yield (
+            f"prefixes are shared where vLLM kept the states that {config.architecture} has beside its KV: in fewer, larger blocks"
+        )
+    yield note_on(config.hf_text_config, config.max_model_len)
+    if (longest := dynamic_length(config.hf_text_config)) == config.max_model_len:
+        yield f"sequences end at {longest} tokens: vLLM has no positions beyond for 'dynamic' RoPE"
+    if options.get("load_format") == "dummy":
+        yield "load_format='dummy': the weights are random numbers"
+    if new := sorted(options.keys() - NAMES):
+        yield f"this vLLM has options that vllm_kl does not know: what {', '.join(new)} does to scores was not looked at"
 
 
 def _is_cuda() -> bool:
@@ -191,7 +279,7 @@ def _is_cuda() -> bool:
     return current_platform.is_cuda_alike()
 
 
-def _defaults(*, is_cpu: bool) -> dict[str, Any]:
+def _defaults(config: Any, *, is_cpu: bool) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,  # ids come in, log-probs go out
         "disable_log_stats": True,
@@ -199,36 +287,16 @@ def _defaults(*, is_cpu: bool) -> dict[str, Any]:
         # vLLM keeps few blocks of layers with a sliding window or a state, so that a group's second member finds none.
         "prefix_cache_retention_interval": None,
     }
-    if is_cpu:
+    if not is_cpu:
         return defaults | {
-            "enforce_eager": True,  # compiling takes longer than it saves
-            "max_num_batched_tokens": 4096,
-            "block_size": 32,  # the smallest that the CPU takes: prompts are shared in whole blocks
+            "max_num_batched_tokens": 16384,
+            # Graphs are captured for batches of a few hundred tokens; prefill batches have thousands.
+            "compilation_config": {"cudagraph_mode": "NONE"},
         }
-    return defaults | {
-        "max_num_batched_tokens": 16384,
-        # Graphs are captured for batches of a few hundred tokens; prefill batches have thousands.
-        "compilation_config": {"cudagraph_mode": "NONE"},
+    defaults |= {
+        "enforce_eager": True,  # compiling takes longer than it saves
+        "max_num_batched_tokens": 4096,
     }
-
-
-def _kv_bytes(config: Any, options: dict[str, Any]) -> int | None:
-    """Return the KV memory that prefill needs: the longest sequence, and a few batches with their prompts.
-
-    vLLM's own default takes most of the machine, which a scorer that never decodes has no use for.
-    """
-    from vllm.config import ParallelConfig
-
-    if config.is_hybrid or config.is_attention_free:
-        return None if _is_cuda() else 4 << 30
-    parallel = ParallelConfig(tensor_parallel_size=options.get("tensor_parallel_size", 1))
-    element = 1 if "fp8" in str(options.get("kv_cache_dtype", "auto")) else config.dtype.itemsize
-    per_layer = 2 * config.get_num_kv_heads(parallel) * config.get_head_size() * element
-    num_tokens = config.max_model_len + 8 * options["max_num_batched_tokens"]
-    layers = config.get_num_layers(parallel)
-    need = lambda n: int(1.1 * n * layers * per_layer) + (16 << 20)  # noqa: E731  # the margin covers rounding to blocks
-    if not _is_cuda():
-        return need(num_tokens)
-    # vLLM does not check whether this fits. Weights take the rest.
-    free, _ = torch.cuda.mem_get_info()
-    return max(need(config.max_model_len), min(need(num_tokens), int(0.4 * free)))
+    if not (config.is_hybrid or config.is_attention_free):  # vLLM aligns their blocks with their states
+        defaults["block_size"] = 32  # the smallest that the CPU takes: prompts are shared in whole blocks
+    return defaults

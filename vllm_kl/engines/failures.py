@@ -1,0 +1,106 @@
+"""Why an engine did not start, in one sentence: vLLM's, pydantic's and transformers' errors as this package's.
+
+An error that speaks of one option names it first. What is known to have one cure says it. The log has the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_kl.errors import EngineError, OptionError, VLLMKLError
+
+# What vLLM, transformers and huggingface_hub say, and what to do.
+_CURES = (
+    (
+        r"couldn't connect to|LocalEntryNotFound|outgoing traffic has been disabled|offline mode|Cannot find the requested files|"
+        r"not a valid model identifier|Repository Not Found|RepositoryNotFound|is not a local folder",
+        "it is neither a folder here nor in the hub's cache, and it cannot be downloaded. Check the name, download it first, "
+        "or pass the path of its folder (HF_HUB_OFFLINE=1 forbids downloads)",
+    ),
+    (
+        r"does not recognize this architecture|are not supported for now|has no vLLM implementation|failed to be inspected|"
+        r"No model architectures are specified|Unrecognized model",
+        "this vLLM cannot load the architecture. A newer vLLM may, or model_impl='transformers' where transformers knows it; "
+        "TransformersWrapper(generate=False) as the reference works with every model of transformers",
+    ),
+    (
+        r"SafetensorError|PytorchStreamReader|UnpicklingError",
+        "a file of its weights is damaged or not complete. Download or save it again",
+    ),
+    (
+        r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory",
+        "it needs more memory than there is. Pass a smaller max_model_len or max_num_batched_tokens, a 16-bit dtype, or "
+        "tensor_parallel_size",
+    ),
+    (
+        r"is larger than the available KV cache memory|max seq len|No available memory for the cache",
+        "the KV of one sequence does not fit. Pass a smaller max_model_len, more kv_cache_memory_bytes, or more "
+        "gpu_memory_utilization",
+    ),
+)
+_WRAPPERS = re.compile(
+    r"Engine core initialization failed|Worker failed with error|WorkerProc initialization failed|EngineDead"
+)
+# The last line of a traceback, with or without what vLLM's log writes before it.
+_LAST_LINE = re.compile(r"(?:^|\] ?)((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)(?:: .+)?)$")
+
+
+def explain(error: Exception, *, model: str, options: Mapping[str, Any]) -> VLLMKLError:
+    """Return this package's error for one that vLLM raised while an engine was started.
+
+    Args:
+        error: what was raised.
+        model: the name or path that the caller gave.
+        options: the engine options that the caller gave.
+    """
+    if isinstance(error, VLLMKLError):
+        return error
+    is_of_options = type(error).__name__ == "ValidationError" and hasattr(error, "errors")  # pydantic's
+    text = _of_pydantic(error) if is_of_options else f"{error}".strip()
+    text = re.sub(r"\s+", " ", text)
+    cure = next(
+        (cure for pattern, cure in _CURES if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE)), ""
+    )
+    name = (
+        _blamed(error, text, options) if is_of_options or isinstance(error, (ValueError, NotImplementedError)) else None
+    )
+    what = text if is_of_options or isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+    told = f"vLLM failed: {what}"
+    if cure:
+        told = f"model {model!r}: {cure}. {told}"
+    if name is not None:
+        return OptionError(f"engine option {name}={options[name]!r} does not work. {told}")
+    return EngineError(told)
+
+
+def root_cause(log: str) -> str:
+    """Return the last line of the traceback in an engine's log that is not about another process's; empty if there is none."""
+    found = [match[1] for line in log.splitlines() if (match := _LAST_LINE.search(line.rstrip()))]
+    return next((line for line in reversed(found) if not _WRAPPERS.search(line)), "")
+
+
+def _of_pydantic(error: Any) -> str:
+    """Return what each check found, without the input that pydantic prints, which is the whole of vLLM's arguments."""
+    told: dict[str, str] = {}
+    for found in error.errors(include_url=False):
+        where = str(found["loc"][0]) if found["loc"] else ""  # then come the alternatives that it may be
+        got = f", got {found['input']!r}" if where else ""
+        told.setdefault(where, found["msg"].removeprefix("Value error, ") + got)
+    return "; ".join(f"{where}: {what}" if where else what for where, what in told.items())
+
+
+def _blamed(error: Any, text: str, options: Mapping[str, Any]) -> str | None:
+    """Return the option of the caller's that an error is about: named where it failed, or in its text, or by its value."""
+    if hasattr(error, "errors"):
+        places = {str(part) for found in error.errors(include_url=False) for part in found["loc"]}
+        if named := places & options.keys():
+            return min(named)
+    plain = re.sub(r"[\s-]+", "_", text.lower())
+    named = [name for name in options if re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", plain)]
+    if not named:
+        named = [
+            n for n, value in options.items() if isinstance(value, str) and re.search(rf"\b{re.escape(value)}\b", text)
+        ]
+    return max(named, key=len, default=None)

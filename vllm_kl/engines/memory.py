@@ -1,0 +1,121 @@
+"""How much memory an engine's KV cache gets, and whether it fits, before any weight is loaded.
+
+vLLM's own default takes most of the machine, which a scorer that never decodes has no use for; and vLLM does not check whether
+what it is told to take is there.
+"""
+
+from __future__ import annotations
+
+import bisect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_kl.errors import OptionError
+
+_MARGIN = 16 << 20  # rounding to blocks
+_STATES = 4 << 30  # of models whose layers keep a state: vLLM sizes their blocks by it
+
+
+def kv_cache_bytes(model: str, config: Any, options: dict[str, Any], *, is_cuda: bool) -> int | None:
+    """Return the KV memory that prefill needs: the longest sequence, and a few batches with their prompts.
+
+    ``None`` leaves it to vLLM.
+
+    Raises:
+        OptionError: the KV of one sequence of ``max_model_len`` does not fit; with both numbers, and the length that does.
+    """
+    if config.is_hybrid or config.is_attention_free:
+        return None if is_cuda else _STATES
+    weights = _weight_bytes(model, config)
+    free = max(
+        0, _available_bytes(is_cuda) - (weights // options.get("tensor_parallel_size", 1) if is_cuda else weights)
+    )
+    ranks = 1 if is_cuda else options.get("tensor_parallel_size", 1)  # of one machine's memory
+    least = lambda n: ranks * _sequence_bytes(config, options, n)  # noqa: E731
+    if least(config.max_model_len) > free:
+        fits = bisect.bisect_right(range(config.max_model_len), free, key=least) - 1
+        own = "" if options.get("max_model_len") not in (None, -1) else ", the model's own since none was given,"
+        cure = f"Pass max_model_len={_round_down(fits)} or less" if fits >= 1 else "The weights alone fill it"
+        raise OptionError(
+            f"max_model_len={config.max_model_len}{own} needs {_gib(least(config.max_model_len))} of memory for the KV of one "
+            f"sequence, but {_gib(free)} are available beside {_gib(weights)} of weights. {cure}"
+        )
+    roomy = _roomy_bytes(config, options, config.max_model_len + 8 * options["max_num_batched_tokens"])
+    longest = _roomy_bytes(config, options, config.max_model_len)
+    return int(min(max(longest, min(roomy, 0.4 * free / ranks)), free / ranks))
+
+
+def _roomy_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> int:
+    """Return KV for that many tokens as if every layer kept all of them; a tenth more, for rounding to blocks."""
+    return int(1.1 * num_tokens * _num_layers(config, options) * _token_bytes(config, options)) + _MARGIN
+
+
+def _sequence_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> int:
+    """Return the least that one sequence's KV takes: layers with a window keep no more than that, and a batch."""
+    layers, text = _num_layers(config, options), config.hf_text_config
+    kinds = getattr(text, "layer_types", None) or []
+    window = config.get_sliding_window() or getattr(text, "attention_chunk_size", None)
+    windowed = round(layers * sum(kind != "full_attention" for kind in kinds) / len(kinds)) if kinds else layers
+    if not window:
+        windowed = 0
+    kept = min(num_tokens, (window or 0) + options["max_num_batched_tokens"])
+    per_layer = _token_bytes(config, options) // (
+        2 if config.use_mla else 1
+    )  # MLA keeps one vector for keys and values
+    return per_layer * ((layers - windowed) * num_tokens + windowed * kept)
+
+
+def _token_bytes(config: Any, options: dict[str, Any]) -> int:
+    from vllm.config import ParallelConfig
+
+    parallel = ParallelConfig(tensor_parallel_size=options.get("tensor_parallel_size", 1))
+    element = 1 if "fp8" in str(options.get("kv_cache_dtype", "auto")) else config.dtype.itemsize
+    return 2 * config.get_num_kv_heads(parallel) * config.get_head_size() * element
+
+
+def _num_layers(config: Any, options: dict[str, Any]) -> int:
+    from vllm.config import ParallelConfig
+
+    return config.get_num_layers(ParallelConfig(tensor_parallel_size=options.get("tensor_parallel_size", 1)))
+
+
+def _weight_bytes(model: str, config: Any) -> int:
+    """Return what the weights of a folder take when they are loaded; 0 for a name on the hub, whose files are elsewhere."""
+    folder = Path(model)
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    stored = getattr(config.hf_text_config, "dtype", None)
+    shrinks = stored == torch.float32 and config.dtype.itemsize < 4
+    return sum(file.stat().st_size for file in files) // (2 if shrinks else 1)
+
+
+def _available_bytes(is_cuda: bool) -> int:
+    """Return the memory that an engine could take now: the device's, or the machine's within this process's limit."""
+    if is_cuda:
+        return torch.cuda.mem_get_info()[0]
+    found = []
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) << 10)
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        found.append(int(limit) - int(used))
+    return min(found, default=1 << 62)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _round_down(num_tokens: int) -> int:
+    """Return a number that leaves a little room, and that a person would choose."""
+    roomy = max(1, int(0.9 * num_tokens))
+    return roomy if roomy < 1024 else roomy // 1024 * 1024
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.0f} MiB"

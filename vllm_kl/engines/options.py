@@ -1,0 +1,243 @@
+"""Every name of vLLM's ``EngineArgs``: what this package does with it.
+
+    OURS       set here where the caller says nothing; the caller's value wins
+    PASSED_ON  left to vLLM: it changes speed, memory, precision or where weights come from, or does not matter for prefill
+    REFUSED    it changes which rows are computed, what the head returns, or how many processes there are, or has no effect
+               on scoring; with the reason and what works
+
+Plain data: the caller's process reads it, which never imports vLLM. So a value that cannot work is refused before an engine is
+started. A test compares the names with those of the vLLM that is installed.
+
+Source: ``EngineArgs``, ``engine/arg_utils.py``, vLLM 0.26, 0.28, 0.30, 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vllm_kl.errors import OptionError
+
+
+class Refused(NamedTuple):
+    """Why an option is refused, and the values that are not."""
+
+    why: str
+    unless: tuple[Any, ...] = (None, False)  # values that leave vLLM as it is
+    only: tuple[Any, ...] | None = None  # the values that are refused; None: all others
+
+
+_OURS = """
+    block_size compilation_config disable_log_stats dtype enable_lora enforce_eager hf_overrides kv_cache_memory_bytes
+    language_model_only lora_target_modules max_lora_rank max_model_len max_num_batched_tokens max_num_seqs
+    prefix_cache_retention_interval skip_tokenizer_init
+"""
+
+_PASSED_ON = """
+    tokenizer tokenizer_mode tokenizer_revision served_model_name hf_config_path trust_remote_code revision code_revision
+    hf_token download_dir config_format load_format safetensors_load_strategy safetensors_prefetch_num_threads
+    safetensors_prefetch_block_size model_loader_extra_config ignore_patterns use_tqdm_on_load pt_load_map_location
+    max_parallel_loading_workers model_impl model_class_overrides generation_config override_generation_config
+
+    quantization quantization_config allow_deprecated_quantization kv_cache_dtype kv_cache_dtype_skip_layers
+    override_attention_dtype enable_bf16x3_router_gemm seed use_fp64_gumbel
+
+    tensor_parallel_size pipeline_parallel_size decode_context_parallel_size dcp_comm_backend dcp_q_replicate
+    dcp_kv_cache_interleave_size cp_kv_cache_interleave_size enable_expert_parallel enable_ep_weight_filter enable_hc_sp
+    expert_placement_strategy all2all_backend numa_bind numa_bind_nodes numa_bind_cpus device_ids disable_custom_all_reduce
+    distributed_timeout_seconds cpu_distributed_timeout_seconds disable_nccl_for_dp_synchronization enable_shm_tensor_arena
+    ray_workers_use_nsight worker_cls worker_extension_cls
+
+    gpu_memory_utilization num_gpu_blocks_override prefix_caching_hash_algo prefix_match_unit disable_sliding_window
+    disable_cascade_attn disable_hybrid_kv_cache_manager swa_bounded_replay kv_events_config kv_cache_metrics
+    kv_cache_metrics_sample offload_backend cpu_offload_gb cpu_offload_params offload_group_size offload_num_in_group
+    offload_prefetch_step offload_params enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph
+    sleep_preserve_parameter_names enable_cumem_allocator enable_nccl_comm_suspend
+
+    mamba_config mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size mamba_cache_mode mamba_backend mamba_ssu_algorithm
+    mamba_cache_philox_rounds enable_mamba_shared_prefix_checkpoint enable_mamba_fine_grained_prefix_cache use_replayssm
+    replayssm_buffer_len
+
+    max_num_scheduled_tokens max_num_partial_prefills max_long_partial_prefills long_prefill_token_threshold
+    long_prefill_token_threshold_adaptive max_num_active_seqs max_num_queued_reqs max_num_queued_tokens
+    enable_chunked_prefill scheduler_reserve_full_isl prefill_schedule_interval watermark scheduling_policy scheduler_cls
+    async_scheduling stream_interval max_logprobs
+
+    cudagraph_capture_sizes max_cudagraph_capture_size ir_op_priority moe_backend linear_backend attention_backend
+    sparse_indexer_topk_backend attention_config engram_config kernel_config monokernel enable_flashinfer_autotune
+    optimization_level performance_mode gdn_prefill_backend kda_prefill_backend kda_decode_backend additional_config
+
+    max_loras fully_sharded_loras max_cpu_loras lora_dtype default_mm_loras enable_tower_connector_lora
+    specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras max_lora_cls_labels weight_transfer_config
+
+    limit_mm_per_prompt enable_mm_embeds interleave_mm_strings media_io_kwargs mm_processor_kwargs mm_processor_cache_gb
+    mm_processor_cache_type mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_tp_mode mm_encoder_attn_backend
+    mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin
+    skip_mm_profiling video_pruning_rate video_pruning_method mm_tensor_ipc mm_processor_device mm_ipc_gpu_memory_gb
+    mm_device_do_normalize ec_manager_config disable_chunked_mm_input allowed_local_media_path allowed_media_domains
+    renderer_num_workers
+
+    structured_outputs_config reasoning_parser reasoning_parser_plugin reasoning_config show_hidden_metrics_for_version
+    otlp_traces_endpoint collect_detailed_traces per_request_spec_decode_metrics custom_histogram_buckets cudagraph_metrics
+    enable_layerwise_nvtx_tracing enable_mfu_metrics enable_logging_iteration_details jit_monitor_mode jit_monitor_verbose
+    enable_mm_processor_stats aggregate_engine_logging profiler_config logging_config log_level log_config_file
+    shutdown_timeout watchdog_config fail_on_environ_validation tokens_only
+"""
+
+OURS = frozenset(_OURS.split())
+PASSED_ON = frozenset(_PASSED_ON.split())
+
+_ONE_ENGINE = (
+    "a scorer drives one engine, and vLLM waits for ever for the other data-parallel ranks. Make one VLLMScorer per device or "
+    "process and give each a part of the sequences; one model on several devices is tensor_parallel_size"
+)
+_ONE_MACHINE = (
+    "an owned engine lives on one machine, and would wait for the other nodes for ever. Make one VLLMScorer on each"
+)
+_CONNECTOR = (
+    "a KV connector adds cached tokens after vllm_kl has bounded the cache hit, so rows that must be scored are not computed. "
+    "Leave it out; share_prefix=True shares the KV of common prefixes"
+)
+_GENERATES = "it shapes how tokens are generated, and a scorer generates none. Leave it out"
+_READS_OUT = "a scorer returns log-probs and nothing else, so it has no effect. Leave it out"
+
+REFUSED: dict[str, Refused] = {
+    "model": Refused("the model is the first argument of VLLMScorer", unless=()),
+    "runner": Refused("it follows from the read-out: pass readout= instead", unless=()),
+    "convert": Refused("it follows from the read-out: pass readout= instead", unless=()),
+    "model_weights": Refused(
+        "vLLM sets it itself for a model in object storage: pass that as the model", unless=("", None)
+    ),
+    "enable_prefix_caching": Refused(  # True is set here, but for models that cannot share prefixes
+        "it would make share_prefix meaningless. Pass share_prefix=False instead", only=(False,)
+    ),
+    # Which rows are computed.
+    "kv_sharing_fast_prefill": Refused(
+        "layers that share KV would compute the last row of a prompt only, and every row before it would score wrongly. "
+        "Leave it out"
+    ),
+    "kv_transfer_config": Refused(_CONNECTOR),
+    "kv_offloading_size": Refused(_CONNECTOR, unless=(None, 0)),
+    "kv_offloading_backend": Refused(_CONNECTOR, unless=(None, "native")),
+    "ec_transfer_config": Refused(
+        "it moves the outputs of vision encoders between engines, and a scorer is sent none. Leave it out"
+    ),
+    "prefill_context_parallel_size": Refused(
+        "it splits the rows of a prompt among processes, and the read-out expects all of them in one. Use tensor_parallel_size",
+        unless=(None, 1),
+    ),
+    "enable_prompt_embeds": Refused("sequences are sent as token ids, never as embeddings. Leave it out"),
+    "mm_encoder_only": Refused("vLLM would not load the language model, which is what is scored. Leave it out"),
+    "diffusion_config": Refused("a diffusion model has no log-prob of a token given those before it. Leave it out"),
+    # What the head returns.
+    "logprobs_mode": Refused(
+        "a scorer returns the log-probs of the model's own distribution. Pass temperature= where tokens were sampled at another "
+        "temperature",
+        unless=("raw_logprobs",),
+    ),
+    "logits_processors": Refused(
+        "they change sampled rows only, never the log-probs of a prompt. Leave it out", unless=(None, [], ())
+    ),
+    "pooler_config": Refused("the read-out is the engine's pooler. Pass readout= to choose another"),
+    "calculate_kv_scales": Refused(
+        "the first batch would decide the scales of the KV cache, and with them every later log-prob. Use a checkpoint that has "
+        "them"
+    ),
+    "enable_mamba_cache_stochastic_rounding": Refused(
+        "it rounds states at random, so one sequence would score differently each time. Leave it out"
+    ),
+    # How many processes there are.
+    "data_parallel_size": Refused(_ONE_ENGINE, unless=(None, 1)),
+    "data_parallel_rank": Refused(_ONE_ENGINE),
+    "data_parallel_start_rank": Refused(_ONE_ENGINE),
+    "data_parallel_size_local": Refused(_ONE_ENGINE, unless=(None, 1)),
+    "data_parallel_address": Refused(_ONE_ENGINE),
+    "data_parallel_rpc_port": Refused(_ONE_ENGINE),
+    "data_parallel_hybrid_lb": Refused(_ONE_ENGINE),
+    "data_parallel_external_lb": Refused(_ONE_ENGINE),
+    "data_parallel_multi_port_external_lb": Refused(_ONE_ENGINE),
+    "data_parallel_backend": Refused(_ONE_ENGINE, unless=(None, "mp")),
+    "dp_sync_interval": Refused(_ONE_ENGINE, unless=(None,)),
+    "enable_dbo": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}"),
+    "ubatch_size": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}", unless=(None, 0, 1)),
+    "dbo_decode_token_threshold": Refused(_ONE_ENGINE, unless=(None,)),
+    "dbo_prefill_token_threshold": Refused(_ONE_ENGINE, unless=(None,)),
+    "enable_elastic_ep": Refused(_ONE_ENGINE),
+    "elastic_ep_max_dp_size": Refused(_ONE_ENGINE, unless=(None, 0, 1)),
+    "_api_process_count": Refused("an owned engine has no API server. Leave it out", unless=(None, 1)),
+    "_api_process_rank": Refused("an owned engine has no API server. Leave it out", unless=(None, 0)),
+    "nnodes": Refused(_ONE_MACHINE, unless=(None, 1)),
+    "node_rank": Refused(_ONE_MACHINE, unless=(None, 0)),
+    "master_addr": Refused(_ONE_MACHINE, unless=(None, "127.0.0.1", "localhost")),
+    "master_port": Refused(_ONE_MACHINE, unless=(None,)),
+    "distributed_executor_backend": Refused(
+        "an owned engine starts its own workers, which find vllm_kl through their environment: Ray's workers and those of "
+        "torchrun do not. Leave it out, or use 'mp'. RetrieveKL(..., use_ray_service=True) puts a whole scorer into a Ray actor",
+        only=("ray", "external_launcher"),
+    ),
+    "enable_eplb": Refused(
+        "vLLM would move experts between processes while the engine runs, so what serves could not be checked. Leave it out"
+    ),
+    "eplb_config": Refused(
+        "vLLM would move experts between processes while the engine runs, so what serves could not be checked. Leave it out"
+    ),
+    "fault_tolerance_config": Refused(f"it is for data-parallel engines: {_ONE_ENGINE}"),
+    "enable_fault_tolerance": Refused(f"it is for data-parallel engines: {_ONE_ENGINE}"),
+    # No effect on scoring.
+    "speculative_config": Refused(f"vLLM's pooling engines do not speculate, and {_GENERATES}"),
+    "spec_method": Refused(_GENERATES),
+    "spec_model": Refused(_GENERATES),
+    "spec_tokens": Refused(_GENERATES, unless=(None, 0)),
+    "watermark_config": Refused(_GENERATES),
+    "enable_trace_replay": Refused(_GENERATES),
+    "enable_batch_sharded_sampling": Refused(_GENERATES),
+    "return_sampling_mask": Refused(_READS_OUT),
+    "enable_return_routed_experts": Refused(_READS_OUT),
+    "aux_output_config": Refused(_READS_OUT),
+    "io_processor_plugin": Refused(_READS_OUT, unless=(None, "")),
+}
+
+NAMES = OURS | PASSED_ON | REFUSED.keys()
+
+
+def check_options(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what cannot work, before an engine is started. Names that are not in the table are left to :func:`check_names`.
+
+    Raises:
+        OptionError: an option is refused; with the reason and what works.
+    """
+    for name, value in options.items():
+        refused = REFUSED.get(name)
+        if refused is None:
+            continue
+        # By type as well: 0 == False, and a list cannot be hashed.
+        is_among = lambda values: any(type(value) is type(v) and value == v for v in values)  # noqa: B023, E731
+        if is_among(refused.only) if refused.only is not None else not is_among(refused.unless):
+            raise OptionError(f"engine option {name}={_short(value)} is refused: {refused.why}")
+    if environment.get("VLLM_DP_SIZE", "1").strip() not in ("", "1"):  # vLLM reads it where data_parallel_size is 1
+        raise OptionError(f"the environment sets VLLM_DP_SIZE={environment['VLLM_DP_SIZE']}: {_ONE_ENGINE}")
+
+
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that do not exist.
+
+    Args:
+        options: names that the caller gave.
+        known: names that exist.
+
+    Raises:
+        OptionError: names the option, and what it may have been meant to be.
+    """
+    usable = set(known) - {"model"}
+    for name in options:
+        if name not in usable:
+            close = difflib.get_close_matches(name, usable, n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise OptionError(f"unknown engine option {name!r}: vLLM's EngineArgs has none of this name.{hint}")
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
