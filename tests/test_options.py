@@ -20,7 +20,7 @@ from vllm_kl import RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.engines import lengths, memory, options
 from vllm_kl.engines.base import drive
-from vllm_kl.engines.failures import explain, root_cause
+from vllm_kl.engines.failures import explain, with_log
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import EngineError, OptionError
 from vllm_kl.types import EngineInfo, ScoreRequest
@@ -183,9 +183,15 @@ class TestFailures:
             "(Worker pid=1) ERROR 11-26 [multiproc_executor.py:1063] AssertionError: heads\n"
             "(EngineCore pid=2) RuntimeError: Worker failed with error 'heads'\n"
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
+            "AttributeError: 'NoneType' object has no attribute 'cancel'\n"
         )
-        assert root_cause(log) == "AssertionError: heads"
-        assert root_cause("all is well\n") == ""
+        told = with_log("vLLM failed: RuntimeError: Engine core initialization failed. See root cause above.", log)
+        assert told.startswith("AssertionError: heads. vLLM failed: RuntimeError: Engine core initialization failed")
+        assert told.endswith(f"The end of its log:\n{log.rstrip()}")
+        assert with_log(told, log) == told
+        assert with_log("vLLM failed: KeyError: 'x'", "all is well\n").startswith(
+            "vLLM failed: KeyError: 'x'. The end of"
+        )
 
 
 def model_config(**text):

@@ -40,6 +40,7 @@ _CURES = (
         "gpu_memory_utilization",
     ),
 )
+_LOG = "The end of its log:"
 _WRAPPERS = re.compile(
     r"Engine core initialization failed|Worker failed with error|WorkerProc initialization failed|EngineDead"
 )
@@ -75,10 +76,28 @@ def explain(error: Exception, *, model: str, options: Mapping[str, Any]) -> VLLM
     return EngineError(told)
 
 
+def with_log(told: str, log: str, lines: int = 25) -> str:
+    """Return a message with the end of the engine's log; before it the cause, where the message is of what waited for it.
+
+    A message that has a log already is returned as it is.
+    """
+    if _LOG in told:
+        return told
+    if (cause := root_cause(log)) and (_WRAPPERS.search(told) or "process died" in told):
+        told = f"{cause}. {told}"
+    end = "\n".join(log.splitlines()[-lines:])
+    return f"{told.rstrip('.')}. {_LOG}\n{end or '(no log)'}"
+
+
 def root_cause(log: str) -> str:
-    """Return the last line of the traceback in an engine's log that is not about another process's; empty if there is none."""
-    found = [match[1] for line in log.splitlines() if (match := _LAST_LINE.search(line.rstrip()))]
-    return next((line for line in reversed(found) if not _WRAPPERS.search(line)), "")
+    """Return the last line of the first traceback that others were waiting for, or of the last one; empty if there is none."""
+    cause = ""
+    for line in log.splitlines():
+        if match := _LAST_LINE.search(line.rstrip()):
+            if _WRAPPERS.search(match[1]):
+                break
+            cause = match[1]
+    return cause
 
 
 def _of_pydantic(error: Any) -> str:

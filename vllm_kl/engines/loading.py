@@ -37,8 +37,8 @@ class NeedsNewEngineError(WeightsError):
 
     def __str__(self) -> str:
         return (
-            f"the running engine cannot take these weights over: {self.reason}. Nothing was touched, the old weights go on serving. "
-            "Make a new engine on the checkpoint"
+            f"the running engine cannot take these weights over: {self.reason}. Nothing was touched, the old weights go on "
+            "serving. Make a new engine on the checkpoint"
         )
 
 
@@ -139,8 +139,8 @@ class Record:
         else:
             yield ("collective_rpc", DISCARD)
             raise WeightsError(
-                f"the weights in the engine are not those of {told!r}, the checkpoint that vLLM was told last, so nothing says what "
-                "they should be: pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes "
+                f"the weights in the engine are not those of {told!r}, the checkpoint that vLLM was told last, so nothing "
+                "says what they should be: pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes "
                 "vLLM's load as it is"
             )
         yield from self._adopting(checkpoint, version)

@@ -38,13 +38,12 @@ import torch
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, complete
 from vllm_kl.engines.base import OnDone
-from vllm_kl.engines.failures import root_cause
+from vllm_kl.engines.failures import with_log
 from vllm_kl.engines.loading import NeedsNewEngineError
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 logger = logging.getLogger("vllm_kl")
-_LOG = "The end of its log:"
 
 
 def _environment(options: dict[str, Any]) -> dict[str, str]:
@@ -189,7 +188,7 @@ class _Child:
         except EngineError as error:
             log = self._read_log()
             self.end()
-            raise EngineError(_with_log(str(error), log)) from error
+            raise EngineError(with_log(str(error), log)) from error
         except BaseException:
             self.end()
             raise
@@ -224,7 +223,7 @@ class _Child:
             code = _wait(self.process, timeout=5.0)
             log = self._read_log()
             self.end()
-            raise EngineError(_with_log(f"the engine process died (exit status {code})", log)) from error
+            raise EngineError(with_log(f"the engine process died (exit status {code})", log)) from error
 
     def _read_log(self) -> str:
         with contextlib.suppress(OSError):
@@ -290,8 +289,8 @@ class _OwnedWeights:
                 self._engine.start_anew(checkpoint, self._model, version)
             except VLLMKLError as second:
                 raise WeightsError(
-                    f"the running engine cannot take these weights over ({error.reason}), and none starts with them ({second}). The "
-                    "old weights go on serving"
+                    f"the running engine cannot take these weights over ({error.reason}), and none starts with them ({second}). "
+                    "The old weights go on serving"
                 ) from second
             logger.warning(
                 "vllm_kl: version %d is served by an engine that was started for it, in %.1f s. The running one could not take the "
@@ -398,19 +397,6 @@ class _Calls:
             self._is_over = True
             for waiting in list(self._queues.values()):
                 waiting.put(("over", None))
-
-
-def _with_log(told: str, log: str, lines: int = 25) -> str:
-    """Return a message with what the log says first and last; one that has a log already as it is."""
-    if _LOG in told:
-        return told
-    cause = root_cause(log)
-    if (
-        cause and cause.partition(": ")[2] not in told
-    ):  # where it failed in a worker, the message is of what waited for it
-        told = f"{told}. First: {cause}"
-    end = "\n".join(log.splitlines()[-lines:])
-    return f"{told.rstrip('.')}. {_LOG}\n{end or '(no log)'}"
 
 
 def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: int) -> None:

@@ -14,6 +14,7 @@ Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loade
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
 
     loader.load_weights = load_or_tell
     try:
-        with set_current_vllm_config(config):
+        with set_current_vllm_config(config), _rotary_embeddings_of_its_own():
             return loader.load_model(vllm_config=config, model_config=config.model_config)
     except _LoadError as error:
         raise error.args[0] from None
@@ -95,6 +96,20 @@ def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
         config.load_config.load_format = "safetensors"
         config.load_config.model_loader_extra_config = {}
     return config
+
+
+@contextlib.contextmanager
+def _rotary_embeddings_of_its_own() -> Iterator[None]:
+    """Keep a model from taking another engine's: vLLM shares them by a key that leaves the engine's length out."""
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    shared = dict(_ROPE_DICT)
+    _ROPE_DICT.clear()
+    try:
+        yield
+    finally:
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(shared)
 
 
 def _choose_device(config: Any, worker: Any) -> None:
