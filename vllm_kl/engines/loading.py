@@ -140,8 +140,8 @@ class Record:
             yield ("collective_rpc", DISCARD)
             raise WeightsError(
                 f"the weights in the engine are not those of {told!r}, the checkpoint that vLLM was told last, so nothing "
-                "says what they should be: pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes "
-                "vLLM's load as it is"
+                "says what they should be: pass finish_update(source=...), a folder or a state dict of what was sent. "
+                "check=False believes vLLM's load as it is"
             )
         yield from self._adopting(checkpoint, version)
         return version
