@@ -170,6 +170,7 @@ KERNEL_LAYOUTS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 16,
         "conv_kernel": 4,
         "chunk_size": 16,
+        "time_step_min": 1e-9,  # transformers bounds time steps by it, vLLM does not
     },
     "falcon_h1": {
         **_MAMBA2,

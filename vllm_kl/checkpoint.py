@@ -100,6 +100,12 @@ class Skeleton:
             config.update(hf_overrides if isinstance(hf_overrides, dict) else {})
             with torch.device("meta"):
                 self._model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        except AssertionError as error:  # the backend's classes ask for the configuration of an engine (vLLM 0.32)
+            raise WeightsError(
+                f"in this process vLLM's transformers backend has changed the classes of {model!r}, so transformers cannot say "
+                "which weights it has. Let the engine have a process of its own: VLLM_ENABLE_V1_MULTIPROCESSING=1, or "
+                "VLLMScorer(path)"
+            ) from error
         except (OSError, ValueError) as error:
             raise WeightsError(
                 f"transformers cannot say which weights {model!r} has ({error}): only models that AutoModelForCausalLM knows can "

@@ -267,6 +267,11 @@ def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout:
     yield note_on(config.hf_text_config, config.max_model_len)
     if (longest := dynamic_length(config.hf_text_config)) == config.max_model_len:
         yield f"sequences end at {longest} tokens: vLLM has no positions beyond for 'dynamic' RoPE"
+    if config.hf_text_config.model_type == "nemotron_h" and (bound := config.hf_text_config.time_step_min) > 0:
+        yield (
+            f"transformers (5.19) keeps the time steps of Mamba layers above time_step_min={bound}, vLLM does not: "
+            "log-probs differ where a step is smaller"
+        )
     if options.get("load_format") == "dummy":
         yield "load_format='dummy': the weights are random numbers"
     if new := sorted(options.keys() - NAMES):
