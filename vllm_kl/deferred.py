@@ -175,6 +175,7 @@ class Deferral:
         side: Side,
         batch: TokenBatch,
         *,
+        temperature: float,
         expected_version: int | None,
         reward_waits: bool,
         write: Write,
@@ -183,6 +184,7 @@ class Deferral:
 
         Args:
             side, batch: who scores what.
+            temperature: of the log-probs.
             expected_version: of the weights that must score it: those that serve now; ``None``: not known.
             reward_waits: the KL will be subtracted from the reward: until then that is NaN.
             write: writes the results into a tensordict that has the reward, if there is one.
@@ -205,7 +207,7 @@ class Deferral:
         step = Step(
             self._num_steps,
             self,
-            self._worker.submit(functools.partial(_score, side, batch, expected_version)),
+            self._worker.submit(functools.partial(_score, side, batch, temperature, expected_version)),
             functools.partial(_write_apart, write, reward, len(batch), next_td.device),
             None if previous is None or previous.is_finished else previous,
         )
@@ -318,9 +320,11 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
             raise two_references(place(before, shape), version, place(i, shape), handle.step.version)
 
 
-def _score(side: Side, batch: TokenBatch, expected_version: int | None) -> tuple[list[torch.Tensor], int | None]:
+def _score(
+    side: Side, batch: TokenBatch, temperature: float, expected_version: int | None
+) -> tuple[list[torch.Tensor], int | None]:
     """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
-    ask = functools.partial(scores, side, td=TensorDict(), collector=None, detach=True)
+    ask = functools.partial(scores, side, td=TensorDict(), collector=None, temperature=temperature, detach=True)
     try:
         log_probs, _ = ask(batch=batch)
     except (InputError, MissingLogProbError) as error:

@@ -113,7 +113,7 @@ class RetrieveLogProb(TurnsTransform):
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
-        values, _ = scores(self._side, batch, td, None, detach=self.detach)
+        values, _ = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
         if not self._is_step and self._is_policy and self._side.version is not None:
             check_stale(origins(td.unbind(0)), Origin(self._side.version, self._side.adapter), self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}

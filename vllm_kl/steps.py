@@ -97,11 +97,11 @@ class TurnsTransform(NextTransform):
 
 
 def scores(
-    side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, detach: bool
+    side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
 ) -> tuple[list[torch.Tensor], bool]:
-    """Return a side's log-probs, ``[L]`` each, and whether they were recorded."""
+    """Return a side's log-probs at a temperature, ``[L]`` each, and whether they were recorded."""
     with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
-        values, recorded = side.log_probs(batch, td, collector)
+        values, recorded = side.log_probs(batch, td, collector, temperature)
     return [value.detach() for value in values] if detach else values, recorded
 
 
