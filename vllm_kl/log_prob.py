@@ -108,6 +108,9 @@ class RetrieveLogProb(TurnsTransform):
         """Figures of re-tokenized turns, as :attr:`RetrieveKL.metrics` has them."""
         return self._turns.metrics
 
+    def scored_at(self, key: NestedKey) -> float | None:
+        return self._side.temperature if key == self.log_probs_full_key else None
+
     def _keys(self) -> InputKeys:
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 

@@ -7,8 +7,8 @@ Read in vLLM 0.32 (``v1/sample/sampler.py``, ``v1/worker/gpu/sample/sampler.py``
 | ``raw_logprobs``, the default | anything but structured outputs | ``log softmax(logits)``, whatever the temperature |
 | ``processed_logprobs`` | nothing else, or ``temperature=0`` | ``log softmax(logits)`` |
 | ``processed_logprobs`` | ``temperature=T`` | ``log softmax(logits / T)``; of prompt tokens ``log softmax(logits)`` |
-| ``processed_logprobs`` | ``top_p``, penalties, biases, ... | of what was left to choose from: no reference has that |
-| either | structured outputs | of what the grammar left: vLLM masks the logits before it records raw log-probs |
+| ``processed_logprobs`` | ``top_p``, penalties, biases, ... | of the logits that these left: no reference has them |
+| either | structured outputs | of the logits that the grammar left: vLLM masks the logits before it records raw log-probs |
 | ``raw_logits``, ``processed_logits`` | | no log-probs |
 
 TorchRL 0.14's ``TransformersWrapper`` records ``log softmax(logits)``. Of an engine in another process, or of another kind, the
@@ -91,15 +91,13 @@ def recorded_by(policy: Any) -> Recorded | None:
     if mode in ("raw_logits", "processed_logits"):
         return Recorded(None, f"they are logits, no log-probs: the policy's engine has logprobs_mode={mode!r}")
     if "structured_outputs" in changes:
-        return Recorded(
-            None, f"they are those of what structured_outputs left to choose from, in any logprobs_mode: {why}"
-        )
+        return Recorded(None, f"they are those of the logits that structured_outputs left, in any logprobs_mode: {why}")
     if mode == "raw_logprobs":
         return Recorded(1.0, why)
     if mode == "processed_logprobs" and (processors := _processors(policy.model)):
         return Recorded(None, f"they went through logits_processors ({processors}): {why}")
     if changes:
-        return Recorded(None, f"they are processed, those of what {', '.join(changes)} left to choose from: {why}")
+        return Recorded(None, f"they are processed, those of the logits that {', '.join(changes)} left: {why}")
     if temperature in (0.0, 1.0):
         return Recorded(1.0, why)
     if mode is None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
@@ -59,6 +60,17 @@ class NextTransform(Transform):
             return None
         return None if container is None else container.collector
 
+    def scored_at(self, key: NestedKey) -> float | None:
+        """Return the temperature of the log-probs that this transform writes to ``key``; ``None``: it writes none there."""
+        return None
+
+    def _neighbours(self) -> list[NextTransform]:
+        """Return this package's transforms of the same env, or of the same composition."""
+        outermost: Transform = self
+        while isinstance(parent := (outermost.__dict__.get("_container") or _nothing)(), Transform):
+            outermost = parent
+        return [module for module in outermost.modules() if isinstance(module, NextTransform)]
+
 
 class TurnsTransform(NextTransform):
     """A transform that reads ids, and tells where a later turn of a dialog does not begin with those of the turn before."""
@@ -94,6 +106,10 @@ class TurnsTransform(NextTransform):
         twin = super().clone()
         twin._turns = TurnWatch()  # torchrl's copies are shallow
         return twin
+
+
+def _nothing() -> None:
+    """Stands for the weak reference to a container that a transform does not have (torchrl 0.14)."""
 
 
 def scores(

@@ -269,6 +269,9 @@ class RetrieveKL(TurnsTransform, KLTransform):
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
         return {**self.penalty.metrics, **audit, **self._versions, **self._turns.metrics}
 
+    def scored_at(self, key: NestedKey) -> float | None:
+        return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None
+
     def _keys(self) -> InputKeys:
         return keys_of(
             self.ref_model,
