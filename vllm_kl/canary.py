@@ -133,6 +133,7 @@ def _check_numbers(log_probs: torch.Tensor) -> None:
     if (bad := log_probs.isnan()).any():
         raise FrozenError(
             f"the model gives NaN for {int(bad.sum())} of the {len(bad)} tokens of the canary, token {int(bad.nonzero()[0]) + 1} "
-            "first: nothing can be proved of its weights, and its log-probs are no numbers. Its activations overflow in the engine's "
-            "dtype (float16 where it was trained in bfloat16: pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN"
+            "first: nothing can be proved of its weights, and its log-probs are no numbers. Its activations overflow in the "
+            "engine's dtype (float16 where it was trained in bfloat16: pass dtype='bfloat16' or 'float32'), or its checkpoint has "
+            "NaN"
         )

@@ -54,11 +54,14 @@ class NextTransform(Transform):
 
     def _collector(self) -> Any:
         """The collector of the env this belongs to, or ``None``."""
-        try:
-            container = self.container
-        except AttributeError:  # not appended to anything
-            return None
-        return None if container is None else container.collector
+        return getattr(_container(self._outermost()), "collector", None)
+
+    def _outermost(self) -> Transform:
+        """Return the composition that this belongs to, the outermost of several, or itself."""
+        transform: Transform = self
+        while isinstance(parent := _container(transform), Transform):
+            transform = parent
+        return transform
 
     def scored_at(self, key: NestedKey) -> float | None:
         """Return the temperature of the log-probs that this transform writes to ``key``; ``None``: it writes none there."""
@@ -66,10 +69,7 @@ class NextTransform(Transform):
 
     def _neighbours(self) -> list[NextTransform]:
         """Return this package's transforms of the same env, or of the same composition."""
-        outermost: Transform = self
-        while isinstance(parent := (outermost.__dict__.get("_container") or _nothing)(), Transform):
-            outermost = parent
-        return [module for module in outermost.modules() if isinstance(module, NextTransform)]
+        return [module for module in self._outermost().modules() if isinstance(module, NextTransform)]
 
 
 class TurnsTransform(NextTransform):
@@ -108,8 +108,10 @@ class TurnsTransform(NextTransform):
         return twin
 
 
-def _nothing() -> None:
-    """Stands for the weak reference to a container that a transform does not have (torchrl 0.14)."""
+def _container(transform: Transform) -> Any:
+    """Return what a transform is appended to, or ``None``. torchrl 0.14's own property raises where that is no env."""
+    reference = transform.__dict__.get("_container")
+    return None if reference is None else reference()
 
 
 def scores(
