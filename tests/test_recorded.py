@@ -19,7 +19,16 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests import batches
 from tests.oracle import KL_TOLERANCE
 from tests.test_from_collector import NUM_ENVS, check, collect, make_env  # noqa: F401
-from vllm_kl import FromCollector, KLComputation, RetrieveKL, RetrieveLogProb, VLLMReference, VLLMScorer, kl_estimate
+from vllm_kl import (
+    FromCollector,
+    KLComputation,
+    RetrieveKL,
+    RetrieveLogProb,
+    VLLMReference,
+    VLLMScorer,
+    fill_deferred,
+    kl_estimate,
+)
 from vllm_kl.canary import Canary
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import GenerateEngine
@@ -31,6 +40,7 @@ from vllm_kl.errors import (
     OptionError,
     ReadoutUnavailableError,
 )
+from vllm_kl.inputs import keys_of, read_batch
 from vllm_kl.recorded import NEUTRAL, doubtful_zeros, recorded_by
 from vllm_kl.types import EngineInfo, ScoreResult
 
@@ -356,17 +366,35 @@ class TestZerosInACollector:
         with pytest.raises(MissingLogProbError, match=message):
             run("raw", {}, make_reference(), before=[EndToken()], gen_log_probs="reuse", deferred=deferred)
 
-    def test_a_policy_that_is_as_sure_is_believed_though_the_reference_is_not(self, run, make_reference):
-        """A grammar-like certainty: of one allowed token, the processed log-prob is 0.0 and rightly so."""
-        transform = FromCollector("reuse")
-        sure = torch.tensor([-3.0, 0.0, 0.0])
-        scored = [torch.tensor([0.0, -1e-6, -2e-6])]
-        batch = SimpleNamespace(keep=[torch.ones(3, dtype=torch.bool)], select=lambda samples: None)
-        transform.policy = lambda collector: SimpleNamespace(model=None)
-        transform._can_score, transform._score = lambda *_: True, lambda *_: scored
-        got, again = transform.settle_zeros([sure], [torch.tensor([-3.0, -2.0, -2.0])], batch, None, 1.0)
-        assert got[0] is sure
-        assert again == []
+    def test_where_nobody_can_be_asked_they_are_refused_when_a_step_is_filled_in(
+        self, make_policy, engines, make_reference, request
+    ):
+        transform = RetrieveKL("from_collector", make_reference(), deferred="buffer")
+        env = request.getfixturevalue("make_env")().append_transform(EndToken()).append_transform(transform)
+        data = env.rollout(1, make_policy(engines["raw"]), return_contiguous=False)
+        with pytest.raises(MissingLogProbError, match=r"env step 0, .* exactly 0.0.*the reference gives it -.*on_zero"):
+            fill_deferred(data)
+
+    @pytest.mark.parametrize("gen_log_probs", ["auto", "reuse"])
+    def test_a_policy_that_is_sure_is_believed_though_the_reference_is_not(
+        self, run, engines, make_reference, ref_oracle, gen_log_probs
+    ):
+        """Its logits are made a thousand times as large for the while: every token that it samples has probability 1."""
+        worker = engines["raw"].llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        norm = worker.get_model().model.norm.weight.data
+        before = norm.clone()
+        try:
+            norm.mul_(1000.0)
+            (data,), said, _ = run("raw", {}, make_reference(), gen_log_probs=gen_log_probs, turns=NUM_ENVS)
+        finally:
+            norm.copy_(before)
+        assert not said
+        for row in data.unbind(0):
+            ids, kept = row["tokens", "full"].tolist(), row["next", "kl_mask"]
+            want = -log_probs_at(ref_oracle, ids, 1.0)[kept[1:]]
+            assert (row["log_probs", "full"][kept] == 0).sum() > 5
+            assert want.max() > 1
+            torch.testing.assert_close(row["next", "kl_penalty"][kept].double(), want, rtol=0, atol=KL_TOLERANCE)
 
 
 def recorded(values, prompt=2):
@@ -377,6 +405,14 @@ def recorded(values, prompt=2):
 
 class TestZerosInABatch:
     VALUES = (0.0, 0.0, -2.0, 0.0, -1.5)
+
+    def test_a_policy_that_cannot_be_asked_how_it_samples_is_said_once(self, make_reference):
+        td, side = recorded(self.VALUES), FromCollector("reuse")
+        batch = read_batch(td, keys_of(make_reference()), assistant_only=True)
+        collector = SimpleNamespace(policy=lambda td: td)  # torchrl 0.14's own wants specs of a function's output
+        with pytest.warns(MismatchWarning, match="nothing is known of how the collector's policy, a function, samples"):
+            side.log_probs(batch, td, collector, 1.0)
+        assert side.log_probs(batch, td, collector, 1.0)[1]
 
     @pytest.mark.parametrize("mode", ["auto", "reuse"])
     def test_one_that_the_reference_is_not_sure_of_is_refused_by_name(self, make_reference, mode):

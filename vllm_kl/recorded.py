@@ -85,7 +85,7 @@ def recorded_by(policy: Any) -> Recorded | None:
         return None
     changes = _changes(params)
     temperature = float(changes.pop("temperature", 1.0))
-    mode = getattr(config_of(policy.model), "logprobs_mode", None)
+    mode = getattr(config_of(getattr(policy, "model", None)), "logprobs_mode", None)
     how = ", ".join(f"{name}={value!r}" for name, value in {"temperature": temperature, **changes}.items())
     why = f"the policy samples with {how}, and its engine has logprobs_mode={mode!r}"
     if mode in ("raw_logits", "processed_logits"):

@@ -249,8 +249,8 @@ class FromCollector:
 
     Where a cell says no, ``"reuse"`` raises; ``"auto"`` warns once and rescores, if that column says yes; an ``audit`` raises.
     Samples drawn at another temperature than 1 and compared at 1 give the log-ratio of the two models' own distributions: 0 for
-    equal weights, but no unbiased estimate of their KL. Without a collector nothing is known of the engine: what is recorded is
-    taken for log-probs of the reference's temperature.
+    equal weights, but no unbiased estimate of their KL. Without a collector, or with a policy that is a mere function, nothing
+    is known of the engine: what is recorded is taken for log-probs of the reference's temperature.
 
     Specs and construction never need the collector: the policy is looked up at each step, so one that is replaced or
     updated is followed. Outside an env (a ``postproc``, a replay buffer, a plain batch) there is no collector and only
@@ -345,6 +345,12 @@ class FromCollector:
             unlike = self._unlike(batch, td, policy, temperature)
             recorded, why_not = (None, unlike) if unlike else self._recorded(batch, td, policy)
             if recorded is not None:
+                if policy is None and collector is not None:
+                    self._say(
+                        f"nothing is known of how the collector's policy, a {type(collector.policy).__name__}, samples: the "
+                        f"log-probs that it recorded are taken for those of softmax(logits / {temperature:g}). Give the collector "
+                        "the LLMWrapperBase itself, or a module that holds one, and its engine is asked"
+                    )
                 self._audit(recorded, batch, policy, temperature)
                 return recorded, True
             if unlike and self.audit.fraction:
