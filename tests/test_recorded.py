@@ -213,6 +213,7 @@ class TestWhatIsRecorded:
             (SimpleNamespace(), {"temperature": 1.0, "max_new_tokens": 5, "top_k": -1}, 1.0),
             (SimpleNamespace(), {"temperature": 0.5}, None),
             (SimpleNamespace(), {"top_p": 0.5}, None),
+            (None, {"temperature": 0.5}, None),
         ],
     )
     def test_an_engine_elsewhere_tells_what_it_can(self, engine, params, temperature):

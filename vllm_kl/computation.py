@@ -20,6 +20,7 @@ from vllm_kl.kl import Direction, Estimator
 from vllm_kl.outputs import check_distinct
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.recorded import OnZero, check_on_zero, check_recorded, check_zeros
+from vllm_kl.resolver import is_same_temperature
 
 _CURE = (
     "It is never taken for a log-prob: score the batch again (RetrieveLogProb), leave the token out of the mask, or, where the "
@@ -132,7 +133,7 @@ class KLComputation(KLTransform):
         keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
         neighbours = self._neighbours()
         at = {key: next((t for n in neighbours if (t := n.scored_at(key)) is not None), None) for key in keys}
-        if None not in at.values() and len(set(at.values())) > 1:
+        if None not in at.values() and not is_same_temperature(*at.values()):
             found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
             raise OptionError(f"{found}: the KL of equal weights would not be 0. Give both sides one temperature")
         sides = [[row.detach().cpu() for row in side] for side in (gen, ref)]

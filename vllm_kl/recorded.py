@@ -19,6 +19,7 @@ It knows tensors, and wrappers and engines by their attributes; it asks nobody.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -85,31 +86,39 @@ def recorded_by(policy: Any) -> Recorded | None:
         return None
     changes = _changes(params)
     temperature = float(changes.pop("temperature", 1.0))
-    mode = getattr(config_of(getattr(policy, "model", None)), "logprobs_mode", None)
-    how = ", ".join(f"{name}={value!r}" for name, value in {"temperature": temperature, **changes}.items())
-    why = f"the policy samples with {how}, and its engine has logprobs_mode={mode!r}"
+    model = getattr(policy, "model", None)
+    mode = getattr(config_of(model), "logprobs_mode", None)
+    sampled_with = ", ".join([f"temperature={temperature:g}", *map(_shown, changes.items())])
+    why = f"the policy samples with {sampled_with}, and its engine has logprobs_mode={mode!r}"
     if mode in ("raw_logits", "processed_logits"):
         return Recorded(None, f"they are logits, no log-probs: the policy's engine has logprobs_mode={mode!r}")
     if "structured_outputs" in changes:
         return Recorded(None, f"they are those of the logits that structured_outputs left, in any logprobs_mode: {why}")
-    if mode == "raw_logprobs":
+    if mode == "raw_logprobs" or (not changes and temperature in (0.0, 1.0) and mode != "processed_logprobs"):
         return Recorded(1.0, why)
-    if mode == "processed_logprobs" and (processors := _processors(policy.model)):
-        return Recorded(None, f"they went through logits_processors ({processors}): {why}")
+    if mode != "processed_logprobs":
+        why = f"the policy samples with {sampled_with}, and its engine does not tell whether it records raw or processed log-probs"
+        return Recorded(None, why)
+    changes |= dict.fromkeys(_processors(model))
     if changes:
         return Recorded(None, f"they are processed, those of the logits that {', '.join(changes)} left: {why}")
-    if temperature in (0.0, 1.0):
-        return Recorded(1.0, why)
-    if mode is None:
-        why = f"nobody can tell whether they are raw or processed: the policy samples with {how}, and its engine cannot be asked"
-        return Recorded(None, why)
-    return Recorded(temperature, why)
+    return Recorded(temperature or 1.0, why)  # greedy: logits are not divided by 0
 
 
-def _processors(engine: Any) -> str:
-    """Return the names of an engine's own logits processors, those of installed plugins among them."""
+def _shown(parameter: tuple[str, Any]) -> str:
+    name, value = parameter
+    return f"{name}={value!r}" if isinstance(value, (int, float, str)) else name
+
+
+def _processors(engine: Any) -> list[str]:
+    """Return an engine's own logits processors, those of installed plugins among them."""
     given = getattr(config_of(engine), "logits_processors", None) or []
-    return ", ".join([str(p) for p in given] + [plugin.name for plugin in entry_points(group="vllm.logits_processors")])
+    return [f"logits_processors={name}" for name in (*map(str, given), *_plugins())]
+
+
+@functools.cache
+def _plugins() -> tuple[str, ...]:
+    return tuple(plugin.name for plugin in entry_points(group="vllm.logits_processors"))
 
 
 def _changes(params: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ same ids, at the same rows, by our own path, so two sides cannot disagree about 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, get_args
@@ -101,6 +102,11 @@ def version_of(scorer: Scorer, batch: TokenBatch | None = None) -> int | None:
 def temperature_of(scorer: Scorer) -> float:
     """Return the temperature whose log-probs a scorer returns; 1.0 where it has none to set."""
     return getattr(scorer, "temperature", 1.0)
+
+
+def is_same_temperature(one: float, other: float) -> bool:
+    """Tell whether two temperatures differ by rounding at most."""
+    return math.isclose(one, other, rel_tol=1e-6)
 
 
 def policy_of(collector: Any) -> Any:
@@ -205,7 +211,7 @@ class ModelSide:
         Raises:
             OptionError: with both temperatures.
         """
-        if self.temperature != temperature:
+        if not is_same_temperature(self.temperature, temperature):
             raise OptionError(
                 f"one side's log-probs are those of softmax(logits / {self.temperature:g}), the other's of softmax(logits / "
                 f"{temperature:g}): the KL of equal weights would not be 0. Give both one temperature"
@@ -452,7 +458,7 @@ class FromCollector:
             return None
         if found.temperature is None:
             return f"the recorded log-probs are not those of softmax(logits) at any temperature: {found.why}"
-        if found.temperature != temperature:
+        if not is_same_temperature(found.temperature, temperature):
             return (
                 f"the recorded log-probs are those of softmax(logits / {found.temperature:g}), the reference's of softmax(logits / "
                 f"{temperature:g}): {found.why}"
@@ -523,7 +529,7 @@ class FromCollector:
         self.audit.check(recorded, batch, lambda part: score_batch(self._scorer_of(policy), part), tokenizer)
 
     def _can_score(self, policy: Any, temperature: float) -> bool:
-        return policy is not None and temperature_of(self._scorer_of(policy)) == temperature
+        return policy is not None and is_same_temperature(temperature_of(self._scorer_of(policy)), temperature)
 
     def _scorer_of(self, policy: Any) -> Scorer:
         weights = (policy.model, getattr(policy, "lora_request", None))
