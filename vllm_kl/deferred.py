@@ -34,7 +34,7 @@ from vllm_kl.inputs import rows_of
 from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import Side, scorer_for
-from vllm_kl.steps import scores
+from vllm_kl.steps import TurnsTransform, scores
 from vllm_kl.types import TokenBatch
 from vllm_kl.versions import place, two_references
 
@@ -170,7 +170,7 @@ class Deferral:
 
     def submit(
         self,
-        transform: Transform,
+        transform: TurnsTransform,
         next_td: TensorDictBase,
         side: Side,
         batch: TokenBatch,
@@ -191,8 +191,12 @@ class Deferral:
 
         Raises:
             CollectorError: there is no collector that could be made to fill the batch in.
-            OptionError: a later transform of the env would read the reward too early.
+            OptionError: this is no env's step; or a later transform of the env would read the reward too early.
         """
+        if not transform._is_step:
+            raise OptionError(
+                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
+            )
         collector = transform._collector()
         if self._until is True and not on_leaving(collector, fill_deferred):
             what = "there is no collector" if collector is None else f"a {type(collector).__name__} has no postproc"

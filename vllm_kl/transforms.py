@@ -26,6 +26,7 @@ from vllm_kl.audit import OnDrift
 from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
 from vllm_kl.generated import Origin, generated_by
 from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
@@ -36,13 +37,10 @@ from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.recorded import OnZero
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import (
-    FromCollector,
-    GenLogProbs,
     ModelSide,
     check_side,
     check_two_models,
     one_of,
-    policy_of,
     warn_unless_full,
 )
 from vllm_kl.steps import TurnsTransform, scores, to_device
@@ -293,10 +291,6 @@ class RetrieveKL(TurnsTransform, KLTransform):
         is_counted = isinstance(self._gen, FromCollector) or self._gen.version is not None
         if is_counted and not recorded:
             check_stale(sampled, Origin(self._gen.version, self._gen.adapter), self.on_stale)
-        if self._deferral is not None and not self._is_step:
-            raise OptionError(
-                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
-            )
         ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)[0]
         are_zeros_settled = True
         if recorded:
