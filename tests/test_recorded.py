@@ -319,6 +319,17 @@ class TestInACollector:
         assert "top_p=0.5" in said[0]
 
 
+def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, engines, equal):  # noqa: F811
+    """Without it nothing is known there: the same batch would have a KL of more than a nat."""
+    policy = make_policy(engines["processed"], temperature=0.5)
+    transform = RetrieveKL(FromCollector(policy=policy), equal("processed"))
+    with pytest.warns(
+        MismatchWarning, match=r"softmax\(logits / 0.5\), the reference's of softmax\(logits / 1\).*scored again"
+    ):
+        data = collect(make_env(), lambda: policy, turns=NUM_ENVS, postproc=transform)
+    assert largest(data) < KL_TOLERANCE
+
+
 class TestTwoModels:
     def test_two_temperatures_are_refused(self, make_gen, half, ref_scorer):
         with pytest.raises(OptionError, match=r"softmax\(logits / 1\), the other's of softmax\(logits / 0.5\)"):

@@ -71,6 +71,9 @@ class FromCollector:
             and ``"auto"`` takes the engine's log-probs of that sample, ``"reuse"`` refuses. With ``deferred=`` the
             reference is not there yet, and every sample with a recorded 0.0 is scored again by the policy's engine.
 
+        policy: where there is no collector (a ``postproc``, a replay buffer, a plain batch): the wrapper that sampled, whose
+            engine is asked then. Inside an env the collector's is.
+
     Both sides are log-probs of ``softmax(logits / T)``, T the reference's temperature (``VLLMReference(path, temperature=T)``).
     What the policy recorded is told by its engine and its sampling parameters, see :mod:`vllm_kl.recorded`:
 
@@ -85,12 +88,12 @@ class FromCollector:
 
     Where a cell says no, ``"reuse"`` raises; ``"auto"`` warns once and rescores, if that column says yes; an ``audit`` raises.
     Samples drawn at another temperature than 1 and compared at 1 give the log-ratio of the two models' own distributions: 0 for
-    equal weights, but no unbiased estimate of their KL. Without a collector, or with a policy that is a mere function, nothing
-    is known of the engine: what is recorded is taken for log-probs of the reference's temperature.
+    equal weights, but no unbiased estimate of their KL. Without a collector and ``policy=``, or with a policy that is a mere
+    function, nothing is known of the engine: what is recorded is taken for log-probs of the reference's temperature.
 
     Specs and construction never need the collector: the policy is looked up at each step, so one that is replaced or
-    updated is followed. Outside an env (a ``postproc``, a replay buffer, a plain batch) there is no collector and only
-    recorded log-probs can be used.
+    updated is followed. Outside an env (a ``postproc``, a replay buffer, a plain batch) there is no collector: without
+    ``policy=`` only recorded log-probs can be used.
 
     >>> FromCollector("reuse")
     FromCollector('reuse')
@@ -104,6 +107,7 @@ class FromCollector:
         audit_tolerance: float = 0.05,
         on_drift: OnDrift = "raise",
         on_zero: OnZero = "raise",
+        policy: LLMWrapperBase | None = None,
     ) -> None:
         if gen_log_probs not in get_args(GenLogProbs):
             raise OptionError(
@@ -116,6 +120,7 @@ class FromCollector:
         check_on_zero(on_zero)
         self.on_zero: OnZero = on_zero
         self._key: NestedKey = ("log_probs", "full")
+        self._policy = policy
         self._pad_output: bool | None = None
         self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
         self._said: set[str] = set()
@@ -150,12 +155,12 @@ class FromCollector:
         return twin
 
     def policy(self, collector: Any) -> LLMWrapperBase | None:
-        """Return the collector's policy, if there is one that TorchRL can ask for log-probs.
+        """Return the collector's policy, or the one that was given, if there is one that TorchRL can ask for log-probs.
 
         Raises:
             InputError: its ``pad_output`` is not the reference's.
         """
-        policy = policy_of(collector)
+        policy = self._policy if collector is None else policy_of(collector)
         if not isinstance(policy, LLMWrapperBase):
             return None
         if self._pad_output is not None and policy.pad_output != self._pad_output:
@@ -207,7 +212,8 @@ class FromCollector:
         if policy is None:
             raise CollectorError(
                 f"from_collector: {why}there is no collector whose policy could be asked to score. Append the transform to "
-                "the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= with a model."
+                "the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= with a model "
+                "(or FromCollector(policy=...))."
             )
         if not self._can_score(policy, temperature):
             raise OptionError(
@@ -266,9 +272,9 @@ class FromCollector:
             MissingLogProbError: there is one, and ``on_zero="raise"``.
         """
         cure = (
-            "It is never taken for a log-prob: append the transform to the env of an LLMCollector, whose policy can be asked; pass "
-            "gen_model= with the model that sampled; leave the token out of the mask; or, where the policy is that sure, pass "
-            "on_zero='allow'"
+            "It is never taken for a log-prob: append the transform to the env of an LLMCollector, whose policy can be asked, or "
+            "pass FromCollector(policy=...); pass gen_model= with the model that sampled; leave the token out of the mask; or, "
+            "where the policy is that sure, pass on_zero='allow'"
         )
         names = {"what": "recorded log-probs", "who": "the reference", "cure": cure}
         check_zeros(recorded, ref, keep, on_zero=self.on_zero, **names)
