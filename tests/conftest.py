@@ -88,6 +88,15 @@ def policy_llm(policy_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def processed_llm(policy_path: Path) -> Any:
+    """A live ``vllm.LLM`` of the policy's model that records log-probs after the sampling parameters had their effect."""
+    from vllm import LLM
+
+    options = {"enforce_eager": True, "use_tqdm_on_load": False, "logprobs_mode": "processed_logprobs"}
+    return LLM(str(policy_path), **options, **tiny.ENGINE_OPTIONS)
+
+
+@pytest.fixture(scope="session")
 def tied_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Checkpoints of a model that learns: tied embeddings, as most small models have."""
     home = tmp_path_factory.mktemp("tied")

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from vllm_kl.computation import KLComputation
     from vllm_kl.deferred import fill_deferred
     from vllm_kl.diagnostics import mismatch
+    from vllm_kl.from_collector import FromCollector
     from vllm_kl.kl import kl_estimate
     from vllm_kl.reference import VLLMReference
-    from vllm_kl.resolver import FromCollector
     from vllm_kl.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.scorer import VLLMScorer
     from vllm_kl.sync import (
@@ -59,7 +59,7 @@ __all__ = [
 
 _HOME = {
     "EnginePolicyVersion": "sync",
-    "FromCollector": "resolver",
+    "FromCollector": "from_collector",
     "KLComputation": "computation",
     "LoRAWrapper": "wrapper",
     "RetrieveKL": "transforms",

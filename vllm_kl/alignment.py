@@ -25,6 +25,16 @@ from vllm_kl.types import TokenBatch
 
 PaddingSide = Literal["left", "right"]
 
+# What a log-prob that is not finite can come of.
+_COMES_OF = {
+    "nan": "NaN: none was recorded there, or the model's own numbers overflow in its dtype. ",
+    "-inf": (
+        "-inf is a probability of 0: processed log-probs (logprobs_mode='processed_logprobs' with top_k, top_p, bad words or "
+        "another mask) have it for what the sampler ruled out, and a model for tokens that it masks itself. "
+    ),
+    "inf": "No log-prob is above 0: the model's own numbers overflow in its dtype, or these are logits. ",
+}
+
 
 def scored_span(keep: torch.Tensor) -> tuple[int, int]:
     """Return ``(start, stop)``: the first kept token and one past the last; ``(L, L)`` if none is kept.
@@ -54,8 +64,15 @@ def spread(scored: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return torch.where(keep.to(full.device), full, torch.zeros((), device=full.device))
 
 
-def check_finite(values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *, what: str) -> None:
+def check_finite(
+    values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *, what: str, are_log_probs: bool = True
+) -> None:
     """Refuse a value that is not finite where the mask keeps it.
+
+    Args:
+        values, keep: rows of one shape.
+        what: what the message calls the values.
+        are_log_probs: the message says what such a log-prob can come of.
 
     Raises:
         MissingLogProbError: with the sample, the position and the value.
@@ -64,10 +81,11 @@ def check_finite(values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *
         bad = kept & ~torch.isfinite(value.detach()).cpu()
         if bad.any():
             t = int(bad.nonzero()[0])
+            number = float(value[t])
             raise MissingLogProbError(
-                f"{what}: sample {i}, token {t} of {len(kept)} is kept by the mask but its value is {float(value[t])} "
-                f"({int(bad.sum())} such tokens in this sample). It is never taken as 0.0: score this batch again, or leave "
-                "the token out of the mask."
+                f"{what}: sample {i}, token {t} of {len(kept)} is kept by the mask but its value is {number} "
+                f"({int(bad.sum())} such tokens in this sample). {_COMES_OF[str(number)] if are_log_probs else ''}It is never "
+                "taken as 0.0: score this batch again, or leave the token out of the mask."
             )
 
 

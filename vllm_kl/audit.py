@@ -96,6 +96,10 @@ class Audit:
             f"(tolerance {self.tolerance:g}), {figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}. Were its weights "
             "updated since it sampled, or did it sample at a temperature? gen_log_probs='rescore' takes the engine's."
         )
+        self.complain(message)
+
+    def complain(self, message: str) -> None:
+        """Raise or warn, as ``on_drift`` says."""
         if self.on_drift == "raise":
             raise DriftError(message)
-        warnings.warn(message, MismatchWarning, stacklevel=2)
+        warnings.warn(message, MismatchWarning, stacklevel=3)

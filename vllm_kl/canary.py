@@ -50,7 +50,7 @@ class Canary:
             tolerance: nats that it may.
 
         Raises:
-            FrozenError: it moved by more; or the version is not one that was accepted. The first is.
+            FrozenError: it moved by more; or the version is not one that was accepted. The first is, unless it gives NaN.
         """
         with self._turn:
             return self._check(tolerance)
@@ -58,8 +58,9 @@ class Canary:
     def _check(self, tolerance: float, *, accept: bool = False) -> float:
         result = self._score(self._request, False)
         version, now = result.weight_version, torch.from_numpy(result.values[:, 0].copy())
-        if accept or not self._known:
-            self._known.setdefault(version, now)
+        if (accept or not self._known) and version not in self._known:
+            _check_numbers(now)
+            self._known[version] = now
         if version not in self._known:
             raise FrozenError(
                 f"version {version} of the weights serves, which no refresh() made: somebody pushed it, and KL against it is not "
@@ -90,7 +91,8 @@ class Canary:
             FrozenError: the old weights had moved; or KV of theirs is still in the cache.
         """
         with self._turn:
-            self._check(tolerance, accept=True)
+            if self._doubt is None:  # else they were never accepted
+                self._check(tolerance, accept=True)
             for _ in range(2):  # the first fills the cache
                 self._num_cached()
             self._is_proved.clear()
@@ -105,6 +107,9 @@ class Canary:
                     raise self._doubt
                 self._check(tolerance, accept=True)
                 self._doubt = None
+            except FrozenError as found:
+                self._doubt = found
+                raise
             finally:
                 self._is_proved.set()
 
@@ -121,3 +126,14 @@ class Canary:
     def _num_cached(self) -> int:
         """Return how many tokens of the canary are read from the prefix cache; afterwards they are in it."""
         return self._score(self._cached_request, True).num_cached_tokens
+
+
+def _check_numbers(log_probs: torch.Tensor) -> None:
+    """Refuse log-probs that can prove nothing: NaN is no other NaN."""
+    if (bad := log_probs.isnan()).any():
+        raise FrozenError(
+            f"the model gives NaN for {int(bad.sum())} of the {len(bad)} tokens of the canary, token {int(bad.nonzero()[0]) + 1} "
+            "first: nothing can be proved of its weights, and its log-probs are no numbers. Its activations overflow in the "
+            "engine's dtype (float16 where it was trained in bfloat16: pass dtype='bfloat16' or 'float32'), or its checkpoint has "
+            "NaN"
+        )

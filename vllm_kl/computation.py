@@ -14,11 +14,18 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from vllm_kl.alignment import PaddingSide
-from vllm_kl.errors import InputError
+from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import rows_of
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.outputs import check_distinct
 from vllm_kl.penalty import KLTransform, Penalty
+from vllm_kl.recorded import OnZero, check_on_zero, check_recorded, check_zeros
+from vllm_kl.resolver import is_same_temperature
+
+_CURE = (
+    "It is never taken for a log-prob: score the batch again (RetrieveLogProb), leave the token out of the mask, or, where the "
+    "model is that sure, pass on_zero='allow'"
+)
 
 
 class KLComputation(KLTransform):
@@ -35,6 +42,13 @@ class KLComputation(KLTransform):
         padding_side: accepted as TorchRL's class does; rows are read and written as they are.
         mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask: the tokens that count, bool. Read, never
             written; without it ``metrics`` holds no means over tokens.
+        on_zero: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where one side's log-prob is exactly 0.0 (probability 1) and
+            the other side is not sure of the token (less than 0.9, over a stretch of them): many write 0.0 where a log-prob is
+            missing. Not asked of an entry that a :class:`RetrieveLogProb` or :class:`RetrieveKL` of the same env, or
+            composition, writes.
+
+    Log-probs do not tell their temperature: both entries must be those of one ``softmax(logits / T)``. Where transforms of the
+    same env, or composition, write both, it is checked.
 
     Without a stored mask NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the
     other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where
@@ -73,7 +87,9 @@ class KLComputation(KLTransform):
         clamp_output: float | None = None,
         direction: Direction = "reverse",
         mask_key: NestedKey | None = "kl_mask",
+        on_zero: OnZero = "raise",
     ) -> None:
+        check_on_zero(on_zero)
         penalty = Penalty(
             kl_key=kl_key,
             mask_key=None,
@@ -89,6 +105,7 @@ class KLComputation(KLTransform):
         check_distinct([*sides, *([] if mask_key is None else [mask_key]), *penalty.keys, "reward"])
         super().__init__(penalty, in_keys=sides, out_keys=[])
         self.mask_key = mask_key
+        self.on_zero: OnZero = on_zero
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
         self.padding_side = padding_side
@@ -107,8 +124,24 @@ class KLComputation(KLTransform):
             self._check_mask(gen, ref, scored, stored)
         dense = _is_dense(next_td, self.gen_log_probs_full_key)
         masks = scored if stored is None else stored
+        self._check_sides(gen, ref, masks)
         to_rows = torch.stack if dense and masks else list
         return self.penalty.write(next_td, gen, ref, masks, to_rows, is_mask_known=stored is not None)
+
+    def _check_sides(self, gen: list[torch.Tensor], ref: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
+        """Refuse log-probs that are none, or none of the other side's temperature."""
+        keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
+        neighbours = self._neighbours()
+        at = {key: next((t for n in neighbours if (t := n.scored_at(key)) is not None), None) for key in keys}
+        if None not in at.values() and not is_same_temperature(*at.values()):
+            found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
+            raise OptionError(f"{found}: the KL of equal weights would not be 0. Give both sides one temperature")
+        sides = [[row.detach().cpu() for row in side] for side in (gen, ref)]
+        keep = [mask.bool().cpu() for mask in masks]
+        for key, other_key, (side, other) in ((*keys, sides), (*keys[::-1], sides[::-1])):
+            if at[key] is None:
+                check_recorded(side, keep, what=str(key))
+                check_zeros(side, other, keep, on_zero=self.on_zero, what=str(key), who=str(other_key), cure=_CURE)
 
     def _check_mask(
         self, gen: list[torch.Tensor], ref: list[torch.Tensor], scored: list[torch.Tensor], stored: list[torch.Tensor]

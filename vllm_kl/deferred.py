@@ -34,7 +34,7 @@ from vllm_kl.inputs import rows_of
 from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import Side, scorer_for
-from vllm_kl.steps import scores
+from vllm_kl.steps import TurnsTransform, scores
 from vllm_kl.types import TokenBatch
 from vllm_kl.versions import place, two_references
 
@@ -170,11 +170,12 @@ class Deferral:
 
     def submit(
         self,
-        transform: Transform,
+        transform: TurnsTransform,
         next_td: TensorDictBase,
         side: Side,
         batch: TokenBatch,
         *,
+        temperature: float,
         expected_version: int | None,
         reward_waits: bool,
         write: Write,
@@ -183,14 +184,19 @@ class Deferral:
 
         Args:
             side, batch: who scores what.
+            temperature: of the log-probs.
             expected_version: of the weights that must score it: those that serve now; ``None``: not known.
             reward_waits: the KL will be subtracted from the reward: until then that is NaN.
             write: writes the results into a tensordict that has the reward, if there is one.
 
         Raises:
             CollectorError: there is no collector that could be made to fill the batch in.
-            OptionError: a later transform of the env would read the reward too early.
+            OptionError: this is no env's step; or a later transform of the env would read the reward too early.
         """
+        if not transform._is_step:
+            raise OptionError(
+                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
+            )
         collector = transform._collector()
         if self._until is True and not on_leaving(collector, fill_deferred):
             what = "there is no collector" if collector is None else f"a {type(collector).__name__} has no postproc"
@@ -205,7 +211,7 @@ class Deferral:
         step = Step(
             self._num_steps,
             self,
-            self._worker.submit(functools.partial(_score, side, batch, expected_version)),
+            self._worker.submit(functools.partial(_score, side, batch, temperature, expected_version)),
             functools.partial(_write_apart, write, reward, len(batch), next_td.device),
             None if previous is None or previous.is_finished else previous,
         )
@@ -318,9 +324,11 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
             raise two_references(place(before, shape), version, place(i, shape), handle.step.version)
 
 
-def _score(side: Side, batch: TokenBatch, expected_version: int | None) -> tuple[list[torch.Tensor], int | None]:
+def _score(
+    side: Side, batch: TokenBatch, temperature: float, expected_version: int | None
+) -> tuple[list[torch.Tensor], int | None]:
     """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
-    ask = functools.partial(scores, side, td=TensorDict(), collector=None, detach=True)
+    ask = functools.partial(scores, side, td=TensorDict(), collector=None, temperature=temperature, detach=True)
     try:
         log_probs, _ = ask(batch=batch)
     except (InputError, MissingLogProbError) as error:

@@ -69,10 +69,9 @@ def guard(engine: Any) -> Guard | None:
     return engine.generate
 
 
-def generated_by(collector: Any) -> Origin | None:
-    """Return what the policy of a collector generated with last, in this thread; ``None``: not known."""
-    engine = getattr(getattr(collector, "policy", None), "model", None)
-    generate = getattr(engine, "generate", None)
+def generated_by(policy: Any) -> Origin | None:
+    """Return what a policy generated with last, in this thread; ``None``: not known."""
+    generate = getattr(getattr(policy, "model", None), "generate", None)
     return generate.last if isinstance(generate, Guard) else None
 
 

@@ -119,10 +119,10 @@ def kl_estimate(
     bounds = (clamp_log_ratio, clamp_output)
     if is_dense:  # as one tensor: one graph
         dense = _estimate(log_probs, ref_log_probs, mask, estimator, direction, *bounds)
-        check_finite([*dense.reshape(num_rows, shape[-1])], keep, what=f"KL {estimator}")
+        check_finite([*dense.reshape(num_rows, shape[-1])], keep, what=f"KL {estimator}", are_log_probs=False)
         return dense
     kl = [_estimate(*row, estimator, direction, *bounds) for row in zip(*rows[:2], keep, strict=True)]
-    check_finite(kl, keep, what=f"KL {estimator}")
+    check_finite(kl, keep, what=f"KL {estimator}", are_log_probs=False)
     return kl
 
 
@@ -153,7 +153,7 @@ def sequence_kl(
     shapes = [[tuple(row.shape) for row in side] for side in (kl, keep)]
     if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
         raise InputError(f"kl has rows {shapes[0]}, the mask {shapes[1]}: expected the same, one number per token")
-    check_finite(kl, keep, what="kl")
+    check_finite(kl, keep, what="kl", are_log_probs=False)
     rows = []
     for row, kept in zip(kl, keep, strict=True):
         kept = kept.to(row.device)

@@ -108,13 +108,16 @@ class RetrieveLogProb(TurnsTransform):
         """Figures of re-tokenized turns and of chat templates, as :attr:`RetrieveKL.metrics` has them."""
         return {**self._turns.metrics, **self._texts.metrics}
 
+    def scored_at(self, key: NestedKey) -> float | None:
+        return self._side.temperature if key == self.log_probs_full_key else None
+
     def _keys(self) -> InputKeys:
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         self._texts.see(batch.report)
-        values, _ = scores(self._side, batch, td, None, detach=self.detach)
+        values, _ = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
         if not self._is_step and self._is_policy and self._side.version is not None:
             check_stale(origins(td.unbind(0)), Origin(self._side.version, self._side.adapter), self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}

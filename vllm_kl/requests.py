@@ -213,9 +213,14 @@ def check_result(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Te
     bad |= (result.values > 1e-3) & ~is_id  # no rounding makes a probability that large
     if bad.any():
         j, column = (int(n) for n in np.argwhere(bad)[0])
+        comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
+        if np.isnan(result.values[j, column]):
+            comes_of = (
+                "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
+                "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
+            )
         raise MissingLogProbError(
             f"sequence {i}, token {request.start + j}: the engine returned {result.values[j, column]} instead of a "
-            f"log-prob ({int(bad.any(axis=1).sum())} such tokens). The model's weights or activations overflow, or a row "
-            "was lost."
+            f"log-prob ({int(bad.any(axis=1).sum())} such tokens). {comes_of}"
         )
     return torch.from_numpy(result.values)

@@ -6,10 +6,10 @@ same ids, at the same rows, by our own path, so two sides cannot disagree about 
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
@@ -17,19 +17,16 @@ from tensordict.utils import NestedKey
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
 
-from vllm_kl.alignment import check_finite, from_layout, scored_span, spread
-from vllm_kl.audit import Audit, OnDrift
+from vllm_kl.alignment import check_finite, scored_span, spread
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.transformers import TransformersScorer
-from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError
 from vllm_kl.generated import adapter_id
 from vllm_kl.inputs import nested, rows_of
-from vllm_kl.placeholders import Placeholders, check_placeholders
+from vllm_kl.placeholders import Placeholders
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.types import Scorer, TokenBatch
-
-GenLogProbs = Literal["auto", "reuse", "rescore"]
 
 
 def score_batch(scorer: Scorer, batch: TokenBatch) -> list[torch.Tensor]:
@@ -81,6 +78,16 @@ def version_of(scorer: Scorer, batch: TokenBatch | None = None) -> int | None:
     was_sent = batch is not None and any(keep.any() for keep in batch.keep)
     version = getattr(getattr(scorer, "stats", None), "weight_version", None) if was_sent else None
     return getattr(scorer, "weight_version", None) if version is None else version
+
+
+def temperature_of(scorer: Scorer) -> float:
+    """Return the temperature whose log-probs a scorer returns; 1.0 where it has none to set."""
+    return getattr(scorer, "temperature", 1.0)
+
+
+def is_same_temperature(one: float, other: float) -> bool:
+    """Tell whether two temperatures differ by rounding at most."""
+    return math.isclose(one, other, rel_tol=1e-6)
 
 
 def check_two_models(gen_model: Any, ref_model: Any) -> None:
@@ -170,8 +177,14 @@ class Side(Protocol):
     version: int | None  # of the weights that made the last log-probs; None: not known
     adapter: int | None  # and their adapter; 0: the base model; None: not known
 
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
-        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded."""
+    def log_probs(
+        self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float
+    ) -> tuple[list[torch.Tensor], bool]:
+        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
+
+        Args:
+            temperature: they must be those of ``softmax(logits / temperature)``.
+        """
         ...
 
 
@@ -183,181 +196,30 @@ class ModelSide:
         self.version = version_of(self._scorer)
         self.adapter = adapter_id(getattr(getattr(self._scorer, "_engine", None), "_lora_request", None))
 
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
+    @property
+    def temperature(self) -> float:
+        """Its log-probs are those of ``softmax(logits / temperature)``."""
+        return temperature_of(self._scorer)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse to stand beside a side of another temperature.
+
+        Raises:
+            OptionError: with both temperatures.
+        """
+        if not is_same_temperature(self.temperature, temperature):
+            raise OptionError(
+                f"one side's log-probs are those of softmax(logits / {self.temperature:g}), the other's of softmax(logits / "
+                f"{temperature:g}): the KL of equal weights would not be 0. Give both one temperature"
+            )
+
+    def log_probs(
+        self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float
+    ) -> tuple[list[torch.Tensor], bool]:
+        self.check_temperature(temperature)
         values = score_batch(self._scorer, batch)
         self.version = version_of(self._scorer, batch)
         return values, False
-
-
-class FromCollector:
-    """The generation side of a KL, taken from the collector whose policy made the tokens.
-
-    Args:
-        gen_log_probs: ``"reuse"`` takes the log-probs that the policy recorded when it sampled; ``"rescore"`` asks the
-            policy's engine again; ``"auto"`` reuses them where they are there and finite on every kept token, else
-            rescores.
-        audit: this fraction of the samples whose log-probs are reused is scored again and compared.
-        audit_tolerance, on_drift: see :class:`~vllm_kl.audit.Audit`.
-        placeholders: of a policy that is asked again; as :class:`~vllm_kl.VLLMScorer` takes it.
-
-    Specs and construction never need the collector: the policy is looked up at each step, so one that is replaced or
-    updated is followed. Outside an env (a ``postproc``, a replay buffer, a plain batch) there is no collector and only
-    recorded log-probs can be used.
-
-    >>> FromCollector("reuse")
-    FromCollector('reuse')
-    """
-
-    def __init__(
-        self,
-        gen_log_probs: GenLogProbs = "auto",
-        *,
-        audit: float = 0.0,
-        audit_tolerance: float = 0.05,
-        on_drift: OnDrift = "raise",
-        placeholders: Placeholders = "refuse",
-    ) -> None:
-        if gen_log_probs not in get_args(GenLogProbs):
-            raise OptionError(
-                f"gen_log_probs={gen_log_probs!r} does not exist; choose one of {', '.join(get_args(GenLogProbs))}"
-            )
-        self.gen_log_probs = gen_log_probs
-        self._placeholders = check_placeholders(placeholders)
-        self.audit = Audit(audit, tolerance=audit_tolerance, on_drift=on_drift)
-        if audit and gen_log_probs == "rescore":
-            raise OptionError("audit has no effect with gen_log_probs='rescore': every log-prob is the engine's own")
-        self._key: NestedKey = ("log_probs", "full")
-        self._pad_output: bool | None = None
-        self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
-        self.version: int | None = None
-        self.adapter: int | None = None
-
-    def __repr__(self) -> str:
-        return f"FromCollector({self.gen_log_probs!r})"
-
-    @classmethod
-    def of(cls, gen_model: Any, gen_log_probs: GenLogProbs, **audit: Any) -> FromCollector:
-        """Return what ``gen_model="from_collector"``, or an instance, stands for."""
-        if isinstance(gen_model, FromCollector):
-            if gen_log_probs not in ("auto", gen_model.gen_log_probs):
-                raise OptionError(f"gen_log_probs={gen_log_probs!r} contradicts {gen_model!r}; give it once")
-            if audit:
-                raise OptionError(f"give {', '.join(audit)} to {gen_model!r}, once")
-            return gen_model
-        if gen_model != "from_collector":
-            raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
-        return cls(gen_log_probs, **audit)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_resolved": None}  # an engine stays where it runs
-
-    def expecting(self, *, log_probs_full_key: NestedKey, pad_output: bool | None) -> FromCollector:
-        """Return a copy that knows where recorded log-probs lie when no policy tells, and the ``pad_output`` to expect."""
-        twin = copy.copy(self)
-        twin._key, twin._pad_output = log_probs_full_key, pad_output
-        twin.audit = copy.deepcopy(self.audit)  # each transform audits for itself
-        return twin
-
-    def policy(self, collector: Any) -> LLMWrapperBase | None:
-        """Return the collector's policy, if there is one that TorchRL can ask for log-probs.
-
-        Raises:
-            InputError: its ``pad_output`` is not the reference's.
-        """
-        policy = getattr(collector, "policy", None)
-        if not isinstance(policy, LLMWrapperBase):
-            return None
-        if self._pad_output is not None and policy.pad_output != self._pad_output:
-            raise InputError(
-                f"pad_output mismatch: the collector's policy has pad_output={policy.pad_output}, the reference "
-                f"pad_output={self._pad_output}. Both sides of a KL share one value."
-            )
-        return policy
-
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any) -> tuple[list[torch.Tensor], bool]:
-        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
-
-        Raises:
-            CollectorError: nothing recorded to reuse, or nobody to ask; says what to pass instead.
-            InputError: the policy's ``pad_output`` is not the reference's.
-        """
-        policy = self.policy(collector)
-        if self.gen_log_probs != "rescore":
-            recorded, why_not = self._recorded(batch, td, policy)
-            if recorded is not None:
-                if self.audit.fraction:
-                    self._audit(recorded, batch, policy)
-                return recorded, True
-            if self.gen_log_probs == "reuse":
-                raise CollectorError(
-                    f"gen_log_probs='reuse', but {why_not}. Let the policy record log-probs (return_log_probs=True), or "
-                    "pass gen_log_probs='rescore' inside a collector."
-                )
-            why = f"{why_not}, and "
-        else:
-            why = ""
-        if policy is None and collector is not None:
-            raise CollectorError(
-                f"from_collector: {why}the collector's policy is a {type(collector.policy).__name__}, which cannot be asked to "
-                "score: expected an LLMWrapperBase such as vLLMWrapper. Pass gen_model= with the model that sampled."
-            )
-        if policy is None:
-            raise CollectorError(
-                f"from_collector: {why}there is no collector whose policy could be asked to score. Append the transform to "
-                "the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= with a model."
-            )
-        values = score_batch(self._scorer_of(policy), batch)
-        self.version = version_of(self._scorer_of(policy), batch)
-        # A wrapper that names none may have it bound to its call, which is what scored.
-        self.adapter = adapter_id(policy.lora_request) if hasattr(policy, "lora_request") else None
-        return values, False
-
-    def _recorded(
-        self, batch: TokenBatch, td: TensorDictBase, policy: Any
-    ) -> tuple[list[torch.Tensor] | None, str | None]:
-        """Return the recorded log-probs, or why they cannot be used."""
-        key = self._key
-        if policy is not None:
-            if not policy.return_log_probs:
-                return None, "the policy records no log-probs (return_log_probs=False)"
-            key = nested(policy.log_probs_key, "full")
-        rows = rows_of(td, key)
-        if rows is None:
-            # ("log_probs", "response") alone is not enough: TorchRL 0.14's TransformersWrapper writes 0.0 for the first
-            # token of every response there.
-            return None, f"the batch has no {key}"
-        if not batch.stored:
-            return None, "the batch has log-probs but not the ids they belong to"
-        try:
-            values = from_layout([row.detach().float().cpu() for row in rows], batch, what=str(key))
-            check_finite(values, batch.keep, what=str(key))
-        except (InputError, MissingLogProbError) as error:
-            return None, str(error)
-        prompts = rows_of(td, nested(getattr(policy, "tokens_key", "tokens"), "prompt"))
-        for i, prompt in enumerate(prompts or []):
-            # While it generates, TorchRL 0.14's vLLMWrapper writes 0.0 where vLLM gave no log-prob for a prompt token.
-            zero = batch.keep[i] & (values[i] == 0) & (batch.columns[i] < len(prompt))
-            if zero.any():
-                return (
-                    None,
-                    f"{key} of sample {i} is 0.0 at token {int(zero.nonzero()[0])}, a prompt token that was not scored",
-                )
-        return [torch.where(keep, value, 0.0) for value, keep in zip(values, batch.keep, strict=True)], None
-
-    def _audit(self, recorded: list[torch.Tensor], batch: TokenBatch, policy: Any) -> None:
-        if policy is None:
-            raise CollectorError(
-                f"audit={self.audit.fraction} scores reused log-probs again with the policy's engine, but there is no collector "
-                "that has one. Append the transform to the env of an LLMCollector, or pass audit=0."
-            )
-        tokenizer = getattr(policy, "tokenizer", None)
-        self.audit.check(recorded, batch, lambda part: score_batch(self._scorer_of(policy), part), tokenizer)
-
-    def _scorer_of(self, policy: Any) -> Scorer:
-        weights = (policy.model, getattr(policy, "lora_request", None))
-        if self._resolved is None or any(a is not b for a, b in zip(self._resolved[0], weights, strict=True)):
-            self._resolved = weights, scorer_for(policy, self._placeholders)
-        return self._resolved[1]
 
 
 def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:

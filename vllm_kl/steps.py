@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
@@ -54,11 +55,22 @@ class NextTransform(Transform):
 
     def _collector(self) -> Any:
         """The collector of the env this belongs to, or ``None``."""
-        try:
-            container = self.container
-        except AttributeError:  # not appended to anything
-            return None
-        return None if container is None else container.collector
+        return getattr(_container(self._outermost()), "collector", None)
+
+    def _outermost(self) -> Transform:
+        """Return the composition that this belongs to, the outermost of several, or itself."""
+        transform: Transform = self
+        while isinstance(parent := _container(transform), Transform):
+            transform = parent
+        return transform
+
+    def scored_at(self, key: NestedKey) -> float | None:
+        """Return the temperature of the log-probs that this transform writes to ``key``; ``None``: it writes none there."""
+        return None
+
+    def _neighbours(self) -> list[NextTransform]:
+        """Return this package's transforms of the same env, or of the same composition."""
+        return [module for module in self._outermost().modules() if isinstance(module, NextTransform)]
 
 
 class TurnsTransform(NextTransform):
@@ -98,12 +110,18 @@ class TurnsTransform(NextTransform):
         return twin
 
 
+def _container(transform: Transform) -> Any:
+    """Return what a transform is appended to, or ``None``. torchrl 0.14's own property raises where that is no env."""
+    reference = transform.__dict__.get("_container")
+    return None if reference is None else reference()
+
+
 def scores(
-    side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, detach: bool
+    side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
 ) -> tuple[list[torch.Tensor], bool]:
-    """Return a side's log-probs, ``[L]`` each, and whether they were recorded."""
+    """Return a side's log-probs at a temperature, ``[L]`` each, and whether they were recorded."""
     with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
-        values, recorded = side.log_probs(batch, td, collector)
+        values, recorded = side.log_probs(batch, td, collector, temperature)
     return [value.detach() for value in values] if detach else values, recorded
 
 

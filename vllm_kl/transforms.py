@@ -26,6 +26,7 @@ from vllm_kl.audit import OnDrift
 from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
 from vllm_kl.generated import Origin, generated_by
 from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
@@ -33,12 +34,10 @@ from vllm_kl.leaving import on_leaving
 from vllm_kl.log_prob import RetrieveLogProb
 from vllm_kl.outputs import Rows, declare
 from vllm_kl.penalty import KLTransform, Penalty
+from vllm_kl.recorded import OnZero
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import (
-    FromCollector,
-    GenLogProbs,
     ModelSide,
-    Side,
     check_side,
     check_two_models,
     one_of,
@@ -100,6 +99,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
             the policy's engine and compared.
         audit_tolerance: largest healthy mean difference, nats; default 0.05.
         on_drift: ``"raise"`` (the default) or ``"warn"`` beyond it; see :class:`~vllm_kl.audit.Audit`.
+        on_zero: with ``"from_collector"``: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where a recorded log-prob is
+            exactly 0.0, the reference is not sure of the token, and the policy cannot be asked; see :class:`FromCollector`.
         deferred: inside an env: ask for the reference's log-probs at each step, and go on generating while they are computed.
             ``True``: results are there when the batch leaves the collector, for you or for its replay buffer; the last step of a
             batch is waited for. ``"buffer"``: batches leave as they are, until :func:`vllm_kl.fill_deferred`, on a replay buffer or
@@ -162,12 +163,13 @@ class RetrieveKL(TurnsTransform, KLTransform):
         audit: float | None = None,
         audit_tolerance: float | None = None,
         on_drift: OnDrift | None = None,
+        on_zero: OnZero | None = None,
         deferred: Deferred = False,
         **kwargs: Any,
     ) -> None:
         check_on_stale(on_stale)
-        auditing = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift}
-        auditing = {name: value for name, value in auditing.items() if value is not None}
+        reusing = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
+        reusing = {name: value for name, value in reusing.items() if value is not None}
         penalty = Penalty(
             kl_key=kl_key,
             mask_key=mask_key,
@@ -198,15 +200,15 @@ class RetrieveKL(TurnsTransform, KLTransform):
             raise OptionError(f"both sides would be written to {gen_log_probs_full_key}: give each a key of its own")
         from_collector: FromCollector | None = None
         if isinstance(gen_model, (str, FromCollector)):
-            from_collector = FromCollector.of(gen_model, gen_log_probs, **auditing)
+            from_collector = FromCollector.of(gen_model, gen_log_probs, **reusing)
         else:
             if gen_log_probs == "reuse":
                 raise OptionError(
                     "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
                 )
-            if auditing:
+            if reusing:
                 raise OptionError(
-                    "audit has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
+                    f"{next(iter(reusing))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
                 )
             models["gen_model"] = gen_model
         for name, model in models.items():
@@ -231,12 +233,13 @@ class RetrieveKL(TurnsTransform, KLTransform):
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
         self.pad_output = pads["ref_model"]
-        self._ref: Side = ref_side
-        self._gen: Side = (
-            ModelSide(self.gen_model)
-            if from_collector is None
-            else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
-        )
+        self._ref = ref_side
+        self._gen: ModelSide | FromCollector
+        if from_collector is None:
+            self._gen = ModelSide(self.gen_model)
+            self._gen.check_temperature(ref_side.temperature)
+        else:
+            self._gen = from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
         self._deferral = Deferral.of(deferred, self.ref_model, detach=detach)
         if self._deferral is not None:
             self.out_keys = []  # what a step writes is no result
@@ -270,6 +273,9 @@ class RetrieveKL(TurnsTransform, KLTransform):
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
         return {**self.penalty.metrics, **audit, **self._versions, **self._turns.metrics, **self._texts.metrics}
 
+    def scored_at(self, key: NestedKey) -> float | None:
+        return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None
+
     def _keys(self) -> InputKeys:
         return keys_of(
             self.ref_model,
@@ -286,27 +292,33 @@ class RetrieveKL(TurnsTransform, KLTransform):
             warn_of_two_lengths(policy, self.ref_model)
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         self._texts.see(batch.report)
-        gen, recorded = scores(self._gen, batch, td, collector, detach=self.detach)
+        temperature = self._ref.temperature
+        how = {"temperature": temperature, "detach": self.detach}
+        gen, recorded = scores(self._gen, batch, td, collector, **how)
         sampled = self._sampled(td, collector)
         is_counted = isinstance(self._gen, FromCollector) or self._gen.version is not None
         if is_counted and not recorded:
             check_stale(sampled, Origin(self._gen.version, self._gen.adapter), self.on_stale)
+        ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)[0]
+        are_zeros_settled = True
+        if recorded:
+            gen, rescored = self._gen.settle_zeros(gen, ref, batch, collector, temperature)
+            are_zeros_settled = rescored is not None
+            if rescored and sampled:
+                origin = Origin(self._gen.version, self._gen.adapter)
+                check_stale([sampled[i] for i in rescored], origin, self.on_stale)
         # A step of a collector is part of a batch, whose versions are read when it leaves.
         versions = None if self._is_step and collector is not None else policy_range(sampled)
         keeps_recorded = recorded and next_td is td
-        write = partial(self._write_kl, batch, gen, versions, td.device, keeps_recorded)
-        if self._deferral is None:
-            ref, _ = scores(self._ref, batch, td, collector, detach=self.detach)
+        write = partial(self._write_kl, batch, gen, versions, td.device, keeps_recorded, are_zeros_settled)
+        if ref is not None:
             return write(next_td, ref, self._ref.version)
-        if not self._is_step:
-            raise OptionError(
-                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
-            )
         return self._deferral.submit(
             self,
             next_td,
             self._ref,
             batch,
+            temperature=temperature,
             expected_version=getattr(self.ref_model, "weight_version", None),
             reward_waits=self.penalty.add_to_reward,
             write=write,
@@ -325,7 +337,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if not self._is_step:
             return origins(td.unbind(0))
         # Generated just now: only another thread's push can have come between.
-        last = generated_by(collector) if isinstance(self._gen, FromCollector) else None
+        last = generated_by(policy_of(collector)) if isinstance(self._gen, FromCollector) else None
         return [] if last is None else [last] * len(td)
 
     def _write_kl(
@@ -335,11 +347,14 @@ class RetrieveKL(TurnsTransform, KLTransform):
         versions: dict[str, float] | None,
         device: torch.device | None,
         keeps_recorded: bool,
+        are_zeros_settled: bool,
         next_td: TensorDictBase,
         ref: list[torch.Tensor],
         ref_version: int | None,
     ) -> TensorDictBase:
         """Write the results, all or none; return the tensordict that has them."""
+        if not are_zeros_settled:
+            self._gen.check_zeros(gen, ref, batch.keep)
 
         def to_rows(rows: list[torch.Tensor]) -> Rows:
             return to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), device)

@@ -72,7 +72,7 @@ class GenerateEngine:
         if readout == "token_ids" and reason:
             raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
         config = getattr(llm_engine, "model_config", None)
-        mode = getattr(config, "logprobs_mode", "raw_logprobs")
+        mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
         if not mode.endswith("logprobs"):
             raise ReadoutUnavailableError(
                 f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
@@ -177,6 +177,12 @@ class GenerateEngine:
                         "wraps its generate() must pass lora_request on"
                     )
         return outputs
+
+
+def config_of(engine: Any) -> Any:
+    """Return what tells how an engine records log-probs: the config of a ``vllm.LLM``'s model, the arguments of TorchRL's
+    ``AsyncVLLM``; ``None`` of what cannot be asked."""
+    return getattr(getattr(engine, "llm_engine", None), "model_config", None) or getattr(engine, "engine_args", None)
 
 
 class _TokenIds:

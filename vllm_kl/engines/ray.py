@@ -30,6 +30,9 @@ class _ScorerActor:
     def weight_version(self) -> int | None:
         return getattr(self._scorer, "weight_version", None)
 
+    def temperature(self) -> float:
+        return getattr(self._scorer, "temperature", 1.0)
+
     def score(self, token_ids: list[np.ndarray], start: list[int]) -> tuple[list[np.ndarray], ScoreStats | None]:
         with torch.no_grad():
             scored = self._scorer.score([torch.from_numpy(ids.copy()) for ids in token_ids], start)
@@ -73,6 +76,11 @@ class RayScorer:
     def weight_version(self) -> int | None:
         """Version of the weights that serve in the actor; ``None``: not known."""
         return self._get(self._actor.weight_version.remote())
+
+    @property
+    def temperature(self) -> float:
+        """The log-probs are those of ``softmax(logits / temperature)``."""
+        return self._get(self._actor.temperature.remote())
 
     def score(self, token_ids: list[Any], start: list[int]) -> list[torch.Tensor]:
         """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""
