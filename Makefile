@@ -1,4 +1,4 @@
-# make demo | test | lint: each makes .venv first if it is not there; a second run installs nothing.
+# make demo | test | nightly | lint: each makes .venv first if it is not there; a second run installs nothing.
 # make lock: writes requirements.lock again from pyproject.toml.
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -7,13 +7,17 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 EXTRAS := cpu,ray,data,plot,test
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test nightly lint lock clean
 
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(ARGS)
+
+# The long table: every architecture that was tried, and its figures in docs/architectures.md.
+nightly: .venv/installed
+	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md tests/test_pushes.py $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

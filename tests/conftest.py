@@ -36,6 +36,10 @@ from vllm_kl.demo.task import make_tokenizer
 set_list_to_stack(True).set()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", metavar="FILE", help="where tests/test_pushes.py writes its table of architectures")
+
+
 @pytest.fixture(scope="session")
 def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(tmp_path_factory.mktemp("models") / "policy", seed=0)

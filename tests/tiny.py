@@ -190,6 +190,88 @@ KERNEL_LAYOUTS: dict[str, dict[str, Any]] = {
         "conv_kernel": 4,
     },
 }
+_WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+_TOP2 = {"num_experts": 4, "num_experts_per_tok": 2}
+_GPT = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 512}
+# The rest of the table in docs/architectures.md.
+MORE: dict[str, dict[str, Any]] = {
+    # First: see above.
+    "qwen2_moe": {**_TOP2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "mistral": {},
+    "ministral": {**_WINDOW, "head_dim": 32},
+    "starcoder2": {"sliding_window": 16, "use_bias": True},
+    "stablelm": {"use_qkv_bias": True},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma3_text": {**_WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    "glm": {"head_dim": 32},
+    "glm4": {"head_dim": 32},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "seed_oss": {"head_dim": 32},
+    "exaone4": {**_WINDOW, "sliding_window_pattern": 2, "head_dim": 32},
+    "olmo": {},
+    "olmo3": _WINDOW,
+    "phi3": {"num_key_value_heads": 2},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "ernie4_5": {"head_dim": 32},
+    "arcee": {},
+    "helium": {"head_dim": 32},
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "logits_scaling": 0.8,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+    },
+    "olmoe": _TOP2,
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 64,
+        "moe_layer_start_index": 0,
+        "moe_num_shared_experts": 1,
+        "head_dim": 32,
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": [2, 2], "head_dim": 32},
+    "minimax": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "full_attention"],
+        "head_dim": 32,
+    },
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 32,
+    },
+    "flex_olmo": _TOP2,
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 128,
+        "head_dim": 32,
+        "interleave_moe_layer_step": 1,
+    },
+    "gpt2": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 16},
+    "falcon": {"num_kv_heads": 1, "alibi": False, "new_decoder_architecture": False, "bias": False},
+    "qwen3-tied": {"head_dim": 32, "tie_word_embeddings": True},
+    "llama-bias": {"attention_bias": True, "mlp_bias": True},
+    "llama-yarn": {"rope_parameters": _YARN},
+    "llama-llama3": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0, **_LLAMA3}},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "deepseek_v3-yarn": {
+        **KERNEL_LAYOUTS["deepseek_v3"],
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1},
+    },
+}
 _SIZES = {
     "vocab_size": 301,  # no multiple of 64, to which vLLM pads
     "hidden_size": 64,
@@ -209,15 +291,15 @@ def build_architecture(
 ) -> Path:
     """Save a two-layer model of an architecture, without a tokenizer; return the folder. Pad and EOS are the last ids."""
     torch.manual_seed(seed)
-    settings = {**_SIZES, **(ARCHITECTURES | KERNEL_LAYOUTS)[name], **overrides}
+    settings = {**_SIZES, **(ARCHITECTURES | KERNEL_LAYOUTS | MORE)[name], **overrides}
     ends = {"pad_token_id": settings["vocab_size"] - 2, "eos_token_id": settings["vocab_size"] - 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **settings, **ends))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # biases start at 0 and norms at 1, where a missing one goes unnoticed
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        for buffer_name, buffer in model.named_buffers():
-            if buffer_name in model.state_dict():  # a router's biases
+        for stored, buffer in [*model.named_buffers(), *model.named_parameters()]:
+            if stored in model.state_dict() and "correction_bias" in stored and buffer.dim() < 3:  # a router's
                 buffer.add_(0.2 * torch.randn_like(buffer))
     model.to(dtype).save_pretrained(path)
     return path

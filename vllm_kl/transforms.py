@@ -51,6 +51,49 @@ from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_version
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
 
+def _check_keys(gen_key: NestedKey, ref_key: NestedKey) -> None:
+    for key in (gen_key, ref_key):
+        warn_unless_full(key)
+    if gen_key == ref_key:
+        raise OptionError(f"both sides would be written to {gen_key}: give each a key of its own")
+
+
+def _refuse_rays(actor_name: str | None, options: dict[str, Any]) -> None:
+    if given := [*(["actor_name"] if actor_name is not None else []), *options]:
+        raise OptionError(f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}")
+
+
+def _model_side(gen_model: Any, ref_side: ModelSide) -> ModelSide:
+    side = ModelSide(gen_model)
+    side.check_temperature(ref_side.temperature)
+    return side
+
+
+def _shared_pad_output(models: dict[str, Any]) -> bool:
+    pads = {name: model.pad_output for name, model in models.items()}
+    if len(set(pads.values())) > 1:
+        found = ", ".join(f"{name}.pad_output={pad}" for name, pad in pads.items())
+        raise InputError(f"pad_output mismatch: {found}. Both sides of a KL share one value.")
+    return pads["ref_model"]
+
+
+def _from_collector(gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[str, Any]) -> FromCollector | None:
+    """Return the generation side where a collector gives it; ``None``: ``gen_model`` is a model.
+
+    Raises:
+        OptionError: an option has no effect with what ``gen_model`` is.
+    """
+    if isinstance(gen_model, (str, FromCollector)):
+        return FromCollector.of(gen_model, gen_log_probs, **reusing)
+    if gen_log_probs == "reuse":
+        raise OptionError("gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'")
+    if reusing:
+        raise OptionError(
+            f"{next(iter(reusing))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
+        )
+    return None
+
+
 class RetrieveKL(TurnsTransform, KLTransform):
     """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
 
@@ -181,65 +224,40 @@ class RetrieveKL(TurnsTransform, KLTransform):
             clamp_output=clamp_output,
             direction=direction,
         )
-        for key in (gen_log_probs_full_key, ref_log_probs_full_key):
-            warn_unless_full(key)
+        _check_keys(gen_log_probs_full_key, ref_log_probs_full_key)
         if gen_model_factory is not None and gen_model == "from_collector":
             gen_model = None  # the default gives way to a factory
         gen_model = one_of("gen", gen_model, gen_model_factory)
         if use_ray_service:
             ref_model = remote_reference(ref_model, ref_model_factory, actor_name=actor_name, device=device, **kwargs)
-        elif actor_name is not None or kwargs:
-            given = [*(["actor_name"] if actor_name is not None else []), *kwargs]
-            raise OptionError(
-                f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
-            )
         else:
+            _refuse_rays(actor_name, kwargs)
             ref_model = one_of("ref", ref_model, ref_model_factory)
         models = {"ref_model": ref_model}
-        if gen_log_probs_full_key == ref_log_probs_full_key:
-            raise OptionError(f"both sides would be written to {gen_log_probs_full_key}: give each a key of its own")
-        from_collector: FromCollector | None = None
-        if isinstance(gen_model, (str, FromCollector)):
-            from_collector = FromCollector.of(gen_model, gen_log_probs, **reusing)
-        else:
-            if gen_log_probs == "reuse":
-                raise OptionError(
-                    "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
-                )
-            if reusing:
-                raise OptionError(
-                    f"{next(iter(reusing))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
-                )
+        from_collector = _from_collector(gen_model, gen_log_probs, reusing)
+        if from_collector is None:
             models["gen_model"] = gen_model
         for name, model in models.items():
             check_side(model, assistant_only, name)
-        pads = {name: model.pad_output for name, model in models.items()}
-        if len(set(pads.values())) > 1:
-            found = ", ".join(f"{name}.pad_output={pad}" for name, pad in pads.items())
-            raise InputError(f"pad_output mismatch: {found}. Both sides of a KL share one value.")
+        pad_output = _shared_pad_output(models)
         if device is not None:
             models = {name: model.to(device) for name, model in models.items()}
-        in_keys = [keys_of(model, history_key=history_key).key for model in models.values()]
         if "gen_model" in models:
             warn_of_two_lengths(models["gen_model"], models["ref_model"])
         ref_side = ModelSide(models["ref_model"])
         self.ref_version_key = None if ref_side.version is None else ref_version_key
-        versions = [] if self.ref_version_key is None else [self.ref_version_key]
-        super().__init__(
-            penalty,
-            in_keys=list(dict.fromkeys(in_keys)),
-            out_keys=[gen_log_probs_full_key, ref_log_probs_full_key, *versions],
-        )
+        in_keys = list(dict.fromkeys(keys_of(model, history_key=history_key).key for model in models.values()))
+        written = [gen_log_probs_full_key, ref_log_probs_full_key, self.ref_version_key]
+        super().__init__(penalty, in_keys=in_keys, out_keys=[key for key in written if key is not None])
         self.ref_model = models["ref_model"]
         self.gen_model = models.get("gen_model", gen_model)
-        self.pad_output = pads["ref_model"]
+        self.pad_output = pad_output
         self._ref = ref_side
-        self._gen: ModelSide | FromCollector
-        if from_collector is None:
-            self._gen = ModelSide(self.gen_model)
-            self._gen.check_temperature(ref_side.temperature)
-        else:
-            self._gen = from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
+        self._gen = (
+            _model_side(self.gen_model, ref_side)
+            if from_collector is None
+            else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
+        )
         self._deferral = Deferral.of(deferred, self.ref_model, detach=detach)
         if self._deferral is not None:
             self.out_keys = []  # what a step writes is no result

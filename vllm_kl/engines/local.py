@@ -267,15 +267,29 @@ def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout:
     yield note_on(config.hf_text_config, config.max_model_len)
     if (longest := dynamic_length(config.hf_text_config)) == config.max_model_len:
         yield f"sequences end at {longest} tokens: vLLM has no positions beyond for 'dynamic' RoPE"
-    if config.hf_text_config.model_type == "nemotron_h" and (bound := config.hf_text_config.time_step_min) > 0:
-        yield (
-            f"transformers (5.19) keeps the time steps of Mamba layers above time_step_min={bound}, vLLM does not: "
-            "log-probs differ where a step is smaller"
-        )
+    yield _other_than_transformers(config)
     if options.get("load_format") == "dummy":
         yield "load_format='dummy': the weights are random numbers"
     if new := sorted(options.keys() - NAMES):
         yield f"this vLLM has options that vllm_kl does not know: what {', '.join(new)} does to scores was not looked at"
+
+
+def _other_than_transformers(config: Any) -> str:
+    """Say where vLLM (0.32) computes a model otherwise than transformers (5.19), which trains it; empty where it does not."""
+    text = config.hf_text_config
+    if text.model_type == "nemotron_h" and text.time_step_min > 0:
+        return (
+            f"transformers keeps the time steps of Mamba layers above time_step_min={text.time_step_min}, vLLM does not: log-probs "
+            "differ where a step is smaller"
+        )
+    if text.model_type == "cohere2" and config.max_model_len > text.sliding_window:
+        return (
+            f"vLLM's sliding layers see {text.sliding_window + 1} tokens, those of transformers {text.sliding_window}: log-probs "
+            "differ in sequences that are longer"
+        )
+    if text.model_type == "apertus":
+        return "vLLM keeps the two factors of the xIELU activation in bfloat16, whatever the dtype: they are rounded"
+    return ""
 
 
 def _is_cuda() -> bool:
