@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def save_without_one_tensor(path: Path, folder: Path) -> Path:
     """Save a checkpoint that lacks the weights of a norm or, of a model without, of some other layer."""
     tensors = load_file(path / "model.safetensors")
     folder.mkdir()
+    shutil.copy(path / "config.json", folder)
     norms = [name for name, tensor in tensors.items() if tensor.dim() == 1 and name.endswith("weight")]
     lost = max(norms or tensors)
     save_file({k: t for k, t in tensors.items() if k != lost}, folder / "model.safetensors", metadata={"format": "pt"})

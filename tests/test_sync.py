@@ -334,7 +334,7 @@ def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(
 
 def test_an_owner_that_is_interrupted_while_its_engine_loads_asks_what_came_of_it(owned, states, oracles, monkeypatch):
     version = push_weights(owned, states[1])
-    answers = type(owned._engine._calls).answers
+    answers = type(owned._engine._child._calls).answers
 
     def interrupt(self, call_id):
         next(answers(self, call_id))  # the engine has done it, and its owner does not hear of it
@@ -358,7 +358,7 @@ def written_then(monkeypatch, owned, interrupt):
 
     def write_then(self, state):
         written = write(self, state)
-        monkeypatch.setattr(type(owned._engine._calls), "answers", interrupt)
+        monkeypatch.setattr(type(owned._engine._child._calls), "answers", interrupt)
         return written
 
     return write_then
@@ -799,7 +799,7 @@ def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, m
 
     def note(source, **options):
         asked.append((options["revision"], options["trust_remote_code"]))
-        return load(source, dtype=options["dtype"])
+        return load(source, dtype=options["dtype"], output_loading_info=options["output_loading_info"])
 
     skeleton = checkpoint.Skeleton(str(folders[0]), revision="a1b2", trust_remote_code=True)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)

@@ -362,7 +362,7 @@ class TestSaidOnce:
         for module in (
             RetrieveLogProb(make_reference()),
             make_reference(),
-            RetrieveKL(make_reference(), make_reference(log_probs_key="x")),
+            RetrieveKL(make_reference(), make_reference(log_probs_key="x"), on_stale="allow"),
         ):
             with pytest.warns(UserWarning, match="leaves out content of 1 of 4 messages, 45 of 109 characters") as said:
                 module(history_batch(chats=[THOUGHT]))
