@@ -323,6 +323,20 @@ def test_what_cannot_be_made_plain_is_refused_by_what_it_is(skeleton, model, off
         skeleton.checked(make(model))
 
 
+def test_a_layer_that_a_trainer_shares_by_hand_is_written_under_both_its_names(policy_path):
+    model = AutoModelForCausalLM.from_pretrained(policy_path)
+    model.lm_head.weight = model.model.embed_tokens.weight  # the config says that they are two
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    skeleton = Skeleton(str(policy_path))
+    written = skeleton.write(skeleton.checked(model))
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in skeleton.read(written.folder).items())
+
+
+def test_what_a_module_remembers_beside_its_weights_is_left_out(skeleton, model):
+    state = {**model.state_dict(), "model.layers.0.self_attn._extra_state": {"scale": 1.0}}
+    assert skeleton.checked(state).keys() == skeleton.checked(model).keys()
+
+
 def test_nothing_is_copied_of_weights_that_are_whole(skeleton, model):
     wrapped = torch.compile(checkpointed(model))
     where = {parameter.data_ptr() for parameter in model.parameters()}

@@ -201,7 +201,7 @@ class Skeleton:
         checkpoint = Checkpoint(folder, is_ours=True)  # deletes it, too, when writing fails
         try:
             with _no_bars():
-                self._model.save_pretrained(folder, state_dict=dict(state), max_shard_size=size_bytes + 1)
+                self._model.save_pretrained(folder, state_dict=_each_its_own(state), max_shard_size=size_bytes + 1)
         except (OSError, SafetensorError) as error:
             checkpoint.delete()
             raise WeightsError(
@@ -209,6 +209,17 @@ class Skeleton:
                 "Make room there (a container's --shm-size), or set TMPDIR to where there is room"
             ) from error
         return checkpoint
+
+
+def _each_its_own(state: StateDict) -> dict[str, torch.Tensor]:
+    """Return tensors of which no two are one: a layer that a trainer shares by hand is written under both its names."""
+    seen: set[tuple[Any, ...]] = set()
+    own = {}
+    for name, tensor in state.items():
+        where = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        own[name] = tensor.clone() if where in seen else tensor
+        seen.add(where)
+    return own
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")

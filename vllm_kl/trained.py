@@ -221,8 +221,13 @@ def _of_the_model(given: Mapping[str, Any], names: Collection[str]) -> list[tupl
         )
     (prefix,) = prefixes
     inside = [(name[len(prefix) :], tensor) for name, tensor in given.items() if name.startswith(prefix)]
-    # trl's AutoModelForCausalLMWithValueHead.state_dict() puts its head beside the model's own names.
-    return [(name, tensor) for name, tensor in inside if not name.startswith("v_head.")]
+    # trl's AutoModelForCausalLMWithValueHead.state_dict() puts its head beside the model's own names; a module's
+    # get_extra_state() is no weight.
+    return [
+        (name, tensor)
+        for name, tensor in inside
+        if not name.startswith("v_head.") and name.rpartition(".")[2] != "_extra_state"
+    ]
 
 
 def _plain(name: str, tensor: Any) -> torch.Tensor:
