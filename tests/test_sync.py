@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tensordict import TensorDict
@@ -602,6 +603,42 @@ def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_ser
     (caught,) = [line for line in done.stdout.splitlines() if line.startswith("caught")] or [done.stderr]
     assert "Nothing serves any more; the last that did was version 7." in caught
     assert caught.endswith("| EngineDeadError")
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_that_cannot_take_weights_over_is_started_anew_on_them(
+    folders, states, oracles, tmp_path, monkeypatch, caplog
+):
+    """As one that is compiled on a CPU cannot. Calls of other threads go on, each with one version."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'vllm_kl.engines._child' in ' '.join(sys.orig_argv):\n"
+        "    from vllm_kl.plugin import weights\n"
+        "    weights._is_compiled = lambda worker: True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer, ThreadPoolExecutor(1) as pool:
+        first, is_over = scorer._engine.pid, threading.Event()
+
+        def score_on():
+            while not is_over.is_set():
+                values = scorer.score([IDS])[0].double()
+                assert min(float((values - oracle).abs().max()) for oracle in oracles) < LOG_PROB_TOLERANCE
+
+        scoring = pool.submit(score_on)
+        for n, which in enumerate([1, 2], start=1):
+            assert push_weights(scorer, states[which]) == scorer.weight_version == n
+            assert error_of(scorer, oracles[which]) < LOG_PROB_TOLERANCE
+        is_over.set()
+        scoring.result(timeout=60)
+        assert scorer._engine.pid != first
+        assert "served by an engine that was started for it" in caplog.text
+        assert "compiled code holds the packed products" in caplog.text
+        wrong = {**states[1], NORM: torch.full_like(states[1][NORM], torch.nan)}
+        with pytest.raises(WeightsError, match="not finite"):
+            push_weights(scorer, wrong)
+        assert error_of(scorer, oracles[2]) < LOG_PROB_TOLERANCE
+    assert not psutil.pid_exists(first)
 
 
 def test_pushed_weights_leave_shared_memory_with_their_engine(folders, states):
