@@ -18,11 +18,13 @@ from typing import Any
 from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, next_version
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin import KNOWN_VLLM
-from vllm_kl.plugin.weights import ADOPT, DISCARD, PREPARE, READY, SERVES, SOURCE
+from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
 
 # vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
 _INITIAL = "default"
 _UNKNOWN = "unknown"
+
+_NAME_THE_SOURCE = "pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes vLLM's load as it is"
 
 # What to do with an engine, one call at a time, and what the calls returned.
 Steps = Generator[tuple[Any, ...], Any, Any]
@@ -121,29 +123,32 @@ class Record:
         return version
 
     def taking_over(self, version: int | None) -> Steps:
-        """Yield the calls that compare what others loaded with the checkpoint it came from, and serve it; return its version.
+        """Yield the calls that make the engine serve what others loaded, whole, and under a version; return it.
 
-        That checkpoint is what was pushed last, or what vLLM's ``reload_weights`` was told, which vLLM notes as the engine's model
-        (0.32).
+        Workers note the folder that vLLM's ``reload_weights`` was told: it is loaded again, our way. Where nobody loaded anything,
+        the engine is compared with what was pushed last, as far as a load leaves weights as it reads them, and left alone.
         """
         version = self.next_version((yield ("get_weight_version",)), version)
         yield from _asking_for_the_plugin()
         yield ("set_weight_version", _UNKNOWN)  # until all of it is done
-        told, *_ = yield ("collective_rpc", SOURCE)
-        _, pushed = self._served
-        candidates = [pushed, None if told == self._model_config.model else Checkpoint(Path(told))]
-        for checkpoint in dict.fromkeys(candidates):
-            yield from _preparing(None if checkpoint is None else str(checkpoint.folder))
-            if all((yield ("collective_rpc", SERVES))):
-                break
-        else:
-            yield ("collective_rpc", DISCARD)
+        loads = [load for worker in (yield ("collective_rpc", LAST_LOAD)) for load in worker]
+        if None in loads or len(set(loads)) > 1:
+            raise WeightsError(f"weights were loaded into the engine, and nothing says which: {_NAME_THE_SOURCE}")
+        if loads:
+            checkpoint = Checkpoint(Path(loads[0]))
+            yield from _preparing(loads[0])
+            yield from self._adopting(checkpoint, version)
+            return version
+        yield from _preparing(self.folder)
+        is_same = all((yield ("collective_rpc", SERVES)))
+        yield ("collective_rpc", DISCARD)
+        if not is_same:
             raise WeightsError(
-                f"the weights in the engine are not those of {told!r}, the checkpoint that vLLM was told last, so nothing "
-                "says what they should be: pass finish_update(source=...), a folder or a state dict of what was sent. "
-                "check=False believes vLLM's load as it is"
+                f"the weights in the engine are neither those that were pushed last nor its own: {_NAME_THE_SOURCE}"
             )
-        yield from self._adopting(checkpoint, version)
+        yield from _emptying_the_cache()
+        yield ("set_weight_version", str(version))
+        self._served, self.last = (str(version), self._served[1]), version
         return version
 
     def believing(self, version: int | None) -> Steps:

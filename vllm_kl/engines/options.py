@@ -212,7 +212,8 @@ def check_options(options: Mapping[str, Any], environment: Mapping[str, str] = o
         refused = REFUSED.get(name)
         if refused is None:
             continue
-        # By type as well: 0 == False, and a list cannot be hashed.
+        value = None if value == {} else value
+        # By type as well, 0 == False; and a list cannot be hashed.
         is_among = lambda values: any(type(value) is type(v) and value == v for v in values)  # noqa: B023, E731
         if is_among(refused.only) if refused.only is not None else not is_among(refused.unless):
             raise OptionError(f"engine option {name}={_short(value)} is refused: {refused.why}")

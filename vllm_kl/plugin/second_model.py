@@ -7,7 +7,8 @@ loaded from nothing goes through the code that every start of an engine goes thr
 is complete nothing that serves was touched.
 
 That every parameter got its weights is seen, not believed: parameters are marked with NaN before the load, and no mark may be
-left. The names that ``load_weights`` returns are not looked at, and vLLM exempts most layers from its own check of them.
+left. The names that ``load_weights`` returns are not looked at, and vLLM exempts most layers from its own check of them. Buffers
+and the parameters of quantized models are not marked: those that a checkpoint lacks are filled by other means.
 
 Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loader.py``, vLLM 0.32.
 """

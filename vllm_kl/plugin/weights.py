@@ -11,6 +11,9 @@ touched. All workers have finished it before the first begins the second.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +26,12 @@ PREPARE = "vllm_kl_prepare_weights"
 ADOPT = "vllm_kl_adopt_weights"
 DISCARD = "vllm_kl_discard_weights"
 SERVES = "vllm_kl_serves_what_is_prepared"
-SOURCE = "vllm_kl_source_of_weights"
+LAST_LOAD = "vllm_kl_last_load_of_others"
 READY = "vllm_kl_can_load_weights"
 
-_PREPARED = "_vllm_kl_prepared"  # attribute of a worker
+# Attributes of a worker.
+_PREPARED = "_vllm_kl_prepared"
+_LOADS = "_vllm_kl_loads"  # by others, since weights were adopted: the folder of each, None where it is not known
 
 
 def install() -> None:
@@ -37,7 +42,9 @@ def install() -> None:
     setattr(WorkerBase, ADOPT, adopt)
     setattr(WorkerBase, DISCARD, discard)
     setattr(WorkerBase, SERVES, serves_what_is_prepared)
-    setattr(WorkerBase, SOURCE, lambda worker: worker.vllm_config.model_config.model)
+    setattr(WorkerBase, LAST_LOAD, lambda worker: getattr(worker, _LOADS, [None])[-1:])
+    if inspect.unwrap(WorkerBase.__init__) is WorkerBase.__init__:
+        WorkerBase.__init__ = _noting_loads(WorkerBase.__init__)
     setattr(WorkerBase, READY, lambda worker: True)
 
 
@@ -70,6 +77,7 @@ def adopt(worker: Any) -> None:
     found = getattr(worker, _PREPARED)
     discard(worker)
     adoption.adopt(found)
+    getattr(worker, _LOADS, []).clear()
     runner = worker.model_runner  # what vLLM's own reload_weights resets
     runner.reset_lora_state()
     runner.reset_encoder_cache()
@@ -85,6 +93,36 @@ def serves_what_is_prepared(worker: Any) -> bool:
     """Whether the serving model's weights are, bit for bit, those that were prepared, where a load leaves them as they are read."""
     found: adoption.Differences = getattr(worker, _PREPARED)
     return all(torch.equal(serving, loaded.to(serving.device)) for serving, loaded in found.plain)
+
+
+def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
+    """Return ``WorkerBase.__init__`` of workers that remember what others loaded into them: they do nothing else."""
+
+    @functools.wraps(init)
+    def with_notes(worker: Any, *args: Any, **kwargs: Any) -> None:
+        init(worker, *args, **kwargs)
+        loads: list[str | None] = []
+        setattr(worker, _LOADS, loads)
+        reload_weights = getattr(worker, "reload_weights", None)
+        start = getattr(worker, "start_weight_update", None)
+
+        def reload_and_note(weights_iterator: Any = None, weights_path: str | None = None, **options: Any) -> Any:
+            loads.append(None)  # also where it fails halfway
+            result = reload_weights(weights_iterator=weights_iterator, weights_path=weights_path, **options)
+            if weights_iterator is None and options.get("is_checkpoint_format", True):
+                loads[-1] = worker.vllm_config.model_config.model
+            return result
+
+        def start_and_note(*args: Any, **kwargs: Any) -> Any:
+            loads.append(None)
+            return start(*args, **kwargs)
+
+        if reload_weights is not None:
+            worker.reload_weights = reload_and_note
+        if start is not None:
+            worker.start_weight_update = start_and_note
+
+    return with_notes
 
 
 def _is_compiled(worker: Any) -> bool:
