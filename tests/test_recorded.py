@@ -330,6 +330,75 @@ def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, eng
     assert largest(data) < KL_TOLERANCE
 
 
+class PerCall(torch.nn.Module):
+    """Gives each call of the wrapper inside it a temperature of its own, which TorchRL 0.14 takes as a keyword."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.in_keys, self.out_keys = policy, policy.in_keys, policy.out_keys
+
+    def forward(self, td):
+        return self.policy(td, **CALL)
+
+
+CALL = {"temperature": 0.5, "max_tokens": 8, "logprobs": 0, "ignore_eos": True}
+
+
+def with_forward(forward):
+    """Return what makes a policy one of a subclass that has this ``forward``."""
+
+    def wrap(policy):
+        policy.__class__ = type("Mine", (vLLMWrapper,), {"forward": forward})
+        return policy
+
+    return wrap
+
+
+def anneal(self, td, **kwargs):
+    out = vLLMWrapper.forward(self, td, **kwargs)
+    self.sampling_params.temperature = 1.0
+    return out
+
+
+class TestWhatWasUsed:
+    @pytest.mark.parametrize(
+        ("params", "wrap"),
+        [
+            ({}, PerCall),
+            ({}, with_forward(lambda self, td, **_: vLLMWrapper.forward(self, td, **CALL))),
+            ({"temperature": 0.5}, with_forward(anneal)),
+        ],
+        ids=["a module around it", "a subclass", "it anneals after its call"],
+    )
+    def test_not_what_the_policy_has_is_judged(self, run, equal, params, wrap):
+        """At the first step too, where the policy has generated before the transform sees it."""
+        data, said, _ = run("processed", params, equal("processed"), wrap=wrap, turns=NUM_ENVS)
+        assert largest(data) < KL_TOLERANCE
+        assert len(said) == 1
+        assert "softmax(logits / 0.5)" in said[0]
+
+    @pytest.mark.parametrize("is_seen", [False, True])
+    def test_stored_log_probs_of_other_parameters_are_warned_of_once(
+        self,
+        make_env,  # noqa: F811
+        make_policy,
+        engines,
+        equal,
+        is_seen,
+    ):
+        policy = make_policy(engines["processed"])
+        side = FromCollector(policy=policy) if is_seen else None
+        (data,) = collect(make_env(), lambda: policy, turns=NUM_ENVS)
+        side = side or FromCollector(policy=policy)
+        transform = RetrieveKL(side, equal("processed"), add_to_reward=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                transform(data.clone())
+        said = [w for w in caught if "do not tell what they were sampled with" in str(w.message)]
+        assert len(said) == (0 if is_seen else 1)
+
+
 class TestTwoModels:
     def test_two_temperatures_are_refused(self, make_gen, half, ref_scorer):
         with pytest.raises(OptionError, match=r"softmax\(logits / 1\), the other's of softmax\(logits / 0.5\)"):

@@ -16,13 +16,15 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
+from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import LLMWrapperBase
 
 from vllm_kl.alignment import check_finite, from_layout
 from vllm_kl.audit import Audit, OnDrift
 from vllm_kl.diagnostics import MismatchWarning
+from vllm_kl.engines.generate import config_of
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
-from vllm_kl.generated import adapter_id
+from vllm_kl.generated import adapter_id, watch
 from vllm_kl.inputs import nested, rows_of
 from vllm_kl.placeholders import Placeholders, check_placeholders
 from vllm_kl.recorded import (
@@ -73,7 +75,10 @@ class FromCollector:
             reference is not there yet, and every sample with a recorded 0.0 is scored again by the policy's engine.
         placeholders: of a policy that is asked again; as :class:`~vllm_kl.VLLMScorer` takes it.
         policy: where there is no collector (a ``postproc``, a replay buffer, a plain batch): the wrapper that sampled, whose
-            engine is asked then. Inside an env the collector's is.
+            engine is asked then. Inside an env the collector's is. Log-probs do not tell what they were sampled with: where
+            ``logprobs_mode`` is ``processed_logprobs``, or not known, stored ones are taken for those of the parameters
+            that the policy sampled with last (else: has), with one warning unless all its calls since this was made had the
+            same. Change a temperature only where no stored log-probs are reused, or pass ``"rescore"``.
 
     Both sides are log-probs of ``softmax(logits / T)``, T the reference's temperature (``VLLMReference(path, temperature=T)``).
     What the policy recorded is told by its engine and its sampling parameters, see :mod:`vllm_kl.recorded`:
@@ -124,6 +129,8 @@ class FromCollector:
         self.on_zero: OnZero = on_zero
         self._key: NestedKey = ("log_probs", "full")
         self._policy = policy
+        if gen_log_probs != "rescore":
+            watch(policy)
         self._pad_output: bool | None = None
         self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
         self._said: set[str] = set()
@@ -173,6 +180,11 @@ class FromCollector:
             )
         return policy
 
+    def watch(self, collector: Any) -> None:
+        """Have the collector's policy remember what it samples with, from its first call on."""
+        if collector is not None and self.gen_log_probs != "rescore":
+            watch(policy_of(collector))
+
     def log_probs(
         self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0
     ) -> tuple[list[torch.Tensor], bool]:
@@ -195,6 +207,8 @@ class FromCollector:
                         f"log-probs that it recorded are taken for those of softmax(logits / {temperature:g}). Give the collector "
                         "the LLMWrapperBase itself, or a module that holds one, and its engine is asked"
                     )
+                if policy is not None and collector is None:
+                    self._warn_of_stored(policy)
                 self._audit(recorded, batch, policy, temperature)
                 return recorded, True
             if unlike and self.audit.fraction:
@@ -292,7 +306,10 @@ class FromCollector:
 
     def _unlike(self, batch: TokenBatch, td: TensorDictBase, policy: Any, temperature: float) -> str | None:
         """Return why what the policy records is not comparable with the reference; ``None``: it is, or nothing is known."""
-        found = None if policy is None or not policy.return_log_probs else recorded_by(policy)
+        if policy is None or not policy.return_log_probs:
+            return None
+        watched = watch(policy)
+        found = recorded_by(policy, None if watched is None else watched.last)
         if found is None:
             return None
         if found.temperature is None:
@@ -308,6 +325,20 @@ class FromCollector:
                 f"of softmax(logits / {temperature:g}): {found.why}"
             )
         return None
+
+    def _warn_of_stored(self, policy: Any) -> None:
+        """Warn of log-probs that may have been sampled with other parameters than those that are taken for theirs."""
+        watched = watch(policy)
+        is_sure = watched is not None and watched.last is not None and not watched.has_varied
+        mode = getattr(config_of(getattr(policy, "model", None)), "logprobs_mode", None)
+        if is_sure or mode == "raw_logprobs" or isinstance(policy, TransformersWrapper):
+            return
+        self._say(
+            "stored log-probs do not tell what they were sampled with: they are taken for those of the parameters that the given "
+            f"policy sampled with last, or has (its engine has logprobs_mode={mode!r}, so a temperature or top_p that was changed "
+            "since makes the KL wrong). Pass gen_log_probs='rescore', or make the policy's engine with "
+            "logprobs_mode='raw_logprobs'"
+        )
 
     def _kept_prompts(self, batch: TokenBatch, td: TensorDictBase, policy: Any) -> list[torch.Tensor]:
         """Return which tokens are kept and of the prompt, ``[L]`` bool each; none where no prompts are stored."""

@@ -5,12 +5,19 @@
 Without the lock a push in another thread (``LLMCollector.start()`` beside a trainer) meets unfinished requests, or, where vLLM's
 engine runs in a process of its own, breaks the socket that both threads use. Without the memory a push between a generation
 and its stamp would name the weights of the next one.
+
+    policy -> vLLMWrapper._call_generate -> the sampling parameters of its calls
+
+A caller may give a call parameters of its own, and a policy may change its own after a call: what was used is remembered.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any, NamedTuple
+
+from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.engines.loading import as_version
 from vllm_kl.engines.weights import lock_of
@@ -73,6 +80,30 @@ def generated_by(policy: Any) -> Origin | None:
     """Return what a policy generated with last, in this thread; ``None``: not known."""
     generate = getattr(getattr(policy, "model", None), "generate", None)
     return generate.last if isinstance(generate, Guard) else None
+
+
+class Watch:
+    """The ``_call_generate`` of a ``vLLMWrapper`` (torchrl 0.14), which remembers with what it sampled. Use :func:`watch`."""
+
+    def __init__(self, generate: Any) -> None:
+        self.unwatched = generate
+        self.last: Any = None  # sampling parameters; None: nothing yet
+        self.has_varied = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        params = copy.copy(kwargs.get("sampling_params"))
+        self.has_varied |= self.last is not None and params != self.last
+        self.last = params
+        return self.unwatched(*args, **kwargs)
+
+
+def watch(policy: Any) -> Watch | None:
+    """Make a policy remember the sampling parameters of its calls, once; ``None`` for what is no ``vLLMWrapper``."""
+    if not isinstance(policy, vLLMWrapper):
+        return None
+    if not isinstance(policy._call_generate, Watch):
+        policy._call_generate = Watch(policy._call_generate)
+    return policy._call_generate
 
 
 def adapter_id(lora_request: Any) -> int:

@@ -77,11 +77,16 @@ class Recorded(NamedTuple):
     why: str  # what says so
 
 
-def recorded_by(policy: Any) -> Recorded | None:
-    """Return what a policy records while it samples; ``None`` where nothing is known of its sampling parameters."""
+def recorded_by(policy: Any, params: Any = None) -> Recorded | None:
+    """Return what a policy records while it samples; ``None`` where nothing is known of its sampling parameters.
+
+    Args:
+        policy: a wrapper of TorchRL's.
+        params: those that it sampled with; ``None``: those that it has.
+    """
     if isinstance(policy, TransformersWrapper):
         return Recorded(1.0, "TorchRL's TransformersWrapper records the model's own logits")
-    params = getattr(policy, "sampling_params", None) or getattr(policy, "generate_kwargs", None)
+    params = params or getattr(policy, "sampling_params", None) or getattr(policy, "generate_kwargs", None)
     if params is None:
         return None
     changes = _changes(params)

@@ -59,8 +59,9 @@ def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
     if isinstance(model, vLLMWrapper):
         # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor. It names the
         # policy's adapter, if it has one: what generated is what scores.
+        generate = getattr(model._call_generate, "unwatched", model._call_generate)  # scoring samples nothing
         return VLLMScorer(
-            GenerateEngine(model.model, model._call_generate, lora_request=getattr(model, "lora_request", None)),
+            GenerateEngine(model.model, generate, lora_request=getattr(model, "lora_request", None)),
             placeholders=placeholders,
         )
     if isinstance(model, TransformersWrapper):

@@ -351,6 +351,11 @@ class RetrieveKL(TurnsTransform, KLTransform):
         self._versions = check_versions(td, ref_version_key=self.ref_version_key or "ref_version")
         return td
 
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        if isinstance(self._gen, FromCollector):
+            self._gen.watch(self._collector())
+        return super()._reset_env_preprocess(tensordict)
+
     def _sampled(self, td: TensorDictBase, collector: Any) -> list[Origin]:
         if not self._is_step:
             return origins(td.unbind(0))
