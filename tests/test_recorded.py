@@ -146,6 +146,7 @@ class TestWhatIsRecorded:
             ("processed", {"logit_bias": {40: 5.0}}, None),
             ("processed", {"allowed_token_ids": SOME}, None),
             ("processed", {"bad_words": ["a", "b"]}, None),
+            ("processed", {"logit_bias": dict, "extra_args": dict, "bad_words": list}, 1.0),  # empty
             ("processed", {"min_tokens": 8, "_all_stop_token_ids": set(SOME)}, None),
             ("processed", {"temperature": 0.0, "logit_bias": {40: 5.0}}, None),
             ("processed", {"structured_outputs": choice}, None),
@@ -377,6 +378,17 @@ class TestWhatWasUsed:
         assert len(said) == 1
         assert "softmax(logits / 0.5)" in said[0]
 
+    def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
+        policy = make_policy(engines["processed"])
+        (data,) = collect(make_env(), lambda: policy, turns=NUM_ENVS)
+        transform = RetrieveKL(FromCollector(policy=policy), equal("processed"), add_to_reward=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for temperature in (0.5, 0.51, 0.52):
+                policy.sampling_params.temperature = temperature
+                transform(data.clone())
+        assert sum("scored again" in str(w.message) for w in caught) == 1
+
     @pytest.mark.parametrize("is_seen", [False, True])
     def test_stored_log_probs_of_other_parameters_are_warned_of_once(
         self,
@@ -538,11 +550,28 @@ class TestZerosInABatch:
                 recorded([0.0, 0.0, -2.0, -1.0, -torch.inf])
             )
 
-    def test_a_stretch_is_believed_as_a_whole(self):
+    def test_a_long_answer_of_a_sure_policy_is_believed_and_an_end_token_in_it_is_not(self):
+        keep, zeros, sure = [torch.ones(400, dtype=torch.bool)], [torch.zeros(400)], torch.full((400,), -0.0005)
+        assert doubtful_zeros(zeros, [sure], keep) == {}
+        sure[-1] = -9.0  # on average -0.02
+        assert doubtful_zeros(zeros, [sure], keep)[0].tolist() == [399]
+
+    def test_where_no_engine_can_be_asked_at_a_temperature_the_cure_is_another(self, half):
+        with pytest.raises(MissingLogProbError, match="cannot be asked about .* / 0.5.*raw_logprobs.*on_zero") as found:
+            RetrieveKL("from_collector", half)(recorded([0.0, 0.0, -2.0, 0.0, -1.5]))
+        assert "append the transform" not in str(found.value)
+
+    def test_rounding_above_zero_is_a_probability_of_1(self, ref_oracle, make_reference):
+        """bfloat16 has 0.0625 and the like."""
+        kl = RetrieveKL("from_collector", make_reference(), on_zero="allow")(recorded([0.0, 0.0, -2.0, 0.0625, -1.0]))
+        want = -log_probs_at(ref_oracle, range(5, 10), 1.0)[2]
+        assert float(kl["kl_penalty"][0, 3]) == pytest.approx(float(want), abs=KL_TOLERANCE)
+
+    def test_zeros_are_believed_token_by_token(self):
         keep = [torch.tensor([False, True, True, True, True, True])]
         zeros = [torch.tensor([0.0, 0.0, 0.0, -1.0, 0.0, 0.0])]
-        sure = [torch.tensor([0.0, -0.04, -0.04, -9.0, -0.04, -0.08])]
-        assert {i: at.tolist() for i, at in doubtful_zeros(zeros, sure, keep).items()} == {0: [4, 5]}
+        sure = [torch.tensor([0.0, -0.04, -0.08, -9.0, -0.12, -0.08])]
+        assert {i: at.tolist() for i, at in doubtful_zeros(zeros, sure, keep).items()} == {0: [4]}
         assert doubtful_zeros(zeros, [torch.zeros(6)], keep) == {}
         assert doubtful_zeros(zeros, None, keep)[0].tolist() == [1, 2, 4, 5]
         assert doubtful_zeros(zeros, sure, [torch.zeros(6, dtype=torch.bool)]) == {}

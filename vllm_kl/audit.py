@@ -30,7 +30,7 @@ class Audit:
             numbers change.
         tolerance: largest healthy mean difference over the tokens of the drawn samples, nats. Rounding in bfloat16 makes
             one hundredth or two, in float32 a millionth.
-        on_drift: ``"raise"`` or ``"warn"`` beyond it.
+        on_drift: ``"raise"``, or ``"warn"`` of each such batch, beyond it.
 
     Attributes:
         found: the last comparison, or ``None``; see :func:`vllm_kl.mismatch`.

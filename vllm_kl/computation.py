@@ -43,7 +43,7 @@ class KLComputation(KLTransform):
         mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask: the tokens that count, bool. Read, never
             written; without it ``metrics`` holds no means over tokens.
         on_zero: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where one side's log-prob is exactly 0.0 (probability 1) and
-            the other side is not sure of the token (less than 0.9, over a stretch of them): many write 0.0 where a log-prob is
+            the other side is not sure of the token (less than 0.9): many write 0.0 where a log-prob is
             missing. Not asked of an entry that a :class:`RetrieveLogProb` or :class:`RetrieveKL` of the same env, or
             composition, writes.
 

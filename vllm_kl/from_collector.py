@@ -10,6 +10,7 @@ It knows collectors and their policies; nothing of the reference but its tempera
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any, Literal, get_args
 
@@ -68,9 +69,9 @@ class FromCollector:
             reference's distribution, else rescores.
         audit: this fraction of the samples whose log-probs are reused is scored again and compared.
         audit_tolerance, on_drift: see :class:`~vllm_kl.audit.Audit`.
-        on_zero: what to do with a recorded log-prob of exactly 0.0 that the reference is not sure of (less than 0.9, over a
-            stretch of them) and that nobody can be asked about: ``"raise"`` (the default), ``"warn"``, or ``"allow"``, which
-            believes all of them. Where the policy's engine can be asked, it is: what it is not sure of either is a placeholder,
+        on_zero: what to do with a recorded log-prob of exactly 0.0 that the reference is not sure of (less than 0.9)
+            and that nobody can be asked about: ``"raise"`` (the default), ``"warn"`` of each such batch, or ``"allow"``,
+            which believes all of them. Where the policy's engine can be asked, it is: what it is not sure of either is a placeholder,
             and ``"auto"`` takes the engine's log-probs of that sample, ``"reuse"`` refuses. With ``deferred=`` the
             reference is not there yet, and every sample with a recorded 0.0 is scored again by the policy's engine.
         placeholders: of a policy that is asked again; as :class:`~vllm_kl.VLLMScorer` takes it.
@@ -263,7 +264,7 @@ class FromCollector:
         if policy is None or not self._can_score(policy, temperature):
             if ref is None:
                 return recorded, None
-            self.check_zeros(recorded, ref, batch.keep)
+            self.check_zeros(recorded, ref, batch.keep, temperature)
             return recorded, []
         samples = list(doubtful)
         scored = dict(zip(samples, self._score(batch.select(samples), policy), strict=True))
@@ -282,16 +283,24 @@ class FromCollector:
         self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
         return [scored[i] if i in false else row for i, row in enumerate(recorded)], list(false)
 
-    def check_zeros(self, recorded: list[torch.Tensor], ref: list[torch.Tensor], keep: list[torch.Tensor]) -> None:
+    def check_zeros(
+        self, recorded: list[torch.Tensor], ref: list[torch.Tensor], keep: list[torch.Tensor], temperature: float
+    ) -> None:
         """Refuse an exact 0.0 that the reference is not sure of, where nobody else can be asked.
 
         Raises:
             MissingLogProbError: there is one, and ``on_zero="raise"``.
         """
+        ask = (
+            "append the transform to the env of an LLMCollector, whose policy can be asked, or pass FromCollector(policy=...); "
+            "pass gen_model= with the model that sampled"
+            if is_same_temperature(temperature, 1.0)
+            else f"an engine that generates cannot be asked about softmax(logits / {temperature:g}), only about temperature 1: make "
+            "the policy's with logprobs_mode='raw_logprobs' and leave the reference at temperature 1"
+        )
         cure = (
-            "It is never taken for a log-prob: append the transform to the env of an LLMCollector, whose policy can be asked, or "
-            "pass FromCollector(policy=...); pass gen_model= with the model that sampled; leave the token out of the mask; or, "
-            "where the policy is that sure, pass on_zero='allow'"
+            f"It is never taken for a log-prob: {ask}; leave the token out of the mask; or, where the policy is that sure, pass "
+            "on_zero='allow'"
         )
         names = {"what": "recorded log-probs", "who": "the reference", "cure": cure}
         check_zeros(recorded, ref, keep, on_zero=self.on_zero, **names)
@@ -378,7 +387,9 @@ class FromCollector:
                     None,
                     f"{key} of sample {i} is 0.0 at token {int(zero.nonzero()[0])}, a prompt token that was not scored",
                 )
-        return [torch.where(keep, value, 0.0) for value, keep in zip(values, batch.keep, strict=True)], None
+        return [
+            torch.where(keep, value.clamp(max=0.0), 0.0) for value, keep in zip(values, batch.keep, strict=True)
+        ], None
 
     def _audit(self, recorded: list[torch.Tensor], batch: TokenBatch, policy: Any, temperature: float) -> None:
         if not self.audit.fraction:
@@ -409,7 +420,7 @@ class FromCollector:
 
     def _say(self, message: str) -> None:
         """Warn of what is found at every step, once for each cause."""
-        cause = message.partition(":")[0]
+        cause = re.sub(r"[0-9.]+", "", message.partition(":")[0])  # a schedule's temperatures are one cause
         if cause not in self._said:
             self._said.add(cause)
             warnings.warn(message, MismatchWarning, stacklevel=2)

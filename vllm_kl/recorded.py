@@ -65,9 +65,14 @@ NEUTRAL = frozenset(
     }
 )
 
-# A stretch of recorded zeros is believed where the reference gives it at least this log-prob, nats: a probability of 0.9. A
-# stretch that is none costs at most this much KL; a policy that is sure where the reference is not, is asked again.
+# A recorded zero is believed where the reference gives the token at least this log-prob, nats: a probability of 0.9. One that
+# is none costs at most this much KL a token; a policy that is sure where the reference is not, is asked again. Token by token: the
+# sum over a long answer of a deterministic policy is far below it, and its mean would hide an end token that was not sampled.
 SURE = -0.1
+
+# The largest log-prob that is rounding: bfloat16 numbers below 64 are 0.25 apart, so a log-sum-exp that is rounded to one is at most
+# half of that below its largest logit.
+ROUNDING = 0.125
 
 
 class Recorded(NamedTuple):
@@ -135,7 +140,7 @@ def _changes(params: Any) -> dict[str, Any]:
         params = {name: getattr(params, name, None) for name in SamplingParams.__struct_fields__ if name[0] != "_"}
     if (params.get("top_k") or 0) <= 0:  # both 0 and -1 are all tokens
         params = {**params, "top_k": default.top_k}
-    return {k: v for k, v in params.items() if k not in NEUTRAL and v is not None and v != getattr(default, k, None)}
+    return {k: v for k, v in params.items() if k not in NEUTRAL and v not in (None, {}, [], getattr(default, k, None))}
 
 
 def check_on_zero(on_zero: str) -> None:
@@ -145,13 +150,13 @@ def check_on_zero(on_zero: str) -> None:
 
 
 def check_recorded(values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *, what: str) -> None:
-    """Refuse a recorded value above 0 where the mask keeps it: a probability is at most 1.
+    """Refuse a recorded value above 0, beyond rounding, where the mask keeps it: a probability is at most 1.
 
     Raises:
         MissingLogProbError: with the sample, the token and the value.
     """
     for i, (value, kept) in enumerate(zip(values, keep, strict=True)):
-        bad = kept & (value > 1e-3)  # no rounding makes a probability that large
+        bad = kept & (value > ROUNDING)
         if bad.any():
             t = int(bad.nonzero()[0])
             raise MissingLogProbError(
@@ -167,7 +172,7 @@ def doubtful_zeros(
 
     Missing log-probs are written as 0.0 by many: TorchRL 0.14 and SGLang's wrapper for prompts, trainers for a synthetic end
     token or a padded row. A policy that is sure records 0.0 as well (float32 has no room for a probability above 1 - 6e-8), and
-    then a reference that is near it is sure too: of the whole stretch of zeros, see :data:`SURE`.
+    then a reference that is near it is sure too, see :data:`SURE`.
 
     Args:
         values: recorded log-probs, B CPU tensors ``[L]``.
@@ -180,9 +185,7 @@ def doubtful_zeros(
         if not len(at):
             continue
         if other is not None:
-            stretch = torch.cat([torch.zeros(1, dtype=torch.long), (at.diff() > 1).cumsum(0)])
-            sure = torch.zeros(len(at), dtype=torch.double).index_add_(0, stretch, other[i].detach().cpu().double()[at])
-            at = at[sure[stretch] < SURE]
+            at = at[other[i].detach().cpu()[at] < SURE]
         if len(at):
             found[i] = at
     return found

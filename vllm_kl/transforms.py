@@ -377,7 +377,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
     ) -> TensorDictBase:
         """Write the results, all or none; return the tensordict that has them."""
         if not are_zeros_settled:
-            self._gen.check_zeros(gen, ref, batch.keep)
+            self._gen.check_zeros(gen, ref, batch.keep, self._ref.temperature)
 
         def to_rows(rows: list[torch.Tensor]) -> Rows:
             return to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), device)
