@@ -331,7 +331,9 @@ class TestEngine:
 
         sent = []
         send = ref_scorer._engine._child._calls._send
-        monkeypatch.setattr(ref_scorer._engine._child._calls, "_send", lambda *call: (sent.append(call[:2]), send(*call)))
+        monkeypatch.setattr(
+            ref_scorer._engine._child._calls, "_send", lambda *call: (sent.append(call[:2]), send(*call))
+        )
         requests = [ScoreRequest(token_ids=np.array(random_ids(i, 300), np.int32), start=1) for i in range(200)]
         with pytest.raises(KeyboardInterrupt):
             ref_scorer._engine.score(requests, share_prefix=False, on_done=interrupt)

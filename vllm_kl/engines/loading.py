@@ -24,7 +24,9 @@ from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SE
 _INITIAL = "default"
 _UNKNOWN = "unknown"
 
-_NAME_THE_SOURCE = "pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes vLLM's load as it is"
+_NAME_THE_SOURCE = (
+    "pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes the load"
+)
 
 # What to do with an engine, one call at a time, and what the calls returned.
 Steps = Generator[tuple[Any, ...], Any, Any]
