@@ -30,18 +30,21 @@ from vllm_kl import (
     kl_estimate,
 )
 from vllm_kl.canary import Canary
+from vllm_kl.deferred import _score
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import (
     CollectorError,
     DriftError,
     FrozenError,
+    InputError,
     MissingLogProbError,
     OptionError,
     ReadoutUnavailableError,
 )
 from vllm_kl.inputs import keys_of, read_batch
 from vllm_kl.recorded import NEUTRAL, doubtful_zeros, recorded_by
+from vllm_kl.resolver import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
 
 pytestmark = [
@@ -412,6 +415,24 @@ class TestWhatWasUsed:
 
 
 class TestTwoModels:
+    def test_an_error_names_the_sample_of_the_batch_not_the_sequence_that_was_sent(self, make_gen, make_reference):
+        """Samples 0 and 1 keep no token, and are not sent."""
+        td = batches.ids_batch([[5, 6], [5, 6], [5, 6, 100_000]], [2, 2, 2])
+        for model in (make_gen("vllm"), make_gen("transformers"), make_reference()):
+            with pytest.raises(InputError, match="^sample 2, token 2: id 100000 is outside the vocabulary"):
+                RetrieveLogProb(model)(td)
+
+    def test_a_temperature_that_moves_under_a_deferred_step_is_said(self, make_reference, ref_scorer):
+        side = ModelSide(make_reference())
+        batch = read_batch(recorded([0.0] * 5), keys_of(make_reference()), assistant_only=True)
+        ref_scorer.temperature = 0.5
+        try:
+            message = r"changed from 1 to 0.5 after this step was submitted.*\(fill_deferred\) before"
+            with pytest.raises(OptionError, match=message):
+                _score(side, batch, 1.0, None)
+        finally:
+            ref_scorer.temperature = 1.0
+
     def test_two_temperatures_are_refused(self, make_gen, half, ref_scorer):
         with pytest.raises(OptionError, match=r"softmax\(logits / 1\), the other's of softmax\(logits / 0.5\)"):
             RetrieveKL(make_gen("vllm"), half)

@@ -256,7 +256,7 @@ class TestRetrieveLogProb:
             RetrieveLogProb(gen)(batches.ids_batch(SEQUENCES, PROMPTS))
 
     def test_ids_that_a_transformers_model_does_not_have_are_refused(self, make_gen):
-        with pytest.raises(InputError, match=r"sequence 0, token 2: id 400 is outside the vocabulary \[0, 259\)"):
+        with pytest.raises(InputError, match=r"sample 0, token 2: id 400 is outside the vocabulary \[0, 259\)"):
             RetrieveLogProb(make_gen("transformers"))(batches.ids_batch([[1, 2, 400]], [1]))
 
     @pytest.mark.parametrize("kind", ["transformers", "vllm"])

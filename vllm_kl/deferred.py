@@ -33,7 +33,7 @@ from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, Opti
 from vllm_kl.inputs import rows_of
 from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
-from vllm_kl.resolver import Side, scorer_for
+from vllm_kl.resolver import Side, is_same_temperature, scorer_for
 from vllm_kl.steps import TurnsTransform, scores
 from vllm_kl.types import TokenBatch
 from vllm_kl.versions import place, two_references
@@ -328,6 +328,12 @@ def _score(
     side: Side, batch: TokenBatch, temperature: float, expected_version: int | None
 ) -> tuple[list[torch.Tensor], int | None]:
     """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
+    now = getattr(side, "temperature", temperature)
+    if not is_same_temperature(now, temperature):
+        raise OptionError(
+            f"the reference's temperature was changed from {temperature:g} to {now:g} after this step was submitted and before it "
+            "was scored. Fill batches in (fill_deferred) before it is changed"
+        )
     ask = functools.partial(scores, side, td=TensorDict(), collector=None, temperature=temperature, detach=True)
     try:
         log_probs, _ = ask(batch=batch)

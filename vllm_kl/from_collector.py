@@ -71,8 +71,8 @@ class FromCollector:
         audit_tolerance, on_drift: see :class:`~vllm_kl.audit.Audit`.
         on_zero: what to do with a recorded log-prob of exactly 0.0 that the reference is not sure of (less than 0.9)
             and that nobody can be asked about: ``"raise"`` (the default), ``"warn"`` of each such batch, or ``"allow"``,
-            which believes all of them. Where the policy's engine can be asked, it is: what it is not sure of either is a placeholder,
-            and ``"auto"`` takes the engine's log-probs of that sample, ``"reuse"`` refuses. With ``deferred=`` the
+            which believes all of them. Where the policy's engine can be asked, it is: what it is not sure of either is a
+            placeholder, and ``"auto"`` takes the engine's log-probs of that sample, ``"reuse"`` refuses. With ``deferred=`` the
             reference is not there yet, and every sample with a recorded 0.0 is scored again by the policy's engine.
         placeholders: of a policy that is asked again; as :class:`~vllm_kl.VLLMScorer` takes it.
         policy: where there is no collector (a ``postproc``, a replay buffer, a plain batch): the wrapper that sampled, whose
@@ -295,8 +295,8 @@ class FromCollector:
             "append the transform to the env of an LLMCollector, whose policy can be asked, or pass FromCollector(policy=...); "
             "pass gen_model= with the model that sampled"
             if is_same_temperature(temperature, 1.0)
-            else f"an engine that generates cannot be asked about softmax(logits / {temperature:g}), only about temperature 1: make "
-            "the policy's with logprobs_mode='raw_logprobs' and leave the reference at temperature 1"
+            else f"an engine that generates cannot be asked about softmax(logits / {temperature:g}), only about temperature 1: "
+            "make the policy's with logprobs_mode='raw_logprobs' and leave the reference at temperature 1"
         )
         cure = (
             f"It is never taken for a log-prob: {ask}; leave the token out of the mask; or, where the policy is that sure, pass "

@@ -70,8 +70,8 @@ NEUTRAL = frozenset(
 # sum over a long answer of a deterministic policy is far below it, and its mean would hide an end token that was not sampled.
 SURE = -0.1
 
-# The largest log-prob that is rounding: bfloat16 numbers below 64 are 0.25 apart, so a log-sum-exp that is rounded to one is at most
-# half of that below its largest logit.
+# The largest log-prob that is rounding: bfloat16 numbers below 64 are 0.25 apart, so a log-sum-exp that is rounded to one is at
+# most half of that below its largest logit.
 ROUNDING = 0.125
 
 

@@ -7,6 +7,7 @@ same ids, at the same rows, by our own path, so two sides cannot disagree about 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -39,12 +40,22 @@ def score_batch(scorer: Scorer, batch: TokenBatch) -> list[torch.Tensor]:
     sent = [i for i, (start, stop) in enumerate(spans) if start < stop]
     scored = [torch.empty(0)] * len(batch)
     if sent:
-        results = scorer.score([batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent])
+        try:
+            results = scorer.score([batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent])
+        except (InputError, MissingLogProbError) as error:
+            raise _of_samples(error, sent) from error
         for i, result in zip(sent, results, strict=True):
             scored[i] = result
     values = [spread(row, keep) for row, keep in zip(scored, batch.keep, strict=True)]
     check_finite(values, batch.keep, what="log-probs")
     return values
+
+
+def _of_samples(error: Exception, sent: list[int]) -> Exception:
+    """Return an error that names the batch's sample in the place of the sequence that a scorer was sent."""
+    names = {str(n): f"sample {i}" for n, i in enumerate(sent)}
+    text = re.sub(r"\b(?:sequence|sample) (\d+)", lambda at: names.get(at[1], at[0]), str(error), count=1)
+    return type(error)(text)
 
 
 def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
