@@ -268,7 +268,7 @@ class TestErrors:
         data = rollout(transform)
         before = set(data["next"].keys(True))
         message = (
-            rf"row {worst[0]} of env step {STEPS + worst[1]}: sample \[{worst[0]}, {worst[1]}\] of this batch: seq"
+            rf"row {worst[0]} of env step {STEPS + worst[1]}: sample \[{worst[0]}, {worst[1]}\] of this batch: sample 0 has"
         )
         for _ in range(2):
             with pytest.raises(InputError, match=message):
@@ -280,7 +280,7 @@ class TestErrors:
 
     def test_in_a_collector_it_surfaces_with_the_batch_and_its_type(self, collector, kl, longest):
         longest(30)
-        with pytest.raises(InputError, match=r"of env step \d: sample \[\d, \d\] of this batch: sequence \d"):
+        with pytest.raises(InputError, match=r"of env step \d: sample \[\d, \d\] of this batch: sample 0 hasuence \d"):
             next(iter(collector(kl())))
 
     def test_an_error_that_is_not_ours_keeps_its_type_and_says_where(self, rollout, kl, ref_scorer, monkeypatch):
