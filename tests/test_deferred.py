@@ -280,7 +280,7 @@ class TestErrors:
 
     def test_in_a_collector_it_surfaces_with_the_batch_and_its_type(self, collector, kl, longest):
         longest(30)
-        with pytest.raises(InputError, match=r"of env step \d: sample \[\d, \d\] of this batch: sample 0 hasuence \d"):
+        with pytest.raises(InputError, match=r"of env step \d: sample \[\d, \d\] of this batch: sample \d"):
             next(iter(collector(kl())))
 
     def test_an_error_that_is_not_ours_keeps_its_type_and_says_where(self, rollout, kl, ref_scorer, monkeypatch):
