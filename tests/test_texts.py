@@ -373,6 +373,22 @@ class TestSaidOnce:
             module(history_batch(chats=[THOUGHT, THOUGHT]))
             assert module.metrics["template_cut_chars"] == 90
 
+    def test_white_space_that_is_trimmed_does_not_use_up_the_warning_of_what_is_cut(self, make_reference, tokenizer):
+        tokenizer.chat_template = CHATML.replace(
+            "{{ m.content + '<|im_end|>' }}{% endgen",
+            "{{ (m.content.split('</think>')[-1] | trim) + '<|im_end|>' }}{% endgen",
+        )
+        transform = RetrieveLogProb(make_reference())
+        said = []
+        for answer in ("ho ", "ho  ", "<think>four?</think>ho", "<think>so?</think>ho"):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                transform(history_batch(chats=[[say("user", "hi"), say("assistant", answer)]]))
+            said.append([str(w.message) for w in caught if "leaves out content" in str(w.message)])
+        assert [len(messages) for messages in said] == [1, 0, 1, 0]
+        assert "white space was trimmed" in said[0][0]
+        assert "missing: '<think>four?</think>'" in said[2][0]
+
     def test_ids_in_the_batch_are_not_compared(self, make_reference, tokenizer):
         transform = RetrieveLogProb(make_reference())
         transform(ids_batch([[1, 2, 3]], [1]))
@@ -438,6 +454,53 @@ class TestTheEndOfATurn:
         batch = read(tokenizer, [say("user", "hi"), say("assistant", "ho<|im_end|>")])
         assert kept(tokenizer, batch) == ["ho<|im_end|>"]
         assert "'<|im_end|>' ends a turn twice in sample 0" in batch.report.warnings["double_end"]
+
+    @pytest.mark.parametrize("template", [CHATML, OUTSIDE], ids=["inside", "outside"])
+    def test_special_tokens_inside_an_answer_end_nothing(self, template):
+        tokenizer = make(template)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<answer>", "</answer>"]}, replace_extra_special_tokens=False
+        )
+        turns = [
+            say("user", "2 + 2?"),
+            say("assistant", "<answer>4</answer>"),
+            say("user", "so?"),
+            say("assistant", "4"),
+        ]
+        batch = read(tokenizer, turns, turns[:2])
+        assert kept(tokenizer, batch) == [
+            "<answer>4</answer><|im_end|>4<|im_end|>",
+            "<answer>4</answer><|im_end|>",
+        ]
+        assert "no_end" not in batch.report.warnings
+
+    def test_a_mask_does_not_depend_on_the_other_dialogs_of_its_batch(self):
+        tokenizer = make(OUTSIDE, eos="</s>")  # a base model's EOS, which the template does not use
+        ends_with_a_question = [*TURNS[:2], say("user", "and?")]
+        alone = read(tokenizer, ends_with_a_question)
+        beside = read(tokenizer, ends_with_a_question, TURNS)
+        assert kept(tokenizer, alone) == kept(tokenizer, beside)[:1] == ["four<|im_end|>"]
+        assert "no_end" not in alone.report.warnings
+
+    def test_what_begins_the_next_message_ends_no_turn(self):
+        glm = (
+            "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+        )
+        tokenizer = make(glm)
+        for prompted in (False, True):
+            batch = read(tokenizer, TURNS, add_generation_prompt=prompted)
+            assert kept(tokenizer, batch) == ["foura"]
+            assert "no_end" in batch.report.warnings
+
+    def test_a_first_turn_without_its_end_is_told_too(self):
+        last_only = CHATML.replace(
+            "m.content + '<|im_end|>' }}{% endgen", "m.content + ('<|im_end|>' if loop.last else '') }}{% endgen"
+        )
+        batch = read(make(last_only), TURNS)
+        assert kept(make(last_only), batch) == ["foura<|im_end|>"]
+        assert "no_end" in batch.report.warnings
 
     def test_a_template_that_ends_no_turn_is_told(self):
         batch = read(FAMILIES["torchrl-falcon"], TURNS)

@@ -367,7 +367,7 @@ def _render(
     if bare and assistant_only:
         stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
         raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
-    ends = end_ids(dialogs, keys.tokenizer)
+    ends = end_ids(keys.tokenizer, options)
     masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
     return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
 

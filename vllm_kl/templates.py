@@ -12,7 +12,9 @@ close before that token, or after the newline behind it, give the same mask as o
 from __future__ import annotations
 
 import datetime
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,14 @@ from vllm_kl.texts import added_tokens
 from vllm_kl.types import TextReport
 
 _RENDERING = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _RENDERING
+    _RENDERING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # a fork may happen while another thread renders
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()])
 _CURE = (
     "What works: the ids that the policy saw, in ('tokens', 'full'); or a template that gives all of it: "
@@ -178,7 +188,7 @@ def end_turns(dialogs: Sequence[Dialog], ends: set[int]) -> tuple[list[torch.Ten
     report, masks = TextReport(), []
     for i, dialog in enumerate(dialogs):
         ids, mask, is_space = dialog.token_ids.tolist(), dialog.marked.copy(), dialog.is_space
-        end = None
+        has_ends = True
         for start, stop in _runs(dialog.marked):
             first = stop
             while first > start and (ids[first - 1] in ends or is_space[first - 1]):
@@ -199,7 +209,8 @@ def end_turns(dialogs: Sequence[Dialog], ends: set[int]) -> tuple[list[torch.Ten
                 report.warnings.setdefault(
                     "double_end", _TWICE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
                 )
-        if end is None and dialog.marked.any():
+            has_ends &= end is not None
+        if not has_ends:
             report.warnings.setdefault("no_end", _NO_END.format(sample=i))
         masks.append(torch.from_numpy(mask))
     return masks, report
@@ -223,25 +234,50 @@ _NO_END = (
 )
 
 
-def end_ids(dialogs: Sequence[Dialog], tokenizer: Any) -> set[int]:
-    """Return the ids that end turns: EOS, and the special token that ends the dialogs' last turns, which Gemma's EOS is not."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = [*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)]
+_PROBE = [
+    {"role": "user", "content": "left"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "right"},
+    {"role": "assistant", "content": "second answer"},
+]
+# How a batch is rendered, not how a turn ends.
+_NOT_OF_A_TURN = ("truncation", "max_length", "add_generation_prompt", "continue_final_message", "tools", "documents")
+_ENDS: weakref.WeakKeyDictionary[Any, dict[str, set[int]]] = weakref.WeakKeyDictionary()
+
+
+def end_ids(tokenizer: Any, options: dict[str, Any]) -> set[int]:
+    """Return the ids that end turns: EOS, and the special tokens that the template puts behind answers. Gemma's is not its EOS.
+
+    They are those of a dialog of plain words, whatever a batch holds: special tokens inside an answer end nothing.
+    """
+    options = {name: value for name, value in options.items() if name not in _NOT_OF_A_TURN}
+    known = _ENDS.setdefault(tokenizer, {})
+    if (key := repr(sorted(options.items()))) not in known:
+        known[key] = _ends_of_a_probe(tokenizer, options)
+    return known[key]
+
+
+def _ends_of_a_probe(tokenizer: Any, options: dict[str, Any]) -> set[int]:
     ends = {getattr(tokenizer, "eos_token_id", None)} - {None}
-    for dialog in dialogs:
-        ids, is_special = dialog.token_ids.tolist(), np.isin(dialog.token_ids.numpy(), special)
-        is_word = ~(is_special | dialog.is_space)
-        at: int | None = None
-        stop = len(ids)
-        for start, stop in _runs(dialog.marked):
-            words = np.flatnonzero(is_word[start:stop])
-            after_words = start + int(words[-1]) + 1 if len(words) else start
-            at = next((t for t in range(stop - 1, after_words - 1, -1) if is_special[t]), None)
-            ends |= set() if at is None else {ids[at]}
-        # Where nothing is said after the last turn, what is special there ends it.
-        if at is None and not is_word[stop:].any():
-            ends |= {ids[t] for t in (np.flatnonzero(is_special[stop:]) + stop)[:1]}
-    return ends
+    renderer = _Renderer(tokenizer, "the chat template")
+    try:
+        History.from_chats([_PROBE]).apply_chat_template(tokenizer=renderer, add_generation_prompt=False, **options)
+    except Exception:  # a template of its own rules: EOS is all that is known of it
+        return ends
+    (dialog,) = renderer.dialogs
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)}
+    is_special = np.isin(dialog.token_ids.numpy(), list(special))
+    follows = []
+    for message in _PROBE[1::2]:
+        at = dialog.text.find(message["content"])
+        behind = np.flatnonzero((dialog.offsets[:, 0] >= at + len(message["content"])) & ~dialog.is_space)
+        follows += [int(dialog.token_ids[t]) for t in behind[:1] if at >= 0 and is_special[t]]
+    if len(follows) < len(_PROBE) // 2:
+        return ends
+    # What stands before the next message begins it: some templates have nothing that ends a turn.
+    before = np.flatnonzero((dialog.offsets[:, 1] <= dialog.text.find(_PROBE[2]["content"])) & is_special)
+    return ends | (set(follows) - {int(dialog.token_ids[t]) for t in before[-1:]})
 
 
 def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: set[int]) -> TextReport:
@@ -261,8 +297,9 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
         for j, message in enumerate(found):
             where = f"sample {i}, message {j} ({message.role})"
             for kind, num_chars, example in _losses(message):
-                count[f"{kind}_messages"] += 1
-                count[f"{kind}_chars"] += num_chars
+                counted = "cut" if kind == "trimmed" else kind  # said apart: most templates trim, few cut
+                count[f"{counted}_messages"] += 1
+                count[f"{counted}_chars"] += num_chars
                 first.setdefault(kind, f"{where}: {example}")
             count["messages"] += 1
             count["content_chars"] += message.num_chars
@@ -284,9 +321,13 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
     return TextReport(metrics=metrics, warnings=said)
 
 
+_CUT = (
+    "the chat template leaves out content of {cut_messages} of {messages} messages, {cut_chars} of {content_chars} "
+    "characters: they are not in the ids that are scored."
+)
 _SAYS = {
-    "cut": "the chat template leaves out content of {cut_messages} of {messages} messages, {cut_chars} of {content_chars} "
-    "characters: they are not in the ids that are scored.",
+    "cut": _CUT,
+    "trimmed": _CUT,
     "moved": "the chat template moves {moved_messages} of {messages} messages to another place in the dialog.",
     "printed": "the chat template prints the content of {printed_messages} of {messages} messages as a Python list.",
     "inserted": "the chat template marks {inserted_chars} characters as the assistant's that are in no message's content: they "
@@ -299,8 +340,13 @@ def _losses(message: Rendered) -> Iterator[tuple[str, int, str]]:
     """Yield the kind, the number of characters and the example of what a message lost."""
     num_lost = message.num_chars - message.num_found
     if num_lost:
-        how = "white space was trimmed" if not message.missing.strip() else f"missing: {_words(message.missing)}"
-        yield "cut", num_lost, f"{message.num_found} of its {message.num_chars} characters came back; {how}"
+        is_trimmed = not message.missing.strip()
+        how = "white space was trimmed" if is_trimmed else f"missing: {_words(message.missing)}"
+        yield (
+            "trimmed" if is_trimmed else "cut",
+            num_lost,
+            f"{message.num_found} of its {message.num_chars} characters came back; {how}",
+        )
     if message.is_moved:
         yield (
             "moved",
