@@ -355,6 +355,16 @@ class TestContentIsCompared:
         (found,) = find_messages("<" + "ab" * 250_000 + ">", [say("user", "ab" * 500_000 + "c")])
         assert found.num_found == 500_000
 
+    def test_a_result_that_is_printed_as_json_is_all_there(self):
+        template = CHATML.replace(
+            "{% else %}{{ m.content +", "{% else %}{{ (m.content | tojson if m.role == 'tool' else m.content) +"
+        )
+        dialog = [say("user", "warm?"), say("tool", '{"temp": 22, "sky": "blue"}'), say("assistant", "22 \u00b0C")]
+        report = read(make(template), dialog).report
+        assert not report.warnings
+        assert report.metrics["template_cut_chars"] == report.metrics["template_inserted_chars"] == 0
+        assert report.metrics["template_unmarked_chars"] == 0
+
 
 class TestSaidOnce:
     def test_one_warning_a_run_and_figures_of_every_batch(self, make_reference, tokenizer):

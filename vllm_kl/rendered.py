@@ -72,7 +72,7 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     ((6, 6), (4, 23), '<think>easy</think>')
     """
     pieces = [
-        _Piece(i, part, bool(runs) and message.get("role") == "assistant")
+        _Piece(i, _as_printed(part, text), bool(runs) and message.get("role") == "assistant")
         for i, message in enumerate(messages)
         for part in _texts_of(message.get("content"))
     ]
@@ -147,6 +147,11 @@ def _leaves(value: Any, whole: str) -> Iterator[tuple[str, str]]:
 def _forms(word: str) -> set[str]:
     """Return a text as it is, and as JSON writes it."""
     return {word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]}
+
+
+def _as_printed(content: str, text: str) -> str:
+    """Return a content as a template printed it: some print tool results and system messages as JSON strings."""
+    return content if content in text else next((form for form in _forms(content) if form in text), content)
 
 
 def _bounds(text: str) -> list[Span]:
