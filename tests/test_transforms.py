@@ -294,6 +294,7 @@ class TestRetrieveLogProb:
         assert_rows([row[-len(s) :] for row, s in zip(got, ids, strict=True)], want, LOG_PROB_TOLERANCE)
 
     def test_text_is_tokenized_once_for_both_sides(self, make_gen, make_reference, tokenizer, monkeypatch):
+        RetrieveLogProb(make_reference())(batches.history_batch())  # what ends a turn is found once per template
         calls = []
         render = type(tokenizer).apply_chat_template
         monkeypatch.setattr(
