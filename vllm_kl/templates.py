@@ -235,9 +235,9 @@ _NO_END = (
 
 
 _PROBE = [
-    {"role": "user", "content": "left"},
+    {"role": "user", "content": "first question"},
     {"role": "assistant", "content": "first answer"},
-    {"role": "user", "content": "right"},
+    {"role": "user", "content": "second question"},
     {"role": "assistant", "content": "second answer"},
 ]
 # How a batch is rendered, not how a turn ends.
@@ -252,7 +252,8 @@ def end_ids(tokenizer: Any, options: dict[str, Any]) -> set[int]:
     """
     options = {name: value for name, value in options.items() if name not in _NOT_OF_A_TURN}
     known = _ENDS.setdefault(tokenizer, {})
-    if (key := repr(sorted(options.items()))) not in known:
+    of_tokenizer = (getattr(tokenizer, "chat_template", None), getattr(tokenizer, "eos_token_id", None), len(tokenizer))
+    if (key := repr((sorted(options.items()), of_tokenizer))) not in known:
         known[key] = _ends_of_a_probe(tokenizer, options)
     return known[key]
 
@@ -275,9 +276,12 @@ def _ends_of_a_probe(tokenizer: Any, options: dict[str, Any]) -> set[int]:
         follows += [int(dialog.token_ids[t]) for t in behind[:1] if at >= 0 and is_special[t]]
     if len(follows) < len(_PROBE) // 2:
         return ends
-    # What stands before the next message begins it: some templates have nothing that ends a turn.
-    before = np.flatnonzero((dialog.offsets[:, 1] <= dialog.text.find(_PROBE[2]["content"])) & is_special)
-    return ends | (set(follows) - {int(dialog.token_ids[t]) for t in before[-1:]})
+    # What stands before both questions begins a message: some templates have nothing that ends a turn.
+    begins = []
+    for message in _PROBE[::2]:
+        before = np.flatnonzero((dialog.offsets[:, 1] <= dialog.text.find(message["content"])) & is_special)
+        begins.append({int(dialog.token_ids[t]) for t in before[-1:]})
+    return ends | (set(follows) - (begins[0] & begins[1]))
 
 
 def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: set[int]) -> TextReport:
