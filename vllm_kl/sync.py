@@ -83,7 +83,7 @@ def finish_update(engine: Any, *, version: int | None = None, source: Any = None
 
     Those leave KV of the old weights in the prefix cache, the version as it was and, in vLLM 0.32, some layers without
     their new weights: experts and tied LM heads on a CPU, tensors that a model copies itself. Afterwards all of it is of the
-    new ones: what is in the engine is compared with what was sent, and mended.
+    new ones: what was sent is loaded again.
 
     Args:
         engine: a ``vllm.LLM``, or a TorchRL ``vLLMWrapper`` of one.
