@@ -52,7 +52,7 @@ SIZES = {
 PLACES = {"same process": "0", "own process": "1"}
 WAYS = ("push_weights", "shared memory, reload", "disk, reload", "RPC, reload", "backend")
 PROMPT = [1 + 37 * i % 8_000 for i in range(48)]
-TOLERANCE = 5e-5  # nats; float32 on random weights
+TOLERANCE = 5e-5  # nats; or four times what transformers' float32 is off, as trained weights become ill-conditioned
 
 
 def build(size: str) -> Any:
@@ -134,6 +134,10 @@ class Pickled:
         return iter(self._items)
 
 
+def vllms_own_reload(worker: Any, folder: str) -> None:
+    worker.model_runner.reload_weights(weights_path=folder)  # the worker's own method is mended by the plugin on a CPU
+
+
 class Pushes:
     """The ways to push one trainer's weights into one engine."""
 
@@ -161,7 +165,7 @@ class Pushes:
             for path in Path(folder).iterdir() if sync else ():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            self.llm.collective_rpc(vllms_own_reload, args=(folder,))
             assert self.llm.reset_prefix_cache()
 
     def reload_tensors(self) -> None:
@@ -195,6 +199,14 @@ def error_of(llm: Any, model: Any, exact: Any) -> float:
     rows = exact(torch.tensor([PROMPT])).logits[0, :-1].log_softmax(-1)
     truth = rows.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
     return float((log_probs(llm) - truth).abs().max())
+
+
+@torch.no_grad()
+def float32_error(model: Any, exact: Any) -> float:
+    """Return how far transformers in float32 is from float64, with the weights that :func:`error_of` compared last."""
+    rows, truth = (m(torch.tensor([PROMPT])).logits[0, :-1].double().log_softmax(-1) for m in (model, exact))
+    targets = torch.tensor(PROMPT[1:])[:, None]
+    return float((rows - truth).gather(1, targets).abs().max())
 
 
 @torch.no_grad()
@@ -261,13 +273,14 @@ def take_turns(model: Any, llm: Any, start_s: float, rounds: int, *, has_backend
             began = time.perf_counter()
             push()
             seconds.setdefault(way, []).append(time.perf_counter() - began)
-            errors[way] = max(errors.get(way, 0.0), error_of(llm, model, exact))
+            error = error_of(llm, model, exact)
+            if way == "push_weights" and error > (bound := max(TOLERANCE, 4 * float32_error(model, exact))):
+                raise SystemExit(f"push_weights is {error:.1e} nats from float64, expected below {bound:.1e}")
+            errors[way] = max(errors.get(way, 0.0), error)
         began = time.perf_counter()
         for tensor in source.values():
             target[: tensor.numel()].view_as(tensor).copy_(tensor)
         seconds["floor"].append(time.perf_counter() - began)
-    if errors["push_weights"] > TOLERANCE:
-        raise SystemExit(f"push_weights is {errors['push_weights']:.1e} nats from float64, expected below {TOLERANCE}")
     return {
         "seconds": {way: values[1:] or values for way, values in seconds.items()},
         "errors": errors,
