@@ -17,6 +17,7 @@ place of another (vLLM hashes an adapter's name and path, not its weights).
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,8 @@ from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError, WeightsError
 from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+logger = logging.getLogger("vllm_kl")
 
 
 class GenerateEngine:
@@ -80,6 +83,7 @@ class GenerateEngine:
             )
         if self._is_llm:
             check_adapter(llm_engine, lora_request)
+            _mend_cpu(llm_engine)
         elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
             check_engine_args(engine.engine_args, lora_request)
         # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
@@ -222,6 +226,29 @@ class _Flat:
                 "that vllm_kl does not know"
             )
         return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
+
+
+def _mend_cpu(llm_engine: Any) -> None:
+    """Mend what vLLM's CPU backend computes wrong, where the engine's processes have the plugin (:mod:`vllm_kl.plugin.cpu`)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm_kl.plugin.cpu import MEND
+
+    with lock_of(llm_engine):
+        try:
+            answers = llm_engine.collective_rpc(MEND)
+        except Exception as error:
+            logger.warning(
+                "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): what vLLM's CPU backend computes wrong "
+                "there, some rotary embeddings and routers, stays as it is. Make the engine where VLLM_PLUGINS is not set, or "
+                "names vllm_kl",
+                error,
+            )
+            return
+        if any(answers):
+            llm_engine.reset_prefix_cache()
 
 
 def _hf_config(engine: Any) -> Any:

@@ -13,8 +13,8 @@
     text_only vision-language models without torchvision
     adapters  which LoRA adapters a worker serves, and how
 
-Nothing here changes an engine, or a request, that does not come from this package; but every engine's process ends with the
-process that made it.
+Nothing here changes an engine, or a request, that does not come from this package, but two things: every engine's process ends
+with the process that made it, and on a CPU vLLM's ``reload_weights`` of a folder leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def register() -> None:
         cap.install()
         weights.install()
         adapters.install()
+        cpu.give_to_workers()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
@@ -87,6 +88,7 @@ def enable(base_architecture: str) -> str:
     cap.install()
     weights.install()
     adapters.install()
+    cpu.give_to_workers()
     cpu.install()
     return models.register(base_architecture)
 

@@ -1,4 +1,4 @@
-"""What vLLM's CPU backend (0.32) computes wrong without a word, and how it is mended where an engine is ours.
+"""What vLLM's CPU backend (0.32) computes wrong without a word, and how it is mended in engines that are ours or were given to us.
 
 - **Rotary embeddings of heads that are kept apart.** The kernel takes ``query`` and ``key`` as ``[N, heads * size]``. Given
   ``[N, heads, size]`` it takes heads for tokens, and rotates by the wrong angles: models that hand it such tensors (MLA with plain
@@ -18,6 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# The name of the method of workers, for ``collective_rpc``.
+MEND = "vllm_kl_mend_cpu"
+_IS_MENDED = "_vllm_kl_is_mended"
 
 
 def flattened(forward_cpu: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,3 +77,26 @@ def install() -> None:
         method = getattr(owner, name)
         if inspect.unwrap(method) is method:
             setattr(owner, name, mended(method))
+
+
+def give_to_workers() -> None:
+    """Give every worker of this process the method :data:`MEND`, for models that were made before :func:`install`."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, MEND, mend)
+
+
+def mend(worker: Any) -> bool:
+    """Mend a worker's model, once; return whether it was now: KV in the engine's cache may be of wrong numbers."""
+    if getattr(worker, _IS_MENDED, False):
+        return False
+    install()
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    upstream = inspect.unwrap(RotaryEmbedding.forward_cpu)
+    for module in worker.model_runner.get_model().modules():
+        # It took the method from its class when it was made.
+        if isinstance(module, RotaryEmbedding) and getattr(module._forward_method, "__func__", None) is upstream:
+            module._forward_method = module.forward_cpu
+    setattr(worker, _IS_MENDED, True)
+    return True
