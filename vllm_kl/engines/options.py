@@ -25,7 +25,7 @@ class Refused(NamedTuple):
     """Why an option is refused, and the values that are not."""
 
     why: str
-    unless: tuple[Any, ...] = (None, False)  # values that leave vLLM as it is
+    unless: tuple[Any, ...] = (False,)  # values that leave vLLM as it is
     only: tuple[Any, ...] | None = None  # the values that are refused; None: all others
 
 
@@ -105,11 +105,9 @@ _READS_OUT = "a scorer returns log-probs and nothing else, so it has no effect. 
 
 REFUSED: dict[str, Refused] = {
     "model": Refused("the model is the first argument of VLLMScorer", unless=()),
-    "runner": Refused("it follows from the read-out: pass readout= instead", unless=()),
-    "convert": Refused("it follows from the read-out: pass readout= instead", unless=()),
-    "model_weights": Refused(
-        "vLLM sets it itself for a model in object storage: pass that as the model", unless=("", None)
-    ),
+    "runner": Refused("it follows from the read-out: pass readout= instead", unless=("auto",)),
+    "convert": Refused("it follows from the read-out: pass readout= instead", unless=("auto",)),
+    "model_weights": Refused("vLLM sets it itself for a model in object storage: pass that as the model", unless=("",)),
     "enable_prefix_caching": Refused(  # True is set here, but for models that cannot share prefixes
         "it would make share_prefix meaningless. Pass share_prefix=False instead", only=(False,)
     ),
@@ -119,14 +117,14 @@ REFUSED: dict[str, Refused] = {
         "Leave it out"
     ),
     "kv_transfer_config": Refused(_CONNECTOR),
-    "kv_offloading_size": Refused(_CONNECTOR, unless=(None, 0)),
-    "kv_offloading_backend": Refused(_CONNECTOR, unless=(None, "native")),
+    "kv_offloading_size": Refused(_CONNECTOR, unless=(0,)),
+    "kv_offloading_backend": Refused(_CONNECTOR, unless=("native",)),
     "ec_transfer_config": Refused(
         "it moves the outputs of vision encoders between engines, and a scorer is sent none. Leave it out"
     ),
     "prefill_context_parallel_size": Refused(
         "it splits the rows of a prompt among processes, and the read-out expects all of them in one. Use tensor_parallel_size",
-        unless=(None, 1),
+        unless=(1,),
     ),
     "enable_prompt_embeds": Refused("sequences are sent as token ids, never as embeddings. Leave it out"),
     "mm_encoder_only": Refused("vLLM would not load the language model, which is what is scored. Leave it out"),
@@ -138,7 +136,7 @@ REFUSED: dict[str, Refused] = {
         unless=("raw_logprobs",),
     ),
     "logits_processors": Refused(
-        "they change sampled rows only, never the log-probs of a prompt. Leave it out", unless=(None, [], ())
+        "they change sampled rows only, never the log-probs of a prompt. Leave it out", unless=([],)
     ),
     "pooler_config": Refused("the read-out is the engine's pooler. Pass readout= to choose another"),
     "calculate_kv_scales": Refused(
@@ -149,29 +147,29 @@ REFUSED: dict[str, Refused] = {
         "it rounds states at random, so one sequence would score differently each time. Leave it out"
     ),
     # How many processes there are.
-    "data_parallel_size": Refused(_ONE_ENGINE, unless=(None, 1)),
-    "data_parallel_rank": Refused(_ONE_ENGINE),
-    "data_parallel_start_rank": Refused(_ONE_ENGINE),
-    "data_parallel_size_local": Refused(_ONE_ENGINE, unless=(None, 1)),
-    "data_parallel_address": Refused(_ONE_ENGINE),
-    "data_parallel_rpc_port": Refused(_ONE_ENGINE),
+    "data_parallel_size": Refused(_ONE_ENGINE, unless=(1,)),
+    "data_parallel_rank": Refused(_ONE_ENGINE, unless=()),
+    "data_parallel_start_rank": Refused(_ONE_ENGINE, unless=()),
+    "data_parallel_size_local": Refused(_ONE_ENGINE, unless=(1,)),
+    "data_parallel_address": Refused(_ONE_ENGINE, unless=()),
+    "data_parallel_rpc_port": Refused(_ONE_ENGINE, unless=()),
     "data_parallel_hybrid_lb": Refused(_ONE_ENGINE),
     "data_parallel_external_lb": Refused(_ONE_ENGINE),
     "data_parallel_multi_port_external_lb": Refused(_ONE_ENGINE),
-    "data_parallel_backend": Refused(_ONE_ENGINE, unless=(None, "mp")),
-    "dp_sync_interval": Refused(_ONE_ENGINE, unless=(None,)),
+    "data_parallel_backend": Refused(_ONE_ENGINE, unless=("mp",)),
+    "dp_sync_interval": Refused(_ONE_ENGINE, unless=(16,)),
     "enable_dbo": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}"),
-    "ubatch_size": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}", unless=(None, 0, 1)),
-    "dbo_decode_token_threshold": Refused(_ONE_ENGINE, unless=(None,)),
-    "dbo_prefill_token_threshold": Refused(_ONE_ENGINE, unless=(None,)),
+    "ubatch_size": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}", unless=(0, 1)),
+    "dbo_decode_token_threshold": Refused(_ONE_ENGINE, unless=(32,)),
+    "dbo_prefill_token_threshold": Refused(_ONE_ENGINE, unless=(512,)),
     "enable_elastic_ep": Refused(_ONE_ENGINE),
-    "elastic_ep_max_dp_size": Refused(_ONE_ENGINE, unless=(None, 0, 1)),
-    "_api_process_count": Refused("an owned engine has no API server. Leave it out", unless=(None, 1)),
-    "_api_process_rank": Refused("an owned engine has no API server. Leave it out", unless=(None, 0)),
-    "nnodes": Refused(_ONE_MACHINE, unless=(None, 1)),
-    "node_rank": Refused(_ONE_MACHINE, unless=(None, 0)),
-    "master_addr": Refused(_ONE_MACHINE, unless=(None, "127.0.0.1", "localhost")),
-    "master_port": Refused(_ONE_MACHINE, unless=(None,)),
+    "elastic_ep_max_dp_size": Refused(_ONE_ENGINE, unless=(0, 1)),
+    "_api_process_count": Refused("an owned engine has no API server. Leave it out", unless=(1,)),
+    "_api_process_rank": Refused("an owned engine has no API server. Leave it out", unless=(0,)),
+    "nnodes": Refused(_ONE_MACHINE, unless=(1,)),
+    "node_rank": Refused(_ONE_MACHINE, unless=(0,)),
+    "master_addr": Refused(_ONE_MACHINE, unless=("127.0.0.1", "localhost")),
+    "master_port": Refused(_ONE_MACHINE, unless=(29501,)),
     "distributed_executor_backend": Refused(
         "an owned engine starts its own workers, which find vllm_kl through their environment: Ray's workers and those of "
         "torchrun do not. Leave it out, or use 'mp'. RetrieveKL(..., use_ray_service=True) puts a whole scorer into a Ray actor",
@@ -189,36 +187,78 @@ REFUSED: dict[str, Refused] = {
     "speculative_config": Refused(f"vLLM's pooling engines do not speculate, and {_GENERATES}"),
     "spec_method": Refused(_GENERATES),
     "spec_model": Refused(_GENERATES),
-    "spec_tokens": Refused(_GENERATES, unless=(None, 0)),
+    "spec_tokens": Refused(_GENERATES, unless=(0,)),
     "watermark_config": Refused(_GENERATES),
     "enable_trace_replay": Refused(_GENERATES),
     "enable_batch_sharded_sampling": Refused(_GENERATES),
     "return_sampling_mask": Refused(_READS_OUT),
     "enable_return_routed_experts": Refused(_READS_OUT),
     "aux_output_config": Refused(_READS_OUT),
-    "io_processor_plugin": Refused(_READS_OUT, unless=(None, "")),
+    "io_processor_plugin": Refused(_READS_OUT, unless=("",)),
 }
 
 NAMES = OURS | PASSED_ON | REFUSED.keys()
 
 
-def check_options(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what cannot work, before an engine is started. Names that are not in the table are left to :func:`check_names`.
+# Variables of vLLM's that it reads beside its options: why they are refused, and the values that leave it as it is.
+ENVIRONMENT: dict[str, Refused] = {
+    "VLLM_DP_SIZE": Refused(_ONE_ENGINE, unless=(1,)),  # read where data_parallel_size is 1, as are these ranks
+    "VLLM_DP_RANK": Refused(_ONE_ENGINE, unless=(0,)),
+    "VLLM_DP_RANK_LOCAL": Refused(_ONE_ENGINE, unless=(0,)),
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": Refused("experts would be chosen at random, not by the model", unless=()),
+}
+
+# Options that are read here as well, as whole numbers.
+_WHOLE_NUMBERS = frozenset({"max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"})
+_WHOLE_NUMBERS |= {"tensor_parallel_size", "pipeline_parallel_size"}
+
+
+def check_options(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return what is to be given to vLLM, or refuse what cannot work, before an engine is started.
+
+    An option that is None was not given. Nor is one given that would be refused but for its value, which leaves vLLM as it is.
+    Names that are not in the table are left to :func:`check_names`.
 
     Raises:
-        OptionError: an option is refused; with the reason and what works.
+        OptionError: an option, or a variable of the environment, is refused; with the reason and what works. Or it is no whole
+            number.
     """
-    for name, value in options.items():
-        refused = REFUSED.get(name)
-        if refused is None:
-            continue
-        value = None if value == {} else value
-        # By type as well, 0 == False; and a list cannot be hashed.
-        is_among = lambda values: any(type(value) is type(v) and value == v for v in values)  # noqa: B023, E731
-        if is_among(refused.only) if refused.only is not None else not is_among(refused.unless):
-            raise OptionError(f"engine option {name}={_short(value)} is refused: {refused.why}")
-    if environment.get("VLLM_DP_SIZE", "1").strip() not in ("", "1"):  # vLLM reads it where data_parallel_size is 1
-        raise OptionError(f"the environment sets VLLM_DP_SIZE={environment['VLLM_DP_SIZE']}: {_ONE_ENGINE}")
+    for name, refused in ENVIRONMENT.items():
+        value = environment.get(name, "").strip()
+        if value and not _is_among(value, refused.unless):
+            raise OptionError(f"the environment sets {name}={value}: {refused.why}. Unset it")
+    given = {name: value for name, value in options.items() if value is not None and not _is_off(name, value)}
+    return {name: _whole(name, value) if name in _WHOLE_NUMBERS else value for name, value in given.items()}
+
+
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a value of an option that is refused leaves vLLM as it is. Refuse the others."""
+    if (refused := REFUSED.get(name)) is None:
+        return False
+    is_refused = _is_among(value, refused.only) if refused.only is not None else not _is_among(value, refused.unless)
+    if is_refused and value != {}:
+        raise OptionError(f"engine option {name}={_short(value)} is refused: {refused.why}")
+    return refused.only is None
+
+
+def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(_as(type(one), value) == one for one in values)
+
+
+def _whole(name: str, value: Any) -> int:
+    if (number := _as(int, value)) is None:
+        raise OptionError(f"engine option {name}={_short(value)} must be a whole number")
+    return number
+
+
+def _as(kind: type, value: Any) -> Any:
+    """Return what vLLM, whose configs are pydantic's, takes a value for: 0 and "false" for False, 1.0 and "1" for 1; or None."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return None
 
 
 def check_names(options: Iterable[str], known: Iterable[str]) -> None:
