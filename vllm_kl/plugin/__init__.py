@@ -9,6 +9,7 @@
     native    its inner loop on a CPU, compiled where there is a compiler
     cap       prefix-cache hits end before the first scored row
     weights   new weights for a live model, in every worker: a second_model is loaded, and by adoption the first takes it over
+    whole     a checkpoint that lacks weights is refused
     cpu       what the CPU backend computes wrong, mended
     text_only vision-language models without torchvision
     adapters  which LoRA adapters a worker serves, and how
@@ -40,7 +41,7 @@ def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, models, text_only, weights
+    from vllm_kl.plugin import adapters, cap, cpu, models, text_only, weights, whole
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
     if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
@@ -52,6 +53,7 @@ def register() -> None:
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
         cpu.install()
+        whole.install()
     _end_with_owner()
     # A fork of this process loads no plugins again; multiprocessing keeps no hold of the function.
     register_after_fork(_end_with_owner, lambda _: _end_with_owner())
@@ -74,7 +76,7 @@ def enable(base_architecture: str) -> str:
     """
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, models, weights
+    from vllm_kl.plugin import adapters, cap, cpu, models, weights, whole
 
     if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -90,6 +92,7 @@ def enable(base_architecture: str) -> str:
     adapters.install()
     cpu.give_to_workers()
     cpu.install()
+    whole.install()
     return models.register(base_architecture)
 
 

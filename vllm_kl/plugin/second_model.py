@@ -6,9 +6,7 @@ is derived from a weight at the start (the packed product of a tied head, MLA's 
 loaded from nothing goes through the code that every start of an engine goes through, so it has none of these faults, and until it
 is complete nothing that serves was touched.
 
-That every parameter got its weights is seen, not believed: parameters are marked with NaN before the load, and no mark may be
-left. The names that ``load_weights`` returns are not looked at, and vLLM exempts most layers from its own check of them. Buffers
-and the parameters of quantized models are not marked: those that a checkpoint lacks are filled by other means.
+That every parameter got its weights is seen, not believed (:mod:`vllm_kl.plugin.whole`).
 
 Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loader.py``, vLLM 0.32.
 """
@@ -23,10 +21,7 @@ from typing import Any
 
 import torch
 
-# Parameters larger than this are marked at every 509th number: a weight that a checkpoint fills is larger than that.
-_MARK_ALL = 1 << 20
-_STRIDE = 509
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from vllm_kl.plugin.whole import seen_to_be_whole
 
 
 class CannotLoadBesideError(RuntimeError):
@@ -50,19 +45,11 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     config = _config_of_a_second_model(worker.vllm_config, folder)
     _choose_device(config, worker)
     loader = get_model_loader(config.load_config)
-    is_quantized = config.model_config.quantization is not None
-    weights_are_there = []
-
-    def load_and_look(model: torch.nn.Module, model_config: Any) -> None:
-        marks = [] if is_quantized else list(_mark(model))
-        type(loader).load_weights(loader, model, model_config)
-        if missing := [name for name, is_missing in _unmark(marks) if is_missing]:
-            raise ValueError(f"no weights for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
-        weights_are_there.append(True)
+    load_weights = seen_to_be_whole(type(loader).load_weights)
 
     def load_or_tell(model: torch.nn.Module, model_config: Any) -> None:
         try:
-            load_and_look(model, model_config)
+            load_weights(loader, model, model_config)
         except Exception as error:
             raise _LoadError(error) from error
 
@@ -121,38 +108,3 @@ def _choose_device(config: Any, worker: Any) -> None:
     free, _ = torch.accelerator.get_memory_info(worker.device)
     if free < 1.1 * size_bytes:
         config.load_config.device = "cpu"
-
-
-Mark = tuple[str, torch.nn.Parameter, torch.Tensor]  # name, parameter, what stood at its marked places
-
-
-def _mark(model: torch.nn.Module) -> Iterator[Mark]:
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in _FLOATS and not parameter.is_meta:
-            places = _places(parameter)
-            yield name, parameter, places.clone()
-            places.fill_(torch.nan)
-
-
-def _unmark(marks: list[Mark]) -> Iterator[tuple[str, bool]]:
-    """Yield every parameter's name, and whether more of it is unwritten than its padding; put back what stood there."""
-    for name, parameter, before in marks:
-        places = _places(parameter)
-        unwritten = places.isnan()
-        num_unwritten = int(unwritten.sum())
-        if num_unwritten:
-            places.copy_(torch.where(unwritten, before, places))
-        yield name, num_unwritten > _num_padding(parameter)
-
-
-def _places(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return a view of the numbers of a parameter that are marked."""
-    data = parameter.data
-    if data.numel() <= _MARK_ALL or not data.is_contiguous() or _num_padding(parameter):
-        return data
-    return data.view(-1)[::_STRIDE]
-
-
-def _num_padding(parameter: torch.nn.Parameter) -> int:
-    """Return how many numbers no checkpoint fills: vLLM's layers of experts say how many it does."""
-    return parameter.numel() - getattr(parameter, "weight_loader_numel", parameter.numel())
