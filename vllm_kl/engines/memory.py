@@ -7,6 +7,7 @@ what it is told to take is there.
 from __future__ import annotations
 
 import bisect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ import torch
 from vllm_kl.errors import OptionError
 
 _MARGIN = 16 << 20  # rounding to blocks
+# Text models all of whose layers keep KV, of one size, for all tokens or for a window's. Others share it among layers, have
+# layers without, or layers of several sizes.
+_EQUAL = """
+    llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
+    qwen3_vl_moe_text gemma gemma2 gemma3_text phi phi3 granite granitemoe cohere cohere2 olmo olmo2 olmo3 olmoe starcoder2
+    stablelm glm glm4 glm4_moe smollm3 seed_oss gpt_oss gpt_neox deepseek_v2 deepseek_v3
+"""
+_EQUAL_LAYERS = frozenset(_EQUAL.split())
+_ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _STATES = 4 << 30  # of models whose layers keep a state: vLLM sizes their blocks by it
 
 
@@ -53,17 +63,21 @@ def _roomy_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> int:
 
 
 def _sequence_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> int:
-    """Return the least that one sequence's KV takes: layers with a window keep no more than that, and a batch."""
+    """Return the least that one sequence's KV takes: layers with a window keep no more than that, and a batch.
+
+    0 where nobody knows before vLLM has made the model; vLLM refuses then, when it has loaded it.
+    """
     layers, text = _num_layers(config, options), config.hf_text_config
+    if text.model_type not in _EQUAL_LAYERS or not _element_bytes(config, options):
+        return 0
     kinds = getattr(text, "layer_types", None) or []
     window = config.get_sliding_window() or getattr(text, "attention_chunk_size", None)
     windowed = round(layers * sum(kind != "full_attention" for kind in kinds) / len(kinds)) if kinds else layers
     if not window:
         windowed = 0
     kept = min(num_tokens, (window or 0) + options["max_num_batched_tokens"])
-    per_layer = _token_bytes(config, options) // (
-        2 if config.use_mla else 1
-    )  # MLA keeps one vector for keys and values
+    # MLA keeps one vector for keys and values.
+    per_layer = _token_bytes(config, options) // (2 if config.use_mla else 1)
     return per_layer * ((layers - windowed) * num_tokens + windowed * kept)
 
 
@@ -71,8 +85,16 @@ def _token_bytes(config: Any, options: dict[str, Any]) -> int:
     from vllm.config import ParallelConfig
 
     parallel = ParallelConfig(tensor_parallel_size=options.get("tensor_parallel_size", 1))
-    element = 1 if "fp8" in str(options.get("kv_cache_dtype", "auto")) else config.dtype.itemsize
+    element = _element_bytes(config, options) or config.dtype.itemsize
     return 2 * config.get_num_kv_heads(parallel) * config.get_head_size() * element
+
+
+def _element_bytes(config: Any, options: dict[str, Any]) -> int:
+    """Return what a number of the KV cache takes; 0: not known, the numbers are packed or the checkpoint says how."""
+    kind = options.get("kv_cache_dtype", "auto")
+    if kind == "auto":
+        return 0 if getattr(config.hf_config, "quantization_config", None) else config.dtype.itemsize
+    return _ELEMENT_BYTES.get(kind, 0)
 
 
 def _num_layers(config: Any, options: dict[str, Any]) -> int:
@@ -84,7 +106,9 @@ def _num_layers(config: Any, options: dict[str, Any]) -> int:
 def _weight_bytes(model: str, config: Any) -> int:
     """Return what the weights of a folder take when they are loaded; 0 for a name on the hub, whose files are elsewhere."""
     folder = Path(model)
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    index = folder / "model.safetensors.index.json"  # a folder may hold the same weights in other files beside these
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
+    files = [folder / name for name in names] or list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     stored = getattr(config.hf_text_config, "dtype", None)
     shrinks = stored == torch.float32 and config.dtype.itemsize < 4
     return sum(file.stat().st_size for file in files) // (2 if shrinks else 1)
