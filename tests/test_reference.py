@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -163,6 +165,29 @@ def test_a_path_brings_its_tokenizer(ref_path, monkeypatch):
 
     monkeypatch.setattr(reference, "VLLMScorer", lambda model: model)
     assert VLLMReference(ref_path).tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_an_engine_is_started(ref_path, tmp_path, monkeypatch):
+    from vllm_kl import reference
+
+    monkeypatch.setattr(reference, "VLLMScorer", lambda model: pytest.fail("an engine was started"))
+    with pytest.raises(OptionError, match=r"the tokenizer of '/no/such' could not be loaded: .*Pass tokenizer="):
+        VLLMReference(ref_path, "/no/such")
+    shutil.copytree(ref_path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(OptionError, match="the tokenizer of .* could not be loaded: JSONDecodeError"):
+        VLLMReference(tmp_path)
+    with pytest.raises(OptionError, match="model '/no/such' does not exist"):
+        VLLMReference("/no/such")
+
+
+def test_a_checkpoint_without_a_tokenizer_scores_ids(ref_path, tmp_path, monkeypatch):
+    from vllm_kl import reference
+
+    monkeypatch.setattr(reference, "VLLMScorer", lambda model: model)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ref_path / name, tmp_path)
+    assert VLLMReference(tmp_path).tokenizer is None
 
 
 class TestRefusals:

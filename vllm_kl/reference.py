@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from tensordict.utils import NestedKey
 from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
 
 from vllm_kl.alignment import PaddingSide, to_layout
+from vllm_kl.engines.make import checked_path
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import InputMode, keys_of, nested, read_batch, rows_of
 from vllm_kl.outputs import Rows, set_rows
@@ -122,6 +125,9 @@ class VLLMReference(LLMWrapperBase):
             raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
         # vllm.LLM has a method named score as well: what generates is an engine.
         is_model = isinstance(scorer_or_model, (str, os.PathLike)) or hasattr(scorer_or_model, "generate")
+        if isinstance(scorer_or_model, (str, os.PathLike)):
+            scorer_or_model = checked_path(scorer_or_model, engine_options)
+        self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)  # before an engine is started
         self._owns_scorer = is_model or not hasattr(scorer_or_model, "score")
         if self._owns_scorer:
             self.scorer: Scorer = VLLMScorer(scorer_or_model, **engine_options)
@@ -131,7 +137,6 @@ class VLLMReference(LLMWrapperBase):
             )
         else:
             self.scorer = scorer_or_model
-        self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)
         self.input_mode = input_mode
         self.pad_output = pad_output
         self.padding_side = padding_side
@@ -241,18 +246,34 @@ class VLLMReference(LLMWrapperBase):
         )
 
 
-def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
-    if tokenizer is None:
-        if isinstance(model, (str, os.PathLike)):
-            tokenizer = model
-        else:
-            get_tokenizer = getattr(model, "get_tokenizer", None)
-            return get_tokenizer() if get_tokenizer is not None else None
-    if isinstance(tokenizer, (str, os.PathLike)):
-        from transformers import AutoTokenizer
+# What a file of a tokenizer is called, by its library.
+_TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm|\.model$")
 
-        return AutoTokenizer.from_pretrained(tokenizer)
-    return tokenizer
+
+def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """Return the tokenizer, loaded if it is named; ``None`` where a checkpoint has none and none was asked for.
+
+    Raises:
+        OptionError: it cannot be loaded.
+    """
+    if tokenizer is None and not isinstance(model, (str, os.PathLike)):
+        get_tokenizer = getattr(model, "get_tokenizer", None)
+        return get_tokenizer() if get_tokenizer is not None else None
+    if not isinstance(tokenizer, (str, os.PathLike, type(None))):
+        return tokenizer
+    name = os.fspath(model if tokenizer is None else tokenizer)
+    files = [file.name for file in Path(name).glob("*")]
+    if tokenizer is None and files and not any(map(_TOKENIZER_FILE.search, files)):
+        return None  # ids need none; what is made of text says that it is missing
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of transformers, tokenizers, huggingface_hub, json, jinja
+        raise OptionError(
+            f"the tokenizer of {name!r} could not be loaded: {type(error).__name__}: {error}. Pass tokenizer=, a "
+            "transformers tokenizer or the path of one"
+        ) from error
 
 
 class _RemoteBuild:

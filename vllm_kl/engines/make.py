@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,10 +30,11 @@ def make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any]
         WeightsError: the adapter cannot be loaded, or would not be served as it is written.
     """
     if isinstance(model, (str, os.PathLike)):
-        check_options(engine_options)
+        engine_options = check_options(engine_options)
         if _is_table_complete():
             check_names(engine_options, NAMES)
-        path = _checked_path(model, engine_options)
+        _check_travels(engine_options)
+        path = checked_path(model, engine_options)
         return ProcessEngine(path, readout=readout, options=engine_options, lora_request=lora_request)
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
@@ -63,7 +65,22 @@ def _is_table_complete() -> bool:
     return False
 
 
-def _checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
+def _check_travels(options: Mapping[str, Any]) -> None:
+    """Refuse a value that the engine's process could not have: it is another one, and has not run the caller's script."""
+    for name, value in options.items():
+        why = "it is defined in the script itself" if getattr(value, "__module__", "") == "__main__" else ""
+        try:
+            pickle.dumps(value)
+        except Exception as error:  # pickle's own, and whatever a value's own methods raise
+            why = f"it cannot be pickled ({error})"
+        if why:
+            raise OptionError(
+                f"engine option {name}={value!r} cannot be sent to the engine's process: {why}. Define it in a module, at its top "
+                "level"
+            )
+
+
+def checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
     """Return a model's name as it is, or its path if vLLM can load what lies there.
 
     Raises:
@@ -96,6 +113,12 @@ def _checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> 
         raise OptionError(
             f"model {name!r} has no config.json{_what_is_there(folder)}. Expected the folder of a checkpoint"
         )
+    if (
+        "config.json" in files
+        and "params.json" not in files
+        and not _read_json(folder / "config.json").get("model_type")
+    ):
+        raise OptionError(f"{str(folder / 'config.json')!r} names no model_type: expected the config of a model")
     if options.get("load_format", "auto") == "auto":
         _check_weights(folder, files)
     return name
@@ -121,10 +144,23 @@ def _check_weights(folder: Path, files: list[str]) -> None:
             "(save_pretrained), or pass load_format= if vLLM is to load it in another way"
         )
     if "model.safetensors.index.json" in files:
-        index = json.loads((folder / "model.safetensors.index.json").read_text())
-        shards = sorted(set(index["weight_map"].values()))
+        index = _read_json(folder / "model.safetensors.index.json")
+        if not (shards := sorted(set(index.get("weight_map", {}).values()))):
+            raise OptionError(
+                f"{str(folder / 'model.safetensors.index.json')!r} has no weight_map. Save the model again"
+            )
         if missing := [shard for shard in shards if shard not in files]:
             raise OptionError(
                 f"model {str(folder)!r} lacks {len(missing)} of {len(shards)} files of its weights, {missing[0]} first: the "
                 "download or the save is not complete"
             )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text())
+    except ValueError as error:
+        raise OptionError(f"{str(file)!r} is not valid JSON: {error}. Save or download it again") from error
+    if not isinstance(read, dict):
+        raise OptionError(f"{str(file)!r} is JSON, but no object: expected {{...}}, got {type(read).__name__}")
+    return read
