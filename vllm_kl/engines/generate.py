@@ -29,11 +29,12 @@ from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.lengths import dynamic_length, note_on, side_in
 from vllm_kl.engines.weights import LiveWeights, lock_of
-from vllm_kl.errors import MissingLogProbError, ReadoutUnavailableError, WeightsError
+from vllm_kl.errors import EngineError, MissingLogProbError, ReadoutUnavailableError, VLLMKLError, WeightsError
 from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 logger = logging.getLogger("vllm_kl")
+DUMMY = "load_format='dummy': the weights are random numbers"  # what a user must know of it
 
 
 class GenerateEngine:
@@ -81,6 +82,12 @@ class GenerateEngine:
                 f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
                 "'raw_logprobs', vLLM's default"
             )
+        # V1's runner (0.32) asserts that nobody asks for prompt log-probs there, which ends the engine.
+        if _made_with(engine, "cache_config", "kv_sharing_fast_prefill"):
+            raise ReadoutUnavailableError(
+                "this engine was made with kv_sharing_fast_prefill=True: it computes the last row of a prompt only, and would end "
+                "where more are asked for. Make it without"
+            )
         if self._is_llm:
             check_adapter(llm_engine, lora_request)
             _mend_cpu(llm_engine)
@@ -96,6 +103,8 @@ class GenerateEngine:
         text = getattr(config, "hf_text_config", None)
         side = None if config is None else side_in(llm_engine)
         notes = () if side is None else (note_on(text, config.max_model_len, side),)
+        if _made_with(engine, "load_config", "load_format") == "dummy":
+            notes = (*notes, DUMMY)
         self.info = EngineInfo(
             readout="token_ids" if is_token_ids else "flat",
             vocab_size=None if config is None else config.get_vocab_size(),
@@ -149,6 +158,14 @@ class GenerateEngine:
         """Nothing to give back: the engine belongs to somebody else."""
 
     def _send(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
+        try:
+            return self._of_the_adapter(self._ask(requests, read_cache))
+        except ValueError as error:  # what vLLM refuses; its engine goes on
+            if isinstance(error, VLLMKLError):
+                raise
+            raise EngineError(f"vLLM refused: {error}") from error
+
+    def _ask(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -160,14 +177,13 @@ class GenerateEngine:
         adapter = {"lora_request": self._lora_request} if self._names_adapter else {}
         if not self._is_llm:  # takes one set of parameters for all
             adapter = adapter if self._lora_request is not None else {}
-            outputs = self._generate(prompts, SamplingParams(**common, **self._readout.params(None)), **adapter)
-            return self._of_the_adapter(outputs)
+            return self._generate(prompts, SamplingParams(**common, **self._readout.params(None)), **adapter)
         params = [
             SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
             for r in requests
         ]
         # Without use_tqdm=False a vllm.LLM shows a progress bar. None is passed, too: somebody may have bound another.
-        return self._of_the_adapter(self._generate(prompts, params, use_tqdm=False, **adapter))
+        return self._generate(prompts, params, use_tqdm=False, **adapter)
 
     def _of_the_adapter(self, outputs: list[Any]) -> list[Any]:
         """Return the outputs, or refuse those of other weights: each tells the adapter that made it."""
@@ -187,6 +203,13 @@ def config_of(engine: Any) -> Any:
     """Return what tells how an engine records log-probs: the config of a ``vllm.LLM``'s model, the arguments of TorchRL's
     ``AsyncVLLM``; ``None`` of what cannot be asked."""
     return getattr(getattr(engine, "llm_engine", None), "model_config", None) or getattr(engine, "engine_args", None)
+
+
+def _made_with(engine: Any, config: str, name: str) -> Any:
+    """Return an option that an engine was made with, in one of vLLM's configs; ``None`` of what cannot be asked."""
+    llm_engine = getattr(engine, "llm_engine", None)
+    made_with = getattr(engine, "engine_args", None) if llm_engine is None else getattr(llm_engine.vllm_config, config)
+    return getattr(made_with, name, None)
 
 
 class _TokenIds:

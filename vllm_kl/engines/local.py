@@ -17,10 +17,10 @@ import torch
 
 from vllm_kl.engines.adapters import lora_options
 from vllm_kl.engines.base import Driver, drive
-from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.engines.lengths import dynamic_length, note_on, side_of, switch_length
+from vllm_kl.engines.generate import DUMMY, GenerateEngine
+from vllm_kl.engines.lengths import dynamic_length, note_on, rope_parameters, side_of, switch_length
 from vllm_kl.engines.options import NAMES, check_names, check_options
-from vllm_kl.errors import EngineError, OptionError, ReadoutUnavailableError, VLLMKLError
+from vllm_kl.errors import OptionError, ReadoutUnavailableError, VLLMKLError
 from vllm_kl.types import ScoreRequest, ScoreResult
 
 
@@ -41,7 +41,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     from vllm_kl.plugin.text_only import naming_what_is_missing, text_options
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
-    check_options(options)
+    options = check_options(options)
     check_names(options, known)
     is_cpu = current_platform.is_cpu()
     if is_cpu:
@@ -55,6 +55,9 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         # Refuses what is too long, or no model.
         config = EngineArgs(model=model, **{"skip_tokenizer_init": True, **given}).create_model_config()
     _check_model(config)
+    _check_overrides(config, given.get("hf_overrides"))
+    if is_cpu:
+        _check_kv_cache(config, given.get("kv_cache_dtype", "auto"))
     defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
     options = {**defaults, **given, **_fitted(config, given, is_cpu=is_cpu)}
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
@@ -158,10 +161,10 @@ class _Blocking:
         keys = [key for key, _ in requests]
         try:
             results = self._engine.score([request for _, request in requests], share_prefix=share_prefix)
-        except (VLLMKLError, ValueError) as error:  # what vLLM refuses is a ValueError; its engine goes on
+        except VLLMKLError as error:  # what vLLM refuses among them; its engine goes on
             if len(requests) > 1:  # one caller's failure is not the others'
                 return [result for one in requests for result in self._score([one], share_prefix)]
-            return [(keys[0], error if isinstance(error, VLLMKLError) else EngineError(f"vLLM refused: {error}"))]
+            return [(keys[0], error)]
         return list(zip(keys, results, strict=True))
 
     def cancel(self, keys: Sequence[Hashable]) -> None:
@@ -186,9 +189,33 @@ def _check_on_cpu(options: dict[str, Any]) -> None:
         )
 
 
+def _check_kv_cache(config: Any, dtype: str) -> None:
+    """Refuse a dtype of the KV cache that the CPU's attention reads as another (0.32): log-probs would be off by a nat."""
+    works = {"auto", "fp8", "fp8_e4m3", "fp8_e5m2", str(config.dtype).removeprefix("torch.")}
+    if dtype not in works:
+        raise OptionError(
+            f"kv_cache_dtype={dtype!r} does not work on a CPU with dtype={str(config.dtype).removeprefix('torch.')!r}: vLLM's "
+            f"attention would read other numbers than it wrote. What works: {', '.join(sorted(works))}"
+        )
+
+
+def _check_overrides(config: Any, overrides: Any) -> None:
+    """Refuse an override of RoPE that has no effect: transformers 5 keeps it in ``rope_parameters``, which win."""
+    for name in ("rope_theta", "partial_rotary_factor"):
+        wanted = overrides.get(name) if isinstance(overrides, dict) else None
+        used = [one[name] for one in rope_parameters(config.hf_text_config) if name in one]
+        if wanted is not None and used and wanted not in used:
+            raise OptionError(
+                f"hf_overrides={{{name!r}: {wanted!r}}} has no effect: the model's config has {name}={used[0]!r} in "
+                f"rope_parameters. Pass hf_overrides={{'rope_parameters': {{...}}}} with all of them"
+            )
+
+
 def _check_model(config: Any) -> None:
     """Refuse a model whose numbers would not be log-probs of a token given those before it, or depend on other sequences."""
     text = config.hf_text_config
+    if config.max_model_len < 2:
+        raise OptionError(f"max_model_len={config.max_model_len} leaves nothing to score: token 0 has no log-prob")
     if getattr(text, "is_causal", True) is False:
         raise ReadoutUnavailableError(
             f"{config.architecture} has is_causal=False in its config: every token sees the later ones, so there is no log-prob of "
@@ -258,6 +285,8 @@ def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout:
             f"this CPU multiplies {dtype} matrices one number at a time: dtype='float32' is two to three times as fast, for twice "
             "the memory"
         )
+    if "auto" != (kept := str(given.get("kv_cache_dtype", "auto"))) != dtype:
+        yield f"kv_cache_dtype={kept!r} rounds keys and values, and moves log-probs: serve the policy with the same"
     if why_not := _why_not_shared(config, is_cpu=is_cpu):
         yield f"prefixes are not shared: {why_not}"
     elif config.is_hybrid:
@@ -269,7 +298,7 @@ def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout:
         yield f"sequences end at {longest} tokens: vLLM has no positions beyond for 'dynamic' RoPE"
     yield _other_than_transformers(config)
     if options.get("load_format") == "dummy":
-        yield "load_format='dummy': the weights are random numbers"
+        yield DUMMY
     if new := sorted(options.keys() - NAMES):
         yield f"this vLLM has options that vllm_kl does not know: what {', '.join(new)} does to scores was not looked at"
 
