@@ -36,6 +36,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import (
     CollectorError,
     DriftError,
+    EngineError,
     FrozenError,
     InputError,
     MissingLogProbError,
@@ -224,6 +225,24 @@ class TestWhatIsRecorded:
         """A fake: AsyncVLLM needs Ray with a GPU, SGLang a server."""
         assert recorded_by(SimpleNamespace(model=engine, generate_kwargs=params)).temperature == temperature
 
+    def test_an_engine_that_computes_the_last_row_only_is_refused_before_it_ends(self, engines, monkeypatch):
+        args = SimpleNamespace(kv_sharing_fast_prefill=True, enable_lora=False)
+        elsewhere = SimpleNamespace(engine_args=args)
+        monkeypatch.setattr(engines["raw"].llm_engine.vllm_config.cache_config, "kv_sharing_fast_prefill", True)
+        for engine in (elsewhere, engines["raw"]):
+            with pytest.raises(ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make it without"):
+                GenerateEngine(engine, generate=lambda: None)
+
+    def test_what_a_live_engine_refuses_is_an_error_of_ours(self, engines, monkeypatch):
+        scorer = VLLMScorer(engines["raw"])
+        monkeypatch.setattr(engines["raw"].llm_engine.model_config, "return_sampling_mask", True)
+        with pytest.raises(EngineError, match="vLLM refused: .*requires temperature > 0"):
+            scorer.score([[5, 6, 7]])
+
+    def test_a_live_engine_of_random_numbers_says_so(self, engines, monkeypatch):
+        monkeypatch.setattr(engines["raw"].llm_engine.vllm_config.load_config, "load_format", "dummy")
+        assert any("the weights are random numbers" in note for note in GenerateEngine(engines["raw"]).info.notes)
+
     def test_logits_of_an_engine_elsewhere_are_refused(self):
         engine = SimpleNamespace(engine_args=SimpleNamespace(logprobs_mode="processed_logits", enable_lora=False))
         with pytest.raises(ReadoutUnavailableError, match="returns logits instead of log-probs"):
@@ -380,6 +399,48 @@ class TestWhatWasUsed:
         assert largest(data) < KL_TOLERANCE
         assert len(said) == 1
         assert "softmax(logits / 0.5)" in said[0]
+
+    @pytest.mark.parametrize(
+        ("mode", "wrap", "num_said"),
+        [("processed", PerCall, 1), ("processed", lambda policy: policy, 0), ("raw", PerCall, 0)],
+    )
+    def test_log_probs_of_a_reference_beside_recorded_ones_of_another_temperature_are_warned_of_once(
+        self,
+        make_env,  # noqa: F811
+        make_policy,
+        engines,
+        equal,
+        mode,
+        wrap,
+        num_said,
+    ):
+        """Whoever subtracts the two would have a KL of a nat a token for equal weights."""
+        env = make_env().append_transform(RetrieveLogProb(equal(mode)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            collect(env, lambda: wrap(make_policy(engines[mode])), turns=2 * NUM_ENVS)
+        said = [str(w.message) for w in caught if issubclass(w.category, MismatchWarning)]
+        assert len(said) == num_said
+        assert all("softmax(logits / 0.5)" in text and "VLLMReference(path, temperature=T)" in text for text in said)
+
+    def test_recorded_log_probs_that_another_transform_replaces_are_not_warned_of(
+        self,
+        make_env,  # noqa: F811
+        make_policy,
+        engines,
+        equal,
+        tokenizer,
+    ):
+        policy = make_policy(engines["processed"], temperature=0.5)
+        env = make_env().append_transform(
+            RetrieveLogProb(policy.get_new_version(generate=False, return_log_probs=True))
+        )
+        env = env.append_transform(RetrieveLogProb(equal("processed"))).append_transform(KLComputation())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data = collect(env, lambda: policy, turns=NUM_ENVS)
+        assert not [w for w in caught if issubclass(w.category, MismatchWarning)]
+        assert largest(data) < KL_TOLERANCE
 
     def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
         policy = make_policy(engines["processed"])

@@ -48,7 +48,10 @@ class KLComputation(KLTransform):
             composition, writes.
 
     Log-probs do not tell their temperature: both entries must be those of one ``softmax(logits / T)``. Where transforms of the
-    same env, or composition, write both, it is checked.
+    same env, or composition, write both, it is checked. What a policy recorded, and what was stored, is taken as it is: a policy
+    whose engine has ``logprobs_mode="processed_logprobs"`` and that samples at ``temperature=0.5`` gives a KL of about a nat a
+    token to a reference of equal weights at temperature 1. ``RetrieveKL(FromCollector(policy=...), reference)`` knows, and scores
+    again or refuses.
 
     Without a stored mask NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the
     other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where

@@ -31,6 +31,7 @@ from vllm_kl.placeholders import Placeholders, check_placeholders
 from vllm_kl.recorded import (
     SURE,
     OnZero,
+    Recorded,
     check_on_zero,
     check_recorded,
     check_zeros,
@@ -44,7 +45,7 @@ from vllm_kl.types import Scorer, TokenBatch
 
 GenLogProbs = Literal["auto", "reuse", "rescore"]
 
-_TEMPERATURES = (
+TEMPERATURES = (
     "Equal weights would not give 0. What works: logprobs_mode='raw_logprobs' (vLLM's default) in the policy's engine, and a "
     "reference at temperature 1; or logprobs_mode='processed_logprobs' and no sampling parameter but temperature=T, and the "
     "same for the reference (VLLMReference(path, temperature=T))"
@@ -58,6 +59,26 @@ def policy_of(collector: Any) -> Any:
         inside = [m for m in policy.modules() if isinstance(m, LLMWrapperBase) and m.generate]
         return inside[0] if len(inside) == 1 else policy
     return policy
+
+
+def _found(policy: Any) -> Recorded | None:
+    watched = watch(policy)
+    return recorded_by(policy, None if watched is None else watched.last)
+
+
+def why_unlike(policy: LLMWrapperBase, temperature: float) -> str:
+    """Return why what a policy records is not of ``softmax(logits / temperature)``; empty: it is, or nothing is known."""
+    found = _found(policy)
+    if found is None:
+        return ""
+    if found.temperature is None:
+        return f"the recorded log-probs are not those of softmax(logits) at any temperature: {found.why}"
+    if not is_same_temperature(found.temperature, temperature):
+        return (
+            f"the recorded log-probs are those of softmax(logits / {found.temperature:g}), the reference's of softmax(logits / "
+            f"{temperature:g}): {found.why}"
+        )
+    return ""
 
 
 class FromCollector:
@@ -213,15 +234,15 @@ class FromCollector:
                 self._audit(recorded, batch, policy, temperature)
                 return recorded, True
             if unlike and self.audit.fraction:
-                self.audit.complain(f"{unlike}. {_TEMPERATURES}; or audit=0")
+                self.audit.complain(f"{unlike}. {TEMPERATURES}; or audit=0")
             if self.gen_log_probs == "reuse":
-                cure = _TEMPERATURES if unlike else "Let the policy record log-probs (return_log_probs=True)"
+                cure = TEMPERATURES if unlike else "Let the policy record log-probs (return_log_probs=True)"
                 raise CollectorError(
                     f"gen_log_probs='reuse', but {why_not}. {cure}, or pass gen_log_probs='rescore' inside a collector."
                 )
             why = f"{why_not}, and "
             if unlike and self._can_score(policy, temperature):
-                self._say(f"{unlike}. They are scored again (gen_log_probs='auto'). {_TEMPERATURES}")
+                self._say(f"{unlike}. They are scored again (gen_log_probs='auto'). {TEMPERATURES}")
         if policy is None and collector is not None:
             raise CollectorError(
                 f"from_collector: {why}the collector's policy is a {type(collector.policy).__name__}, which cannot be asked to "
@@ -236,7 +257,7 @@ class FromCollector:
         if not self._can_score(policy, temperature):
             raise OptionError(
                 f"from_collector: {why}the policy's engine scores again at temperature {temperature_of(self._scorer_of(policy)):g} "
-                f"only, while the reference's log-probs are those of softmax(logits / {temperature:g}). {_TEMPERATURES}"
+                f"only, while the reference's log-probs are those of softmax(logits / {temperature:g}). {TEMPERATURES}"
             )
         return self._score(batch, policy), False
 
@@ -317,18 +338,13 @@ class FromCollector:
         """Return why what the policy records is not comparable with the reference; ``None``: it is, or nothing is known."""
         if policy is None or not policy.return_log_probs:
             return None
-        watched = watch(policy)
-        found = recorded_by(policy, None if watched is None else watched.last)
-        if found is None:
-            return None
-        if found.temperature is None:
-            return f"the recorded log-probs are not those of softmax(logits) at any temperature: {found.why}"
-        if not is_same_temperature(found.temperature, temperature):
-            return (
-                f"the recorded log-probs are those of softmax(logits / {found.temperature:g}), the reference's of softmax(logits / "
-                f"{temperature:g}): {found.why}"
-            )
-        if found.temperature != 1.0 and any(kept.any() for kept in self._kept_prompts(batch, td, policy)):
+        if why := why_unlike(policy, temperature):
+            return why
+        if (
+            (found := _found(policy)) is not None
+            and found.temperature != 1.0
+            and any(kept.any() for kept in self._kept_prompts(batch, td, policy))
+        ):
             return (
                 "prompt tokens are kept, whose recorded log-probs are those of softmax(logits), while the reference's are those "
                 f"of softmax(logits / {temperature:g}): {found.why}"

@@ -6,18 +6,21 @@ same keys.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.data import Composite
-from torchrl.modules.llm.policies import LogProbs
+from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
+from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
-from vllm_kl.generated import Origin
-from vllm_kl.inputs import InputKeys, keys_of, read_batch, rows_of
+from vllm_kl.from_collector import TEMPERATURES, policy_of, why_unlike
+from vllm_kl.generated import Origin, watch
+from vllm_kl.inputs import InputKeys, keys_of, nested, read_batch, rows_of
 from vllm_kl.outputs import Rows, check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
 from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
@@ -47,6 +50,9 @@ class RetrieveLogProb(TurnsTransform):
         ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``; ``None``: nowhere.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
+
+    In the env of a collector it warns, once, where the policy records log-probs of another temperature, or after a ``top_p`` or
+    penalties: the difference between those and these is no KL. Of a stored batch nobody knows how it was sampled.
 
     Raises:
         ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
@@ -91,6 +97,7 @@ class RetrieveLogProb(TurnsTransform):
         super().__init__(in_keys=list(model.in_keys), out_keys=out_keys)
         self.model = model
         self._side = side
+        self._has_warned = False
         # Its log-probs are taken for those that the samples were drawn with; under another key they are a second opinion.
         self._is_policy = not is_reference and log_probs_full_key == ("log_probs", "full")
         self.on_stale: OnStale = on_stale
@@ -114,7 +121,26 @@ class RetrieveLogProb(TurnsTransform):
     def _keys(self) -> InputKeys:
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        if (collector := self._collector()) is not None:
+            watch(policy_of(collector))  # so that it remembers what it samples with, from its first call on
+        return super()._reset_env_preprocess(tensordict)
+
+    def _warn_of_recorded(self, td: TensorDictBase) -> None:
+        """Warn of what the collector's policy records beside these log-probs, where the two are of two distributions."""
+        policy = policy_of(self._collector())
+        if self._has_warned or not isinstance(policy, LLMWrapperBase) or not policy.return_log_probs:
+            return
+        key = nested(policy.log_probs_key, "full")
+        is_scored = any(transform.scored_at(key) is not None for transform in self._neighbours())
+        if is_scored or rows_of(td, key) is None:
+            return
+        if why := why_unlike(policy, self._side.temperature):
+            self._has_warned = True
+            warnings.warn(f"{why}. {TEMPERATURES}", MismatchWarning, stacklevel=2)
+
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        self._warn_of_recorded(td)
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         self._texts.see(batch.report)
         values, _ = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
