@@ -183,6 +183,8 @@ def test_ids_set_later_and_given_as_names_of_other_kinds_are_found():
         media_placeholder_token_id=9, image_start_token_id=8, vision={"img_context_token_id": 7}
     )
     assert placeholder_ids(remote).keys() == {7, 9}
+    ernie = transformers.PreTrainedConfig(im_patch_id=6, im_start_id=5, im_end_id=4, vision_start_token_id=3)
+    assert placeholder_ids(ernie) == {6: "an image (im_patch_id)"}
 
 
 @pytest.mark.parametrize(

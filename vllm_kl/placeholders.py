@@ -15,11 +15,11 @@ from vllm_kl.errors import OptionError
 
 Placeholders = Literal["refuse", "as_text"]
 
-# In transformers 5.19 and vLLM 0.32: image_token_id, image_token_index, media_placeholder_token_id, visual_indicator_token_ids ...
-# What begins or ends an image has another name: image_start_token_id, boi_token_id, vision_end_token_id.
+# In transformers 5.19 and vLLM 0.32: image_token_id, image_token_index, media_placeholder_token_id, visual_indicator_token_ids,
+# im_patch_id ... What begins or ends an image has another name: image_start_token_id, boi_token_id, vision_end_token_id, im_end_id.
 _NAME = re.compile(
-    r"(?P<what>image|img|im|video|vision|visual|audio|speech|sound|media)"
-    r"(_(soft|pad|patch|placeholder|context|frame|indicator))*_token_(id|index)(e?s)?"
+    r"(?P<what>image|img|im|video|vision|visual|audio|speech|sound|media|patch)"
+    r"(_token|(_(soft|pad|patch|placeholder|context|frame|indicator))+(_token)?)_(id|index)(e?s)?"
 )
 _WHAT = {
     "image": "an image",
@@ -32,6 +32,7 @@ _WHAT = {
     "speech": "audio",
     "sound": "audio",
     "media": "an image, a video or audio",
+    "patch": "an image",
 }
 
 
