@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import numpy as np
 import pydantic
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -120,23 +122,100 @@ class TestRefusedBeforeAnEngineIsStarted:
         with pytest.raises(OptionError, match=r"lacks 1 of 2 files of its weights, model-2\.safetensors first"):
             VLLMScorer(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("file", "text", "message"),
+        [
+            ("config.json", '{"a": ', "is not valid JSON"),
+            ("config.json", "[1]", "no object: expected {...}, got list"),
+            ("config.json", "{}", "names no model_type"),
+            ("model.safetensors.index.json", "{", "is not valid JSON"),
+            ("model.safetensors.index.json", "{}", "has no weight_map"),
+        ],
+    )
+    def test_a_checkpoint_whose_files_cannot_be_read(self, ref_path, tmp_path, file, text, message):
+        shutil.copytree(ref_path, tmp_path, dirs_exist_ok=True)
+        (tmp_path / file).write_text(text)
+        with pytest.raises(OptionError, match=f"{file}' {message}|{file}' is JSON, but {message}"):
+            VLLMScorer(tmp_path)
+
+    def test_a_function_that_the_engines_process_cannot_have(self, ref_path, monkeypatch):
+        with pytest.raises(OptionError, match="hf_overrides=<function .* cannot be pickled .*Define it in a module"):
+            VLLMScorer(ref_path, hf_overrides=lambda config: config)
+        monkeypatch.setattr(truth, "__module__", "__main__")
+        with pytest.raises(
+            OptionError, match="hf_overrides=<function .* defined in the script itself|cannot be pickled"
+        ):
+            VLLMScorer(ref_path, hf_overrides=truth)
+
     def test_an_adapter_in_place_of_a_model(self, lora_paths):
         with pytest.raises(OptionError, match="is a LoRA adapter: pass the folder of its base model.*lora_request="):
             VLLMScorer(lora_paths[0])
 
 
-def test_values_that_leave_vllm_as_it_is_are_not_refused():
-    options.check_options(
-        {
-            "data_parallel_size": 1,
-            "kv_sharing_fast_prefill": False,
-            "kv_transfer_config": None,
-            "logits_processors": [],
-            "logprobs_mode": "raw_logprobs",
-            "distributed_executor_backend": "mp",
-            "enable_prefix_caching": True,
-        }
+class TestValues:
+    """A value counts as what vLLM's pydantic makes of it, and one that changes nothing is not given to vLLM."""
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("data_parallel_size", (1, 1.0, "1", True)),
+            ("nnodes", (1, 1.0, "1")),
+            ("kv_sharing_fast_prefill", (False, 0, "false", "off")),
+            ("kv_transfer_config", ({},)),
+            ("kv_offloading_size", (0, 0.0)),
+            ("logits_processors", ([], ())),
+            ("logprobs_mode", ("raw_logprobs",)),
+            ("runner", ("auto",)),
+        ],
     )
+    def test_what_leaves_vllm_as_it_is_is_not_passed_on(self, name, values):
+        for value in (None, *values):
+            assert options.check_options({name: value, "dtype": "float32"}, {}) == {"dtype": "float32"}
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("enable_prefix_caching", (False, 0, "false")),
+            ("kv_sharing_fast_prefill", (True, 1, "yes")),
+            ("data_parallel_size", (2, 2.0, "2")),
+            ("data_parallel_rank", (0,)),
+        ],
+    )
+    def test_what_is_refused_is_refused_in_every_spelling(self, name, values):
+        for value in values:
+            with pytest.raises(OptionError, match=f"engine option {name}={value!r} is refused"):
+                options.check_options({name: value}, {})
+
+    def test_every_default_of_vllms_is_let_through(self):
+        from vllm import EngineArgs
+
+        for field in dataclasses.fields(EngineArgs):
+            if field.name != "model" and (default := getattr(EngineArgs, field.name, None)) is not None:
+                options.check_options({field.name: default}, {})
+
+    def test_none_is_not_given(self):
+        given = {"seed": None, "tensor_parallel_size": None, "enable_prefix_caching": None, "max_model_len": "64"}
+        assert options.check_options(given, {}) == {"max_model_len": 64}
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("tensor_parallel_size", "two"), ("max_num_batched_tokens", "4k"), ("max_model_len", 0.5)]
+    )
+    def test_what_is_counted_here_must_be_a_whole_number(self, name, value):
+        with pytest.raises(OptionError, match=f"engine option {name}={value!r} must be a whole number"):
+            options.check_options({name: value}, {})
+
+    @pytest.mark.parametrize(
+        ("name", "value", "off"),
+        [
+            ("VLLM_DP_SIZE", "2", "1"),
+            ("VLLM_DP_RANK", "1", "0"),
+            ("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random", ""),
+        ],
+    )
+    def test_variables_that_vllm_reads_are_options_too(self, name, value, off):
+        options.check_options({}, {name: off})
+        with pytest.raises(OptionError, match=f"the environment sets {name}={value}: .*Unset it"):
+            options.check_options({}, {name: value})
 
 
 class TestFailures:
@@ -163,6 +242,33 @@ class TestFailures:
         )
         assert isinstance(error, OptionError)
         assert "engine option tensor_parallel_size=3 does not work" in str(error)
+
+    def test_a_common_word_in_its_text_blames_no_option_but_one_that_it_quotes_does(self):
+        given = {"load_format": "auto", "revision": "1", "tokenizer_mode": "slow"}
+        error = explain(ValueError("auto tuning on cpu is slow, 1 of 2 failed"), model="m", options=given)
+        assert type(error) is EngineError
+        error = explain(ValueError("tokens: unknown mode 'slow'"), model="m", options=given)
+        assert "engine option tokenizer_mode='slow' does not work" in str(error)
+
+    def test_a_function_that_raises_is_named(self):
+        def overrides(config):
+            return config.rope_parameters
+
+        with pytest.raises(AttributeError) as raised:
+            overrides(SimpleNamespace())
+        error = explain(raised.value, model="m", options={"dtype": "float32", "hf_overrides": overrides})
+        assert str(error).startswith("engine option hf_overrides=<function")
+
+    def test_a_bare_assertion_says_what_was_asserted(self):
+        def load_weights(rows):
+            assert rows == 301
+
+        with pytest.raises(AssertionError) as raised:
+            load_weights(200)
+        raised.value.args = ()  # pytest's own text
+        told = str(explain(raised.value, model="m", options={}))
+        assert "AssertionError: assert rows == 301 (test_options.py, load_weights)" in told
+        assert "its weights are not those that its config describes" in told
 
     @pytest.mark.parametrize(
         ("raised", "message"),
@@ -202,7 +308,8 @@ def model_config(**text):
         use_mla=False,
         dtype=torch.bfloat16,
         max_model_len=text.pop("max_model_len"),
-        hf_text_config=SimpleNamespace(**text),
+        hf_config=SimpleNamespace(quantization_config=text.pop("quantization_config", None)),
+        hf_text_config=SimpleNamespace(**{"model_type": "llama", **text}),
         get_num_kv_heads=lambda parallel: 4,
         get_head_size=lambda: 64,
         get_num_layers=lambda parallel: 4,
@@ -234,6 +341,33 @@ class TestMemory:
         kinds = ["sliding_attention"] * 3 + ["full_attention"]
         config = model_config(max_model_len=600_000, layer_types=kinds, sliding_window=512)
         assert memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False) <= 1 << 30
+
+    @pytest.mark.parametrize(
+        ("text", "given"),
+        [
+            ({"model_type": "gemma3n_text"}, {}),  # layers share KV
+            ({"model_type": "nemotron-nas"}, {}),  # layers without attention
+            ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, {}),
+            ({}, {"kv_cache_dtype": "turboquant_3bit_nc"}),
+        ],
+    )
+    def test_where_nobody_knows_what_a_token_takes_it_is_left_to_vllm(self, text, given):
+        config = model_config(max_model_len=1_000_000, **text)
+        assert memory.kv_cache_bytes("no-folder", config, {**BATCHES, **given}, is_cuda=False) <= 1 << 30
+
+    def test_numbers_of_the_cache_may_be_smaller_than_the_models(self):
+        config = model_config(max_model_len=200_000)
+        config.dtype = torch.float32
+        with pytest.raises(OptionError, match="max_model_len=200000"):
+            memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False)
+        options_16_bits = {**BATCHES, "kv_cache_dtype": "bfloat16"}
+        assert memory.kv_cache_bytes("no-folder", config, options_16_bits, is_cuda=False) <= 1 << 30
+
+    def test_weights_that_lie_there_twice_count_once(self, tmp_path):
+        for name in ("model-1.safetensors", "consolidated.safetensors"):
+            (tmp_path / name).write_bytes(bytes(1000))
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+        assert memory._weight_bytes(str(tmp_path), model_config(max_model_len=1)) == 1000
 
     def test_a_short_model_gets_a_few_batches(self):
         got = memory.kv_cache_bytes("no-folder", model_config(max_model_len=512), BATCHES, is_cuda=False)
@@ -469,6 +603,42 @@ class TestEngines:
     def test_a_backend_that_looks_at_the_longest_sequence_of_a_batch_is_refused(self, start_engine, path):
         with pytest.raises(OptionError, match="transformers backend: above 64 tokens .*Pass max_model_len=64"):
             start_engine(path("phi3"), [], model_impl="transformers", max_model_len=128)
+
+    @pytest.mark.parametrize(
+        ("kind", "given", "message"),
+        [
+            (
+                "llama",
+                {"kv_cache_dtype": "bfloat16", "dtype": "float32"},
+                "kv_cache_dtype='bfloat16' does not work on a CPU",
+            ),
+            (
+                "llama",
+                {"hf_overrides": {"rope_theta": 500.0}},
+                "'rope_theta': 500.0} has no effect: .*rope_theta=10000.0",
+            ),
+            ("llama", {"max_model_len": 1}, "max_model_len=1 leaves nothing to score"),
+        ],
+    )
+    def test_what_would_be_wrong_or_without_effect_for_this_model_is_refused(
+        self, start_engine, path, kind, given, message
+    ):
+        with pytest.raises(OptionError, match=message):
+            start_engine(path(kind), [], **given)
+
+    @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "lm_head.weight"])
+    @pytest.mark.parametrize("readout", ["pooling", "flat"])
+    def test_a_checkpoint_that_lacks_weights_is_refused_by_their_name(
+        self, start_engine, path, tmp_path, lost, readout
+    ):
+        """vLLM 0.32 fills such parameters with what was in memory, and says nothing."""
+        shutil.copytree(path("llama"), tmp_path, dirs_exist_ok=True)
+        tensors = load_file(tmp_path / "model.safetensors")
+        del tensors[lost]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        served = lost.replace("q_proj", "qkv_proj")
+        with pytest.raises(ValueError, match=f"no weights for {served}$"):
+            start_engine(tmp_path, [], dtype="float32", readout=readout)
 
     def test_a_float32_checkpoint_in_16_bits_says_so_whatever_reads_it_out(self, start_engine, path):
         infos = [start_engine(path("llama"), [], readout=readout)[0] for readout in ("pooling", "flat")]
