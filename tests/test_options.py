@@ -363,11 +363,18 @@ class TestMemory:
         options_16_bits = {**BATCHES, "kv_cache_dtype": "bfloat16"}
         assert memory.kv_cache_bytes("no-folder", config, options_16_bits, is_cuda=False) <= 1 << 30
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_a_checkpoint_whose_config_names_no_dtype_is_asked_itself(self, tmp_path, dtype):
+        save_file({"a": torch.zeros(1000, dtype=dtype)}, tmp_path / "model.safetensors")
+        config = model_config(max_model_len=1)  # served in bfloat16
+        assert memory.stored_dtype(str(tmp_path), config) == dtype
+        assert 2000 <= memory._weight_bytes(str(tmp_path), config) < 2100
+
     def test_weights_that_lie_there_twice_count_once(self, tmp_path):
         for name in ("model-1.safetensors", "consolidated.safetensors"):
-            (tmp_path / name).write_bytes(bytes(1000))
+            save_file({"a": torch.zeros(1000, dtype=torch.bfloat16)}, tmp_path / name)
         (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-        assert memory._weight_bytes(str(tmp_path), model_config(max_model_len=1)) == 1000
+        assert memory._weight_bytes(str(tmp_path), model_config(max_model_len=1)) < 2100
 
     def test_a_short_model_gets_a_few_batches(self):
         got = memory.kv_cache_bytes("no-folder", model_config(max_model_len=512), BATCHES, is_cuda=False)

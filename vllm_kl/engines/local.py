@@ -268,17 +268,19 @@ def _why_not_shared(config: Any, *, is_cpu: bool) -> str:
 
 def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout: str, *, is_cpu: bool) -> Iterator[str]:
     """Yield what a user should know of a running engine; empty strings do not count."""
+    from vllm_kl.engines.memory import stored_dtype
     from vllm_kl.plugin.kernel import product_dtype
     from vllm_kl.plugin.native import missing_compiler
 
     if readout == "pooling":
         yield missing_compiler()
     dtype = str(config.dtype).removeprefix("torch.")
-    stored = getattr(config.hf_text_config, "dtype", None) or getattr(config.hf_config, "dtype", None)
-    if stored == torch.float32 and config.dtype.itemsize < 4 and given.get("dtype", "auto") == "auto":
+    stored = stored_dtype(config.model, config) or config.dtype
+    is_wide = stored in (torch.float32, torch.float64)
+    if is_wide and config.dtype.itemsize < 4 and given.get("dtype", "auto") == "auto":
         yield (
-            f"the checkpoint is float32 and is served in {dtype}, vLLM's choice where no dtype is given: pass dtype='float32' for "
-            f"its own numbers, or dtype={dtype!r} if the policy is served in that"
+            f"the checkpoint is {str(stored).removeprefix('torch.')} and is served in {dtype}, vLLM's choice where no dtype is "
+            f"given: pass dtype='float32' for its own numbers, or dtype={dtype!r} if the policy is served in that"
         )
     elif is_cpu and product_dtype(config.dtype) != config.dtype:
         yield (

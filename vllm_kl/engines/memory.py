@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from vllm_kl.errors import OptionError
 
@@ -25,6 +26,7 @@ _EQUAL = """
 """
 _EQUAL_LAYERS = frozenset(_EQUAL.split())
 _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STATES = 4 << 30  # of models whose layers keep a state: vLLM sizes their blocks by it
 
 
@@ -109,9 +111,19 @@ def _weight_bytes(model: str, config: Any) -> int:
     index = folder / "model.safetensors.index.json"  # a folder may hold the same weights in other files beside these
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
     files = [folder / name for name in names] or list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    stored = getattr(config.hf_text_config, "dtype", None)
-    shrinks = stored == torch.float32 and config.dtype.itemsize < 4
-    return sum(file.stat().st_size for file in files) // (2 if shrinks else 1)
+    num_bytes = sum(file.stat().st_size for file in files)
+    stored = stored_dtype(model, config) or config.dtype
+    return num_bytes * config.dtype.itemsize // max(stored.itemsize, config.dtype.itemsize)
+
+
+def stored_dtype(model: str, config: Any) -> torch.dtype | None:
+    """Return the dtype of a checkpoint's weights: what its config says, else that of the first tensor; ``None``: not known."""
+    stored = getattr(config.hf_text_config, "dtype", None) or getattr(config.hf_config, "dtype", None)
+    file = next(iter(sorted(Path(model).glob("*.safetensors"))), None)
+    if stored is not None or file is None:
+        return stored
+    with safe_open(file, "pt") as tensors:
+        return _STORED.get(tensors.get_slice(next(iter(tensors.keys()))).get_dtype())
 
 
 def _available_bytes(is_cuda: bool) -> int:
