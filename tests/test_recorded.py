@@ -442,6 +442,21 @@ class TestWhatWasUsed:
         assert not [w for w in caught if issubclass(w.category, MismatchWarning)]
         assert largest(data) < KL_TOLERANCE
 
+    def test_a_policy_that_generates_by_a_call_of_its_own_is_warned_of_once(self, run, equal):
+        """Nobody sees its temperature of 0.5: the wrapper's own call is not made."""
+
+        def forward(self, td, **_):
+            unwatched = vars(self).pop("_call_generate")
+            try:
+                return vLLMWrapper.forward(self, td, **CALL)
+            finally:
+                self._call_generate = unwatched
+
+        _, said, _ = run("processed", {}, equal("processed"), wrap=with_forward(forward))
+        assert len(said) == 1
+        assert "nobody saw it" in said[0]
+        assert "logprobs_mode='processed_logprobs'" in said[0]
+
     def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
         policy = make_policy(engines["processed"])
         (data,) = collect(make_env(), lambda: policy, turns=NUM_ENVS)
