@@ -628,3 +628,24 @@ class TestOddDialogs:
         bare = make("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
         with pytest.raises(InputError, match="sample 0: the assistant mask keeps token 0"):
             read(bare, [say("assistant", "ho")])
+
+
+@pytest.mark.parametrize(("template", "eos"), [(QWEN3, "<|im_end|>"), (R1, "</s>")])
+def test_short_and_repeated_sentences_are_found_in_their_own_turns_where_a_template_cuts(template, eos):
+    choose = random.Random(0).choice
+    words = ["a", "4", "no", "yes", "user", "model", "assistant", "The answer is 4."]
+    thoughts = ["no", "I think the answer is 4.", "The user asks again.", "Hm.\n\nLet me think."]
+    tokenizer = make(template, eos=eos, bos="<s>")
+    for _ in range(100):
+        messages = []
+        for _ in range(choose([1, 2, 3, 4])):
+            answer = f"<think>\n{choose(thoughts)}\n</think>\n\n{choose(words)}"
+            messages += [say("user", choose(words)), say("assistant", answer)]
+        said = [message["content"] for message in messages[1::2]]
+        if template is QWEN3:
+            cut = sum(len(text) - len(text.split("</think>")[-1].lstrip("\n")) for text in said[:-1])
+        else:
+            cut = sum(len(text) - len(text.split("</think>")[-1]) for text in said)
+        report = read(tokenizer, messages).report
+        assert set(report.warnings) <= {"cut"}, messages
+        assert report.metrics["template_cut_chars"] == cut, messages

@@ -1,8 +1,10 @@
 """A rendered dialog against its messages: how much of each message's content a chat template gave back, and where.
 
 Templates cut content (earlier reasoning), trim it, move it (a system message into a later turn) and add words of their own. This
-finds out by looking for the contents in the rendered text; it needs to know no template. Contents that stand there in their order
-cost one search each. Where one does not, the longest are placed first, and what is left is looked for between its neighbours.
+finds out by looking for the contents in the rendered text; it needs to know no template. Where a template marks what assistants
+say, the i-th assistant's message belongs to the i-th run of marks, and the others' to what lies between: there each is looked for
+first, because short sentences stand in many places. Contents that stand there in their order cost one search each. Where one does
+not, the longest are placed first, at home before elsewhere, and what is left is looked for between its neighbours.
 
 Spans are ``(start, end)``, in characters. It does not know tokens, tokenizers or TorchRL.
 """
@@ -10,6 +12,7 @@ Spans are ``(start, end)``, in characters. It does not know tokens, tokenizers o
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +43,7 @@ class _Piece:
     message: int
     text: str
     is_marked: bool  # an assistant's, in a dialog whose template marks what assistants say
+    home: Span  # where it belongs in the rendered text
     found: list[Span] = field(default_factory=list)  # in the rendered text
     kept: list[Span] = field(default_factory=list)  # the same parts, in ``text``
     is_moved: bool = False
@@ -71,12 +75,15 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     >>> (user.num_found, user.num_chars), (assistant.num_found, assistant.num_chars), assistant.missing
     ((6, 6), (4, 23), '<think>easy</think>')
     """
+    homes = _homes(messages, runs, len(text))
     pieces = [
-        _Piece(i, _as_printed(part, text), bool(runs) and message.get("role") == "assistant")
+        _Piece(i, _as_printed(part, text), bool(runs) and message.get("role") == "assistant", homes[i])
         for i, message in enumerate(messages)
         for part in _texts_of(message.get("content"))
     ]
-    if not _place_in_order(text, pieces, runs):
+    at_home = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.home)]
+    were_placed = [_place_in_order(text, group, runs) for group in at_home]  # all of them, also after one that was not
+    if not all(were_placed):
         _place_by_length(text, pieces)
         _mark_moved(pieces)
         _place_parts(text, pieces, runs)
@@ -85,6 +92,21 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
         by_message[piece.message].append(piece)
     windows = _windows(by_message, len(text))
     return [_rendered(text, *of_message) for of_message in zip(messages, by_message, windows, strict=True)]
+
+
+def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int) -> list[Span]:
+    """Return for each message where it belongs: all of the text where there is not one run of marks for each assistant's."""
+    are_assistants = [message.get("role") == "assistant" for message in messages]
+    if sum(are_assistants) != len(runs):
+        return [(0, length)] * len(messages)
+    homes, start, left = [], 0, list(runs)
+    for is_assistant in are_assistants:
+        if is_assistant:
+            homes.append(left.pop(0))
+            start = homes[-1][1]
+        else:
+            homes.append((start, left[0][0] if left else length))
+    return homes
 
 
 def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span) -> Rendered:
@@ -161,8 +183,8 @@ def _bounds(text: str) -> list[Span]:
 
 
 def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bool:
-    """Place all pieces one after the other, some without the white space around them; or none, and return ``False``."""
-    cursor, next_run = 0, 0
+    """Place pieces of one home one after the other, some without the white space around them; or none, and return ``False``."""
+    (cursor, stop), next_run = pieces[0].home, 0
     for piece in pieces:
         while next_run < len(runs) and runs[next_run][1] <= cursor:
             next_run += 1
@@ -170,7 +192,7 @@ def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bo
         options = (
             (at, kept) for kept in _bounds(piece.text) for at in _in_run(piece.text[slice(*kept)], text, run, cursor)
         )
-        after = ((text.find(piece.text[slice(*kept)], cursor), kept) for kept in _bounds(piece.text))
+        after = ((text.find(piece.text[slice(*kept)], cursor, stop), kept) for kept in _bounds(piece.text))
         at, kept = next((option for option in (*options, *after) if option[0] >= 0), (-1, (0, 0)))
         if at < 0:
             for placed in pieces:
@@ -191,10 +213,9 @@ def _in_run(part: str, text: str, run: Span | None, cursor: int) -> list[int]:
 
 
 def _place_by_length(text: str, pieces: list[_Piece]) -> None:
-    """Place the pieces that are in the text, the longest first: between their neighbours, or else anywhere."""
-    placed: list[int] = []  # indices of pieces, sorted
-    taken: list[Span] = []  # sorted
-
+    """Place the pieces that are in the text and not placed yet, the longest first: at home, those that are not there elsewhere."""
+    placed = [i for i, piece in enumerate(pieces) if piece.found]  # sorted
+    taken = sorted(pieces[i].found[0] for i in placed)
     free_from: dict[str, int] = {}  # by part: where it was found free last, or the end; before it all places are taken
 
     def first_free(part: str, start: int, stop: int) -> int:
@@ -210,11 +231,15 @@ def _place_by_length(text: str, pieces: list[_Piece]) -> None:
             free_from[part] = at if at >= 0 else len(text)
         return at
 
-    for i in sorted(range(len(pieces)), key=lambda i: -len(pieces[i].text)):
+    by_length = sorted(set(range(len(pieces))) - set(placed), key=lambda i: -len(pieces[i].text))
+    for i, is_home in ((i, is_home) for is_home in (True, False) for i in by_length):
         piece, k = pieces[i], bisect.bisect(placed, i)
+        if piece.found:
+            continue
+        low, high = piece.home if is_home else (0, len(text))
         start = pieces[placed[k - 1]].found[-1][1] if k else 0
         stop = pieces[placed[k]].found[0][0] if k < len(placed) else len(text)
-        places, bounds = [(start, stop), (0, len(text))], _bounds(piece.text)
+        places, bounds = [(max(start, low), min(stop, high)), (low, high)], _bounds(piece.text)
         options = ((first_free(piece.text[a:b], *place), (a, b)) for place in places for a, b in bounds)
         at, kept = next((option for option in options if option[0] >= 0), (-1, (0, 0)))
         if at >= 0:
@@ -251,11 +276,10 @@ def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
     start = 0
     for piece, stop in zip(pieces, stops, strict=True):
         if not piece.found:
-            inside = (
-                [(max(a, start), min(b, stop)) for a, b in runs if a < stop and b > start] if piece.is_marked else []
-            )
+            low, high = max(start, piece.home[0]), min(stop, piece.home[1])
+            inside = [(max(a, low), min(b, high)) for a, b in runs if a < high and b > low] if piece.is_marked else []
             shortest = 1 if inside else _SHORTEST
-            for at, kept in _common_parts(piece.text, text, *(inside[0] if inside else (start, stop)), shortest):
+            for at, kept in _common_parts(piece.text, text, *(inside[0] if inside else (low, high)), shortest):
                 piece.place(at, kept)
         if piece.found and not piece.is_moved:
             start = max(end for _, end in piece.found)
@@ -264,24 +288,26 @@ def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
 def _common_parts(piece: str, text: str, start: int, stop: int, shortest: int) -> list[tuple[int, Span]]:
     """Return parts of a piece that are in ``text[start:stop]``, in order: where each begins, and its bounds in the piece.
 
-    The longer of the longest beginning and the longest end; then the other; then whole lines between them.
+    From the end of the piece that has more of it there, and then from the other, the longest part, and the longest of what is left
+    as long as there is one; then whole lines between. A short part counts where nothing but white space lies before it.
     """
     parts: list[tuple[int, Span]] = []
     low, high = 0, len(piece)
-    ends = {True: _longest(piece, text, start, stop, True), False: _longest(piece, text, start, stop, False)}
-    is_head = ends[True] >= ends[False]
-    for number, head in enumerate((is_head, not is_head)):
-        length = ends[head] if not number else min(_longest(piece[low:high], text, start, stop, head), high - low)
-        if length < (_SHORTEST if number else shortest):
-            continue
-        bounds = (low, low + length) if head else (high - length, high)
-        part = piece[slice(*bounds)]
-        at = text.find(part, start, stop) if head else text.rfind(part, start, stop)
-        parts.append((at, bounds))
-        if head:
-            low, start = bounds[1], at + length
-        else:
-            high, stop = bounds[0], at
+    is_head = _longest(piece, text, start, stop, True) >= _longest(piece, text, start, stop, False)
+    for head in (is_head, not is_head):
+        while (length := _longest(piece[low:high], text, start, stop, head)) > 0:
+            bounds = (low, low + length) if head else (high - length, high)
+            part = piece[slice(*bounds)]
+            at = text.find(part, start, stop) if head else text.rfind(part, start, stop)
+            between = text[start:at] if head else text[at + length : stop]
+            is_next = bool(parts) and not between.strip()
+            if length < (_SHORTEST if parts else shortest) and not is_next:
+                break
+            parts.append((at, bounds))
+            if head:
+                low, start = bounds[1], at + length
+            else:
+                high, stop = bounds[0], at
     position = low
     for line in piece[low:high].splitlines(keepends=True):
         core = line.strip()
