@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
+import signal
 import sys
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -183,6 +187,13 @@ class TestOneBOS:
         (ids,), report = tokenize(["<|pad|><|pad|>a"], tokenizer, {})
         assert ids[:2] == [tokenizer.bos_token_id] * 2
         assert "two BOS" in report.warnings["double_bos"]
+
+    def test_white_space_before_a_texts_own_bos_is_told(self):
+        tokenizer = make(None, bos="<s>", adds="<s> $A")
+        rows, report = tokenize(["<s>hi", " \n<s>hi"], tokenizer, {})
+        assert [row.count(tokenizer.bos_token_id) for row in rows] == [1, 2]
+        assert "1 of 2 texts have white space before their own BOS" in report.warnings["begins_late"]
+        assert "sample 1" in report.warnings["begins_late"]
 
     def test_a_tokenizer_that_adds_nothing_changes_nothing(self):
         tokenizer = make(CHATML, bos="<s>")
@@ -365,6 +376,41 @@ class TestContentIsCompared:
         assert report.metrics["template_cut_chars"] == report.metrics["template_inserted_chars"] == 0
         assert report.metrics["template_unmarked_chars"] == 0
 
+    def test_it_may_be_trimmed_before_it_is_printed_as_json(self):
+        as_json = CHATML.replace(
+            "{% else %}{{ m.content + '<|im_end|>' }}", "{% else %}{{ (m.content | trim | tojson) + '<|im_end|>' }}"
+        )
+        tokenizer = make(as_json)
+        report = read(tokenizer, [say("system", ' be\n"brief" '), *TURNS]).report
+        assert report.warnings == {}
+
+    @pytest.mark.parametrize(
+        "content",
+        ["<think>because</think>four", "<think>\nbecause\n</think>\nfour", "<think>\nbecause\n</think>\n\nfour"],
+    )
+    def test_white_space_that_a_template_puts_around_reasoning_is_no_loss(self, content):
+        wraps = CHATML.replace(
+            "{{ m.content + '<|im_end|>' }}{% endgen",
+            "{% set parts = m.content.split('</think>') %}{{ '<think>\n' + parts[0].split('<think>')[-1].strip('\n') + "
+            "'\n</think>\n\n' + parts[-1].lstrip('\n') + '<|im_end|>' }}{% endgen",
+        )
+        tokenizer = make(wraps)
+        batch = read(tokenizer, [say("user", "2 + 2?"), say("assistant", content)])
+        assert kept(tokenizer, batch) == ["<think>\nbecause\n</think>\n\nfour<|im_end|>"]
+        assert batch.report.warnings == {}
+        assert batch.report.metrics["template_cut_chars"] == 0
+
+    def test_equal_words_in_a_call_its_result_and_the_answer_are_three(self):
+        calls = [{"function": {"name": "add", "arguments": {"a": "12", "b": "12"}}}]
+        template = CHATML.replace(
+            "{{ m.content + '<|im_end|>' }}{% endgen",
+            "{{ (m.tool_calls[0].function | tojson if m.tool_calls else m.content) + '<|im_end|>' }}{% endgen",
+        )
+        tokenizer = make(template)
+        turns = [say("user", "12?"), say("assistant", "", tool_calls=calls), say("tool", "12"), say("assistant", "12")]
+        batch = read(tokenizer, turns)
+        assert batch.report.warnings == {}
+
 
 class TestSaidOnce:
     def test_one_warning_a_run_and_figures_of_every_batch(self, make_reference, tokenizer):
@@ -504,6 +550,22 @@ class TestTheEndOfATurn:
             assert kept(tokenizer, batch) == ["foura"]
             assert "no_end" in batch.report.warnings
 
+    @pytest.mark.parametrize("call_first", [True, False])
+    def test_another_token_that_ends_a_turn_counts_too_where_the_tags_leave_it_out(self, call_first):
+        """Llama 3.1 ends a turn that calls a tool with <|eom_id|>: special, not EOS, and in no dialog of plain words."""
+        template = OUTSIDE.replace(
+            "{% endgeneration %}{{ '<|im_end|>' }}",
+            "{% endgeneration %}{{ '<|end|>' if m.role == 'call' else '<|im_end|>' }}",
+        )
+        template = template.replace("m.role == 'assistant'", "m.role in ('assistant', 'call')")
+        tokenizer = make(template)
+        turns = [say("user", "rain?"), say("call", "weather()")]
+        turns = turns if not call_first else [*turns, say("tool", "no"), say("assistant", "No.")]
+        batch = read(tokenizer, turns)
+        assert kept(tokenizer, batch) == ["weather()<|end|>No.<|im_end|>" if call_first else "weather()<|end|>"]
+        assert "no_end" not in batch.report.warnings
+        assert "leave out '<|end|>'" in batch.report.notes["end_outside"]
+
     def test_a_first_turn_without_its_end_is_told_too(self):
         last_only = CHATML.replace(
             "m.content + '<|im_end|>' }}{% endgen", "m.content + ('<|im_end|>' if loop.last else '') }}{% endgen"
@@ -607,6 +669,32 @@ class TestErrors:
         finally:
             sys.setswitchinterval(interval)
         assert set(itertools.chain(*texts)) == {"four<|im_end|>a<|im_end|>" * 20}
+
+    def test_a_fork_while_another_thread_renders_can_render(self):
+        tokenizer, stop = make(CHATML), threading.Event()
+
+        def work():
+            while not stop.is_set():
+                read(tokenizer, TURNS * 10)
+
+        rendering = threading.Thread(target=work)
+        rendering.start()
+        try:
+            for _ in range(5):
+                time.sleep(0.01)
+                if (pid := os.fork()) == 0:
+                    read(tokenizer, TURNS)
+                    os._exit(0)
+                deadline = time.monotonic() + 30
+                while not (ended := os.waitpid(pid, os.WNOHANG)[0]) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                if not ended:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                assert ended
+        finally:
+            stop.set()
+            rendering.join()
 
 
 class TestOddDialogs:

@@ -21,7 +21,7 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from vllm_kl.errors import InputError
-from vllm_kl.templates import compare, end_ids, end_turns, render
+from vllm_kl.templates import compare, end_turns, ends_of, render
 from vllm_kl.texts import doubled_bos, tokenize
 from vllm_kl.types import TextReport, TokenBatch
 
@@ -367,9 +367,9 @@ def _render(
     if bare and assistant_only:
         stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
         raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
-    ends = end_ids(keys.tokenizer, options)
-    masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
-    return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
+    ends = ends_of(keys.tokenizer, options)
+    masks, found, of_turns = (None, ends.ids, TextReport()) if bare else end_turns(dialogs, ends)
+    return token_ids, masks, compare(dialogs, masks, found).joined(of_turns, TextReport(notes=notes))
 
 
 def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:

@@ -173,7 +173,10 @@ def _forms(word: str) -> set[str]:
 
 def _as_printed(content: str, text: str) -> str:
     """Return a content as a template printed it: some print tool results and system messages as JSON strings."""
-    return content if content in text else next((form for form in _forms(content) if form in text), content)
+    if content in text:
+        return content
+    forms = [*_forms(content), *(_forms(content.strip()) if content.strip() not in text else ())]
+    return next((form for form in forms if form in text), content)
 
 
 def _bounds(text: str) -> list[Span]:

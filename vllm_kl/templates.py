@@ -180,28 +180,40 @@ class _Renderer:
         return self.dates[-1]
 
 
-def end_turns(dialogs: Sequence[Dialog], ends: set[int]) -> tuple[list[torch.Tensor], TextReport]:
-    """Return the masks, ``[L]`` bool, of what the assistant said and of the tokens that end its turns.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ends:
+    """Which tokens end an assistant's turn."""
+
+    ids: frozenset[int]  # EOS, and what the template puts behind answers: Gemma's is not its EOS
+    behind: frozenset[int] = (
+        frozenset()
+    )  # right behind what is marked these do too: special, and no beginning of a message
+
+
+def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor], frozenset[int], TextReport]:
+    """Return the masks, ``[L]`` bool, of what the assistant said and of the tokens that end its turns; and which tokens did.
 
     The report says where tags leave such a token out or run on after it, and where there is none, or two.
     """
+    found = set(ends.ids)
     report, masks = TextReport(), []
     for i, dialog in enumerate(dialogs):
         ids, mask, is_space = dialog.token_ids.tolist(), dialog.marked.copy(), dialog.is_space
         has_ends = True
         for start, stop in _runs(dialog.marked):
             first = stop
-            while first > start and (ids[first - 1] in ends or is_space[first - 1]):
+            while first > start and (ids[first - 1] in ends.ids or is_space[first - 1]):
                 first -= 1
-            end = next((t for t in range(first, stop) if ids[t] in ends), None)
+            end = next((t for t in range(first, stop) if ids[t] in ends.ids), None)
             if end is not None and end + 1 < stop:
                 mask[end + 1 : stop] = False
                 report.notes.setdefault(
                     "after_end", _AFTER_END.format(sample=i, text=_words(_slice(dialog, end + 1, stop)))
                 )
-            if end is None and stop < len(ids) and ids[stop] in ends:
+            if end is None and stop < len(ids) and ids[stop] in ends.ids | ends.behind:
                 end = stop
                 mask[end] = True
+                found.add(ids[end])
                 report.notes.setdefault(
                     "end_outside", _OUTSIDE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
                 )
@@ -213,7 +225,7 @@ def end_turns(dialogs: Sequence[Dialog], ends: set[int]) -> tuple[list[torch.Ten
         if not has_ends:
             report.warnings.setdefault("no_end", _NO_END.format(sample=i))
         masks.append(torch.from_numpy(mask))
-    return masks, report
+    return masks, frozenset(found), report
 
 
 _AFTER_END = (
@@ -242,11 +254,11 @@ _PROBE = [
 ]
 # How a batch is rendered, not how a turn ends.
 _NOT_OF_A_TURN = ("truncation", "max_length", "add_generation_prompt", "continue_final_message", "tools", "documents")
-_ENDS: weakref.WeakKeyDictionary[Any, dict[str, set[int]]] = weakref.WeakKeyDictionary()
+_ENDS: weakref.WeakKeyDictionary[Any, dict[str, Ends]] = weakref.WeakKeyDictionary()
 
 
-def end_ids(tokenizer: Any, options: dict[str, Any]) -> set[int]:
-    """Return the ids that end turns: EOS, and the special tokens that the template puts behind answers. Gemma's is not its EOS.
+def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
+    """Return the tokens that end turns of a template.
 
     They are those of a dialog of plain words, whatever a batch holds: special tokens inside an answer end nothing.
     """
@@ -258,33 +270,34 @@ def end_ids(tokenizer: Any, options: dict[str, Any]) -> set[int]:
     return known[key]
 
 
-def _ends_of_a_probe(tokenizer: Any, options: dict[str, Any]) -> set[int]:
-    ends = {getattr(tokenizer, "eos_token_id", None)} - {None}
+def _ends_of_a_probe(tokenizer: Any, options: dict[str, Any]) -> Ends:
+    eos = {getattr(tokenizer, "eos_token_id", None)} - {None}
     renderer = _Renderer(tokenizer, "the chat template")
     try:
         History.from_chats([_PROBE]).apply_chat_template(tokenizer=renderer, add_generation_prompt=False, **options)
     except Exception:  # a template of its own rules: EOS is all that is known of it
-        return ends
+        return Ends(ids=frozenset(eos))
     (dialog,) = renderer.dialogs
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)}
-    is_special = np.isin(dialog.token_ids.numpy(), list(special))
-    follows = []
-    for message in _PROBE[1::2]:
-        at = dialog.text.find(message["content"])
-        behind = np.flatnonzero((dialog.offsets[:, 0] >= at + len(message["content"])) & ~dialog.is_space)
-        follows += [int(dialog.token_ids[t]) for t in behind[:1] if at >= 0 and is_special[t]]
-    if len(follows) < len(_PROBE) // 2:
-        return ends
-    # What stands before both questions begins a message: some templates have nothing that ends a turn.
-    begins = []
-    for message in _PROBE[::2]:
-        before = np.flatnonzero((dialog.offsets[:, 1] <= dialog.text.find(message["content"])) & is_special)
-        begins.append({int(dialog.token_ids[t]) for t in before[-1:]})
-    return ends | (set(follows) - (begins[0] & begins[1]))
+    ids, (starts, stops) = dialog.token_ids.numpy(), dialog.offsets.T
+    is_special = np.isin(ids, list(special))
+    at = [dialog.text.find(message["content"]) for message in _PROBE]
+    if -1 in at:  # it changes what is said
+        return Ends(ids=frozenset(eos))
+    behind = [
+        np.flatnonzero((starts >= at[n] + len(_PROBE[n]["content"])) & ~dialog.is_space) for n in range(len(_PROBE))
+    ]
+    follows = {int(ids[t]) for n in (1, 3) for t in behind[n][:1] if is_special[t]}
+    # What stands last before both questions begins a message: some templates have nothing that ends a turn.
+    before = [np.flatnonzero((stops <= at[n]) & is_special)[-1:] for n in (0, 2)]
+    begins = set(ids[before[0]].tolist()) & set(ids[before[1]].tolist())
+    ends = eos | (follows - begins if all(is_special[behind[n][:1]].any() for n in (1, 3)) else set())
+    # What the template writes around plain words begins a message, unless it ends one.
+    return Ends(ids=frozenset(ends), behind=frozenset(special - set(ids.tolist())))
 
 
-def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: set[int]) -> TextReport:
+def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: frozenset[int]) -> TextReport:
     """Return what the template made of the messages: figures, and the first example of each kind.
 
     Args:

@@ -77,6 +77,11 @@ def tokenize(texts: Sequence[str], tokenizer: Any, options: dict[str, Any]) -> t
     begin, end = added_tokens(tokenizer)
     num_begin, num_end = len(begin), len(end)
     begun = [i for i, ids in enumerate(rows) if begin and ids[: 2 * num_begin] == begin + begin]
+    if late := [i for i, text in enumerate(texts) if begin and _begins_late(text, begin, tokenizer)]:
+        report.warnings["begins_late"] = (
+            f"{len(late)} of {len(rows)} texts have white space before their own BOS, and the tokenizer adds another; the first is "
+            f"sample {late[0]}: {_shown(texts[late[0]])}. Both are scored. Strip the text"
+        )
     ended = [i for i, ids in enumerate(rows) if end and ids[-2 * num_end :] == end + end]
     for i in begun:
         rows[i] = rows[i][num_begin:]
@@ -94,6 +99,12 @@ def tokenize(texts: Sequence[str], tokenizer: Any, options: dict[str, Any]) -> t
             )
     report.warnings.update(doubled_bos(rows, tokenizer))
     return rows, report
+
+
+def _begins_late(text: Any, begin: list[int], tokenizer: Any) -> bool:
+    bos = getattr(tokenizer, "bos_token", None)
+    is_added = begin == [getattr(tokenizer, "bos_token_id", None)]
+    return is_added and isinstance(text, str) and text[:1].isspace() and text.lstrip().startswith(bos)
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
