@@ -304,6 +304,10 @@ OFFERED = {
         rf"{NORM} is a .*\._Marked: no plain tensor",
     ),
     "offloaded": (lambda m: m.to("meta"), "on the meta device.*accelerate.*without offload"),
+    "a file of torch.save": (
+        lambda m: {"model": m.state_dict(), "step": 3},
+        "model: expected a tensor, got OrderedDict. Pass what lies under 'model'",
+    ),
     "sparse": (lambda m: {**m.state_dict(), NORM: torch.zeros(64).to_sparse()}, "sparse_coo: pass a dense one"),
     "DDP, one missing": (
         lambda m: {f"module.{name}": t for name, t in m.state_dict().items() if name != NORM},
@@ -323,13 +327,16 @@ def test_what_cannot_be_made_plain_is_refused_by_what_it_is(skeleton, model, off
         skeleton.checked(make(model))
 
 
-def test_a_layer_that_a_trainer_shares_by_hand_is_written_under_both_its_names(policy_path):
+def test_what_a_trainer_shares_by_hand_or_keeps_interleaved_is_written_under_all_its_names(policy_path):
     model = AutoModelForCausalLM.from_pretrained(policy_path)
     model.lm_head.weight = model.model.embed_tokens.weight  # the config says that they are two
     model.model.layers[1].mlp = model.model.layers[0].mlp
     skeleton = Skeleton(str(policy_path))
-    written = skeleton.write(skeleton.checked(model))
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in skeleton.read(written.folder).items())
+    fused = torch.randn(128, 2, 64)
+    interleaved = {f"model.layers.0.mlp.{name}_proj.weight": fused[:, n] for n, name in enumerate(("gate", "up"))}
+    state = skeleton.checked(model) | interleaved
+    written = skeleton.write(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in skeleton.read(written.folder).items())
 
 
 def test_what_a_module_remembers_beside_its_weights_is_left_out(skeleton, model):

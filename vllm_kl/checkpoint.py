@@ -111,6 +111,7 @@ class Skeleton:
                 f"transformers cannot say which weights {model!r} has ({error}): only models that AutoModelForCausalLM knows can "
                 "be updated from a state dict"
             ) from error
+        self._quantization = quantization_of(config)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         # TensorDict.from_module gives these as well; no checkpoint holds them.
         self._computed = {name for name, _ in self._model.named_buffers()} - self._shapes.keys()
@@ -127,8 +128,9 @@ class Skeleton:
 
         Raises:
             WeightsError: it cannot be made plain; missing, extra or misshapen tensors, numbers that are not finite, tied weights
-                that differ. Names them. Nothing was sent.
+                that differ. Names them. Or the engine's checkpoint is quantised. Nothing was sent.
         """
+        self._refuse_if_quantized()
         required = self._shapes.keys() - self._tied.keys()
         given = {k: tensor for k, tensor in as_state_dict(source, required).items() if k not in self._computed}
         if self._towers:
@@ -162,6 +164,14 @@ class Skeleton:
             logger.warning("vllm_kl: the state dict holds the language model alone; these stay as they are: %s", names)
         return given
 
+    def _refuse_if_quantized(self) -> None:
+        if self._quantization:
+            raise WeightsError(
+                f"the checkpoint of {self._name!r} is quantised ({self._quantization}): an engine that was started with it has no "
+                "place for the weights of a state dict. Serve an unquantised checkpoint (with the engine option quantization=... "
+                "vLLM quantises it itself), or quantise the trained model as this one was and make a new engine on it"
+            )
+
     def _of_the_whole_model(self, given: StateDict) -> dict[str, torch.Tensor]:
         """Return the tensors under the names of the multimodal model, whichever part of it they were read from."""
         renamed: dict[str, torch.Tensor] = {}
@@ -178,6 +188,7 @@ class Skeleton:
         Raises:
             WeightsError: there is none that transformers can read, or it is another model's.
         """
+        self._refuse_if_quantized()
         options = self._source if os.fspath(source) == self._name else {**self._source, "revision": "main"}
         try:
             with _no_bars():
@@ -185,7 +196,7 @@ class Skeleton:
                 model, found = auto_class.from_pretrained(
                     source, dtype=torch.float32, output_loading_info=True, **options
                 )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what reads files raises whatever it likes: SafetensorError, RuntimeError, ImportError
             raise WeightsError(f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}") from error
         # transformers draws random numbers for what the checkpoint lacks.
         return self.checked({k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]})
@@ -212,13 +223,15 @@ class Skeleton:
 
 
 def _each_its_own(state: StateDict) -> dict[str, torch.Tensor]:
-    """Return tensors of which no two are one: a layer that a trainer shares by hand is written under both its names."""
-    seen: set[tuple[Any, ...]] = set()
+    """Return tensors of which no two overlap: what a trainer shares, or keeps interleaved, is written under all its names."""
+    ends: dict[tuple[torch.device, int], int] = {}
     own = {}
-    for name, tensor in state.items():
-        where = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        own[name] = tensor.clone() if where in seen else tensor
-        seen.add(where)
+    for name, tensor in sorted(state.items(), key=lambda item: item[1].storage_offset() * item[1].element_size()):
+        start = tensor.storage_offset() * tensor.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        where = (tensor.device, tensor.untyped_storage().data_ptr())
+        own[name] = tensor.clone() if start < ends.get(where, 0) else tensor
+        ends[where] = max(ends.get(where, 0), start + (last + 1) * tensor.element_size())
     return own
 
 
@@ -237,6 +250,16 @@ def complete(folder: Path, model: str) -> Path:
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file.resolve())
     return folder
+
+
+def quantization_of(config: Any) -> str:
+    """Return how a model's checkpoint is quantised; ``""``: it is not."""
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):  # compressed-tensors had the second
+            if settings := getattr(part, name, None):
+                settings = settings if isinstance(settings, dict) else settings.to_dict()
+                return str(settings.get("quant_method") or "its configuration does not say how")
+    return ""
 
 
 def _auto_class(config: Any) -> Any:

@@ -233,7 +233,8 @@ def _of_the_model(given: Mapping[str, Any], names: Collection[str]) -> list[tupl
 def _plain(name: str, tensor: Any) -> torch.Tensor:
     """Return a tensor whole and detached, or refuse it by what it is."""
     if not isinstance(tensor, torch.Tensor):
-        raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        cure = f". Pass what lies under {name!r}" if isinstance(tensor, Mapping) else ""
+        raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}{cure}")
     if isinstance(tensor, DTensor):
         tensor = _gathered(tensor)
     kind = f"{type(tensor).__module__}.{type(tensor).__name__}"

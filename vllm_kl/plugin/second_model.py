@@ -17,9 +17,11 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from vllm_kl.plugin.whole import seen_to_be_whole
 
@@ -37,11 +39,17 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
 
     Raises:
         CannotLoadBesideError: the model could not be made, or its weights not be brought into their layout.
-        ValueError: a parameter got no weights; names it.
+        ValueError: a parameter got no weights, or the engine's checkpoint is quantised and the folder is not quantised as it is;
+            names it.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
+    from vllm_kl.checkpoint import quantization_of
+
+    first = worker.vllm_config.model_config
+    if folder is not None and quantization_of(first.hf_config):
+        _check_format(Path(folder), first.model)
     config = _config_of_a_second_model(worker.vllm_config, folder)
     _choose_device(config, worker)
     loader = get_model_loader(config.load_config)
@@ -65,6 +73,34 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
 
 class _LoadError(Exception):
     """Carries what ``load_weights`` raised past those who cannot tell it from an error of the model."""
+
+
+def _check_format(folder: Path, model: str) -> None:
+    """Refuse a folder that lacks tensors of the engine's checkpoint, or has other kinds of numbers in them.
+
+    Args:
+        model: path or name of the engine's model, which is on this machine.
+    """
+    from transformers.utils import cached_file
+
+    found = _kinds(folder)
+    for name, kind in _kinds(Path(cached_file(model, "config.json")).parent).items():
+        if found.get(name) != kind:
+            raise ValueError(
+                f"the engine's checkpoint is quantised, and these weights are not quantised as it is: {name} is {kind} there, and "
+                f"{found.get(name, 'missing')} here"
+            )
+
+
+def _kinds(folder: Path) -> dict[str, str]:
+    """Return the dtype of each tensor of a checkpoint; one word for all floating dtypes but the smallest."""
+    kinds = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                kind = file.get_slice(name).get_dtype()
+                kinds[name] = "a float" if kind in ("F64", "F32", "F16", "BF16") else kind
+    return kinds
 
 
 def _config_of_a_second_model(first: Any, folder: str | None) -> Any:

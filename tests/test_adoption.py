@@ -1,0 +1,108 @@
+"""One model takes over from another whatever holds its weights, or was made of them: tensors, numbers, what is made later."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from vllm_kl.checkpoint import Skeleton
+from vllm_kl.errors import WeightsError
+from vllm_kl.plugin import adoption, second_model
+
+
+class Scaled(torch.nn.Module):
+    """A layer that takes a number out of its weight, as vLLM's do with scales."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.scale = weight.max().item()
+        self.bounds = {"low": weight.min().item()}
+
+    def forward(self, x):
+        return (self.weight * self.scale - self.bounds["low"]) @ x
+
+
+class Late(torch.nn.Module):
+    """A layer that joins its weights in its first forward, as vLLM's runner of experts does with gates."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.joined, self.last_ids = None, None
+
+    def forward(self, x):
+        if self.joined is None:
+            self.joined = torch.cat([self.weight.detach(), 2 * self.weight.detach()])
+        self.last_ids = torch.arange(3)
+        return self.joined @ x
+
+
+@pytest.mark.parametrize("kind", [Scaled, Late])
+def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
+    weights, x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
+    serving, loaded = (torch.nn.Sequential(kind(weight.clone())) for weight in weights)
+    before = serving(x)
+    found = adoption.compare(serving, loaded)
+    assert torch.equal(serving(x), before)
+    adoption.adopt(found)
+    assert found.obstacles == []
+    assert torch.equal(serving(x), torch.nn.Sequential(kind(weights[1].clone()))(x))
+    assert not torch.equal(serving(x), before)
+    assert found.moved  # compiled code would go on with the old ones
+
+
+def test_nothing_is_moved_of_a_layer_with_the_same_weights_that_has_computed_nothing():
+    layers = [torch.nn.Sequential(Scaled(torch.eye(4)), Late(torch.eye(4))) for _ in range(2)]
+    assert adoption.compare(*layers).moved == []
+
+
+def test_a_number_in_a_tuple_cannot_be_put_there_and_is_an_obstacle():
+    serving, loaded = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    serving.bounds, loaded.bounds = (0.0, 1.0), (0.0, 2.0)
+    assert adoption.compare(serving, loaded).obstacles == [".bounds.1 is a float that cannot be looked into"]
+
+
+QUANTIZATION = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def quantised(policy_path, tmp_path_factory):
+    """A checkpoint with one layer in 8 bits, beside a scale; as compressed-tensors writes it."""
+    folder = tmp_path_factory.mktemp("quantised")
+    tensors = load_file(policy_path / "model.safetensors")
+    scale = tensors[UP].abs().amax(1, keepdim=True) / 127
+    tensors |= {UP: (tensors[UP] / scale).round().to(torch.int8), f"{UP}_scale": scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((policy_path / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}))
+    return folder
+
+
+def test_a_state_dict_is_refused_by_an_engine_whose_checkpoint_is_quantised(quantised, policy_path):
+    skeleton = Skeleton(str(quantised))
+    for call, source in (
+        (skeleton.checked, AutoModelForCausalLM.from_pretrained(policy_path)),
+        (skeleton.read, policy_path),
+        (skeleton.read, quantised),
+    ):
+        with pytest.raises(WeightsError, match=r"is quantised \(compressed-tensors\).*no place for .*unquantised checkpoint"):
+            call(source)
+
+
+def test_a_folder_that_is_not_quantised_as_the_engines_checkpoint_is_refused(quantised, policy_path, tmp_path):
+    second_model._check_format(quantised, str(quantised))
+    with pytest.raises(ValueError, match=rf"not quantised as it is: {UP} is I8 there, and a float here"):
+        second_model._check_format(policy_path, str(quantised))
+    tensors = load_file(quantised / "model.safetensors")
+    del tensors[f"{UP}_scale"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{UP}_scale is a float there, and missing here"):
+        second_model._check_format(tmp_path, str(quantised))
+
+
