@@ -6,7 +6,10 @@ kernels). :func:`compare` walks through both at once and pairs them; :func:`adop
 serving model (a kernel, a captured CUDA graph, an attention that was given its sinks) sees the new numbers.
 
 What cannot be copied is moved: on a CPU a linear layer's product is a function over weights that oneDNN has packed, which Python
-cannot look into. What has no counterpart, or another shape, is reported, and nothing is adopted.
+cannot look into; a number that a layer took out of a weight with ``item()`` is a float. What a layer made of its weights in its
+first forward (``_combined_gate_weight``, ``fused_moe/runner/moe_runner.py``, vLLM 0.32) is ``None`` in a model that was loaded
+just now: the serving model forgets it, and makes it again. What has no counterpart, or another shape, is reported, and nothing is
+adopted.
 
 It knows no architecture. KV caches belong to the engine, not to its weights, and stay.
 """
@@ -14,6 +17,7 @@ It knows no architecture. KV caches belong to the engine, not to its weights, an
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, MappingProxyType
@@ -37,6 +41,7 @@ class Differences:
         default_factory=list
     )  # of these, the numbers of a checkpoint as they are
     moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # into, under which name, what
+    moved: list[str] = field(default_factory=list)  # where to; code that was compiled does not look there again
     obstacles: list[str] = field(default_factory=list)  # places that do not match, as sentences
 
 
@@ -106,8 +111,9 @@ class _Walk:
                 self.found.obstacles.append(f"{place} is not in the serving model")
 
     def _move(self, place: str, ours: Mapping[Any, Any], key: Any, value: Any) -> None:
-        if isinstance(ours, dict) and isinstance(value, FunctionType):
+        if isinstance(ours, dict) and isinstance(value, (FunctionType, float, type(None))):
             self.found.moves.append((ours, key, value))
+            self.found.moved.append(place)
         else:
             self.found.obstacles.append(f"{place} is a {type(value).__name__} that cannot be looked into")
 
@@ -118,6 +124,10 @@ class _Walk:
         if isinstance(theirs, torch.Tensor):
             self._tensor(path, ours, theirs)
             return True
+        if isinstance(theirs, float):
+            return isinstance(ours, float) and struct.pack("d", ours) == struct.pack("d", theirs)  # NaN is NaN
+        if theirs is None:  # what is of whole numbers depends on the texts, not on the weights
+            return not (isinstance(ours, torch.Tensor) and ours.is_floating_point())
         if isinstance(theirs, (Mapping, list, tuple)):
             return self._items(path, ours, theirs)
         if isinstance(theirs, FunctionType):

@@ -68,8 +68,8 @@ def prepare(worker: Any, folder: str | None) -> list[str]:
         found = adoption.compare(model, load_second_model(worker, folder))
     except CannotLoadBesideError as error:
         return [str(error)]
-    if found.moves and _is_compiled(worker):
-        found.obstacles.append("compiled code holds the packed products of linear layers")
+    if found.moved and _is_compiled(worker):
+        found.obstacles.append(f"compiled code holds what can only be put in its place ({found.moved[0]})")
     setattr(worker, _PREPARED, found)
     return found.obstacles
 
