@@ -42,7 +42,19 @@ class Late(torch.nn.Module):
         return self.joined @ x
 
 
-@pytest.mark.parametrize("kind", [Scaled, Late])
+class Cast(torch.nn.Module):
+    """A layer that casts a buffer to the dtype of its first input, as vLLM's rotary embeddings do."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer("cache", weight)
+
+    def forward(self, x):
+        self.cache = self.cache.to(torch.bfloat16)
+        return self.cache @ x.bfloat16()
+
+
+@pytest.mark.parametrize("kind", [Scaled, Late, Cast])
 def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
     weights, x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
     serving, loaded = (torch.nn.Sequential(kind(weight.clone())) for weight in weights)
@@ -53,12 +65,18 @@ def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
     assert found.obstacles == []
     assert torch.equal(serving(x), torch.nn.Sequential(kind(weights[1].clone()))(x))
     assert not torch.equal(serving(x), before)
-    assert found.moved  # compiled code would go on with the old ones
+    assert bool(found.moved) == (kind is not Cast)  # compiled code would go on with the old ones
 
 
 def test_nothing_is_moved_of_a_layer_with_the_same_weights_that_has_computed_nothing():
     layers = [torch.nn.Sequential(Scaled(torch.eye(4)), Late(torch.eye(4))) for _ in range(2)]
     assert adoption.compare(*layers).moved == []
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn)])
+def test_a_tensor_of_another_kind_is_an_obstacle(dtypes):
+    serving, loaded = (Late(torch.eye(4).to(dtype)) for dtype in dtypes)
+    assert "is torch." in adoption.compare(serving, loaded).obstacles[0]
 
 
 def test_a_number_in_a_tuple_cannot_be_put_there_and_is_an_obstacle():
@@ -91,7 +109,9 @@ def test_a_state_dict_is_refused_by_an_engine_whose_checkpoint_is_quantised(quan
         (skeleton.read, policy_path),
         (skeleton.read, quantised),
     ):
-        with pytest.raises(WeightsError, match=r"is quantised \(compressed-tensors\).*no place for .*unquantised checkpoint"):
+        with pytest.raises(
+            WeightsError, match=r"is quantised \(compressed-tensors\).*no place for .*unquantised checkpoint"
+        ):
             call(source)
 
 
@@ -104,5 +124,3 @@ def test_a_folder_that_is_not_quantised_as_the_engines_checkpoint_is_refused(qua
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{UP}_scale is a float there, and missing here"):
         second_model._check_format(tmp_path, str(quantised))
-
-

@@ -196,7 +196,7 @@ class Skeleton:
                 model, found = auto_class.from_pretrained(
                     source, dtype=torch.float32, output_loading_info=True, **options
                 )
-        except Exception as error:  # what reads files raises whatever it likes: SafetensorError, RuntimeError, ImportError
+        except Exception as error:  # SafetensorError, RuntimeError, ImportError: each reader raises its own
             raise WeightsError(f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}") from error
         # transformers draws random numbers for what the checkpoint lacks.
         return self.checked({k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]})

@@ -30,6 +30,8 @@ _NOT_WEIGHTS = frozenset({"kv_cache"})
 # Where classes live whose objects may hold tensors of weights.
 _PACKAGES = ("vllm.", "vllm_kl.")
 _CONFIGS = "vllm.config."
+# What a layer may cast to another of.
+_CAST = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass
@@ -144,7 +146,7 @@ class _Walk:
     def _tensor(self, path: str, ours: Any, theirs: torch.Tensor) -> None:
         if not isinstance(ours, torch.Tensor):
             self.found.obstacles.append(f"{path} is no tensor in the serving model")
-        elif ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        elif ours.shape != theirs.shape or not _is_cast_of(ours.dtype, theirs.dtype):
             self.found.obstacles.append(
                 f"{path} is {theirs.dtype} {list(theirs.shape)}, and {ours.dtype} {list(ours.shape)} in the serving model"
             )
@@ -197,6 +199,11 @@ _EMPTY = torch.nn.Module()  # what every module has is no place for weights, but
 def _is_vllms(value: Any) -> bool:
     module = type(value).__module__
     return hasattr(value, "__dict__") and module.startswith(_PACKAGES) and not module.startswith(_CONFIGS)
+
+
+def _is_cast_of(ours: torch.dtype, theirs: torch.dtype) -> bool:
+    """Whether a layer has cast what it had, if anything: to the dtype of its first input (rotary embeddings, vLLM 0.32)."""
+    return ours == theirs or ({ours, theirs} < _CAST and torch.promote_types(ours, theirs) == theirs)
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
