@@ -419,8 +419,22 @@ def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, state
 def test_a_cache_that_is_busy_before_the_load_leaves_the_version_as_it_was(llm, states, oracles, monkeypatch):
     version = push_weights(llm, states[1])
     with monkeypatch.context() as patch:
-        patch.setattr(llm.llm_engine, "reset_prefix_cache", lambda: False)
+        patch.setattr(llm.llm_engine, "reset_prefix_cache", lambda *_: False)
         with pytest.raises(WeightsError, match="blocks are in use. Push when every request is finished"):
+            push_weights(llm, states[2])
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+def test_what_a_kv_connector_keeps_of_the_old_weights_is_dropped(llm, states, oracles, monkeypatch):
+    """An engine with kv_offloading_size reads KV from there that the prefix cache does not hold any more."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    answers = [True, True, False]  # before a load and after it; then it is busy
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "connector", SimpleNamespace(reset_cache=lambda: answers.pop(0)))
+        version = push_weights(llm, states[1])
+        assert answers == [False]
+        with pytest.raises(WeightsError, match="prefix cache could not be emptied"):
             push_weights(llm, states[2])
     assert weights_of(llm).version == version
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE

@@ -228,8 +228,10 @@ def _asking_for_the_plugin() -> Steps:
 
 
 def _emptying_the_cache() -> Steps:
-    """KV of other weights must not be read: vLLM returns False and keeps it while a block is in use."""
-    if not (yield ("reset_prefix_cache",)):
+    """KV of other weights must not be read, nor that which a KV connector keeps (``kv_offloading_size``), which vLLM leaves alone
+    unless it is asked. It returns False and keeps it while a block is in use."""
+    is_running_too, is_connector_too = False, True
+    if not (yield ("reset_prefix_cache", is_running_too, is_connector_too)):
         raise WeightsError(
             "the prefix cache could not be emptied: blocks are in use. Push when every request is finished"
         )
