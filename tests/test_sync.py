@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import resource
@@ -166,7 +167,7 @@ def with_one(tensor, number):
     return tensor.index_fill(0, torch.tensor(len(tensor) - 1), number)
 
 
-NORM = "model.norm.weight"
+NORM, V = "model.norm.weight", "model.layers.1.self_attn.v_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_a_tensor_that_the_model_does_not_take_is_an_error_whatever_names_it_ret
     fused = name.replace("v_proj", "qkv_proj").replace("up_proj", "gate_up_proj")
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "load_weights", lose_one)
-        with pytest.raises(WeightsError, match=rf"no weights for {fused}\)\. Nothing was touched"):
+        with pytest.raises(WeightsError, match=rf"no weights for {fused}: they are missing.*Nothing was touched"):
             push_weights(llm, states[1])
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
@@ -900,6 +901,34 @@ def test_a_folder_without_a_checkpoint_is_refused(owned_fresh, tmp_path):
         owned_fresh.refresh(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rms_norm_eps": 0.5}, r"is another model: its configuration has rms_norm_eps=0.5, the engine's 1e-06"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            r"is another model: .*rope_parameters=.*7\.0",
+        ),
+        ({"intermediate_size": 96}, r"mlp\.down_proj\.weight has shape \[64, 128\], its configuration says \[64, 96\]"),
+    ],
+)
+def test_a_checkpoint_that_computes_otherwise_is_not_taken_for_the_engines_model(folders, tmp_path, setting, message):
+    folder = shutil.copytree(folders[1], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    skeleton = checkpoint.Skeleton(str(folders[0]))
+    skeleton.read(folder)
+    (folder / "config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(WeightsError, match=message):
+        skeleton.read(folder)
+
+
+def test_a_damaged_checkpoint_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:9000])
+    with pytest.raises(WeightsError, match="no checkpoint that transformers can read"):
+        checkpoint.Skeleton(str(folders[0])).read(folder)
+
+
 def test_a_refresh_of_the_policys_own_engine_is_refused(llm, states):
     with pytest.raises(WeightsError, match="would change the policy as well"):
         VLLMScorer(llm).refresh(states[1])
@@ -960,6 +989,55 @@ def test_pushes_that_fail_pile_nothing_up(owned, states, folders, tmp_path):
             owned.weights.load(checkpoint.Checkpoint(tmp_path))  # no weights in it
     assert len(owned.weights._kept) == 1
     assert error_of(owned, torch.tensor(Oracle(folders[0]).log_probs(IDS)[1:])) < LOG_PROB_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda t: {**t, V: t[V][:, 1:].clone()},
+            r"v_proj\.weight has shape \[32, 63\], and \[32, 64\] in the engine's checkpoint",
+        ),
+        (lambda t: {**t, V: t[V] * math.nan}, r"no weights for .*qkv_proj\.weight: they are missing there, or NaN"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_is_refused_by_its_tensor(
+    llm, folders, states, oracles, tmp_path, damage, message
+):
+    from safetensors.torch import save_file
+
+    version = push_weights(llm, states[0])
+    folder = shutil.copytree(folders[1], tmp_path / "damaged")
+    save_file(damage(tensors_in(folder)), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=rf"{message}.*Nothing was touched: version {version} goes on"):
+        finish_update(llm, source=folder)
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
+
+
+def test_a_folder_of_another_model_or_none_is_refused_before_anything_is_touched(
+    llm, folders, states, oracles, tmp_path
+):
+    version = push_weights(llm, states[0])
+    folder = shutil.copytree(folders[1], tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(
+        WeightsError, match="is another model: its configuration has rms_norm_eps=0.5, the engine's 1e-06"
+    ):
+        finish_update(llm, source=folder)
+    with pytest.raises(WeightsError, match="is no folder: nothing was touched"):
+        finish_update(llm, source=tmp_path / "nowhere")
+    assert weights_of(llm).version == version
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
+
+
+def test_weights_in_bin_files_are_loaded(llm, folders, states, oracles, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "bin")
+    torch.save(tensors_in(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    push_weights(llm, states[0])
+    finish_update(llm, source=folder)
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 
 def test_weights_that_nobody_named_are_refused_with_what_to_pass(llm, folders, states, oracles):

@@ -32,6 +32,12 @@ StateDict = Mapping[str, torch.Tensor]
 # (checkpoints before 4.52) are "model.layers.0" of the language model alone.
 _WHERE_TEXT_LIES = re.compile(r"^((model|language_model|text_model|thinker)\.)+")
 
+# Settings of a model that change what it computes with the same weights.
+_COMPUTED_WITH = re.compile(
+    r"eps|rope|rotary|scal(e|ing)|softcap|multiplier|sliding_window$|^layer_types|hidden_act|activation_func|topk|per_tok|alibi|"
+    r"num_(attention|key_value)_heads"
+)
+
 
 class Checkpoint:
     """A folder of weights. One that was made here is deleted when nobody holds it any more."""
@@ -112,6 +118,7 @@ class Skeleton:
                 "be updated from a state dict"
             ) from error
         self._quantization = quantization_of(config)
+        self._is_overridden = bool(hf_overrides)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         # TensorDict.from_module gives these as well; no checkpoint holds them.
         self._computed = {name for name, _ in self._model.named_buffers()} - self._shapes.keys()
@@ -186,18 +193,28 @@ class Skeleton:
         """Return the tensors of a checkpoint in float32, checked; the engine's own model in the engine's revision.
 
         Raises:
-            WeightsError: there is none that transformers can read, or it is another model's.
+            WeightsError: there is none that transformers can read, or it is another model's: other tensors, or the same in another
+                configuration.
         """
         self._refuse_if_quantized()
         options = self._source if os.fspath(source) == self._name else {**self._source, "revision": "main"}
         try:
             with _no_bars():
-                auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **options))
+                config = transformers.AutoConfig.from_pretrained(source, **options)
+                if not self._is_overridden:
+                    refuse_another_model(self._model.config, config, os.fspath(source))
+                auto_class = _auto_class(config)
                 model, found = auto_class.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True, **options
+                    source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
                 )
+        except WeightsError:
+            raise
         except Exception as error:  # SafetensorError, RuntimeError, ImportError: each reader raises its own
             raise WeightsError(f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}") from error
+        for name, here, expected in sorted(found["mismatched_keys"]):
+            raise WeightsError(
+                f"{os.fspath(source)!r}: {name} has shape {list(here)}, its configuration says {list(expected)}"
+            )
         # transformers draws random numbers for what the checkpoint lacks.
         return self.checked({k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]})
 
@@ -250,6 +267,25 @@ def complete(folder: Path, model: str) -> Path:
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file.resolve())
     return folder
+
+
+def refuse_another_model(ours: Any, theirs: Any, source: str) -> None:
+    """Refuse a checkpoint whose configuration computes otherwise than the engine's, which weights do not change.
+
+    Args:
+        ours, theirs: configurations of the engine's model and of the checkpoint.
+        source: the checkpoint, for the message.
+
+    Raises:
+        WeightsError: names the first setting that differs.
+    """
+    ours, theirs = (config.get_text_config().to_dict() for config in (ours, theirs))
+    for name in sorted(ours.keys() & theirs.keys()):
+        if _COMPUTED_WITH.search(name) and ours[name] != theirs[name]:
+            raise WeightsError(
+                f"{source!r} is another model: its configuration has {name}={theirs[name]!r}, the engine's {ours[name]!r}, "
+                "which no weights change. Make a new engine on it"
+            )
 
 
 def quantization_of(config: Any) -> str:

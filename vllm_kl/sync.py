@@ -24,7 +24,6 @@ from torchrl.data import Composite
 from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
-from vllm_kl.checkpoint import Checkpoint
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin, guard
@@ -112,8 +111,7 @@ def finish_update(engine: Any, *, version: int | None = None, source: Any = None
     if not check:
         raise OptionError("check=False compares nothing: source has no effect")
     if isinstance(source, (str, os.PathLike)):
-        weights.next_version(version)
-        return weights.load(Checkpoint(Path(source)), version=version)
+        return weights.load_folder(Path(source), version=version)
     return push_weights(engine, source, version=version)
 
 

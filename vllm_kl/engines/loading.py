@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, next_version
+from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, next_version, refuse_another_model
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin import KNOWN_VLLM
 from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
@@ -98,6 +98,15 @@ class Record:
     @property
     def source(self) -> str:
         return self.folder or self._start.unchanged()
+
+    def refuse_another_model(self, folder: Path) -> None:
+        """Refuse a folder whose configuration, if it has one, computes otherwise than the engine's."""
+        engine = self._model_config
+        if engine.hf_overrides or not (folder / "config.json").exists():
+            return
+        read = type(engine.hf_config).from_pretrained
+        ours = read(engine.model, revision=engine.revision or "main")
+        refuse_another_model(ours, read(folder), str(folder))
 
     def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
         """Yield the calls that make an engine serve a checkpoint, or go on serving what it did; return the new version."""

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton
@@ -122,6 +123,20 @@ class LiveWeights:
                     "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
                 )
             return drive(self._record.loading(checkpoint, version), self._call)
+
+    def load_folder(self, folder: Path, *, version: int | None = None) -> int:
+        """Serve a folder that others wrote; return its version.
+
+        Raises:
+            WeightsError: as :meth:`load`; or it is another model's.
+        """
+        if not folder.is_dir():
+            raise WeightsError(
+                f"{str(folder)!r} is no folder: nothing was touched. Pass a checkpoint's, on the engine's machine"
+            )
+        self.next_version(version)
+        self._record.refuse_another_model(folder)
+        return self.load(Checkpoint(folder), version=version)
 
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
         """Serve what others loaded, compared with the checkpoint it came from; return its version."""

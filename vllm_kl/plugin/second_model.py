@@ -59,7 +59,8 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
         try:
             load_weights(loader, model, model_config)
         except Exception as error:
-            raise _LoadError(error) from error
+            told = _explain(error, folder, first.model)
+            raise _LoadError(ValueError(told) if told else error) from error
 
     loader.load_weights = load_or_tell
     try:
@@ -81,26 +82,42 @@ def _check_format(folder: Path, model: str) -> None:
     Args:
         model: path or name of the engine's model, which is on this machine.
     """
-    from transformers.utils import cached_file
-
-    found = _kinds(folder)
-    for name, kind in _kinds(Path(cached_file(model, "config.json")).parent).items():
-        if found.get(name) != kind:
+    found = _tensors(folder)
+    for name, (kind, _) in _tensors(_folder_of(model)).items():
+        here = found[name][0] if name in found else "missing"
+        if here != kind:
             raise ValueError(
                 f"the engine's checkpoint is quantised, and these weights are not quantised as it is: {name} is {kind} there, and "
-                f"{found.get(name, 'missing')} here"
+                f"{here} here"
             )
 
 
-def _kinds(folder: Path) -> dict[str, str]:
-    """Return the dtype of each tensor of a checkpoint; one word for all floating dtypes but the smallest."""
-    kinds = {}
+def _explain(error: Exception, folder: str | None, model: str) -> str:
+    """Return what a loader's error does not say: vLLM asserts shapes without a word. ``""``: it says enough."""
+    with contextlib.suppress(Exception):  # of a damaged folder the first error is the one to tell
+        own = {} if folder is None else _tensors(_folder_of(model))
+        for name, (_, shape) in (_tensors(Path(folder)) if own else {}).items():
+            if name in own and shape != own[name][1]:
+                return f"{name} has shape {shape}, and {own[name][1]} in the engine's checkpoint"
+    return "" if str(error) else type(error).__name__
+
+
+def _folder_of(model: str) -> Path:
+    from transformers.utils import cached_file
+
+    return Path(cached_file(model, "config.json")).parent
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of each tensor of a checkpoint; one word for all floating dtypes but the smallest."""
+    found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                kind = file.get_slice(name).get_dtype()
-                kinds[name] = "a float" if kind in ("F64", "F32", "F16", "BF16") else kind
-    return kinds
+                part = file.get_slice(name)
+                kind = part.get_dtype()
+                found[name] = ("a float" if kind in ("F64", "F32", "F16", "BF16") else kind, part.get_shape())
+    return found
 
 
 def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
@@ -117,7 +134,7 @@ def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
         config.model_config.model = folder
         config.model_config.model_weights = ""
         config.model_config.revision = None
-        config.load_config.load_format = "safetensors"
+        config.load_config.load_format = "hf"  # safetensors files or, where there are none, .bin files
         config.load_config.model_loader_extra_config = {}
     return config
 
