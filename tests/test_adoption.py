@@ -124,3 +124,27 @@ def test_a_folder_that_is_not_quantised_as_the_engines_checkpoint_is_refused(qua
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{UP}_scale is a float there, and missing here"):
         second_model._check_format(tmp_path, str(quantised))
+
+
+class Part(torch.nn.Module):
+    """A parameter as vLLM has it: experts, each of two parts."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (1152, 896), (256, 64, 64), (300, 1024), (3, 100_001)])
+def test_a_part_that_no_checkpoint_fills_is_noticed_wherever_it_lies(shape):
+    """The smallest part is a 512th of the rows of a parameter, or of its columns."""
+    model = Part(*shape)
+    for axis in range(len(shape)):
+        length = max(1, shape[axis] // 512)
+        for first in (0, shape[axis] // 2, shape[axis] - length):
+            marks = list(second_model._mark(model))
+            data = model.weight.data
+            kept = data.narrow(axis, first, length).clone()
+            data.zero_()
+            data.narrow(axis, first, length).copy_(kept)
+            assert [is_missing for _, is_missing in second_model._unmark(marks)] == [True], (axis, first)
+            assert not data.isnan().any()
