@@ -60,7 +60,7 @@ class Start:
     """
 
     def __init__(self, model: str) -> None:
-        self._model = model
+        self.model = model
         self._files = self._stamps()
 
     def unchanged(self) -> str:
@@ -71,14 +71,14 @@ class Start:
         """
         if self._stamps() != self._files:
             raise WeightsError(
-                f"the weight files in {self._model!r} have changed since the engine was started: they are not the weights of "
+                f"the weight files in {self.model!r} have changed since the engine was started: they are not the weights of "
                 "version 0 any more. Keep the starting checkpoint apart from where a trainer saves; refresh(source) without "
                 "ema= needs no old weights"
             )
-        return self._model
+        return self.model
 
     def _stamps(self) -> list[tuple[str, int, int]]:
-        folder = Path(self._model)
+        folder = Path(self.model)
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
         return [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
 

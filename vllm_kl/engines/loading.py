@@ -105,7 +105,7 @@ class Record:
         if engine.hf_overrides or not (folder / "config.json").exists():
             return
         read = type(engine.hf_config).from_pretrained
-        ours = read(engine.model, revision=engine.revision or "main")
+        ours = read(self._start.model, revision=engine.revision or "main")  # engine.model is what vLLM reloaded last
         refuse_another_model(ours, read(folder), str(folder))
 
     def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
