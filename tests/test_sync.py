@@ -1057,6 +1057,26 @@ def test_weights_that_nobody_named_are_refused_with_what_to_pass(llm, folders, s
         finish_update(llm, source=states[2], check=False)
 
 
+def test_a_folder_that_is_gone_or_of_another_model_is_refused_after_vllms_own_reload(
+    llm, folders, states, oracles, tmp_path
+):
+    push_weights(llm, states[0])
+    gone, other = (shutil.copytree(folders[1], tmp_path / name) for name in ("gone", "other"))
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(gone)})
+    shutil.rmtree(gone)
+    with pytest.raises(
+        WeightsError, match=r"gone', which reload_weights was told, could not be loaded again .*source="
+    ):
+        finish_update(llm)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+    with pytest.raises(WeightsError, match="rms_norm_eps"):
+        finish_update(llm)
+    finish_update(llm, source=states[2])
+    assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
+
+
 def test_a_load_of_some_layers_alone_is_not_taken_for_what_was_pushed_before(llm, states):
     """What is compared, norms and embeddings, is the same: packed products are not looked into."""
     push_weights(llm, states[0])

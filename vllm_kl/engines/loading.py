@@ -147,7 +147,15 @@ class Record:
             raise WeightsError(f"weights were loaded into the engine, and nothing says which: {_NAME_THE_SOURCE}")
         if loads:
             checkpoint = Checkpoint(Path(loads[0]))
-            yield from _preparing(loads[0])
+            self.refuse_another_model(checkpoint.folder)
+            try:
+                yield from _preparing(loads[0])
+            except NeedsNewEngineError:
+                raise
+            except Exception as error:
+                raise WeightsError(
+                    f"{loads[0]!r}, which reload_weights was told, could not be loaded again ({error}): {_NAME_THE_SOURCE}"
+                ) from error
             yield from self._adopting(checkpoint, version)
             return version
         yield from _preparing(self.folder)

@@ -6,7 +6,9 @@ is derived from a weight at the start (the packed product of a tied head, MLA's 
 loaded from nothing goes through the code that every start of an engine goes through, so it has none of these faults, and until it
 is complete nothing that serves was touched.
 
-That every parameter got its weights is seen, not believed (:mod:`vllm_kl.plugin.whole`).
+That every parameter got its weights is seen, not believed (:mod:`vllm_kl.plugin.whole`). Of a quantised checkpoint the tensors are
+compared with those of the engine's own, by name and kind: vLLM copies numbers that were never quantised into 8 bits, and leaves
+scales that are missing as they were.
 
 Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loader.py``, vLLM 0.32.
 """

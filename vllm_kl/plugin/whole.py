@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-# Parameters larger than this are marked at every 509th number: a weight that a checkpoint fills is larger than that.
-_MARK_ALL = 1 << 20
-_STRIDE = 509
+# Parameters of more numbers than this are marked at so many places. Each part that a checkpoint fills is hit: the most parts have
+# the experts' parameters, two for each of at most some hundred experts.
+_MARK_ALL = 1 << 16
+_NUM_MARKS = 1 << 11
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LoadWeights = Callable[[Any, torch.nn.Module, Any], None]
@@ -35,7 +36,8 @@ def seen_to_be_whole(load_weights: LoadWeights) -> LoadWeights:
         marks = [] if model_config.quantization is not None else list(_mark(model))
         load_weights(loader, model, model_config)
         if missing := [name for name, is_missing in _unmark(marks) if is_missing]:
-            raise ValueError(f"no weights for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
+            names = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
+            raise ValueError(f"no weights for {names}: they are missing there, or NaN")
 
     load.is_seen = True
     return load
@@ -75,7 +77,7 @@ def _places(parameter: torch.nn.Parameter) -> torch.Tensor:
     data = parameter.data
     if data.numel() <= _MARK_ALL or not data.is_contiguous() or _num_padding(parameter):
         return data
-    return data.view(-1)[::_STRIDE]
+    return data.view(-1)[:: data.numel() // _NUM_MARKS | 1]  # odd: rows have even lengths, and all columns are hit
 
 
 def _num_padding(parameter: torch.nn.Parameter) -> int:
