@@ -754,7 +754,7 @@ def test_a_refresh_changes_the_reference_to_what_was_asked_for(folders, owned_fr
 @pytest.fixture
 def owned_fresh(owned, states):
     owned._canary._known.clear()
-    owned.refresh(states[0])
+    owned.refresh(states[0])  # remembers
     return owned
 
 
@@ -776,38 +776,6 @@ def test_a_push_is_no_refresh(owned_fresh, states):
     with pytest.raises(FrozenError, match=rf"version {version} of the weights serves, which no refresh\(\) made"):
         owned_fresh.check_frozen()
     owned_fresh.refresh(states[1])
-    assert owned_fresh.check_frozen() == 0.0
-
-
-@pytest.mark.timeout(300)
-def test_a_cache_that_keeps_old_keys_is_noticed_and_nothing_is_scored(folders, states, tmp_path, monkeypatch):
-    """The second line of defence: an engine that says that its cache is empty, and it is not."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'vllm_kl.engines._child' in ' '.join(sys.orig_argv):\n"
-        "    from vllm.v1.core.block_pool import BlockPool\n"
-        "    BlockPool.reset_prefix_cache = lambda self: True\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer:
-        for _ in range(2):
-            with pytest.raises(FrozenError, match=r"still holds KV of the old ones \(\d+ tokens of the canary\)"):
-                scorer.refresh(states[1])
-            with pytest.raises(FrozenError, match="still holds KV of the old ones"):
-                scorer.score([IDS])
-
-
-def test_scores_wait_until_new_weights_are_proved(owned_fresh, states, oracles):
-    """A call that comes between the load and the proof gets its numbers when the proof is there."""
-    canary, scored = owned_fresh._canary, []
-    with ThreadPoolExecutor(1) as pool:
-        with canary.replacing():
-            push_weights(owned_fresh, states[1])
-            future = pool.submit(lambda: scored.append(error_of(owned_fresh, oracles[1])))
-            with pytest.raises(TimeoutError):
-                future.result(timeout=0.5)
-        future.result(timeout=30)
-    assert scored[0] < LOG_PROB_TOLERANCE
     assert owned_fresh.check_frozen() == 0.0
 
 
@@ -860,23 +828,28 @@ def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, m
     assert asked == [("a1b2", True), ("main", True)]
 
 
-def test_a_proof_that_was_interrupted_is_none(owned_fresh, states, monkeypatch):
-    num_cached = iter([0, 0])  # before the load
+def test_a_refresh_that_is_interrupted_before_its_proof_proves_nothing(owned_fresh, states, oracles, monkeypatch):
+    score, calls = owned_fresh._canary._score, []
 
-    def interrupted_after_it():
-        try:
-            return next(num_cached)
-        except StopIteration:
-            raise KeyboardInterrupt from None
+    def interrupted_after_the_load(request):
+        calls.append(request)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(request)
 
-    monkeypatch.setattr(owned_fresh._canary, "_num_cached", interrupted_after_it)
+    monkeypatch.setattr(owned_fresh._canary, "_score", interrupted_after_the_load)
     with pytest.raises(KeyboardInterrupt):
         owned_fresh.refresh(states[1])
-    monkeypatch.undo()
-    with pytest.raises(FrozenError, match="the proof of new weights was interrupted"):
-        owned_fresh.score([IDS])
+    assert error_of(owned_fresh, oracles[1]) < LOG_PROB_TOLERANCE
+    with pytest.raises(FrozenError, match=r"which no refresh\(\) made"):
+        owned_fresh.check_frozen()
     owned_fresh.refresh(states[1])
-    owned_fresh.score([IDS])
+    assert owned_fresh.check_frozen() == 0.0
+
+
+def test_a_scorer_that_remembers_nothing_proves_nothing(llm):
+    with pytest.raises(FrozenError, match="nothing can be proved.*Make the scorer with canary=True"):
+        VLLMScorer(llm, canary=False).check_frozen()
 
 
 def test_refreshes_and_proofs_in_several_threads_take_turns(owned_fresh, states):
@@ -940,6 +913,40 @@ def test_asleep_says_on_a_cpu_that_it_does_nothing(owned):
     with pytest.warns(UserWarning, match="does nothing on a CPU"), owned.asleep():
         pass
     owned.score([IDS])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_call_that_is_interrupted_leaves_no_request_in_a_shared_engine(llm, states, oracles, monkeypatch, error):
+    """vllm.LLM would give their outputs to whoever generates next."""
+    push_weights(llm, states[0])
+    scorer, step, steps = VLLMScorer(llm), llm.llm_engine.step, []
+
+    def interrupted_step():
+        steps.append(1)
+        if len(steps) == 2:
+            raise error
+        return step()
+
+    monkeypatch.setattr(llm.llm_engine, "step", interrupted_step)
+    with pytest.raises(error):
+        scorer.score([IDS + [5 + n % 90] * 60 for n in range(40)])
+    monkeypatch.undo()
+    assert llm.llm_engine.get_num_unfinished_requests() == 0
+    assert len(generated(llm, n=3)[0]) == 3
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
+
+
+def test_requests_that_others_left_in_a_shared_engine_are_told_of(llm):
+    from vllm import SamplingParams
+
+    scorer = VLLMScorer(llm)
+    llm.llm_engine.add_request("left", {"prompt_token_ids": IDS}, SamplingParams(max_tokens=3))
+    try:
+        with pytest.raises(EngineError, match="has 1 unfinished requests, left by a call of generate.*interrupted"):
+            scorer.score([IDS])
+    finally:
+        llm.llm_engine.abort_request(["left"])
+    scorer.score([IDS])
 
 
 # Weights that came another way.

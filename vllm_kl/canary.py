@@ -1,4 +1,4 @@
-"""A fixed sequence whose log-probs prove that weights have not moved, and that new ones left no KV of the old.
+"""A fixed sequence whose log-probs prove that weights have not moved.
 
 It is scored alone and without the prefix cache, so the same weights give the same bits; what other callers ask for in the
 meantime cannot change them. Versions that a refresh made are accepted on purpose; others, of a push, are not those of a
@@ -18,30 +18,32 @@ from vllm_kl.errors import FrozenError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 _LENGTH = 64
-# Longer than a block, on any device: a hit is of whole blocks.
-_CACHED_LENGTH = 512
 
 
 class Canary:
     """Remembers what each version of the weights answers.
 
     Args:
-        score: scores one request alone, with the prefix cache or without.
+        score: scores one request alone, without the prefix cache.
         info: of the engine: the sequence fits it.
     """
 
-    def __init__(self, score: Callable[[ScoreRequest, bool], ScoreResult], info: EngineInfo) -> None:
+    def __init__(self, score: Callable[[ScoreRequest], ScoreResult], info: EngineInfo) -> None:
         self._score = score
-        length = min(_CACHED_LENGTH, info.max_sequence_len or _CACHED_LENGTH)
+        length = min(_LENGTH, info.max_sequence_len or _LENGTH)
         ids = np.random.default_rng(0).integers(0, info.vocab_size or 256, max(length, 2)).astype(np.int32)
-        # The second is read from the cache but for its last token, and the KV of the first is no prefix of it.
-        self._request = ScoreRequest(token_ids=ids[::-1][:_LENGTH].copy(), start=1)
-        self._cached_request = ScoreRequest(token_ids=ids, start=len(ids) - 1)
+        self._request = ScoreRequest(token_ids=ids, start=1)
         self._known: dict[int | None, torch.Tensor] = {}
         self._turn = threading.Lock()
-        self._is_proved = threading.Event()
-        self._is_proved.set()
-        self._doubt: FrozenError | None = None
+
+    def remember(self) -> None:
+        """Accept the weights that serve now.
+
+        Raises:
+            FrozenError: they give NaN, which proves nothing.
+        """
+        with self._turn:
+            self._accept(*self._look())
 
     def check(self, tolerance: float = 0.0) -> float:
         """Score the sequence; return by how much a log-prob moved since this version was accepted, in nats.
@@ -50,23 +52,46 @@ class Canary:
             tolerance: nats that it may.
 
         Raises:
-            FrozenError: it moved by more; or the version is not one that was accepted. The first is, unless it gives NaN.
+            FrozenError: it moved by more; the version is not one that was accepted; or nothing was ever remembered.
         """
         with self._turn:
-            return self._check(tolerance)
+            if not self._known:
+                raise FrozenError(
+                    "nothing can be proved: what the engine answered at its start was not remembered. Make the scorer with "
+                    "canary=True"
+                )
+            version, now = self._look()
+            if version not in self._known:
+                raise FrozenError(
+                    f"version {version} of the weights serves, which no refresh() made: somebody pushed it, and KL against it is "
+                    f"not what it was (accepted: {', '.join(map(str, self._known))}). Replace a reference with refresh(); give it "
+                    "an engine of its own if a policy is pushed into this one"
+                )
+            return self._compare(version, now, tolerance)
 
-    def _check(self, tolerance: float, *, accept: bool = False) -> float:
-        result = self._score(self._request, False)
-        version, now = result.weight_version, torch.from_numpy(result.values[:, 0].copy())
-        if (accept or not self._known) and version not in self._known:
-            _check_numbers(now)
-            self._known[version] = now
-        if version not in self._known:
-            raise FrozenError(
-                f"version {version} of the weights serves, which no refresh() made: somebody pushed it, and KL against it is not "
-                f"what it was (accepted: {', '.join(map(str, self._known))}). Replace a reference with refresh(); give it an "
-                "engine of its own if a policy is pushed into this one"
-            )
+    @contextmanager
+    def replacing(self, tolerance: float = 0.0) -> Iterator[None]:
+        """Prove the old weights, if they were accepted; let the block load new ones; accept those. Two threads take turns.
+
+        Raises:
+            FrozenError: the old weights had moved, and nothing was loaded; or the new ones give NaN.
+        """
+        with self._turn:
+            version, now = self._look()
+            if version in self._known:
+                self._compare(version, now, tolerance)
+            yield
+            self._accept(*self._look())
+
+    def _look(self) -> tuple[int | None, torch.Tensor]:
+        result = self._score(self._request)
+        return result.weight_version, torch.from_numpy(result.values[:, 0].copy())
+
+    def _accept(self, version: int | None, log_probs: torch.Tensor) -> None:
+        _check_numbers(log_probs)
+        self._known[version] = log_probs
+
+    def _compare(self, version: int | None, now: torch.Tensor, tolerance: float) -> float:
         before = self._known[version]
         moved = (now - before).abs()
         # Equal infinities have not moved; NaN never compares as small.
@@ -80,52 +105,6 @@ class Canary:
                 "deterministic, pass a tolerance"
             )
         return float(moved[worst])
-
-    @contextmanager
-    def replacing(self, tolerance: float = 0.0) -> Iterator[None]:
-        """Prove the old weights, let the block load new ones, prove that the prefix cache is empty, accept the new ones.
-
-        Until all that is done no log-prob of the new weights leaves the scorer (:meth:`wait`).
-
-        Raises:
-            FrozenError: the old weights had moved; or KV of theirs is still in the cache.
-        """
-        with self._turn:
-            if self._doubt is None:  # else they were never accepted
-                self._check(tolerance, accept=True)
-            for _ in range(2):  # the first fills the cache
-                self._num_cached()
-            self._is_proved.clear()
-            try:
-                yield
-                self._doubt = FrozenError("the proof of new weights was interrupted: refresh again")
-                if num := self._num_cached():
-                    self._doubt = FrozenError(
-                        f"after new weights the prefix cache still holds KV of the old ones ({num} tokens of the canary), though "
-                        "the engine said that it was emptied: log-probs would be of both. Refresh again, or make a new scorer"
-                    )
-                    raise self._doubt
-                self._check(tolerance, accept=True)
-                self._doubt = None
-            except FrozenError as found:
-                self._doubt = found
-                raise
-            finally:
-                self._is_proved.set()
-
-    def wait(self) -> None:
-        """Wait until weights that are being replaced are proved.
-
-        Raises:
-            FrozenError: they could not be.
-        """
-        self._is_proved.wait()
-        if self._doubt is not None:
-            raise self._doubt
-
-    def _num_cached(self) -> int:
-        """Return how many tokens of the canary are read from the prefix cache; afterwards they are in it."""
-        return self._score(self._cached_request, True).num_cached_tokens
 
 
 def _check_numbers(log_probs: torch.Tensor) -> None:

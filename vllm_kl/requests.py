@@ -102,6 +102,17 @@ def check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
+def check_timeout(timeout_s: float | None) -> float | None:
+    """Return it if it is a time to wait.
+
+    Raises:
+        OptionError: it is not a positive number.
+    """
+    if timeout_s is None or (isinstance(timeout_s, numbers.Real) and timeout_s > 0):
+        return timeout_s
+    raise OptionError(f"timeout_s must be a positive number of seconds, or None to wait for ever; got {timeout_s!r}")
+
+
 def check_lora_request(lora_request: Any) -> Any:
     """Return it if it can name an adapter for every call of a scorer.
 

@@ -27,6 +27,7 @@ from vllm_kl.checkpoint import average
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make import make_engine
+from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.weights import Weights
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.placeholders import Placeholders, check_placeholders
@@ -39,6 +40,7 @@ from vllm_kl.requests import (
     check_requests,
     check_result,
     check_temperature,
+    check_timeout,
 )
 from vllm_kl.types import ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
 
@@ -55,8 +57,8 @@ class VLLMScorer:
             speed; ``"token_ids"`` (a shared engine on a GPU) asks vLLM for the rows and tokens that are needed;
             ``"flat"`` works with every engine. ``"auto"`` takes the first of these that the engine supports, and says
             which in the log.
-        canary: remember what a fixed sequence scores when the engine starts, so that :meth:`check_frozen` can prove that the
-            weights did not move.
+        canary: remember what a fixed sequence scores now, so that :meth:`check_frozen` can prove that the weights did not move;
+            ``None``: unless ``model`` is an :class:`~vllm_kl.engines.base.Engine`.
         share_prefix: let sequences share the KV of a common prefix. Always exact: a cache hit ends before the first
             row that is scored.
         temperature: log-probs are those of ``softmax(logits / temperature)``, as sampled at that temperature. vLLM's own
@@ -66,6 +68,9 @@ class VLLMScorer:
             model, one of each adapter. ``weight_version`` is the base model's; the canary is scored with the adapter.
         placeholders: what happens to ids that stand for an image, a video or audio in a multimodal model: ``"refuse"``, or
             ``"as_text"``, which scores them as the ordinary tokens that they are not.
+        timeout_s: of an owned engine: the longest time, in seconds, that a start, a score, a push or a refresh waits without a
+            sign of life; then the engine is ended, and the error has its log. While it computes, an engine gives one every second;
+            while it starts, or loads weights, none. ``None`` waits for ever.
         **engine_options: vLLM's engine options under their own names, for an owned engine. A vision-language model serves text
             only (``language_model_only=True``), unless they say otherwise.
 
@@ -95,9 +100,10 @@ class VLLMScorer:
         readout: ReadoutName = "auto",
         share_prefix: bool = True,
         temperature: float = 1.0,
-        canary: bool = True,
+        canary: bool | None = None,
         lora_request: Any = None,
         placeholders: Placeholders = "refuse",
+        timeout_s: float | None = TIMEOUT_S,
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -109,12 +115,14 @@ class VLLMScorer:
         self._placeholders = check_placeholders(placeholders)
         self.stats: ScoreStats | None = None
         self._is_asleep = False
-        self._engine: Engine = make_engine(model, readout, engine_options, check_lora_request(lora_request))
+        self._engine: Engine = make_engine(
+            model, readout, engine_options, check_lora_request(lora_request), check_timeout(timeout_s)
+        )
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
             check_can(self._engine.info, self.temperature)
-            if canary and self._engine is not model:
-                self._canary.check()
+            if canary or (canary is None and self._engine is not model):
+                self._canary.remember()
         except BaseException:
             self.close()
             raise
@@ -279,7 +287,6 @@ class VLLMScorer:
         values = [torch.empty(0, request.num_columns) for request in asked]
         for (i, request), result in zip(requests.items(), planned.restore(results), strict=True):
             values[i] = check_result(i, request, result)
-        self._canary.wait()
         versions = {result.weight_version for result in results}
         if len(versions) > 1:
             found = sorted(map(str, versions))
@@ -312,7 +319,7 @@ class VLLMScorer:
             The largest difference, nats.
 
         Raises:
-            FrozenError: the numbers moved, or other weights were pushed.
+            FrozenError: the numbers moved; other weights were pushed; or nothing was remembered (``canary=False``).
 
         >>> scorer.check_frozen()
         0.0
@@ -325,8 +332,8 @@ class VLLMScorer:
         """Replace the reference's weights on purpose.
 
         In this order: the new weights are checked, the old ones prove that they are the old ones, what is being scored is
-        finished, the new ones are loaded, the prefix cache is emptied and proved empty. Only then do log-probs of the new version
-        leave the scorer; calls that come in the meantime wait.
+        finished, the new ones are loaded and stamped with their version. Calls that come in the meantime wait. KV of the old
+        weights cannot be read: requests are salted with the version.
 
         Args:
             source: a state dict in transformers' names, a module that has one, or the folder of a checkpoint.
@@ -340,7 +347,7 @@ class VLLMScorer:
         Raises:
             WeightsError: the source does not fit, or could not be loaded: the old weights go on being served. Or the engine
                 is shared with a policy.
-            FrozenError: the old weights had moved; or the cache still holds KV of theirs, and nothing is scored any more.
+            FrozenError: the old weights had moved, and nothing was loaded; or the new ones give NaN.
         """
         if isinstance(self._engine, GenerateEngine):
             raise WeightsError(
@@ -379,9 +386,9 @@ class VLLMScorer:
                 self.weights.wake_up()
                 self._is_asleep = False
 
-    def _score_alone(self, request: ScoreRequest, share_prefix: bool) -> ScoreResult:
+    def _score_alone(self, request: ScoreRequest) -> ScoreResult:
         self._check_awake()
-        return self._engine.score([request], share_prefix=share_prefix, alone=True)[0]
+        return self._engine.score([request], share_prefix=False, alone=True)[0]
 
     def _check_awake(self) -> None:
         if self._is_asleep:

@@ -3,8 +3,8 @@
 Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel", and the exclusive calls "load",
 "sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them;
 "started with", and the questions "weights" and "next version".
-Answers with the same triple: "info", "results" of every step that finished some, "done", or "error". It ends with its owner;
-see :mod:`vllm_kl.engines.process`.
+Answers with the same triple: "info", "results" of every step that finished some, "done", or "error"; and says "alive" where
+steps finish nothing for a second. It ends with its owner; see :mod:`vllm_kl.engines.process`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from vllm_kl.errors import EngineError, VLLMKLError
 from vllm_kl.orphans import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
 
+_SIGN_OF_LIFE_S = 1.0
+_NOBODY = -1  # no call's id
 _EXCLUSIVE = frozenset({"start", "load", "sleep", "wake_up", "score alone"})
 
 
@@ -51,9 +53,11 @@ class _Server:
         self._driver: Any = None
         self._calls: dict[int, set[int]] = {}  # call -> its requests that are not finished
         self._held: deque[tuple[int, str, Any]] = deque()  # calls that wait behind an exclusive one, itself first
+        self._said = time.monotonic()
 
     def run(self) -> None:
         while True:
+            self._take_held()  # first: what an exclusive call held back must not wait for the next message
             while self._connection.poll(0 if self._calls else None):
                 call = self._connection.recv()
                 if call[1] == "cancel":
@@ -61,7 +65,6 @@ class _Server:
                 else:
                     self._held.append(call)
                 self._take_held()
-            self._take_held()
             self._step()
 
     def _take_held(self) -> None:
@@ -141,8 +144,11 @@ class _Server:
             self._answer(call_id, "results", results)
             if not self._calls[call_id]:
                 del self._calls[call_id]
+        if time.monotonic() > self._said + _SIGN_OF_LIFE_S:
+            self._answer(_NOBODY, "alive", None)
 
     def _answer(self, call_id: int, kind: str, body: Any) -> None:
+        self._said = time.monotonic()
         self._connection.send_bytes(pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL))
 
 

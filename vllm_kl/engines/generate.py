@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +66,7 @@ class GenerateEngine:
         self._names_adapter = generate is None
         self._lora_request = lora_request
         llm_engine = getattr(engine, "llm_engine", None)
+        self._llm_engine = llm_engine
         self._is_llm = llm_engine is not None
         reason = _why_not_token_ids(llm_engine)
         if readout == "pooling":
@@ -129,7 +130,7 @@ class GenerateEngine:
         on_done: OnDone | None = None,
         alone: bool = False,
     ) -> list[ScoreResult]:
-        with self._lock:  # always alone
+        with self._lock, self._leaving_nothing():  # always alone
             version = None if self.weights is None else self.weights.version
             return [replace(result, weight_version=version) for result in self._score(requests, share_prefix, on_done)]
 
@@ -153,6 +154,27 @@ class GenerateEngine:
             if on_done is not None:
                 on_done(len(redo))
         return results  # type: ignore[return-value]  # every None was filled
+
+    @contextlib.contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Take back what an interrupted call (Ctrl-C) added: ``vllm.LLM`` gives its next caller the outputs of all requests.
+
+        Raises:
+            EngineError: somebody else's interrupted call left requests.
+        """
+        if not self._is_llm:
+            yield
+            return
+        if num := self._llm_engine.get_num_unfinished_requests():
+            raise EngineError(
+                f"the vllm.LLM has {num} unfinished requests, left by a call of generate() that was interrupted, or of another "
+                "thread: its next call returns their outputs too. End them (llm.llm_engine.abort_request), or make a new engine"
+            )
+        try:
+            yield
+        except BaseException:
+            self._llm_engine.abort_request(list(self._llm_engine.output_processor.request_states), internal=True)
+            raise
 
     def close(self) -> None:
         """Nothing to give back: the engine belongs to somebody else."""

@@ -14,13 +14,19 @@ from typing import Any
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.options import NAMES, check_names, check_options
-from vllm_kl.engines.process import ProcessEngine
+from vllm_kl.engines.process import TIMEOUT_S, ProcessEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
 from vllm_kl.plugin import KNOWN_VLLM
 from vllm_kl.types import EngineInfo, ReadoutName
 
 
-def make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any], lora_request: Any = None) -> Engine:
+def make_engine(
+    model: Any,
+    readout: ReadoutName,
+    engine_options: dict[str, Any],
+    lora_request: Any = None,
+    timeout_s: float | None = TIMEOUT_S,
+) -> Engine:
     """Return the engine for a path or a name (owned), a live ``vllm.LLM`` (shared), or an engine (as it is).
 
     Raises:
@@ -35,7 +41,9 @@ def make_engine(model: Any, readout: ReadoutName, engine_options: dict[str, Any]
             check_names(engine_options, NAMES)
         _check_travels(engine_options)
         path = checked_path(model, engine_options)
-        return ProcessEngine(path, readout=readout, options=engine_options, lora_request=lora_request)
+        return ProcessEngine(
+            path, readout=readout, options=engine_options, lora_request=lora_request, timeout_s=timeout_s
+        )
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
         raise OptionError(f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}")

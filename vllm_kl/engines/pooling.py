@@ -82,7 +82,7 @@ class PoolingEngine:
             self.cancel(keys)
             return [(key, error) for key in keys]
         while self._waiting and len(self._in_core) < self._max_in_core:
-            self._send(self._waiting.popleft())
+            self._send(self._waiting.popleft(), version)
         for output in self._core.get_output().outputs if self._in_core else ():
             if output.request_id not in self._in_core or (output.pooling_output is None and not output.finished):
                 continue
@@ -93,7 +93,7 @@ class PoolingEngine:
             values = output.pooling_output.numpy()
             if job.share_prefix and np.isnan(values[:, 0]).any():
                 # Without the cap, or after a preemption, a hit can reach past row start - 1: those rows were not computed.
-                self._send(job._replace(share_prefix=False, rescored=True))
+                self._send(job._replace(share_prefix=False, rescored=True), version)
                 continue
             num_cached = 0 if output.prefill_stats is None else output.prefill_stats.num_cached_tokens
             finished.append(
@@ -114,7 +114,7 @@ class PoolingEngine:
             del self._in_core[request_id]
         self._core.abort_requests(ids)
 
-    def _send(self, job: _Job) -> None:
+    def _send(self, job: _Job, version: int) -> None:
         request, request_id = job.request, str(next(self._ids))
         readout = Readout(
             start=request.start,
@@ -125,18 +125,15 @@ class PoolingEngine:
         )
         params = PoolingParams(task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout))
         self._in_core[request_id] = job
-        self._core.add_request(_core_request(request_id, request.token_ids.tolist(), params, self._lora_request))
-
-
-def _core_request(request_id: str, token_ids: list[int], params: Any, lora_request: Any) -> EngineCoreRequest:
-    return EngineCoreRequest(
-        request_id=request_id,
-        prompt_token_ids=token_ids,
-        mm_features=None,
-        sampling_params=None,
-        pooling_params=params,
-        arrival_time=time.time(),
-        lora_request=lora_request,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
+        core_request = EngineCoreRequest(
+            request_id=request_id,
+            prompt_token_ids=request.token_ids.tolist(),
+            mm_features=None,
+            sampling_params=None,
+            pooling_params=params,
+            arrival_time=time.time(),
+            lora_request=self._lora_request,
+            cache_salt=str(version),  # KV of other weights cannot be hit
+            data_parallel_rank=None,
+        )
+        self._core.add_request(core_request)

@@ -23,6 +23,7 @@ import pickle
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,9 @@ from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 logger = logging.getLogger("vllm_kl")
+
+# A start reads a checkpoint, perhaps over a network; nothing else is silent for so long.
+TIMEOUT_S = 3600.0
 
 
 def _environment(options: dict[str, Any]) -> dict[str, str]:
@@ -81,6 +85,7 @@ class ProcessEngine:
         readout: as :class:`~vllm_kl.VLLMScorer` takes it; the child decides what ``"auto"`` is.
         options: vLLM's engine options by their own names; unknown ones are refused.
         lora_request: the adapter whose log-probs these are; ``None`` is the base model.
+        timeout_s: the longest time that a caller waits without a sign of life of the child; ``None``: for ever.
 
     Raises:
         OptionError: an engine option does not exist, or does not work with this model.
@@ -91,10 +96,18 @@ class ProcessEngine:
 
     info: EngineInfo
 
-    def __init__(self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        readout: str,
+        options: dict[str, Any],
+        lora_request: Any = None,
+        timeout_s: float | None = TIMEOUT_S,
+    ) -> None:
         self.weights: _OwnedWeights | None = None
         checkpoint = Start(model)
-        self._how = {"readout": readout, "options": options, "lora_request": lora_request}
+        self._how = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
         self._child = _Child(model, **self._how)
         self.info = self._child.info
         self.weights = _OwnedWeights(self, model, options, checkpoint)
@@ -165,7 +178,9 @@ class _Child:
         EngineError and others: the engine did not start; see :class:`ProcessEngine`.
     """
 
-    def __init__(self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any) -> None:
+    def __init__(
+        self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any, timeout_s: float | None
+    ) -> None:
         ours, theirs = socket.socketpair()
         with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
             self._log = Path(log.name)
@@ -178,7 +193,8 @@ class _Child:
                 env={**_environment(options), **os.environ},
                 start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
             )
-        self._calls = _Calls(Connection(os.dup(ours.fileno())), ours)
+        self._calls = _Calls(Connection(os.dup(ours.fileno())), ours, timeout_s)
+        self._why_ended = "the engine was closed during the call"
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self.process, ours, self._log, self._owner_pid)
         try:
@@ -217,13 +233,16 @@ class _Child:
                 raise
             finally:
                 self._calls.end(call_id)
-        except (EOFError, OSError) as error:
+        except (_OverError, _SilentError) as error:
             if not self._finalizer.alive:
-                raise EngineError("the engine was closed during the call") from error
-            code = _wait(self.process, timeout=5.0)
+                raise EngineError(self._why_ended) from error
+            if isinstance(error, _SilentError):
+                self._why_ended = f"the engine gave no sign of life for {error} s (timeout_s), and was ended"
+            else:
+                self._why_ended = f"the engine process died (exit status {_wait(self.process, timeout=5.0)})"
             log = self._read_log()
             self.end()
-            raise EngineError(with_log(f"the engine process died (exit status {code})", log)) from error
+            raise EngineError(with_log(self._why_ended, log)) from error
 
     def _read_log(self) -> str:
         with contextlib.suppress(OSError):
@@ -334,12 +353,27 @@ class _OwnedWeights:
         self._engine.ask("wake_up")
 
 
-class _Calls:
-    """Many callers' calls over one connection. A thread reads the answers; each caller waits for its own."""
+class _OverError(Exception):
+    """The connection is closed, at this end or at the other."""
 
-    def __init__(self, connection: Connection, ours: socket.socket) -> None:
+
+class _SilentError(Exception):
+    """The child has not been heard of for too long; how long, in seconds."""
+
+
+class _Calls:
+    """Many callers' calls over one connection. A thread reads the answers; each caller waits for its own.
+
+    While the child works it says so every second, so a caller whose answer takes long is told apart from one that waits in vain.
+    """
+
+    def __init__(self, connection: Connection, ours: socket.socket, timeout_s: float | None) -> None:
         self._connection = connection
         self._socket = ours  # the connection is a duplicate of it
+        self._timeout_s = timeout_s
+        if timeout_s is not None:  # of a message that is larger than what the child's end takes without reading
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", *_seconds_and_micros(timeout_s)))
+        self._heard = time.monotonic()
         self._send_lock = threading.Lock()
         self._ids = itertools.count()
         self._queues: dict[int, queue.SimpleQueue] = {}
@@ -351,19 +385,34 @@ class _Calls:
         call_id = next(self._ids)
         self._queues[call_id] = queue.SimpleQueue()
         if self._is_over:
-            raise EOFError
-        self._send(call_id, kind, body)
+            raise _OverError
+        self._heard = time.monotonic()  # an idle child says nothing
+        try:
+            self._send(call_id, kind, body)
+        except BlockingIOError as error:
+            raise _SilentError(f"{self._timeout_s:g}") from error
+        except OSError as error:
+            raise _OverError from error
         return call_id
 
     def answers(self, call_id: int) -> Iterator[Any]:
         """Yield the bodies of the call's answers; raise the error among them."""
         while True:
-            kind, body = self._queues[call_id].get()
+            kind, body = self._answer(call_id)
             if kind == "over":
-                raise EOFError
+                raise _OverError
             if kind == "error":
                 raise body
             yield body
+
+    def _answer(self, call_id: int) -> tuple[str, Any]:
+        while True:
+            left = None if self._timeout_s is None else self._heard + self._timeout_s - time.monotonic()
+            try:
+                return self._queues[call_id].get(timeout=left and max(left, 0.01))
+            except queue.Empty:
+                if time.monotonic() > self._heard + self._timeout_s:
+                    raise _SilentError(f"{self._timeout_s:g}") from None
 
     def cancel(self, call_id: int) -> None:
         with contextlib.suppress(OSError):
@@ -388,6 +437,7 @@ class _Calls:
         try:
             while True:
                 call_id, *answer = self._connection.recv()
+                self._heard = time.monotonic()
                 waiting = self._queues.get(call_id)
                 if waiting is not None:  # else nobody waits for it any more
                     waiting.put(answer)
@@ -397,6 +447,10 @@ class _Calls:
             self._is_over = True
             for waiting in list(self._queues.values()):
                 waiting.put(("over", None))
+
+
+def _seconds_and_micros(seconds: float) -> tuple[int, int]:
+    return int(seconds), int(seconds % 1 * 1e6)
 
 
 def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: int) -> None:
