@@ -25,6 +25,7 @@ from vllm_kl.batching import plan
 from vllm_kl.canary import Canary
 from vllm_kl.checkpoint import average
 from vllm_kl.engines.base import Engine
+from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make import make_engine
 from vllm_kl.engines.process import TIMEOUT_S
@@ -71,6 +72,9 @@ class VLLMScorer:
         timeout_s: of an owned engine: the longest time, in seconds, that a start, a score, a push or a refresh waits without a
             sign of life; then the engine is ended, and the error has its log. While it computes, an engine gives one every second;
             while it starts, or loads weights, none. ``None`` waits for ever.
+        devices: of an owned engine: the GPUs that it runs on, as many as ``tensor_parallel_size`` times ``pipeline_parallel_size``:
+            indices among those that this process sees (``CUDA_VISIBLE_DEVICES``, which Ray sets for its actors), or UUIDs;
+            ``None``: the first. ``devices=1`` keeps a reference off the GPU of the policy.
         **engine_options: vLLM's engine options under their own names, for an owned engine. A vision-language model serves text
             only (``language_model_only=True``), unless they say otherwise.
 
@@ -104,6 +108,7 @@ class VLLMScorer:
         lora_request: Any = None,
         placeholders: Placeholders = "refuse",
         timeout_s: float | None = TIMEOUT_S,
+        devices: Devices | None = None,
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -116,7 +121,7 @@ class VLLMScorer:
         self.stats: ScoreStats | None = None
         self._is_asleep = False
         self._engine: Engine = make_engine(
-            model, readout, engine_options, check_lora_request(lora_request), check_timeout(timeout_s)
+            model, readout, engine_options, check_lora_request(lora_request), check_timeout(timeout_s), devices
         )
         self._canary = Canary(self._score_alone, self._engine.info)
         try:

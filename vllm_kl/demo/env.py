@@ -26,6 +26,7 @@ from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.demo import task
+from vllm_kl.engines.devices import has_gpu
 from vllm_kl.reference import VLLMReference
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.sync import EnginePolicyVersion
@@ -141,4 +142,4 @@ def make_collector(
 
 def _memory() -> dict[str, Any]:
     """Return engine options under which two engines fit on one machine."""
-    return {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 256 << 20}
+    return {"gpu_memory_utilization": 0.3} if has_gpu() else {"kv_cache_memory_bytes": 256 << 20}

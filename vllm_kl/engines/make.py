@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.engines.base import Engine
+from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import TIMEOUT_S, ProcessEngine
@@ -26,6 +27,7 @@ def make_engine(
     engine_options: dict[str, Any],
     lora_request: Any = None,
     timeout_s: float | None = TIMEOUT_S,
+    devices: Devices | None = None,
 ) -> Engine:
     """Return the engine for a path or a name (owned), a live ``vllm.LLM`` (shared), or an engine (as it is).
 
@@ -42,11 +44,18 @@ def make_engine(
         _check_travels(engine_options)
         path = checked_path(model, engine_options)
         return ProcessEngine(
-            path, readout=readout, options=engine_options, lora_request=lora_request, timeout_s=timeout_s
+            path,
+            readout=readout,
+            options=engine_options,
+            lora_request=lora_request,
+            timeout_s=timeout_s,
+            devices=devices,
         )
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
         raise OptionError(f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}")
+    if devices is not None:
+        raise OptionError(f"devices={devices!r} has no effect on an engine that already runs: give it where it is made")
     if engine_options:
         raise OptionError(
             f"engine options have no effect on an engine that already runs: {', '.join(engine_options)}. Give them "

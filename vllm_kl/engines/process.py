@@ -35,10 +35,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, complete
 from vllm_kl.engines.base import OnDone
+from vllm_kl.engines.devices import Devices, has_gpu, seeing
 from vllm_kl.engines.failures import with_log
 from vllm_kl.engines.loading import NeedsNewEngineError
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
@@ -58,14 +57,15 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if not torch.cuda.is_available():
+    is_cpu = not has_gpu()
+    if is_cpu:
         environment["THP_MEM_ALLOC_ENABLE"] = "1"  # PyTorch's, read when it is imported: huge pages for what is large
-    if not torch.cuda.is_available() and options.get("enforce_eager", True):
+    if is_cpu and options.get("enforce_eager", True):
         # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++ compiler
         # (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is imported.
         environment["TORCH_COMPILE_DISABLE"] = "1"
     num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
-    if not torch.cuda.is_available() and num_workers > 1:
+    if is_cpu and num_workers > 1:
         # vLLM's own binding keeps cores back, which on a small machine leaves workers without any.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_workers))
@@ -86,6 +86,7 @@ class ProcessEngine:
         options: vLLM's engine options by their own names; unknown ones are refused.
         lora_request: the adapter whose log-probs these are; ``None`` is the base model.
         timeout_s: the longest time that a caller waits without a sign of life of the child; ``None``: for ever.
+        devices: the GPUs that the child sees; see :func:`~vllm_kl.engines.devices.seeing`.
 
     Raises:
         OptionError: an engine option does not exist, or does not work with this model.
@@ -104,10 +105,12 @@ class ProcessEngine:
         options: dict[str, Any],
         lora_request: Any = None,
         timeout_s: float | None = TIMEOUT_S,
+        devices: Devices | None = None,
     ) -> None:
         self.weights: _OwnedWeights | None = None
         checkpoint = Start(model)
-        self._how = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
+        start = {"readout": readout, "options": options, "lora_request": lora_request}
+        self._how = {"start": start, "timeout_s": timeout_s, "environment": seeing(devices, options)}
         self._child = _Child(model, **self._how)
         self.info = self._child.info
         self.weights = _OwnedWeights(self, model, options, checkpoint)
@@ -179,27 +182,33 @@ class _Child:
     """
 
     def __init__(
-        self, model: str, *, readout: str, options: dict[str, Any], lora_request: Any, timeout_s: float | None
+        self, model: str, *, start: dict[str, Any], timeout_s: float | None, environment: dict[str, str]
     ) -> None:
         ours, theirs = socket.socketpair()
-        with theirs, tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log:
+        with (
+            contextlib.ExitStack() as undo,
+            theirs,
+            tempfile.NamedTemporaryFile(prefix="vllm_kl_engine_", suffix=".log", delete=False) as log,
+        ):
             self._log = Path(log.name)
+            undo.callback(ours.close)
+            undo.callback(self._log.unlink)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vllm_kl.engines._child", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2 if _shows_log() else log,
                 stderr=2 if _shows_log() else log,
-                env={**_environment(options), **os.environ},
+                env={**_environment(start["options"]), **os.environ, **environment},
                 start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
             )
+            undo.pop_all()
         self._calls = _Calls(Connection(os.dup(ours.fileno())), ours, timeout_s)
         self._why_ended = "the engine was closed during the call"
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self.process, ours, self._log, self._owner_pid)
         try:
-            start = {"model": model, "readout": readout, "options": options, "lora_request": lora_request}
-            with self.call("start", start) as answers:
+            with self.call("start", {"model": model, **start}) as answers:
                 self.info: EngineInfo = next(answers)
         except EngineError as error:
             log = self._read_log()
