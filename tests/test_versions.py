@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import NonTensorData
 from torchrl.collectors.llm import LLMCollector
-from torchrl.data import LazyStackStorage, ReplayBuffer
+from torchrl.data import AdaptiveKLController, LazyStackStorage, ReplayBuffer
 from torchrl.envs import Transform
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from transformers import AutoModelForCausalLM
@@ -101,6 +101,53 @@ def test_three_updates_and_every_kl_is_that_of_the_versions_it_carries(
             assert collector.policy_version == weights_of(policy_engine).version == version + 1
     assert version == 3
     assert ref_scorer.check_frozen() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["schedule", "controller"])
+def test_a_run_that_is_resumed_goes_on_where_it_was(
+    make_collector, make_reference, ref_oracle, steps, policy_engine, kind, tmp_path
+):
+    def make_transform():
+        coeff = {
+            "schedule": lambda n: 0.1 * (1 + n),
+            "controller": AdaptiveKLController(init_kl_coef=0.1, target=6.0, horizon=8),
+        }
+        return RetrieveKL("from_collector", make_reference(), coeff=coeff[kind], audit=0.5, audit_tolerance=1.0)
+
+    transform = make_transform()
+    collector = make_collector(transform)
+    batches = iter(collector)
+    next(batches)
+    collector.update_policy_weights_(AutoModelForCausalLM.from_pretrained(steps[1]))
+    next(batches)
+    torch.save(collector.state_dict(), tmp_path / "collector.pt")
+    next(batches)  # what the run would have gone on to
+    expected = transform.metrics["coeff"]
+
+    # The engine is started again, on the last checkpoint.
+    push_weights(policy_engine, AutoModelForCausalLM.from_pretrained(steps[1]))
+    policy_engine.llm_engine.set_weight_version("0")
+    transform = make_transform()
+    collector = make_collector(transform)
+    assert collector.policy_version == 0
+    collector.load_state_dict(torch.load(tmp_path / "collector.pt", weights_only=False))
+    assert collector.policy_version == weights_of(policy_engine).version == 1
+    data = next(iter(collector)).reshape(-1)
+    assert data["next", "policy_version"].tolist() == [1] * NUM_ENVS
+    assert transform.metrics["coeff"] == pytest.approx(expected) != 0.1
+    check(data, Oracle(steps[1]), ref_oracle, coeff=expected)
+    collector.update_policy_weights_(AutoModelForCausalLM.from_pretrained(steps[2]))
+    assert collector.policy_version == 2
+
+
+def test_a_version_is_not_taken_by_weights_that_nobody_knows(policy_engine, steps):
+    tracker = EnginePolicyVersion(policy_engine)
+    policy_engine.llm_engine.model_executor.driver_worker.worker.get_model().model.norm.weight.data.mul_(2)
+    with pytest.raises(WeightsError, match="neither those that were pushed last nor its own"):
+        tracker.version = 7
+    push_weights(policy_engine, AutoModelForCausalLM.from_pretrained(steps[0]), version=9)
+    with pytest.raises(WeightsError, match="expected an int above 9"):
+        tracker.version = 7
 
 
 @pytest.fixture

@@ -49,6 +49,15 @@ class Audit:
         self.found: Mismatch | None = None
         self._generator = torch.Generator().manual_seed(0)
 
+    @property
+    def state(self) -> torch.Tensor:
+        """Which samples will be drawn next."""
+        return self._generator.get_state()
+
+    @state.setter
+    def state(self, state: torch.Tensor) -> None:
+        self._generator.set_state(state)
+
     def draw(self, batch: TokenBatch) -> list[int]:
         """Return the samples to check: none that keeps no token."""
         drawn = torch.rand(len(batch), generator=self._generator) < self.fraction

@@ -62,6 +62,20 @@ class Coefficient:
             # TorchRL's controllers are told the KL's share of the reward, and divide it by -coef again (0.14).
             self.given.update((-self.given.coef * kl_B.double()).tolist())
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What it has counted, and a controller's coefficient."""
+        own = self.given.state_dict() if hasattr(self.given, "state_dict") else None
+        return {"batches": self._num_batches, "coef": self.given.coef if self._is_controller else None, "own": own}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._num_batches = state["batches"]
+        if self._is_controller and state["coef"] is not None:
+            self.given.coef = state["coef"]
+        if state["own"] is not None and hasattr(self.given, "load_state_dict"):
+            self.given.load_state_dict(state["own"])
+
     def _checked(self, value: Any) -> float:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
@@ -111,6 +125,15 @@ class Penalty:
         self.coeff = coeff
         self.metrics: dict[str, float] = {}
         self._how = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output, "direction": direction}
+
+    @property
+    def coeff_state(self) -> dict[str, Any]:
+        """How far a schedule or a controller of the coefficient has come."""
+        return self._coefficient.state
+
+    @coeff_state.setter
+    def coeff_state(self, state: dict[str, Any]) -> None:
+        self._coefficient.state = state
 
     @property
     def coeff(self) -> Any:
@@ -183,6 +206,13 @@ class KLTransform(NextTransform):
         check_distinct([*out_keys, *penalty.keys, "reward"])
         super().__init__(in_keys=[*in_keys, *reward], out_keys=[*out_keys, *penalty.keys, *reward])
         self.penalty = penalty
+
+    def counts(self) -> dict[str, Any]:
+        return {**super().counts(), "coeff": self.penalty.coeff_state}
+
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        super().set_counts(counts)
+        self.penalty.coeff_state = counts["coeff"]
 
     def clone(self) -> KLTransform:
         twin = super().clone()

@@ -64,6 +64,19 @@ class NextTransform(Transform):
             transform = parent
         return transform
 
+    def counts(self) -> dict[str, Any]:
+        """Return what this transform has counted, for a run that is resumed: part of its ``state_dict()``."""
+        return {}
+
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        """Go on from what :meth:`counts` returned."""
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.counts()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.set_counts(state)
+
     def scored_at(self, key: NestedKey) -> float | None:
         """Return the temperature of the log-probs that this transform writes to ``key``; ``None``: it writes none there."""
         return None
@@ -85,6 +98,13 @@ class TurnsTransform(NextTransform):
     @abstractmethod
     def _keys(self) -> InputKeys:
         """Return where ids and masks lie."""
+
+    def counts(self) -> dict[str, Any]:
+        return {**super().counts(), "turns": self._turns.counts}
+
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        super().set_counts(counts)
+        self._turns.counts = counts["turns"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         self._turns.look_at_batch(tensordict, self._keys())

@@ -189,8 +189,21 @@ class EnginePolicyVersion(PolicyVersion):
 
     @property
     def version(self) -> int:
-        """The version that the engine serves now."""
+        """The version that the engine serves now. A run that is resumed sets it: its engine began again at 0.
+
+        Raises:
+            WeightsError: when set: to less than the engine's, or the engine's weights are not those it was started with or that
+                were pushed last.
+        """
         return self._weights.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        if version == self.version:
+            return
+        if not isinstance(self._weights, LiveWeights):
+            raise WeightsError("the engine of a scorer counts for itself: push the resumed weights under their version")
+        self._weights.take_over(version=version)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnginePolicyVersion:
         return self  # a copied env asks the same engine

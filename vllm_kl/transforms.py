@@ -294,6 +294,15 @@ class RetrieveKL(TurnsTransform, KLTransform):
     def scored_at(self, key: NestedKey) -> float | None:
         return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None
 
+    def counts(self) -> dict[str, Any]:
+        audit = self._gen.audit.state if isinstance(self._gen, FromCollector) else None
+        return {**super().counts(), "audit": audit}
+
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        super().set_counts(counts)
+        if isinstance(self._gen, FromCollector) and counts["audit"] is not None:
+            self._gen.audit.state = counts["audit"]
+
     def _keys(self) -> InputKeys:
         return keys_of(
             self.ref_model,

@@ -80,6 +80,15 @@ class TurnWatch:
     def __reduce__(self) -> tuple[type[TurnWatch], tuple[()]]:
         return TurnWatch, ()
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """All later turns that were seen in an env, and how many were tokenized to other ids."""
+        return self._num_later, self._num_retokenized
+
+    @counts.setter
+    def counts(self, counts: tuple[int, int]) -> None:
+        self._num_later, self._num_retokenized = counts
+
     def look_at_batch(self, td: TensorDictBase, keys: InputKeys) -> None:
         """See a whole batch: of turns, if it is ``[dialogs, turns]``."""
         self.metrics = {}
