@@ -168,6 +168,12 @@ class TestDoctor:
         monkeypatch.setattr(doctor.metadata, "entry_points", lambda **_: ())
         assert self.findings()["vLLM plugin"].status is Status.FAIL
 
+    def test_a_plugin_that_is_turned_off_is_found(self, monkeypatch):
+        assert "VLLMKL_PLUGIN=0 turns it off" in self.findings()["vLLM plugin"].detail
+        monkeypatch.setenv("VLLMKL_PLUGIN", "0")
+        finding = self.findings()["vLLM plugin"]
+        assert (finding.status, finding.cure) == (Status.FAIL, "unset VLLMKL_PLUGIN")
+
     def test_exit_status_tells(self, monkeypatch):
         runner = CliRunner()
         monkeypatch.setattr(doctor, "installed", HEALTHY.get)

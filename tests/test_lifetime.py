@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -142,13 +143,16 @@ if __name__ == "__main__":
     while True:
         push_weights(llm, model)
 """
-# vLLM forks on a GPU: the fork loads no plugins, its parent has.
+# vLLM forks on a GPU, and the worker is in the core's process.
 FORKING_TRAINER = """
-import multiprocessing, time
-from vllm_kl import orphans, plugin
-plugin.register()
+import multiprocessing, os, time
+from vllm_kl import orphans
+from vllm_kl.plugin import taken
 folder = orphans.new_folder(orphans.SHARED_MEMORY)
-core = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), name="EngineCore_DP0")
+def serve():
+    taken._end_with(os.getppid())
+    time.sleep(600)
+core = multiprocessing.get_context("fork").Process(target=serve, name="EngineCore_DP0")
 core.start()
 print(core.pid, flush=True)
 time.sleep(600)
@@ -202,3 +206,56 @@ def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_pa
         trainer.wait(60)
     assert wait_until_gone(group) == []
     assert weights_left_by(trainer.pid) == []
+
+
+STOCK = """
+import json, os, sys, threading
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+from vllm import LLM, SamplingParams
+
+def threads(worker):
+    import threading
+    return [thread.name for thread in threading.enumerate()]
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=128, kv_cache_memory_bytes=16 << 20,
+              max_num_batched_tokens=96, max_num_seqs=4, skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=False)
+    prompts = [{"prompt_token_ids": list(range(5, 75)) + [80 + n % 3, 9]} for n in range(9)]
+    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+    found = []
+    for skip in (False, True):
+        params.skip_reading_prefix_cache = skip
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            (sample,) = output.outputs
+            log_probs = [[(t, e.logprob.hex()) for t, e in row.items()] for row in (*output.prompt_logprobs[1:], *sample.logprobs)]
+            found.append([output.num_cached_tokens, list(sample.token_ids), log_probs])
+    steps = {m.name: m.count for m in llm.get_metrics() if m.name == "vllm:iteration_tokens_total"}
+    print(json.dumps({"found": found, "steps": steps, "threads": [t for w in llm.collective_rpc(threads) for t in w]}), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+"""
+
+
+def test_an_engine_that_is_nobodys_of_ours_is_left_alone(ref_path, tmp_path):
+    """The same bits, the same cache hits, the same steps, with the package, without it, and with it turned off."""
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK)
+    runs = []
+    for environment in ({}, {"VLLM_PLUGINS": ""}, {"VLLMKL_PLUGIN": "0"}):
+        done = subprocess.run(
+            [sys.executable, str(script), str(ref_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=240,
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment},
+        )
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    assert runs[0]["found"] == runs[1]["found"] == runs[2]["found"]
+    assert runs[0]["steps"] == runs[1]["steps"] == runs[2]["steps"] != {}
+    assert not [name for run in runs for name in run["threads"] if "vllm_kl" in name]
+
+
+def test_turned_off_it_cannot_give_an_engine_of_its_own(ref_path, monkeypatch):
+    monkeypatch.setenv("VLLMKL_PLUGIN", "0")
+    with pytest.raises(OptionError, match="VLLMKL_PLUGIN=0 turns off what an engine of this package needs"):
+        VLLMScorer(str(ref_path), dtype="float32", max_model_len=64)

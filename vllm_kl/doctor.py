@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_kl.plugin import KNOWN_VLLM
+from vllm_kl.plugin import KNOWN_VLLM, SWITCH, is_on
 
 # What the code was read and tested against; the same bounds as in pyproject.toml, where a test compares them.
 SUPPORTED = {
@@ -193,6 +193,14 @@ def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
 
 def _plugin() -> Iterator[Finding]:
     """The entry point through which vLLM's processes find the read-out and the cache cap."""
+    if not is_on():
+        yield Finding(
+            what="vLLM plugin",
+            status=Status.FAIL,
+            detail=f"turned off by {SWITCH}=0: a vllm.LLM can be shared, an engine of a scorer's own does not start",
+            cure=f"unset {SWITCH}",
+        )
+        return
     if not metadata.entry_points(group="vllm.general_plugins", name="vllm_kl"):
         yield Finding(
             what="vLLM plugin",
@@ -208,7 +216,8 @@ def _plugin() -> Iterator[Finding]:
             cure=f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
         )
     else:
-        yield Finding(what="vLLM plugin", status=Status.OK, detail="found")
+        detail = f"found; it acts in engines of this package, and in those given to it ({SWITCH}=0 turns it off)"
+        yield Finding(what="vLLM plugin", status=Status.OK, detail=detail)
 
 
 def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:

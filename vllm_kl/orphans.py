@@ -66,15 +66,31 @@ def remove_orphans() -> None:
                 os.close(lock)
 
 
-def end_with_owner(owner_pid: int, kill: Callable[[], None], interval_s: float = 0.5) -> None:
+def parent_of(pid: int) -> int:
+    """Return the parent of a process; 0: there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
+def end_with_owner(
+    owner_pid: int, kill: Callable[[], None], interval_s: float = 0.5, *, owned_pid: int | None = None
+) -> None:
     """Start a thread that kills as soon as the owner is gone, however it went, and removes what it left.
 
     Polls the parent's id: it needs no file descriptor that a fork of the owner could keep open, and unlike
     ``PR_SET_PDEATHSIG`` it does not fire when only the owner's starting thread ends.
+
+    Args:
+        owned_pid: the process whose parent the owner is; ``None``: this one.
     """
 
+    def has_owner() -> bool:
+        return (os.getppid() if owned_pid in (None, os.getpid()) else parent_of(owned_pid)) == owner_pid
+
     def watch() -> None:
-        while os.getppid() == owner_pid:
+        while has_owner():
             time.sleep(interval_s)
         with contextlib.suppress(Exception):
             remove_orphans()

@@ -17,7 +17,6 @@ place of another (vLLM hashes an adapter's name and path, not its weights).
 from __future__ import annotations
 
 import contextlib
-import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,7 +32,6 @@ from vllm_kl.errors import EngineError, MissingLogProbError, ReadoutUnavailableE
 from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
-logger = logging.getLogger("vllm_kl")
 DUMMY = "load_format='dummy': the weights are random numbers"  # what a user must know of it
 
 
@@ -91,7 +89,6 @@ class GenerateEngine:
             )
         if self._is_llm:
             check_adapter(llm_engine, lora_request)
-            _mend_cpu(llm_engine)
         elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
             check_engine_args(engine.engine_args, lora_request)
         # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
@@ -271,29 +268,6 @@ class _Flat:
                 "that vllm_kl does not know"
             )
         return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
-
-
-def _mend_cpu(llm_engine: Any) -> None:
-    """Mend what vLLM's CPU backend computes wrong, where the engine's processes have the plugin (:mod:`vllm_kl.plugin.cpu`)."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    from vllm_kl.plugin.cpu import MEND
-
-    with lock_of(llm_engine):
-        try:
-            answers = llm_engine.collective_rpc(MEND)
-        except Exception as error:
-            logger.warning(
-                "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): what vLLM's CPU backend computes wrong "
-                "there, some rotary embeddings and routers, stays as it is. Make the engine where VLLM_PLUGINS is not set, or "
-                "names vllm_kl",
-                error,
-            )
-            return
-        if any(answers):
-            llm_engine.reset_prefix_cache()
 
 
 def _hf_config(engine: Any) -> Any:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,6 +18,10 @@ from typing import Any, Protocol
 from vllm_kl.checkpoint import Checkpoint, Skeleton
 from vllm_kl.engines.loading import Record, drive, drive_async
 from vllm_kl.errors import WeightsError
+from vllm_kl.plugin import SWITCH
+from vllm_kl.plugin.taken import TAKE
+
+logger = logging.getLogger("vllm_kl")
 
 _LOOK_EVERY_S = 0.5
 
@@ -72,6 +78,25 @@ def _record_of(engine: Any) -> Record:
     return _RECORDS.get(engine) or _RECORDS.setdefault(engine, Record(engine.model_config))
 
 
+def _take(llm_engine: Any) -> None:
+    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once."""
+    if llm_engine in _RECORDS:
+        return
+    try:
+        answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
+    except Exception as error:
+        logger.warning(
+            "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
+            "is killed, and what vLLM's CPU backend computes wrong stays as it is. Make the engine where VLLM_PLUGINS is not set, "
+            "or names vllm_kl, and %s is not 0",
+            error,
+            SWITCH,
+        )
+    else:
+        if any(answers):
+            llm_engine.reset_prefix_cache()
+
+
 _RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
@@ -92,6 +117,8 @@ class LiveWeights:
 
     def __init__(self, llm_engine: Any) -> None:
         self._engine = llm_engine
+        with lock_of(llm_engine):
+            _take(llm_engine)
         self._record = _record_of(llm_engine)
 
     @property
@@ -206,6 +233,8 @@ class AsyncWeights:
         async with _TURNS.setdefault(self._engine, asyncio.Lock()):
             try:
                 await self._call("pause_generation", mode="wait")
+                with contextlib.suppress(Exception):  # loading() tells of a plugin that is missing
+                    await self._call("collective_rpc", TAKE, None, (os.getpid(),))
                 return await drive_async(self._record.loading(checkpoint, version), self._call)
             finally:
                 await self._call("resume_generation")

@@ -10,73 +10,71 @@
     cap       prefix-cache hits end before the first scored row
     weights   new weights for a live model, in every worker: a second_model is loaded, and by adoption the first takes it over
     whole     a checkpoint that lacks weights is refused
+    taken     what is done in engines that are ours, or were given to us, and in no others
     cpu       what the CPU backend computes wrong, mended
     text_only vision-language models without torchvision
     adapters  which LoRA adapters a worker serves, and how
 
-Nothing here changes an engine, or a request, that does not come from this package, but two things: every engine's process ends
-with the process that made it, and on a CPU vLLM's ``reload_weights`` of a folder leaves nothing behind.
+Nothing here changes an engine, or a request, that does not come from this package or was given to it.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-from multiprocessing.util import register_after_fork
 
 from packaging.specifiers import SpecifierSet
 
-from vllm_kl.orphans import end_with_owner
+from vllm_kl.errors import OptionError
 
 # The versions whose sources were read and whose engines were run.
 KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
 # Base architectures that this process and its children can load for scoring, separated by commas. An environment
 # variable, because an engine's workers are processes of their own, which load plugins before they know their model.
 ARCHITECTURES = "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of its own prefix that it does not know
+# "0" turns all of it off.
+SWITCH = "VLLMKL_PLUGIN"
+
+
+def is_on() -> bool:
+    """Whether this process and its children may use the plugin."""
+    return os.environ.get(SWITCH) != "0"
 
 
 def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
+    if not is_on():
+        return
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, models, text_only, weights, whole
+    from vllm_kl.plugin import adapters, cap, cpu, models, taken, text_only, weights, whole
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
     if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         cap.install()
         weights.install()
         adapters.install()
-        cpu.give_to_workers()
+        taken.install()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
         cpu.install()
         whole.install()
-    _end_with_owner()
-    # A fork of this process loads no plugins again; multiprocessing keeps no hold of the function.
-    register_after_fork(_end_with_owner, lambda _: _end_with_owner())
-
-
-def _end_with_owner() -> None:
-    """In the process of a ``vllm.LLM``'s engine: end when whoever made it is killed. vLLM's workers end with this process."""
-    owner = multiprocessing.parent_process()
-    is_child = (
-        owner is not None and owner.pid == os.getppid()
-    )  # not of a fork server, or seen from another pid namespace
-    if is_child and multiprocessing.current_process().name.startswith("EngineCore"):
-        end_with_owner(owner.pid, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def enable(base_architecture: str) -> str:
     """Make an architecture loadable for scoring, here and in processes started from here; return its name.
 
     Engines that generate need it too, for what it mends.
+
+    Raises:
+        OptionError: the plugin is turned off.
     """
+    if not is_on():
+        raise OptionError(f"{SWITCH}=0 turns off what an engine of this package needs in its process: unset it")
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, models, weights, whole
+    from vllm_kl.plugin import adapters, cap, cpu, models, taken, weights, whole
 
     if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -90,7 +88,7 @@ def enable(base_architecture: str) -> str:
     cap.install()
     weights.install()
     adapters.install()
-    cpu.give_to_workers()
+    taken.install()
     cpu.install()
     whole.install()
     return models.register(base_architecture)

@@ -19,10 +19,6 @@ from typing import Any
 
 import torch
 
-# The name of the method of workers, for ``collective_rpc``.
-MEND = "vllm_kl_mend_cpu"
-_IS_MENDED = "_vllm_kl_is_mended"
-
 
 def flattened(forward_cpu: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``RotaryEmbedding.forward_cpu`` for tensors ``[N, heads, size]`` too."""
@@ -79,16 +75,11 @@ def install() -> None:
             setattr(owner, name, mended(method))
 
 
-def give_to_workers() -> None:
-    """Give every worker of this process the method :data:`MEND`, for models that were made before :func:`install`."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    setattr(WorkerBase, MEND, mend)
-
-
 def mend(worker: Any) -> bool:
-    """Mend a worker's model, once; return whether it was now: KV in the engine's cache may be of wrong numbers."""
-    if getattr(worker, _IS_MENDED, False):
+    """Mend the model of a worker that was made before :func:`install`; return whether there may be something to mend."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
         return False
     install()
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
@@ -98,5 +89,4 @@ def mend(worker: Any) -> bool:
         # It took the method from its class when it was made.
         if isinstance(module, RotaryEmbedding) and getattr(module._forward_method, "__func__", None) is upstream:
             module._forward_method = module.forward_cpu
-    setattr(worker, _IS_MENDED, True)
     return True

@@ -21,6 +21,7 @@ import torch
 
 from vllm_kl.plugin import adoption
 from vllm_kl.plugin.second_model import CannotLoadBesideError, load_second_model
+from vllm_kl.plugin.taken import is_taken
 
 # Names of the methods, for ``collective_rpc``.
 PREPARE = "vllm_kl_prepare_weights"
@@ -100,8 +101,8 @@ def serves_what_is_prepared(worker: Any) -> bool:
 def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
     """Return ``WorkerBase.__init__`` of workers that remember what others loaded into them.
 
-    On a CPU, ``reload_weights`` of a whole checkpoint loads it as a push does: vLLM's own (0.32) leaves experts and tied heads
-    wrong there, by nats, without a word. What cannot be loaded so, and every load on a GPU, is vLLM's own.
+    On a CPU, in an engine that is ours (:mod:`.taken`), ``reload_weights`` of a whole checkpoint loads it as a push does: vLLM's
+    own (0.32) leaves experts and tied heads wrong there, by nats, without a word. All other loads are vLLM's own.
     """
 
     @functools.wraps(init)
@@ -116,7 +117,7 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
             is_folder = weights_iterator is None and options.get("is_checkpoint_format", True)
             loads.append(None)  # also where it fails halfway
             result = None
-            if not (is_folder and worker.device.type == "cpu" and _load_whole(worker, weights_path)):
+            if not (is_folder and _is_mended(worker) and _load_whole(worker, weights_path)):
                 result = reload_weights(weights_iterator=weights_iterator, weights_path=weights_path, **options)
             if is_folder:
                 loads[:] = [*loads[:-1], worker.vllm_config.model_config.model]
@@ -132,6 +133,10 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
             worker.start_weight_update = start_and_note
 
     return with_notes
+
+
+def _is_mended(worker: Any) -> bool:
+    return worker.device.type == "cpu" and is_taken(worker)
 
 
 def _load_whole(worker: Any, folder: str | None) -> bool:
