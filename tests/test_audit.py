@@ -19,7 +19,7 @@ from vllm_kl.types import TokenBatch
 def batch_of(num_samples, length=6):
     keep = [torch.arange(length) > 1 for _ in range(num_samples)]
     keep[3] = torch.zeros(length, dtype=torch.bool)  # keeps nothing: never drawn
-    return TokenBatch(
+    return TokenBatch.of(
         token_ids=[torch.arange(length) + i for i in range(num_samples)],
         keep=keep,
         assistant=keep,

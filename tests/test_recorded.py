@@ -648,10 +648,10 @@ class TestZerosInABatch:
             )
 
     def test_a_long_answer_of_a_sure_policy_is_believed_and_an_end_token_in_it_is_not(self):
-        keep, zeros, sure = [torch.ones(400, dtype=torch.bool)], [torch.zeros(400)], torch.full((400,), -0.0005)
-        assert doubtful_zeros(zeros, [sure], keep) == {}
+        keep, zeros, sure = torch.ones(400, dtype=torch.bool), torch.zeros(400), torch.full((400,), -0.0005)
+        assert doubtful_zeros(zeros, sure, keep, [400]) == {}
         sure[-1] = -9.0  # on average -0.02
-        assert doubtful_zeros(zeros, [sure], keep)[0].tolist() == [399]
+        assert doubtful_zeros(zeros, sure, keep, [300, 100])[1].tolist() == [99]
 
     def test_where_no_engine_can_be_asked_at_a_temperature_the_cure_is_another(self, half):
         with pytest.raises(MissingLogProbError, match="cannot be asked about .* / 0.5.*raw_logprobs.*on_zero") as found:
@@ -665,13 +665,13 @@ class TestZerosInABatch:
         assert float(kl["kl_penalty"][0, 3]) == pytest.approx(float(want), abs=KL_TOLERANCE)
 
     def test_zeros_are_believed_token_by_token(self):
-        keep = [torch.tensor([False, True, True, True, True, True])]
-        zeros = [torch.tensor([0.0, 0.0, 0.0, -1.0, 0.0, 0.0])]
-        sure = [torch.tensor([0.0, -0.04, -0.08, -9.0, -0.12, -0.08])]
-        assert {i: at.tolist() for i, at in doubtful_zeros(zeros, sure, keep).items()} == {0: [4]}
-        assert doubtful_zeros(zeros, [torch.zeros(6)], keep) == {}
-        assert doubtful_zeros(zeros, None, keep)[0].tolist() == [1, 2, 4, 5]
-        assert doubtful_zeros(zeros, sure, [torch.zeros(6, dtype=torch.bool)]) == {}
+        keep = torch.tensor([False, True, True, True, True, True])
+        zeros = torch.tensor([0.0, 0.0, 0.0, -1.0, 0.0, 0.0])
+        sure = torch.tensor([0.0, -0.04, -0.08, -9.0, -0.12, -0.08])
+        assert {i: at.tolist() for i, at in doubtful_zeros(zeros, sure, keep, [3, 3]).items()} == {1: [1]}
+        assert doubtful_zeros(zeros, torch.zeros(6), keep, [6]) == {}
+        assert doubtful_zeros(zeros, None, keep, [6])[0].tolist() == [1, 2, 4, 5]
+        assert doubtful_zeros(zeros, sure, torch.zeros(6, dtype=torch.bool), [6]) == {}
 
 
 class TestKLComputation:

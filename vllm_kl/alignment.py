@@ -1,5 +1,8 @@
 """Log-probs per request <-> positions of a batch: the one place that shifts, masks and pads.
 
+Values of all samples lie end to end in one packed tensor ``[N]``, beside the number of tokens of each sample: a check or an
+estimate is one operation on a batch. Which sample is wrong is looked for only where something is.
+
 Conventions, all of them here:
 
 - A log-prob belongs to the token it is the probability *of*: entry t of an aligned row is
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_kl.errors import InputError, MissingLogProbError
-from vllm_kl.types import TokenBatch
+from vllm_kl.types import Rows, TokenBatch, pack, widths_of
 
 PaddingSide = Literal["left", "right"]
 
@@ -36,67 +39,109 @@ _COMES_OF = {
 }
 
 
-def scored_span(keep: torch.Tensor) -> tuple[int, int]:
-    """Return ``(start, stop)``: the first kept token and one past the last; ``(L, L)`` if none is kept.
-
-    >>> scored_span(torch.tensor([False, False, True, False, True, False]))
-    (2, 5)
-    """
-    kept = keep.nonzero()
-    if not len(kept):
-        return len(keep), len(keep)
-    return int(kept[0]), int(kept[-1]) + 1
-
-
-def spread(scored: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Return ``[L]`` float32: the span's log-probs at their tokens, exactly 0.0 outside ``keep``.
+def scored_spans(keep_N: torch.Tensor, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ``(start, stop)`` of every sample: its first kept token and one past its last; ``(L, L)`` if none is kept.
 
     Args:
-        scored: log-probs of the tokens of ``scored_span(keep)``, ``[stop - start]``, nats.
-        keep: tokens whose log-prob is wanted, ``[L]`` bool.
+        keep_N: the mask of all samples laid end to end; it keeps no sample's token 0.
+        lengths: tokens of each sample.
+
+    >>> scored_spans(torch.tensor([False, False, True, False, True, False]), [4, 2])
+    [(2, 3), (2, 2)]
     """
-    start, stop = scored_span(keep)
-    if len(scored) != stop - start:
-        raise MissingLogProbError(
-            f"expected {stop - start} log-probs for tokens {start} to {stop - 1}, got {len(scored)}"
-        )
-    full = F.pad(scored.float(), (start, len(keep) - stop))
-    return torch.where(keep.to(full.device), full, torch.zeros((), device=full.device))
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    edges = keep_N.diff(prepend=keep_N.new_zeros(1), append=keep_N.new_zeros(1)).nonzero()[:, 0]
+    begun, ended = edges.view(-1, 2).T.contiguous()  # of each run of kept tokens
+    run_of = torch.searchsorted(begun, borders).tolist()
+    begun, ended = begun.tolist(), ended.tolist()
+    return [
+        (begun[first] - border, ended[last - 1] - border) if first < last else (length, length)
+        for border, length, first, last in zip(borders.tolist(), lengths, run_of, run_of[1:], strict=False)
+    ]
 
 
-def check_finite(
-    values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *, what: str, are_log_probs: bool = True
-) -> None:
-    """Refuse a value that is not finite where the mask keeps it.
+def spread(
+    scored: Sequence[torch.Tensor], spans: Sequence[tuple[int, int]], batch: TokenBatch, *, what: str
+) -> torch.Tensor:
+    """Return ``[N]`` float32: the spans' log-probs at their tokens, exactly 0.0 outside the mask.
 
     Args:
-        values, keep: rows of one shape.
+        scored: log-probs of the tokens of each span, B tensors ``[stop - start]``, nats.
+        spans: of the samples, see :func:`scored_spans`.
+
+    Raises:
+        MissingLogProbError: a span has too few; or as :func:`only_kept`.
+    """
+    rows = []
+    for i, (row, (start, stop), length) in enumerate(zip(scored, spans, batch.lengths, strict=True)):
+        if len(row) != stop - start:
+            raise MissingLogProbError(
+                f"sample {i}: expected {stop - start} log-probs for tokens {start} to {stop - 1}, got {len(row)}"
+            )
+        rows.append(F.pad(row.float(), (start, length - stop)))
+    return only_kept(torch.cat(rows), batch.packed_keep, batch.lengths, what=what)
+
+
+def only_kept(
+    values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True
+) -> torch.Tensor:
+    """Return the values where the mask keeps them, exactly 0.0 elsewhere; what lies there may be anything.
+
+    Args:
+        values_N, keep_N: of all samples laid end to end; ``[N, K]`` with several log-probs a token.
+        lengths: of the samples, for the message.
         what: what the message calls the values.
         are_log_probs: the message says what such a log-prob can come of.
 
     Raises:
-        MissingLogProbError: with the sample, the position and the value.
+        MissingLogProbError: a kept value is not finite; with the sample, the token and the value.
     """
-    for i, (value, kept) in enumerate(zip(values, keep, strict=True)):
-        bad = kept & ~torch.isfinite(value.detach()).cpu()
-        if bad.any():
-            t = int(bad.nonzero()[0])
-            number = float(value[t])
-            raise MissingLogProbError(
-                f"{what}: sample {i}, token {t} of {len(kept)} is kept by the mask but its value is {number} "
-                f"({int(bad.sum())} such tokens in this sample). {_COMES_OF[str(number)] if are_log_probs else ''}It is never "
-                "taken as 0.0: score this batch again, or leave the token out of the mask."
-            )
+    keep = keep_N.to(values_N.device)
+    kept = torch.where(keep if values_N.dim() == 1 else keep[:, None], values_N, 0.0)
+    # Of several log-probs a token, one that is not finite stands for all.
+    check_finite(kept if kept.dim() == 1 else kept.sum(-1), lengths, what=what, are_log_probs=are_log_probs)
+    return kept
+
+
+def check_finite(
+    values_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True
+) -> None:
+    """Refuse a value that is not finite; the arguments are those of :func:`only_kept`."""
+    if values_N.detach().sum().isfinite():  # the sum of values is finite only if all are
+        return
+    bad = ~values_N.detach().isfinite().cpu()
+    if not bad.any():
+        return
+    i, t = place_of(bad, lengths)
+    number = float(values_N.split(list(lengths))[i][t])
+    raise MissingLogProbError(
+        f"{what}: sample {i}, token {t} of {lengths[i]} is kept by the mask but its value is {number} "
+        f"({int(bad.split(list(lengths))[i].sum())} such tokens in this sample). "
+        f"{_COMES_OF[str(number)] if are_log_probs else ''}It is never "
+        "taken as 0.0: score this batch again, or leave the token out of the mask."
+    )
+
+
+def place_of(found_N: torch.Tensor, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the sample of the first token that is found, and its index there.
+
+    >>> place_of(torch.tensor([False, False, True, True]), [1, 3])
+    (1, 1)
+    """
+    at = int(found_N.nonzero()[0])
+    ends = torch.tensor(lengths).cumsum(0)
+    i = int(torch.searchsorted(ends, at, right=True))
+    return i, at - int(ends[i]) + lengths[i]
 
 
 def to_layout(
-    values: Sequence[torch.Tensor],
+    values_N: torch.Tensor,
     batch: TokenBatch,
     *,
     pad_output: bool,
     padding_side: PaddingSide,
     padding_value: float = 0.0,
-) -> torch.Tensor | list[torch.Tensor]:
+) -> Rows:
     """Give per-token values the layout of the contract.
 
     ``pad_output=False``: a list of B tensors ``[L]``. ``pad_output=True``: a dense ``[B, W]`` tensor whose
@@ -105,35 +150,34 @@ def to_layout(
     (several steps in one batch), stay as wide as they are stored: a list.
     """
     if not pad_output:
-        return list(values)
-    rows = []
-    for value, columns, width in zip(values, batch.columns, batch.widths, strict=True):
-        if len(columns) == width:
-            rows.append(value)
-        else:
-            row = torch.full((width,), padding_value, dtype=value.dtype, device=value.device)
-            rows.append(row.index_copy(0, columns.to(value.device), value))
-    padded = any(len(columns) < width for columns, width in zip(batch.columns, batch.widths, strict=True))
-    if padded and len(set(batch.widths)) > 1:
-        return rows
-    return pad_sequence(rows, batch_first=True, padding_value=padding_value, padding_side=padding_side)
+        # Copies: a row that shared the memory of all would take all with it wherever it is sent or stored.
+        return [row.clone() for row in values_N.split(batch.lengths)]
+    if batch.places is None:
+        rows = values_N.split(batch.lengths)
+        return pad_sequence(rows, batch_first=True, padding_value=padding_value, padding_side=padding_side)
+    flat = values_N.new_full((sum(batch.widths),), padding_value)
+    flat = flat.index_copy(0, batch.places.to(values_N.device), values_N)
+    if len(set(batch.widths)) > 1:
+        return [row.clone() for row in flat.split(batch.widths)]
+    return flat.view(len(batch), -1)
 
 
-def from_layout(stored: Sequence[torch.Tensor], batch: TokenBatch, *, what: str) -> list[torch.Tensor]:
-    """Read values that lie in the layout of the batch's stored rows: the inverse of :func:`to_layout`.
+def from_layout(stored: Rows, batch: TokenBatch, *, what: str) -> torch.Tensor:
+    """Read values that lie in the layout of the batch's stored rows, ``[N]``: the inverse of :func:`to_layout`.
 
     Raises:
         InputError: a row has neither the width of the stored row nor the length of the sequence.
     """
-    out = []
-    for i, (row, columns, width) in enumerate(zip(stored, batch.columns, batch.widths, strict=True)):
-        if len(row) == width:
-            out.append(row[columns.to(row.device)])
-        elif len(row) == len(columns):
-            out.append(row)
-        else:
+    found = widths_of(stored)
+    if found == batch.widths:
+        return pack(stored, batch.places)
+    rows = list(stored)
+    for i, (length, width, row_width) in enumerate(zip(batch.lengths, batch.widths, found, strict=True)):
+        if row_width == width:
+            rows[i] = rows[i][batch.columns[i].to(rows[i].device)]
+        elif row_width != length:
             raise InputError(
-                f"{what}: sample {i} has {len(row)} values, expected {width}, the width of its tokens. They must come "
+                f"{what}: sample {i} has {row_width} values, expected {width}, the width of its tokens. They must come "
                 "from the same step as the tokens."
             )
-    return out
+    return pack(rows)

@@ -13,14 +13,15 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
-from vllm_kl.alignment import PaddingSide
+from vllm_kl.alignment import PaddingSide, only_kept, place_of
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import rows_of
+from vllm_kl.inputs import read_rows
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.outputs import check_distinct
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.recorded import OnZero, check_on_zero, check_recorded, check_zeros
 from vllm_kl.resolver import is_same_temperature
+from vllm_kl.types import Rows, end_to_end, pack, widths_of
 
 _CURE = (
     "It is never taken for a log-prob: score the batch again (RetrieveLogProb), leave the token out of the mask, or, where the "
@@ -114,24 +115,30 @@ class KLComputation(KLTransform):
         self.padding_side = padding_side
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        sides = [rows_of(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
-        if sides[0] is None or sides[1] is None:
+        rows = [read_rows(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
+        if rows[0] is None or rows[1] is None:
             raise InputError(
                 f"Log-probs not found: expected {self.gen_log_probs_full_key} and {self.ref_log_probs_full_key}, the "
                 f"tensordict has {sorted(map(str, next_td.keys()))}"
             )
-        gen, ref = sides
-        scored = [_scored(i, g, r) for i, (g, r) in enumerate(zip(gen, ref, strict=True))]
-        stored = None if self.mask_key is None else rows_of(next_td, self.mask_key)
+        _check_shapes(*rows)
+        lengths = widths_of(rows[0])
+        gen, ref = (end_to_end(side) for side in rows)
+        mask = _scored(gen.detach().cpu(), ref.detach().cpu())
+        stored = None if self.mask_key is None else read_rows(next_td, self.mask_key)
         if stored is not None:
-            self._check_mask(gen, ref, scored, stored)
-        dense = _is_dense(next_td, self.gen_log_probs_full_key)
-        masks = scored if stored is None else stored
-        self._check_sides(gen, ref, masks)
-        to_rows = torch.stack if dense and masks else list
-        return self.penalty.write(next_td, gen, ref, masks, to_rows, is_mask_known=stored is not None)
+            mask = self._checked_mask(gen, ref, mask, stored, lengths)
+        gen = only_kept(gen, mask, lengths, what="log_probs")
+        ref = only_kept(ref, mask, lengths, what="ref_log_probs")
+        self._check_sides(gen.detach().cpu(), ref.detach().cpu(), mask, lengths)
+        is_dense = _is_dense(next_td, self.gen_log_probs_full_key)
 
-    def _check_sides(self, gen: list[torch.Tensor], ref: list[torch.Tensor], masks: list[torch.Tensor]) -> None:
+        def to_rows(values: torch.Tensor) -> Rows:
+            return values.view(len(lengths), -1) if is_dense else [row.clone() for row in values.split(lengths)]
+
+        return self.penalty.write(next_td, gen, ref, mask, lengths, to_rows, is_mask_known=stored is not None)
+
+    def _check_sides(self, gen: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> None:
         """Refuse log-probs that are none, or none of the other side's temperature."""
         keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
         neighbours = self._neighbours()
@@ -139,33 +146,35 @@ class KLComputation(KLTransform):
         if None not in at.values() and not is_same_temperature(*at.values()):
             found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
             raise OptionError(f"{found}: the KL of equal weights would not be 0. Give both sides one temperature")
-        sides = [[row.detach().cpu() for row in side] for side in (gen, ref)]
-        keep = [mask.bool().cpu() for mask in masks]
-        for key, other_key, (side, other) in ((*keys, sides), (*keys[::-1], sides[::-1])):
+        for key, other_key, side, other in ((*keys, gen, ref), (*keys[::-1], ref, gen)):
             if at[key] is None:
-                check_recorded(side, keep, what=str(key))
-                check_zeros(side, other, keep, on_zero=self.on_zero, what=str(key), who=str(other_key), cure=_CURE)
+                names = {"what": str(key), "who": str(other_key), "cure": _CURE}
+                check_recorded(side, lengths, what=str(key))
+                check_zeros(side, other, mask, lengths, on_zero=self.on_zero, **names)
 
-    def _check_mask(
-        self, gen: list[torch.Tensor], ref: list[torch.Tensor], scored: list[torch.Tensor], stored: list[torch.Tensor]
-    ) -> None:
-        """Refuse a mask of other log-probs: it would hide a token that both sides scored, or keep one that has no log-prob."""
-        for i, (a, b, has_values, mask) in enumerate(zip(gen, ref, scored, stored, strict=True)):
-            if mask.shape != a.shape:
-                raise InputError(
-                    f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, its log-probs {list(a.shape)}"
-                )
-            if len(mask) and mask[0]:
+    def _checked_mask(
+        self, gen: torch.Tensor, ref: torch.Tensor, scored: torch.Tensor, stored: Rows, lengths: list[int]
+    ) -> torch.Tensor:
+        """Return the stored mask; refuse one of other log-probs: it would hide a token that both sides scored, or keep one that
+        has no log-prob."""
+        for i, (width, length) in enumerate(zip(widths_of(stored), lengths, strict=True)):
+            if width != length:
+                raise InputError(f"sample {i}: {self.mask_key} has shape [{width}], its log-probs [{length}]")
+        mask = pack(stored).bool()
+        for i, row in enumerate(mask.split(lengths)):
+            if len(row) and row[0]:
                 raise InputError(
                     f"sample {i}: {self.mask_key} keeps token 0, which has no log-prob. Both sides of {self.mask_key} begin with "
                     "the sequence's first token, or with padding"
                 )
-            hidden = has_values & (a != 0).cpu() & (b != 0).cpu() & ~mask.bool().cpu()
-            if hidden.any():
-                raise InputError(
-                    f"sample {i}, token {int(hidden.nonzero()[0])}: both sides have a log-prob, but {self.mask_key} leaves it out. "
-                    "The mask is of other log-probs: remove it, or pass mask_key=None."
-                )
+        hidden = scored & (gen != 0).cpu() & (ref != 0).cpu() & ~mask
+        if hidden.any():
+            i, t = place_of(hidden, lengths)
+            raise InputError(
+                f"sample {i}, token {t}: both sides have a log-prob, but {self.mask_key} leaves it out. "
+                "The mask is of other log-probs: remove it, or pass mask_key=None."
+            )
+        return mask
 
 
 def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
@@ -176,12 +185,16 @@ def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
         return False
 
 
-def _scored(i: int, gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    if gen.shape != ref.shape:
-        raise InputError(
-            f"Sample {i} has different shapes: gen log-probs {list(gen.shape)}, ref log-probs {list(ref.shape)}. Both "
-            "sides of a KL must score the same tokens with the same pad_output."
-        )
-    gen, ref = gen.detach().cpu(), ref.detach().cpu()
+def _check_shapes(gen: Rows, ref: Rows) -> None:
+    for i, (of_gen, of_ref) in enumerate(zip(gen, ref, strict=True)):
+        if of_gen.shape != of_ref.shape:
+            raise InputError(
+                f"Sample {i} has different shapes: gen log-probs {list(of_gen.shape)}, ref log-probs {list(of_ref.shape)}. "
+                "Both sides of a KL must score the same tokens with the same pad_output."
+            )
+
+
+def _scored(gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """Return where both sides have a log-prob, or one of them lacks what the other has."""
     unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
     return ~unscored

@@ -44,7 +44,7 @@ Deferred = Literal[False, True, "buffer"]
 PENDING = "kl_pending"
 
 # Writes a step's results, given the reference's log-probs and their version, into a tensordict ``[B]``; returns it.
-Write = Callable[[TensorDictBase, list[torch.Tensor], int | None], TensorDictBase]
+Write = Callable[[TensorDictBase, torch.Tensor, int | None], TensorDictBase]
 
 
 class _StepError(Exception):
@@ -326,7 +326,7 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
 
 def _score(
     side: Side, batch: TokenBatch, temperature: float, expected_version: int | None
-) -> tuple[list[torch.Tensor], int | None]:
+) -> tuple[torch.Tensor, int | None]:
     """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
     now = getattr(side, "temperature", temperature)
     if not is_same_temperature(now, temperature):
@@ -361,7 +361,7 @@ def _write_apart(
     reward: list[torch.Tensor] | None,
     num_samples: int,
     device: torch.device | None,
-    log_probs: list[torch.Tensor],
+    log_probs: torch.Tensor,
     version: int | None,
 ) -> TensorDictBase:
     """Write a step's results into a tensordict of their own, with the reward that the step had."""

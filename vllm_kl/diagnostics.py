@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.kl import check_rows
+from vllm_kl.kl import packed_sides
 
 # Lowest and highest healthy value of a figure. 1.05 is NeMo RL's bound; half of the samples is verl's.
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -117,7 +117,8 @@ def mismatch(
     sample 0, token 1: -2.0000 sampled, -1.9000 scored
     """
     rows = [list(side) for side in (log_probs, scorer_log_probs, mask)]
-    keep = check_rows(dict(zip(("log_probs", "scorer_log_probs", "mask"), rows, strict=True)))
+    *_, keep_N, lengths = packed_sides(dict(zip(("log_probs", "scorer_log_probs", "mask"), rows, strict=True)))
+    keep = keep_N.cpu().split(lengths)
     ids = None if token_ids is None else list(token_ids)
     if ids is not None and [len(row) for row in ids] != [len(row) for row in rows[2]]:
         raise InputError(

@@ -20,13 +20,13 @@ from tensordict.utils import NestedKey
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import LLMWrapperBase
 
-from vllm_kl.alignment import check_finite, from_layout
+from vllm_kl.alignment import from_layout, only_kept
 from vllm_kl.audit import Audit, OnDrift
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import config_of
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
 from vllm_kl.generated import adapter_id, watch
-from vllm_kl.inputs import nested, rows_of
+from vllm_kl.inputs import nested, read_rows, rows_of
 from vllm_kl.placeholders import Placeholders, check_placeholders
 from vllm_kl.recorded import (
     SURE,
@@ -215,8 +215,8 @@ class FromCollector:
 
     def log_probs(
         self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0
-    ) -> tuple[list[torch.Tensor], bool]:
-        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
+    ) -> tuple[torch.Tensor, bool]:
+        """Return ``[N]`` float32, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
 
         Raises:
             CollectorError: nothing recorded to reuse, or nobody to ask; says what to pass instead.
@@ -269,12 +269,12 @@ class FromCollector:
 
     def settle_zeros(
         self,
-        recorded: list[torch.Tensor],
-        ref: list[torch.Tensor] | None,
+        recorded: torch.Tensor,
+        ref: torch.Tensor | None,
         batch: TokenBatch,
         collector: Any,
         temperature: float,
-    ) -> tuple[list[torch.Tensor], list[int] | None]:
+    ) -> tuple[torch.Tensor, list[int] | None]:
         """Return recorded log-probs without placeholders, and which samples were scored again for it.
 
         Args:
@@ -284,17 +284,18 @@ class FromCollector:
         Raises:
             MissingLogProbError: an exact 0.0 is no log-prob, and ``gen_log_probs="reuse"`` or nobody can be asked.
         """
-        doubtful = {} if self.on_zero == "allow" else doubtful_zeros(recorded, ref, batch.keep)
+        doubtful = {} if self.on_zero == "allow" else doubtful_zeros(recorded, ref, batch.packed_keep, batch.lengths)
         if not doubtful:
             return recorded, []
         policy = self.policy(collector)
         if policy is None or not self._can_score(policy, temperature):
             if ref is None:
                 return recorded, None
-            self.check_zeros(recorded, ref, batch.keep, temperature)
+            self.check_zeros(recorded, ref, batch, temperature)
             return recorded, []
         samples = list(doubtful)
-        scored = dict(zip(samples, self._score(batch.select(samples), policy), strict=True))
+        part = batch.select(samples)
+        scored = dict(zip(samples, self._score(part, policy).split(part.lengths), strict=True))
         false = {i: at[scored[i].cpu()[at] < SURE] for i, at in doubtful.items()}
         false = {i: at for i, at in false.items() if len(at)}
         if not false:
@@ -308,10 +309,11 @@ class FromCollector:
             )
             return recorded, []
         self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
-        return [scored[i] if i in false else row for i, row in enumerate(recorded)], list(false)
+        rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
+        return torch.cat(rows), list(false)
 
     def check_zeros(
-        self, recorded: list[torch.Tensor], ref: list[torch.Tensor], keep: list[torch.Tensor], temperature: float
+        self, recorded: torch.Tensor, ref: torch.Tensor, batch: TokenBatch, temperature: float
     ) -> None:
         """Refuse an exact 0.0 that the reference is not sure of, where nobody else can be asked.
 
@@ -330,9 +332,9 @@ class FromCollector:
             "on_zero='allow'"
         )
         names = {"what": "recorded log-probs", "who": "the reference", "cure": cure}
-        check_zeros(recorded, ref, keep, on_zero=self.on_zero, **names)
+        check_zeros(recorded, ref, batch.packed_keep, batch.lengths, on_zero=self.on_zero, **names)
 
-    def _score(self, batch: TokenBatch, policy: Any) -> list[torch.Tensor]:
+    def _score(self, batch: TokenBatch, policy: Any) -> torch.Tensor:
         scorer = self._scorer_of(policy)
         values = score_batch(scorer, batch)
         self.version = version_of(scorer, batch)
@@ -381,14 +383,14 @@ class FromCollector:
 
     def _recorded(
         self, batch: TokenBatch, td: TensorDictBase, policy: Any
-    ) -> tuple[list[torch.Tensor] | None, str | None]:
+    ) -> tuple[torch.Tensor | None, str | None]:
         """Return the recorded log-probs, or why they cannot be used."""
         key = self._key
         if policy is not None:
             if not policy.return_log_probs:
                 return None, "the policy records no log-probs (return_log_probs=False)"
             key = nested(policy.log_probs_key, "full")
-        rows = rows_of(td, key)
+        rows = read_rows(td, key)
         if rows is None:
             # ("log_probs", "response") alone is not enough: TorchRL 0.14's TransformersWrapper writes 0.0 for the first
             # token of every response there.
@@ -396,24 +398,21 @@ class FromCollector:
         if not batch.stored:
             return None, "the batch has log-probs but not the ids they belong to"
         try:
-            values = from_layout([row.detach().float().cpu() for row in rows], batch, what=str(key))
-            check_finite(values, batch.keep, what=str(key))
-            check_recorded(values, batch.keep, what=str(key))
+            values = from_layout(rows, batch, what=str(key)).detach().float()
+            values = only_kept(values, batch.packed_keep, batch.lengths, what=str(key))
+            check_recorded(values, batch.lengths, what=str(key))
         except (InputError, MissingLogProbError) as error:
             return None, str(error)
-        for i, kept in enumerate(self._kept_prompts(batch, td, policy)):
+        zeros = batch.packed_keep & (values == 0)
+        kept_prompts = self._kept_prompts(batch, td, policy) if zeros.any() else []
+        for i, (zero, kept) in enumerate(zip(zeros.split(batch.lengths), kept_prompts, strict=False)):
             # While it generates, TorchRL 0.14's vLLMWrapper writes 0.0 where vLLM gave no log-prob for a prompt token.
-            zero = kept & (values[i] == 0)
-            if zero.any():
-                return (
-                    None,
-                    f"{key} of sample {i} is 0.0 at token {int(zero.nonzero()[0])}, a prompt token that was not scored",
-                )
-        return [
-            torch.where(keep, value.clamp(max=0.0), 0.0) for value, keep in zip(values, batch.keep, strict=True)
-        ], None
+            at = (zero & kept).nonzero()
+            if len(at):
+                return None, f"{key} of sample {i} is 0.0 at token {int(at[0])}, a prompt token that was not scored"
+        return values.clamp_(max=0.0), None
 
-    def _audit(self, recorded: list[torch.Tensor], batch: TokenBatch, policy: Any, temperature: float) -> None:
+    def _audit(self, recorded: torch.Tensor, batch: TokenBatch, policy: Any, temperature: float) -> None:
         if not self.audit.fraction:
             return
         if policy is None:
@@ -429,7 +428,8 @@ class FromCollector:
                 "logprobs_mode='raw_logprobs' and leave the reference at temperature 1"
             )
         tokenizer = getattr(policy, "tokenizer", None)
-        self.audit.check(recorded, batch, lambda part: score_batch(self._scorer_of(policy), part), tokenizer)
+        score = lambda part: list(score_batch(self._scorer_of(policy), part).split(part.lengths))  # noqa: E731
+        self.audit.check(list(recorded.split(batch.lengths)), batch, score, tokenizer)
 
     def _can_score(self, policy: Any, temperature: float) -> bool:
         return policy is not None and is_same_temperature(temperature_of(self._scorer_of(policy)), temperature)

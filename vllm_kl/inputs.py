@@ -23,7 +23,7 @@ from torchrl.data.llm import History
 from vllm_kl.errors import InputError
 from vllm_kl.templates import compare, end_turns, ends_of, render
 from vllm_kl.texts import doubled_bos, tokenize
-from vllm_kl.types import TextReport, TokenBatch
+from vllm_kl.types import Rows, TextReport, TokenBatch, columns_of, pack, widths_of
 
 _NO_TAGS = (
     "assistant_only=True, but the chat template marks no assistant tokens in sample {sample}. What works: a template that "
@@ -89,17 +89,17 @@ def nested(key: NestedKey, name: str) -> tuple[str, ...]:
     return (*key, name) if isinstance(key, tuple) else (key, name)
 
 
-def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
-    """Return entry ``key`` of a one-dimensional batch as one tensor per sample, or ``None`` if no sample has it.
+def read_rows(td: TensorDictBase, key: NestedKey) -> Rows | None:
+    """Return entry ``key`` of a one-dimensional batch, or ``None`` if no sample has it.
 
-    Dense, nested and lazily stacked ragged entries read the same.
+    A dense entry is one tensor ``[B, ...]``; a nested or lazily stacked ragged one is a list of B tensors.
 
     Raises:
         InputError: some samples have it and others do not.
     """
     value = td.get(key, default=None, as_list=True)
     if isinstance(value, torch.Tensor):
-        return list(value.unbind(0))
+        return list(value.unbind(0)) if value.is_nested else value
     rows = [sample.get(key, default=None) for sample in td.unbind(0)] if value is None else list(value)
     missing = [i for i, row in enumerate(rows) if row is None]
     if len(missing) == len(rows):
@@ -109,6 +109,12 @@ def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
             f"sample {missing[0]} has no {key}, but others of the batch have: write it for all, or for none"
         )
     return rows
+
+
+def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
+    """Return entry ``key`` as :func:`read_rows` does, always as one tensor per sample."""
+    rows = read_rows(td, key)
+    return list(rows.unbind(0)) if isinstance(rows, torch.Tensor) else rows
 
 
 def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
@@ -122,78 +128,73 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     Raises:
         InputError: nothing to score, a mask that does not fit its ids, no way to tell the assistant's tokens.
     """
-    ids_rows = rows_of(td, nested(keys.tokens_key, "full"))
-    if ids_rows is None and keys.input_mode == "tokens":
-        ids_rows = rows_of(td, keys.key)
-    if ids_rows is None:
+    ids = read_rows(td, nested(keys.tokens_key, "full"))
+    if ids is None and keys.input_mode == "tokens":
+        ids = read_rows(td, keys.key)
+    if ids is None:
         return _tokenize(td, keys, assistant_only=assistant_only)
 
-    attention = rows_of(td, nested(keys.masks_key, "all_attention_mask"))
-    columns = _columns(ids_rows, attention, keys)
-    token_ids = [row[c.to(row.device)].long().cpu() for row, c in zip(ids_rows, columns, strict=True)]
-    assistant = _stored_assistant_mask(td, ids_rows, columns, keys, assistant_only)
+    lengths, places = _real_tokens(ids, read_rows(td, nested(keys.masks_key, "all_attention_mask")), keys)
+    ids_N = pack(ids, places).long()
+    assistant = _stored_assistant_mask(td, ids, lengths, places, keys, assistant_only)
     if assistant is None and assistant_only:
-        assistant = _template_mask(td, token_ids, keys)
-    report = TextReport(warnings=doubled_bos(token_ids, keys.tokenizer))
+        assistant = _template_mask(td, ids_N.split(lengths), keys)
     return _batch(
-        token_ids,
-        columns,
-        [len(row) for row in ids_rows],
-        assistant,
-        report,
-        assistant_only=assistant_only,
+        packed_ids=ids_N,
+        packed_assistant=assistant,
+        lengths=lengths,
+        places=places,
+        widths=widths_of(ids),
         stored=True,
+        report=TextReport(warnings=doubled_bos(_beginnings(ids_N, lengths), keys.tokenizer)),
+        assistant_only=assistant_only,
     )
 
 
-def _batch(
-    token_ids: list[torch.Tensor],
-    columns: list[torch.Tensor],
-    widths: list[int],
-    assistant: list[torch.Tensor] | None,
-    report: TextReport,
-    *,
-    assistant_only: bool,
-    stored: bool,
-) -> TokenBatch:
-    for i, ids in enumerate(token_ids):
-        if not len(ids):
-            raise InputError(f"sample {i} has no tokens: drop it from the batch")
-    if not assistant_only:
-        keep = [torch.arange(len(ids)) > 0 for ids in token_ids]
-    else:
-        assert assistant is not None, "the callers find a mask or raise"
-        keep = assistant
-        for i, mask in enumerate(keep):
-            if mask[0]:
-                raise InputError(
-                    f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
-                    "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
-                )
-    return TokenBatch(
-        token_ids=token_ids,
-        keep=keep,
-        assistant=assistant,
-        columns=columns,
-        widths=widths,
-        stored=stored,
-        report=report,
-    )
-
-
-def _columns(ids_rows: list[torch.Tensor], attention: list[torch.Tensor] | None, keys: InputKeys) -> list[torch.Tensor]:
-    """Return the columns of the real tokens of each row: all of them where no attention mask is stored."""
-    if attention is None:
-        return [torch.arange(len(row)) for row in ids_rows]
-    columns = []
-    for i, (row, mask) in enumerate(zip(ids_rows, attention, strict=True)):
-        if mask.shape != row.shape:
+def _batch(*, assistant_only: bool, **fields: Any) -> TokenBatch:
+    """Return the batch of these fields, with the mask of the tokens that are wanted."""
+    firsts = _first_tokens(fields["lengths"])
+    if assistant_only:
+        keep = fields["packed_assistant"]
+        for i in keep[firsts].nonzero()[:, 0].tolist():
             raise InputError(
-                f"sample {i}: {nested(keys.masks_key, 'all_attention_mask')} has shape {list(mask.shape)}, expected "
-                f"{list(row.shape)}, that of its token ids"
+                f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
+                "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
             )
-        columns.append(mask.bool().cpu().nonzero()[:, 0])
-    holes = [i for i, c in enumerate(columns) if len(c) and int(c[-1] - c[0]) + 1 != len(c)]
+    else:
+        keep = torch.ones(sum(fields["lengths"]), dtype=torch.bool).index_fill(0, firsts, False)
+    return TokenBatch(packed_keep=keep, **fields)
+
+
+def _first_tokens(lengths: list[int]) -> torch.Tensor:
+    """Return where each sample's first token lies among all tokens."""
+    if 0 in lengths:
+        raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
+    return torch.tensor([0, *lengths[:-1]]).cumsum(0)
+
+
+def _beginnings(ids_N: torch.Tensor, lengths: list[int]) -> list[list[int]]:
+    """Return the first two ids of each sample, or its only one."""
+    firsts = _first_tokens(lengths)
+    pairs = zip(ids_N[firsts].tolist(), ids_N[(firsts + 1).clamp(max=len(ids_N) - 1)].tolist(), lengths, strict=True)
+    return [[first, second][:length] for first, second, length in pairs]
+
+
+def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[list[int], torch.Tensor | None]:
+    """Return how many real tokens each row has, and their places; all of them where no attention mask is stored."""
+    widths = widths_of(ids)
+    if attention is None:
+        return widths, None
+    _check_shapes(attention, ids, nested(keys.masks_key, "all_attention_mask"))
+    is_real = pack(attention).bool()
+    if is_real.all():
+        return widths, None
+    places = is_real.nonzero()[:, 0]
+    ends = torch.searchsorted(places, torch.tensor(widths).cumsum(0))
+    lengths = ends.diff(prepend=torch.zeros(1, dtype=torch.long))
+    begun = lengths > 0
+    last, first = places[ends[begun] - 1], places[(ends - lengths)[begun]]
+    holes = begun.nonzero()[:, 0][last - first + 1 != lengths[begun]].tolist()
     if holes:
         warnings.warn(
             f"sample {holes[0]} (and {len(holes) - 1} more): the attention mask leaves out tokens inside the sequence. "
@@ -201,31 +202,44 @@ def _columns(ids_rows: list[torch.Tensor], attention: list[torch.Tensor] | None,
             "wrappers drop every pad id from a padded prompt. Give the tokenizer a pad token that is not its EOS.",
             stacklevel=4,
         )
-    return columns
+    return lengths.tolist(), places
+
+
+def _check_shapes(masks: Rows, ids: Rows, name: NestedKey) -> None:
+    """Refuse masks of another shape than their ids."""
+    if isinstance(masks, torch.Tensor) and isinstance(ids, torch.Tensor) and masks.shape == ids.shape:
+        return
+    for i, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        if mask.shape != row.shape:
+            raise InputError(
+                f"sample {i}: {name} has shape {list(mask.shape)}, expected {list(row.shape)}, that of its token ids"
+            )
 
 
 def _stored_assistant_mask(
-    td: TensorDictBase, ids_rows: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys, assistant_only: bool
-) -> list[torch.Tensor] | None:
-    """Return the stored assistant mask of the real tokens; or everything after the stored prompt; or ``None``."""
+    td: TensorDictBase,
+    ids: Rows,
+    lengths: list[int],
+    places: torch.Tensor | None,
+    keys: InputKeys,
+    assistant_only: bool,
+) -> torch.Tensor | None:
+    """Return the stored assistant mask of the real tokens, ``[N]``; or everything after the stored prompt; or ``None``."""
     name = nested(keys.masks_key, "all_assistant_mask")
-    stored = rows_of(td, name)
+    stored = read_rows(td, name)
     if stored is not None:
-        for i, (row, mask) in enumerate(zip(ids_rows, stored, strict=True)):
-            if mask.shape != row.shape:
-                raise InputError(
-                    f"sample {i}: {name} has shape {list(mask.shape)}, expected {list(row.shape)}, that of its token ids"
-                )
-        return [mask.bool().cpu()[c] for mask, c in zip(stored, columns, strict=True)]
+        _check_shapes(stored, ids, name)
+        return pack(stored, places).bool()
     prompts = rows_of(td, nested(keys.tokens_key, "prompt"))
     if prompts is None:
         return None
-    lengths = _prompt_lengths([p.long().cpu() for p in prompts], [r.long().cpu() for r in ids_rows], columns, keys)
-    if isinstance(lengths, str):
+    columns = columns_of(places, lengths, widths_of(ids))
+    found = _prompt_lengths([p.long().cpu() for p in prompts], [r.long().cpu() for r in ids], columns, keys)
+    if isinstance(found, str):
         if assistant_only:
-            raise InputError(f"{lengths} Store {name} beside the ids, or pass assistant_only=False.")
+            raise InputError(f"{found} Store {name} beside the ids, or pass assistant_only=False.")
         return None
-    return [torch.arange(len(c)) >= length for c, length in zip(columns, lengths, strict=True)]
+    return torch.cat([torch.arange(length) >= prompt for length, prompt in zip(lengths, found, strict=True)])
 
 
 def _prompt_lengths(
@@ -302,8 +316,8 @@ def _num_common(a: torch.Tensor, b: torch.Tensor) -> int:
     return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: InputKeys) -> list[torch.Tensor]:
-    """Return the chat template's assistant mask for stored ids, if the history gives exactly those ids."""
+def _template_mask(td: TensorDictBase, token_ids: Sequence[torch.Tensor], keys: InputKeys) -> torch.Tensor:
+    """Return the chat template's assistant mask for stored ids, ``[N]``, if the history gives exactly those ids."""
     if keys.input_mode != "history" or td.get(keys.key, default=None) is None:
         raise InputError(
             f"assistant_only=True needs to know the assistant's tokens: the tensordict has ids but neither "
@@ -319,7 +333,7 @@ def _template_mask(td: TensorDictBase, token_ids: list[torch.Tensor], keys: Inpu
                 f"so the template's assistant mask does not fit them. Store {nested(keys.masks_key, 'all_assistant_mask')} "
                 "beside the ids, or name the template that made them: tokenizer_kwargs={'chat_template_name': ...}."
             )
-    return masks
+    return torch.cat(masks)
 
 
 def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
@@ -342,9 +356,16 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
         }
         rows, report = tokenize(_texts(td.get(keys.key)), keys.tokenizer, options)
         token_ids, masks = [torch.tensor(ids, dtype=torch.long) for ids in rows], None
-    columns = [torch.arange(len(ids)) for ids in token_ids]
+    lengths = [len(ids) for ids in token_ids]
     return _batch(
-        token_ids, columns, [len(ids) for ids in token_ids], masks, report, assistant_only=assistant_only, stored=False
+        packed_ids=torch.cat(token_ids),
+        packed_assistant=None if masks is None else torch.cat(masks),
+        lengths=lengths,
+        places=None,
+        widths=lengths,
+        stored=False,
+        report=report,
+        assistant_only=assistant_only,
     )
 
 

@@ -29,8 +29,9 @@ from typing import Literal, get_args
 
 import torch
 
-from vllm_kl.alignment import check_finite
+from vllm_kl.alignment import check_finite, only_kept
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.types import widths_of
 
 Estimator = Literal["k1", "k2", "k3", "abs", "topk"]
 Direction = Literal["reverse", "forward"]
@@ -104,25 +105,51 @@ def kl_estimate(
     tensor([[0.0725]])
     """
     check_estimator(estimator, direction, clamp_log_ratio, clamp_output)
-    is_dense = isinstance(log_probs, torch.Tensor)
     sides = {"log_probs": log_probs, "ref_log_probs": ref_log_probs, "mask": mask}
-    if any(isinstance(side, torch.Tensor) != is_dense for side in sides.values()):
-        raise InputError("log_probs, ref_log_probs and mask must all be tensors, or all be lists of tensors")
-    if is_dense:
-        check_same_shape("", *(tuple(side.shape) for side in sides.values()), estimator)
-        shape = mask.shape
-        num_rows = math.prod(shape[:-1])
-        rows = [[*side.reshape(num_rows, *side.shape[len(shape) - 1 :])] for side in sides.values()]
-    else:
-        rows = [[*side] for side in sides.values()]
-    keep = check_rows(dict(zip(sides, rows, strict=True)), estimator)
-    bounds = (clamp_log_ratio, clamp_output)
-    if is_dense:  # as one tensor: one graph
-        dense = _estimate(log_probs, ref_log_probs, mask, estimator, direction, *bounds)
-        check_finite([*dense.reshape(num_rows, shape[-1])], keep, what=f"KL {estimator}", are_log_probs=False)
-        return dense
-    kl = [_estimate(*row, estimator, direction, *bounds) for row in zip(*rows[:2], keep, strict=True)]
-    check_finite(kl, keep, what=f"KL {estimator}", are_log_probs=False)
+    policy, ref, _, lengths = packed_sides(sides, estimator)
+    bounds = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output}
+    kl = estimate(policy, ref, lengths, estimator=estimator, direction=direction, **bounds)
+    return kl.reshape(mask.shape) if isinstance(mask, torch.Tensor) else list(kl.split(lengths))
+
+
+def estimate(
+    policy_N: torch.Tensor,
+    ref_N: torch.Tensor,
+    lengths: Sequence[int],
+    *,
+    estimator: str,
+    clamp_log_ratio: float | None,
+    clamp_output: float | None,
+    direction: str,
+) -> torch.Tensor:
+    """Return the estimates of log-probs that :func:`packed_sides` has checked, ``[N]`` float32.
+
+    Where both sides are 0.0, as they are outside the mask, every estimate is exactly 0.0.
+
+    Raises:
+        MissingLogProbError: an estimate overflows.
+    """
+    policy, ref = policy_N.float(), ref_N.to(policy_N.device).float()
+    if direction == "forward":
+        policy, ref = ref, policy
+    log_ratio = ref - policy
+    exponent = log_ratio if clamp_log_ratio is None else log_ratio.clamp(-clamp_log_ratio, clamp_log_ratio)
+    match estimator:
+        case "k1":
+            kl = policy - ref
+        case "k2":
+            kl = log_ratio.square() / 2
+        case "k3":
+            kl = torch.expm1(exponent) - exponent
+        case "abs":
+            kl = log_ratio.abs()
+        case _:
+            kl = _lumped(policy, ref)
+    if direction == "forward" and estimator != "topk":
+        kl = torch.exp(-exponent) * kl
+    if clamp_output is not None:
+        kl = kl.clamp(-clamp_output, clamp_output)
+    check_finite(kl, lengths, what=f"KL {estimator}", are_log_probs=False)
     return kl
 
 
@@ -149,39 +176,56 @@ def sequence_kl(
     """
     if reduction not in ("mean", "sum"):
         raise OptionError(f"reduction={reduction!r} does not exist; choose one of mean, sum")
-    kl, keep = list(kl), [row.bool().cpu() for row in mask]
-    shapes = [[tuple(row.shape) for row in side] for side in (kl, keep)]
+    rows, masks = list(kl), list(mask)
+    shapes = [[tuple(row.shape) for row in side] for side in (rows, masks)]
     if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
         raise InputError(f"kl has rows {shapes[0]}, the mask {shapes[1]}: expected the same, one number per token")
-    check_finite(kl, keep, what="kl", are_log_probs=False)
-    rows = []
-    for row, kept in zip(kl, keep, strict=True):
-        kept = kept.to(row.device)
-        total = torch.where(kept, row.float(), 0.0).sum()
-        rows.append(total / kept.sum().clamp(min=1) if reduction == "mean" else total)
-    return torch.stack(rows) if rows else torch.empty(0)
+    if not rows:
+        return torch.empty(0)
+    lengths, keep = widths_of(rows), torch.cat(masks).bool()
+    sums = sums_of(only_kept(torch.cat(rows).float(), keep, lengths, what="kl", are_log_probs=False), lengths)
+    return sums if reduction == "sum" else sums / sums_of(keep, lengths).clamp(min=1).to(sums.device)
 
 
-def check_rows(sides: dict[str, list[torch.Tensor]], estimator: str = "k1") -> list[torch.Tensor]:
-    """Return the masks, B bool CPU tensors ``[T]``; refuse rows that do not fit each other, or are not finite inside them.
+def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Return the sum of each sample's values, ``[B]``."""
+    return torch.stack([row.sum() for row in values_N.split(list(lengths))])
+
+
+def packed_sides(
+    sides: dict[str, torch.Tensor | Sequence[torch.Tensor]], estimator: str = "k1"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """Return two sides' log-probs with 0.0 outside the mask, and the mask, laid end to end; and the samples' lengths.
 
     Args:
-        sides: two sides' log-probs and the masks, each B rows, by the names that errors call them.
+        sides: two sides' log-probs and the masks, all dense or all B rows, by the names that errors call them.
+
+    Raises:
+        InputError: they do not fit each other.
+        MissingLogProbError: a kept value is not finite.
     """
-    *scored, mask = sides.items()
-    counts = [len(rows) for rows in sides.values()]
-    if len(set(counts)) != 1:
-        *names, last = sides
-        raise InputError(
-            f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} samples"
-        )
-    for i, rows in enumerate(zip(*sides.values(), strict=True)):
-        check_same_shape(f"sample {i}: ", *(tuple(row.shape) for row in rows), estimator)
-    keep = [row.bool().cpu() for row in mask[1]]
-    for name, rows in scored:
-        # Of several log-probs a token, one that is not finite stands for all.
-        check_finite([row if row.dim() == 1 else row.detach().sum(-1) for row in rows], keep, what=name)
-    return keep
+    *names, last = sides
+    mask = sides[last]
+    is_dense = isinstance(mask, torch.Tensor)
+    if any(isinstance(side, torch.Tensor) != is_dense for side in sides.values()):
+        raise InputError(f"{', '.join(names)} and {last} must all be tensors, or all be lists of tensors")
+    if is_dense:
+        check_same_shape("", *(tuple(side.shape) for side in sides.values()), estimator)
+        packed = [side.reshape(mask.numel(), *side.shape[mask.dim() :]) for side in sides.values()]
+        lengths = [mask.shape[-1]] * math.prod(mask.shape[:-1])
+    else:
+        counts = [len(rows) for rows in sides.values()]
+        if len(set(counts)) != 1:
+            raise InputError(
+                f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} samples"
+            )
+        for i, rows in enumerate(zip(*sides.values(), strict=True)):
+            check_same_shape(f"sample {i}: ", *(tuple(row.shape) for row in rows), estimator)
+        packed = [torch.cat(list(rows)) if len(rows) else torch.empty(0) for rows in sides.values()]
+        lengths = widths_of(list(mask))
+    keep = packed[2].bool()
+    policy, ref = (only_kept(side, keep, lengths, what=name) for name, side in zip(names, packed[:2], strict=True))
+    return policy, ref, keep, lengths
 
 
 def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:
@@ -197,41 +241,6 @@ def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimat
             f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. {hint}; both sides "
             "of a KL share one pad_output."
         )
-
-
-def _estimate(
-    policy: torch.Tensor,
-    ref: torch.Tensor,
-    mask: torch.Tensor,
-    estimator: str,
-    direction: str,
-    clamp_log_ratio: float | None,
-    clamp_output: float | None,
-) -> torch.Tensor:
-    mask = mask.bool().to(policy.device)
-    # Zeros outside the mask go in before any arithmetic: a NaN there must not reach the gradient.
-    kept = mask if estimator != "topk" else mask[..., None]
-    policy, ref = (torch.where(kept, side.to(policy.device).float(), 0.0) for side in (policy, ref))
-    if direction == "forward":
-        policy, ref = ref, policy
-    log_ratio = ref - policy
-    exponent = log_ratio if clamp_log_ratio is None else log_ratio.clamp(-clamp_log_ratio, clamp_log_ratio)
-    match estimator:
-        case "k1":
-            kl = -log_ratio
-        case "k2":
-            kl = log_ratio.square() / 2
-        case "k3":
-            kl = torch.expm1(exponent) - exponent
-        case "abs":
-            kl = log_ratio.abs()
-        case _:
-            kl = _lumped(policy, ref)
-    if direction == "forward" and estimator != "topk":
-        kl = torch.exp(-exponent) * kl
-    if clamp_output is not None:
-        kl = kl.clamp(-clamp_output, clamp_output)
-    return torch.where(mask, kl, 0.0)
 
 
 def _lumped(policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:

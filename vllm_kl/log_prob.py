@@ -21,10 +21,11 @@ from vllm_kl.errors import InputError
 from vllm_kl.from_collector import TEMPERATURES, policy_of, why_unlike
 from vllm_kl.generated import Origin, watch
 from vllm_kl.inputs import InputKeys, keys_of, nested, read_batch, rows_of
-from vllm_kl.outputs import Rows, check_distinct, declare, set_rows
+from vllm_kl.outputs import check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
 from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
 from vllm_kl.steps import TurnsTransform, scores, to_device
+from vllm_kl.types import Rows
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, origins
 
 
@@ -145,9 +146,9 @@ class RetrieveLogProb(TurnsTransform):
         self._texts.see(batch.report)
         values, _ = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
         if not self._is_step and self._is_policy and self._side.version is not None:
-            check_stale(origins(td.unbind(0)), Origin(self._side.version, self._side.adapter), self.on_stale)
+            check_stale(origins(td), Origin(self._side.version, self._side.adapter), self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
-        rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.keep))
+        rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.packed_keep))
         if self.mask_key is not None:
             self._check_mask(next_td, masks)
         next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)

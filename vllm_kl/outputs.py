@@ -16,9 +16,8 @@ from torchrl.data import Composite, Unbounded
 from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.inputs import rows_of
-
-Rows = torch.Tensor | list[torch.Tensor]
+from vllm_kl.inputs import read_rows
+from vllm_kl.types import Rows
 
 
 def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = None) -> TensorDictBase:
@@ -31,7 +30,7 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
         parent_key, name = key[:-1], key[-1]
         parent = td.get(parent_key, default=None)
         if parent is None:
-            parent = td.empty().to_lazystack(0)
+            parent = td.empty() if isinstance(rows, torch.Tensor) else td.empty().to_lazystack(0)
             if data_cls is not None:
                 parent = data_cls._from_tensordict(parent)
             td.set(parent_key, parent)
@@ -101,11 +100,9 @@ def write_kl(
     The reward is that minus ``coeff`` times ``entries[kl_key]``. Everything is computed before anything is written.
     """
     kl = entries[kl_key]
-    reward = None if coeff is None else rows_of(next_td, "reward")
+    reward = None if coeff is None else read_rows(next_td, "reward")
     if reward is not None:
-        shaped: Rows = [_shaped_reward(i, r, k, coeff) for i, (r, k) in enumerate(zip(reward, kl, strict=True))]
-        if isinstance(kl, torch.Tensor):
-            shaped = torch.stack(list(shaped))
+        shaped = _shaped_reward(reward, kl, coeff)
     if not isinstance(kl, torch.Tensor) and not isinstance(next_td, LazyStackedTensorDict):
         next_td = next_td.to_lazystack(0)  # at once: all results in one tensordict
     for key, rows in (log_probs or {}).items():
@@ -115,10 +112,14 @@ def write_kl(
     return next_td if reward is None else set_rows(next_td, "reward", shaped)
 
 
-def _shaped_reward(i: int, reward: torch.Tensor, kl: torch.Tensor, coeff: float) -> torch.Tensor:
-    """Return ``[T, 1]``: the reward of the sequence, or of each token, minus the KL's share."""
-    if reward.numel() not in (1, len(kl)):
-        raise InputError(
-            f"sample {i}: its reward has shape {list(reward.shape)}, expected one value or one per token ({len(kl)})"
-        )
-    return reward.reshape(-1, 1).float() - coeff * kl.to(reward.device).unsqueeze(-1)
+def _shaped_reward(reward: Rows, kl: Rows, coeff: float) -> Rows:
+    """Return ``[T, 1]`` of each sample: the reward of the sequence, or of each token, minus the KL's share."""
+    for i, (r, k) in enumerate(zip(reward, kl, strict=True)):
+        if r.numel() not in (1, len(k)):
+            raise InputError(
+                f"sample {i}: its reward has shape {list(r.shape)}, expected one value or one per token ({len(k)})"
+            )
+    if isinstance(reward, torch.Tensor) and isinstance(kl, torch.Tensor):
+        return (reward.reshape(len(kl), -1).float() - coeff * kl.to(reward.device)).unsqueeze(-1)
+    shaped = [r.reshape(-1, 1).float() - coeff * k.to(r.device).unsqueeze(-1) for r, k in zip(reward, kl, strict=True)]
+    return torch.stack(shaped) if isinstance(kl, torch.Tensor) else shaped

@@ -18,9 +18,10 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 
 from vllm_kl.errors import OptionError
-from vllm_kl.kl import TOKEN_ESTIMATORS, Direction, Estimator, check_estimator, kl_estimate, sequence_kl
-from vllm_kl.outputs import Rows, check_distinct, declare, write_kl
+from vllm_kl.kl import TOKEN_ESTIMATORS, Direction, Estimator, check_estimator, estimate, sums_of
+from vllm_kl.outputs import check_distinct, declare, write_kl
 from vllm_kl.steps import NextTransform, per_token_reward
+from vllm_kl.types import Rows
 
 
 class Coefficient:
@@ -152,10 +153,11 @@ class Penalty:
     def write(
         self,
         next_td: TensorDictBase,
-        gen: list[torch.Tensor],
-        ref: list[torch.Tensor],
-        keep: list[torch.Tensor],
-        to_rows: Callable[[list[torch.Tensor]], Rows],
+        gen: torch.Tensor,
+        ref: torch.Tensor,
+        keep: torch.Tensor,
+        lengths: list[int],
+        to_rows: Callable[[torch.Tensor], Rows],
         *,
         log_probs: dict[NestedKey, Rows] | None = None,
         is_mask_known: bool = True,
@@ -164,21 +166,22 @@ class Penalty:
 
         Args:
             next_td: the reward is read there, if there is one.
-            gen, ref, keep: log-probs of both sides and the mask, B tensors ``[L]``.
-            to_rows: gives B tensors ``[L]`` the layout in which they are written.
+            gen, ref, keep: log-probs of both sides, 0.0 outside the mask, and the mask; of all samples laid end to end, ``[N]``.
+            lengths: of the samples.
+            to_rows: gives a packed tensor ``[N]`` the layout in which it is written.
             log_probs: entries to write beside the KL, laid out.
             is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
         """
-        kl = {key: kl_estimate(gen, ref, keep, estimator=name, **self._how) for key, name in self._estimators.items()}
-        coeff = self._coefficient.value() if self.add_to_reward else None
-        sums = {
-            self._estimators[key]: sequence_kl(rows, keep, reduction="sum").detach().cpu() for key, rows in kl.items()
+        kl = {
+            key: estimate(gen, ref, lengths, estimator=name, **self._how) for key, name in self._estimators.items()
         }
-        entries = {key: to_rows(rows) for key, rows in kl.items()}
+        coeff = self._coefficient.value() if self.add_to_reward else None
+        sums = {self._estimators[key]: sums_of(values.detach(), lengths).cpu() for key, values in kl.items()}
+        entries = {key: to_rows(values) for key, values in kl.items()}
         if self.mask_key is not None:
-            entries[self.mask_key] = to_rows([k.to(row.device) for k, row in zip(keep, gen, strict=True)])
+            entries[self.mask_key] = to_rows(keep.to(gen.device))
         written = write_kl(next_td, entries, kl_key=self.kl_key, coeff=coeff, log_probs=log_probs)
-        num_tokens = int(sum(k.sum() for k in keep))
+        num_tokens = int(keep.sum())
         self.metrics = {"num_tokens": float(num_tokens)} if is_mask_known else {}
         for name, per_sequence in sums.items():
             total = float(per_sequence.double().sum())

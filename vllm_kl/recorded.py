@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torchrl.modules.llm import TransformersWrapper
 
+from vllm_kl.alignment import place_of
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import config_of
 from vllm_kl.errors import MissingLogProbError, OptionError
@@ -149,24 +150,26 @@ def check_on_zero(on_zero: str) -> None:
         raise OptionError(f"on_zero={on_zero!r} does not exist; choose one of {', '.join(get_args(OnZero))}")
 
 
-def check_recorded(values: Sequence[torch.Tensor], keep: Sequence[torch.Tensor], *, what: str) -> None:
-    """Refuse a recorded value above 0, beyond rounding, where the mask keeps it: a probability is at most 1.
+def check_recorded(values_N: torch.Tensor, lengths: Sequence[int], *, what: str) -> None:
+    """Refuse a recorded value above 0, beyond rounding: a probability is at most 1.
+
+    Args:
+        values_N: of all samples laid end to end, 0.0 outside the mask.
 
     Raises:
         MissingLogProbError: with the sample, the token and the value.
     """
-    for i, (value, kept) in enumerate(zip(values, keep, strict=True)):
-        bad = kept & (value > ROUNDING)
-        if bad.any():
-            t = int(bad.nonzero()[0])
-            raise MissingLogProbError(
-                f"{what}: sample {i}, token {t} of {len(kept)} is {float(value[t])}, which is no log-prob: a probability is at "
-                "most 1. Are they logits (logprobs_mode='raw_logits' or 'processed_logits')?"
-            )
+    if len(values_N) and values_N.max() > ROUNDING:
+        bad = values_N > ROUNDING
+        i, t = place_of(bad, lengths)
+        raise MissingLogProbError(
+            f"{what}: sample {i}, token {t} of {lengths[i]} is {float(values_N[bad][0])}, which is no log-prob: a probability is "
+            "at most 1. Are they logits (logprobs_mode='raw_logits' or 'processed_logits')?"
+        )
 
 
 def doubtful_zeros(
-    values: Sequence[torch.Tensor], other: Sequence[torch.Tensor] | None, keep: Sequence[torch.Tensor]
+    values_N: torch.Tensor, other_N: torch.Tensor | None, keep_N: torch.Tensor, lengths: Sequence[int]
 ) -> dict[int, torch.Tensor]:
     """Return the tokens whose recorded log-prob is exactly 0.0 though the other side is not sure of them, by sample.
 
@@ -175,26 +178,25 @@ def doubtful_zeros(
     then a reference that is near it is sure too, see :data:`SURE`.
 
     Args:
-        values: recorded log-probs, B CPU tensors ``[L]``.
-        other: the other side's, same shapes; ``None``: not known, every zero is doubtful.
-        keep: tokens that count, bool.
+        values_N: recorded log-probs of all samples laid end to end, on the CPU.
+        other_N: the other side's; ``None``: not known, every zero is doubtful.
+        keep_N: tokens that count, bool.
+        lengths: of the samples.
     """
-    found = {}
-    for i, (value, kept) in enumerate(zip(values, keep, strict=True)):
-        at = (kept & (value == 0)).nonzero()[:, 0]
-        if not len(at):
-            continue
-        if other is not None:
-            at = at[other[i].detach().cpu()[at] < SURE]
-        if len(at):
-            found[i] = at
-    return found
+    doubtful = keep_N & (values_N == 0)
+    if other_N is not None and doubtful.any():
+        doubtful &= other_N.detach().cpu() < SURE
+    if not doubtful.any():
+        return {}
+    rows = enumerate(doubtful.split(list(lengths)))
+    return {i: row.nonzero()[:, 0] for i, row in rows if row.any()}
 
 
 def check_zeros(
-    values: Sequence[torch.Tensor],
-    other: Sequence[torch.Tensor],
-    keep: Sequence[torch.Tensor],
+    values_N: torch.Tensor,
+    other_N: torch.Tensor,
+    keep_N: torch.Tensor,
+    lengths: Sequence[int],
     *,
     on_zero: OnZero,
     what: str,
@@ -204,18 +206,19 @@ def check_zeros(
     """Refuse recorded zeros that are doubtful where nobody can be asked, or warn of them.
 
     Args:
-        values, other, keep: as :func:`doubtful_zeros` takes them.
+        values_N, other_N, keep_N, lengths: as :func:`doubtful_zeros` takes them.
         what, who: what messages call the two sides.
         cure: what to do instead.
 
     Raises:
         MissingLogProbError: there is one, and ``on_zero="raise"``.
     """
-    if on_zero == "allow" or not (doubtful := doubtful_zeros(values, other, keep)):
+    if on_zero == "allow" or not (doubtful := doubtful_zeros(values_N, other_N, keep_N, lengths)):
         return
     i, at = next(iter(doubtful.items()))
     t = int(at[0])
-    complain(zero_text(what, i, t, f"{who} gives it {float(other[i][t]):.4f}", doubtful) + f". {cure}", on_zero)
+    value = float(other_N.split(list(lengths))[i][t])
+    complain(zero_text(what, i, t, f"{who} gives it {value:.4f}", doubtful) + f". {cure}", on_zero)
 
 
 def zero_text(what: str, sample: int, token: int, but: str, found: dict[int, torch.Tensor]) -> str:

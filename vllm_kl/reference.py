@@ -23,11 +23,11 @@ from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.engines.make import checked_path
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import InputMode, keys_of, nested, read_batch, rows_of
-from vllm_kl.outputs import Rows, set_rows
+from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import score_batch, scorer_for
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.texts import TextWatch
-from vllm_kl.types import Scorer, TokenBatch
+from vllm_kl.types import Rows, Scorer, TokenBatch
 
 # What a caller must know of a wrapper to use its weights from elsewhere.
 _DESCRIPTION = (
@@ -231,16 +231,16 @@ class VLLMReference(LLMWrapperBase):
 
     def _write_tokens(self, td: TensorDictBase, out: TensorDictBase, batch: TokenBatch) -> None:
         """Write ids and masks in the layout that the log-probs will have. Ids that have it already are left alone."""
-        ids = self._lay_out(batch.token_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0)
+        ids = self._lay_out(batch.packed_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0)
         stored = rows_of(td, nested(self.tokens_key, "full"))
         if out is not td or stored is None or [len(row) for row in ids] != [len(row) for row in stored]:
             set_rows(out, nested(self.tokens_key, "full"), ids, Tokens)
-        real = [torch.ones_like(ids, dtype=torch.bool) for ids in batch.token_ids]
-        for name, mask in (("all_attention_mask", real), ("all_assistant_mask", batch.assistant)):
+        real = torch.ones_like(batch.packed_ids, dtype=torch.bool)
+        for name, mask in (("all_attention_mask", real), ("all_assistant_mask", batch.packed_assistant)):
             if mask is not None:
                 set_rows(out, nested(self.masks_key, name), self._lay_out(mask, batch), Masks)
 
-    def _lay_out(self, values: list[torch.Tensor], batch: TokenBatch, *, padding_value: float = 0) -> Rows:
+    def _lay_out(self, values: torch.Tensor, batch: TokenBatch, *, padding_value: float = 0) -> Rows:
         return to_layout(
             values, batch, pad_output=self.pad_output, padding_side=self.padding_side, padding_value=padding_value
         )

@@ -3,10 +3,11 @@ a refusal."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,23 +34,27 @@ def check_requests(
     """
     sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
     starts = _to_starts(start, len(sequences))
-    for i, (ids, first) in enumerate(zip(sequences, starts, strict=True)):
-        if not len(ids):
+    lengths = [len(ids) for ids in sequences]
+    for i, (length, first) in enumerate(zip(lengths, starts, strict=True)):
+        if not length:
             raise InputError(f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch")
-        if not 1 <= first <= len(ids):
+        if not 1 <= first <= length:
             raise InputError(
-                f"sequence {i}: start is {first}, expected 1 <= start <= {len(ids)} (its length). Token 0 has no "
+                f"sequence {i}: start is {first}, expected 1 <= start <= {length} (its length). Token 0 has no "
                 "log-prob: nothing comes before it."
             )
-        if info.max_sequence_len is not None and len(ids) > info.max_sequence_len:
+        if info.max_sequence_len is not None and length > info.max_sequence_len:
             raise InputError(
-                f"sequence {i} has {len(ids)} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
+                f"sequence {i} has {length} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
                 "where the engine is made, or cut the sequence."
             )
-        if placeholders == "refuse":
-            _check_no_placeholder(i, ids, info)
-        _check_vocabulary(i, ids, info)
-    return [ids.astype(np.int32) for ids in sequences], starts
+    packed = np.concatenate([np.empty(0, np.int64), *sequences])
+    if placeholders == "refuse":
+        _check_no_placeholder(packed, lengths, info)
+    _check_vocabulary(packed, lengths, info)
+    ends = itertools.accumulate(lengths)
+    packed = packed.astype(np.int32)
+    return [packed[end - length : end] for length, end in zip(lengths, ends, strict=True)], starts
 
 
 def check_ids(
@@ -133,33 +138,43 @@ def check_lora_request(lora_request: Any) -> Any:
     return lora_request
 
 
-def _check_no_placeholder(i: int, ids: np.ndarray, info: EngineInfo) -> None:
+def _check_no_placeholder(packed: np.ndarray, lengths: Sequence[int], info: EngineInfo) -> None:
     if not info.placeholders:
         return
-    found = np.isin(ids, list(info.placeholders))
+    found = np.isin(packed, list(info.placeholders))
     if found.any():
-        t = int(found.argmax())
+        i, t = _place_of(found, lengths)
+        placeholder = int(packed[found.argmax()])
+        num_found = int(found[sum(lengths[:i]) : sum(lengths[: i + 1])].sum())
         raise InputError(
-            f"sequence {i}, token {t}: id {ids[t]} is the model's placeholder for {info.placeholders[int(ids[t])]}, and only ids "
-            f"are sent, no pixels and no sound: log-probs from there on would not be those of the sampling model "
-            f"({int(found.sum())} such tokens in the sequence). Leave the sample out; or pass placeholders='as_text' (VLLMScorer, "
+            f"sequence {i}, token {t}: id {placeholder} is the model's placeholder for {info.placeholders[placeholder]}, and only "
+            f"ids are sent, no pixels and no sound: log-probs from there on would not be those of the sampling model "
+            f"({num_found} such tokens in the sequence). Leave the sample out; or pass placeholders='as_text' (VLLMScorer, "
             "VLLMReference, FromCollector) to score the id as an ordinary token"
         )
 
 
-def _check_vocabulary(i: int, ids: np.ndarray, info: EngineInfo) -> None:
+def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineInfo) -> None:
     top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
-    outside = (ids < 0) | (ids >= top)
-    if not outside.any():
+    if not len(packed) or (packed.min() >= 0 and packed.max() < top):
         return
-    t = int(outside.argmax())
+    outside = (packed < 0) | (packed >= top)
+    i, t = _place_of(outside, lengths)
+    found = packed[outside.argmax()]
     cure = (
         "Padding and ignored labels such as -100 must be cut off before scoring"
-        if ids[t] < 0
+        if found < 0
         else f"The model's head has {top} rows, and the tokenizer that made the id has more tokens, or is another model's: use "
         "this model's own, or resize the model's embeddings"
     )
-    raise InputError(f"sequence {i}, token {t}: id {ids[t]} is outside the vocabulary [0, {top}). {cure}.")
+    raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}). {cure}.")
+
+
+def _place_of(found: np.ndarray, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the sequence of the first token that is found, and its index there."""
+    at, ends = int(found.argmax()), np.cumsum(lengths)
+    i = int(np.searchsorted(ends, at, side="right"))
+    return i, at - int(ends[i]) + lengths[i]
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:
@@ -170,7 +185,7 @@ def _to_array(i: int, ids: TokenIds) -> np.ndarray:
         raise InputError(
             f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype {array.dtype}"
         )
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _as_array(name: str, ids: Any) -> np.ndarray:
@@ -213,25 +228,43 @@ def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k:
             )
 
 
-def check_result(i: int, request: ScoreRequest, result: ScoreResult) -> torch.Tensor:
-    """Return the values of sequence i, or refuse: -inf is a number (probability 0), NaN and what is above 0 are not."""
-    want, got = (len(request.token_ids) - request.start, request.num_columns), tuple(result.values.shape)
-    if got != want:
-        raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
-    bad = np.isnan(result.values) | (result.values == np.inf)
-    is_id = np.zeros(want[1], bool)
-    is_id[1 + request.num_ids : 1 + request.num_ids + request.top_k] = True
-    bad |= (result.values > 1e-3) & ~is_id  # no rounding makes a probability that large
-    if bad.any():
-        j, column = (int(n) for n in np.argwhere(bad)[0])
-        comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
-        if np.isnan(result.values[j, column]):
-            comes_of = (
-                "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
-                "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
+def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreResult]) -> list[torch.Tensor]:
+    """Return the values of each sequence, or refuse: -inf is a number (probability 0), NaN and what is above 0 are not.
+
+    Args:
+        requests: by the number of the sequence; of one number of columns.
+        results: one each.
+    """
+    if not requests:
+        return []
+    for (i, request), result in zip(requests.items(), results, strict=True):
+        want, got = (len(request.token_ids) - request.start, request.num_columns), result.values.shape
+        if got != want:
+            raise MissingLogProbError(
+                f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}"
             )
-        raise MissingLogProbError(
-            f"sequence {i}, token {request.start + j}: the engine returned {result.values[j, column]} instead of a "
-            f"log-prob ({int(bad.any(axis=1).sum())} such tokens). {comes_of}"
+    lengths = [len(result.values) for result in results]
+    values = np.concatenate([result.values for result in results])
+    largest = np.full(values.shape[1], 1e-3, np.float32)  # no rounding makes a probability that large
+    largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(np.float32).max  # ids, not log-probs
+    is_wrong = ~(values <= largest)  # NaN is not below anything
+    if is_wrong.any():
+        n, _ = _place_of(is_wrong.any(axis=1), lengths)
+        raise _wrong_value(*list(requests.items())[n], results[n].values, largest)
+    return list(torch.from_numpy(values).split(lengths))
+
+
+def _wrong_value(i: int, request: ScoreRequest, values: np.ndarray, largest: np.ndarray) -> MissingLogProbError:
+    """Return the error of a sequence with values that are no log-probs."""
+    is_wrong = ~(values <= largest)
+    row, column = (int(n) for n in np.argwhere(is_wrong)[0])
+    comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
+    if np.isnan(values[row, column]):
+        comes_of = (
+            "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
+            "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
         )
-    return torch.from_numpy(result.values)
+    return MissingLogProbError(
+        f"sequence {i}, token {request.start + row}: the engine returned {values[row, column]} instead of a "
+        f"log-prob ({int(is_wrong.any(axis=1).sum())} such tokens). {comes_of}"
+    )

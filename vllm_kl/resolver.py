@@ -18,7 +18,7 @@ from tensordict.utils import NestedKey
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
 
-from vllm_kl.alignment import check_finite, scored_span, spread
+from vllm_kl.alignment import scored_spans, spread
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.transformers import TransformersScorer
@@ -30,25 +30,24 @@ from vllm_kl.scorer import VLLMScorer
 from vllm_kl.types import Scorer, TokenBatch
 
 
-def score_batch(scorer: Scorer, batch: TokenBatch) -> list[torch.Tensor]:
-    """Return B float32 tensors ``[L]``: log-probs of the kept tokens, 0.0 elsewhere.
+def score_batch(scorer: Scorer, batch: TokenBatch) -> torch.Tensor:
+    """Return ``[N]`` float32: log-probs of the kept tokens, 0.0 elsewhere.
 
     Only what is needed is sent: nothing before the first kept row is read out, nothing after the last kept token is
     prefilled, and a sample that keeps no token is not sent at all.
     """
-    spans = [scored_span(keep) for keep in batch.keep]
+    spans = scored_spans(batch.packed_keep, batch.lengths)
     sent = [i for i, (start, stop) in enumerate(spans) if start < stop]
-    scored = [torch.empty(0)] * len(batch)
+    results: list[torch.Tensor] = []
     if sent:
         try:
             results = scorer.score([batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent])
         except (InputError, MissingLogProbError) as error:
             raise _of_samples(error, sent) from error
-        for i, result in zip(sent, results, strict=True):
-            scored[i] = result
-    values = [spread(row, keep) for row, keep in zip(scored, batch.keep, strict=True)]
-    check_finite(values, batch.keep, what="log-probs")
-    return values
+    scored = [results[0].new_empty(0) if results else torch.empty(0)] * len(batch)
+    for i, result in zip(sent, results, strict=True):
+        scored[i] = result
+    return spread(scored, spans, batch, what="log-probs")
 
 
 def _of_samples(error: Exception, sent: list[int]) -> Exception:
@@ -87,7 +86,7 @@ def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
 
 def version_of(scorer: Scorer, batch: TokenBatch | None = None) -> int | None:
     """Return the version of the weights that scored a batch just now, or of those that serve where nothing was sent."""
-    was_sent = batch is not None and any(keep.any() for keep in batch.keep)
+    was_sent = batch is not None and bool(batch.packed_keep.any())
     version = getattr(getattr(scorer, "stats", None), "weight_version", None) if was_sent else None
     return getattr(scorer, "weight_version", None) if version is None else version
 
@@ -191,8 +190,8 @@ class Side(Protocol):
 
     def log_probs(
         self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float
-    ) -> tuple[list[torch.Tensor], bool]:
-        """Return B float32 tensors ``[L]``, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
+    ) -> tuple[torch.Tensor, bool]:
+        """Return ``[N]`` float32, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
 
         Args:
             temperature: they must be those of ``softmax(logits / temperature)``.
@@ -227,7 +226,7 @@ class ModelSide:
 
     def log_probs(
         self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float
-    ) -> tuple[list[torch.Tensor], bool]:
+    ) -> tuple[torch.Tensor, bool]:
         self.check_temperature(temperature)
         values = score_batch(self._scorer, batch)
         self.version = version_of(self._scorer, batch)

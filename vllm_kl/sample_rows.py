@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import NonTensorData, TensorDictBase
+from tensordict import LazyStackedTensorDict, NonTensorData, TensorDictBase
 
 from vllm_kl.alignment import PaddingSide, from_layout
 from vllm_kl.errors import InputError
@@ -75,7 +75,7 @@ def aligned(
                     f"{what}: sample {i}, token {int((columns == wrong.nonzero()[0]).nonzero()[0])}, read as padded on the "
                     f"{padding_side}, has a value that the mask leaves out, expected 0, as read from the other side: {_CURE}"
                 )
-    return from_layout(rows, batch, what=what)
+    return list(from_layout(rows, batch, what=what).split(batch.lengths))
 
 
 def read_mask(rows: list[torch.Tensor], batch: TokenBatch, padding_side: PaddingSide, what: str) -> list[torch.Tensor]:
@@ -126,9 +126,24 @@ def entry_of(sample: TensorDictBase, key: str | tuple[str, ...]) -> Any:
     for place in (("next", *path), path):
         value = sample.get(place, default=None)
         if value is not None:
-            value = value.data if isinstance(value, NonTensorData) else value
-            return value.reshape(-1)[0].item() if hasattr(value, "reshape") else value
+            return _plain(value.data if isinstance(value, NonTensorData) else value)
     return None
+
+
+def entries_of(td: TensorDictBase, key: str | tuple[str, ...]) -> list[Any]:
+    """Return :func:`entry_of` of each row of a one-dimensional batch."""
+    next_td = td.get("next", default=None)
+    if any(isinstance(part, LazyStackedTensorDict) for part in (td, next_td)):
+        return [entry_of(row, key) for row in td.unbind(0)]
+    value = None if next_td is None else next_td.get(key, default=None)
+    value = td.get(key, default=None) if value is None else value
+    if isinstance(value, torch.Tensor):
+        return value.reshape(len(td), -1)[:, 0].tolist()
+    return [None] * len(td) if value is None else [_plain(entry) for entry in value.tolist()]
+
+
+def _plain(value: Any) -> Any:
+    return value.reshape(-1)[0].item() if hasattr(value, "reshape") else value
 
 
 def _num_padding(rows: list[torch.Tensor], batch: TokenBatch) -> list[int]:

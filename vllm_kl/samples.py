@@ -352,7 +352,9 @@ def samples_from_batch(
     >>> samples_from_batch(lazy_stack([TensorDict(tokens=tokens, **sides)]))[0].kl
     [0.0, 1.0]
     """
-    from vllm_kl.alignment import check_finite
+    import torch
+
+    from vllm_kl.alignment import only_kept
     from vllm_kl.inputs import InputKeys, read_batch
     from vllm_kl.sample_rows import aligned, entry_of, read_mask, read_rewards, result_rows
 
@@ -373,7 +375,7 @@ def samples_from_batch(
         rows = result_rows(data, key)
         if rows is not None:
             columns[name] = aligned(rows, batch, padding_side, str(key), keep=keep)
-            check_finite(columns[name], keep, what=str(key))
+            only_kept(torch.cat(columns[name]), torch.cat(keep), batch.lengths, what=str(key))
         elif name in REQUIRED:
             raise InputError(f"no {key}, neither under 'next' nor at the root: score the batch with RetrieveKL first")
     rewards = read_rewards(data, batch, keep, padding_side)

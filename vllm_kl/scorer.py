@@ -39,7 +39,7 @@ from vllm_kl.requests import (
     check_ids,
     check_lora_request,
     check_requests,
-    check_result,
+    check_results,
     check_temperature,
     check_timeout,
 )
@@ -289,9 +289,8 @@ class VLLMScorer:
         if planned.requests:
             with show_progress(len(planned.requests), enabled=progress) as on_done:
                 results = self._engine.score(planned.requests, share_prefix=self.share_prefix, on_done=on_done)
-        values = [torch.empty(0, request.num_columns) for request in asked]
-        for (i, request), result in zip(requests.items(), planned.restore(results), strict=True):
-            values[i] = check_result(i, request, result)
+        scored = dict(zip(requests, check_results(requests, planned.restore(results)), strict=True))
+        values = [scored[i] if i in scored else torch.empty(0, r.num_columns) for i, r in enumerate(asked)]
         versions = {result.weight_version for result in results}
         if len(versions) > 1:
             found = sorted(map(str, versions))
@@ -302,7 +301,7 @@ class VLLMScorer:
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
         self.stats = ScoreStats(
             num_requests=len(requests),
-            num_scored_tokens=sum(len(v) for v in values),
+            num_scored_tokens=num_prompt_tokens - sum(r.start for r in requests.values()),
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=num_prompt_tokens - num_sent_tokens + sum(r.num_cached_tokens for r in results),
             num_rescored=sum(r.rescored for r in results),

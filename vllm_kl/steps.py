@@ -14,11 +14,11 @@ from torchrl.data import Composite
 from torchrl.envs import Transform
 
 from vllm_kl.inputs import InputKeys
-from vllm_kl.outputs import Rows, declare
+from vllm_kl.outputs import declare
 from vllm_kl.resolver import Side
 from vllm_kl.texts import TextWatch
 from vllm_kl.turns import TurnWatch
-from vllm_kl.types import TokenBatch
+from vllm_kl.types import Rows, TokenBatch
 
 
 class NextTransform(Transform):
@@ -138,11 +138,11 @@ def _container(transform: Transform) -> Any:
 
 def scores(
     side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
-) -> tuple[list[torch.Tensor], bool]:
-    """Return a side's log-probs at a temperature, ``[L]`` each, and whether they were recorded."""
+) -> tuple[torch.Tensor, bool]:
+    """Return a side's log-probs at a temperature, ``[N]``, and whether they were recorded."""
     with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
         values, recorded = side.log_probs(batch, td, collector, temperature)
-    return [value.detach() for value in values] if detach else values, recorded
+    return values.detach() if detach else values, recorded
 
 
 def to_device(rows: Rows, device: torch.device | None) -> Rows:

@@ -32,7 +32,7 @@ from vllm_kl.inputs import InputKeys, keys_of, read_batch
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.leaving import on_leaving
 from vllm_kl.log_prob import RetrieveLogProb
-from vllm_kl.outputs import Rows, declare
+from vllm_kl.outputs import declare
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.recorded import OnZero
 from vllm_kl.reference import remote_reference
@@ -45,7 +45,7 @@ from vllm_kl.resolver import (
     warn_unless_full,
 )
 from vllm_kl.steps import TurnsTransform, scores, to_device
-from vllm_kl.types import TokenBatch
+from vllm_kl.types import Rows, TokenBatch
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, origins, policy_range
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
@@ -367,7 +367,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
 
     def _sampled(self, td: TensorDictBase, collector: Any) -> list[Origin]:
         if not self._is_step:
-            return origins(td.unbind(0))
+            return origins(td)
         # Generated just now: only another thread's push can have come between.
         last = generated_by(policy_of(collector)) if isinstance(self._gen, FromCollector) else None
         return [] if last is None else [last] * len(td)
@@ -375,27 +375,31 @@ class RetrieveKL(TurnsTransform, KLTransform):
     def _write_kl(
         self,
         batch: TokenBatch,
-        gen: list[torch.Tensor],
+        gen: torch.Tensor,
         versions: dict[str, float] | None,
         device: torch.device | None,
         keeps_recorded: bool,
         are_zeros_settled: bool,
         next_td: TensorDictBase,
-        ref: list[torch.Tensor],
+        ref: torch.Tensor,
         ref_version: int | None,
     ) -> TensorDictBase:
         """Write the results, all or none; return the tensordict that has them."""
         if not are_zeros_settled:
-            self._gen.check_zeros(gen, ref, batch.keep, self._ref.temperature)
+            self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
 
-        def to_rows(rows: list[torch.Tensor]) -> Rows:
-            return to_device(to_layout(rows, batch, pad_output=self.pad_output, padding_side=self.padding_side), device)
+        def to_rows(values: torch.Tensor) -> Rows:
+            return to_device(
+                to_layout(values, batch, pad_output=self.pad_output, padding_side=self.padding_side), device
+            )
 
-        log_probs = {self.gen_log_probs_full_key: to_rows(gen), self.ref_log_probs_full_key: to_rows(ref)}
-        if keeps_recorded:
+        log_probs = {self.ref_log_probs_full_key: to_rows(ref)}
+        if not keeps_recorded:
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
-            del log_probs[self.gen_log_probs_full_key]
-        written = self.penalty.write(next_td, gen, ref, batch.keep, to_rows, log_probs=log_probs)
+            log_probs[self.gen_log_probs_full_key] = to_rows(gen)
+        written = self.penalty.write(
+            next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs
+        )
         if self.ref_version_key is not None:
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
         if versions is not None:

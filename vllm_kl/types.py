@@ -1,18 +1,21 @@
 """The carriers between the stages. Frozen; every field states its shape.
 
-B sequences, L tokens of one sequence, W columns of the row a sequence is stored in.
+B sequences, L tokens of one sequence, W columns of the row a sequence is stored in, N tokens of all sequences laid end to end.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 ReadoutName = Literal["auto", "pooling", "token_ids", "flat"]
+Rows = torch.Tensor | list[torch.Tensor]  # a dense [B, W], or B rows [W] of any lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -108,37 +111,125 @@ class TextReport:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBatch:
-    """A batch of real tokens, with the place of each in the row it is stored in.
+    """A batch of real tokens, laid end to end, with the place of each in the row it is stored in.
 
-    Made by :mod:`vllm_kl.inputs`, consumed by :mod:`vllm_kl.alignment`. Padding is gone; where it was
-    is in ``columns`` and ``widths``, so results can be put back exactly where the tokens are.
+    Made by :mod:`vllm_kl.inputs`, consumed by :mod:`vllm_kl.alignment`. Padding is gone; where it was is in ``places`` and
+    ``widths``, so results can be put back exactly where the tokens are. Everything per token is one packed tensor
+    ``[N]``, so a batch costs a few operations, not a few per sample; the properties give it sample by sample.
     """
 
-    token_ids: list[torch.Tensor]  # B x [L] int64, CPU
-    keep: list[torch.Tensor]  # B x [L] bool, CPU: tokens whose log-prob is wanted; never token 0
-    assistant: list[torch.Tensor] | None  # B x [L] bool, CPU; None: not known
-    columns: list[torch.Tensor]  # B x [L] int64: column of each token in its stored row
+    packed_ids: torch.Tensor  # [N] int64, CPU
+    packed_keep: torch.Tensor  # [N] bool, CPU: tokens whose log-prob is wanted; never token 0
+    packed_assistant: torch.Tensor | None  # [N] bool, CPU; None: not known
+    lengths: list[int]  # B: real tokens of each sample, together N
+    places: torch.Tensor | None  # [N] int64: index in the stored rows laid end to end; None: they have no padding
     widths: list[int]  # B: columns of the stored row
     stored: bool  # the ids were read from the tensordict, not tokenized here
     report: TextReport = field(default_factory=TextReport)  # what was found in the texts, or at the ids' beginning
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.lengths)
+
+    @cached_property
+    def token_ids(self) -> list[torch.Tensor]:
+        """Ids, B x ``[L]``."""
+        return list(self.packed_ids.split(self.lengths))
+
+    @cached_property
+    def keep(self) -> list[torch.Tensor]:
+        """The mask of the tokens that are wanted, B x ``[L]``."""
+        return list(self.packed_keep.split(self.lengths))
+
+    @cached_property
+    def assistant(self) -> list[torch.Tensor] | None:
+        """The mask of the assistant's tokens, B x ``[L]``, if it is known."""
+        return None if self.packed_assistant is None else list(self.packed_assistant.split(self.lengths))
+
+    @cached_property
+    def columns(self) -> list[torch.Tensor]:
+        """The column of each token in its stored row, B x ``[L]``."""
+        return columns_of(self.places, self.lengths, self.widths)
 
     def select(self, samples: list[int]) -> TokenBatch:
         """Return a batch of some of the samples."""
-        pick = lambda rows: [rows[i] for i in samples]  # noqa: E731
-        return TokenBatch(
-            token_ids=pick(self.token_ids),
-            keep=pick(self.keep),
-            assistant=None if self.assistant is None else pick(self.assistant),
-            columns=pick(self.columns),
-            widths=pick(self.widths),
+        assistant = None if self.assistant is None else [self.assistant[i] for i in samples]
+        return TokenBatch.of(
+            [self.token_ids[i] for i in samples],
+            [self.keep[i] for i in samples],
+            assistant=assistant,
+            columns=[self.columns[i] for i in samples],
+            widths=[self.widths[i] for i in samples],
             stored=self.stored,
             report=self.report,
         )
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: list[torch.Tensor],
+        keep: list[torch.Tensor],
+        *,
+        assistant: list[torch.Tensor] | None = None,
+        columns: list[torch.Tensor] | None = None,
+        widths: list[int] | None = None,
+        stored: bool,
+        report: TextReport | None = None,
+    ) -> TokenBatch:
+        """Return the batch of samples that are given one by one; without ``columns`` their rows have no padding."""
+        lengths = [len(ids) for ids in token_ids]
+        widths = lengths if widths is None else widths
+        places = None
+        if widths != lengths:
+            begins = itertools.accumulate(widths, initial=0)
+            places = torch.cat([row + begin for row, begin in zip(columns, begins, strict=False)])
+        return cls(
+            packed_ids=torch.cat(token_ids),
+            packed_keep=torch.cat(keep),
+            packed_assistant=None if assistant is None else torch.cat(assistant),
+            lengths=lengths,
+            places=places,
+            widths=widths,
+            stored=stored,
+            report=TextReport() if report is None else report,
+        )
+
+
+def widths_of(rows: Rows) -> list[int]:
+    """Return how long each row is.
+
+    >>> widths_of(torch.zeros(2, 3)), widths_of([torch.zeros(1), torch.zeros(2)])
+    ([3, 3], [1, 2])
+    """
+    return [rows.shape[1]] * len(rows) if isinstance(rows, torch.Tensor) else [len(row) for row in rows]
+
+
+def end_to_end(rows: Rows) -> torch.Tensor:
+    """Return the values of all rows laid end to end; of a dense tensor without a copy."""
+    if isinstance(rows, torch.Tensor):
+        return rows.reshape(-1)
+    return torch.cat(rows) if rows else torch.empty(0)
+
+
+def pack(rows: Rows, places_N: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a copy of the values of all rows laid end to end, or of those at ``places_N``, on the CPU.
+
+    >>> pack([torch.tensor([1, 2]), torch.tensor([3])]), pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 3]))
+    (tensor([1, 2, 3]), tensor([1, 4]))
+    """
+    values = end_to_end(rows).cpu()
+    if places_N is not None:
+        return values.index_select(0, places_N)
+    return values.clone() if isinstance(rows, torch.Tensor) else values
+
+
+def columns_of(places_N: torch.Tensor | None, lengths: list[int], widths: list[int]) -> list[torch.Tensor]:
+    """Return the column of each token in its stored row, B x ``[L]``."""
+    if places_N is None:
+        return [torch.arange(length) for length in lengths]
+    begins = itertools.accumulate(widths, initial=0)
+    return [row - begin for row, begin in zip(places_N.split(lengths), begins, strict=False)]
 
 
 class Scorer(Protocol):

@@ -7,7 +7,6 @@ other weights sampled, or that nothing says are of these, are not scored again, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +15,7 @@ from tensordict.utils import NestedKey
 
 from vllm_kl.errors import OptionError, StaleError, WeightsError
 from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin
-from vllm_kl.sample_rows import entry_of
+from vllm_kl.sample_rows import entries_of
 
 OnStale = Literal["raise", "warn", "allow"]
 
@@ -31,9 +30,10 @@ def check_on_stale(on_stale: str) -> None:
         raise OptionError(f"on_stale={on_stale!r} does not exist; choose one of {', '.join(get_args(OnStale))}")
 
 
-def origins(rows: Iterable[TensorDictBase]) -> list[Origin]:
-    """Return what sampled each row of a batch, as far as it was recorded."""
-    return [Origin(entry_of(row, POLICY_VERSION), entry_of(row, POLICY_ADAPTER) or 0) for row in rows]
+def origins(td: TensorDictBase) -> list[Origin]:
+    """Return what sampled each row of a one-dimensional batch, as far as it was recorded."""
+    pairs = zip(entries_of(td, POLICY_VERSION), entries_of(td, POLICY_ADAPTER), strict=True)
+    return [Origin(version, adapter or 0) for version, adapter in pairs]
 
 
 def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> None:
@@ -82,12 +82,13 @@ def check_versions(td: TensorDictBase, *, ref_version_key: NestedKey = "ref_vers
     {'policy_version_min': 3.0, 'policy_version_max': 4.0, 'ref_version': 0.0}
     """
     shape = td.batch_size
-    rows = td.reshape(-1).unbind(0) if shape else (td,)
-    refs = [(i, version) for i, row in enumerate(rows) if (version := entry_of(row, ref_version_key)) is not None]
+    flat = td.reshape(-1) if shape else td.unsqueeze(0)
+    versions = entries_of(flat, ref_version_key)
+    refs = [(i, version) for i, version in enumerate(versions) if version is not None]
     for i, version in refs:
         if version != refs[0][1]:
             raise two_references(place(refs[0][0], shape), refs[0][1], place(i, shape), version)
-    return policy_range(origins(rows)) | ({"ref_version": float(refs[0][1])} if refs else {})
+    return policy_range(origins(flat)) | ({"ref_version": float(refs[0][1])} if refs else {})
 
 
 def policy_range(sampled: list[Origin]) -> dict[str, float]:

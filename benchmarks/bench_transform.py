@@ -1,0 +1,290 @@
+"""What does the transform itself cost, beside the engine: read, check, align, estimate, write?
+
+    python benchmarks/bench_transform.py                                  # about four minutes
+    python benchmarks/bench_transform.py --shapes 64x512 1024x2048 --rounds 9
+
+The engine answers at once, with log-probs that were made before. A batch is what a collector yields: B rows in groups of eight
+that share a prompt, T columns (a quarter of them the prompt's), lengths from half of that to all of it. Every result is compared
+with plain loops in float64 before anything is timed.
+
+RetrieveKL: reuse, with one estimator; "+ 2" with two more. floor: TensorDict's own reads and writes of the same entries, nothing
+computed; ragged rows are written in the faster of two ways. KLComputation, ours and TorchRL's: both sides' log-probs are in
+the batch already, so neither reads ids or masks, and nothing is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import tensordict
+import torch
+import torchrl
+from rich.console import Console
+from rich.table import Table
+from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
+from torch.nn.utils.rnn import pad_sequence
+from torchrl.envs.llm.transforms import KLComputation as TorchRLKLComputation
+from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
+
+from vllm_kl import KLComputation, RetrieveKL, VLLMReference, VLLMScorer
+from vllm_kl.types import EngineInfo, ScoreResult
+
+VOCAB_SIZE = 4096
+GROUP = 8
+EXTRA = ("k3", "abs")
+COEFF = 0.1
+# Entries that a reuse reads (root) and writes (next).
+READ = [
+    ("tokens", "full"),
+    ("tokens", "prompt"),
+    ("masks", "all_attention_mask"),
+    ("masks", "all_assistant_mask"),
+    ("log_probs", "full"),
+]
+WRITTEN = [("log_probs", "full"), ("ref_log_probs", "full"), "kl_penalty", "kl_mask"]
+
+
+class InstantEngine:
+    """An engine that has every answer. A response's first id is the number of its sample, and tells which."""
+
+    info = EngineInfo(readout="pooling", vocab_size=VOCAB_SIZE, max_sequence_len=None)
+    weights = None
+
+    def __init__(self, rows: list[torch.Tensor]) -> None:
+        self._rows = [row.numpy()[:, None] for row in rows]
+
+    def score(self, requests, *, share_prefix, on_done=None, alone=False):
+        return [ScoreResult(values=self._rows[r.token_ids[r.start]], weight_version=0) for r in requests]
+
+    def close(self) -> None:
+        pass
+
+
+class Data:
+    """Prompts, responses, and both sides' log-probs of the responses, as lists of B tensors."""
+
+    def __init__(self, num_samples: int, width: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def lengths(longest: int, count: int) -> list[int]:
+            return torch.randint(longest // 2, longest + 1, (count,), generator=generator).tolist()
+
+        def ids(length: int) -> torch.Tensor:
+            return torch.randint(VOCAB_SIZE, (length,), generator=generator)
+
+        prompts = [ids(n) for n in lengths(width // 4, num_samples // GROUP)]
+        self.prompts = [prompts[i // GROUP] for i in range(num_samples)]
+        self.responses = [ids(n) for n in lengths(width - width // 4, num_samples)]
+        for i, response in enumerate(self.responses):
+            response[0] = i
+        self.log_probs, self.ref = (
+            [-torch.rand(len(r), generator=generator) * 5 for r in self.responses] for _ in range(2)
+        )
+
+    def batch(self, is_dense: bool, *, with_ref: bool = False) -> TensorDictBase:
+        """Return what a collector yields; its next has both sides' log-probs as well for a KLComputation."""
+        return (self._dense if is_dense else self._ragged)(with_ref)
+
+    def _dense(self, with_ref: bool) -> TensorDictBase:
+        def rows(prompts, responses, value):
+            left = pad_sequence(prompts, batch_first=True, padding_value=value, padding_side="left")
+            return torch.cat([left, pad_sequence(responses, batch_first=True, padding_value=value)], -1)
+
+        def const(like, value):
+            return [torch.full(row.shape, value) for row in like]
+
+        size = (len(self.prompts),)
+        ids = rows(self.prompts, self.responses, 0)
+        real, empty = const(self.prompts, True), const(self.prompts, False)
+        said = const(self.responses, True)
+        nan = const(self.prompts, float("nan"))
+        width = max(map(len, self.prompts))
+        masks = {"all_attention_mask": rows(real, said, False), "all_assistant_mask": rows(empty, said, False)}
+        gen, ref = (rows(nan, side, float("nan")) for side in (self.log_probs, self.ref))
+        next_td = TensorDict(reward=torch.ones(*size, 1, 1), done=torch.ones(*size, 1, dtype=torch.bool), batch_size=size)
+        if with_ref:
+            next_td["log_probs"] = LogProbs(full=gen, batch_size=size)
+            next_td["ref_log_probs"] = LogProbs(full=ref, batch_size=size)
+        return TensorDict(
+            tokens=Tokens(prompt=ids[:, :width], response=ids[:, width:], full=ids, batch_size=size),
+            masks=Masks(**masks, batch_size=size),
+            log_probs=LogProbs(response=gen[:, width:], full=gen, batch_size=size),
+            next=next_td,
+            batch_size=size,
+        )
+
+    def _ragged(self, with_ref: bool) -> TensorDictBase:
+        samples = []
+        for prompt, response, gen, ref in zip(self.prompts, self.responses, self.log_probs, self.ref, strict=True):
+            nan = torch.full(prompt.shape, float("nan"))
+            full = torch.cat([prompt, response])
+            is_said = torch.arange(len(full)) >= len(prompt)
+            log_probs = LogProbs(prompt=nan, response=gen, full=torch.cat([nan, gen]))
+            next_td = TensorDict(reward=torch.ones(1, 1), done=torch.ones(1, dtype=torch.bool))
+            if with_ref:
+                next_td["log_probs"] = LogProbs(full=torch.cat([nan, gen]))
+                next_td["ref_log_probs"] = LogProbs(full=torch.cat([nan, ref]))
+            samples.append(
+                TensorDict(
+                    tokens=Tokens(prompt=prompt, response=response, full=full),
+                    masks=Masks(all_attention_mask=torch.ones_like(is_said), all_assistant_mask=is_said),
+                    log_probs=log_probs,
+                    next=next_td,
+                )
+            )
+        return lazy_stack(samples)
+
+    def check(self, td: TensorDictBase, estimators: tuple[str, ...], num_checked: int = 16) -> None:
+        """Compare some samples with plain loops in float64: the KL, the mask and the reward of every column."""
+        next_td = td["next"]
+        names = {"k1": "kl_penalty"} | {name: f"kl_{name}" for name in estimators[1:]}
+        entries = {name: list(next_td.get(key, as_list=True)) for name, key in names.items()}
+        masks, rewards = (list(next_td.get(key, as_list=True)) for key in ("kl_mask", "reward"))
+        for i in range(0, len(self.prompts), max(1, len(self.prompts) // num_checked)):
+            start = int(masks[i].nonzero()[0])
+            values = zip(self.log_probs[i].tolist(), self.ref[i].tolist(), strict=True)
+            want = [{"k1": p - q, "k3": np.exp(q - p) - 1 - (q - p), "abs": abs(p - q)} for p, q in values]
+            for t, kept in enumerate(masks[i].tolist()):
+                j = t - start
+                assert kept == (0 <= j < len(want)), (i, t)
+                for name, rows in entries.items():
+                    expected = want[j][name] if kept else 0.0
+                    assert abs(float(rows[i][t]) - expected) < 1e-5 * max(1.0, abs(expected)), (name, i, t)
+                assert abs(float(rewards[i][t]) - (1.0 - COEFF * (want[j]["k1"] if kept else 0.0))) < 1e-5, (i, t)
+
+
+def read_and_write(td: TensorDictBase, entries: list, reward) -> TensorDictBase:
+    """Read what a reuse reads and write what it writes: TensorDict's share."""
+    for key in READ:
+        td.get(key, as_list=True)
+    next_td = td["next"]
+    next_td.get("reward", as_list=True)
+    if isinstance(reward, torch.Tensor):
+        for (name, *_), rows in (((key,) if isinstance(key, str) else key, rows) for key, rows in entries):
+            value = LogProbs(full=rows, batch_size=td.batch_size) if name.endswith("log_probs") else rows
+            next_td.set(name, value)
+        return td.set("next", next_td.set("reward", reward))
+    for i, sample in enumerate(next_td.unbind(0)):
+        for key, rows in entries:
+            if isinstance(key, str):
+                sample.set(key, rows[i])
+            else:
+                sample.set(key[0], LogProbs(full=rows[i]))
+        sample.set("reward", reward[i])
+    return td.set("next", next_td)
+
+
+def make_floor(data: Data, is_dense: bool) -> Callable[[TensorDictBase], TensorDictBase]:
+    td = data.batch(is_dense)
+    full = td.get(("log_probs", "full"), as_list=True)
+    rows = full if is_dense else list(full)
+    mask = td.get(("masks", "all_assistant_mask"), as_list=True)
+    reward = rows.unsqueeze(-1) if is_dense else [row.unsqueeze(-1) for row in rows]
+    entries = [(key, mask if key == "kl_mask" else rows) for key in WRITTEN]
+    return lambda batch: read_and_write(batch, entries, reward)
+
+
+def make_providers(data: Data, is_dense: bool) -> dict[str, tuple[Callable, Callable]]:
+    """Return, by name, what makes a fresh batch, and what is timed on it."""
+    scorer = VLLMScorer(InstantEngine(data.ref), canary=False)
+    reference = VLLMReference(scorer, pad_output=is_dense)
+    reuse = {
+        extra: RetrieveKL("from_collector", reference, gen_log_probs="reuse", coeff=COEFF, extra_estimators=extra)
+        for extra in ((), EXTRA)
+    }
+    return {
+        "RetrieveKL": (lambda: data.batch(is_dense), reuse[()]),
+        f"RetrieveKL + {len(EXTRA)}": (lambda: data.batch(is_dense), reuse[EXTRA]),
+        "floor": (lambda: data.batch(is_dense), make_floor(data, is_dense)),
+        "KLComputation": (lambda: data.batch(is_dense, with_ref=True), KLComputation(coeff=COEFF)),
+        "TorchRL KLComputation": (
+            lambda: data.batch(is_dense, with_ref=True),
+            TorchRLKLComputation(("log_probs", "full"), ("ref_log_probs", "full"), coeff=COEFF),
+        ),
+    }
+
+
+@set_list_to_stack(True)
+def measure(data: Data, is_dense: bool, rounds: int) -> dict[str, list[float] | str]:
+    """Return microseconds per sequence of every round, by provider, or why one does not run."""
+    providers = make_providers(data, is_dense)
+    out: dict[str, list[float] | str] = {}
+    for name, (make, run) in providers.items():
+        try:
+            done = run(make())
+        except Exception as error:
+            if not name.startswith("TorchRL"):
+                raise
+            out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            continue
+        if name.startswith("RetrieveKL"):
+            data.check(done, ("k1", *EXTRA) if "+" in name else ("k1",))
+        out[name] = []
+    for _ in range(rounds):
+        for name, (make, run) in providers.items():
+            if isinstance(out[name], str):
+                continue
+            td = make()
+            began = time.perf_counter()
+            run(td)
+            out[name].append((time.perf_counter() - began) / len(data.prompts) * 1e6)
+    return out
+
+
+def exponents(p50: dict[tuple[int, int], float]) -> str:
+    """Fit seconds of a call ~ B^b T^t by least squares of logarithms; 1 is proportional."""
+    if len({b for b, _ in p50}) < 2 or len({t for _, t in p50}) < 2:
+        return ""
+    xs = np.array([[1.0, np.log(b), np.log(t)] for b, t in p50])
+    ys = np.array([np.log(us * b) for (b, _), us in p50.items()])
+    _, b, t = np.linalg.lstsq(xs, ys, rcond=None)[0]
+    return f"B^{b:.2f} T^{t:.2f}"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    shapes = [f"{b}x{t}" for b in (64, 256, 1024) for t in (128, 512, 2048)]
+    parser.add_argument("--shapes", nargs="+", default=shapes, metavar="BxT")
+    parser.add_argument("--layouts", nargs="+", default=["dense", "ragged"], choices=["dense", "ragged"])
+    args = parser.parse_args()
+    sizes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    for layout in args.layouts:
+        results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}
+        table = Table(title=f"{layout}: us per sequence, p50 (p20 to p80)")
+        table.add_column("provider")
+        for b, t in results:
+            table.add_column(f"B={b}\nT={t}", justify="right")
+        table.add_column("a call grows as")
+        for name in next(iter(results.values())):
+            cells, p50 = [], {}
+            for size, found in results.items():
+                runs = found[name]
+                if isinstance(runs, str):
+                    cells.append(runs)
+                    continue
+                p20, p50[size], p80 = np.percentile(runs, [20, 50, 80])
+                cells.append(f"{p50[size]:.0f}\n({p20:.0f}-{p80:.0f})")
+            table.add_row(name, *cells, exponents(p50))
+        Console(width=160).print(table)
+    print(
+        f"{cpu_name()}, {torch.get_num_threads()} threads, {args.rounds} rounds, torch {torch.__version__}, tensordict "
+        f"{tensordict.__version__}, torchrl {torchrl.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
