@@ -103,9 +103,7 @@ def only_kept(
     return kept
 
 
-def check_finite(
-    values_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True
-) -> None:
+def check_finite(values_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True) -> None:
     """Refuse a value that is not finite; the arguments are those of :func:`only_kept`."""
     if values_N.detach().sum().isfinite():  # the sum of values is finite only if all are
         return

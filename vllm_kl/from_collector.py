@@ -312,9 +312,7 @@ class FromCollector:
         rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
         return torch.cat(rows), list(false)
 
-    def check_zeros(
-        self, recorded: torch.Tensor, ref: torch.Tensor, batch: TokenBatch, temperature: float
-    ) -> None:
+    def check_zeros(self, recorded: torch.Tensor, ref: torch.Tensor, batch: TokenBatch, temperature: float) -> None:
         """Refuse an exact 0.0 that the reference is not sure of, where nobody else can be asked.
 
         Raises:
@@ -381,9 +379,7 @@ class FromCollector:
         rows = zip(batch.keep, batch.columns, prompts, strict=True)
         return [keep & (columns < len(prompt)) for keep, columns, prompt in rows]
 
-    def _recorded(
-        self, batch: TokenBatch, td: TensorDictBase, policy: Any
-    ) -> tuple[torch.Tensor | None, str | None]:
+    def _recorded(self, batch: TokenBatch, td: TensorDictBase, policy: Any) -> tuple[torch.Tensor | None, str | None]:
         """Return the recorded log-probs, or why they cannot be used."""
         key = self._key
         if policy is not None:

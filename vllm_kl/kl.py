@@ -188,8 +188,9 @@ def sequence_kl(
 
 
 def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Return the sum of each sample's values, ``[B]``."""
-    return torch.stack([row.sum() for row in values_N.split(list(lengths))])
+    """Return the sum of each sample's values, ``[B]`` float32, added in float64."""
+    counts = torch.tensor(lengths, device=values_N.device)
+    return torch.segment_reduce(values_N.double(), "sum", lengths=counts, initial=0.0).float()
 
 
 def packed_sides(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import LazyStackedTensorDict, TensorDictBase, is_tensorclass, unravel_key
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_tensorclass, unravel_key
 from tensordict.utils import NestedKey
 from torchrl.data import Composite, Unbounded
 from torchrl.modules.llm.policies import LogProbs
@@ -26,6 +26,10 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
     That is ``td``, unless ragged rows go to the top level of a tensordict that cannot hold them: then it is a lazy
     stack of the same entries. A nested key whose parent is missing gets a ``data_cls`` as its parent.
     """
+    if isinstance(td, LazyStackedTensorDict) and not isinstance(rows, torch.Tensor):
+        for sample, row in zip(td.unbind(0), rows, strict=True):
+            _set_row(sample, key, row, data_cls)
+        return td
     if isinstance(key, tuple) and len(key) > 1:
         parent_key, name = key[:-1], key[-1]
         parent = td.get(parent_key, default=None)
@@ -42,11 +46,16 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
         return td
     if isinstance(rows, torch.Tensor):
         return td.set(key, rows)
-    if not isinstance(td, LazyStackedTensorDict):
-        td = td.to_lazystack(0)
-    for sample, row in zip(td.unbind(0), rows, strict=True):
+    return set_rows(td.to_lazystack(0), key, rows)
+
+
+def _set_row(sample: TensorDictBase, key: NestedKey, row: torch.Tensor, data_cls: Any) -> None:
+    is_nested = isinstance(key, tuple) and len(key) > 1
+    if is_nested and data_cls is not None and sample.get(key[:-1], default=None) is None:
+        parent = TensorDict({key[-1]: row}, batch_size=sample.batch_size, device=sample.device)
+        sample.set(key[:-1], data_cls._from_tensordict(parent))
+    else:
         sample.set(key, row)
-    return td
 
 
 def check_distinct(keys: Sequence[NestedKey]) -> None:
@@ -120,6 +129,10 @@ def _shaped_reward(reward: Rows, kl: Rows, coeff: float) -> Rows:
                 f"sample {i}: its reward has shape {list(r.shape)}, expected one value or one per token ({len(k)})"
             )
     if isinstance(reward, torch.Tensor) and isinstance(kl, torch.Tensor):
-        return (reward.reshape(len(kl), -1).float() - coeff * kl.to(reward.device)).unsqueeze(-1)
-    shaped = [r.reshape(-1, 1).float() - coeff * k.to(r.device).unsqueeze(-1) for r, k in zip(reward, kl, strict=True)]
+        return _minus(reward.reshape(len(kl), -1), kl, coeff)
+    shaped = [_minus(r.reshape(-1), k, coeff) for r, k in zip(reward, kl, strict=True)]
     return torch.stack(shaped) if isinstance(kl, torch.Tensor) else shaped
+
+
+def _minus(reward: torch.Tensor, kl: torch.Tensor, coeff: float) -> torch.Tensor:
+    return torch.sub(reward.float(), kl.to(reward.device), alpha=coeff).unsqueeze(-1)

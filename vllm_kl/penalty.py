@@ -172,9 +172,7 @@ class Penalty:
             log_probs: entries to write beside the KL, laid out.
             is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
         """
-        kl = {
-            key: estimate(gen, ref, lengths, estimator=name, **self._how) for key, name in self._estimators.items()
-        }
+        kl = {key: estimate(gen, ref, lengths, estimator=name, **self._how) for key, name in self._estimators.items()}
         coeff = self._coefficient.value() if self.add_to_reward else None
         sums = {self._estimators[key]: sums_of(values.detach(), lengths).cpu() for key, values in kl.items()}
         entries = {key: to_rows(values) for key, values in kl.items()}

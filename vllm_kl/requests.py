@@ -240,9 +240,7 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     for (i, request), result in zip(requests.items(), results, strict=True):
         want, got = (len(request.token_ids) - request.start, request.num_columns), result.values.shape
         if got != want:
-            raise MissingLogProbError(
-                f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}"
-            )
+            raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
     lengths = [len(result.values) for result in results]
     values = np.concatenate([result.values for result in results])
     largest = np.full(values.shape[1], 1e-3, np.float32)  # no rounding makes a probability that large

@@ -397,9 +397,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if not keeps_recorded:
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             log_probs[self.gen_log_probs_full_key] = to_rows(gen)
-        written = self.penalty.write(
-            next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs
-        )
+        written = self.penalty.write(next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs)
         if self.ref_version_key is not None:
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
         if versions is not None:
