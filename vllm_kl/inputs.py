@@ -170,7 +170,7 @@ def _first_tokens(lengths: list[int]) -> torch.Tensor:
     """Return where each sample's first token lies among all tokens."""
     if 0 in lengths:
         raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
-    return torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    return torch.tensor([0, *lengths])[: len(lengths)].cumsum(0)
 
 
 def _beginnings(ids_N: torch.Tensor, lengths: list[int]) -> list[list[int]]:

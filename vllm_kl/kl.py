@@ -109,7 +109,7 @@ def kl_estimate(
     policy, ref, _, lengths = packed_sides(sides, estimator)
     bounds = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output}
     kl = estimate(policy, ref, lengths, estimator=estimator, direction=direction, **bounds)
-    return kl.reshape(mask.shape) if isinstance(mask, torch.Tensor) else list(kl.split(lengths))
+    return kl.reshape(mask.shape) if isinstance(mask, torch.Tensor) else [row.clone() for row in kl.split(lengths)]
 
 
 def estimate(
