@@ -14,7 +14,7 @@ from torchrl.envs import Transform
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import Masks, Tokens
 
-from tests.batches import history_batch, ids_batch
+from tests.batches import dense_batch, history_batch, ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE
 from tests.test_from_collector import NUM_ENVS, collect, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import RetrieveKL, RetrieveLogProb
@@ -341,6 +341,10 @@ class Ends(Transform):
         return next_tensordict.set("done", done).set("terminated", done.clone())
 
 
+def rows(*sequences):
+    return [torch.tensor(ids) for ids in sequences]
+
+
 class TestTurnWatch:
     def step(self, env, td, *sequences):
         """Act as a policy that writes these ids, and go on to the next step."""
@@ -368,31 +372,32 @@ class TestTurnWatch:
     def test_rows_that_cannot_be_told_apart_are_not_compared(self):
         """``rollout(break_when_all_done=True)`` steps what is not done yet, and does not say which rows that are."""
         watch = TurnWatch()
-        watch.update(ids_batch([[1, 2], [3, 4]]), KEYS)
-        watch.update(ids_batch([[3, 4, 5]]), KEYS)
+        watch.update(rows([1, 2], [3, 4]))
+        watch.update(rows([3, 4, 5]))
         assert watch.metrics["later_turns_total"] == 0
-        watch.update(ids_batch([[3, 4, 5, 6]]), KEYS)
+        watch.update(rows([3, 4, 5, 6]))
         assert watch.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
 
-    def test_what_others_do_to_their_batch_afterwards_is_not_seen(self):
+    @pytest.mark.parametrize("is_dense", [False, True])
+    def test_what_others_do_to_their_batch_afterwards_is_not_seen(self, is_dense):
         watch = TurnWatch()
-        td = ids_batch([[1, 2]])
-        watch.update(td, KEYS)
+        td = dense_batch([[1, 2]], [1], 0) if is_dense else ids_batch([[1, 2]])
+        watch.update(read_batch(td, KEYS, assistant_only=False).token_ids)
         td[0]["tokens", "full"].zero_()
-        watch.update(ids_batch([[1, 2, 3]]), KEYS)
+        watch.update(rows([1, 2, 3]))
         assert watch.metrics["retokenized_turns"] == 0
 
     @pytest.mark.parametrize("copied", ["clone", copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
     def test_copies_begin_anew(self, make_reference, copied):
         watch = TurnWatch()
-        watch.update(ids_batch([[1, 2]]), KEYS)
+        watch.update(rows([1, 2]))
         if copied == "clone":
             transform = RetrieveKL("from_collector", make_reference())
             transform._turns = watch
             twin = transform.clone()._turns
         else:
             twin = copied(watch)
-        twin.update(ids_batch([[7, 8]]), KEYS)
+        twin.update(rows([7, 8]))
         assert twin.metrics["later_turns_total"] == 0
         with pytest.warns(UserWarning, match="dialog 0, turn 1, token 1: 2 became 3"):
-            watch.update(ids_batch([[1, 3]]), KEYS)
+            watch.update(rows([1, 3]))

@@ -20,7 +20,7 @@ from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
 from vllm_kl.from_collector import TEMPERATURES, policy_of, why_unlike
 from vllm_kl.generated import Origin, watch
-from vllm_kl.inputs import InputKeys, keys_of, nested, read_batch, rows_of
+from vllm_kl.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.outputs import check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
 from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
@@ -142,8 +142,7 @@ class RetrieveLogProb(TurnsTransform):
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         self._warn_of_recorded(td)
-        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
-        self._texts.see(batch.report)
+        batch = self._read(td)
         values, _ = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
         if not self._is_step and self._is_policy and self._side.version is not None:
             check_stale(origins(td), Origin(self._side.version, self._side.adapter), self.on_stale)

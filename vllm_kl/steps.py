@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
-from vllm_kl.inputs import InputKeys
+from vllm_kl.inputs import InputKeys, read_batch
 from vllm_kl.outputs import declare
 from vllm_kl.resolver import Side
 from vllm_kl.texts import TextWatch
@@ -89,6 +89,8 @@ class NextTransform(Transform):
 class TurnsTransform(NextTransform):
     """A transform that reads ids, and tells where a later turn of a dialog does not begin with those of the turn before."""
 
+    assistant_only: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._turns = TurnWatch()
@@ -106,13 +108,19 @@ class TurnsTransform(NextTransform):
         super().set_counts(counts)
         self._turns.counts = counts["turns"]
 
+    def _read(self, td: TensorDictBase) -> TokenBatch:
+        """Return the tokens of a one-dimensional batch; tell what was found in its texts and, at a step, in its turns."""
+        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
+        self._texts.see(batch.report)
+        if self._is_step:
+            self._turns.update(batch.token_ids if batch.stored else None)
+        return batch
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         self._turns.look_at_batch(tensordict, self._keys())
         return super().forward(tensordict)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        flat = tensordict.reshape(-1) if tensordict.batch_dims else lazy_stack([tensordict])
-        self._turns.update(flat, self._keys())
         self._is_step = True
         try:
             return super()._step(tensordict, next_tensordict)

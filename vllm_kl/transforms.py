@@ -28,7 +28,7 @@ from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
 from vllm_kl.generated import Origin, generated_by
-from vllm_kl.inputs import InputKeys, keys_of, read_batch
+from vllm_kl.inputs import InputKeys, keys_of
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.leaving import on_leaving
 from vllm_kl.log_prob import RetrieveLogProb
@@ -317,8 +317,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if isinstance(self._gen, FromCollector) and (policy := self._gen.policy(collector)) is not None:
             check_two_models(policy, self.ref_model)
             warn_of_two_lengths(policy, self.ref_model)
-        batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
-        self._texts.see(batch.report)
+        batch = self._read(td)
         temperature = self._ref.temperature
         how = {"temperature": temperature, "detach": self.detach}
         gen, recorded = scores(self._gen, batch, td, collector, **how)

@@ -14,6 +14,7 @@ It compares ids only. Nothing is rendered or tokenized here.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,11 +100,14 @@ class TurnWatch:
         if found:
             _warn(f"{len(found)} turns do not begin", found[0])
 
-    def update(self, td: TensorDictBase, keys: InputKeys) -> None:
-        """See one step of an env, ``[B]``: row for row the turn after the one that was seen before, if there was one."""
-        rows = _real_ids(td, keys)
+    def update(self, rows: Sequence[torch.Tensor] | None) -> None:
+        """See one step of an env: row for row the turn after the one that was seen before, if there was one.
+
+        Args:
+            rows: ids, B x ``[L]``, which nobody changes later; ``None``: nothing was generated as ids, nothing could change.
+        """
         if rows is None:
-            self.forget()  # nothing was generated as ids: there is nothing that could change
+            self.forget()
             self.metrics = {}
             return
         if len(rows) != len(self._rows):
@@ -118,7 +122,7 @@ class TurnWatch:
                 num_later += 1
                 difference = _difference(i, turn, last[1], ids)
                 found += [] if difference is None else [difference]
-            self._rows[i] = turn, ids.clone()  # the batch belongs to others, who may change it
+            self._rows[i] = turn, ids
         is_first = not self._num_retokenized
         self._num_later += num_later
         self._num_retokenized += len(found)
