@@ -37,6 +37,7 @@ from vllm_kl.recorded import (
     check_zeros,
     complain,
     doubtful_zeros,
+    has_zeros,
     recorded_by,
     zero_text,
 )
@@ -399,11 +400,10 @@ class FromCollector:
             check_recorded(values, batch.lengths, what=str(key))
         except (InputError, MissingLogProbError) as error:
             return None, str(error)
-        zeros = batch.packed_keep & (values == 0)
-        kept_prompts = self._kept_prompts(batch, td, policy) if zeros.any() else []
-        for i, (zero, kept) in enumerate(zip(zeros.split(batch.lengths), kept_prompts, strict=False)):
+        kept_prompts = self._kept_prompts(batch, td, policy) if has_zeros(values, batch.packed_keep) else []
+        for i, (row, kept) in enumerate(zip(values.split(batch.lengths), kept_prompts, strict=False)):
             # While it generates, TorchRL 0.14's vLLMWrapper writes 0.0 where vLLM gave no log-prob for a prompt token.
-            at = (zero & kept).nonzero()
+            at = (kept & (row == 0)).nonzero()
             if len(at):
                 return None, f"{key} of sample {i} is 0.0 at token {int(at[0])}, a prompt token that was not scored"
         return values.clamp_(max=0.0), None

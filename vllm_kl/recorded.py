@@ -168,6 +168,11 @@ def check_recorded(values_N: torch.Tensor, lengths: Sequence[int], *, what: str)
         )
 
 
+def has_zeros(values_N: torch.Tensor, keep_N: torch.Tensor) -> bool:
+    """Whether a value that the mask keeps is exactly 0.0, where all others are."""
+    return int(values_N.count_nonzero()) < int(keep_N.sum())
+
+
 def doubtful_zeros(
     values_N: torch.Tensor, other_N: torch.Tensor | None, keep_N: torch.Tensor, lengths: Sequence[int]
 ) -> dict[int, torch.Tensor]:
@@ -178,16 +183,16 @@ def doubtful_zeros(
     then a reference that is near it is sure too, see :data:`SURE`.
 
     Args:
-        values_N: recorded log-probs of all samples laid end to end, on the CPU.
+        values_N: recorded log-probs of all samples laid end to end, on the CPU, 0.0 outside the mask.
         other_N: the other side's; ``None``: not known, every zero is doubtful.
         keep_N: tokens that count, bool.
         lengths: of the samples.
     """
-    doubtful = keep_N & (values_N == 0)
-    if other_N is not None and doubtful.any():
-        doubtful &= other_N.detach().cpu() < SURE
-    if not doubtful.any():
+    if not has_zeros(values_N, keep_N):
         return {}
+    doubtful = keep_N & (values_N == 0)
+    if other_N is not None:
+        doubtful &= other_N.detach().cpu() < SURE
     rows = enumerate(doubtful.split(list(lengths)))
     return {i: row.nonzero()[:, 0] for i, row in rows if row.any()}
 

@@ -32,8 +32,10 @@ def check_on_stale(on_stale: str) -> None:
 
 def origins(td: TensorDictBase) -> list[Origin]:
     """Return what sampled each row of a one-dimensional batch, as far as it was recorded."""
-    pairs = zip(entries_of(td, POLICY_VERSION), entries_of(td, POLICY_ADAPTER), strict=True)
-    return [Origin(version, adapter or 0) for version, adapter in pairs]
+    versions = entries_of(td, POLICY_VERSION)
+    if all(version is None for version in versions):
+        return [Origin(None)] * len(versions)
+    return [Origin(*pair) for pair in zip(versions, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)]
 
 
 def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> None:
