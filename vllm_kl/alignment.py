@@ -153,7 +153,7 @@ def to_layout(
         rows = values_N.split(batch.lengths)
         return pad_sequence(rows, batch_first=True, padding_value=padding_value, padding_side=padding_side)
     flat = values_N.new_full((sum(batch.widths),), padding_value)
-    flat = flat.index_copy(0, batch.places.to(values_N.device), values_N)
+    flat.index_copy_(0, batch.places.to(values_N.device), values_N)
     if len(set(batch.widths)) > 1:
         return [row.clone() for row in flat.split(batch.widths)]
     return flat.view(len(batch), -1)

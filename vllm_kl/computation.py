@@ -127,14 +127,18 @@ class KLComputation(KLTransform):
         mask = _scored(gen.detach().cpu(), ref.detach().cpu())
         stored = None if self.mask_key is None else read_rows(next_td, self.mask_key)
         if stored is not None:
-            mask = self._checked_mask(gen, ref, mask, stored, lengths)
+            self._check_mask(rows[0], stored)
+            has_values = mask & (gen != 0).cpu() & (ref != 0).cpu()
+            mask = pack(stored).bool()
+            self._check_hidden(has_values & ~mask, lengths)
         gen = only_kept(gen, mask, lengths, what="log_probs")
         ref = only_kept(ref, mask, lengths, what="ref_log_probs")
         self._check_sides(gen.detach().cpu(), ref.detach().cpu(), mask, lengths)
         is_dense = _is_dense(next_td, self.gen_log_probs_full_key)
 
         def to_rows(values: torch.Tensor) -> Rows:
-            return values.view(len(lengths), -1) if is_dense else [row.clone() for row in values.split(lengths)]
+            rows = values.split(lengths)
+            return torch.stack(rows) if is_dense and rows else [row.clone() for row in rows]
 
         return self.penalty.write(next_td, gen, ref, mask, lengths, to_rows, is_mask_known=stored is not None)
 
@@ -152,29 +156,27 @@ class KLComputation(KLTransform):
                 check_recorded(side, lengths, what=str(key))
                 check_zeros(side, other, mask, lengths, on_zero=self.on_zero, **names)
 
-    def _checked_mask(
-        self, gen: torch.Tensor, ref: torch.Tensor, scored: torch.Tensor, stored: Rows, lengths: list[int]
-    ) -> torch.Tensor:
-        """Return the stored mask; refuse one of other log-probs: it would hide a token that both sides scored, or keep one that
-        has no log-prob."""
-        for i, (width, length) in enumerate(zip(widths_of(stored), lengths, strict=True)):
-            if width != length:
-                raise InputError(f"sample {i}: {self.mask_key} has shape [{width}], its log-probs [{length}]")
-        mask = pack(stored).bool()
-        for i, row in enumerate(mask.split(lengths)):
-            if len(row) and row[0]:
+    def _check_mask(self, log_probs: Rows, masks: Rows) -> None:
+        """Refuse a mask of another shape than its log-probs, or one that keeps a token that has none."""
+        for i, (row, mask) in enumerate(zip(log_probs, masks, strict=True)):
+            if mask.shape != row.shape:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, its log-probs {list(row.shape)}"
+                )
+            if len(mask) and mask[0]:
                 raise InputError(
                     f"sample {i}: {self.mask_key} keeps token 0, which has no log-prob. Both sides of {self.mask_key} begin with "
                     "the sequence's first token, or with padding"
                 )
-        hidden = scored & (gen != 0).cpu() & (ref != 0).cpu() & ~mask
+
+    def _check_hidden(self, hidden: torch.Tensor, lengths: list[int]) -> None:
+        """Refuse a mask of other log-probs: it would hide a token that both sides scored."""
         if hidden.any():
             i, t = place_of(hidden, lengths)
             raise InputError(
                 f"sample {i}, token {t}: both sides have a log-prob, but {self.mask_key} leaves it out. "
                 "The mask is of other log-probs: remove it, or pass mask_key=None."
             )
-        return mask
 
 
 def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:

@@ -132,23 +132,21 @@ def estimate(
     policy, ref = policy_N.float(), ref_N.to(policy_N.device).float()
     if direction == "forward":
         policy, ref = ref, policy
-    log_ratio = ref - policy
-    exponent = log_ratio if clamp_log_ratio is None else log_ratio.clamp(-clamp_log_ratio, clamp_log_ratio)
     match estimator:
         case "k1":
             kl = policy - ref
         case "k2":
-            kl = log_ratio.square() / 2
+            kl = (policy - ref).square() / 2
         case "k3":
+            exponent = _clamped(ref - policy, clamp_log_ratio)
             kl = torch.expm1(exponent) - exponent
         case "abs":
-            kl = log_ratio.abs()
+            kl = (policy - ref).abs()
         case _:
             kl = _lumped(policy, ref)
     if direction == "forward" and estimator != "topk":
-        kl = torch.exp(-exponent) * kl
-    if clamp_output is not None:
-        kl = kl.clamp(-clamp_output, clamp_output)
+        kl = torch.exp(_clamped(policy - ref, clamp_log_ratio)) * kl
+    kl = _clamped(kl, clamp_output)
     check_finite(kl, lengths, what=f"KL {estimator}", are_log_probs=False)
     return kl
 
@@ -242,6 +240,10 @@ def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimat
             f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. {hint}; both sides "
             "of a KL share one pad_output."
         )
+
+
+def _clamped(values: torch.Tensor, bound: float | None) -> torch.Tensor:
+    return values if bound is None else values.clamp(-bound, bound)
 
 
 def _lumped(policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
