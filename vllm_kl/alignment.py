@@ -45,8 +45,8 @@ def scored_spans(keep_N: torch.Tensor, lengths: Sequence[int]) -> list[tuple[int
         keep_N: the mask of all samples laid end to end; it keeps no sample's token 0.
         lengths: tokens of each sample.
 
-    >>> scored_spans(torch.tensor([False, False, True, False, True, False]), [4, 2])
-    [(2, 3), (2, 2)]
+    >>> scored_spans(torch.tensor([False, False, True, True, False, False]), [4, 2])
+    [(2, 4), (2, 2)]
     """
     borders = torch.tensor([0, *lengths]).cumsum(0)
     edges = keep_N.diff(prepend=keep_N.new_zeros(1), append=keep_N.new_zeros(1)).nonzero()[:, 0]

@@ -3,7 +3,7 @@
 Drop-in for the classes of the same names in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same
 defaults, the same keys. The data's way through a step:
 
-    inputs.read_batch -> one side, or two (resolver) -> kl.kl_estimate -> alignment.to_layout -> outputs.set_rows
+    inputs.read_batch -> one side, or two (resolver) -> kl.estimate -> alignment.to_layout -> outputs.set_rows
 
 Nothing is written before everything is computed: after an error the tensordict is as it was.
 """
