@@ -1,6 +1,6 @@
 """What does the transform itself cost, beside the engine: read, check, align, estimate, write?
 
-    python benchmarks/bench_transform.py                                  # about four minutes
+    python benchmarks/bench_transform.py                                  # about three minutes
     python benchmarks/bench_transform.py --shapes 64x512 1024x2048 --rounds 9
 
 The engine answers at once, with log-probs that were made before. A batch is what a collector yields: B rows in groups of eight
