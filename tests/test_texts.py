@@ -737,3 +737,95 @@ def test_short_and_repeated_sentences_are_found_in_their_own_turns_where_a_templ
         report = read(tokenizer, messages).report
         assert set(report.warnings) <= {"cut"}, messages
         assert report.metrics["template_cut_chars"] == cut, messages
+
+
+def figures(batch):
+    return {name.removeprefix("template_"): int(value) for name, value in batch.report.metrics.items() if value}
+
+
+@pytest.mark.parametrize("answer", ["日本", "yes 🙂", "é"])
+def test_a_last_character_of_several_tokens_counts_where_tags_close_behind_it(answer):
+    turns = [say("user", "q"), say("assistant", answer), say("user", "日本"), say("assistant", answer)]
+    batch = read(FAMILIES["phi3"], turns)
+    assert kept(FAMILIES["phi3"], batch) == [f"{answer}<|end|>" * 2]
+    assert set(batch.report.warnings) == set()
+
+
+def test_an_empty_answer_that_tags_cannot_mark_is_said():
+    turns = [say("user", "q"), say("assistant", ""), say("user", "r"), say("assistant", "yes")]
+    batch = read(FAMILIES["phi3"], TURNS, turns)
+    assert "message 1 of sample 1 is empty" in batch.report.warnings["blank"]
+    assert set(read(FAMILIES["phi3"], TURNS).report.warnings) == set()
+    batch = read(FAMILIES["chatml"], turns)  # its tags close behind the token that ends a turn
+    assert kept(FAMILIES["chatml"], batch) == ["<|im_end|>yes<|im_end|>"]
+    assert set(batch.report.warnings) == set()
+
+
+def test_channels_of_a_repeated_answer_are_cut_where_they_are_cut():
+    analysis, final = "<|channel|>analysis<|message|>think<|end|><|start|>assistant", "<|channel|>final<|message|>yo"
+    turns = [say("user", "hi"), say("assistant", analysis + final)] * 2
+    batch = read(FAMILIES["harmony"], turns)
+    assert kept(FAMILIES["harmony"], batch) == [f"{final}<|end|>{analysis}{final}<|return|>"]
+    cut = {"cut_messages": 1, "cut_chars": len(analysis)}
+    assert figures(batch) == {"messages": 4, "content_chars": 4 + 2 * len(analysis + final), **cut}
+    assert "message 1 (assistant)" in batch.report.warnings["cut"]
+
+
+def _call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_tool_calls_that_a_template_leaves_out_are_missed_though_others_say_their_words():
+    calls = [_call("weather", city="Paris")]
+    turns = [
+        say("user", "weather in Paris"),
+        say("assistant", "ok", tool_calls=calls),
+        say("tool", "Paris weather: rain"),
+    ]
+    batch = read(FAMILIES["chatml"], [*turns, say("assistant", "Paris weather is rain")])
+    assert (figures(batch)["cut_messages"], figures(batch)["cut_chars"]) == (1, len("weather" + "Paris"))
+
+
+@pytest.mark.parametrize(("printed", "num_lost"), [("", 0), ("[:1]", len("add"))])
+def test_the_second_of_two_calls_is_missed(printed, num_lost):
+    template = CHATML.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}",
+        f"{{{{ m.content }}}}{{% for c in (m.tool_calls or []){printed} %}}{{{{ '<call>' + (c.function | tojson) }}}}{{% endfor %}}"
+        "{{ '<|im_end|>' }}{% endgeneration %}",
+    )
+    calls = [_call("add", a=1, b=2), _call("add", a=3, b=4)]
+    turns = [say("user", "?"), say("assistant", "", tool_calls=calls), say("tool", "3"), say("assistant", "3, add 7")]
+    assert figures(read(make(template), turns)).get("cut_chars", 0) == num_lost
+
+
+@pytest.mark.parametrize("content", ["", "ok"])
+def test_calls_outside_of_the_tags_are_unmarked(content):
+    call = "{% endgeneration %}{{ m.tool_calls[0].function | tojson if m.tool_calls else '' }}{{ '<|im_end|>' }}"
+    template = CHATML.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}" + call)
+    turns = [say("user", "?"), say("assistant", content, tool_calls=[_call("weather", city="Paris")])]
+    batch = read(make(template), [*turns, say("tool", "weather: rain"), say("assistant", "rain")])
+    assert figures(batch)["unmarked_chars"] == len("weather" + "Paris")
+    assert "'weather'" in batch.report.warnings["unmarked"]
+
+
+def test_content_beside_a_call_is_not_found_in_the_call():
+    call = "{{ m.tool_calls[0].function | tojson }}{{ '<|im_end|>' }}{% endgeneration %}"
+    template = CHATML.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", call)
+    turns = [say("user", "?"), say("assistant", "all of it", tool_calls=[_call("lookup", where="Oslo")])]
+    assert figures(read(make(template), turns))["cut_chars"] == len("all of it")
+
+
+@pytest.mark.parametrize(
+    ("side", "tokens", "lost"), [("right", ["<|im_end|>", "\n"], " long"), ("left", ["<|im_start|>"], "a qu")]
+)
+def test_truncated_content_is_missed_and_no_template_is_blamed(side, tokens, lost):
+    tokenizer = make(CHATML)  # a token for each byte
+    tokenizer.truncation_side = side
+    turns = [say("user", "a question"), say("assistant", "an answer that is too long")]
+    num_tokens = len(read(tokenizer, turns).token_ids[0])
+    whole = read(tokenizer, turns, truncation=True, max_length=num_tokens)
+    assert set(whole.report.warnings) == set()
+    num_cut = len(tokens) + len(lost) + (len("user\n") if side == "left" else 0)
+    batch = read(tokenizer, turns, truncation=True, max_length=num_tokens - num_cut)
+    assert set(batch.report.warnings) == {"truncated"}
+    assert (figures(batch)["cut_messages"], figures(batch)["cut_chars"]) == (1, len(lost))

@@ -34,6 +34,7 @@ class Rendered:
     spans: list[Span]  # of its content in the rendered text; not of tool calls
     window: Span  # what lies between the contents of its neighbours
     is_printed: bool  # its content is a list, and is there as Python prints one
+    calls: list[str]  # names and arguments of its tool calls
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class _Piece:
     text: str
     is_marked: bool  # an assistant's, in a dialog whose template marks what assistants say
     home: Span  # where it belongs in the rendered text
+    shortest: int  # part that may be one of it, in what is marked: beside a tool call a letter may be the call's
     found: list[Span] = field(default_factory=list)  # in the rendered text
     kept: list[Span] = field(default_factory=list)  # the same parts, in ``text``
     is_moved: bool = False
@@ -77,7 +79,13 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     """
     homes = _homes(messages, runs, len(text))
     pieces = [
-        _Piece(i, _as_printed(part, text), bool(runs) and message.get("role") == "assistant", homes[i])
+        _Piece(
+            i,
+            _as_printed(part, text),
+            bool(runs) and message.get("role") == "assistant",
+            homes[i],
+            _SHORTEST if message.get("tool_calls") else 1,
+        )
         for i, message in enumerate(messages)
         for part in _texts_of(message.get("content"))
     ]
@@ -91,7 +99,7 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     for piece in pieces:
         by_message[piece.message].append(piece)
     windows = _windows(by_message, len(text))
-    return [_rendered(text, *of_message) for of_message in zip(messages, by_message, windows, strict=True)]
+    return [_rendered(text, *of_message) for of_message in zip(messages, by_message, windows, homes, strict=True)]
 
 
 def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int) -> list[Span]:
@@ -109,11 +117,9 @@ def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int
     return homes
 
 
-def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span) -> Rendered:
+def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span, home: Span) -> Rendered:
     words = list(_words_of_calls(message))
-    lost = [
-        word for word, whole in words if all(text.find(form, window[0]) < 0 for form in _forms(word) | _forms(whole))
-    ]
+    lost = _lost_words(text[window[0] : max(window[1], home[1])], words)
     missing = [gap for piece in pieces if (gap := piece.missing())] + lost
     num_chars = sum(len(piece.text) for piece in pieces) + sum(len(word) for word, _ in words)
     num_lost = sum(len(piece.text) - sum(b - a for a, b in piece.kept) for piece in pieces) + sum(map(len, lost))
@@ -127,6 +133,7 @@ def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: 
         spans=[span for piece in pieces for span in piece.found],
         window=window,
         is_printed=isinstance(content, list) and bool(content) and str(content) in text,
+        calls=[word for word, _ in words],
     )
 
 
@@ -149,6 +156,18 @@ def _words_of_calls(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(function, dict):
             yield from _leaves([function.get("name"), function.get("arguments")], "")
     yield from _leaves(message.get("tool_responses"), "")
+
+
+def _lost_words(text: str, words: list[tuple[str, str]]) -> list[str]:
+    """Return the words that are not in a text, or not as often: of two calls a template may print one."""
+    needed: dict[str, int] = {}
+    lost = []
+    for word, whole in words:
+        needed[word] = needed.get(word, 0) + 1
+        is_whole = whole != word and any(form in text for form in _forms(whole))
+        if not is_whole and sum(text.count(form) for form in _forms(word)) < needed[word]:
+            lost.append(word)
+    return lost
 
 
 def _leaves(value: Any, whole: str) -> Iterator[tuple[str, str]]:
@@ -281,7 +300,7 @@ def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
         if not piece.found:
             low, high = max(start, piece.home[0]), min(stop, piece.home[1])
             inside = [(max(a, low), min(b, high)) for a, b in runs if a < high and b > low] if piece.is_marked else []
-            shortest = 1 if inside else _SHORTEST
+            shortest = piece.shortest if inside else _SHORTEST
             for at, kept in _common_parts(piece.text, text, *(inside[0] if inside else (low, high)), shortest):
                 piece.place(at, kept)
         if piece.found and not piece.is_moved:

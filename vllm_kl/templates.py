@@ -12,6 +12,7 @@ close before that token, or after the newline behind it, give the same mask as o
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import threading
 import weakref
@@ -56,6 +57,21 @@ class Dialog:
     offsets: np.ndarray  # [L, 2]: where each token's characters begin and end in ``text``
     is_space: np.ndarray  # [L] bool: nothing but white space
     marked: np.ndarray  # [L] bool: between the template's generation tags
+
+    @property
+    def num_assistant(self) -> int:
+        """How many messages are the assistant's."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
+    @property
+    def in_ids(self) -> Span:
+        """The characters of ``text`` that are in the ids: all but white space around it, unless the tokenizer truncates."""
+        start, stop = (int(self.offsets[0, 0]), int(self.offsets[:, 1].max())) if len(self.offsets) else (0, 0)
+        return start if self.text[:start].strip() else 0, stop if self.text[stop:].strip() else len(self.text)
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.in_ids != (0, len(self.text))
 
     @property
     def speaks(self) -> bool:
@@ -142,7 +158,7 @@ class _Renderer:
                 token_ids=torch.as_tensor(result["input_ids"]).flatten().long().cpu(),
                 offsets=offsets,
                 is_space=_overlap(~np.isin(codes, _SPACES), offsets) == 0,
-                marked=np.asarray(result["assistant_masks"]).reshape(-1).astype(bool),
+                marked=_whole_chars(np.asarray(result["assistant_masks"]).reshape(-1).astype(bool), offsets),
             )
         )
         return result
@@ -178,6 +194,20 @@ class _Renderer:
     def _strftime_now(self, form: str) -> str:
         self.dates.append(datetime.datetime.now().strftime(form))
         return self.dates[-1]
+
+
+def _whole_chars(marked: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return marks that end behind a character: transformers 5.19 leaves out its last bytes where each is a token.
+
+    >>> _whole_chars(np.array([True, True, False, False]), np.array([[0, 1], [1, 2], [1, 2], [2, 3]])).tolist()
+    [True, True, True, False]
+    """
+    whole = marked.copy()
+    for _, stop in _runs(marked):
+        while stop < len(whole) and offsets[stop, 0] < offsets[stop - 1, 1] and not whole[stop]:
+            whole[stop] = True
+            stop += 1
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,12 +252,28 @@ def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor]
                     "double_end", _TWICE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
                 )
             has_ends &= end is not None
-        if not has_ends:
+        if not has_ends and not dialog.is_truncated:
             report.warnings.setdefault("no_end", _NO_END.format(sample=i))
+        if (blank := _unmarked_blank(dialog)) is not None:
+            report.warnings.setdefault("blank", _BLANK.format(sample=i, message=blank))
         masks.append(torch.from_numpy(mask))
     return masks, frozenset(found), report
 
 
+def _unmarked_blank(dialog: Dialog) -> int | None:
+    """Return the first empty message of the assistant, where not one run of marks is there for each of its messages."""
+    if dialog.is_truncated or len(_runs(dialog.marked)) >= dialog.num_assistant:
+        return None
+    messages = enumerate(dialog.messages)
+    said = ((j, m.get("content"), m.get("tool_calls")) for j, m in messages if m["role"] == "assistant")
+    return next((j for j, content, calls in said if not calls and not str(content or "").strip()), None)
+
+
+_BLANK = (
+    "the assistant's message {message} of sample {sample} is empty and the chat template's tags mark nothing there: the token that "
+    "ends this turn does not count, as it would with ids from the policy. What works: those ids, in ('tokens', 'full'); or a "
+    "template whose tags close behind that token."
+)
 _AFTER_END = (
     "the chat template's tags mark {text} after the token that ends a turn (first in sample {sample}): no policy samples it, so "
     "it does not count"
@@ -309,15 +355,18 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
     first: dict[str, str] = {}
     for i, dialog in enumerate(dialogs):
         is_end = np.isin(dialog.token_ids.numpy(), sorted(ends))
-        runs = [] if masks is None else _char_runs(dialog, masks[i].numpy() & ~is_end)
-        found = find_messages(dialog.text, dialog.messages, runs)
+        runs = [] if masks is None else _said_runs(dialog, masks[i].numpy(), is_end)
+        start, stop = dialog.in_ids
+        found = find_messages("\0" * start + dialog.text[start:stop], dialog.messages, runs)
+        count["truncated_dialogs"] += dialog.is_truncated
         for j, message in enumerate(found):
             where = f"sample {i}, message {j} ({message.role})"
             for kind, num_chars, example in _losses(message):
                 counted = "cut" if kind == "trimmed" else kind  # said apart: most templates trim, few cut
                 count[f"{counted}_messages"] += 1
                 count[f"{counted}_chars"] += num_chars
-                first.setdefault(kind, f"{where}: {example}")
+                is_truncated = dialog.is_truncated and counted == "cut"
+                first.setdefault("truncated" if is_truncated else kind, f"{where}: {example}")
             count["messages"] += 1
             count["content_chars"] += message.num_chars
         if masks is not None:
@@ -345,6 +394,8 @@ _CUT = (
 _SAYS = {
     "cut": _CUT,
     "trimmed": _CUT,
+    "truncated": "the tokenizer truncates {truncated_dialogs} dialogs; of {messages} messages {cut_messages} lack content, "
+    "{cut_chars} of {content_chars} characters: they are not in the ids that are scored, nor are tokens that end turns there.",
     "moved": "the chat template moves {moved_messages} of {messages} messages to another place in the dialog.",
     "printed": "the chat template prints the content of {printed_messages} of {messages} messages as a Python list.",
     "inserted": "the chat template marks {inserted_chars} characters as the assistant's that are in no message's content: they "
@@ -380,26 +431,40 @@ def _wrong_marks(
     """Yield what is marked that the assistant did not say, and what it said that is not marked."""
     said = np.zeros(len(dialog.text), dtype=bool)
     may_be_said = said.copy()
+    in_tokens, in_mask = np.zeros_like(said), np.zeros_like(said)
+    for chars, tokens in ((in_tokens, np.ones_like(mask)), (in_mask, mask)):
+        for start, stop in _char_runs(dialog, tokens):
+            chars[start:stop] = True
     for message, rendered in zip(dialog.messages, found, strict=True):
         if rendered.role == "assistant":
             for start, stop in rendered.spans:
                 said[start:stop] = True
             if message.get("tool_calls"):  # a template has its own way to write them
                 may_be_said[slice(*rendered.window)] = True
+                for start, stop in _unmarked_calls(dialog.text, in_mask, rendered):
+                    said[start:stop] = True
     may_be_said |= said
     added = mask & ~is_end & (_overlap(may_be_said, dialog.offsets) == 0)
     inserted = [(a, b) for a, b in _runs(added) if not dialog.is_space[a:b].all()]  # " four" may be one token, or two
     if inserted:
         num_chars = sum(len(_slice(dialog, *run)) for run in inserted)
         yield "inserted", num_chars, _words(_slice(dialog, *inserted[0]))
-    in_tokens, in_mask = np.zeros_like(said), np.zeros_like(said)
-    for chars, tokens in ((in_tokens, np.ones_like(mask)), (in_mask, mask)):
-        for start, stop in _char_runs(dialog, tokens):
-            chars[start:stop] = True
     unmarked = said & in_tokens & ~in_mask
     if unmarked.any():
         start, stop = _runs(unmarked)[0]
         yield "unmarked", int(unmarked.sum()), _words(dialog.text[start:stop])
+
+
+def _unmarked_calls(text: str, in_mask: np.ndarray, message: Rendered) -> Iterator[Span]:
+    """Yield where words of a message's tool calls stand that are nowhere in what is marked."""
+    start, stop = message.window
+    marked = "".join(itertools.compress(text[start:stop], in_mask[start:stop]))
+    for word in message.calls:
+        at = (
+            text.find(word, start, stop) if len(word) > 2 and word not in marked else -1
+        )  # shorter ones are in anything
+        if at >= 0:
+            yield at, at + len(word)
 
 
 def _runs(mask: np.ndarray) -> list[Span]:
@@ -415,6 +480,23 @@ def _runs(mask: np.ndarray) -> list[Span]:
 def _char_runs(dialog: Dialog, mask: np.ndarray) -> list[Span]:
     """Return the characters of a mask's runs of tokens."""
     return [(int(dialog.offsets[a, 0]), int(dialog.offsets[b - 1, 1])) for a, b in _runs(mask)]
+
+
+def _said_runs(dialog: Dialog, mask: np.ndarray, is_end: np.ndarray) -> list[Span]:
+    """Return the characters of what is marked, without the tokens that end turns.
+
+    Where there is one run for each of the assistant's messages they stay whole: an answer of several channels holds such tokens.
+    """
+    runs = _runs(mask)
+    if len(runs) != dialog.num_assistant:
+        return _char_runs(dialog, mask & ~is_end)
+    said = []
+    for start, stop in runs:
+        while stop > start and is_end[stop - 1]:
+            stop -= 1
+        begin = int(dialog.offsets[start, 0])
+        said.append((begin, int(dialog.offsets[stop - 1, 1]) if stop > start else begin))
+    return said
 
 
 def _overlap(chars: np.ndarray, offsets: np.ndarray) -> np.ndarray:
