@@ -829,3 +829,14 @@ def test_truncated_content_is_missed_and_no_template_is_blamed(side, tokens, los
     batch = read(tokenizer, turns, truncation=True, max_length=num_tokens - num_cut)
     assert set(batch.report.warnings) == {"truncated"}
     assert (figures(batch)["cut_messages"], figures(batch)["cut_chars"]) == (1, len(lost))
+
+
+@pytest.mark.parametrize("template", [R1, "{{ bos_token }}" + LLAMA3])
+def test_two_bos_of_a_template_are_said(template):
+    tokenizer = make(template, eos="</s>", bos="<s>")
+    system = "<s>Be brief." if template is R1 else "Be brief."
+    turns = [say("system", system), *TURNS]
+    batch = read(tokenizer, turns)
+    assert tokenizer.decode(batch.token_ids[0]).count("<s>") == 2
+    assert "1 of 1 samples begin with two BOS tokens" in batch.report.warnings["double_bos"]
+    assert "double_bos" not in read(FAMILIES["r1"], TURNS).report.warnings
