@@ -755,6 +755,7 @@ def test_an_empty_answer_that_tags_cannot_mark_is_said():
     turns = [say("user", "q"), say("assistant", ""), say("user", "r"), say("assistant", "yes")]
     batch = read(FAMILIES["phi3"], TURNS, turns)
     assert "message 1 of sample 1 is empty" in batch.report.warnings["blank"]
+    assert set(read(FAMILIES["phi3"], TURNS, turns, assistant_only=False).report.warnings) == set()
     assert set(read(FAMILIES["phi3"], TURNS).report.warnings) == set()
     batch = read(FAMILIES["chatml"], turns)  # its tags close behind the token that ends a turn
     assert kept(FAMILIES["chatml"], batch) == ["<|im_end|>yes<|im_end|>"]

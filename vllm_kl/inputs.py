@@ -390,6 +390,8 @@ def _render(
         raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
     ends = ends_of(keys.tokenizer, options)
     masks, found, of_turns = (None, ends.ids, TextReport()) if bare else end_turns(dialogs, ends)
+    if not assistant_only:
+        of_turns.warnings.pop("blank", None)  # everything counts
     of_ids = TextReport(warnings=doubled_bos(token_ids, keys.tokenizer), notes=notes)
     return token_ids, masks, compare(dialogs, masks, found).joined(of_turns, of_ids)
 
