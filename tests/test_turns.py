@@ -126,6 +126,7 @@ class TestTemplatesWithoutTags:
             self.transform(make_reference, plain)(td)
         assert set(td.keys(True)) == set(history_batch(chats=DIALOGS).keys(True))
 
+    @pytest.mark.filterwarnings("ignore:the assistant's message 6 of sample 1 is empty")
     def test_it_is_said_that_another_template_is_used(self, make_reference, plain, pieces):
         with pytest.warns(UserWarning, match="no {% generation %} tags, so TorchRL renders with a template of its own"):
             td = RetrieveLogProb(make_reference(), tokenizer=plain)(history_batch(chats=DIALOGS))
