@@ -287,7 +287,7 @@ class TestEngine:
 
             def score(self, requests, *, share_prefix):
                 if not share_prefix:
-                    raise ValueError("too many")
+                    raise errors.EngineError("vLLM refused: too many")
                 return [ScoreResult(values=np.zeros((1, 1), np.float32)) for _ in requests]
 
         class Particular(Refusing):

@@ -57,15 +57,16 @@ def biased(compute_routing: Callable[..., Any]) -> Callable[..., Any]:
     return route
 
 
-def install() -> None:
-    """Mend the models that this process makes from here on. Idempotent; nothing on a GPU."""
+def install() -> bool:
+    """Mend the models that this process makes from here on; return whether they were not yet. Nothing on a GPU."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return
+        return False
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
+    changed = False
     for owner, name, mended in (
         (RotaryEmbedding, "forward_cpu", flattened),
         (CPURouter, "_compute_routing", biased),
@@ -73,15 +74,17 @@ def install() -> None:
         method = getattr(owner, name)
         if inspect.unwrap(method) is method:
             setattr(owner, name, mended(method))
+            changed = True
+    return changed
 
 
 def mend(worker: Any) -> bool:
-    """Mend the model of a worker that was made before :func:`install`; return whether there may be something to mend."""
+    """Mend the model of a worker that was made before :func:`install`; return whether there may have been something to mend."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return False
-    install()
+    changed = install()
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     upstream = inspect.unwrap(RotaryEmbedding.forward_cpu)
@@ -89,4 +92,5 @@ def mend(worker: Any) -> bool:
         # It took the method from its class when it was made.
         if isinstance(module, RotaryEmbedding) and getattr(module._forward_method, "__func__", None) is upstream:
             module._forward_method = module.forward_cpu
-    return True
+            changed = True
+    return changed
