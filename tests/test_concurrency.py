@@ -14,11 +14,12 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import VLLMScorer, push_weights
+from vllm_kl import RetrieveLogProb, VLLMReference, VLLMScorer, push_weights, resolver
 from vllm_kl.engines import process
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
 from vllm_kl.types import ScoreRequest
@@ -128,6 +129,61 @@ def test_what_a_callers_progress_raises_is_not_taken_for_the_engines_death(score
     with pytest.raises(OSError, match="no space left"):
         scorer._engine.score(requests, share_prefix=True, on_done=full)
     assert state_of(scorer.score(SEQUENCES), truths) == 0
+
+
+def batch_of(some):
+    return TensorDict(tokens=TensorDict(full=torch.tensor([SEQUENCES[n] for n in some]), batch_size=2), batch_size=2)
+
+
+def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_since(
+    scorer, states, truths, tokenizer, monkeypatch
+):
+    transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
+    spread, came_between = resolver.spread, []
+
+    def spread_later(*args, **kwargs):
+        if not came_between:
+            came_between.append(scorer.refresh(states[1]))
+            scorer.score(SEQUENCES)
+        return spread(*args, **kwargs)
+
+    monkeypatch.setattr(resolver, "spread", spread_later)
+    for state in (0, 1):
+        td = transform(batch_of([0, 1]))
+        assert td["ref_version"].tolist() == [state, state]
+        assert (td["ref_log_probs", "full"][:, 1:].double() - truths[state][:2]).abs().max() < LOG_PROB_TOLERANCE
+
+
+def test_what_threads_score_while_another_refreshes_carries_the_version_that_made_it(scorer, states, truths, tokenizer):
+    """One transform for all threads: nothing of a call is kept in it, or in its scorer, that another thread could read."""
+    transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
+    served, stop, wrong = {0: 0}, threading.Event(), []  # version -> state
+
+    def score(seed):
+        choose = random.Random(seed)
+        while not stop.is_set():
+            some = choose.sample(range(len(SEQUENCES)), 2)
+            td = TensorDict(
+                tokens=TensorDict(full=torch.tensor([SEQUENCES[n] for n in some]), batch_size=2), batch_size=2
+            )
+            td = transform(td)
+            (version,) = set(td["ref_version"].tolist())
+            scored = td["ref_log_probs", "full"][:, 1:].double()
+            found.append((version, some, scored))
+
+    found = []
+    with ThreadPoolExecutor(3) as pool:
+        scoring = [pool.submit(score, seed) for seed in range(3)]
+        for which in (1, 2, 0, 3, 1, 2):
+            served[scorer.refresh(states[which])] = which
+        stop.set()
+        for future in scoring:
+            future.result(timeout=WITHIN_S)
+    for version, some, scored in found:
+        error = float((scored - truths[served[version]][some]).abs().max())
+        wrong += [] if error < LOG_PROB_TOLERANCE else [(version, error)]
+    assert wrong == []
+    assert len({version for version, _, _ in found}) > 2
 
 
 class Crowd:

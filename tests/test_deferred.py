@@ -101,7 +101,7 @@ def rollout(make_env, make_policy):  # noqa: F811
 @pytest.fixture
 def gate(ref_scorer, monkeypatch):
     """Scoring waits until the gate is set; ``calls`` counts who came through."""
-    score, gate = ref_scorer.score, threading.Event()
+    score, gate = ref_scorer.score_and_tell, threading.Event()
     gate.calls = 0
 
     def wait(*args, **kwargs):
@@ -109,7 +109,7 @@ def gate(ref_scorer, monkeypatch):
         gate.calls += 1
         return score(*args, **kwargs)
 
-    monkeypatch.setattr(ref_scorer, "score", wait)
+    monkeypatch.setattr(ref_scorer, "score_and_tell", wait)
     yield gate
     gate.set()
 
@@ -285,7 +285,7 @@ class TestErrors:
         def broken(*args, **kwargs):
             raise ZeroDivisionError("not ours")
 
-        monkeypatch.setattr(ref_scorer, "score", broken)
+        monkeypatch.setattr(ref_scorer, "score_and_tell", broken)
         data = rollout(kl("buffer"), steps=1)
         with pytest.raises(ZeroDivisionError, match="not ours") as caught:
             fill_deferred(data)

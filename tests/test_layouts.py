@@ -86,7 +86,7 @@ def test_every_token_has_the_same_value_in_every_layout(samples, assistant_only)
     prompt_lengths = [len(prompt) for prompt, _ in samples]
     for name, td in layouts(sequences, prompt_lengths):
         batch = read_batch(td, KEYS, assistant_only=assistant_only)
-        values = score_batch(PrefixScorer(), batch)
+        values = score_batch(PrefixScorer(), batch).values
         stored = td.get(("tokens", "full"), as_list=True)
         for pad_output in (False, True):
             for side in ("left", "right"):
@@ -115,7 +115,9 @@ def test_any_mask_keeps_its_tokens_and_no_others(samples, data):
     sequences = [prompt + response for prompt, response in samples]
     masks = [[False, *data.draw(st.lists(st.booleans(), min_size=len(s) - 1, max_size=len(s) - 1))] for s in sequences]
     batch = read_batch(ids_batch(sequences, assistant=masks), KEYS, assistant_only=True)
-    for row, ids, mask in zip(score_batch(PrefixScorer(), batch).split(batch.lengths), sequences, masks, strict=True):
+    for row, ids, mask in zip(
+        score_batch(PrefixScorer(), batch).values.split(batch.lengths), sequences, masks, strict=True
+    ):
         assert row.tolist() == pytest.approx([log_prob(ids, t) if kept else 0.0 for t, kept in enumerate(mask)])
 
 

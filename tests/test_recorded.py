@@ -602,7 +602,7 @@ class TestZerosInABatch:
         collector = SimpleNamespace(policy=lambda td: td)  # torchrl 0.14's own wants specs of a function's output
         with pytest.warns(MismatchWarning, match="nothing is known of how the collector's policy, a function, samples"):
             side.log_probs(batch, td, collector, 1.0)
-        assert side.log_probs(batch, td, collector, 1.0)[1]
+        assert side.log_probs(batch, td, collector, 1.0).is_recorded
 
     @pytest.mark.parametrize("mode", ["auto", "reuse"])
     def test_one_that_the_reference_is_not_sure_of_is_refused_by_name(self, make_reference, mode):
@@ -706,8 +706,8 @@ class TestKLComputation:
         gen, ref = RetrieveLogProb(make_gen("vllm")), RetrieveLogProb(make_reference())
         monkeypatch.setattr(
             gen._side._scorer,
-            "score",
-            lambda ids, start: [torch.zeros(len(i) - s) for i, s in zip(ids, start, strict=True)],
+            "score_and_tell",
+            lambda ids, start: ([torch.zeros(len(i) - s) for i, s in zip(ids, start, strict=True)], None),
         )
         td = batches.ids_batch([[5, 6, 7]], [1])
         assert (Compose(gen, ref, KLComputation())(td)["kl_penalty"][0, 1:] > 0).all()

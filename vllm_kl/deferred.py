@@ -35,7 +35,7 @@ from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import Side, is_same_temperature, scorer_for
 from vllm_kl.steps import TurnsTransform, scores
-from vllm_kl.types import TokenBatch
+from vllm_kl.types import Scored, TokenBatch
 from vllm_kl.versions import place, two_references
 
 Deferred = Literal[False, True, "buffer"]
@@ -44,7 +44,7 @@ Deferred = Literal[False, True, "buffer"]
 PENDING = "kl_pending"
 
 # Writes a step's results, given the reference's log-probs and their version, into a tensordict ``[B]``; returns it.
-Write = Callable[[TensorDictBase, torch.Tensor, int | None], TensorDictBase]
+Write = Callable[[TensorDictBase, Scored], TensorDictBase]
 
 
 class _StepError(Exception):
@@ -98,8 +98,9 @@ class Step:
 
     def _finish(self) -> None:
         try:
-            log_probs, self.version = self._future.result()
-            self._outcome = list(self._write(log_probs, self.version).unbind(0))
+            scored = self._future.result()
+            self.version = scored.origin.version
+            self._outcome = list(self._write(scored).unbind(0))
         except _StepError as failed:
             self._outcome = failed
         except Exception as error:
@@ -324,9 +325,7 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
             raise two_references(place(before, shape), version, place(i, shape), handle.step.version)
 
 
-def _score(
-    side: Side, batch: TokenBatch, temperature: float, expected_version: int | None
-) -> tuple[torch.Tensor, int | None]:
+def _score(side: Side, batch: TokenBatch, temperature: float, expected_version: int | None) -> Scored:
     """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
     now = getattr(side, "temperature", temperature)
     if not is_same_temperature(now, temperature):
@@ -336,16 +335,16 @@ def _score(
         )
     ask = functools.partial(scores, side, td=TensorDict(), collector=None, temperature=temperature, detach=True)
     try:
-        log_probs, _ = ask(batch=batch)
+        scored = ask(batch=batch)
     except (InputError, MissingLogProbError) as error:
         # Messages count samples in ways of their own (of those sent, of a step): who fails alone is the one.
         raise _StepError(error, next((i for i in range(len(batch)) if _fails(ask, batch.select([i]))), None)) from error
-    if expected_version is not None and side.version != expected_version:
+    if expected_version is not None and scored.origin.version != expected_version:
         raise WeightsError(
             f"the reference was refreshed after this step was submitted for version {expected_version} and before it was scored, "
-            f"by version {side.version}. Fill batches in (fill_deferred) before a refresh"
+            f"by version {scored.origin.version}. Fill batches in (fill_deferred) before a refresh"
         )
-    return log_probs, side.version
+    return scored
 
 
 def _fails(ask: Callable[..., Any], batch: TokenBatch) -> bool:
@@ -361,12 +360,11 @@ def _write_apart(
     reward: list[torch.Tensor] | None,
     num_samples: int,
     device: torch.device | None,
-    log_probs: torch.Tensor,
-    version: int | None,
+    scored: Scored,
 ) -> TensorDictBase:
     """Write a step's results into a tensordict of their own, with the reward that the step had."""
     rows = [{} if reward is None else {"reward": reward[i]} for i in range(num_samples)]
-    return write(lazy_stack([TensorDict(row, device=device) for row in rows]), log_probs, version)
+    return write(lazy_stack([TensorDict(row, device=device) for row in rows]), scored)
 
 
 def _check_later(transform: Transform) -> None:

@@ -10,6 +10,7 @@ It knows collectors and their policies; nothing of the reference but its tempera
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from typing import Any, Literal, get_args
@@ -41,8 +42,8 @@ from vllm_kl.recorded import (
     recorded_by,
     zero_text,
 )
-from vllm_kl.resolver import is_same_temperature, score_batch, scorer_for, temperature_of, version_of
-from vllm_kl.types import Scorer, TokenBatch
+from vllm_kl.resolver import is_same_temperature, score_batch, scorer_for, temperature_of
+from vllm_kl.types import Origin, Scored, Scorer, TokenBatch
 
 GenLogProbs = Literal["auto", "reuse", "rescore"]
 
@@ -163,8 +164,6 @@ class FromCollector:
         self._pad_output: bool | None = None
         self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
         self._said: set[str] = set()
-        self.version: int | None = None
-        self.adapter: int | None = None
 
     def __repr__(self) -> str:
         return f"FromCollector({self.gen_log_probs!r})"
@@ -214,10 +213,8 @@ class FromCollector:
         if collector is not None and self.gen_log_probs != "rescore":
             watch(policy_of(collector))
 
-    def log_probs(
-        self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0
-    ) -> tuple[torch.Tensor, bool]:
-        """Return ``[N]`` float32, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
+    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0) -> Scored:
+        """Return the log-probs of a batch, recorded or scored again.
 
         Raises:
             CollectorError: nothing recorded to reuse, or nobody to ask; says what to pass instead.
@@ -239,7 +236,7 @@ class FromCollector:
                 if policy is not None and (collector is None or _is_unseen(policy)):
                     self._warn_of_unseen(policy)
                 self._audit(recorded, batch, policy, temperature)
-                return recorded, True
+                return Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
             if unlike and self.audit.fraction:
                 self.audit.complain(f"{unlike}. {TEMPERATURES}; or audit=0")
             if self.gen_log_probs == "reuse":
@@ -266,7 +263,7 @@ class FromCollector:
                 f"from_collector: {why}the policy's engine scores again at temperature {temperature_of(self._scorer_of(policy)):g} "
                 f"only, while the reference's log-probs are those of softmax(logits / {temperature:g}). {TEMPERATURES}"
             )
-        return self._score(batch, policy), False
+        return self._score(batch, policy)
 
     def settle_zeros(
         self,
@@ -275,32 +272,34 @@ class FromCollector:
         batch: TokenBatch,
         collector: Any,
         temperature: float,
-    ) -> tuple[torch.Tensor, list[int] | None]:
-        """Return recorded log-probs without placeholders, and which samples were scored again for it.
+    ) -> tuple[Scored, list[int] | None]:
+        """Return recorded log-probs without placeholders, and which samples were scored again for it, by the origin's weights.
 
         Args:
-            recorded: as :meth:`log_probs` returned them.
+            recorded: the values that :meth:`log_probs` returned.
             ref: the reference's; ``None``: not there yet, and ``None`` samples are returned where nobody else can be asked.
 
         Raises:
             MissingLogProbError: an exact 0.0 is no log-prob, and ``gen_log_probs="reuse"`` or nobody can be asked.
         """
+        settled = Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
         doubtful = {} if self.on_zero == "allow" else doubtful_zeros(recorded, ref, batch.packed_keep, batch.lengths)
         if not doubtful:
-            return recorded, []
+            return settled, []
         policy = self.policy(collector)
         if policy is None or not self._can_score(policy, temperature):
             if ref is None:
-                return recorded, None
+                return settled, None
             self.check_zeros(recorded, ref, batch, temperature)
-            return recorded, []
+            return settled, []
         samples = list(doubtful)
         part = batch.select(samples)
-        scored = dict(zip(samples, self._score(part, policy).split(part.lengths), strict=True))
+        again = self._score(part, policy)
+        scored = dict(zip(samples, again.values.split(part.lengths), strict=True))
         false = {i: at[scored[i].cpu()[at] < SURE] for i, at in doubtful.items()}
         false = {i: at for i, at in false.items() if len(at)}
         if not false:
-            return recorded, []
+            return settled, []
         i, at = next(iter(false.items()))
         but = f"the policy's engine gives it {float(scored[i][at[0]]):.4f}"
         text = zero_text("recorded log-probs", i, int(at[0]), but, false)
@@ -308,10 +307,10 @@ class FromCollector:
             complain(
                 f"{text}. Pass gen_log_probs='auto' or 'rescore', or leave such tokens out of the mask", self.on_zero
             )
-            return recorded, []
+            return settled, []
         self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
         rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
-        return torch.cat(rows), list(false)
+        return dataclasses.replace(settled, values=torch.cat(rows), origin=again.origin), list(false)
 
     def check_zeros(self, recorded: torch.Tensor, ref: torch.Tensor, batch: TokenBatch, temperature: float) -> None:
         """Refuse an exact 0.0 that the reference is not sure of, where nobody else can be asked.
@@ -333,13 +332,10 @@ class FromCollector:
         names = {"what": "recorded log-probs", "who": "the reference", "cure": cure}
         check_zeros(recorded, ref, batch.packed_keep, batch.lengths, on_zero=self.on_zero, **names)
 
-    def _score(self, batch: TokenBatch, policy: Any) -> torch.Tensor:
-        scorer = self._scorer_of(policy)
-        values = score_batch(scorer, batch)
-        self.version = version_of(scorer, batch)
+    def _score(self, batch: TokenBatch, policy: Any) -> Scored:
         # A wrapper that names none may have it bound to its call, which is what scored.
-        self.adapter = adapter_id(policy.lora_request) if hasattr(policy, "lora_request") else None
-        return values
+        adapter = adapter_id(policy.lora_request) if hasattr(policy, "lora_request") else None
+        return score_batch(self._scorer_of(policy), batch, adapter)
 
     def _unlike(self, batch: TokenBatch, td: TensorDictBase, policy: Any, temperature: float) -> str | None:
         """Return why what the policy records is not comparable with the reference; ``None``: it is, or nothing is known."""
@@ -424,7 +420,7 @@ class FromCollector:
                 "logprobs_mode='raw_logprobs' and leave the reference at temperature 1"
             )
         tokenizer = getattr(policy, "tokenizer", None)
-        score = lambda part: list(score_batch(self._scorer_of(policy), part).split(part.lengths))  # noqa: E731
+        score = lambda part: list(score_batch(self._scorer_of(policy), part).values.split(part.lengths))  # noqa: E731
         self.audit.check(list(recorded.split(batch.lengths)), batch, score, tokenizer)
 
     def _can_score(self, policy: Any, temperature: float) -> bool:

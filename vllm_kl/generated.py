@@ -15,26 +15,16 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.engines.loading import as_version
 from vllm_kl.engines.weights import lock_of
+from vllm_kl.types import Origin
 
 # Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
 POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
-
-
-class Origin(NamedTuple):
-    """The weights that made something."""
-
-    version: int | str | None  # None: not known
-    adapter: int | None = 0  # its id on the engine; 0: the base model; None: not known
-
-    def __str__(self) -> str:
-        version = "an unknown version" if self.version is None else f"version {self.version}"
-        return version + (f" with adapter {self.adapter}" if self.adapter else "")
 
 
 class Guard:

@@ -19,7 +19,7 @@ from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
 from vllm_kl.from_collector import TEMPERATURES, policy_of, why_unlike
-from vllm_kl.generated import Origin, watch
+from vllm_kl.generated import watch
 from vllm_kl.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.outputs import check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
@@ -91,7 +91,7 @@ class RetrieveLogProb(TurnsTransform):
         check_side(model, assistant_only)
         model = model if device is None else model.to(device)
         side, is_reference = ModelSide(model), isinstance(model, VLLMReference)
-        if not is_reference or side.version is None:
+        if not is_reference or not side.has_versions:
             ref_version_key = None
         out_keys = [key for key in (log_probs_full_key, mask_key, ref_version_key) if key is not None]
         check_distinct(out_keys)
@@ -143,18 +143,20 @@ class RetrieveLogProb(TurnsTransform):
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         self._warn_of_recorded(td)
         batch = self._read(td)
-        values, _ = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
-        if not self._is_step and self._is_policy and self._side.version is not None:
-            check_stale(origins(td), Origin(self._side.version, self._side.adapter), self.on_stale)
+        scored = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
+        if not self._is_step and self._is_policy and scored.origin.version is not None:
+            check_stale(origins(td), scored.origin, self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
-        rows, masks = (to_device(to_layout(side, batch, **layout), td.device) for side in (values, batch.packed_keep))
+        rows, masks = (
+            to_device(to_layout(side, batch, **layout), td.device) for side in (scored.values, batch.packed_keep)
+        )
         if self.mask_key is not None:
             self._check_mask(next_td, masks)
         next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
         if self.mask_key is not None:
             next_td = set_rows(next_td, self.mask_key, masks)
         if self.ref_version_key is not None:
-            next_td.set(self.ref_version_key, torch.full((len(batch),), self._side.version, device=td.device))
+            next_td.set(self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device))
         return next_td
 
     def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:

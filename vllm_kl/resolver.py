@@ -27,11 +27,11 @@ from vllm_kl.generated import adapter_id
 from vllm_kl.inputs import nested, rows_of
 from vllm_kl.placeholders import Placeholders
 from vllm_kl.scorer import VLLMScorer
-from vllm_kl.types import Scorer, TokenBatch
+from vllm_kl.types import Origin, Scored, Scorer, TokenBatch
 
 
-def score_batch(scorer: Scorer, batch: TokenBatch) -> torch.Tensor:
-    """Return ``[N]`` float32: log-probs of the kept tokens, 0.0 elsewhere.
+def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> Scored:
+    """Return the log-probs of the kept tokens, 0.0 elsewhere, and the weights that made them.
 
     Only what is needed is sent: nothing before the first kept row is read out, nothing after the last kept token is
     prefilled, and a sample that keeps no token is not sent at all.
@@ -39,15 +39,26 @@ def score_batch(scorer: Scorer, batch: TokenBatch) -> torch.Tensor:
     spans = scored_spans(batch.packed_keep, batch.lengths)
     sent = [i for i, (start, stop) in enumerate(spans) if start < stop]
     results: list[torch.Tensor] = []
+    version: int | None = None
     if sent:
+        ids, starts = [batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent]
         try:
-            results = scorer.score([batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent])
+            results, version = _score(scorer, ids, starts)
         except (InputError, MissingLogProbError) as error:
             raise _of_samples(error, sent) from error
+    else:
+        version = serving_version(scorer)
     scored = [results[0].new_empty(0) if results else torch.empty(0)] * len(batch)
     for i, result in zip(sent, results, strict=True):
         scored[i] = result
-    return spread(scored, spans, batch, what="log-probs")
+    return Scored(values=spread(scored, spans, batch, what="log-probs"), origin=Origin(version, adapter))
+
+
+def _score(scorer: Scorer, token_ids: list[torch.Tensor], starts: list[int]) -> tuple[list[torch.Tensor], int | None]:
+    if hasattr(scorer, "score_and_tell"):
+        results, stats = scorer.score_and_tell(token_ids, starts)
+        return results, None if stats is None else stats.weight_version
+    return scorer.score(token_ids, starts), serving_version(scorer)
 
 
 def _of_samples(error: Exception, sent: list[int]) -> Exception:
@@ -84,11 +95,9 @@ def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
     )
 
 
-def version_of(scorer: Scorer, batch: TokenBatch | None = None) -> int | None:
-    """Return the version of the weights that scored a batch just now, or of those that serve where nothing was sent."""
-    was_sent = batch is not None and bool(batch.packed_keep.any())
-    version = getattr(getattr(scorer, "stats", None), "weight_version", None) if was_sent else None
-    return getattr(scorer, "weight_version", None) if version is None else version
+def serving_version(scorer: Scorer) -> int | None:
+    """Return the version of the weights that serve now; ``None``: not known."""
+    return getattr(scorer, "weight_version", None)
 
 
 def temperature_of(scorer: Scorer) -> float:
@@ -183,15 +192,10 @@ class WrapperScorer:
 
 
 class Side(Protocol):
-    """One side of a KL."""
+    """One side of a KL. It keeps nothing of a call: threads may share it."""
 
-    version: int | None  # of the weights that made the last log-probs; None: not known
-    adapter: int | None  # and their adapter; 0: the base model; None: not known
-
-    def log_probs(
-        self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float
-    ) -> tuple[torch.Tensor, bool]:
-        """Return ``[N]`` float32, finite inside the batch's mask, 0.0 outside; and whether they were recorded.
+    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:
+        """Return the log-probs of a batch.
 
         Args:
             temperature: they must be those of ``softmax(logits / temperature)``.
@@ -204,8 +208,8 @@ class ModelSide:
 
     def __init__(self, model: Any) -> None:
         self._scorer = scorer_for(model)
-        self.version = version_of(self._scorer)
-        self.adapter = adapter_id(getattr(getattr(self._scorer, "_engine", None), "_lora_request", None))
+        self.has_versions = serving_version(self._scorer) is not None
+        self._adapter = adapter_id(getattr(getattr(self._scorer, "_engine", None), "_lora_request", None))
 
     @property
     def temperature(self) -> float:
@@ -224,13 +228,9 @@ class ModelSide:
                 f"{temperature:g}): the KL of equal weights would not be 0. Give both one temperature"
             )
 
-    def log_probs(
-        self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float
-    ) -> tuple[torch.Tensor, bool]:
+    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:
         self.check_temperature(temperature)
-        values = score_batch(self._scorer, batch)
-        self.version = version_of(self._scorer, batch)
-        return values, False
+        return score_batch(self._scorer, batch, self._adapter)
 
 
 def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:

@@ -87,7 +87,7 @@ class VLLMScorer:
         EngineError: the engine did not start; with the end of its log.
 
     Attributes:
-        stats: figures of the last call, or ``None``.
+        stats: figures of the last call, of whichever thread, or ``None``.
 
     >>> # scorer = VLLMScorer("my-model", dtype="float32")
     >>> log_probs = scorer.score([[5, 6, 7, 8], [5, 6, 9]], start=2)
@@ -189,7 +189,15 @@ class VLLMScorer:
             MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token.
             EngineError: the engine died.
         """
-        return [values[:, 0].clone() for values in self._read(token_ids, start, temperature, progress)]
+        values, _ = self._read(token_ids, start, temperature, progress)
+        return [row[:, 0].clone() for row in values]
+
+    def score_and_tell(
+        self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None = None
+    ) -> tuple[list[torch.Tensor], ScoreStats]:
+        """As :meth:`score`; also return the figures of this very call, with the version of the weights that it scored with."""
+        values, stats = self._read(token_ids, start, None, False)
+        return [row[:, 0].clone() for row in values], stats
 
     def score_ids(
         self,
@@ -220,7 +228,8 @@ class VLLMScorer:
         >>> torch.equal(chosen[:, 0], scorer.score([[5, 6, 7]])[0])
         True
         """
-        return [values[:, 1:].clone() for values in self._read(token_ids, start, temperature, progress, ids=ids)]
+        values, _ = self._read(token_ids, start, temperature, progress, ids=ids)
+        return [row[:, 1:].clone() for row in values]
 
     def score_topk(
         self,
@@ -252,13 +261,14 @@ class VLLMScorer:
         """
         if not isinstance(k, numbers.Integral) or k < 1 or (self._engine.info.vocab_size or k) < k:
             raise InputError(f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}")
+        values, _ = self._read(token_ids, start, temperature, progress, top_k=k)
         return [
             TopK(
-                token_ids=values[:, 1 : 1 + k].long(),
-                log_probs=values[:, 1 + k :].clone(),
-                target_log_probs=values[:, 0].clone(),
+                token_ids=row[:, 1 : 1 + k].long(),
+                log_probs=row[:, 1 + k :].clone(),
+                target_log_probs=row[:, 0].clone(),
             )
-            for values in self._read(token_ids, start, temperature, progress, top_k=k)
+            for row in values
         ]
 
     def _read(
@@ -270,8 +280,8 @@ class VLLMScorer:
         *,
         ids: Sequence[Any] | None = None,
         top_k: int = 0,
-    ) -> list[torch.Tensor]:
-        """Return B float32 tensors ``[len - start, 1 + K + 2 * top_k]``; see :class:`~vllm_kl.types.ScoreResult`."""
+    ) -> tuple[list[torch.Tensor], ScoreStats]:
+        """Return B float32 tensors ``[len - start, 1 + K + 2 * top_k]``, see :class:`~vllm_kl.types.ScoreResult`; and figures."""
         began = time.perf_counter()
         self._check_awake()
         info = self._engine.info
@@ -299,7 +309,7 @@ class VLLMScorer:
             )
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
-        self.stats = ScoreStats(
+        stats = ScoreStats(
             num_requests=len(requests),
             num_scored_tokens=num_prompt_tokens - sum(r.start for r in requests.values()),
             num_prompt_tokens=num_prompt_tokens,
@@ -309,7 +319,8 @@ class VLLMScorer:
             wall_s=time.perf_counter() - began,
             weight_version=versions.pop() if versions else None,
         )
-        return values
+        self.stats = stats  # for people: other threads replace it
+        return values, stats
 
     def check_frozen(self, tolerance: float = 0.0) -> float:
         """Prove that the weights are those that the scorer started with, or that a refresh made.

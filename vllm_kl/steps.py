@@ -4,6 +4,7 @@ spec.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from vllm_kl.outputs import declare
 from vllm_kl.resolver import Side
 from vllm_kl.texts import TextWatch
 from vllm_kl.turns import TurnWatch
-from vllm_kl.types import Rows, TokenBatch
+from vllm_kl.types import Rows, Scored, TokenBatch
 
 
 class NextTransform(Transform):
@@ -146,11 +147,11 @@ def _container(transform: Transform) -> Any:
 
 def scores(
     side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
-) -> tuple[torch.Tensor, bool]:
-    """Return a side's log-probs at a temperature, ``[N]``, and whether they were recorded."""
+) -> Scored:
+    """Return a side's log-probs at a temperature."""
     with torch.set_grad_enabled(not detach and torch.is_grad_enabled()):
-        values, recorded = side.log_probs(batch, td, collector, temperature)
-    return values.detach() if detach else values, recorded
+        scored = side.log_probs(batch, td, collector, temperature)
+    return dataclasses.replace(scored, values=scored.values.detach()) if detach else scored
 
 
 def to_device(rows: Rows, device: torch.device | None) -> Rows:

@@ -27,7 +27,7 @@ from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
-from vllm_kl.generated import Origin, generated_by
+from vllm_kl.generated import generated_by
 from vllm_kl.inputs import InputKeys, keys_of
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.leaving import on_leaving
@@ -45,7 +45,7 @@ from vllm_kl.resolver import (
     warn_unless_full,
 )
 from vllm_kl.steps import TurnsTransform, scores, to_device
-from vllm_kl.types import Rows, TokenBatch
+from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, origins, policy_range
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
@@ -245,7 +245,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if "gen_model" in models:
             warn_of_two_lengths(models["gen_model"], models["ref_model"])
         ref_side = ModelSide(models["ref_model"])
-        self.ref_version_key = None if ref_side.version is None else ref_version_key
+        self.ref_version_key = ref_version_key if ref_side.has_versions else None
         in_keys = list(dict.fromkeys(keys_of(model, history_key=history_key).key for model in models.values()))
         written = [gen_log_probs_full_key, ref_log_probs_full_key, self.ref_version_key]
         super().__init__(penalty, in_keys=in_keys, out_keys=[key for key in written if key is not None])
@@ -320,25 +320,25 @@ class RetrieveKL(TurnsTransform, KLTransform):
         batch = self._read(td)
         temperature = self._ref.temperature
         how = {"temperature": temperature, "detach": self.detach}
-        gen, recorded = scores(self._gen, batch, td, collector, **how)
+        gen = scores(self._gen, batch, td, collector, **how)
         sampled = self._sampled(td, collector)
-        is_counted = isinstance(self._gen, FromCollector) or self._gen.version is not None
-        if is_counted and not recorded:
-            check_stale(sampled, Origin(self._gen.version, self._gen.adapter), self.on_stale)
-        ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)[0]
+        is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
+        if is_counted and not gen.is_recorded:
+            check_stale(sampled, gen.origin, self.on_stale)
+        ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)
         are_zeros_settled = True
-        if recorded:
-            gen, rescored = self._gen.settle_zeros(gen, ref, batch, collector, temperature)
+        if gen.is_recorded:
+            of_ref = None if ref is None else ref.values
+            gen, rescored = self._gen.settle_zeros(gen.values, of_ref, batch, collector, temperature)
             are_zeros_settled = rescored is not None
             if rescored and sampled:
-                origin = Origin(self._gen.version, self._gen.adapter)
-                check_stale([sampled[i] for i in rescored], origin, self.on_stale)
+                check_stale([sampled[i] for i in rescored], gen.origin, self.on_stale)
         # A step of a collector is part of a batch, whose versions are read when it leaves.
         versions = None if self._is_step and collector is not None else policy_range(sampled)
-        keeps_recorded = recorded and next_td is td
-        write = partial(self._write_kl, batch, gen, versions, td.device, keeps_recorded, are_zeros_settled)
+        keeps_recorded = gen.is_recorded and next_td is td
+        write = partial(self._write_kl, batch, gen.values, versions, td.device, keeps_recorded, are_zeros_settled)
         if ref is not None:
-            return write(next_td, ref, self._ref.version)
+            return write(next_td, ref)
         return self._deferral.submit(
             self,
             next_td,
@@ -380,10 +380,10 @@ class RetrieveKL(TurnsTransform, KLTransform):
         keeps_recorded: bool,
         are_zeros_settled: bool,
         next_td: TensorDictBase,
-        ref: torch.Tensor,
-        ref_version: int | None,
+        scored: Scored,
     ) -> TensorDictBase:
         """Write the results, all or none; return the tensordict that has them."""
+        ref, ref_version = scored.values, scored.origin.version
         if not are_zeros_settled:
             self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
 
@@ -406,7 +406,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
     def clone(self) -> Self:
         twin = super().clone()
         if self._deferral is not None:
-            twin._deferral, twin._ref = copy.copy(self._deferral), copy.copy(self._ref)  # two threads share neither
+            twin._deferral = copy.copy(self._deferral)
         return twin
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:

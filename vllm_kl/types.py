@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -232,8 +232,32 @@ def columns_of(places_N: torch.Tensor | None, lengths: list[int], widths: list[i
     return [row - begin for row, begin in zip(places_N.split(lengths), begins, strict=False)]
 
 
+class Origin(NamedTuple):
+    """The weights that made something."""
+
+    version: int | str | None  # None: not known
+    adapter: int | None = 0  # its id on the engine; 0: the base model; None: not known
+
+    def __str__(self) -> str:
+        version = "an unknown version" if self.version is None else f"version {self.version}"
+        return version + (f" with adapter {self.adapter}" if self.adapter else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scored:
+    """One side's log-probs of a batch, and where they come from."""
+
+    values: torch.Tensor  # [N] float32, nats: finite inside the batch's mask, 0.0 outside
+    origin: Origin  # of what was scored just now; of recorded log-probs their samples tell
+    is_recorded: bool = False  # by the policy when it sampled, not scored now
+
+
 class Scorer(Protocol):
-    """Anything that turns token ids into log-probs: ``VLLMScorer`` and its stand-ins."""
+    """Anything that turns token ids into log-probs: ``VLLMScorer`` and its stand-ins.
+
+    One whose log-probs have a version also has ``score_and_tell``, which returns it beside them: an attribute that is read
+    afterwards may be another call's.
+    """
 
     def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
         """Return B float32 tensors ``[L - start]``, nats."""

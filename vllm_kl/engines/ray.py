@@ -34,9 +34,13 @@ class _ScorerActor:
         return getattr(self._scorer, "temperature", 1.0)
 
     def score(self, token_ids: list[np.ndarray], start: list[int]) -> tuple[list[np.ndarray], ScoreStats | None]:
+        ids = [torch.from_numpy(row.copy()) for row in token_ids]
         with torch.no_grad():
-            scored = self._scorer.score([torch.from_numpy(ids.copy()) for ids in token_ids], start)
-        return [t.float().cpu().numpy() for t in scored], getattr(self._scorer, "stats", None)
+            if hasattr(self._scorer, "score_and_tell"):
+                scored, stats = self._scorer.score_and_tell(ids, start)
+            else:
+                scored, stats = self._scorer.score(ids, start), None
+        return [t.float().cpu().numpy() for t in scored], stats
 
 
 class RayScorer:
@@ -84,9 +88,14 @@ class RayScorer:
 
     def score(self, token_ids: list[Any], start: list[int]) -> list[torch.Tensor]:
         """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""
+        return self.score_and_tell(token_ids, start)[0]
+
+    def score_and_tell(self, token_ids: list[Any], start: list[int]) -> tuple[list[torch.Tensor], ScoreStats | None]:
+        """As :meth:`score`; also return the figures of this very call, ``None`` where the actor's scorer has none."""
         arrays = [np.asarray(ids) for ids in token_ids]
-        scored, self.stats = self._get(self._actor.score.remote(arrays, list(start)))
-        return [torch.from_numpy(array.copy()) for array in scored]
+        scored, stats = self._get(self._actor.score.remote(arrays, list(start)))
+        self.stats = stats  # for people: other threads replace it
+        return [torch.from_numpy(array.copy()) for array in scored], stats
 
     def close(self) -> None:
         """End the actor and its engine, for every handle."""
