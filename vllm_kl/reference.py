@@ -225,7 +225,7 @@ class VLLMReference(LLMWrapperBase):
     def _write(self, td: TensorDictBase, out: TensorDictBase) -> None:
         batch = read_batch(td, keys_of(self), assistant_only=False)
         self._texts.see(batch.report)
-        values = score_batch(self.scorer, batch)
+        values = score_batch(self.scorer, batch).values
         self._write_tokens(td, out, batch)
         set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)
 
