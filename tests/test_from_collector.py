@@ -19,6 +19,7 @@ from tests import oracle
 from tests.oracle import KL_TOLERANCE
 from vllm_kl import FromCollector, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.errors import CollectorError
+from vllm_kl.resolver import ScorerOf
 
 NUM_ENVS, GROUP = 4, 2
 
@@ -115,7 +116,9 @@ class TestModes:
 
 def test_auto_does_not_ask_the_engine_where_log_probs_were_recorded(make_env, make_policy, make_reference, monkeypatch):
     env = make_env().append_transform(RetrieveKL("from_collector", make_reference()))
-    monkeypatch.setattr(FromCollector, "_scorer_of", lambda self, policy: pytest.fail("asked the policy's engine"))
+    monkeypatch.setattr(
+        ScorerOf, "__call__", lambda self, model: getattr(model, "scorer", None) or pytest.fail("asked")
+    )
     collect(env, make_policy())
 
 
@@ -142,11 +145,21 @@ def test_two_turns_score_what_each_turn_generated(
 
 
 def test_auto_rescores_where_the_policy_recorded_nothing(
-    make_env, make_policy, make_reference, policy_oracle, ref_oracle
+    make_env, make_policy, make_reference, policy_oracle, ref_oracle, caplog
 ):
-    env = make_env().append_transform(RetrieveKL(FromCollector(), make_reference()))
-    for data in collect(env, make_policy(return_log_probs=False)):
+    transform = RetrieveKL(FromCollector(), make_reference())
+    for data in collect(make_env().append_transform(transform), make_policy(return_log_probs=False)):
         check(data, policy_oracle, ref_oracle)
+    assert transform.metrics["gen_rescored_samples"] == NUM_ENVS
+    (note,) = [record.getMessage() for record in caplog.records if "nothing is reused" in record.getMessage()]
+    assert "the policy records no log-probs (return_log_probs=False)" in note
+    assert "costs another pass over every sample" in note
+
+
+def test_what_is_reused_is_counted_as_such(make_env, make_policy, make_reference):
+    transform = RetrieveKL("from_collector", make_reference())
+    collect(make_env().append_transform(transform), make_policy())
+    assert transform.metrics["gen_rescored_samples"] == 0
 
 
 def test_reuse_says_that_the_policy_recorded_nothing(make_env, make_policy, make_reference):

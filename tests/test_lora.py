@@ -410,6 +410,31 @@ def test_kl_of_an_adapter_against_its_base_on_one_engine_agrees_with_float64(
     check_kl(batches, oracles[1], oracles[0])
 
 
+def test_a_policy_that_is_given_follows_its_adapter(lora_llm, tokenizer, requests, oracles):
+    policy = LoRAWrapper(lora_llm, lora_request=requests[1], tokenizer=tokenizer, input_mode="tokens", generate=False)
+    reference = VLLMReference(VLLMScorer(lora_llm), tokenizer, input_mode="tokens")
+    transform = RetrieveKL(policy, reference, assistant_only=False, add_to_reward=False, on_stale="allow")
+    ids = list(range(5, 45))
+    for which in (1, 2, 1):
+        policy.lora_request = requests[which]
+        td = transform(TensorDict(tokens=TensorDict(full=torch.tensor([ids]), batch_size=1), batch_size=1))
+        want = oracle.kl(oracles[which], oracles[0], ids, [False] + [True] * (len(ids) - 1))
+        got = td.get("kl_penalty", as_list=True)[0].double()
+        torch.testing.assert_close(got, want, rtol=0, atol=2 * LOG_PROB_TOLERANCE)
+
+
+def test_one_async_engine_on_both_sides_is_refused(tokenizer):
+    """A fake: TorchRL's AsyncVLLM lives in Ray actors, and is told by its options."""
+    engine = SimpleNamespace(engine_args=SimpleNamespace(enable_lora=False), generate=lambda *args: [])
+    sides = [vLLMWrapper.__new__(vLLMWrapper) for _ in range(2)]
+    for side in sides:
+        side.__dict__.update(model=engine, lora_request=None)
+    with pytest.raises(OptionError, match="both sides are one SimpleNamespace: the KL would be 0"):
+        check_two_models(*sides)
+    engine.engine_args.enable_lora = True  # an adapter may come in otherwise
+    check_two_models(*sides)
+
+
 def test_the_reference_may_be_an_adapter_too(lora_llm, collect, tokenizer, requests, oracles):
     reference = VLLMReference(lora_llm, tokenizer, lora_request=requests[2])
     check_kl(collect(reference, "rescore", lora_request=requests[1]), oracles[1], oracles[2])

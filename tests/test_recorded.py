@@ -293,7 +293,7 @@ class TestInACollector:
         ("mode", "params"), [("processed", {}), ("processed", {"temperature": 0.0}), ("raw", {"temperature": 0.5})]
     )
     def test_what_is_comparable_is_reused_in_silence(self, run, equal, monkeypatch, mode, params):
-        monkeypatch.setattr(FromCollector, "_scorer_of", lambda *_: pytest.fail("asked the policy's engine"))
+        monkeypatch.setattr(FromCollector, "_score", lambda *_: pytest.fail("asked the policy's engine"))
         data, said, _ = run(mode, params, equal(mode), turns=NUM_ENVS)
         assert largest(data) < KL_TOLERANCE
         assert not said
@@ -705,7 +705,7 @@ class TestKLComputation:
     def test_what_a_transform_of_the_same_composition_scored_is_believed(self, make_gen, make_reference, monkeypatch):
         gen, ref = RetrieveLogProb(make_gen("vllm")), RetrieveLogProb(make_reference())
         monkeypatch.setattr(
-            gen._side._scorer,
+            gen._side._scorer_of(gen.model),
             "score_and_tell",
             lambda ids, start: ([torch.zeros(len(i) - s) for i, s in zip(ids, start, strict=True)], None),
         )

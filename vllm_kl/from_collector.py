@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import re
 import warnings
 from typing import Any, Literal, get_args
@@ -42,8 +43,10 @@ from vllm_kl.recorded import (
     recorded_by,
     zero_text,
 )
-from vllm_kl.resolver import is_same_temperature, score_batch, scorer_for, temperature_of
-from vllm_kl.types import Origin, Scored, Scorer, TokenBatch
+from vllm_kl.resolver import ScorerOf, is_same_temperature, score_batch, temperature_of
+from vllm_kl.types import Origin, Scored, TokenBatch
+
+logger = logging.getLogger("vllm_kl")
 
 GenLogProbs = Literal["auto", "reuse", "rescore"]
 
@@ -162,7 +165,8 @@ class FromCollector:
         if gen_log_probs != "rescore":
             watch(policy)
         self._pad_output: bool | None = None
-        self._resolved: tuple[tuple[Any, Any], Scorer] | None = None  # of which engine and adapter
+        self._scorer_of = ScorerOf(self._placeholders)
+        self.num_rescored = 0  # samples of the last batch whose log-probs were scored, not reused
         self._said: set[str] = set()
 
     def __repr__(self) -> str:
@@ -181,15 +185,12 @@ class FromCollector:
             raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
         return cls(gen_log_probs, **options)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_resolved": None}  # an engine stays where it runs
-
     def expecting(self, *, log_probs_full_key: NestedKey, pad_output: bool | None) -> FromCollector:
         """Return a copy that knows where recorded log-probs lie when no policy tells, and the ``pad_output`` to expect."""
         twin = copy.copy(self)
         twin._key, twin._pad_output = log_probs_full_key, pad_output
         twin.audit = copy.deepcopy(self.audit)  # each transform audits for itself
-        twin._said = set()
+        twin._said, twin._scorer_of = set(), ScorerOf(self._placeholders)
         return twin
 
     def policy(self, collector: Any) -> LLMWrapperBase | None:
@@ -236,6 +237,7 @@ class FromCollector:
                 if policy is not None and (collector is None or _is_unseen(policy)):
                     self._warn_of_unseen(policy)
                 self._audit(recorded, batch, policy, temperature)
+                self.num_rescored = 0
                 return Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
             if unlike and self.audit.fraction:
                 self.audit.complain(f"{unlike}. {TEMPERATURES}; or audit=0")
@@ -245,8 +247,12 @@ class FromCollector:
                     f"gen_log_probs='reuse', but {why_not}. {cure}, or pass gen_log_probs='rescore' inside a collector."
                 )
             why = f"{why_not}, and "
-            if unlike and self._can_score(policy, temperature):
-                self._say(f"{unlike}. They are scored again (gen_log_probs='auto'). {TEMPERATURES}")
+            if self._can_score(policy, temperature):
+                again = "They are scored again (gen_log_probs='auto')"
+                if unlike:
+                    self._say(f"{unlike}. {again}. {TEMPERATURES}")
+                else:
+                    self._note(f"nothing is reused: {why_not}. {again}, which costs another pass over every sample")
         if policy is None and collector is not None:
             raise CollectorError(
                 f"from_collector: {why}the collector's policy is a {type(collector.policy).__name__}, which cannot be asked to "
@@ -263,6 +269,7 @@ class FromCollector:
                 f"from_collector: {why}the policy's engine scores again at temperature {temperature_of(self._scorer_of(policy)):g} "
                 f"only, while the reference's log-probs are those of softmax(logits / {temperature:g}). {TEMPERATURES}"
             )
+        self.num_rescored = len(batch)
         return self._score(batch, policy)
 
     def settle_zeros(
@@ -309,6 +316,7 @@ class FromCollector:
             )
             return settled, []
         self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
+        self.num_rescored = len(false)
         rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
         return dataclasses.replace(settled, values=torch.cat(rows), origin=again.origin), list(false)
 
@@ -426,15 +434,18 @@ class FromCollector:
     def _can_score(self, policy: Any, temperature: float) -> bool:
         return policy is not None and is_same_temperature(temperature_of(self._scorer_of(policy)), temperature)
 
-    def _scorer_of(self, policy: Any) -> Scorer:
-        weights = (policy.model, getattr(policy, "lora_request", None))
-        if self._resolved is None or any(a is not b for a, b in zip(self._resolved[0], weights, strict=True)):
-            self._resolved = weights, scorer_for(policy, self._placeholders)
-        return self._resolved[1]
-
     def _say(self, message: str) -> None:
         """Warn of what is found at every step, once for each cause."""
-        cause = re.sub(r"[0-9.]+", "", message.partition(":")[0])  # a schedule's temperatures are one cause
-        if cause not in self._said:
-            self._said.add(cause)
+        if self._is_new(message):
             warnings.warn(message, MismatchWarning, stacklevel=2)
+
+    def _note(self, message: str) -> None:
+        """Log what is right, and good to know, once for each cause."""
+        if self._is_new(message):
+            logger.warning("vllm_kl: from_collector: %s", message)
+
+    def _is_new(self, message: str) -> bool:
+        cause = re.sub(r"[0-9.]+", "", message.partition(":")[0])  # a schedule's temperatures are one cause
+        is_new = cause not in self._said
+        self._said.add(cause)
+        return is_new

@@ -150,10 +150,16 @@ def _weights_behind(model: Any) -> tuple[Any, int] | None:
         return scorer._engine.weights._engine, adapter_id(scorer._engine._lora_request)
     if isinstance(model, TransformersWrapper):
         return (engine, 0) if type(model) is TransformersWrapper else None
-    if not isinstance(model, vLLMWrapper) or not hasattr(engine, "llm_engine"):
+    if not isinstance(model, vLLMWrapper):
         return None
-    takes_adapters = engine.llm_engine.vllm_config.lora_config is not None
-    return (engine.llm_engine, adapter) if adapter or not takes_adapters else None
+    if hasattr(engine, "llm_engine"):
+        takes_adapters = engine.llm_engine.vllm_config.lora_config is not None
+        engine = engine.llm_engine
+    elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
+        takes_adapters = bool(engine.engine_args.enable_lora)
+    else:
+        return None
+    return (engine, adapter) if adapter or not takes_adapters else None
 
 
 class WrapperScorer:
@@ -203,18 +209,36 @@ class Side(Protocol):
         ...
 
 
+class ScorerOf:
+    """The scorer of a wrapper, made again when the wrapper has another engine, or another adapter."""
+
+    def __init__(self, placeholders: Placeholders = "refuse") -> None:
+        self._placeholders = placeholders
+        self._made: tuple[tuple[Any, ...], Scorer] | None = None
+
+    def __call__(self, model: Any) -> Scorer:
+        behind = tuple(getattr(model, name, None) for name in ("scorer", "model", "lora_request"))
+        made = self._made
+        if made is None or any(a is not b for a, b in zip(made[0], behind, strict=True)):
+            self._made = made = behind, scorer_for(model, self._placeholders)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # an engine stays where it runs
+
+
 class ModelSide:
     """The side whose weights are a given model's."""
 
     def __init__(self, model: Any) -> None:
-        self._scorer = scorer_for(model)
-        self.has_versions = serving_version(self._scorer) is not None
-        self._adapter = adapter_id(getattr(getattr(self._scorer, "_engine", None), "_lora_request", None))
+        self._model = model
+        self._scorer_of = ScorerOf()
+        self.has_versions = serving_version(self._scorer_of(model)) is not None
 
     @property
     def temperature(self) -> float:
         """Its log-probs are those of ``softmax(logits / temperature)``."""
-        return temperature_of(self._scorer)
+        return temperature_of(self._scorer_of(self._model))
 
     def check_temperature(self, temperature: float) -> None:
         """Refuse to stand beside a side of another temperature.
@@ -230,7 +254,8 @@ class ModelSide:
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:
         self.check_temperature(temperature)
-        return score_batch(self._scorer, batch, self._adapter)
+        scorer = self._scorer_of(self._model)
+        return score_batch(scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None)))
 
 
 def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:

@@ -276,6 +276,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
     def metrics(self) -> dict[str, float]:
         """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
 
+        - ``gen_rescored_samples``: with ``"from_collector"``, how many of its samples were scored again instead of reused;
         - ``audit_...``: of the last audit;
         - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
           an update; ``ref_version``: of the reference's weights. In an env: of the last batch that left the collector, see
@@ -289,7 +290,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
-        return {**self.penalty.metrics, **audit, **self._versions, **self._turns.metrics, **self._texts.metrics}
+        gen = {"gen_rescored_samples": float(self._gen.num_rescored)} if isinstance(self._gen, FromCollector) else {}
+        return {**self.penalty.metrics, **gen, **audit, **self._versions, **self._turns.metrics, **self._texts.metrics}
 
     def scored_at(self, key: NestedKey) -> float | None:
         return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None
