@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_kl.errors import InputError, MissingLogProbError
-from vllm_kl.types import Rows, TokenBatch, pack, widths_of
+from vllm_kl.types import Rows, TokenBatch, pack, place_of, widths_of
 
 PaddingSide = Literal["left", "right"]
 
@@ -117,18 +117,6 @@ def check_finite(values_N: torch.Tensor, lengths: Sequence[int], *, what: str, a
         f"{_COMES_OF[str(number)] if are_log_probs else ''}It is never "
         "taken as 0.0: score this batch again, or leave the token out of the mask."
     )
-
-
-def place_of(found_N: torch.Tensor, lengths: Sequence[int]) -> tuple[int, int]:
-    """Return the sample of the first token that is found, and its index there.
-
-    >>> place_of(torch.tensor([False, False, True, True]), [1, 3])
-    (1, 1)
-    """
-    at = int(found_N.nonzero()[0])
-    ends = torch.tensor(lengths).cumsum(0)
-    i = int(torch.searchsorted(ends, at, right=True))
-    return i, at - int(ends[i]) + lengths[i]
 
 
 def to_layout(

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
-from vllm_kl.alignment import PaddingSide, only_kept, place_of
+from vllm_kl.alignment import PaddingSide, only_kept
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.inputs import read_rows
 from vllm_kl.kl import Direction, Estimator
@@ -21,7 +21,7 @@ from vllm_kl.outputs import check_distinct
 from vllm_kl.penalty import KLTransform, Penalty
 from vllm_kl.recorded import OnZero, check_on_zero, check_recorded, check_zeros
 from vllm_kl.resolver import is_same_temperature
-from vllm_kl.types import Rows, end_to_end, pack, widths_of
+from vllm_kl.types import Rows, end_to_end, pack, place_of, widths_of
 
 _CURE = (
     "It is never taken for a log-prob: score the batch again (RetrieveLogProb), leave the token out of the mask, or, where the "

@@ -28,10 +28,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torchrl.modules.llm import TransformersWrapper
 
-from vllm_kl.alignment import place_of
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import config_of
 from vllm_kl.errors import MissingLogProbError, OptionError
+from vllm_kl.types import place_of
 
 OnZero = Literal["raise", "warn", "allow"]
 

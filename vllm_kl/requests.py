@@ -15,7 +15,7 @@ import torch
 
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
 from vllm_kl.placeholders import Placeholders
-from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult, place_of
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -143,7 +143,7 @@ def _check_no_placeholder(packed: np.ndarray, lengths: Sequence[int], info: Engi
         return
     found = np.isin(packed, list(info.placeholders))
     if found.any():
-        i, t = _place_of(found, lengths)
+        i, t = place_of(torch.from_numpy(found), lengths)
         placeholder = int(packed[found.argmax()])
         num_found = int(found[sum(lengths[:i]) : sum(lengths[: i + 1])].sum())
         raise InputError(
@@ -159,7 +159,7 @@ def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineIn
     if not len(packed) or (packed.min() >= 0 and packed.max() < top):
         return
     outside = (packed < 0) | (packed >= top)
-    i, t = _place_of(outside, lengths)
+    i, t = place_of(torch.from_numpy(outside), lengths)
     found = packed[outside.argmax()]
     cure = (
         "Padding and ignored labels such as -100 must be cut off before scoring"
@@ -168,13 +168,6 @@ def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineIn
         "this model's own, or resize the model's embeddings"
     )
     raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}). {cure}.")
-
-
-def _place_of(found: np.ndarray, lengths: Sequence[int]) -> tuple[int, int]:
-    """Return the sequence of the first token that is found, and its index there."""
-    at, ends = int(found.argmax()), np.cumsum(lengths)
-    i = int(np.searchsorted(ends, at, side="right"))
-    return i, at - int(ends[i]) + lengths[i]
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:
@@ -247,7 +240,7 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(np.float32).max  # ids, not log-probs
     is_wrong = ~(values <= largest)  # NaN is not below anything
     if is_wrong.any():
-        n, _ = _place_of(is_wrong.any(axis=1), lengths)
+        n, _ = place_of(torch.from_numpy(is_wrong.any(axis=1)), lengths)
         raise _wrong_value(*list(requests.items())[n], results[n].values, largest)
     return list(torch.from_numpy(values).split(lengths))
 

@@ -6,7 +6,7 @@ B sequences, L tokens of one sequence, W columns of the row a sequence is stored
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
@@ -230,6 +230,18 @@ def columns_of(places_N: torch.Tensor | None, lengths: list[int], widths: list[i
         return [torch.arange(length) for length in lengths]
     begins = itertools.accumulate(widths, initial=0)
     return [row - begin for row, begin in zip(places_N.split(lengths), begins, strict=False)]
+
+
+def place_of(found_N: torch.Tensor, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the sample of the first token that is found, and its index there.
+
+    >>> place_of(torch.tensor([False, False, True, True]), [1, 3])
+    (1, 1)
+    """
+    at = int(found_N.nonzero()[0])
+    ends = torch.tensor(lengths).cumsum(0)
+    i = int(torch.searchsorted(ends, at, right=True))
+    return i, at - int(ends[i]) + lengths[i]
 
 
 class Origin(NamedTuple):
