@@ -66,7 +66,8 @@ def policy_of(collector: Any) -> Any:
     return policy
 
 
-def _found(policy: Any) -> Recorded | None:
+def what_records(policy: Any) -> Recorded | None:
+    """Return of which distribution a policy's log-probs are, by what it sampled with last; ``None``: not known."""
     watched = watch(policy)
     return recorded_by(policy, None if watched is None else watched.last)
 
@@ -77,9 +78,8 @@ def _is_unseen(policy: Any) -> bool:
     return watched is not None and watched.last is None
 
 
-def why_unlike(policy: LLMWrapperBase, temperature: float) -> str:
+def why_unlike(found: Recorded | None, temperature: float) -> str:
     """Return why what a policy records is not of ``softmax(logits / temperature)``; empty: it is, or nothing is known."""
-    found = _found(policy)
     if found is None:
         return ""
     if found.temperature is None:
@@ -166,7 +166,6 @@ class FromCollector:
             watch(policy)
         self._pad_output: bool | None = None
         self._scorer_of = ScorerOf(self._placeholders)
-        self.num_rescored = 0  # samples of the last batch whose log-probs were scored, not reused
         self._said: set[str] = set()
 
     def __repr__(self) -> str:
@@ -237,7 +236,6 @@ class FromCollector:
                 if policy is not None and (collector is None or _is_unseen(policy)):
                     self._warn_of_unseen(policy)
                 self._audit(recorded, batch, policy, temperature)
-                self.num_rescored = 0
                 return Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
             if unlike and self.audit.fraction:
                 self.audit.complain(f"{unlike}. {TEMPERATURES}; or audit=0")
@@ -269,7 +267,6 @@ class FromCollector:
                 f"from_collector: {why}the policy's engine scores again at temperature {temperature_of(self._scorer_of(policy)):g} "
                 f"only, while the reference's log-probs are those of softmax(logits / {temperature:g}). {TEMPERATURES}"
             )
-        self.num_rescored = len(batch)
         return self._score(batch, policy)
 
     def settle_zeros(
@@ -316,7 +313,6 @@ class FromCollector:
             )
             return settled, []
         self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
-        self.num_rescored = len(false)
         rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
         return dataclasses.replace(settled, values=torch.cat(rows), origin=again.origin), list(false)
 
@@ -349,13 +345,12 @@ class FromCollector:
         """Return why what the policy records is not comparable with the reference; ``None``: it is, or nothing is known."""
         if policy is None or not policy.return_log_probs:
             return None
-        if why := why_unlike(policy, temperature):
+        found = what_records(policy)
+        if found is None:
+            return None
+        if why := why_unlike(found, temperature):
             return why
-        if (
-            (found := _found(policy)) is not None
-            and found.temperature != 1.0
-            and any(kept.any() for kept in self._kept_prompts(batch, td, policy))
-        ):
+        if found.temperature != 1.0 and any(kept.any() for kept in self._kept_prompts(batch, td, policy)):
             return (
                 "prompt tokens are kept, whose recorded log-probs are those of softmax(logits), while the reference's are those "
                 f"of softmax(logits / {temperature:g}): {found.why}"

@@ -18,7 +18,7 @@ from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
-from vllm_kl.from_collector import TEMPERATURES, policy_of, why_unlike
+from vllm_kl.from_collector import TEMPERATURES, policy_of, what_records, why_unlike
 from vllm_kl.generated import watch
 from vllm_kl.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.outputs import check_distinct, declare, set_rows
@@ -136,7 +136,7 @@ class RetrieveLogProb(TurnsTransform):
         is_scored = any(transform.scored_at(key) is not None for transform in self._neighbours())
         if is_scored or rows_of(td, key) is None:
             return
-        if why := why_unlike(policy, self._side.temperature):
+        if why := why_unlike(what_records(policy), self._side.temperature):
             self._has_warned = True
             warnings.warn(f"{why}. {TEMPERATURES}", MismatchWarning, stacklevel=2)
 

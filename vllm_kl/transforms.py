@@ -263,6 +263,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
             self.out_keys = []  # what a step writes is no result
         self.on_stale: OnStale = on_stale
         self._versions: dict[str, float] = {}
+        self._rescored: dict[str, float] = {}
         self.assistant_only = assistant_only
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
@@ -290,8 +291,14 @@ class RetrieveKL(TurnsTransform, KLTransform):
         """
         found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
         audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
-        gen = {"gen_rescored_samples": float(self._gen.num_rescored)} if isinstance(self._gen, FromCollector) else {}
-        return {**self.penalty.metrics, **gen, **audit, **self._versions, **self._turns.metrics, **self._texts.metrics}
+        return {
+            **self.penalty.metrics,
+            **self._rescored,
+            **audit,
+            **self._versions,
+            **self._turns.metrics,
+            **self._texts.metrics,
+        }
 
     def scored_at(self, key: NestedKey) -> float | None:
         return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None
@@ -328,13 +335,15 @@ class RetrieveKL(TurnsTransform, KLTransform):
         if is_counted and not gen.is_recorded:
             check_stale(sampled, gen.origin, self.on_stale)
         ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)
-        are_zeros_settled = True
+        are_zeros_settled, num_rescored = True, len(batch)
         if gen.is_recorded:
             of_ref = None if ref is None else ref.values
             gen, rescored = self._gen.settle_zeros(gen.values, of_ref, batch, collector, temperature)
-            are_zeros_settled = rescored is not None
+            are_zeros_settled, num_rescored = rescored is not None, len(rescored or ())
             if rescored and sampled:
                 check_stale([sampled[i] for i in rescored], gen.origin, self.on_stale)
+        if isinstance(self._gen, FromCollector):
+            self._rescored = {"gen_rescored_samples": float(num_rescored)}
         # A step of a collector is part of a batch, whose versions are read when it leaves.
         versions = None if self._is_step and collector is not None else policy_range(sampled)
         keeps_recorded = gen.is_recorded and next_td is td
