@@ -1075,6 +1075,11 @@ def test_a_folder_that_is_gone_or_of_another_model_is_refused_after_vllms_own_re
         WeightsError, match=r"gone', which reload_weights was told, could not be loaded again .*source="
     ):
         finish_update(llm)
+    push_weights(llm, states[0])
+    with pytest.raises(Exception, match="gone"):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(gone)})
+    finish_update(llm)  # a reload that was refused has touched nothing
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})

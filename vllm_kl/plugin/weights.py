@@ -115,12 +115,15 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
 
         def reload_and_note(weights_iterator: Any = None, weights_path: str | None = None, **options: Any) -> Any:
             is_folder = weights_iterator is None and options.get("is_checkpoint_format", True)
+            if (
+                is_folder and _is_mended(worker) and _load_whole(worker, weights_path)
+            ):  # refused, it has touched nothing
+                loads.append(worker.vllm_config.model_config.model)
+                return None
             loads.append(None)  # also where it fails halfway
-            result = None
-            if not (is_folder and _is_mended(worker) and _load_whole(worker, weights_path)):
-                result = reload_weights(weights_iterator=weights_iterator, weights_path=weights_path, **options)
+            result = reload_weights(weights_iterator=weights_iterator, weights_path=weights_path, **options)
             if is_folder:
-                loads[:] = [*loads[:-1], worker.vllm_config.model_config.model]
+                loads[-1] = worker.vllm_config.model_config.model
             return result
 
         def start_and_note(*args: Any, **kwargs: Any) -> Any:
