@@ -86,11 +86,8 @@ def end_with_owner(
         owned_pid: the process whose parent the owner is; ``None``: this one.
     """
 
-    def has_owner() -> bool:
-        return (os.getppid() if owned_pid in (None, os.getpid()) else parent_of(owned_pid)) == owner_pid
-
     def watch() -> None:
-        while has_owner():
+        while (os.getppid() if owned_pid is None else parent_of(owned_pid)) == owner_pid:
             time.sleep(interval_s)
         with contextlib.suppress(Exception):
             remove_orphans()

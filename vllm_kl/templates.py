@@ -215,9 +215,8 @@ class Ends:
     """Which tokens end an assistant's turn."""
 
     ids: frozenset[int]  # EOS, and what the template puts behind answers: Gemma's is not its EOS
-    behind: frozenset[int] = (
-        frozenset()
-    )  # right behind what is marked these do too: special, and no beginning of a message
+    # These too, right behind what is marked: special tokens that begin no message.
+    behind: frozenset[int] = frozenset()
 
 
 def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor], frozenset[int], TextReport]:
@@ -225,7 +224,7 @@ def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor]
 
     The report says where tags leave such a token out or run on after it, and where there is none, or two.
     """
-    found = set(ends.ids)
+    found, ends_behind = set(ends.ids), ends.ids | ends.behind
     report, masks = TextReport(), []
     for i, dialog in enumerate(dialogs):
         ids, mask, is_space = dialog.token_ids.tolist(), dialog.marked.copy(), dialog.is_space
@@ -240,7 +239,7 @@ def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor]
                 report.notes.setdefault(
                     "after_end", _AFTER_END.format(sample=i, text=_words(_slice(dialog, end + 1, stop)))
                 )
-            if end is None and stop < len(ids) and ids[stop] in ends.ids | ends.behind:
+            if end is None and stop < len(ids) and ids[stop] in ends_behind:
                 end = stop
                 mask[end] = True
                 found.add(ids[end])

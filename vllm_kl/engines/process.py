@@ -381,7 +381,8 @@ class _Calls:
         self._socket = ours  # the connection is a duplicate of it
         self._timeout_s = timeout_s
         if timeout_s is not None:  # of a message that is larger than what the child's end takes without reading
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", *_seconds_and_micros(timeout_s)))
+            seconds_and_micros = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds_and_micros)
         self._heard = time.monotonic()
         self._send_lock = threading.Lock()
         self._ids = itertools.count()
@@ -456,10 +457,6 @@ class _Calls:
             self._is_over = True
             for waiting in list(self._queues.values()):
                 waiting.put(("over", None))
-
-
-def _seconds_and_micros(seconds: float) -> tuple[int, int]:
-    return int(seconds), int(seconds % 1 * 1e6)
 
 
 def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: int) -> None:

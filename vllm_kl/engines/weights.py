@@ -83,7 +83,10 @@ def _take(llm_engine: Any) -> None:
     if llm_engine in _RECORDS:
         return
     try:
-        answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
+        with lock_of(llm_engine):
+            answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
+            if any(answers):
+                llm_engine.reset_prefix_cache()
     except Exception as error:
         logger.warning(
             "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
@@ -92,9 +95,6 @@ def _take(llm_engine: Any) -> None:
             error,
             SWITCH,
         )
-    else:
-        if any(answers):
-            llm_engine.reset_prefix_cache()
 
 
 _RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
@@ -117,8 +117,7 @@ class LiveWeights:
 
     def __init__(self, llm_engine: Any) -> None:
         self._engine = llm_engine
-        with lock_of(llm_engine):
-            _take(llm_engine)
+        _take(llm_engine)
         self._record = _record_of(llm_engine)
 
     @property
