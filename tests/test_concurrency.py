@@ -260,18 +260,21 @@ class Crowd:
         time.sleep(self.random.uniform(0, 0.05))
 
     def score_interrupted(self):
+        is_scoring = True
+
         def interrupt(*_):
-            raise KeyboardInterrupt
+            if is_scoring:
+                raise KeyboardInterrupt
 
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
             signal.setitimer(signal.ITIMER_REAL, self.random.uniform(0.001, 0.05))
             self.score()
+            is_scoring = False  # inside: a signal that comes before this line is caught below
         except KeyboardInterrupt:
             self.count("interrupted")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
         self.count("score_interrupted")
 
 
