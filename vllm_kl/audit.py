@@ -17,7 +17,8 @@ import torch
 
 from vllm_kl.diagnostics import Mismatch, MismatchWarning, mismatch
 from vllm_kl.errors import DriftError, MissingLogProbError, OptionError
-from vllm_kl.types import TokenBatch
+from vllm_kl.types import Origin, Scored, TokenBatch
+from vllm_kl.versions import is_of_other_weights
 
 OnDrift = Literal["raise", "warn"]
 
@@ -34,6 +35,7 @@ class Audit:
 
     Attributes:
         found: the last comparison, or ``None``; see :func:`vllm_kl.mismatch`.
+        num_skipped: samples that were drawn for the last audit and not compared: other weights had sampled them.
     """
 
     def __init__(self, fraction: float, *, tolerance: float = 0.05, on_drift: OnDrift = "raise") -> None:
@@ -47,7 +49,14 @@ class Audit:
         self.tolerance = float(tolerance)
         self.on_drift = on_drift
         self.found: Mismatch | None = None
+        self.num_skipped = 0
         self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last audit, for a logger."""
+        found = {} if self.found is None else {f"audit_{name}": value for name, value in self.found.metrics.items()}
+        return found | ({"audit_skipped_samples": float(self.num_skipped)} if self.fraction else {})
 
     @property
     def state(self) -> torch.Tensor:
@@ -65,43 +74,53 @@ class Audit:
 
     def check(
         self,
-        recorded: list[torch.Tensor],
+        recorded: torch.Tensor,
         batch: TokenBatch,
-        score: Callable[[TokenBatch], list[torch.Tensor]],
+        sampled: list[Origin],
+        score: Callable[[TokenBatch], Scored],
         tokenizer: Any = None,
     ) -> None:
-        """Score the drawn samples and compare.
+        """Score the drawn samples and compare. Those that are known to be of other weights are skipped, and counted.
 
         Args:
-            recorded: B tensors ``[L]``, nats.
+            recorded: ``[N]``, nats.
             batch: the tokens that they belong to.
-            score: returns the engine's log-probs of a batch.
+            sampled: what sampled each of the B samples, as far as it is known.
+            score: returns the engine's log-probs of a batch, and the weights that made them.
             tokenizer: gives the message a context.
 
         Raises:
             DriftError: the mean difference is beyond the tolerance and ``on_drift="raise"``.
             MissingLogProbError: the engine has no number for a token.
         """
+        self.num_skipped = 0
         drawn = self.draw(batch)
         if not drawn:
             return
         part = batch.select(drawn)
         try:
-            sides = [recorded[i] for i in drawn], score(part)
+            scored = score(part)
+            now = dict(zip(drawn, scored.values.split(part.lengths), strict=True))
+            compared = [i for i in drawn if not is_of_other_weights(sampled[i], scored.origin)]
+            self.num_skipped = len(drawn) - len(compared)
+            if not compared:
+                return
+            part, rows = batch.select(compared), recorded.split(batch.lengths)
+            sides = [rows[i] for i in compared], [now[i] for i in compared]
             found = mismatch(*sides, part.keep, token_ids=part.token_ids, tokenizer=tokenizer, limits={})
         except MissingLogProbError as error:
             raise MissingLogProbError(
                 f"in the audit of samples {drawn}, counted among these from 0: {error}"
             ) from error
         # Samples are counted as in the batch.
-        worst = [dataclasses.replace(token, sample=drawn[token.sample]) for token in found.worst]
+        worst = [dataclasses.replace(token, sample=compared[token.sample]) for token in found.worst]
         self.found = dataclasses.replace(found, worst=worst)
         figures = found.metrics
         if figures["log_prob_diff_mean_nats"] <= self.tolerance:
             return
         message = (
             f"the recorded log-probs are not those of the policy's engine: over {int(figures['num_tokens'])} tokens of "
-            f"{len(drawn)} of {len(batch)} samples they differ by {figures['log_prob_diff_mean_nats']:.4g} nats on average "
+            f"{len(compared)} of {len(batch)} samples they differ by {figures['log_prob_diff_mean_nats']:.4g} nats on average "
             f"(tolerance {self.tolerance:g}), {figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}. Were its weights "
             "updated since it sampled, or did it sample at a temperature? gen_log_probs='rescore' takes the engine's."
         )

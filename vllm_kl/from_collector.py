@@ -45,6 +45,7 @@ from vllm_kl.recorded import (
 )
 from vllm_kl.resolver import ScorerOf, is_same_temperature, score_batch, temperature_of
 from vllm_kl.types import Origin, Scored, TokenBatch
+from vllm_kl.versions import origins
 
 logger = logging.getLogger("vllm_kl")
 
@@ -162,8 +163,7 @@ class FromCollector:
         self.on_zero: OnZero = on_zero
         self._key: NestedKey = ("log_probs", "full")
         self._policy = policy
-        if gen_log_probs != "rescore":
-            watch(policy)
+        watch(policy)
         self._pad_output: bool | None = None
         self._scorer_of = ScorerOf(self._placeholders)
         self._said: set[str] = set()
@@ -209,9 +209,14 @@ class FromCollector:
         return policy
 
     def watch(self, collector: Any) -> None:
-        """Have the collector's policy remember what it samples with, from its first call on."""
-        if collector is not None and self.gen_log_probs != "rescore":
-            watch(policy_of(collector))
+        """Have the collector's policy tell which weights generate, from its first call on, and keep them until that is scored."""
+        if (watched := watch(policy_of(collector))) is not None:
+            watched.score_here()
+
+    def close_step(self, collector: Any) -> None:
+        """Let the policy's weights be replaced: what this thread generated is scored."""
+        if (watched := watch(policy_of(collector))) is not None:
+            watched.scored()
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0) -> Scored:
         """Return the log-probs of a batch, recorded or scored again.
@@ -235,7 +240,7 @@ class FromCollector:
                     )
                 if policy is not None and (collector is None or _is_unseen(policy)):
                     self._warn_of_unseen(policy)
-                self._audit(recorded, batch, policy, temperature)
+                self._audit(recorded, batch, td, policy, temperature)
                 return Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
             if unlike and self.audit.fraction:
                 self.audit.complain(f"{unlike}. {TEMPERATURES}; or audit=0")
@@ -407,7 +412,9 @@ class FromCollector:
                 return None, f"{key} of sample {i} is 0.0 at token {int(at[0])}, a prompt token that was not scored"
         return values.clamp_(max=0.0), None
 
-    def _audit(self, recorded: torch.Tensor, batch: TokenBatch, policy: Any, temperature: float) -> None:
+    def _audit(
+        self, recorded: torch.Tensor, batch: TokenBatch, td: TensorDictBase, policy: Any, temperature: float
+    ) -> None:
         if not self.audit.fraction:
             return
         if policy is None:
@@ -423,8 +430,8 @@ class FromCollector:
                 "logprobs_mode='raw_logprobs' and leave the reference at temperature 1"
             )
         tokenizer = getattr(policy, "tokenizer", None)
-        score = lambda part: list(score_batch(self._scorer_of(policy), part).values.split(part.lengths))  # noqa: E731
-        self.audit.check(list(recorded.split(batch.lengths)), batch, score, tokenizer)
+        score = lambda part: self._score(part, policy)  # noqa: E731
+        self.audit.check(recorded, batch, origins(td), score, tokenizer)
 
     def _can_score(self, policy: Any, temperature: float) -> bool:
         return policy is not None and is_same_temperature(temperature_of(self._scorer_of(policy)), temperature)

@@ -1,82 +1,49 @@
-"""Which weights generated last: a ``vllm.LLM`` whose ``generate`` takes turns with pushes, and remembers what it served.
+"""Which weights generated what, by the engine's own answer: a policy's ``vLLMWrapper`` whose outputs say it.
 
-    policy -> LLM.generate, under the engine's lock -> the version that served it, by thread -> stamped at the env's step
+    vLLMWrapper._call_generate -> vLLM's outputs, each with its weight_versions and its adapter
+        -> ("generated_by", ...) of each row that the wrapper returns -> EnginePolicyVersion, RetrieveKL
 
-Without the lock a push in another thread (``LLMCollector.start()`` beside a trainer) meets unfinished requests, or, where vLLM's
-engine runs in a process of its own, breaks the socket that both threads use. Without the memory a push between a generation
-and its stamp would name the weights of the next one.
+The rows carry it, so it is theirs whichever thread generated them (``vLLMWrapper(batching=True)``), and whatever was pushed
+since. The call also remembers its sampling parameters: a caller may give it parameters of its own, and a policy may change its
+own after a call. And it takes turns with pushes, see :mod:`vllm_kl.engines.lock`.
 
-    policy -> vLLMWrapper._call_generate -> the sampling parameters of its calls
-
-A caller may give a call parameters of its own, and a policy may change its own after a call: what was used is remembered.
+Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``CompletionOutput.weight_versions``, vLLM 0.32.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
-from vllm_kl.engines.loading import as_version
+from vllm_kl.engines.generate import versions_told
 from vllm_kl.engines.weights import lock_of
+from vllm_kl.sample_rows import entries_of
 from vllm_kl.types import Origin
 
 # Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
 POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
+# What a watched policy returns beside its tokens: a tensordict of int64 "version", "last_version" and "adapter", -1: not known.
+GENERATED_BY = "generated_by"
 
-
-class Guard:
-    """The ``generate`` of a ``vllm.LLM``, one call at a time. Use :func:`guard`."""
-
-    def __init__(self, llm: Any) -> None:
-        self._generate = llm.generate
-        self._engine = llm.llm_engine
-        self._lock = lock_of(llm.llm_engine)
-        self._last = threading.local()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        scores = self._lock._is_owned()  # a scorer holds it already: its requests generate nothing
-        with self._lock:
-            if scores:
-                return self._generate(*args, **kwargs)
-            version = self._engine.get_weight_version()
-            outputs = self._generate(*args, **kwargs)
-        self._last.origin = version, adapter_id(kwargs.get("lora_request"))
-        return outputs
-
-    @property
-    def last(self) -> Origin | None:
-        """What this thread generated with last; ``None``: nothing yet.
-
-        Raises:
-            WeightsError: the version is no number.
-        """
-        origin = getattr(self._last, "origin", None)
-        return None if origin is None else Origin(as_version(origin[0]), origin[1])
-
-
-def guard(engine: Any) -> Guard | None:
-    """Make an engine's ``generate`` take turns with pushes, once; ``None`` for what is no ``vllm.LLM``."""
-    if not hasattr(engine, "llm_engine"):
-        return None
-    if not isinstance(engine.generate, Guard):
-        engine.generate = Guard(engine)
-    return engine.generate
-
-
-def generated_by(policy: Any) -> Origin | None:
-    """Return what a policy generated with last, in this thread; ``None``: not known."""
-    generate = getattr(getattr(policy, "model", None), "generate", None)
-    return generate.last if isinstance(generate, Guard) else None
+UNKNOWN = -1  # in tensors
+# Origins of the completions of the generation that this thread is in, in vLLM's order; None: it has not come to its engine yet.
+_made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
 
 
 class Watch:
-    """The ``_call_generate`` of a ``vLLMWrapper`` (torchrl 0.14), which remembers with what it sampled. Use :func:`watch`."""
+    """The ``_call_generate`` of a ``vLLMWrapper``. Use :func:`watch`."""
 
-    def __init__(self, generate: Any) -> None:
-        self.unwatched = generate
+    def __init__(self, policy: vLLMWrapper) -> None:
+        self.unwatched = policy._call_generate
+        self._policy = policy
+        self._scoring: set[int] = set()  # threads that score what they generate
         self.last: Any = None  # sampling parameters; None: nothing yet
         self.has_varied = False
 
@@ -84,16 +51,78 @@ class Watch:
         params = copy.copy(kwargs.get("sampling_params"))
         self.has_varied |= self.last is not None and params != self.last
         self.last = params
-        return self.unwatched(*args, **kwargs)
+        llm_engine = getattr(self._policy.model, "llm_engine", None)
+        if llm_engine is None:  # TorchRL's AsyncVLLM, an actor
+            outputs = self.unwatched(*args, **kwargs)
+        else:
+            with lock_of(llm_engine).generating(opens_step=threading.get_ident() in self._scoring):
+                outputs = self.unwatched(*args, **kwargs)
+        is_counted = llm_engine is not None
+        _made.set([_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs])
+        return outputs
+
+    def score_here(self) -> None:
+        """This thread scores what it generates: weights stay until it says :meth:`scored`."""
+        self._scoring.add(threading.get_ident())
+
+    def scored(self) -> None:
+        """This thread has scored what it generated."""
+        if (llm_engine := getattr(self._policy.model, "llm_engine", None)) is not None:
+            lock_of(llm_engine).close_step()
+
+
+class _Telling:
+    """One of the methods by which a ``vLLMWrapper`` generates: what it returns tells which weights made each row."""
+
+    def __init__(self, generate: Callable[..., TensorDictBase]) -> None:
+        self._generate = generate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TensorDictBase:
+        before = _made.set(None)
+        try:
+            out = self._generate(*args, **kwargs)
+            origins = _made.get()
+        finally:
+            _made.reset(before)
+        if origins is not None:
+            out.set(GENERATED_BY, _as_tensordict(origins, out))
+        return out
 
 
 def watch(policy: Any) -> Watch | None:
-    """Make a policy remember the sampling parameters of its calls, once; ``None`` for what is no ``vLLMWrapper``."""
+    """Make a policy's rows tell what generated them, once; ``None`` for what is no ``vLLMWrapper``."""
     if not isinstance(policy, vLLMWrapper):
         return None
     if not isinstance(policy._call_generate, Watch):
-        policy._call_generate = Watch(policy._call_generate)
+        policy._call_generate = Watch(policy)
+        for mode in ("history", "text", "tokens"):
+            name = f"_from_vllm_generate_{mode}"
+            setattr(policy, name, _Telling(getattr(policy, name)))
+        policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
     return policy._call_generate
+
+
+def generated_by(td: TensorDictBase) -> list[Origin] | None:
+    """Return which weights generated each row of a one-dimensional batch; ``None``: its policy does not tell."""
+    if td.get(GENERATED_BY, default=None) is None:
+        return None
+    columns = (entries_of(td, (GENERATED_BY, name)) for name in ("version", "last_version", "adapter"))
+    return [
+        Origin(*(None if n == UNKNOWN else n for n in (v, adapter, last)))
+        for v, last, adapter in zip(*columns, strict=True)
+    ]
+
+
+def _as_tensordict(origins: list[Origin], out: TensorDictBase) -> TensorDict:
+    known = torch.tensor([[UNKNOWN if n is None else n for n in origin] for origin in origins])
+    version, adapter, last = (column.reshape(out.batch_size) for column in known.to(out.device).unbind(1))
+    return TensorDict(version=version, last_version=last, adapter=adapter, batch_size=out.batch_size)
+
+
+def _origin_of(output: Any, completion: Any, is_counted: bool) -> Origin:
+    """Return what vLLM says of one completion. One that straddles an update is of two versions."""
+    first, last = versions_told(completion, is_counted=is_counted)
+    return Origin(first, adapter_id(output.lora_request), None if last == first else last)
 
 
 def adapter_id(lora_request: Any) -> int:

@@ -56,14 +56,7 @@ class NextTransform(Transform):
 
     def _collector(self) -> Any:
         """The collector of the env this belongs to, or ``None``."""
-        return getattr(_container(self._outermost()), "collector", None)
-
-    def _outermost(self) -> Transform:
-        """Return the composition that this belongs to, the outermost of several, or itself."""
-        transform: Transform = self
-        while isinstance(parent := _container(transform), Transform):
-            transform = parent
-        return transform
+        return collector_of(self)
 
     def counts(self) -> dict[str, Any]:
         """Return what this transform has counted, for a run that is resumed: part of its ``state_dict()``."""
@@ -84,7 +77,7 @@ class NextTransform(Transform):
 
     def _neighbours(self) -> list[NextTransform]:
         """Return this package's transforms of the same env, or of the same composition."""
-        return [module for module in self._outermost().modules() if isinstance(module, NextTransform)]
+        return [module for module in _outermost(self).modules() if isinstance(module, NextTransform)]
 
 
 class TurnsTransform(NextTransform):
@@ -137,6 +130,18 @@ class TurnsTransform(NextTransform):
         twin = super().clone()
         twin._turns, twin._texts = TurnWatch(), TextWatch()  # torchrl's copies are shallow
         return twin
+
+
+def collector_of(transform: Transform) -> Any:
+    """Return the collector of the env that a transform belongs to, or ``None``."""
+    return getattr(_container(_outermost(transform)), "collector", None)
+
+
+def _outermost(transform: Transform) -> Transform:
+    """Return the composition that a transform belongs to, the outermost of several, or itself."""
+    while isinstance(parent := _container(transform), Transform):
+        transform = parent
+    return transform
 
 
 def _container(transform: Transform) -> Any:

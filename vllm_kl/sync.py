@@ -26,8 +26,11 @@ from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
-from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin, guard
+from vllm_kl.from_collector import policy_of
+from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by, watch
 from vllm_kl.outputs import declare
+from vllm_kl.steps import collector_of
+from vllm_kl.types import Origin
 
 
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
@@ -184,7 +187,6 @@ class EnginePolicyVersion(PolicyVersion):
 
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine)
-        self._guard = guard(_inner(engine))
         super().__init__(int)
 
     @property
@@ -216,16 +218,21 @@ class EnginePolicyVersion(PolicyVersion):
     def _increment_version(self, init: bool = False) -> int:
         return self.version
 
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        watch(policy_of(collector_of(self)))
+        return super()._reset_env_preprocess(tensordict)
+
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        origin = None if self._guard is None else self._guard.last  # another thread may have pushed since
-        return self._stamp(next_tensordict, origin or Origin(self.version))
+        return self._stamp(next_tensordict, generated_by(tensordict.reshape(-1)))
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return self._stamp(tensordict_reset, Origin(self.version))
+        return self._stamp(tensordict_reset, None)
 
-    def _stamp(self, td: TensorDictBase, origin: Origin) -> TensorDictBase:
-        for key, value in ((POLICY_VERSION, origin.version), (POLICY_ADAPTER, origin.adapter)):
-            td.set(key, torch.full(td.shape, value, device=td.device))
+    def _stamp(self, td: TensorDictBase, sampled: list[Origin] | None) -> TensorDictBase:
+        sampled = sampled or [Origin(self.version)] * td.numel()
+        for key, values in zip((POLICY_VERSION, POLICY_ADAPTER), zip(*sampled, strict=True), strict=False):
+            known = torch.tensor([UNKNOWN if value is None else value for value in values], device=td.device)
+            td.set(key, known.reshape(td.shape))
         return td
 
     def transform_observation_spec(self, spec: Composite) -> Composite:
@@ -238,11 +245,11 @@ class _Pusher:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        guard(_inner(engine))
         self._collectors: list[weakref.ref[Any]] = []
 
     def register(self, collector: Any) -> None:
         self._collectors.append(weakref.ref(collector))
+        watch(policy_of(collector))
         for tracker in self._counting():
             tracker.version = weights_of(self._engine).version
 

@@ -26,7 +26,7 @@ from vllm_kl.audit import OnDrift
 from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
+from vllm_kl.from_collector import FromCollector, GenLogProbs
 from vllm_kl.generated import generated_by
 from vllm_kl.inputs import InputKeys, keys_of
 from vllm_kl.kl import Direction, Estimator
@@ -278,7 +278,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
         """Figures of the last batch, see :class:`~vllm_kl.penalty.Penalty`; and
 
         - ``gen_rescored_samples``: with ``"from_collector"``, how many of its samples were scored again instead of reused;
-        - ``audit_...``: of the last audit;
+        - ``audit_...``: of the last audit; ``audit_skipped_samples`` were drawn for it and not compared, because the policy's
+          weights had been replaced since they were sampled;
         - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
           an update; ``ref_version``: of the reference's weights. In an env: of the last batch that left the collector, see
           :func:`~vllm_kl.check_versions`;
@@ -289,8 +290,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
           chat template rendered, of ``cut_messages`` of its ``messages``; ``moved_messages`` stand elsewhere in the dialog;
           ``inserted_chars`` are marked as the assistant's though no message says them, ``unmarked_chars`` are said and not marked.
         """
-        found = self._gen.audit.found if isinstance(self._gen, FromCollector) else None
-        audit = {} if found is None else {f"audit_{name}": value for name, value in found.metrics.items()}
+        audit = self._gen.audit.metrics if isinstance(self._gen, FromCollector) else {}
         return {
             **self.penalty.metrics,
             **self._rescored,
@@ -330,7 +330,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         temperature = self._ref.temperature
         how = {"temperature": temperature, "detach": self.detach}
         gen = scores(self._gen, batch, td, collector, **how)
-        sampled = self._sampled(td, collector)
+        sampled = self._sampled(td)
         is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
         if is_counted and not gen.is_recorded:
             check_stale(sampled, gen.origin, self.on_stale)
@@ -342,6 +342,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
             are_zeros_settled, num_rescored = rescored is not None, len(rescored or ())
             if rescored and sampled:
                 check_stale([sampled[i] for i in rescored], gen.origin, self.on_stale)
+        self._close_step()
         if isinstance(self._gen, FromCollector):
             self._rescored = {"gen_rescored_samples": float(num_rescored)}
         # A step of a collector is part of a batch, whose versions are read when it leaves.
@@ -362,7 +363,10 @@ class RetrieveKL(TurnsTransform, KLTransform):
         )
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        written = super()._step(tensordict, next_tensordict)
+        try:
+            written = super()._step(tensordict, next_tensordict)
+        finally:
+            self._close_step()
         on_leaving(self._collector(), self._check_batch)  # a step does not see the batch that it will be in
         return written
 
@@ -375,12 +379,13 @@ class RetrieveKL(TurnsTransform, KLTransform):
             self._gen.watch(self._collector())
         return super()._reset_env_preprocess(tensordict)
 
-    def _sampled(self, td: TensorDictBase, collector: Any) -> list[Origin]:
-        if not self._is_step:
-            return origins(td)
-        # Generated just now: only another thread's push can have come between.
-        last = generated_by(policy_of(collector)) if isinstance(self._gen, FromCollector) else None
-        return [] if last is None else [last] * len(td)
+    def _close_step(self) -> None:
+        """What the policy generated is scored with its weights: they may be replaced while the reference is asked."""
+        if self._is_step and isinstance(self._gen, FromCollector):
+            self._gen.close_step(self._collector())
+
+    def _sampled(self, td: TensorDictBase) -> list[Origin]:
+        return generated_by(td) or [] if self._is_step else origins(td)
 
     def _write_kl(
         self,

@@ -249,9 +249,12 @@ class Origin(NamedTuple):
 
     version: int | str | None  # None: not known
     adapter: int | None = 0  # its id on the engine; 0: the base model; None: not known
+    last_version: int | None = None  # a second one: weights were replaced meanwhile, or two records disagree
 
     def __str__(self) -> str:
         version = "an unknown version" if self.version is None else f"version {self.version}"
+        if self.last_version is not None:
+            version = f"versions {self.version} and {self.last_version}"
         return version + (f" with adapter {self.adapter}" if self.adapter else "")
 
 

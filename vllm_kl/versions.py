@@ -14,8 +14,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from vllm_kl.errors import OptionError, StaleError, WeightsError
-from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, Origin
+from vllm_kl.generated import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by
 from vllm_kl.sample_rows import entries_of
+from vllm_kl.types import Origin
 
 OnStale = Literal["raise", "warn", "allow"]
 
@@ -31,11 +32,27 @@ def check_on_stale(on_stale: str) -> None:
 
 
 def origins(td: TensorDictBase) -> list[Origin]:
-    """Return what sampled each row of a one-dimensional batch, as far as it was recorded."""
-    versions = entries_of(td, POLICY_VERSION)
-    if all(version is None for version in versions):
-        return [Origin(None)] * len(versions)
-    return [Origin(*pair) for pair in zip(versions, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)]
+    """Return what sampled each row of a one-dimensional batch, as far as it was recorded: by its engine, or by a stamp.
+
+    Where the two disagree, as where a push came between the generation and the stamp, it is of neither.
+    """
+    told = generated_by(td)
+    stamps = [None if version == UNKNOWN else version for version in entries_of(td, POLICY_VERSION)]
+    if told is None and all(version is None for version in stamps):
+        return [Origin(None)] * len(stamps)
+    if told is None:
+        return [Origin(*pair) for pair in zip(stamps, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)]
+    return [
+        origin if stamp in (None, origin.version) else Origin(stamp, origin.adapter, origin.version)
+        for origin, stamp in zip(told, stamps, strict=True)
+    ]
+
+
+def is_of_other_weights(sampled: Origin, scoring: Origin) -> bool:
+    """Whether a sample is known to be of other weights than log-probs that were made of it again."""
+    if scoring.adapter is None:
+        sampled = sampled._replace(adapter=None)
+    return None not in (sampled.version, scoring.version) and sampled != scoring
 
 
 def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> None:
@@ -46,9 +63,12 @@ def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> No
     Raises:
         StaleError: at least one sample is of another origin, or of none that is known, and ``on_stale="raise"``.
     """
-    if scoring.adapter is None:
-        sampled = [origin._replace(adapter=None) for origin in sampled]
-    stale = [i for i, origin in enumerate(sampled) if origin != scoring or origin.version is None]
+    unknown = scoring.version is None
+    stale = [
+        i
+        for i, origin in enumerate(sampled)
+        if unknown or origin.version is None or is_of_other_weights(origin, scoring)
+    ]
     nothing_moves = all(origin.version is None for origin in sampled) and scoring.version in (None, 0)
     if on_stale == "allow" or not stale or nothing_moves:
         return
@@ -95,7 +115,8 @@ def check_versions(td: TensorDictBase, *, ref_version_key: NestedKey = "ref_vers
 
 def policy_range(sampled: list[Origin]) -> dict[str, float]:
     """Return the smallest and the largest version, of those that are numbers."""
-    versions = [float(origin.version) for origin in sampled if isinstance(origin.version, int)]
+    told = (version for origin in sampled for version in (origin.version, origin.last_version))
+    versions = [float(version) for version in told if isinstance(version, int)]
     return {"policy_version_min": min(versions), "policy_version_max": max(versions)} if versions else {}
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.lengths import dynamic_length, note_on, side_in
+from vllm_kl.engines.loading import INITIAL
 from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.errors import EngineError, MissingLogProbError, ReadoutUnavailableError, VLLMKLError, WeightsError
 from vllm_kl.placeholders import notes_on, placeholder_ids
@@ -128,29 +129,32 @@ class GenerateEngine:
         alone: bool = False,
     ) -> list[ScoreResult]:
         with self._lock, self._leaving_nothing():  # always alone
-            version = None if self.weights is None else self.weights.version
-            return [replace(result, weight_version=version) for result in self._score(requests, share_prefix, on_done)]
+            results = self._score(requests, share_prefix, on_done)
+            if self.weights is None:
+                return results
+            version = self.weights.version
+            return [replace(result, weight_version=version) for result in results]
 
     def _score(self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: OnDone | None) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
         for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
             num_cached = output.num_cached_tokens or 0
             is_whole = num_cached <= request.start - 1 and self._readout.is_there(output)
-            results.append(
-                ScoreResult(values=self._readout.read(output, request), num_cached_tokens=num_cached)
-                if is_whole
-                else None
-            )
+            results.append(self._result(output, request, num_cached_tokens=num_cached) if is_whole else None)
         redo = [i for i, result in enumerate(results) if result is None]
         if on_done is not None:
             on_done(len(requests) - len(redo))
         if redo:
             again = [requests[i] for i in redo]
             for i, request, output in zip(redo, again, self._send(again, read_cache=False), strict=True):
-                results[i] = ScoreResult(values=self._readout.read(output, request), rescored=True)
+                results[i] = self._result(output, request, rescored=True)
             if on_done is not None:
                 on_done(len(redo))
         return results  # type: ignore[return-value]  # every None was filled
+
+    def _result(self, output: Any, request: ScoreRequest, **figures: Any) -> ScoreResult:
+        version, _ = versions_told(output.outputs[0], is_counted=False)
+        return ScoreResult(values=self._readout.read(output, request), weight_version=version, **figures)
 
     @contextlib.contextmanager
     def _leaving_nothing(self) -> Iterator[None]:
@@ -229,6 +233,20 @@ def _made_with(engine: Any, config: str, name: str) -> Any:
     llm_engine = getattr(engine, "llm_engine", None)
     made_with = getattr(engine, "engine_args", None) if llm_engine is None else getattr(llm_engine.vllm_config, config)
     return getattr(made_with, name, None)
+
+
+def versions_told(completion: Any, *, is_counted: bool) -> tuple[int | None, int | None]:
+    """Return the versions of the weights that made a completion's first and last token, as vLLM's output says.
+
+    Args:
+        is_counted: those that the engine was started with count as 0: whatever is loaded later is counted here.
+    """
+    told = [span.version for span in completion.weight_versions or ()] or [None]
+    numbers = {None: None, INITIAL: 0 if is_counted else None}
+    first, last = (
+        numbers.get(label, int(label) if label and label.isdigit() else None) for label in (told[0], told[-1])
+    )
+    return first, last
 
 
 class _TokenIds:

@@ -21,7 +21,7 @@ from vllm_kl.plugin import KNOWN_VLLM
 from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
 
 # vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
-_INITIAL = "default"
+INITIAL = "default"
 _UNKNOWN = "unknown"
 
 _NAME_THE_SOURCE = (
@@ -53,12 +53,12 @@ class Record:
         self._model_config = model_config
         self._start = Start(model_config.model)
         self._skeleton: Skeleton | None = None
-        self._served: tuple[str, Checkpoint | None] = (_INITIAL, None)
+        self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
         self.last = 0  # the last version that is known to have served
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version after the engine's own or, where that is not known, after the last that was."""
-        is_number = stamp == _INITIAL or stamp.isdigit()
+        is_number = stamp == INITIAL or stamp.isdigit()
         return next_version(self.version(stamp) if is_number else self.last, version)
 
     def version(self, stamp: str) -> int:
@@ -229,7 +229,7 @@ def _preparing(folder: str | None) -> Steps:
 
 
 def _name(stamp: str) -> int | str:
-    return 0 if stamp == _INITIAL else stamp
+    return 0 if stamp == INITIAL else stamp
 
 
 def _asking_for_the_plugin() -> Steps:
@@ -288,7 +288,7 @@ def as_version(weight_version: str) -> int:
     Raises:
         WeightsError: it is none, or not known since a push failed.
     """
-    if weight_version == _INITIAL:
+    if weight_version == INITIAL:
         return 0
     if weight_version == _UNKNOWN:
         raise WeightsError("which weights serve is not known since a push failed: push again, or make a new engine")

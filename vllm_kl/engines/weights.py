@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton
 from vllm_kl.engines.loading import Record, drive, drive_async
+from vllm_kl.engines.lock import EngineLock
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin import SWITCH
 from vllm_kl.plugin.taken import TAKE
@@ -98,14 +99,14 @@ def _take(llm_engine: Any) -> None:
 
 
 _RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
-_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[Any, EngineLock] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
 _TASKS: set[asyncio.Task[int]] = set()
 
 
-def lock_of(engine: Any) -> threading.RLock:
+def lock_of(engine: Any) -> EngineLock:
     """Return the lock of an engine: one thread at a time uses it, or changes its weights."""
-    return _LOCKS.setdefault(engine, threading.RLock())
+    return _LOCKS.setdefault(engine, EngineLock())
 
 
 class LiveWeights:
@@ -119,11 +120,13 @@ class LiveWeights:
         self._engine = llm_engine
         _take(llm_engine)
         self._record = _record_of(llm_engine)
+        self._asleep = contextlib.ExitStack()
 
     @property
     def version(self) -> int:
-        with lock_of(self._engine):
-            return self._record.version(self._call("get_weight_version"))
+        with lock_of(self._engine).if_free() as is_free:
+            # Whoever has the engine generates, scores or pushes: until that ends, what served before serves.
+            return self._record.version(self._call("get_weight_version")) if is_free else self._record.last
 
     @property
     def skeleton(self) -> Skeleton:
@@ -143,7 +146,7 @@ class LiveWeights:
             return self._record.next_version(self._call("get_weight_version"), version)
 
     def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
-        with lock_of(self._engine):
+        with lock_of(self._engine).replacing():
             if self._engine.has_unfinished_requests():
                 raise WeightsError(
                     "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
@@ -167,7 +170,7 @@ class LiveWeights:
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
         """Serve what others loaded, compared with the checkpoint it came from; return its version."""
         steps = self._record.taking_over if check else self._record.believing
-        with lock_of(self._engine):
+        with lock_of(self._engine).replacing():
             return drive(steps(version), self._call)
 
     def started_with(self, checkpoint: Checkpoint, version: int) -> None:
@@ -185,19 +188,15 @@ class LiveWeights:
             return False
         if not self._engine.model_config.enable_sleep_mode:
             raise WeightsError("the engine cannot sleep: make it with enable_sleep_mode=True")
-        lock_of(self._engine).acquire()  # until it wakes: a sleeping engine takes requests and never answers them
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_of(self._engine).replacing())
             self._engine.sleep(level=1)
-        except BaseException:
-            lock_of(self._engine).release()
-            raise
+            self._asleep = stack.pop_all()  # until it wakes: a sleeping engine takes requests and never answers them
         return True
 
     def wake_up(self) -> None:
-        try:
+        with self._asleep:
             self._engine.wake_up()
-        finally:
-            lock_of(self._engine).release()
 
 
 class AsyncWeights:

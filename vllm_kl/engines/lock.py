@@ -1,0 +1,94 @@
+"""Turns at a shared engine: one thread uses it at a time, and weights stay while a step that they generated is not scored.
+
+    generate (a policy's call) -> the step is open -> scored -> closed
+    push                       -> waits for the open steps of other threads; generations that come meanwhile wait for it
+
+A collector generates in one call and scores in another. Without the wait a push between the two would score tokens with weights
+that did not sample them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+logger = logging.getLogger("vllm_kl")
+
+# A step that nobody scores keeps nobody longer: its dialog failed in another transform, or is judged by something slow.
+AT_MOST_S = 60.0
+_LOOK_EVERY_S = 0.5
+
+
+class EngineLock:
+    """The lock of one engine. A thread that has it may take it again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition(threading.RLock())
+        self._open: set[threading.Thread] = set()  # who generated what it has not scored yet
+        self._num_replacing = 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def if_free(self) -> Iterator[bool]:
+        """Have the lock in the block if nobody else has it; tell whether."""
+        is_mine = self._lock.acquire(blocking=False)
+        try:
+            yield is_mine
+        finally:
+            if is_mine:
+                self._lock.release()
+
+    @contextlib.contextmanager
+    def generating(self, *, opens_step: bool) -> Iterator[None]:
+        """Have the lock in the block, after whoever waits to replace weights.
+
+        Args:
+            opens_step: what is generated will be scored by this thread, which then calls :meth:`close_step`.
+        """
+        with self._lock:
+            self.close_step()  # one that was generated before, and never scored
+            while self._num_replacing:
+                self._lock.wait()
+            yield
+            if opens_step:
+                self._open.add(threading.current_thread())
+
+    def close_step(self) -> None:
+        """Let weights be replaced: this thread has scored what it generated."""
+        with self._lock:
+            self._open.discard(threading.current_thread())
+            self._lock.notify_all()
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Have the lock in the block, when no other thread has a step open."""
+        with self._lock:
+            self._num_replacing += 1
+            try:
+                self._wait_for_steps()
+                yield
+            finally:
+                self._num_replacing -= 1
+                self._lock.notify_all()
+
+    def _wait_for_steps(self) -> None:
+        until = time.monotonic() + AT_MOST_S
+        while others := {t for t in self._open if t.is_alive()} - {threading.current_thread()}:
+            if time.monotonic() > until:
+                logger.warning(
+                    "vllm_kl: weights are replaced though thread %s has generated a step that it has not scored in %g s; where it "
+                    "is scored again after all, it is refused",
+                    others.pop().name,
+                    AT_MOST_S,
+                )
+                self._open.clear()
+                return
+            self._lock.wait(_LOOK_EVERY_S)
