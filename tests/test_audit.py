@@ -13,7 +13,7 @@ from vllm_kl import FromCollector, RetrieveKL, mismatch
 from vllm_kl.audit import Audit
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import CollectorError, DriftError, MissingLogProbError, OptionError
-from vllm_kl.types import TokenBatch
+from vllm_kl.types import Origin, Scored, TokenBatch
 
 
 def batch_of(num_samples, length=6):
@@ -27,6 +27,16 @@ def batch_of(num_samples, length=6):
         widths=[length] * num_samples,
         stored=True,
     )
+
+
+THREE = Origin(3)
+
+
+def check(audit, recorded, batch, score, sampled=None, scoring=THREE):
+    """Audit lists of rows; all is of version 3 if nothing else is said."""
+    origins = sampled or [THREE] * len(batch)
+    scored = lambda part: Scored(values=torch.cat(score(part)), origin=scoring)  # noqa: E731
+    audit.check(torch.cat(recorded), batch, origins, scored)
 
 
 class TestAudit:
@@ -43,7 +53,7 @@ class TestAudit:
         batch, asked = batch_of(100), []
         recorded = [torch.full((6,), -1.0)] * 100
         audit = Audit(0.1)
-        audit.check(recorded, batch, lambda part: asked.append(part) or [torch.full((6,), -1.01)] * len(part))
+        check(audit, recorded, batch, lambda part: asked.append(part) or [torch.full((6,), -1.01)] * len(part))
         (part,) = asked
         assert [int(ids[0]) for ids in part.token_ids] == Audit(0.1).draw(batch)
         assert audit.found.metrics["num_tokens"] == 4 * len(part)
@@ -58,21 +68,43 @@ class TestAudit:
         with pytest.raises(
             DriftError, match=r"36 tokens of 9 of 10 samples.*8 at most. Worst: sample 7, token 4 \(id 11\)"
         ):
-            audit.check([torch.full((6,), -1.0)] * 10, batch, pick)
+            check(audit, [torch.full((6,), -1.0)] * 10, batch, pick)
         with pytest.warns(MismatchWarning, match="Worst: sample 7, token 4"):
-            Audit(1.0, on_drift="warn").check([torch.full((6,), -1.0)] * 10, batch, pick)
-        Audit(1.0, tolerance=0.3).check([torch.full((6,), -1.0)] * 10, batch, pick)
+            check(Audit(1.0, on_drift="warn"), [torch.full((6,), -1.0)] * 10, batch, pick)
+        check(Audit(1.0, tolerance=0.3), [torch.full((6,), -1.0)] * 10, batch, pick)
+
+    @pytest.mark.parametrize(
+        ("of_sample_7", "scoring", "num_skipped"),
+        [
+            (Origin(2), Origin(3), 1),
+            (Origin(3, 1), Origin(3), 1),
+            (Origin(3, 1), Origin(3, None), 0),  # which adapter scores is not known
+            (Origin(2, 0, 3), Origin(3), 1),  # it straddles an update
+            (Origin(None), Origin(3), 0),
+            (Origin(2), Origin(None), 0),
+        ],
+    )
+    def test_samples_known_to_be_of_other_weights_are_skipped_and_counted(self, of_sample_7, scoring, num_skipped):
+        batch = batch_of(10)
+        scored = [torch.full((6,), -1.0) for _ in range(10)]
+        scored[7] = torch.full((6,), -9.0)
+        sampled = [THREE] * 10
+        sampled[7] = of_sample_7
+        audit = Audit(1.0)
+        pick = lambda part: [scored[int(ids[0])] for ids in part.token_ids]  # noqa: E731
+        with contextlib.nullcontext() if num_skipped else pytest.raises(DriftError):
+            check(audit, [torch.full((6,), -1.0)] * 10, batch, pick, sampled, scoring)
+        assert audit.metrics["audit_skipped_samples"] == num_skipped
 
     def test_a_missing_log_prob_is_told_by_the_samples_that_were_drawn(self):
         batch = batch_of(10)
         scored = [torch.full((6,), -1.0) for _ in range(10)]
         scored[7][4] = float("nan")
+        pick = lambda part: [scored[int(ids[0])] for ids in part.token_ids]  # noqa: E731
         with pytest.raises(
             MissingLogProbError, match=r"samples \[0, 1, 2, 4, 5, 6, 7, 8, 9\], counted.*sample 6, token 4"
         ):
-            Audit(1.0).check(
-                [torch.full((6,), -1.0)] * 10, batch, lambda part: [scored[int(ids[0])] for ids in part.token_ids]
-            )
+            check(Audit(1.0), [torch.full((6,), -1.0)] * 10, batch, pick)
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),
@@ -161,5 +193,5 @@ def test_what_an_audit_finds_is_what_mismatch_finds():
     batch = batch_of(9)
     sides = [[torch.randn(6) - 3 for _ in range(9)] for _ in range(2)]
     audit = Audit(1.0, tolerance=100)
-    audit.check(sides[0], batch, lambda part: [sides[1][int(ids[0])] for ids in part.token_ids])
+    check(audit, sides[0], batch, lambda part: [sides[1][int(ids[0])] for ids in part.token_ids])
     assert audit.found.metrics == pytest.approx(mismatch(*sides, batch.keep, limits={}).metrics)

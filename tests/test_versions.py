@@ -15,6 +15,7 @@ from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
+from tests import tiny
 from tests.batches import ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
@@ -27,10 +28,11 @@ from vllm_kl import (
     VLLMScorer,
     VLLMSyncScheme,
     VLLMWeightUpdater,
+    check_collector,
     check_versions,
     push_weights,
 )
-from vllm_kl.errors import StaleError, WeightsError
+from vllm_kl.errors import CollectorError, StaleError, WeightsError
 from vllm_kl.sync import weights_of
 from vllm_kl.versions import StaleWarning
 
@@ -52,7 +54,7 @@ def policy_engine(tied_llm, steps):
 def make_collector(make_env, policy_engine, tokenizer):  # noqa: F811
     made = []
 
-    def make(*transforms, num_batches=4, max_steps=1, **kwargs):
+    def make(*transforms, num_batches=4, max_steps=1, policy=None, **kwargs):
         env = make_env(max_steps)
         for transform in transforms:
             env = env.append_transform(transform)
@@ -65,6 +67,7 @@ def make_collector(make_env, policy_engine, tokenizer):  # noqa: F811
                 input_mode="history",
                 generate=True,
                 generate_kwargs={"max_new_tokens": 10, "temperature": 1.0},
+                **(policy or {}),
             ),
             **{
                 "dialog_turns_per_batch": NUM_ENVS,
@@ -431,9 +434,9 @@ class TestBackground:
     def run(self, make_collector, steps, policy_engine):
         """Push the models in turn while a collector fills a buffer; return the samples, and which model each version is."""
 
-        def run(*transforms, num_updates=6):
+        def run(*transforms, num_updates=6, then=lambda i: None, **options):
             buffer = ReplayBuffer(storage=LazyStackStorage(10_000))
-            collector = make_collector(*transforms, num_batches=10_000, replay_buffer=buffer)
+            collector = make_collector(*transforms, num_batches=10_000, replay_buffer=buffer, **options)
             models = [AutoModelForCausalLM.from_pretrained(path) for path in steps]
             collector.start()
             for i in range(1, num_updates + 1):
@@ -442,24 +445,88 @@ class TestBackground:
                     time.sleep(0.01)
                 collector.update_policy_weights_(models[i % len(models)])
                 assert collector.policy_version == i
+                then(i)
             assert collector.is_running()
             collector.async_shutdown(timeout=60)
             return buffer[:]
 
         return run
 
-    def test_every_sample_is_of_the_version_it_carries(self, run, steps):
-        data = run()
+    def check(self, data, steps, key):
+        """Compare every sample's log-probs with float64, of the weights whose version it carries; return the versions."""
         oracles = [Oracle(path) for path in steps]
         versions = data["next", "policy_version"].tolist()
-        assert versions == sorted(versions)
-        assert len(set(versions)) > 4
+        assert data["generated_by", "version"].tolist() == versions == sorted(versions)
         for sample, version in zip(data.unbind(0), versions, strict=True):
             ids, prompt = sample["tokens", "full"], len(sample["tokens", "prompt"])
             want = torch.tensor(oracles[version % len(steps)].log_probs(ids.tolist())[prompt:], dtype=torch.float64)
-            torch.testing.assert_close(
-                sample["log_probs", "full"][prompt:].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE
+            torch.testing.assert_close(sample[key][prompt:].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+        return set(versions)
+
+    def test_every_sample_is_of_the_version_it_carries(self, run, steps):
+        assert len(self.check(run(), steps, ("log_probs", "full"))) > 4
+
+    @pytest.mark.parametrize(
+        ("how", "return_log_probs"),
+        [
+            ({"gen_log_probs": "rescore"}, True),
+            ({"gen_log_probs": "auto"}, False),
+            ({"gen_log_probs": "reuse", "audit": 1.0}, True),
+        ],
+        ids=str,
+    )
+    def test_a_step_is_scored_again_by_the_weights_that_generated_it(
+        self, run, make_reference, steps, how, return_log_probs
+    ):
+        kl = RetrieveKL("from_collector", make_reference(), assistant_only=False, **how)
+        data = run(kl, num_updates=20, policy={"return_log_probs": return_log_probs})
+        assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 15
+        assert kl.metrics.get("audit_skipped_samples", 0) == 0
+
+    @pytest.mark.filterwarnings("ignore:.*its text was tokenized again")
+    def test_a_reference_may_be_refreshed_while_it_scores_and_samples_carry_its_version(self, run, steps, tokenizer):
+        with VLLMScorer(str(steps[0]), **tiny.ENGINE_OPTIONS) as scorer:
+            kl = RetrieveKL(
+                "from_collector", VLLMReference(scorer, tokenizer), assistant_only=False, on_two_references="allow"
             )
+            models = [AutoModelForCausalLM.from_pretrained(path) for path in steps]
+            refresh = lambda i: scorer.refresh(models[i % len(models)])  # noqa: E731
+            data = run(EndFirst(), kl, then=refresh, max_steps=2, yield_completed_trajectories=True)
+        oracles = [Oracle(path) for path in steps]
+        versions = data["next", "ref_version"].tolist()
+        for sample, version in zip(data.unbind(0), versions, strict=True):
+            want = torch.tensor(oracles[version % len(steps)].log_probs(sample["tokens", "full"].tolist())[1:])
+            found = sample["next", "ref_log_probs", "full"][1:].double()
+            torch.testing.assert_close(found, want.double(), rtol=0, atol=LOG_PROB_TOLERANCE)
+        assert len(set(versions)) > 3
+        assert kl.metrics["ref_version"] in versions
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_what_ends_the_collectors_thread_is_raised_where_weights_are_pushed_or_refreshed(
+        self, make_collector, make_reference, ref_scorer, ref_model, policy_engine, steps
+    ):
+        class Fail(Transform):
+            def _step(self, td, next_td):
+                raise ValueError("the judge is offline")
+
+        model = AutoModelForCausalLM.from_pretrained(steps[1])
+        for ask in (
+            lambda collector: collector.update_policy_weights_(model),
+            lambda collector: push_weights(policy_engine, model),
+            lambda collector: ref_scorer.refresh(ref_model.state_dict()),
+            check_collector,
+        ):
+            kl = RetrieveKL("from_collector", make_reference())
+            collector = make_collector(Fail(), kl, replay_buffer=ReplayBuffer(storage=LazyStackStorage(100)))
+            version = weights_of(policy_engine).version
+            collector.start()
+            collector._thread.join(60)
+            with pytest.raises(
+                CollectorError, match="ended the thread of a collector .*ValueError: the judge is offline"
+            ):
+                ask(collector)
+            assert weights_of(policy_engine).version == version
+            push_weights(policy_engine, model)  # said once
 
     def test_a_scorer_on_the_policys_engine_neither_waits_for_itself_nor_claims_to_have_generated(
         self, run, policy_engine, tokenizer, steps

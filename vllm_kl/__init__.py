@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_kl.background import check_collector
     from vllm_kl.computation import KLComputation
     from vllm_kl.deferred import fill_deferred
     from vllm_kl.diagnostics import mismatch
@@ -45,6 +46,7 @@ __all__ = [
     "VLLMScorer",
     "VLLMSyncScheme",
     "VLLMWeightUpdater",
+    "check_collector",
     "check_versions",
     "fill_deferred",
     "finish_update",
@@ -69,6 +71,7 @@ _HOME = {
     "VLLMScorer": "scorer",
     "VLLMSyncScheme": "sync",
     "VLLMWeightUpdater": "sync",
+    "check_collector": "background",
     "check_versions": "versions",
     "fill_deferred": "deferred",
     "finish_update": "sync",

@@ -36,7 +36,7 @@ from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import Side, is_same_temperature, scorer_for
 from vllm_kl.steps import TurnsTransform, scores
 from vllm_kl.types import Scored, TokenBatch
-from vllm_kl.versions import place, two_references
+from vllm_kl.versions import OnStale, place, two_references
 
 Deferred = Literal[False, True, "buffer"]
 
@@ -134,9 +134,11 @@ class Deferral:
     Args:
         until: ``True``: until the batch leaves the collector, which is made to fill it in; ``"buffer"``: until somebody
             calls :func:`fill_deferred`.
+        on_two_references: see :class:`~vllm_kl.RetrieveKL`.
     """
 
-    def __init__(self, until: Literal[True, "buffer"]) -> None:
+    def __init__(self, until: Literal[True, "buffer"], on_two_references: OnStale) -> None:
+        self.on_two_references = on_two_references
         self.finishing = threading.Lock()  # batches may be filled in by several threads
         self._until = until
         self._worker = _Worker()
@@ -144,7 +146,7 @@ class Deferral:
         self._num_steps = 0
 
     @classmethod
-    def of(cls, deferred: Deferred, ref_model: Any, *, detach: bool) -> Deferral | None:
+    def of(cls, deferred: Deferred, ref_model: Any, *, detach: bool, on_two_references: OnStale) -> Deferral | None:
         """Return what ``RetrieveKL(deferred=...)`` stands for; ``None`` for ``False``.
 
         Raises:
@@ -164,10 +166,10 @@ class Deferral:
                 "deferred has no effect with a reference on a vllm.LLM of this process: it cannot score while that, or another "
                 "one here, generates. Give the reference an engine of its own (VLLMReference(path)), or pass deferred=False"
             )
-        return cls(deferred)
+        return cls(deferred, on_two_references)
 
-    def __reduce__(self) -> tuple[type[Deferral], tuple[Any]]:
-        return Deferral, (self._until,)
+    def __reduce__(self) -> tuple[type[Deferral], tuple[Any, ...]]:
+        return Deferral, (self._until, self.on_two_references)
 
     def submit(
         self,
@@ -212,7 +214,11 @@ class Deferral:
         step = Step(
             self._num_steps,
             self,
-            self._worker.submit(functools.partial(_score, side, batch, temperature, expected_version)),
+            self._worker.submit(
+                functools.partial(
+                    _score, side, batch, temperature, expected_version if self.on_two_references == "raise" else None
+                )
+            ),
             functools.partial(_write_apart, write, reward, len(batch), next_td.device),
             None if previous is None or previous.is_finished else previous,
         )
@@ -322,7 +328,9 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
     for i, handle in ((i, handle) for i, handles in enumerate(waiting) for handle in handles):
         before, version = first.setdefault(handle.step.owner, (i, handle.step.version))
         if version != handle.step.version:
-            raise two_references(place(before, shape), version, place(i, shape), handle.step.version)
+            owner = handle.step.owner
+            two_references(place(before, shape), version, place(i, shape), handle.step.version, owner.on_two_references)
+            return
 
 
 def _score(side: Side, batch: TokenBatch, temperature: float, expected_version: int | None) -> Scored:

@@ -51,7 +51,7 @@ class Watch:
         params = copy.copy(kwargs.get("sampling_params"))
         self.has_varied |= self.last is not None and params != self.last
         self.last = params
-        llm_engine = getattr(self._policy.model, "llm_engine", None)
+        llm_engine = engine_of(self._policy)
         if llm_engine is None:  # TorchRL's AsyncVLLM, an actor
             outputs = self.unwatched(*args, **kwargs)
         else:
@@ -67,7 +67,7 @@ class Watch:
 
     def scored(self) -> None:
         """This thread has scored what it generated."""
-        if (llm_engine := getattr(self._policy.model, "llm_engine", None)) is not None:
+        if (llm_engine := engine_of(self._policy)) is not None:
             lock_of(llm_engine).close_step()
 
 
@@ -123,6 +123,11 @@ def _origin_of(output: Any, completion: Any, is_counted: bool) -> Origin:
     """Return what vLLM says of one completion. One that straddles an update is of two versions."""
     first, last = versions_told(completion, is_counted=is_counted)
     return Origin(first, adapter_id(output.lora_request), None if last == first else last)
+
+
+def engine_of(policy: Any) -> Any:
+    """Return the ``LLMEngine`` of a policy's ``vllm.LLM``; ``None`` of what has none."""
+    return getattr(getattr(policy, "model", None), "llm_engine", None)
 
 
 def adapter_id(lora_request: Any) -> int:

@@ -16,10 +16,11 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
+from vllm_kl.background import follow
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
 from vllm_kl.from_collector import TEMPERATURES, policy_of, what_records, why_unlike
-from vllm_kl.generated import watch
+from vllm_kl.generated import engine_of, watch
 from vllm_kl.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.outputs import check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
@@ -125,6 +126,7 @@ class RetrieveLogProb(TurnsTransform):
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
         if (collector := self._collector()) is not None:
             watch(policy_of(collector))  # so that it remembers what it samples with, from its first call on
+            follow(collector, engine_of(policy_of(collector)), getattr(self.model, "scorer", None))
         return super()._reset_env_preprocess(tensordict)
 
     def _warn_of_recorded(self, td: TensorDictBase) -> None:

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import torch
 
+from vllm_kl.background import check_collector
 from vllm_kl.batching import plan
 from vllm_kl.canary import Canary
 from vllm_kl.checkpoint import average
@@ -363,7 +364,9 @@ class VLLMScorer:
             WeightsError: the source does not fit, or could not be loaded: the old weights go on being served. Or the engine
                 is shared with a policy.
             FrozenError: the old weights had moved, and nothing was loaded; or the new ones give NaN.
+            CollectorError: an error has ended the thread of a collector that scores with this; nothing was loaded.
         """
+        check_collector(self)
         if isinstance(self._engine, GenerateEngine):
             raise WeightsError(
                 "this scorer shares its engine with whatever generates there: a refresh would change the policy as well. Use "

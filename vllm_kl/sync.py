@@ -24,6 +24,7 @@ from torchrl.data import Composite
 from torchrl.envs.llm.transforms import PolicyVersion
 from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
 
+from vllm_kl.background import check_collector, follow
 from vllm_kl.engines.weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.from_collector import policy_of
@@ -56,6 +57,7 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
             quantised weights, parts of weights that are on other ranks), there is no room for it, the engine has not loaded the
             plugin or is busy (nothing was touched), or it could not be loaded (the old weights were put back).
         EngineError: the engine died; says which version it served last.
+        CollectorError: an error has ended the thread of a collector that generates with the engine; nothing was pushed.
 
     >>> before = scorer.weight_version
     >>> push_weights(scorer, weights) == scorer.weight_version == before + 1
@@ -75,6 +77,7 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
             )
         return asyncio.run_coroutine_threadsafe(push_weights_async(engine, state_dict, version=version), loop).result()
     weights = weights_of(engine)
+    check_collector(_followed(engine))
     state = weights.skeleton.checked(state_dict)
     weights.next_version(version)  # refuses before anything is written; load() chooses
     return weights.load(weights.skeleton.write(state), version=version)
@@ -158,6 +161,11 @@ def _inner(engine: Any) -> Any:
     return engine
 
 
+def _followed(engine: Any) -> Any:
+    """Return what stands for an engine where a collector's thread is followed."""
+    return getattr(engine, "llm_engine", engine)
+
+
 def _is_async(engine: Any) -> bool:
     return inspect.iscoroutinefunction(getattr(engine, "collective_rpc", None))
 
@@ -187,6 +195,7 @@ class EnginePolicyVersion(PolicyVersion):
 
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine)
+        self._engine = _followed(_inner(engine))
         super().__init__(int)
 
     @property
@@ -219,7 +228,9 @@ class EnginePolicyVersion(PolicyVersion):
         return self.version
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
-        watch(policy_of(collector_of(self)))
+        collector = collector_of(self)
+        watch(policy_of(collector))
+        follow(collector, self._engine)
         return super()._reset_env_preprocess(tensordict)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:

@@ -23,11 +23,12 @@ from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.audit import OnDrift
+from vllm_kl.background import follow
 from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.from_collector import FromCollector, GenLogProbs
-from vllm_kl.generated import generated_by
+from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
+from vllm_kl.generated import engine_of, generated_by
 from vllm_kl.inputs import InputKeys, keys_of
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.leaving import on_leaving
@@ -136,6 +137,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
             are stamped with ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))``; TorchRL's own tracker says nothing
             of adapters. Not asked: of a ``gen_model`` whose weights nobody counts; where no sample has a version and the engine's
             weights never moved; and at an env's step, of tokens that were generated just now.
+        on_two_references: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where a batch that leaves the collector has scores
+            of two versions of the reference, which was refreshed meanwhile. Each is right, of the version that it carries.
         ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: nowhere. Only a
             reference whose scorer knows one has it.
         audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
@@ -160,7 +163,9 @@ class RetrieveKL(TurnsTransform, KLTransform):
         CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
         StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the weights that score them again.
-        WeightsError: from the collector: scores of two versions of the reference would leave it in one batch.
+        WeightsError: from the collector: scores of two versions of the reference would leave it in one batch, and
+            ``on_two_references="raise"``. What ends a collector that was started is told by :func:`~vllm_kl.check_collector`,
+            and by the next push or refresh.
 
     >>> td = TensorDict(
     ...     tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1),
@@ -202,6 +207,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         direction: Direction = "reverse",
         mask_key: NestedKey | None = "kl_mask",
         on_stale: OnStale = "raise",
+        on_two_references: OnStale = "raise",
         ref_version_key: NestedKey | None = "ref_version",
         audit: float | None = None,
         audit_tolerance: float | None = None,
@@ -211,6 +217,7 @@ class RetrieveKL(TurnsTransform, KLTransform):
         **kwargs: Any,
     ) -> None:
         check_on_stale(on_stale)
+        check_on_stale(on_two_references, "on_two_references")
         reusing = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
         reusing = {name: value for name, value in reusing.items() if value is not None}
         penalty = Penalty(
@@ -258,10 +265,11 @@ class RetrieveKL(TurnsTransform, KLTransform):
             if from_collector is None
             else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
         )
-        self._deferral = Deferral.of(deferred, self.ref_model, detach=detach)
+        self._deferral = Deferral.of(deferred, self.ref_model, detach=detach, on_two_references=on_two_references)
         if self._deferral is not None:
             self.out_keys = []  # what a step writes is no result
         self.on_stale: OnStale = on_stale
+        self.on_two_references: OnStale = on_two_references
         self._versions: dict[str, float] = {}
         self._rescored: dict[str, float] = {}
         self.assistant_only = assistant_only
@@ -371,12 +379,16 @@ class RetrieveKL(TurnsTransform, KLTransform):
         return written
 
     def _check_batch(self, td: TensorDictBase) -> TensorDictBase:
-        self._versions = check_versions(td, ref_version_key=self.ref_version_key or "ref_version")
+        self._versions = check_versions(
+            td, ref_version_key=self.ref_version_key or "ref_version", on_two_references=self.on_two_references
+        )
         return td
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        collector = self._collector()
         if isinstance(self._gen, FromCollector):
-            self._gen.watch(self._collector())
+            self._gen.watch(collector)
+        follow(collector, engine_of(policy_of(collector)), getattr(self.ref_model, "scorer", None))
         return super()._reset_env_preprocess(tensordict)
 
     def _close_step(self) -> None:

@@ -25,10 +25,10 @@ class StaleWarning(UserWarning):
     """Tokens were scored with weights that are not known to have sampled them."""
 
 
-def check_on_stale(on_stale: str) -> None:
+def check_on_stale(on_stale: str, name: str = "on_stale") -> None:
     """Refuse what is no choice."""
     if on_stale not in get_args(OnStale):
-        raise OptionError(f"on_stale={on_stale!r} does not exist; choose one of {', '.join(get_args(OnStale))}")
+        raise OptionError(f"{name}={on_stale!r} does not exist; choose one of {', '.join(get_args(OnStale))}")
 
 
 def origins(td: TensorDictBase) -> list[Origin]:
@@ -37,6 +37,8 @@ def origins(td: TensorDictBase) -> list[Origin]:
     Where the two disagree, as where a push came between the generation and the stamp, it is of neither.
     """
     told = generated_by(td)
+    if told is not None and "next" not in td.keys():
+        return told  # a step of an env: the stamp at its root is of the one before
     stamps = [None if version == UNKNOWN else version for version in entries_of(td, POLICY_VERSION)]
     if told is None and all(version is None for version in stamps):
         return [Origin(None)] * len(stamps)
@@ -84,7 +86,9 @@ def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> No
     warnings.warn(message, StaleWarning, stacklevel=2)
 
 
-def check_versions(td: TensorDictBase, *, ref_version_key: NestedKey = "ref_version") -> dict[str, float]:
+def check_versions(
+    td: TensorDictBase, *, ref_version_key: NestedKey = "ref_version", on_two_references: OnStale = "raise"
+) -> dict[str, float]:
     """Return the versions of a batch, for a logger, where samples carry them: it straddles an update where they differ.
 
     :class:`~vllm_kl.RetrieveKL` in the env of a collector does it to every batch that leaves, and has them in its ``metrics``.
@@ -92,12 +96,14 @@ def check_versions(td: TensorDictBase, *, ref_version_key: NestedKey = "ref_vers
     Args:
         td: a batch of any shape, as a collector gives it, or several that were joined.
         ref_version_key: as the transform was given it.
+        on_two_references: ``"raise"``, ``"warn"`` or ``"allow"`` where scores of two versions of the reference are in one batch.
 
     Returns:
-        ``policy_version_min``, ``policy_version_max`` and ``ref_version``.
+        ``policy_version_min``, ``policy_version_max`` and ``ref_version``; of two versions of the reference the smaller, and
+        ``ref_version_max``.
 
     Raises:
-        WeightsError: scores of two versions of the reference are in one batch; names two samples.
+        WeightsError: two versions of the reference, and ``on_two_references="raise"``; names two samples.
 
     >>> versions = {"policy_version": torch.tensor([3, 4]), "ref_version": torch.tensor([0, 0])}
     >>> check_versions(TensorDict(next=TensorDict(versions, batch_size=2), batch_size=2))
@@ -109,8 +115,9 @@ def check_versions(td: TensorDictBase, *, ref_version_key: NestedKey = "ref_vers
     refs = [(i, version) for i, version in enumerate(versions) if version is not None]
     for i, version in refs:
         if version != refs[0][1]:
-            raise two_references(place(refs[0][0], shape), refs[0][1], place(i, shape), version)
-    return policy_range(origins(flat)) | ({"ref_version": float(refs[0][1])} if refs else {})
+            two_references(place(refs[0][0], shape), refs[0][1], place(i, shape), version, on_two_references)
+            break
+    return policy_range(origins(flat)) | ref_range([version for _, version in refs])
 
 
 def policy_range(sampled: list[Origin]) -> dict[str, float]:
@@ -125,9 +132,24 @@ def place(i: int, shape: torch.Size) -> int | list[int]:
     return i if len(shape) < 2 else [int(n) for n in torch.unravel_index(torch.tensor(i), shape)]
 
 
-def two_references(one: Any, version: Any, other: Any, other_version: Any) -> WeightsError:
-    """Return the error of a batch with scores of two versions of one reference."""
-    return WeightsError(
+def ref_range(versions: list[int]) -> dict[str, float]:
+    """Return the reference's version, or the smallest and the largest of several."""
+    figures = {"ref_version": float(min(versions))} if versions else {}
+    return figures | ({"ref_version_max": float(max(versions))} if len(set(versions)) > 1 else {})
+
+
+def two_references(one: Any, version: Any, other: Any, other_version: Any, on_two_references: OnStale) -> None:
+    """Refuse a batch with scores of two versions of one reference, or warn.
+
+    Raises:
+        WeightsError: ``on_two_references="raise"``.
+    """
+    message = (
         f"two versions of the reference would meet in one batch: sample {one} was scored by version {version}, sample {other} by "
-        f"version {other_version}. Refresh it between batches, with no dialog half collected"
+        f"version {other_version}. Refresh it between batches, with no dialog half collected; or, where the reference moves while "
+        "a collector runs, pass on_two_references='allow': each sample carries the version of its scores"
     )
+    if on_two_references == "raise":
+        raise WeightsError(message)
+    if on_two_references == "warn":
+        warnings.warn(message, StaleWarning, stacklevel=3)
