@@ -1,0 +1,236 @@
+"""A policy's rows tell which weights generated them, by the engine's own answer; and who waits for whom at a shared engine."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.modules.llm import vLLMWrapper
+from torchrl.modules.llm.policies import Text, Tokens
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from tests.batches import history_batch
+from vllm_kl import EnginePolicyVersion
+from vllm_kl.engines import lock as lock_module
+from vllm_kl.engines.lock import EngineLock
+from vllm_kl.engines.weights import lock_of
+from vllm_kl.generated import GENERATED_BY, generated_by, watch
+from vllm_kl.types import Origin
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
+WITHIN_S = 60
+
+
+def prompts(input_mode):
+    if input_mode == "history":
+        td = history_batch()
+        td["history"].prompt = td["history"].full
+        return td
+    if input_mode == "text":
+        return TensorDict(text=Text(prompt=["one", "and two"]), batch_size=2).to_lazystack(0)
+    return lazy_stack([TensorDict(tokens=Tokens(prompt=torch.tensor(ids))) for ids in PROMPTS])
+
+
+@pytest.fixture
+def llm(policy_llm):
+    """An engine whose weights are called version 3."""
+    before = policy_llm.get_weight_version()
+    policy_llm.update_weight_version("3")
+    yield policy_llm
+    policy_llm.update_weight_version(before)
+
+
+@pytest.fixture
+def make_policy(tokenizer):
+    def make(llm, input_mode="tokens", policy_type=vLLMWrapper, **kwargs):
+        kwargs = {"generate_kwargs": {"max_new_tokens": 4, "ignore_eos": True}, **kwargs}
+        policy = policy_type(llm, tokenizer=tokenizer, input_mode=input_mode, generate=True, pad_output=False, **kwargs)
+        watch(policy)
+        return policy
+
+    return make
+
+
+@pytest.mark.parametrize("input_mode", ["tokens", "text", "history"])
+@pytest.mark.parametrize("inplace", [False, True, None])
+def test_every_row_tells_the_version_that_generated_it(llm, make_policy, input_mode, inplace):
+    policy = make_policy(llm, input_mode, inplace=inplace)
+    assert watch(policy) is watch(policy)
+    assert generated_by(policy(prompts(input_mode))) == [Origin(3), Origin(3)]
+    llm.update_weight_version("4")
+    assert generated_by(policy(prompts(input_mode))) == [Origin(4), Origin(4)]
+
+
+def test_several_samples_of_a_prompt_tell_it_each(llm, make_policy):
+    td = make_policy(llm, num_samples=3)(prompts("tokens"))
+    assert td[GENERATED_BY, "version"].tolist() == [[3] * 3] * 2
+
+
+def test_a_generation_that_straddles_an_update_is_of_two_versions(llm, make_policy, monkeypatch):
+    engine = llm.llm_engine
+
+    def generate(prompts, sampling_params, **_):
+        """As ``LLM.generate`` does; others replace the weights when the second prompt is half done."""
+        for i, prompt in enumerate(prompts):
+            engine.add_request(str(i), prompt, sampling_params if i else SamplingParams(max_tokens=2, ignore_eos=True))
+        outputs = {}
+        for step in range(20):
+            outputs.update({output.request_id: output for output in engine.step() if output.finished})
+            if step == 2:
+                engine.set_weight_version("4")
+        return [outputs[str(i)] for i in range(len(prompts))]
+
+    monkeypatch.setattr(llm, "generate", generate)
+    td = make_policy(llm, generate_kwargs={"max_new_tokens": 8, "ignore_eos": True})(prompts("tokens"))
+    assert generated_by(td) == [Origin(3), Origin(3, 0, 4)]
+    assert str(generated_by(td)[1]) == "versions 3 and 4"
+
+
+def test_rows_that_another_thread_generated_tell_their_own_version(llm, make_policy):
+    """``batching=True``: one thread generates what several have asked for; who only waits has memory of older weights."""
+    policy = make_policy(llm, batching=True, min_batch_size=2)
+    rows = prompts("tokens").unbind(0)
+    with ThreadPoolExecutor(2) as pool:
+        for version in (3, 4, 5):
+            llm.update_weight_version(str(version))
+            waiting = [pool.submit(policy, row) for row in rows]
+            told = [future.result(WITHIN_S)[GENERATED_BY, "version"].item() for future in waiting]
+            assert told == [version] * 2
+
+
+def test_rows_tell_the_adapter_of_their_own_request(lora_llm, lora_paths, make_policy, monkeypatch):
+    adapters = [LoRARequest(f"of-rows-{i}", 60 + i, str(path)) for i, path in enumerate(lora_paths)]
+
+    class PerRow(vLLMWrapper):
+        def _call_generate(self, *args, **kwargs):
+            return super()._call_generate(*args, lora_request=adapters, **kwargs)
+
+    td = make_policy(lora_llm, policy_type=PerRow)(prompts("tokens"))
+    assert [origin.adapter for origin in generated_by(td)] == [60, 61]
+    bound = functools.partial(lora_llm.generate, lora_request=adapters[1])
+    monkeypatch.setattr(lora_llm, "generate", bound)
+    td = make_policy(lora_llm)(prompts("tokens"))
+    assert [origin.adapter for origin in generated_by(td)] == [61, 61]
+
+
+def test_an_engine_whose_weights_nobody_counts_is_of_no_version(llm, make_policy):
+    class Elsewhere:
+        """As TorchRL's ``AsyncVLLM``: it generates, and its engine is out of reach."""
+
+        def generate(self, *args, **kwargs):
+            return llm.generate(*args, **kwargs)
+
+    policy = make_policy(llm)
+    policy.model = Elsewhere()
+    llm.update_weight_version("default")
+    assert generated_by(policy(prompts("tokens"))) == [Origin(None), Origin(None)]
+    llm.update_weight_version("6")
+    assert generated_by(policy(prompts("tokens"))) == [Origin(6), Origin(6)]
+
+
+def test_a_version_is_read_while_the_engine_generates(llm):
+    tracker = EnginePolicyVersion(llm)
+    with lock_of(llm.llm_engine), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: tracker.version).result(timeout=5) == 3
+
+
+class TestLock:
+    @pytest.fixture
+    def lock(self):
+        return EngineLock()
+
+    @pytest.fixture
+    def collecting(self, lock):
+        """A thread that generates, and scores when it is told."""
+        pool = ThreadPoolExecutor(1)
+
+        def generate():
+            with lock.generating(opens_step=True):
+                pass
+
+        pool.generate = lambda: pool.submit(generate)
+        yield pool
+        pool.shutdown()
+
+    @pytest.fixture
+    def pushing(self, lock):
+        pool = ThreadPoolExecutor(1)
+
+        def push():
+            with lock.replacing():
+                return time.monotonic()
+
+        pool.push = lambda: pool.submit(push)
+        yield pool
+        pool.shutdown()
+
+    def test_a_push_waits_for_a_step_that_is_not_scored(self, lock, collecting, pushing):
+        collecting.generate().result(WITHIN_S)
+        push = pushing.push()
+        time.sleep(0.2)
+        assert not push.done()
+        collecting.submit(lock.close_step).result(WITHIN_S)
+        push.result(WITHIN_S)
+
+    def test_a_step_of_its_own_thread_is_not_waited_for(self, lock):
+        with lock.generating(opens_step=True):
+            pass
+        with lock.replacing():
+            pass
+
+    def test_a_generation_comes_after_a_push_that_waits(self, lock, collecting, pushing):
+        collecting.generate().result(WITHIN_S)
+        push = pushing.push()
+        with ThreadPoolExecutor(1) as pool:
+
+            def generate():
+                with lock.generating(opens_step=False):
+                    return time.monotonic()
+
+            time.sleep(0.1)
+            generation = pool.submit(generate)
+            time.sleep(0.1)
+            assert not generation.done()
+            collecting.submit(lock.close_step).result(WITHIN_S)
+            assert push.result(WITHIN_S) < generation.result(WITHIN_S)
+
+    def test_who_generates_again_has_given_up_the_step_before(self, lock, collecting, pushing):
+        collecting.generate().result(WITHIN_S)
+        push = pushing.push()
+        again = collecting.generate()
+        push.result(WITHIN_S)
+        again.result(WITHIN_S)
+
+    def test_a_thread_that_ended_keeps_nobody(self, lock, pushing):
+        def generate():
+            with lock.generating(opens_step=True):
+                pass
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        thread.join()
+        pushing.push().result(WITHIN_S)
+
+    def test_a_step_that_nobody_scores_keeps_a_push_for_a_while(self, collecting, pushing, monkeypatch, caplog):
+        monkeypatch.setattr(lock_module, "AT_MOST_S", 0.2)
+        collecting.generate().result(WITHIN_S)
+        pushing.push().result(WITHIN_S)
+        assert "has generated a step that it has not scored in 0.2 s" in caplog.text
+
+    def test_the_version_is_asked_of_an_engine_that_is_free(self, lock):
+        with lock.if_free() as is_free, lock.if_free() as is_free_again:
+            assert is_free
+            assert is_free_again
+        with lock, ThreadPoolExecutor(1) as pool:
+
+            def ask():
+                with lock.if_free() as is_free:
+                    return is_free
+
+            assert pool.submit(ask).result(WITHIN_S) is False
