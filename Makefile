@@ -5,7 +5,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-EXTRAS := cpu,ray,data,plot,test
+EXTRAS := cpu,ray,plot,test
 
 .PHONY: demo test nightly lint lock clean
 

@@ -70,7 +70,7 @@ def test_readme_examples_run(policy_path, ref_path, policy_llm, lora_llm, lora_p
 
 def test_the_lock_holds_everything_that_the_project_asks_for():
     """Installed without resolving, so what it leaves out is missing, or there by accident."""
-    extras = ("", "cpu", "ray", "data", "plot", "test")
+    extras = ("", "cpu", "ray", "plot", "test")
     asked = [Requirement(line) for line in requires("vllm-kl")]
     asked = [r for r in asked if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
     locked = dict(re.findall(r"^([\w.-]+)==(\S+)", README.with_name("requirements.lock").read_text(), flags=re.M))
