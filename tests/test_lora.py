@@ -201,10 +201,10 @@ def test_an_adapter_on_an_engine_that_takes_none_is_refused(policy_llm, requests
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "No adapter found for"),
+        ({}, "cannot be read: FileNotFoundError"),
         ({"rank": 16}, "rank 16 .*greater than max_lora_rank 8"),
         ({"modules": ("q_proj", "up_proj")}, r"leave out without a word: model\.layers\.0\.mlp\.up_proj"),
-        ({"modules": ("q_proj", "lm_head")}, "expected target modules .*lm_head"),
+        ({"modules": ("q_proj", "lm_head")}, r"weights for the LM head \(lm_head\)"),
         ({"modules": ("nothing",)}, "has no weights"),
     ],
     ids=["no such path", "rank", "modules that are left out", "lm_head", "empty"],
@@ -217,6 +217,35 @@ def test_an_adapter_that_would_not_serve_as_written_is_refused(untouched, policy
         with pytest.raises(WeightsError, match=f"(?s)adapter 'mine' .*{message}"):
             make(untouched, lora_request=lora_request(path, "mine", 9))
     assert not untouched.llm_engine.has_unfinished_requests()
+    assert 9 not in untouched.llm_engine.list_loras()
+
+
+def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(lora_llm, policy_path, tmp_path, scorers, oracles):
+    """It would, if a request were the first to ask for it."""
+    other = {
+        name: tiny.build_architecture(tmp_path / f"model-{name}", "qwen2", **change)
+        for name, change in (("wide", {"hidden_size": 128}), ("deep", {"num_hidden_layers": 3}))
+    }
+    paths = {
+        name: tiny.build_adapter(tmp_path / name, other.get(name, policy_path), seed=3)
+        for name in ("wide", "deep", "dora", "cut")
+    }
+    config = paths["dora"] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
+    weights = paths["cut"] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    messages = {
+        "wide": "cannot be loaded: .*size of tensor",
+        "deep": r"leave out without a word: model\.layers\.2\.mlp\.down_proj",
+        "dora": "cannot be loaded: .*DoRA",
+        "cut": "cannot be read: SafetensorError",
+    }
+    for name, message in messages.items():
+        with pytest.raises(WeightsError, match=f"adapter 'mine' .*{message}"):
+            VLLMScorer(lora_llm, lora_request=lora_request(paths[name], "mine", 10))
+    assert 10 not in lora_llm.llm_engine.list_loras()
+    for scorer, truth in zip(scorers, oracles, strict=True):
+        assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
 
 
 def test_an_owned_engine_refuses_an_adapter_of_the_lm_head(llama_path, tmp_path):
@@ -232,7 +261,7 @@ def test_an_owned_engine_refuses_an_adapter_of_the_lm_head(llama_path, tmp_path)
 def test_another_adapter_under_an_id_that_is_taken_is_refused(lora_llm, requests, lora_paths, scorers):
     """vLLM serves the first of them for both."""
     scorers[1].score([[1, 2, 3]])
-    with pytest.raises(WeightsError, match="not what the engine serves under id 1"):
+    with pytest.raises(WeightsError, match="is not what the engine serves under id 1"):
         VLLMScorer(lora_llm, lora_request=lora_request(lora_paths[1], "another", requests[1].lora_int_id))
 
 
@@ -255,16 +284,14 @@ def test_an_adapter_for_an_engine_object_is_given_to_the_engine(lora_llm, reques
 def test_an_engine_without_the_plugin_is_refused(untouched, requests, wrapped_llm, monkeypatch):
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_kl.plugin.adapters import ADAPTER, MODULES
+    from vllm_kl.plugin.adapters import MODULES
 
-    monkeypatch.delattr(WorkerBase, ADAPTER)
     monkeypatch.delattr(WorkerBase, MODULES)
-    with pytest.raises(
-        ReadoutUnavailableError, match="'adapter-1' .*cannot be checked: vllm_kl's plugin is not loaded"
-    ):
-        VLLMScorer(untouched, lora_request=requests[1])
-    with pytest.raises(ReadoutUnavailableError, match="LM head is wrapped for LoRA cannot be asked"):
-        VLLMScorer(wrapped_llm)
+    for llm, request in ((untouched, requests[1]), (wrapped_llm, None)):
+        with pytest.raises(
+            ReadoutUnavailableError, match="LM head is wrapped for LoRA, and what else, cannot be asked"
+        ):
+            VLLMScorer(llm, lora_request=request)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +322,7 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(lora_ll
     assert scorer.check_frozen() == 0.0
     shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
     assert scorer.check_frozen() == 0.0  # vLLM serves what it loaded
-    with pytest.raises(WeightsError, match="not what the engine serves under id 30.*load it anew"):
+    with pytest.raises(WeightsError, match=r"is not what the engine serves under id 30.*remove_lora\(30\)"):
         VLLMScorer(lora_llm, lora_request=lora_request(path, "moving", 30))
     lora_llm.llm_engine.add_lora(lora_request(path, "moving", 30, load_inplace=True))
     with pytest.raises(FrozenError, match="moved"):
@@ -314,17 +341,27 @@ def test_two_sides_of_one_engine_are_told_apart_by_their_adapters(lora_llm, requ
         check_two_models(policy, adapted)
 
 
-def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(lora_llm, lora_paths, oracles, tmp_path):
+@pytest.mark.parametrize("is_known", [True, False], ids=["loaded here", "loaded by others"])
+def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
+    lora_llm, lora_paths, oracles, tmp_path, is_known
+):
     path = tmp_path / "adapter"
     shutil.copytree(lora_paths[0], path)
-    request = lora_request(path, "rewritten", 31)
+    request = lora_request(path, "rewritten", 31 + is_known)
+    if is_known:
+        VLLMScorer(lora_llm, lora_request=request)
     assert generation_error(lora_llm, request, oracles[1]) < LOG_PROB_TOLERANCE
     shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
-    with pytest.raises(WeightsError, match=r"load_inplace=True\)\); assert llm\.reset_prefix_cache\(\)"):
+    advice = rf"remove_lora\({31 + is_known}\); assert llm\.reset_prefix_cache\(\)"
+    with pytest.raises(
+        WeightsError, match=("is not what" if is_known else "was not loaded here first.*") + f".*{advice}"
+    ):
         VLLMScorer(lora_llm, lora_request=request)
-    lora_llm.llm_engine.add_lora(lora_request(path, "rewritten", 31, load_inplace=True))
+    lora_llm.llm_engine.remove_lora(request.lora_int_id)
     assert generation_error(lora_llm, request, oracles[2]) > 0.1  # KV of the old adapter: what the second half is for
+    lora_llm.llm_engine.remove_lora(request.lora_int_id)
     assert lora_llm.reset_prefix_cache()
+    assert error_of(VLLMScorer(lora_llm, lora_request=request), oracles[2]) < LOG_PROB_TOLERANCE
     assert generation_error(lora_llm, request, oracles[2]) < LOG_PROB_TOLERANCE
 
 

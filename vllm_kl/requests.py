@@ -133,7 +133,7 @@ def check_lora_request(lora_request: Any) -> Any:
     if lora_request.load_inplace:
         raise OptionError(
             "load_inplace=True would read the adapter from disk at every step of the engine, in the middle of a call (vLLM "
-            "0.32): load it once with llm.llm_engine.add_lora(lora_request), and name it here without load_inplace"
+            "0.32): name it here without load_inplace"
         )
     return lora_request
 

@@ -1,18 +1,43 @@
 """LoRA adapters of a live engine: what would be scored wrongly without a sign of it is refused before anything is scored.
 
-Workers are asked (:mod:`vllm_kl.plugin.adapters`), because what they serve is known nowhere else, and because an adapter that
-cannot be loaded ends vLLM's engine if a request is the first to ask for it.
+vLLM 0.32 serves three things without a word, and other log-probs than those that were asked for:
+
+- An LM head that is wrapped for LoRA applies one adapter slot per *sampled* row; prompt log-probs have many rows a request.
+- An adapter's weights for a module that the engine did not wrap (``lora_target_modules``) are left out.
+- Of two adapters with one ``lora_int_id`` the one that was loaded first serves for both. So does an adapter whose file was
+  written again.
+
+Workers say which modules they wrapped (:mod:`vllm_kl.plugin.adapters`), an adapter's files which it has. It is loaded here, because
+one that cannot be loaded ends vLLM's engine if a request is the first to ask for it; from which files is kept for each engine and
+id. The weights in the engine are not compared with the files: what others load under an id later is not seen here.
+
+Source: ``lora/worker_manager.py``, ``lora/model_manager.py``, ``lora/layers/logits_processor.py``, vLLM 0.32.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
+
+import torch
 
 from vllm_kl.engines.weights import lock_of
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, WeightsError
 
-_PLUGIN = "vllm_kl's plugin is not loaded in the engine's processes: VLLM_PLUGINS, where it is set, must name vllm_kl"
+
+class _Adapter(NamedTuple):
+    """What the files of an adapter tell."""
+
+    rank: int  # the largest
+    modules: list[str]  # whole names
+    files: tuple[str, ...]  # folder, sizes and times: others when it was written again
+
+
+# By engine and id: the files of what was loaded here.
+_LOADED: weakref.WeakKeyDictionary[Any, dict[int, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def check_adapter(llm_engine: Any, lora_request: Any) -> None:
@@ -23,59 +48,59 @@ def check_adapter(llm_engine: Any, lora_request: Any) -> None:
         lora_request: a ``LoRARequest``, or ``None`` for the base model.
 
     Raises:
-        ReadoutUnavailableError: the engine takes no adapters; or its LM head is wrapped for them, which spoils the base
-            model's prompt log-probs too.
-        WeightsError: as :func:`check_weights`.
+        ReadoutUnavailableError: the engine takes no adapters, or cannot be asked; or its LM head is wrapped for them, which
+            spoils the base model's prompt log-probs too.
+        WeightsError: as :func:`load_adapter`.
     """
     config = llm_engine.vllm_config.lora_config
     check_enabled(config is not None, lora_request)
     if config is None:
         return
     if is_head_targeted(config.target_modules):
-        _check_head(llm_engine)
+        names = {_last_name(module) for module in _wrapped_modules(llm_engine)}
+        if "lm_head" in names:
+            raise _head_error("is", str(sorted(names - {"lm_head"})))
     if lora_request is not None:
-        check_weights(llm_engine, lora_request)
+        load_adapter(llm_engine, lora_request)
 
 
-def check_weights(llm_engine: Any, lora_request: Any) -> None:
-    """Refuse an adapter that the engine would not serve as it is written.
+def load_adapter(llm_engine: Any, lora_request: Any) -> None:
+    """Load an adapter, unless it is; refuse one that the engine would not serve as it is written.
 
     Raises:
-        WeightsError: it cannot be loaded; it has weights that the engine leaves out, or for the LM head; another one is loaded
-            under its id.
+        WeightsError: it cannot be read or loaded; it has weights that the engine leaves out, or for the LM head; under its id
+            something else is loaded, or nobody knows what.
         ReadoutUnavailableError: the engine cannot be asked.
     """
-    from vllm_kl.plugin.adapters import ADAPTER
-
-    name = describe(lora_request)
-    args = (lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path)
-    try:
-        answers = _ask(llm_engine, ADAPTER, *args)
-    except Exception as error:
-        if _is_unknown(error, ADAPTER):
-            raise ReadoutUnavailableError(f"{name} cannot be checked: {_PLUGIN}") from error
-        raise WeightsError(
-            f"{name} cannot be loaded: {error}. The path must be a folder with adapter_config.json and "
-            "adapter_model.safetensors that the engine's processes can read, its rank at most max_lora_rank"
-        ) from error
-    served = {module for modules, _, _ in answers for module in modules}
-    written = {module for _, modules, _ in answers for module in modules}
-    if heads := sorted(module for module in written if module.rpartition(".")[2] == "lm_head"):
-        raise WeightsError(
-            f"{name} has weights for the LM head ({', '.join(heads)}): vLLM 0.32 cannot apply them to prompt tokens. Train it "
-            "without lm_head in target_modules, or merge it (merge_and_unload) and score the merged checkpoint"
-        )
-    if left_out := sorted(written - served):
+    name, int_id = describe(lora_request), lora_request.lora_int_id
+    adapter = _read(lora_request)
+    wrapped = {_place(module) for module in _wrapped_modules(llm_engine)}
+    if left_out := [module for module in adapter.modules if _place(module) not in wrapped]:
         raise WeightsError(
             f"{name} has weights that the engine would leave out without a word: {_some(left_out)}. Make the engine with "
             "lora_target_modules that name them, or without lora_target_modules if its LM head stays out"
         )
-    if not all(is_same for _, _, is_same in answers):
+    with lock_of(llm_engine):
+        loaded = _LOADED.setdefault(llm_engine, {})
+        if int_id not in llm_engine.list_loras():
+            _load(llm_engine, lora_request)
+            loaded[int_id] = adapter.files
+    if loaded.get(int_id) != adapter.files:
+        is_not = "is not" if int_id in loaded else "was not loaded here first, and may not be"
         raise WeightsError(
-            f"{name} is not what the engine serves under id {lora_request.lora_int_id}: vLLM keeps what was loaded first. Give "
-            "each adapter a lora_int_id of its own; where its file was written again, load it anew and drop the KV of the old: "
-            "llm.llm_engine.add_lora(LoRARequest(name, id, path, load_inplace=True)); assert llm.reset_prefix_cache()"
+            f"{name} {is_not} what the engine serves under id {int_id}: vLLM keeps what was loaded first. Give each adapter a "
+            "lora_int_id of its own; where its file was written again, drop the old one and its KV: "
+            f"llm.llm_engine.remove_lora({int_id}); assert llm.reset_prefix_cache()"
         )
+
+
+def _load(llm_engine: Any, lora_request: Any) -> None:
+    try:
+        llm_engine.add_lora(lora_request)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            llm_engine.remove_lora(lora_request.lora_int_id)  # what failed half-way counts as loaded
+        raise WeightsError(f"{describe(lora_request)} cannot be loaded: {error}") from error
 
 
 def check_enabled(is_enabled: bool, lora_request: Any) -> None:
@@ -121,78 +146,93 @@ def lora_options(lora_request: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         OptionError: ``enable_lora=False`` beside an adapter.
-        WeightsError: the adapter's files cannot be read.
+        WeightsError: the adapter's files cannot be read; or hold no weights, or weights for the LM head.
     """
+    from vllm.config.lora import MaxLoRARanks
+
     if lora_request is None:
         return options
     if options.get("enable_lora") is False:
         raise OptionError("lora_request has no effect with enable_lora=False: leave one of them out")
-    defaults: dict[str, Any] = {"enable_lora": True}
+    adapter = _read(lora_request)
+    ranks = get_args(MaxLoRARanks)
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min((rank for rank in ranks if rank >= adapter.rank), default=max(ranks)),
+        "lora_target_modules": sorted({_last_name(module) for module in adapter.modules}),
+        **options,
+    }
+
+
+def _read(lora_request: Any) -> _Adapter:
+    """Return what the files of an adapter tell.
+
+    Raises:
+        WeightsError: they cannot be read; or hold no weights, or weights for the LM head.
+    """
+    from vllm.lora.utils import get_adapter_absolute_path, is_base_embedding_weights, parse_fine_tuned_lora_name
+
+    name = describe(lora_request)
     try:
-        rank, modules = _read(lora_request.lora_path)
-    except (OSError, ValueError) as error:
+        folder = Path(get_adapter_absolute_path(lora_request.lora_path)).resolve()
+        config_file = folder / "adapter_config.json"
+        config = json.loads(config_file.read_text())
+        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+        weights_file, keys = _weights_in(folder)
+        modules = {parse_fine_tuned_lora_name(key)[0] for key in keys if not is_base_embedding_weights(key)}
+        stats = [file.stat() for file in (config_file, weights_file)]
+    except Exception as error:  # safetensors and pickles have errors of their own
         raise WeightsError(
-            f"{describe(lora_request)} cannot be read: {error}. Expected a folder with adapter_config.json and "
+            f"{name} cannot be read: {type(error).__name__}: {error}. Expected a folder with adapter_config.json and "
             "adapter_model.safetensors"
         ) from error
-    defaults["max_lora_rank"] = _max_rank(rank)
-    if targets := sorted(modules - {"lm_head"}):  # an adapter of the head is refused when the engine is asked
-        defaults["lora_target_modules"] = targets
-    return {**defaults, **options}
+    if not modules:
+        raise WeightsError(f"{name} has no weights")
+    if heads := [module for module in sorted(modules) if _last_name(module) == "lm_head"]:
+        raise WeightsError(
+            f"{name} has weights for the LM head ({', '.join(heads)}): vLLM 0.32 cannot apply them to prompt tokens. Train it "
+            "without lm_head in target_modules, or merge it (merge_and_unload) and score the merged checkpoint"
+        )
+    return _Adapter(rank, sorted(modules), (str(folder), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)))
 
 
-def _read(lora_path: str) -> tuple[int, set[str]]:
-    """Return an adapter's largest rank, and the last names of its modules (empty if its tensors are not safetensors)."""
-    import json
-
+def _weights_in(folder: Path) -> tuple[Path, list[str]]:
+    """Return an adapter's file of weights, and its tensors' names."""
     from safetensors import safe_open
-    from vllm.lora.utils import get_adapter_absolute_path
 
-    folder = Path(get_adapter_absolute_path(lora_path))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    rank = max([int(config.get("r", 0)), *map(int, (config.get("rank_pattern") or {}).values())])
-    modules: set[str] = set()
-    if (weights := folder / "adapter_model.safetensors").exists():
-        with safe_open(weights, framework="pt") as file:
-            for key in file.keys():
-                # base_model.model.model.layers.0.mlp.up_proj.lora_A.weight, ...embed_tokens.lora_embedding_A
-                module = key.partition(".lora_")[0]
-                modules.add("experts" if ".experts" in module else module.rpartition(".")[2])
-    return rank, modules
+    if (file := folder / "adapter_model.safetensors").exists():
+        with safe_open(file, framework="pt") as opened:
+            return file, list(opened.keys())
+    file = next((f for f in (folder / "adapter_model.bin", folder / "adapter_model.pt") if f.exists()), file)
+    return file, list(torch.load(file, map_location="meta", weights_only=True))
 
 
-def _max_rank(rank: int) -> int:
-    from typing import get_args
-
-    from vllm.config.lora import MaxLoRARanks
-
-    return min((allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank), default=max(get_args(MaxLoRARanks)))
+def _last_name(module: str) -> str:
+    """Return what ``lora_target_modules`` calls a module; all experts of a layer are one."""
+    return "experts" if ".experts" in module else module.rpartition(".")[2]
 
 
-def _check_head(llm_engine: Any) -> None:
+def _place(module: str) -> tuple[str, str]:
+    """Return a module's layer and last name: what lies between is not the same in an adapter's file and in vLLM's model."""
+    return next((part for part in module.split(".") if part.isdigit()), ""), _last_name(module)
+
+
+def _wrapped_modules(llm_engine: Any) -> list[str]:
+    """Return the modules that the engine wrapped for LoRA, under the names that adapters have for them."""
     from vllm_kl.plugin.adapters import MODULES
 
     try:
-        answers = _ask(llm_engine, MODULES)
+        with lock_of(llm_engine):
+            answers = llm_engine.collective_rpc(MODULES)
     except Exception as error:
-        if not _is_unknown(error, MODULES):
+        # From a process of the engine's own the error comes as a text.
+        if f"Method {MODULES!r} is not implemented" not in str(error):
             raise
         raise ReadoutUnavailableError(
-            f"whether this engine's LM head is wrapped for LoRA cannot be asked: {_PLUGIN}. Or make the engine with "
-            "lora_target_modules that do not name 'lm_head'"
+            "whether this engine's LM head is wrapped for LoRA, and what else, cannot be asked: vllm_kl's plugin is not loaded in "
+            "the engine's processes. VLLM_PLUGINS, where it is set, must name vllm_kl"
         ) from error
-    if any(heads for heads, _ in answers):
-        raise _head_error("is", str(sorted({name for _, names in answers for name in names})))
-
-
-def _ask(llm_engine: Any, method: str, *args: Any) -> list[Any]:
-    with lock_of(llm_engine):
-        return llm_engine.collective_rpc(method, args=args)
-
-
-def _is_unknown(error: Exception, method: str) -> bool:
-    """Whether workers do not have the method. From a process of the engine's own the error comes as a text."""
-    return f"Method {method!r} is not implemented" in str(error)
+    return [module for answer in answers for module in answer]
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -20,7 +20,7 @@ from vllm import PoolingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from vllm_kl.engines.adapters import check_weights
+from vllm_kl.engines.adapters import load_adapter
 from vllm_kl.engines.weights import LiveWeights
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.placeholders import notes_on, placeholder_ids
@@ -51,7 +51,7 @@ class PoolingEngine:
     def __init__(self, engine: LLMEngine, lora_request: Any = None) -> None:
         self._lora_request = lora_request
         if lora_request is not None:
-            check_weights(engine, lora_request)
+            load_adapter(engine, lora_request)
         self._core = engine.engine_core
         self.weights = LiveWeights(engine)
         config = engine.vllm_config

@@ -13,7 +13,7 @@
     taken     what is done in engines that are ours, or were given to us, and in no others
     cpu       what the CPU backend computes wrong, mended
     text_only vision-language models without torchvision
-    adapters  which LoRA adapters a worker serves, and how
+    adapters  which modules a worker wrapped for LoRA
 
 Nothing here changes an engine, or a request, that does not come from this package or was given to it.
 """
