@@ -800,7 +800,7 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
     record = loading.Record(SimpleNamespace(model=str(mine)))
     calls = []
 
-    def call(method, *args):
+    async def call(method, *args):
         calls.append((method, *args))
         if args[:1] == (ADOPT,):
             raise RuntimeError("out of memory")
@@ -808,7 +808,7 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
 
     os.utime(mine / "model.safetensors", ns=(0, 0))
     with pytest.raises(WeightsError, match=r"out of memory.* could not be put back .*have changed since the engine"):
-        loading.drive(record.loading(checkpoint.Checkpoint(folders[1]), None), call)
+        loading.run_sync(record.load(call, checkpoint.Checkpoint(folders[1]), None))
     assert calls[-1] == ("set_weight_version", "unknown")
     assert sum(PREPARE in call for call in calls) == 1
 

@@ -3,15 +3,15 @@
     nothing stands in the way -> every worker loads beside what serves, and compares (plugin/weights.py)
         -> every worker takes over -> prefix cache emptied -> version stamped
 
-Steps are generators that yield calls and get their results, so that one description serves engines that are called and engines
-that are awaited. What fails before the workers take over has touched nothing. What fails, or is interrupted, after it is taken
-back: the workers load what served before, and the version stays.
+Steps await their calls, so that one description serves an engine that is awaited and, with :func:`run_sync`, one that is called.
+What fails before the workers take over has touched nothing. What fails, or is interrupted, after it is taken back: the workers load
+what served before, and the version stays.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ _NAME_THE_SOURCE = (
     "pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes the load"
 )
 
-# What to do with an engine, one call at a time, and what the calls returned.
-Steps = Generator[tuple[Any, ...], Any, Any]
+# Calls a method of an engine by its name.
+Call = Callable[..., Awaitable[Any]]
 
 
 class NeedsNewEngineError(WeightsError):
@@ -108,14 +108,14 @@ class Record:
         ours = read(self._start.model, revision=engine.revision or "main")  # engine.model is what vLLM reloaded last
         refuse_another_model(ours, read(folder), str(folder))
 
-    def loading(self, checkpoint: Checkpoint, version: int | None) -> Steps:
-        """Yield the calls that make an engine serve a checkpoint, or go on serving what it did; return the new version."""
-        before = yield ("get_weight_version",)
+    async def load(self, call: Call, checkpoint: Checkpoint, version: int | None) -> int:
+        """Make an engine serve a checkpoint, or go on serving what it did; return the new version."""
+        before = await call("get_weight_version")
         version = self.next_version(before, version)
-        yield from _asking_for_the_plugin()
-        yield from _emptying_the_cache()
+        await _ask_for_the_plugin(call)
+        await _empty_the_cache(call)
         try:
-            yield from _preparing(str(checkpoint.folder))
+            await _prepare(call, str(checkpoint.folder))
         except NeedsNewEngineError:
             raise
         except Exception as error:
@@ -123,9 +123,9 @@ class Record:
                 f"the weights could not be loaded ({error}). Nothing was touched: version {_name(before)} goes on serving"
             ) from error
         try:
-            yield from self._adopting(checkpoint, version)
+            await self._adopt(call, checkpoint, version)
         except BaseException as error:
-            yield from self._taking_back(before, error)
+            await self._take_back(call, before, error)
             if not isinstance(error, Exception):  # Ctrl-C, an event loop that ends
                 raise
             raise WeightsError(
@@ -133,76 +133,76 @@ class Record:
             ) from error
         return version
 
-    def taking_over(self, version: int | None) -> Steps:
-        """Yield the calls that make the engine serve what others loaded, whole, and under a version; return it.
+    async def take_over(self, call: Call, version: int | None) -> int:
+        """Make the engine serve what others loaded, whole, and under a version; return it.
 
         Workers note the folder that vLLM's ``reload_weights`` was told: it is loaded again, our way. Where nobody loaded anything,
         the engine is compared with what was pushed last, as far as a load leaves weights as it reads them, and left alone.
         """
-        version = self.next_version((yield ("get_weight_version",)), version)
-        yield from _asking_for_the_plugin()
-        yield ("set_weight_version", _UNKNOWN)  # until all of it is done
-        loads = [load for worker in (yield ("collective_rpc", LAST_LOAD)) for load in worker]
+        version = self.next_version(await call("get_weight_version"), version)
+        await _ask_for_the_plugin(call)
+        await call("set_weight_version", _UNKNOWN)  # until all of it is done
+        loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
         if None in loads or len(set(loads)) > 1:
             raise WeightsError(f"weights were loaded into the engine, and nothing says which: {_NAME_THE_SOURCE}")
         if loads:
             checkpoint = Checkpoint(Path(loads[0]))
             self.refuse_another_model(checkpoint.folder)
             try:
-                yield from _preparing(loads[0])
+                await _prepare(call, loads[0])
             except NeedsNewEngineError:
                 raise
             except Exception as error:
                 raise WeightsError(
                     f"{loads[0]!r}, which reload_weights was told, could not be loaded again ({error}): {_NAME_THE_SOURCE}"
                 ) from error
-            yield from self._adopting(checkpoint, version)
+            await self._adopt(call, checkpoint, version)
             return version
-        yield from _preparing(self.folder)
-        is_same = all((yield ("collective_rpc", SERVES)))
-        yield ("collective_rpc", DISCARD)
+        await _prepare(call, self.folder)
+        is_same = all(await call("collective_rpc", SERVES))
+        await call("collective_rpc", DISCARD)
         if not is_same:
             raise WeightsError(
                 f"the weights in the engine are neither those that were pushed last nor its own: {_NAME_THE_SOURCE}"
             )
-        yield from _emptying_the_cache()
-        yield ("set_weight_version", str(version))
+        await _empty_the_cache(call)
+        await call("set_weight_version", str(version))
         self._served, self.last = (str(version), self._served[1]), version
         return version
 
-    def believing(self, version: int | None) -> Steps:
-        """Yield the calls that serve what others loaded, as it is; return its version."""
-        version = self.next_version((yield ("get_weight_version",)), version)
-        yield ("set_weight_version", _UNKNOWN)
-        yield from _emptying_the_cache()
-        yield ("set_weight_version", str(version))
+    async def believe(self, call: Call, version: int | None) -> int:
+        """Serve what others loaded, as it is; return its version."""
+        version = self.next_version(await call("get_weight_version"), version)
+        await call("set_weight_version", _UNKNOWN)
+        await _empty_the_cache(call)
+        await call("set_weight_version", str(version))
         self.last = version
         return version
 
-    def started_with(self, checkpoint: Checkpoint, version: int) -> Steps:
-        """Yield the call that gives the weights an engine was started with the version that they have elsewhere."""
-        yield ("set_weight_version", str(version))
+    async def started_with(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
+        """Give the weights that an engine was started with the version that they have elsewhere."""
+        await call("set_weight_version", str(version))
         self._served, self.last = (str(version), checkpoint), version
 
-    def _adopting(self, checkpoint: Checkpoint | None, version: int) -> Steps:
-        yield ("collective_rpc", ADOPT)
-        yield from _emptying_the_cache()
-        yield ("set_weight_version", str(version))
+    async def _adopt(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
+        await call("collective_rpc", ADOPT)
+        await _empty_the_cache(call)
+        await call("set_weight_version", str(version))
         self._served, self.last = (str(version), checkpoint), version
 
-    def _taking_back(self, before: str, error: BaseException) -> Steps:
+    async def _take_back(self, call: Call, before: str, error: BaseException) -> None:
         served, checkpoint = self._served
         try:
             if served != before:
                 raise WeightsError("others loaded it, and from where is not known")
             if checkpoint is None:
                 self._start.unchanged()
-            yield from _preparing(self.folder)
-            yield ("collective_rpc", ADOPT)
-            yield from _emptying_the_cache()
-            yield ("set_weight_version", before)
+            await _prepare(call, self.folder)
+            await call("collective_rpc", ADOPT)
+            await _empty_the_cache(call)
+            await call("set_weight_version", before)
         except BaseException as second:
-            yield ("set_weight_version", _UNKNOWN)
+            await call("set_weight_version", _UNKNOWN)
             for interrupt in (second, error):
                 if not isinstance(interrupt, Exception):
                     raise interrupt from None
@@ -212,19 +212,19 @@ class Record:
             ) from error
 
 
-def _preparing(folder: str | None) -> Steps:
+async def _prepare(call: Call, folder: str | None) -> None:
     """Let every worker load a folder beside what it serves; nothing that serves is touched.
 
     Raises:
         NeedsNewEngineError: the serving model cannot take the weights over.
     """
     try:
-        answers = yield ("collective_rpc", PREPARE, None, (folder,))
+        answers = await call("collective_rpc", PREPARE, None, (folder,))
         if obstacles := [obstacle for answer in answers for obstacle in answer]:
             more = f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else ""
             raise NeedsNewEngineError("; ".join(obstacles[:3]) + more)
     except BaseException:
-        yield ("collective_rpc", DISCARD)
+        await call("collective_rpc", DISCARD)
         raise
 
 
@@ -232,9 +232,9 @@ def _name(stamp: str) -> int | str:
     return 0 if stamp == INITIAL else stamp
 
 
-def _asking_for_the_plugin() -> Steps:
+async def _ask_for_the_plugin(call: Call) -> None:
     try:
-        yield ("collective_rpc", READY)
+        await call("collective_rpc", READY)
     except EngineError:
         raise
     except Exception as error:
@@ -244,42 +244,23 @@ def _asking_for_the_plugin() -> Steps:
         ) from error
 
 
-def _emptying_the_cache() -> Steps:
+async def _empty_the_cache(call: Call) -> None:
     """KV of other weights must not be read, nor that which a KV connector keeps (``kv_offloading_size``), which vLLM leaves alone
     unless it is asked. It returns False and keeps it while a block is in use."""
     is_running_too, is_connector_too = False, True
-    if not (yield ("reset_prefix_cache", is_running_too, is_connector_too)):
+    if not await call("reset_prefix_cache", is_running_too, is_connector_too):
         raise WeightsError(
             "the prefix cache could not be emptied: blocks are in use. Push when every request is finished"
         )
 
 
-def drive(steps: Steps, call: Callable[..., Any]) -> Any:
-    """Do the steps with calls that return; return what the steps do. What interrupts them is theirs to handle."""
-    send, value = steps.send, None
-    while True:
-        try:
-            send, value = steps.send, call(*send(value))
-        except StopIteration as end:
-            return end.value
-        except BaseException as error:
-            if steps.gi_frame is None:  # the steps' own error
-                raise
-            send, value = steps.throw, error
-
-
-async def drive_async(steps: Steps, call: Callable[..., Awaitable[Any]]) -> Any:
-    """Do the steps with calls that are awaited; return what the steps do. What interrupts them is theirs to handle."""
-    send, value = steps.send, None
-    while True:
-        try:
-            send, value = steps.send, await call(*send(value))
-        except StopIteration as end:
-            return end.value
-        except BaseException as error:
-            if steps.gi_frame is None:
-                raise
-            send, value = steps.throw, error
+def run_sync(steps: Coroutine[Any, Any, Any]) -> Any:
+    """Return what steps do whose calls never wait: an interrupt comes up inside of them, as everywhere else."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a call waited, and there is no event loop")
 
 
 def as_version(weight_version: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_kl.checkpoint import Checkpoint, Skeleton
-from vllm_kl.engines.loading import Record, drive, drive_async
+from vllm_kl.engines.loading import Record, run_sync
 from vllm_kl.engines.lock import EngineLock
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin import SWITCH
@@ -125,8 +125,9 @@ class LiveWeights:
     @property
     def version(self) -> int:
         with lock_of(self._engine).if_free() as is_free:
-            # Whoever has the engine generates, scores or pushes: until that ends, what served before serves.
-            return self._record.version(self._call("get_weight_version")) if is_free else self._record.last
+            if not is_free:  # whoever has it generates, scores or pushes: until that ends, what served before serves
+                return self._record.last
+            return self._record.version(run_sync(self._call("get_weight_version")))
 
     @property
     def skeleton(self) -> Skeleton:
@@ -143,7 +144,7 @@ class LiveWeights:
 
     def next_version(self, version: int | None = None) -> int:
         with lock_of(self._engine):
-            return self._record.next_version(self._call("get_weight_version"), version)
+            return self._record.next_version(run_sync(self._call("get_weight_version")), version)
 
     def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
         with lock_of(self._engine).replacing():
@@ -151,7 +152,7 @@ class LiveWeights:
                 raise WeightsError(
                     "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
                 )
-            return drive(self._record.loading(checkpoint, version), self._call)
+            return run_sync(self._record.load(self._call, checkpoint, version))
 
     def load_folder(self, folder: Path, *, version: int | None = None) -> int:
         """Serve a folder that others wrote; return its version.
@@ -169,15 +170,15 @@ class LiveWeights:
 
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
         """Serve what others loaded, compared with the checkpoint it came from; return its version."""
-        steps = self._record.taking_over if check else self._record.believing
+        steps = self._record.take_over if check else self._record.believe
         with lock_of(self._engine).replacing():
-            return drive(steps(version), self._call)
+            return run_sync(steps(self._call, version))
 
     def started_with(self, checkpoint: Checkpoint, version: int) -> None:
         """Give the weights that this engine was started with the version that they have elsewhere."""
-        drive(self._record.started_with(checkpoint, version), self._call)
+        run_sync(self._record.started_with(self._call, checkpoint, version))
 
-    def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: Any) -> Any:
         with self._record.telling_of_death(), _not_waiting_for_the_dead(self._engine.engine_core):
             return getattr(self._engine, method)(*args)
 
@@ -231,9 +232,9 @@ class AsyncWeights:
         async with _TURNS.setdefault(self._engine, asyncio.Lock()):
             try:
                 await self._call("pause_generation", mode="wait")
-                with contextlib.suppress(Exception):  # loading() tells of a plugin that is missing
+                with contextlib.suppress(Exception):  # load() tells of a plugin that is missing
                     await self._call("collective_rpc", TAKE, None, (os.getpid(),))
-                return await drive_async(self._record.loading(checkpoint, version), self._call)
+                return await self._record.load(self._call, checkpoint, version)
             finally:
                 await self._call("resume_generation")
 
