@@ -245,75 +245,44 @@ def _stored_assistant_mask(
 def _prompt_lengths(
     prompts: list[torch.Tensor], full: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys
 ) -> list[int] | str:
-    """Return how many of its real ids each sample's prompt has, or why nobody can know.
+    """Return how many of its real ids each sample's prompt has, or why that is not known.
 
-    A batch of prompts is read in every way in which all its rows begin their sequences: as columns of the full rows,
-    padding included (TorchRL's layout); as ids without padding; as ids padded on one side, apart from the full rows.
-    No mask of the prompts is stored, so an id counts as their padding only if it pads the full rows or is the
-    tokenizer's pad, and only where the ids beside it begin the sequence. Ways that differ are not chosen between.
+    The prompts of a batch are the first columns of the full rows, padding included (TorchRL's layout), or the first ids without
+    padding. Prompts of one width may be padded in another way, for which no mask is stored: where they end with an id that pads the
+    full rows, or is the tokenizer's pad, nobody can tell.
     """
     name = f"{nested(keys.tokens_key, 'prompt')} {{}} {nested(keys.tokens_key, 'full')}".format
     real = [row[c] for row, c in zip(full, columns, strict=True)]
-    edges = {int(p[end]) for p in prompts if len(p) for end in (0, -1)}
-    hidden = torch.cat([row[~torch.isin(torch.arange(len(row)), c)] for row, c in zip(full, columns, strict=True)])
-    pads = sorted(edges & {*hidden.tolist(), getattr(keys.tokenizer, "pad_token_id", None)})
     in_place = [
-        {int((c < len(p)).sum())} if torch.equal(p, row[: len(p)]) else set()
+        int((c < len(p)).sum()) if torch.equal(p, row[: len(p)]) else None
         for p, row, c in zip(prompts, full, columns, strict=True)
     ]
-    unpadded = [{len(p)} if torch.equal(p, ids[: len(p)]) else set() for p, ids in zip(prompts, real, strict=True)]
-    ways = [way for way in (in_place, unpadded) if all(way)]
-    if ways and len({len(p) for p in prompts}) > 1:
-        pads = []  # prompts of different widths were not padded to one
-    padded = [
-        [_padded_lengths(p, ids, pad, side) for p, ids in zip(prompts, real, strict=True)]
-        for pad in pads
-        for side in ("left", "right")
-    ]
-    ways += [way for way in padded if all(way)]
+    unpadded = [len(p) if torch.equal(p, ids[: len(p)]) else None for p, ids in zip(prompts, real, strict=True)]
+    ways = [way for way in (in_place, unpadded) if None not in way]
     if not ways:
-        nearest = max((in_place, unpadded, *padded), key=lambda way: sum(map(bool, way)))
-        i = [bool(lengths) for lengths in nearest].index(False)
-        views = [*(_strip(prompts[i], pad, side) for pad in pads for side in ("left", "right")), prompts[i]]
-        ids, at = max(((view, _num_common(view, real[i])) for view in views), key=lambda f: (f[1], -len(f[0])))
-        wrong = f"after {at} ids that fit, its padding is unlike that of the other prompts"
-        if at < len(ids):
-            expected = int(real[i][at]) if at < len(real[i]) else "the end of the row"
-            wrong = f"its token {at} is {int(ids[at])}, expected {expected}"
-        return f"sample {i}: {name('does not begin')}: {wrong}. Where the response begins is not known."
-    for i, ways_of_sample in enumerate(zip(*ways, strict=True)):
-        lengths = sorted(set().union(*ways_of_sample) - {0}) or [0]  # nothing only where it can be nothing else
-        if len(lengths) > 1:
+        way, rows = max(((in_place, full), (unpadded, real)), key=lambda w: len(prompts) - w[0].count(None))
+        i = way.index(None)
+        prompt, row = prompts[i].tolist(), rows[i].tolist()
+        at = next(t for t, token in enumerate(prompt) if row[t : t + 1] != [token])
+        expected = row[at] if at < len(row) else "the end of the row"
+        return (
+            f"sample {i}: {name('does not begin')}: its token {at} is {prompt[at]}, expected {expected}. Prompts must be the first "
+            "columns of the full rows, padding included, or the first ids without padding."
+        )
+    pads: set[int | None] = set()
+    if len({len(p) for p in prompts}) == 1:
+        hidden = [row[~torch.isin(torch.arange(len(row)), c)] for row, c in zip(full, columns, strict=True)]
+        pads = {*torch.cat(hidden).tolist(), getattr(keys.tokenizer, "pad_token_id", None)}
+    for i, readings in enumerate(zip(*ways, strict=True)):
+        shortest, longest = min(readings), max(readings)
+        while shortest and int(real[i][shortest - 1]) in pads:
+            shortest -= 1
+        if shortest < longest:
             return (
-                f"sample {i}: {name('begins')} with {lengths[0]} tokens or with {lengths[-1]}: the ids "
-                f"at its ends are padding or tokens ({pads} pad rows of this batch, or are the tokenizer's pad)."
+                f"sample {i}: {name('begins')} with {shortest} tokens or with {longest}: the ids at its end are padding or "
+                "tokens. Take the padding off the prompts."
             )
-        prompts[i] = real[i][: lengths[0]]
-    return [len(prompt) for prompt in prompts]
-
-
-def _strip(prompt: torch.Tensor, pad: int, side: str) -> torch.Tensor:
-    """Return a prompt without the pad ids on one side."""
-    kept = (prompt != pad).nonzero()[:, 0].tolist() or [len(prompt) if side == "left" else -1]
-    return prompt[kept[0] :] if side == "left" else prompt[: kept[-1] + 1]
-
-
-def _padded_lengths(prompt: torch.Tensor, ids: torch.Tensor, pad: int, side: str) -> set[int]:
-    """Return with how many tokens a prompt that is padded on one side can begin ``ids``; pad ids may be tokens too."""
-    shortest = len(_strip(prompt, pad, side))
-    first = ids[:1] if side == "left" else ids[shortest : shortest + 1]  # what a longer prompt puts a pad id on
-    longest = min(len(prompt), len(ids)) if first.tolist() == [pad] else shortest
-    return {
-        n
-        for n in range(max(shortest, 1), longest + 1)
-        if torch.equal(prompt[len(prompt) - n :] if side == "left" else prompt[:n], ids[:n])
-    }
-
-
-def _num_common(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Return how many tokens two sequences have in common before the first that differs."""
-    pairs = enumerate(zip(a.tolist(), b.tolist(), strict=False))
-    return next((t for t, (x, y) in pairs if x != y), min(len(a), len(b)))
+    return ways[0]
 
 
 def _template_mask(td: TensorDictBase, token_ids: Sequence[torch.Tensor], keys: InputKeys) -> torch.Tensor:
