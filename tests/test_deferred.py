@@ -267,7 +267,10 @@ class TestErrors:
         longest(int(lengths.max()) - 1)
         data = rollout(transform)
         before = set(data["next"].keys(True))
-        message = rf"row {worst[0]} of env step {STEPS + worst[1]}: sample \[{worst[0]}, {worst[1]}\] of this batch: sample 0 has"
+        message = (
+            rf"row {worst[0]} of env step {STEPS + worst[1]}: sample \[{worst[0]}, {worst[1]}\] of this batch: "
+            rf"sample {worst[0]} has"
+        )
         for _ in range(2):
             with pytest.raises(InputError, match=message):
                 fill_deferred(data)

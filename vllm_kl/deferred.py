@@ -29,7 +29,7 @@ from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack
 from torchrl.envs import Transform
 
 from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError, VLLMKLError, WeightsError
+from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.inputs import rows_of
 from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
@@ -47,15 +47,6 @@ PENDING = "kl_pending"
 Write = Callable[[TensorDictBase, Scored], TensorDictBase]
 
 
-class _StepError(Exception):
-    """What went wrong in the thread, and with which sample of the step, if it is known."""
-
-    def __init__(self, error: Exception, row: int | None) -> None:
-        super().__init__(error, row)
-        self.error = error
-        self.row = row
-
-
 class Step:
     """One env step whose reference log-probs were asked for. Finished oldest first, each once."""
 
@@ -70,7 +61,7 @@ class Step:
         self._previous = (
             previous  # not finished yet; held even if its batch is not, because a schedule of coeff counts it
         )
-        self._outcome: list[TensorDictBase] | _StepError = []
+        self._outcome: list[TensorDictBase] | Exception = []
         weakref.finalize(self, future.cancel)  # without effect on one that is being scored
 
     @property
@@ -82,7 +73,7 @@ class Step:
         """Return what each sample of the step gets; wait for it.
 
         Raises:
-            _StepError: the step could not be scored.
+            Exception: the step could not be scored.
         """
         with self.owner.finishing:
             unfinished: list[Step] = []
@@ -92,7 +83,7 @@ class Step:
                 step = step._previous
             for step in reversed(unfinished):
                 step._finish()
-        if isinstance(self._outcome, _StepError):
+        if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
 
@@ -101,10 +92,8 @@ class Step:
             scored = self._future.result()
             self.version = scored.origin.version
             self._outcome = list(self._write(scored).unbind(0))
-        except _StepError as failed:
-            self._outcome = failed
         except Exception as error:
-            self._outcome = _StepError(error, None)
+            self._outcome = error
         self._future = self._previous = None
 
 
@@ -308,14 +297,14 @@ def _fill(td: TensorDictBase) -> TensorDictBase:
 def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handle, ...]]) -> TensorDictBase:
     try:
         return handle.step.results()[handle.row]
-    except _StepError as failed:
-        error = failed.error
+    except Exception as error:
         rows = {h.row: i for i, handles in enumerate(waiting) for h in handles if h.step is handle.step}
         where = f"env step {handle.step.number}, of which this batch has sample {place(i, shape)} and maybe more"
-        if failed.row is not None:
-            at = rows.get(failed.row)
+        row = getattr(error, "sample", None)
+        if row is not None:
+            at = rows.get(row)
             found = "not in this batch" if at is None else f"sample {place(at, shape)} of this batch"
-            where = f"row {failed.row} of env step {handle.step.number}: {found}"
+            where = f"row {row} of env step {handle.step.number}: {found}"
         if isinstance(error, VLLMKLError):
             raise type(error)(f"{where}: {error}") from error
         error.add_note(f"vllm_kl: {where}")
@@ -341,26 +330,13 @@ def _score(side: Side, batch: TokenBatch, temperature: float, expected_version: 
             f"the reference's temperature was changed from {temperature:g} to {now:g} after this step was submitted and before it "
             "was scored. Fill batches in (fill_deferred) before it is changed"
         )
-    ask = functools.partial(scores, side, td=TensorDict(), collector=None, temperature=temperature, detach=True)
-    try:
-        scored = ask(batch=batch)
-    except (InputError, MissingLogProbError) as error:
-        # Messages count samples in ways of their own (of those sent, of a step): who fails alone is the one.
-        raise _StepError(error, next((i for i in range(len(batch)) if _fails(ask, batch.select([i]))), None)) from error
+    scored = scores(side, batch, TensorDict(), None, temperature=temperature, detach=True)
     if expected_version is not None and scored.origin.version != expected_version:
         raise WeightsError(
             f"the reference was refreshed after this step was submitted for version {expected_version} and before it was scored, "
             f"by version {scored.origin.version}. Fill batches in (fill_deferred) before a refresh"
         )
     return scored
-
-
-def _fails(ask: Callable[..., Any], batch: TokenBatch) -> bool:
-    try:
-        ask(batch=batch)
-    except (InputError, MissingLogProbError):
-        return True
-    return False
 
 
 def _write_apart(

@@ -35,6 +35,8 @@ __all__ = [
 class VLLMKLError(Exception):
     """The base of all errors of this package."""
 
+    sample: int | None = None  # of the batch that was scored, where it is one that failed
+
 
 class InputError(VLLMKLError, ValueError):
     """A sequence, a mask or a tensordict entry that cannot be scored. Names the sample and the cure."""

@@ -22,7 +22,7 @@ from vllm_kl.alignment import scored_spans, spread
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.transformers import TransformersScorer
-from vllm_kl.errors import InputError, MissingLogProbError, OptionError
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
 from vllm_kl.generated import adapter_id
 from vllm_kl.inputs import nested, rows_of
 from vllm_kl.placeholders import Placeholders
@@ -61,11 +61,16 @@ def _score(scorer: Scorer, token_ids: list[torch.Tensor], starts: list[int]) -> 
     return scorer.score(token_ids, starts), serving_version(scorer)
 
 
-def _of_samples(error: Exception, sent: list[int]) -> Exception:
+def _of_samples(error: VLLMKLError, sent: list[int]) -> VLLMKLError:
     """Return an error that names the batch's sample in the place of the sequence that a scorer was sent."""
-    names = {str(n): f"sample {i}" for n, i in enumerate(sent)}
-    text = re.sub(r"\b(?:sequence|sample) (\d+)", lambda at: names.get(at[1], at[0]), str(error), count=1)
-    return type(error)(text)
+    text = str(error)
+    found = re.search(r"\b(?:sequence|sample) (\d+)", text)
+    if found is None or int(found[1]) >= len(sent):
+        return type(error)(text)
+    sample = sent[int(found[1])]
+    named = type(error)(f"{text[: found.start()]}sample {sample}{text[found.end() :]}")
+    named.sample = sample
+    return named
 
 
 def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
