@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -25,10 +26,12 @@ from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
 from vllm_kl.engines import loading
+from vllm_kl.engines import weights as weights_module
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
 from vllm_kl.plugin import adoption
 from vllm_kl.plugin.weights import ADOPT, PREPARE, READY
 from vllm_kl.sync import (
+    EnginePolicyVersion,
     VLLMSyncScheme,
     VLLMWeightUpdater,
     finish_update,
@@ -798,6 +801,7 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
     mine = tmp_path / "model"
     shutil.copytree(folders[0], mine)
     record = loading.Record(SimpleNamespace(model=str(mine)))
+    record.is_as_started = True
     calls = []
 
     async def call(method, *args):
@@ -1115,6 +1119,36 @@ def test_weights_that_came_another_way_are_put_back_when_a_push_after_them_fails
     with pytest.raises(WeightsError, match=f"{NORM}.*Nothing was touched: version {version}"):
         push_weights(llm, broken)
     assert weights_of(llm).version == version
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+@pytest.mark.parametrize("is_pushed", [False, True])
+def test_weights_that_others_loaded_before_have_no_version_until_they_are_counted(
+    llm, folders, states, oracles, monkeypatch, is_pushed
+):
+    push_weights(llm, states[0])
+    monkeypatch.setattr(weights_module, "_RECORDS", weakref.WeakKeyDictionary())  # an engine that nobody gave to us yet
+    llm.update_weight_version("default")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
+    scorer = VLLMScorer(llm)
+    assert scorer.weight_version is None
+    assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+    scorer.score([IDS])
+    assert scorer.stats.weight_version is None
+    with pytest.raises(WeightsError, match=r"others loaded weights into this engine before .*finish_update\(engine\)"):
+        EnginePolicyVersion(llm)
+    with monkeypatch.context() as patch:
+        adopt = adoption.adopt
+
+        def fail(found):
+            adopt(found)
+            raise RuntimeError("a worker died")
+
+        patch.setattr(adoption, "adopt", fail)
+        with pytest.raises(WeightsError, match="could not be put back .others loaded it, and from where is not known"):
+            push_weights(llm, states[2])
+    assert (push_weights(llm, states[1]) if is_pushed else finish_update(llm, source=folders[1])) == 1
+    assert scorer.weight_version == EnginePolicyVersion(llm).version == 1
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 

@@ -23,7 +23,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.engines.generate import versions_told
-from vllm_kl.engines.weights import lock_of
+from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.sample_rows import entries_of
 from vllm_kl.types import Origin
 
@@ -57,7 +57,7 @@ class Watch:
         else:
             with lock_of(llm_engine).generating(opens_step=threading.get_ident() in self._scoring):
                 outputs = self.unwatched(*args, **kwargs)
-        is_counted = llm_engine is not None
+        is_counted = llm_engine is not None and LiveWeights(llm_engine).is_as_started
         _made.set([_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs])
         return outputs
 

@@ -203,10 +203,16 @@ class EnginePolicyVersion(PolicyVersion):
         """The version that the engine serves now. A run that is resumed sets it: its engine began again at 0.
 
         Raises:
-            WeightsError: when set: to less than the engine's, or the engine's weights are not those it was started with or that
-                were pushed last.
+            WeightsError: others loaded weights into the engine before it was given to this package. When set: to less than the
+                engine's, or the engine's weights are not those it was started with or that were pushed last.
         """
-        return self._weights.version
+        version = self._weights.version
+        if version is None:
+            raise WeightsError(
+                "others loaded weights into this engine before it was given to vllm_kl: which version serves is not known. Call "
+                "finish_update(engine), which loads them again and counts them"
+            )
+        return version
 
     @version.setter
     def version(self, version: int) -> None:
@@ -261,8 +267,9 @@ class _Pusher:
     def register(self, collector: Any) -> None:
         self._collectors.append(weakref.ref(collector))
         watch(policy_of(collector))
-        for tracker in self._counting():
-            tracker.version = weights_of(self._engine).version
+        version = weights_of(self._engine).version
+        for tracker in self._counting() if version is not None else ():
+            tracker.version = version
 
     def push(self, weights: Any, *, collector_counts: bool = False) -> int:
         version = push_weights(self._engine, weights)

@@ -54,16 +54,18 @@ class Record:
         self._start = Start(model_config.model)
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
-        self.last = 0  # the last version that is known to have served
+        self.last: int | None = 0  # the last version that is known to have served; None: none is
+        # Nobody had loaded anything into the engine when it came to us; None: its workers were not asked.
+        self.is_as_started: bool | None = None
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version after the engine's own or, where that is not known, after the last that was."""
-        is_number = stamp == INITIAL or stamp.isdigit()
-        return next_version(self.version(stamp) if is_number else self.last, version)
+        serves = self.version(stamp) if stamp == INITIAL or stamp.isdigit() else None
+        return next_version(serves or self.last or 0, version)
 
-    def version(self, stamp: str) -> int:
-        """Return what the engine says as a number, and remember it."""
-        self.last = as_version(stamp)
+    def version(self, stamp: str) -> int | None:
+        """Return what the engine says as a number, and remember it; ``None``: it serves what others loaded before it came to us."""
+        self.last = None if stamp == INITIAL and not self.is_as_started else as_version(stamp)
         return self.last
 
     @contextlib.contextmanager
@@ -193,7 +195,7 @@ class Record:
     async def _take_back(self, call: Call, before: str, error: BaseException) -> None:
         served, checkpoint = self._served
         try:
-            if served != before:
+            if served != before or (checkpoint is None and not self.is_as_started):
                 raise WeightsError("others loaded it, and from where is not known")
             if checkpoint is None:
                 self._start.unchanged()

@@ -21,6 +21,7 @@ from vllm_kl.engines.lock import EngineLock
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin import SWITCH
 from vllm_kl.plugin.taken import TAKE
+from vllm_kl.plugin.weights import LAST_LOAD
 
 logger = logging.getLogger("vllm_kl")
 
@@ -31,8 +32,8 @@ class Weights(Protocol):
     """What can be asked of an engine's weights."""
 
     @property
-    def version(self) -> int:
-        """The version that serves; 0: those that the engine was started with."""
+    def version(self) -> int | None:
+        """The version that serves; 0: those that the engine was started with; ``None``: what others loaded before it came to us."""
         ...
 
     @property
@@ -80,14 +81,19 @@ def _record_of(engine: Any) -> Record:
 
 
 def _take(llm_engine: Any) -> None:
-    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once."""
-    if llm_engine in _RECORDS:
+    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once; note whether it serves what it was started with."""
+    record = _record_of(llm_engine)
+    if record.is_as_started is not None:
         return
+    record.is_as_started = False  # unless its workers say so
     try:
         with lock_of(llm_engine):
             answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
             if any(answers):
                 llm_engine.reset_prefix_cache()
+            record.is_as_started = not any(llm_engine.collective_rpc(LAST_LOAD))
+            with contextlib.suppress(WeightsError):  # a version that is no number
+                record.version(llm_engine.get_weight_version())
     except Exception as error:
         logger.warning(
             "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
@@ -123,11 +129,16 @@ class LiveWeights:
         self._asleep = contextlib.ExitStack()
 
     @property
-    def version(self) -> int:
+    def version(self) -> int | None:
         with lock_of(self._engine).if_free() as is_free:
             if not is_free:  # whoever has it generates, scores or pushes: until that ends, what served before serves
                 return self._record.last
             return self._record.version(run_sync(self._call("get_weight_version")))
+
+    @property
+    def is_as_started(self) -> bool:
+        """Whether nobody had loaded weights into the engine before it came to us: its initial version is 0."""
+        return bool(self._record.is_as_started)
 
     @property
     def skeleton(self) -> Skeleton:
@@ -215,7 +226,8 @@ class AsyncWeights:
     def skeleton(self) -> Skeleton:
         return self._record.skeleton
 
-    async def version(self) -> int:
+    async def version(self) -> int | None:
+        await self._take()
         return self._record.version(await self._call("get_weight_version"))
 
     async def next_version(self, version: int | None = None) -> int:
@@ -232,11 +244,17 @@ class AsyncWeights:
         async with _TURNS.setdefault(self._engine, asyncio.Lock()):
             try:
                 await self._call("pause_generation", mode="wait")
-                with contextlib.suppress(Exception):  # load() tells of a plugin that is missing
-                    await self._call("collective_rpc", TAKE, None, (os.getpid(),))
+                await self._take()
                 return await self._record.load(self._call, checkpoint, version)
             finally:
                 await self._call("resume_generation")
+
+    async def _take(self) -> None:
+        if self._record.is_as_started is None:
+            self._record.is_as_started = False
+            with contextlib.suppress(Exception):  # load() tells of a plugin that is missing
+                await self._call("collective_rpc", TAKE, None, (os.getpid(),))
+                self._record.is_as_started = not any(await self._call("collective_rpc", LAST_LOAD))
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         name = {"set_weight_version": "update_weight_version"}.get(method, method)
