@@ -151,7 +151,8 @@ class TestLock:
         pool = ThreadPoolExecutor(1)
 
         def generate():
-            with lock.generating(opens_step=True):
+            lock.score_here()
+            with lock.generating():
                 pass
 
         pool.generate = lambda: pool.submit(generate)
@@ -179,7 +180,8 @@ class TestLock:
         push.result(WITHIN_S)
 
     def test_a_step_of_its_own_thread_is_not_waited_for(self, lock):
-        with lock.generating(opens_step=True):
+        lock.score_here()
+        with lock.generating():
             pass
         with lock.replacing():
             pass
@@ -190,7 +192,7 @@ class TestLock:
         with ThreadPoolExecutor(1) as pool:
 
             def generate():
-                with lock.generating(opens_step=False):
+                with lock.generating():
                     return time.monotonic()
 
             time.sleep(0.1)
@@ -209,7 +211,8 @@ class TestLock:
 
     def test_a_thread_that_ended_keeps_nobody(self, lock, pushing):
         def generate():
-            with lock.generating(opens_step=True):
+            lock.score_here()
+            with lock.generating():
                 pass
 
         thread = threading.Thread(target=generate)

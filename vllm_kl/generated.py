@@ -13,7 +13,6 @@ Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``Comple
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -24,7 +23,6 @@ from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.engines.generate import versions_told
 from vllm_kl.engines.weights import LiveWeights, lock_of
-from vllm_kl.sample_rows import entries_of
 from vllm_kl.types import Origin
 
 # Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
@@ -43,7 +41,6 @@ class Watch:
     def __init__(self, policy: vLLMWrapper) -> None:
         self.unwatched = policy._call_generate
         self._policy = policy
-        self._scoring: set[int] = set()  # threads that score what they generate
         self.last: Any = None  # sampling parameters; None: nothing yet
         self.has_varied = False
 
@@ -55,20 +52,11 @@ class Watch:
         if llm_engine is None:  # TorchRL's AsyncVLLM, an actor
             outputs = self.unwatched(*args, **kwargs)
         else:
-            with lock_of(llm_engine).generating(opens_step=threading.get_ident() in self._scoring):
+            with lock_of(llm_engine).generating():
                 outputs = self.unwatched(*args, **kwargs)
         is_counted = llm_engine is not None and LiveWeights(llm_engine).is_as_started
         _made.set([_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs])
         return outputs
-
-    def score_here(self) -> None:
-        """This thread scores what it generates: weights stay until it says :meth:`scored`."""
-        self._scoring.add(threading.get_ident())
-
-    def scored(self) -> None:
-        """This thread has scored what it generated."""
-        if (llm_engine := engine_of(self._policy)) is not None:
-            lock_of(llm_engine).close_step()
 
 
 class _Telling:
@@ -104,13 +92,11 @@ def watch(policy: Any) -> Watch | None:
 
 def generated_by(td: TensorDictBase) -> list[Origin] | None:
     """Return which weights generated each row of a one-dimensional batch; ``None``: its policy does not tell."""
-    if td.get(GENERATED_BY, default=None) is None:
+    told = td.get(GENERATED_BY, default=None)
+    if told is None:
         return None
-    columns = (entries_of(td, (GENERATED_BY, name)) for name in ("version", "last_version", "adapter"))
-    return [
-        Origin(*(None if n == UNKNOWN else n for n in (v, adapter, last)))
-        for v, last, adapter in zip(*columns, strict=True)
-    ]
+    columns = (told[name].reshape(-1).tolist() for name in ("version", "adapter", "last_version"))
+    return [Origin(*(None if n == UNKNOWN else n for n in row)) for row in zip(*columns, strict=True)]
 
 
 def _as_tensordict(origins: list[Origin], out: TensorDictBase) -> TensorDict:
@@ -122,7 +108,10 @@ def _as_tensordict(origins: list[Origin], out: TensorDictBase) -> TensorDict:
 def _origin_of(output: Any, completion: Any, is_counted: bool) -> Origin:
     """Return what vLLM says of one completion. One that straddles an update is of two versions."""
     first, last = versions_told(completion, is_counted=is_counted)
-    return Origin(first, adapter_id(output.lora_request), None if last == first else last)
+    adapter = adapter_id(output.lora_request)
+    if first == last or None in (first, last):
+        return Origin(first if first == last else None, adapter)
+    return Origin(first, adapter, last)
 
 
 def engine_of(policy: Any) -> Any:

@@ -397,7 +397,10 @@ class RetrieveKL(TurnsTransform, KLTransform):
             self._gen.close_step(self._collector())
 
     def _sampled(self, td: TensorDictBase) -> list[Origin]:
-        return generated_by(td) or [] if self._is_step else origins(td)
+        if not self._is_step:
+            return origins(td)
+        # Generated just now, by the policy: only of its own weights is it asked whether they were replaced since.
+        return (generated_by(td) or []) if isinstance(self._gen, FromCollector) else []
 
     def _write_kl(
         self,

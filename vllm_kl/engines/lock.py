@@ -13,6 +13,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 logger = logging.getLogger("vllm_kl")
@@ -27,6 +28,7 @@ class EngineLock:
 
     def __init__(self) -> None:
         self._lock = threading.Condition(threading.RLock())
+        self._scorers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # who scores what it generates
         self._open: set[threading.Thread] = set()  # who generated what it has not scored yet
         self._num_replacing = 0
 
@@ -46,19 +48,19 @@ class EngineLock:
             if is_mine:
                 self._lock.release()
 
-    @contextlib.contextmanager
-    def generating(self, *, opens_step: bool) -> Iterator[None]:
-        """Have the lock in the block, after whoever waits to replace weights.
+    def score_here(self) -> None:
+        """What this thread generates is a step, open until :meth:`close_step`."""
+        self._scorers.add(threading.current_thread())
 
-        Args:
-            opens_step: what is generated will be scored by this thread, which then calls :meth:`close_step`.
-        """
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Have the lock in the block, after whoever waits to replace weights."""
         with self._lock:
             self.close_step()  # one that was generated before, and never scored
             while self._num_replacing:
                 self._lock.wait()
             yield
-            if opens_step:
+            if threading.current_thread() in self._scorers:
                 self._open.add(threading.current_thread())
 
     def close_step(self) -> None:
