@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -533,6 +534,30 @@ class TestBackground:
     ):
         shared = RetrieveLogProb(VLLMReference(VLLMScorer(policy_engine), tokenizer))
         assert len(set(run(shared, num_updates=3)["next", "policy_version"].tolist())) > 1
+
+
+def test_weights_stay_until_the_last_transform_has_scored_a_step_with_them(
+    make_collector, make_reference, steps, policy_engine
+):
+    model = AutoModelForCausalLM.from_pretrained(steps[1])
+    pushes = []
+    with ThreadPoolExecutor(1) as pool:
+
+        class PushElsewhere(Transform):
+            def _step(self, td, next_td):
+                pushes.append(pool.submit(push_weights, policy_engine, model))
+                time.sleep(0.5)
+                assert not pushes[0].done()
+                return next_td
+
+        again = {"gen_log_probs": "rescore", "add_to_reward": False}
+        other = {"gen_log_probs_full_key": ("g2", "full"), "ref_log_probs_full_key": ("r2", "full"), "kl_key": "kl2"}
+        first = RetrieveKL("from_collector", make_reference(), **again)
+        last = RetrieveKL("from_collector", make_reference(), **again, **other, mask_key=None, ref_version_key=None)
+        data = next(iter(make_collector(first, PushElsewhere(), last, num_batches=1)))
+        assert pushes[0].result(60) == 1
+    for sample in data.reshape(-1).unbind(0):
+        assert torch.equal(sample["next", "g2", "full"], sample["next", "log_probs", "full"])
 
 
 def test_an_update_between_generation_and_step_does_not_name_the_new_weights(make_collector, steps, policy_engine):

@@ -35,7 +35,7 @@ from vllm_kl.leaving import on_leaving
 from vllm_kl.log_prob import RetrieveLogProb
 from vllm_kl.outputs import declare
 from vllm_kl.penalty import KLTransform, Penalty
-from vllm_kl.recorded import OnZero
+from vllm_kl.recorded import OnZero, has_zeros
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import (
     ModelSide,
@@ -342,6 +342,8 @@ class RetrieveKL(TurnsTransform, KLTransform):
         is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
         if is_counted and not gen.is_recorded:
             check_stale(sampled, gen.origin, self.on_stale)
+        if self._is_step and not (gen.is_recorded and has_zeros(gen.values, batch.packed_keep)):
+            self._close_step()  # the policy is not asked any more: weights may be replaced while the reference is
         ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)
         are_zeros_settled, num_rescored = True, len(batch)
         if gen.is_recorded:
@@ -350,7 +352,6 @@ class RetrieveKL(TurnsTransform, KLTransform):
             are_zeros_settled, num_rescored = rescored is not None, len(rescored or ())
             if rescored and sampled:
                 check_stale([sampled[i] for i in rescored], gen.origin, self.on_stale)
-        self._close_step()
         if isinstance(self._gen, FromCollector):
             self._rescored = {"gen_rescored_samples": float(num_rescored)}
         # A step of a collector is part of a batch, whose versions are read when it leaves.
@@ -373,8 +374,10 @@ class RetrieveKL(TurnsTransform, KLTransform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         try:
             written = super()._step(tensordict, next_tensordict)
-        finally:
-            self._close_step()
+        except BaseException:
+            self._close_step(whoever_comes=True)
+            raise
+        self._close_step()
         on_leaving(self._collector(), self._check_batch)  # a step does not see the batch that it will be in
         return written
 
@@ -391,9 +394,12 @@ class RetrieveKL(TurnsTransform, KLTransform):
         follow(collector, engine_of(policy_of(collector)), getattr(self.ref_model, "scorer", None))
         return super()._reset_env_preprocess(tensordict)
 
-    def _close_step(self) -> None:
-        """What the policy generated is scored with its weights: they may be replaced while the reference is asked."""
-        if self._is_step and isinstance(self._gen, FromCollector):
+    def _close_step(self, whoever_comes: bool = False) -> None:
+        """Let the policy's weights be replaced, unless another such transform of this env comes yet, or will not."""
+        if not isinstance(self._gen, FromCollector):
+            return
+        asking = [it for it in self._neighbours() if isinstance(it, RetrieveKL) and isinstance(it._gen, FromCollector)]
+        if whoever_comes or asking[-1] is self:
             self._gen.close_step(self._collector())
 
     def _sampled(self, td: TensorDictBase) -> list[Origin]:
