@@ -76,9 +76,11 @@ def load_adapter(llm_engine: Any, lora_request: Any) -> None:
     adapter = _read(lora_request)
     wrapped = {_place(module) for module in _wrapped_modules(llm_engine)}
     if left_out := [module for module in adapter.modules if _place(module) not in wrapped]:
+        names = ", ".join(sorted({_last_name(module) for module in left_out}))
         raise WeightsError(
-            f"{name} has weights that the engine would leave out without a word: {_some(left_out)}. Make the engine with "
-            "lora_target_modules that name them, or without lora_target_modules if its LM head stays out"
+            f"{name} has weights that the engine would leave out without a word: {left_out[0]}, {len(left_out)} in all ({names}). "
+            "Make the engine with lora_target_modules that name them, or without lora_target_modules if its LM head stays out; an "
+            "adapter of another model cannot be served"
         )
     with lock_of(llm_engine):
         loaded = _LOADED.setdefault(llm_engine, {})
@@ -233,7 +235,3 @@ def _wrapped_modules(llm_engine: Any) -> list[str]:
             "the engine's processes. VLLM_PLUGINS, where it is set, must name vllm_kl"
         ) from error
     return [module for answer in answers for module in answer]
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} others" if len(names) > most else "")
