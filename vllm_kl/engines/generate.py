@@ -66,7 +66,6 @@ class GenerateEngine:
         self._lora_request = lora_request
         llm_engine = getattr(engine, "llm_engine", None)
         self._llm_engine = llm_engine
-        self._is_llm = llm_engine is not None
         reason = _why_not_token_ids(llm_engine)
         if readout == "pooling":
             raise ReadoutUnavailableError(
@@ -88,14 +87,14 @@ class GenerateEngine:
                 "this engine was made with kv_sharing_fast_prefill=True: it computes the last row of a prompt only, and would end "
                 "where more are asked for. Make it without"
             )
-        if self._is_llm:
+        if llm_engine is not None:
             check_adapter(llm_engine, lora_request)
         elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
             check_engine_args(engine.engine_args, lora_request)
         # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
         # each other's results.
-        self._lock = lock_of(llm_engine) if self._is_llm else contextlib.nullcontext()
-        self.weights = LiveWeights(llm_engine) if self._is_llm else None
+        self._lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
+        self.weights = None if llm_engine is None else LiveWeights(llm_engine)
         max_logprobs = getattr(config, "max_logprobs", -1)
         is_token_ids = readout != "flat" and not reason
         placeholders = placeholder_ids(_hf_config(engine))
@@ -163,7 +162,7 @@ class GenerateEngine:
         Raises:
             EngineError: somebody else's interrupted call left requests.
         """
-        if not self._is_llm:
+        if self._llm_engine is None:
             yield
             return
         if num := self._llm_engine.get_num_unfinished_requests():
@@ -198,7 +197,7 @@ class GenerateEngine:
         salt = uuid.uuid4().hex
         prompts = [TokensPrompt(prompt_token_ids=r.token_ids.tolist(), cache_salt=salt) for r in requests]
         adapter = {"lora_request": self._lora_request} if self._names_adapter else {}
-        if not self._is_llm:  # takes one set of parameters for all
+        if self._llm_engine is None:  # takes one set of parameters for all
             adapter = adapter if self._lora_request is not None else {}
             return self._generate(prompts, SamplingParams(**common, **self._readout.params(None)), **adapter)
         params = [
@@ -304,10 +303,6 @@ def _why_not_token_ids(llm_engine: Any) -> str:
     """Return why an engine cannot return log-probs of given ids; empty if it can."""
     if llm_engine is None:
         return "only a vllm.LLM takes parameters for each request"
-    from vllm import SamplingParams
-
-    if "prompt_logprob_token_ids" not in SamplingParams.__struct_fields__:
-        return "this vLLM has no prompt_logprob_token_ids; it came with 0.31"
     if not llm_engine.vllm_config.use_v2_model_runner:
         return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
     return ""
