@@ -26,9 +26,8 @@ TASK = "token_classify"  # the pooling task that both model runners accept
 class _Span(NamedTuple):
     """The rows of one request that this step computed and that are wanted."""
 
+    request: int  # its place in the step
     readout: Readout
-    ids: torch.Tensor  # [L], the request's tokens
-    state: Any  # where its rows are kept
     low: int  # first of them, counted in the request
     high: int
     offset: int  # of the first of them in the step's hidden states
@@ -54,33 +53,40 @@ class LogProbPooler(Pooler):
         cursor, states = pooling_metadata.get_pooling_cursor(), pooling_metadata.pooling_states
         # Requests that are not ours, vLLM's profile run among them, are scored from their second token on.
         readouts = [unpack(params.extra_kwargs) or Readout() for params in pooling_metadata.pooling_params]
-        ids = pooling_metadata.get_prompt_token_ids_cpu()
+        lengths = pooling_metadata.prompt_lens.tolist()
         highs, counts = cursor.seq_lens_cpu.tolist(), cursor.num_scheduled_tokens_cpu.tolist()
 
         spans, offset = defaultdict(list), 0
-        for i, (readout, high, count) in enumerate(zip(readouts, highs, counts, strict=True)):
-            first, last = max(readout.start - 1, high - count), min(high, len(ids[i]) - 1)
+        for i, (readout, length, high, count) in enumerate(zip(readouts, lengths, highs, counts, strict=True)):
+            first, last = max(readout.start - 1, high - count), min(high, length - 1)
             if first < last:
                 same = (readout.temperature, readout.top_k, readout.num_ids)
-                spans[same].append(_Span(readout, ids[i], states[i], first, last, offset + first - (high - count)))
+                spans[same].append(_Span(i, readout, first, last, offset + first - (high - count)))
             offset += count
         for group in spans.values():
-            values = self._read(hidden_states, group)
+            values = self._read(hidden_states, pooling_metadata.prompt_token_ids_cpu, group)
             for span, rows in zip(group, values.split([s.high - s.low for s in group]), strict=True):
-                span.state.hidden_states_cache.append((span.low, rows))
+                states[span.request].hidden_states_cache.append((span.low, rows))
 
-        lengths = pooling_metadata.prompt_lens.tolist()
         return [
             _collect(state, readout, length) if high == length else None
             for state, readout, length, high in zip(states, readouts, lengths, highs, strict=True)
         ]
 
-    def _read(self, hidden_states: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
-        """Return ``[N, num_columns]`` float32 of all spans' rows. They ask for the same columns and temperature."""
+    def _read(self, hidden_states: torch.Tensor, token_ids: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
+        """Return ``[N, num_columns]`` float32 of all spans' rows. They ask for the same columns and temperature.
+
+        Args:
+            token_ids: ``[B, T]`` of the step's requests, on the CPU.
+        """
         device = hidden_states.device
         readout = spans[0].readout
-        rows = torch.cat([torch.arange(s.offset, s.offset + s.high - s.low) for s in spans]).to(device)
-        wanted = torch.cat([s.ids[s.low + 1 : s.high + 1] for s in spans])[:, None].long()
+        requests, lows, highs, offsets = torch.tensor([(s.request, s.low, s.high, s.offset) for s in spans]).T
+        counts = highs - lows
+        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        rows = (offsets.repeat_interleave(counts) + within).to(device)
+        columns = (lows + 1).repeat_interleave(counts) + within
+        wanted = token_ids[requests.repeat_interleave(counts), columns][:, None].long()
         if readout.num_ids:
             chosen = [s.readout.chosen_ids()[s.low + 1 - s.readout.start : s.high + 1 - s.readout.start] for s in spans]
             wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
