@@ -23,6 +23,7 @@ from typing import Any
 from vllm_kl.checkpoint import Checkpoint
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.failures import explain
+from vllm_kl.engines.packed import Packed, pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError
 from vllm_kl.orphans import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
@@ -79,9 +80,10 @@ class _Server:
                 self._answer(call_id, "error", _as_answer(error))
             else:
                 self._answer(call_id, *answer)
-        elif kind == "score" and body["requests"]:
-            self._calls[call_id] = set(range(len(body["requests"])))
-            for n, request in enumerate(body["requests"]):
+        elif kind == "score":
+            requests = unpack(ScoreRequest, body["requests"])
+            self._calls[call_id] = set(range(len(requests)))
+            for n, request in enumerate(requests):
                 self._driver.submit((call_id, n), request, share_prefix=body["share_prefix"])
         elif kind == "cancel":
             self._held = deque(call for call in self._held if call[0] != call_id)
@@ -119,8 +121,9 @@ class _Server:
         self._driver.weights.wake_up()
         return "done", None
 
-    def _score_alone(self, requests: list[ScoreRequest], share_prefix: bool) -> tuple[str, Any]:
-        return "results", list(enumerate(drive(self._driver, requests, share_prefix=share_prefix)))
+    def _score_alone(self, requests: Packed, share_prefix: bool) -> tuple[str, Any]:
+        results = drive(self._driver, unpack(ScoreRequest, requests), share_prefix=share_prefix)
+        return "results", (range(len(results)), pack(results))
 
     def _step(self) -> None:
         finished = defaultdict(list)
@@ -141,7 +144,8 @@ class _Server:
                 self._answer(call_id, "error", _as_answer(error))
             raise
         for call_id, results in finished.items():
-            self._answer(call_id, "results", results)
+            numbers, carriers = zip(*results, strict=True)
+            self._answer(call_id, "results", (numbers, pack(carriers)))
             if not self._calls[call_id]:
                 del self._calls[call_id]
         if time.monotonic() > self._said + _SIGN_OF_LIFE_S:

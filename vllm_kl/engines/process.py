@@ -40,6 +40,7 @@ from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.devices import Devices, has_gpu, seeing
 from vllm_kl.engines.failures import with_log
 from vllm_kl.engines.loading import NeedsNewEngineError
+from vllm_kl.engines.packed import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
@@ -129,13 +130,13 @@ class ProcessEngine:
         alone: bool = False,
     ) -> list[ScoreResult]:
         results: dict[int, ScoreResult] = {}
-        body = {"requests": list(requests), "share_prefix": share_prefix}
+        body = {"requests": pack(requests), "share_prefix": share_prefix}
         with self._child.call("score alone" if alone else "score", body) as answers:
             while len(results) < len(requests):
-                finished = next(answers)
-                results.update(finished)
+                numbers, finished = next(answers)
+                results.update(zip(numbers, unpack(ScoreResult, finished), strict=True))
                 if on_done is not None:
-                    on_done(len(finished))
+                    on_done(len(numbers))
         return [results[n] for n in range(len(requests))]
 
     @property
@@ -145,8 +146,7 @@ class ProcessEngine:
 
     def close(self) -> None:
         self._child.end()
-        if self.weights is not None:
-            self.weights.release()
+        self.weights.release()
 
     def ask(self, kind: str, **body: Any) -> Any:
         """Make a call that the child answers once."""
