@@ -1,9 +1,10 @@
-"""What does a request cost beside its tokens: submit, schedule, collect?
+"""What does a request cost beside its tokens, and whose cost is it: the caller's, the way's between processes, vLLM's?
 
-    python benchmarks/bench_requests.py          # under two minutes
+    python benchmarks/bench_requests.py          # three minutes
 
-A two-layer model (hidden 64, vocabulary 259) and sequences of 16 tokens, one of which is scored: next to nothing is
-computed, so the time is what bringing a request to the engine and its result back takes. Providers take turns.
+A two-layer model (hidden 64, vocabulary 259) and many short sequences, the second half of each scored: next to nothing is
+computed, so the time is what bringing a request to the engine and its result back takes. One thread in each process, and
+CPU time of all of them: what a machine does beside it changes little. Providers take turns.
 
 ours: VLLMScorer, its engine in another process. step: the same driver without the process between. encode: vLLM's own front
 end for pooling models (LLM.encode) on an engine with the same scoring class. flat: LLM.generate with prompt log-probs.
@@ -12,13 +13,16 @@ end for pooling models (LLM.encode) on an engine with the same scoring class. fl
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TORCH_COMPILE_DISABLE="1")
+os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
 
 import numpy as np
 import torch
@@ -27,16 +31,22 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from vllm.inputs import TokensPrompt
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_kl import VLLMScorer, plugin
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.local import start as start_engine
-from vllm_kl.plugin.pooler import TASK
+from vllm_kl.engines.pooling import PoolingEngine
+from vllm_kl.plugin.cap import capped
+from vllm_kl.plugin.head import MatrixHead
+from vllm_kl.plugin.pooler import TASK, LogProbPooler
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import ScoreRequest
 
-LENGTH, START = 16, 15
-OPTIONS = {"dtype": "float32", "max_model_len": 64, "kv_cache_memory_bytes": 64 << 20}
+OPTIONS = {"dtype": "float32", "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20}
 
 
 def build(path: Path) -> None:
@@ -47,7 +57,7 @@ def build(path: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
     )
     Qwen2ForCausalLM(config).save_pretrained(path)
 
@@ -66,51 +76,110 @@ def make_providers(folder: str):
     pooling = vllm.LLM(folder, runner="pooling", convert="none", hf_overrides=overrides, max_num_seqs=512, **same)
     flat = VLLMScorer(vllm.LLM(folder, max_num_seqs=512, **same), readout="flat", share_prefix=False)
 
-    def step(sequences):
-        drive(driver, [ScoreRequest(token_ids=ids, start=START) for ids in sequences], share_prefix=True)
+    def step(sequences, starts):
+        requests = [ScoreRequest(token_ids=ids, start=start) for ids, start in zip(sequences, starts, strict=True)]
+        drive(driver, requests, share_prefix=True)
 
-    def encode(sequences):
-        params = vllm.PoolingParams(skip_reading_prefix_cache=False, extra_kwargs=pack(Readout(start=START)))
+    def encode(sequences, starts):
+        params = [
+            vllm.PoolingParams(skip_reading_prefix_cache=False, extra_kwargs=pack(Readout(start=start)))
+            for start in starts
+        ]
         prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in sequences]
         pooling.encode(prompts, params, pooling_task=TASK, use_tqdm=False)
 
-    providers = {
-        "ours": lambda s: scorer.score(s, START),
-        "step": step,
-        "encode": encode,
-        "flat": lambda s: flat.score(s, START),
-    }
-    return scorer, providers
+    return scorer, {"ours": scorer.score, "step": step, "encode": encode, "flat": flat.score}
+
+
+class Stages:
+    """CPU time of the functions that it wraps, less that of those within them."""
+
+    # Who, where, which function; from the outermost to the innermost.
+    PLACES = (
+        ("ours: take results", PoolingEngine, "step"),
+        ("ours: make requests", PoolingEngine, "_send"),
+        ("vLLM: take requests", InprocClient, "add_request"),
+        ("vLLM: scheduler", Scheduler, "schedule"),
+        ("vLLM: scheduler", Scheduler, "update_from_output"),
+        ("vLLM: worker", GPUModelRunner, "execute_model"),
+        ("the model", GPUModelRunner, "_model_forward"),
+        ("ours: pooler", LogProbPooler, "forward"),
+        ("the LM head", MatrixHead, "read"),
+    )
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._inside = [0.0]  # of each function that runs: seconds of those within it
+
+    def wrap(self, stage: str, function):
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            self._inside.append(0.0)
+            began = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.process_time() - began
+                self.seconds[stage] += took - self._inside.pop()
+                self._inside[-1] += took
+
+        return timed
+
+    def install(self) -> None:
+        for stage, owner, name in self.PLACES:
+            setattr(owner, name, self.wrap(stage, getattr(owner, name)))
+        lookup = self.wrap("vLLM: scheduler", KVCacheManager.get_computed_blocks.__wrapped__)
+        KVCacheManager.get_computed_blocks = self.wrap("ours: cap", capped(lookup))
+
+
+def cpu_seconds(child_pid: int) -> float:
+    """Return the CPU time of this process, and of the scorer's engine."""
+    utime, stime = Path(f"/proc/{child_pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return time.process_time() + (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
+
+
+def batch(seed: int, num_requests: int, shortest: int, longest: int):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest + 1, num_requests)
+    return [rng.integers(0, 259, length, dtype=np.int32) for length in lengths], (lengths // 2).tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--requests", type=int, default=4096)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(16, 64), help="the shortest and the longest sequence")
     args = parser.parse_args()
+    per_request = 1e6 / args.requests
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         scorer, providers = make_providers(folder)
         seconds = {name: [] for name in providers}
         for round_number in range(args.rounds + 1):
-            rng = np.random.default_rng(round_number)
-            sequences = list(rng.integers(0, 259, (args.requests, LENGTH), dtype=np.int32))
+            sequences = batch(round_number, args.requests, *args.lengths)
             for name, provider in providers.items():
-                began = time.perf_counter()
-                provider(sequences)
-                seconds[name].append(time.perf_counter() - began)
+                began = cpu_seconds(scorer._engine.pid)
+                provider(*sequences)
+                seconds[name].append((cpu_seconds(scorer._engine.pid) - began) * per_request)
         scorer.close()
-    table = Table(title=f"{args.requests} requests of {LENGTH} tokens")
-    for name in ("provider", "us per request, p50", "times ours"):
+        stages = Stages()
+        stages.install()
+        for round_number in range(args.rounds):
+            providers["step"](*batch(100 + round_number, args.requests, *args.lengths))
+    title = f"{args.requests} requests of {args.lengths[0]} to {args.lengths[1]} tokens"
+    table = Table(title=title)
+    for name in ("provider", "us p20", "us p50", "us p80", "times ours"):
         table.add_column(name, justify="left" if name == "provider" else "right")
-    for name, runs in seconds.items():
-        runs = runs[1:]  # the first is a warm-up
+    for name, (_, *runs) in seconds.items():  # the first is a warm-up
         ratio = statistics.median(a / b for a, b in zip(runs, seconds["ours"][1:], strict=True))
-        table.add_row(name, f"{statistics.median(runs) / args.requests * 1e6:,.0f}", f"{ratio:.2f}")
+        table.add_row(name, *(f"{np.quantile(runs, q):,.0f}" for q in (0.2, 0.5, 0.8)), f"{ratio:.2f}")
     Console(width=100).print(table)
-    print(
-        f"{args.rounds} rounds, {torch.get_num_threads()} threads, vllm {vllm.__version__}, torch {torch.__version__}"
-    )
+    table = Table("stage of step", title="where the time of a step goes")
+    table.add_column("us a request", justify="right")
+    for name, total in stages.seconds.most_common():
+        table.add_row(name, f"{total / args.rounds * per_request:.1f}")
+    Console(width=100).print(table)
+    print(f"{args.rounds} rounds, 1 thread, vllm {vllm.__version__}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
