@@ -229,7 +229,7 @@ class TestPlugin:
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
-        from vllm.v1.pool.metadata import PoolingCursor, PoolingStates
+        from vllm.v1.pool.metadata import PoolingCursor, PoolingMetadata, PoolingStates
 
         lookup = inspect.getsource(inspect.unwrap(KVCacheManager.get_computed_blocks))
         assert "request.num_tokens - 1" in lookup  # the bound that the cap lowers
@@ -238,6 +238,7 @@ class TestPlugin:
         assert {"pooling_output", "prefill_stats"} <= {*EngineCoreOutput.__struct_fields__}
         assert {"prompt_token_ids", "pooling_params", "arrival_time"} <= {*EngineCoreRequest.__struct_fields__}
         assert {"seq_lens_cpu", "num_scheduled_tokens_cpu"} <= {*PoolingCursor.__dataclass_fields__}
+        assert {"prompt_token_ids_cpu", "prompt_lens"} <= {*PoolingMetadata.__dataclass_fields__}
         assert PoolingStates().hidden_states_cache == []
         assert [*inspect.signature(LogitsProcessor.forward).parameters][1:4] == [
             "lm_head",
