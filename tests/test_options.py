@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pydantic
 import pytest
@@ -308,6 +310,8 @@ def model_config(**text):
         use_mla=False,
         dtype=torch.bfloat16,
         max_model_len=text.pop("max_model_len"),
+        revision="main",
+        hf_token=None,
         hf_config=SimpleNamespace(quantization_config=text.pop("quantization_config", None)),
         hf_text_config=SimpleNamespace(**{"model_type": "llama", **text}),
         get_num_kv_heads=lambda parallel: 4,
@@ -325,22 +329,28 @@ class TestMemory:
     def one_gib(self, monkeypatch):
         monkeypatch.setattr(memory, "_available_bytes", lambda is_cuda: 1 << 30)
 
-    def test_a_length_whose_kv_does_not_fit_is_refused_with_both_numbers_and_one_that_does(self):
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Of a model with 2,000 bytes of weights."""
+        save_file({"a": torch.zeros(1000, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+        return str(tmp_path)
+
+    def test_a_length_whose_kv_does_not_fit_is_refused_with_both_numbers_and_one_that_does(self, folder):
         config = model_config(max_model_len=1_000_000)
         with pytest.raises(OptionError) as refused:
-            memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False)
+            memory.kv_cache_bytes(folder, config, BATCHES, is_cuda=False)
         assert "max_model_len=1000000, the model's own since none was given, needs 3.8 GiB" in str(refused.value)
-        assert "1.0 GiB are available" in str(refused.value)
+        assert "1,024 MiB are available" in str(refused.value)
         fits = int(str(refused.value).split("Pass max_model_len=")[1].split()[0])
         assert 200_000 < fits < 262_144
         config.max_model_len = fits
-        got = memory.kv_cache_bytes("no-folder", config, {**BATCHES, "max_model_len": fits}, is_cuda=False)
+        got = memory.kv_cache_bytes(folder, config, {**BATCHES, "max_model_len": fits}, is_cuda=False)
         assert fits * 4096 <= got <= 1 << 30
 
-    def test_layers_with_a_window_do_not_count_in_full(self):
+    def test_layers_with_a_window_do_not_count_in_full(self, folder):
         kinds = ["sliding_attention"] * 3 + ["full_attention"]
         config = model_config(max_model_len=600_000, layer_types=kinds, sliding_window=512)
-        assert memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False) <= 1 << 30
+        assert memory.kv_cache_bytes(folder, config, BATCHES, is_cuda=False) <= 1 << 30
 
     @pytest.mark.parametrize(
         ("text", "given"),
@@ -351,34 +361,165 @@ class TestMemory:
             ({}, {"kv_cache_dtype": "turboquant_3bit_nc"}),
         ],
     )
-    def test_where_nobody_knows_what_a_token_takes_it_is_left_to_vllm(self, text, given):
+    def test_where_nobody_knows_what_a_token_takes_it_is_left_to_vllm(self, folder, text, given):
         config = model_config(max_model_len=1_000_000, **text)
-        assert memory.kv_cache_bytes("no-folder", config, {**BATCHES, **given}, is_cuda=False) <= 1 << 30
+        assert memory.kv_cache_bytes(folder, config, {**BATCHES, **given}, is_cuda=False) <= 1 << 30
 
-    def test_numbers_of_the_cache_may_be_smaller_than_the_models(self):
+    def test_numbers_of_the_cache_may_be_smaller_than_the_models(self, folder):
         config = model_config(max_model_len=200_000)
         config.dtype = torch.float32
         with pytest.raises(OptionError, match="max_model_len=200000"):
-            memory.kv_cache_bytes("no-folder", config, BATCHES, is_cuda=False)
+            memory.kv_cache_bytes(folder, config, BATCHES, is_cuda=False)
         options_16_bits = {**BATCHES, "kv_cache_dtype": "bfloat16"}
-        assert memory.kv_cache_bytes("no-folder", config, options_16_bits, is_cuda=False) <= 1 << 30
+        assert memory.kv_cache_bytes(folder, config, options_16_bits, is_cuda=False) <= 1 << 30
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
     def test_a_checkpoint_whose_config_names_no_dtype_is_asked_itself(self, tmp_path, dtype):
         save_file({"a": torch.zeros(1000, dtype=dtype)}, tmp_path / "model.safetensors")
         config = model_config(max_model_len=1)  # served in bfloat16
         assert memory.stored_dtype(str(tmp_path), config) == dtype
-        assert 2000 <= memory._weight_bytes(str(tmp_path), config) < 2100
+        assert 2000 <= memory._weight_bytes(str(tmp_path), config, {}) < 2100
 
     def test_weights_that_lie_there_twice_count_once(self, tmp_path):
         for name in ("model-1.safetensors", "consolidated.safetensors"):
             save_file({"a": torch.zeros(1000, dtype=torch.bfloat16)}, tmp_path / name)
         (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-        assert memory._weight_bytes(str(tmp_path), model_config(max_model_len=1)) < 2100
+        assert memory._weight_bytes(str(tmp_path), model_config(max_model_len=1), {}) < 2100
 
-    def test_a_short_model_gets_a_few_batches(self):
-        got = memory.kv_cache_bytes("no-folder", model_config(max_model_len=512), BATCHES, is_cuda=False)
+    def test_a_short_model_gets_a_few_batches(self, folder):
+        got = memory.kv_cache_bytes(folder, model_config(max_model_len=512), BATCHES, is_cuda=False)
         assert 512 * 4096 < got < 64 << 20
+
+    @pytest.mark.parametrize(("dtype", "num_bytes"), [(torch.float32, 4000), (torch.bfloat16, 2000)])
+    def test_weights_that_are_widened_take_what_they_are_served_in(self, folder, dtype, num_bytes):
+        config = model_config(max_model_len=1)
+        config.dtype = dtype
+        assert num_bytes <= memory._weight_bytes(folder, config, {}) < 1.1 * num_bytes
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"tensor_parallel_size": 2},
+            {"pipeline_parallel_size": 2},
+            {"cpu_offload_gb": 1},
+            {"quantization": "fp8"},  # by vLLM, as it loads the weights
+        ],
+    )
+    def test_weights_of_which_a_gpu_holds_a_part_are_not_refused(self, tmp_path, given):
+        with (tmp_path / "pytorch_model.bin").open("wb") as file:
+            file.truncate(3 << 29)  # 1.5 GiB
+        config = model_config(max_model_len=512)
+        with pytest.raises(OptionError, match="beside 1.5 GiB of weights. The weights alone fill it"):
+            memory.kv_cache_bytes(str(tmp_path), config, BATCHES, is_cuda=True)
+        assert memory.kv_cache_bytes(str(tmp_path), config, {**BATCHES, **given}, is_cuda=True) > 512 * 4096
+
+    def test_a_folder_without_weights_leaves_them_all_the_memory_that_the_longest_sequence_does_not_need(
+        self, tmp_path, folder
+    ):
+        config = model_config(max_model_len=512)
+        (tmp_path / "empty").mkdir()
+        known, unknown = (
+            memory.kv_cache_bytes(one, config, BATCHES, is_cuda=True) for one in (folder, str(tmp_path / "empty"))
+        )
+        assert 512 * 4096 < unknown < known
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+class TestWeightsOfTheHub:
+    """Of a model that is given by its name: 2 GiB of weights, on a GPU with 3 GiB."""
+
+    NAME, REVISION = "an-owner/a-model", "0" * 40
+    NUM_BYTES = 2 << 30
+
+    @pytest.fixture(autouse=True)
+    def hub(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory, "_available_bytes", lambda is_cuda: 3 << 30)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(memory.HfApi, "model_info", self.answer)
+        self.asked, self.info, self.cache = [], ConnectionError("no network"), tmp_path
+
+    def answer(self, *args, **kwargs):
+        self.asked.append((args, kwargs))
+        if isinstance(self.info, Exception):
+            raise self.info
+        return self.info
+
+    def config(self):
+        config = model_config(max_model_len=100_000)
+        config.revision, config.hf_text_config.dtype = self.REVISION, torch.bfloat16
+        return config
+
+    def download(self, *names, cache=None, num_bytes=NUM_BYTES // 2, indexed=SHARDS):
+        """Put files into the cache, as huggingface_hub does: names of a folder for each revision. They hold nothing."""
+        repository = (cache or self.cache) / f"models--{self.NAME.replace('/', '--')}"
+        snapshot = repository / "snapshots" / self.REVISION
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / "config.json").write_text("{}")
+        if indexed:
+            index = {"weight_map": {str(n): name for n, name in enumerate(indexed)}}
+            (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+        for name in names:
+            with (snapshot / name).open("wb") as file:
+                file.truncate(num_bytes)
+
+    def weight_bytes(self, **options):
+        config = self.config()
+        kv_bytes = memory.kv_cache_bytes(self.NAME, config, {**BATCHES, **options}, is_cuda=True)
+        found = memory._weight_bytes(self.NAME, config, options)
+        assert kv_bytes <= (3 << 30) - (found or 0)
+        return found
+
+    def test_that_was_downloaded_is_looked_up_and_nobody_is_asked(self):
+        self.download(*SHARDS)
+        assert self.weight_bytes() == self.NUM_BYTES
+        assert self.asked == []
+
+    def test_that_lies_in_a_download_dir_is_looked_up_there(self, tmp_path):
+        self.download()
+        self.download(*SHARDS, cache=tmp_path / "elsewhere")
+        assert self.weight_bytes(download_dir=str(tmp_path / "elsewhere")) == self.NUM_BYTES
+        assert self.asked == []
+
+    def test_of_which_nothing_or_half_was_downloaded_is_known_by_the_hub(self):
+        parameters = {"BF16": self.NUM_BYTES // 2 - 8, "F32": 2, "BOOL": 8}
+        self.info = SimpleNamespace(safetensors=SimpleNamespace(parameters=parameters), siblings=[])
+        assert self.weight_bytes() == self.NUM_BYTES
+        self.download(SHARDS[0])
+        assert self.weight_bytes() == self.NUM_BYTES
+        (name,), asked = self.asked[0]
+        assert (name, asked["revision"]) == (self.NAME, self.REVISION)
+
+    def test_that_is_no_safetensors_counts_its_files(self):
+        files = {"pytorch_model-1.bin": self.NUM_BYTES, "tf_model.h5": self.NUM_BYTES, "README.md": 5}
+        siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
+        self.info = SimpleNamespace(safetensors=None, siblings=siblings)
+        assert self.weight_bytes() == self.NUM_BYTES
+
+    def test_without_a_network_is_asked_of_nobody(self, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert self.weight_bytes() is None
+        assert self.asked == []
+
+    @pytest.mark.parametrize(
+        "error", [ConnectionError("no network"), huggingface_hub.errors.HFValidationError("s3://")]
+    )
+    def test_whose_size_nobody_knows_gets_kv_for_its_longest_sequence_and_no_more(self, error):
+        self.info = error
+        config = self.config()
+        assert memory._weight_bytes(self.NAME, config, {}) is None
+        got = memory.kv_cache_bytes(self.NAME, config, BATCHES, is_cuda=True)
+        longest = memory._roomy_bytes(config, BATCHES, config.max_model_len)
+        assert got == longest
+
+    def test_that_leave_no_room_for_one_sequence_are_named(self):
+        self.download(*SHARDS)
+        config = self.config()
+        config.max_model_len = 1_000_000
+        with pytest.raises(OptionError, match="1.0 GiB are available beside 2.0 GiB of weights"):
+            memory.kv_cache_bytes(self.NAME, config, BATCHES, is_cuda=True)
 
 
 FACTORS = {

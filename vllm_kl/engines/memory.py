@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors import safe_open
 
 from vllm_kl.errors import OptionError
@@ -27,6 +29,7 @@ _EQUAL = """
 _EQUAL_LAYERS = frozenset(_EQUAL.split())
 _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HUB_TIMEOUT_S = 10.0
 _STATES = 4 << 30  # of models whose layers keep a state: vLLM sizes their blocks by it
 
 
@@ -40,11 +43,12 @@ def kv_cache_bytes(model: str, config: Any, options: dict[str, Any], *, is_cuda:
     """
     if config.is_hybrid or config.is_attention_free:
         return None if is_cuda else _STATES
-    weights = _weight_bytes(model, config)
-    free = max(
-        0, _available_bytes(is_cuda) - (weights // options.get("tensor_parallel_size", 1) if is_cuda else weights)
-    )
-    ranks = 1 if is_cuda else options.get("tensor_parallel_size", 1)  # of one machine's memory
+    known = _weight_bytes(model, config, options)
+    weights, ranks = known or 0, options.get("tensor_parallel_size", 1)
+    if is_cuda:  # one device's, as its memory and its KV are
+        weights //= ranks * options.get("pipeline_parallel_size", 1)
+        weights, ranks = max(0, weights - int(options.get("cpu_offload_gb", 0) * 2**30)), 1
+    free = max(0, _available_bytes(is_cuda) - weights)
     least = lambda n: ranks * _sequence_bytes(config, options, n)  # noqa: E731
     if least(config.max_model_len) > free:
         fits = bisect.bisect_right(range(config.max_model_len), free, key=least) - 1
@@ -54,8 +58,10 @@ def kv_cache_bytes(model: str, config: Any, options: dict[str, Any], *, is_cuda:
             f"max_model_len={config.max_model_len}{own} needs {_gib(least(config.max_model_len))} of memory for the KV of one "
             f"sequence, but {_gib(free)} are available beside {_gib(weights)} of weights. {cure}"
         )
-    roomy = _roomy_bytes(config, options, config.max_model_len + 8 * options["max_num_batched_tokens"])
     longest = _roomy_bytes(config, options, config.max_model_len)
+    # Where nobody knows what the weights will take, nothing more is taken from them.
+    num_spare = 0 if known is None else 8 * options["max_num_batched_tokens"]
+    roomy = _roomy_bytes(config, options, config.max_model_len + num_spare)
     return int(min(max(longest, min(roomy, 0.4 * free / ranks)), free / ranks))
 
 
@@ -105,15 +111,61 @@ def _num_layers(config: Any, options: dict[str, Any]) -> int:
     return config.get_num_layers(ParallelConfig(tensor_parallel_size=options.get("tensor_parallel_size", 1)))
 
 
-def _weight_bytes(model: str, config: Any) -> int:
-    """Return what the weights of a folder take when they are loaded; 0 for a name on the hub, whose files are elsewhere."""
-    folder = Path(model)
+def _weight_bytes(model: str, config: Any, options: dict[str, Any]) -> int | None:
+    """Return what a model's weights take when they are loaded; ``None``: nobody knows before they are."""
+    is_quantised = getattr(config.hf_config, "quantization_config", None) is not None
+    if options.get("quantization") and not is_quantised:  # by vLLM, as it loads them
+        return None
+    if Path(model).is_file():  # .gguf
+        return Path(model).stat().st_size
+    is_folder = Path(model).is_dir()
+    folder = model if is_folder else _snapshot(model, config, options.get("download_dir"))
+    num_bytes = _file_bytes(Path(folder)) if folder else 0
+    if not num_bytes and not is_folder:
+        num_bytes = _bytes_on_the_hub(model, config)
+    if not num_bytes:
+        return None
+    stored = stored_dtype(folder or model, config)
+    if stored is None or is_quantised:
+        return num_bytes
+    return num_bytes * config.dtype.itemsize // stored.itemsize
+
+
+def _file_bytes(folder: Path) -> int:
+    """Return the size of the files with the weights; 0: there are none, or not all (a download that was interrupted)."""
     index = folder / "model.safetensors.index.json"  # a folder may hold the same weights in other files beside these
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
     files = [folder / name for name in names] or list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    num_bytes = sum(file.stat().st_size for file in files)
-    stored = stored_dtype(model, config) or config.dtype
-    return num_bytes * config.dtype.itemsize // max(stored.itemsize, config.dtype.itemsize)
+    return sum(file.stat().st_size for file in files) if all(file.exists() for file in files) else 0
+
+
+def _snapshot(model: str, config: Any, download_dir: str | None) -> str | None:
+    """Return the folder of a model of the hub, as far as it was downloaded; ``None``: nothing was, or it is no name of the hub."""
+    try:
+        return snapshot_download(model, revision=config.revision, cache_dir=download_dir, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _bytes_on_the_hub(model: str, config: Any) -> int:
+    """Return the size of a model's weights as the hub tells it; 0: it cannot be asked, or does not know."""
+    if constants.HF_HUB_OFFLINE:
+        return 0
+    try:
+        info = HfApi().model_info(
+            model, revision=config.revision, files_metadata=True, token=config.hf_token, timeout=_HUB_TIMEOUT_S
+        )
+    except Exception:  # of huggingface_hub and httpx. What stands in the way stops vLLM, too, which says so
+        return 0
+    if info.safetensors is not None:  # without files that hold the same weights again
+        return sum(num * _bits(kind) for kind, num in info.safetensors.parameters.items()) // 8
+    return sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".bin"))
+
+
+def _bits(kind: str) -> int:
+    """Return what a number of a safetensors dtype takes: "BF16", "F8_E4M3", "BOOL"."""
+    found = re.search(r"\d+", kind)
+    return int(found[0]) if found else 8
 
 
 def stored_dtype(model: str, config: Any) -> torch.dtype | None:
