@@ -14,11 +14,20 @@ from vllm_kl.plugin import kernel, native
 from vllm_kl.plugin.best import Best
 
 
-@pytest.fixture(params=["own", "widened"])
+@pytest.fixture(params=["own", "widened", "gpu"])
 def products(request, monkeypatch):
-    """How 16-bit matrices are multiplied: as they are, where oneDNN can; widened, where it cannot."""
+    """How 16-bit matrices are multiplied: as they are, where oneDNN can; widened, where it cannot; or the code of a GPU."""
     monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32)
+    if request.param == "gpu":
+        run_the_code_of_a_gpu(monkeypatch)
     return request.param
+
+
+def run_the_code_of_a_gpu(monkeypatch):
+    """With cuBLAS's product of 16-bit matrices, which sums in float32, as a product of widened ones; in small slices."""
+    monkeypatch.setattr(kernel, "_CUDA_TILE", 1 << 14)
+    monkeypatch.setattr(kernel, "_mm_float32", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
+    monkeypatch.setattr(kernel, "_walk_shifted_products", lambda *call: kernel._walk_float32_products(*call[:-1]))
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -221,6 +230,46 @@ class TestTopTokens:
         assert torch.equal(ids.sort().values, torch.arange(300).expand(4, -1))
 
 
+class TestTheCodeOfAGPU:
+    def test_takes_slices_of_one_size_and_computes_each_product_once(self, monkeypatch):
+        run_the_code_of_a_gpu(monkeypatch)
+        hidden, weight = make(40, 5000)
+        with ProductShapes(torch.float32) as seen:
+            kernel.log_normalizer(hidden, weight)
+        assert seen.shapes == {((40, 64), (64, 1000))}
+
+    def test_float32_matrices_are_multiplied_as_they_are_and_16_bit_ones_with_float32_results(self, monkeypatch):
+        calls = []
+        monkeypatch.setattr(torch, "mm", lambda a, b, **how: calls.append(how))
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden, weight = make(3, 5, dtype=dtype)
+            out = torch.empty(3, 5)
+            kernel._mm_float32(hidden, weight.T, out)
+        assert calls == [{"out": calls[0]["out"]}, {"out": out, "out_dtype": torch.float32}]
+
+    @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler: install g++")
+    def test_is_compiled_once_for_any_number_of_rows_slices_and_any_temperature(self):
+        """By an engine's start: a request that compiled would wait for seconds."""
+        script = """
+import torch
+import torch._dynamo
+from vllm_kl.plugin import kernel
+from vllm_kl.plugin.best import Best
+kernel._CUDA_TILE = 1 << 11
+torch._dynamo.config.error_on_recompile = True
+with torch.inference_mode():
+    for num_rows, vocab_size, scale in [(512, 5000, 1.4), (300, 3000, 2.0), (2, 1025, 1.0), (1, 3000, 1.4), (40, 7, 14.0)]:
+        hidden, weight = torch.randn(num_rows, 32), torch.randn(vocab_size, 32) / 4
+        want = (hidden.double() @ weight.double().T * scale).exp2().sum(1).log2()
+        for best in (None, Best.of(num_rows, 7, hidden.device)):
+            got = kernel._walk_float32_products(hidden, weight, scale, best)
+            assert (got - want).abs().max() < 1e-4, (num_rows, vocab_size, scale)
+"""
+        environment = {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 class TestMemory:
     def test_no_rows_by_vocabulary_tensor_is_made(self):
         hidden, weight = make(kernel._MAX_ROWS, 152_000, dtype=torch.bfloat16)
@@ -273,7 +322,7 @@ print((peak_kib() - before) / 1024)
         # oneDNN compiles each shape of a 16-bit product, and keeps it.
         monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype)
         weight = make(1, 3000, dtype=torch.bfloat16)[1]
-        with ProductShapes() as seen:
+        with ProductShapes(torch.bfloat16) as seen:
             for num_rows in [*range(1, 200), *range(200, kernel._MAX_ROWS, 99)]:
                 kernel.log_normalizer(make(num_rows, 1, dtype=torch.bfloat16, spread=4.0)[0], weight)
         assert 0 < len(seen.shapes) <= 15
@@ -309,14 +358,14 @@ class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 class ProductShapes(torch.utils._python_dispatch.TorchDispatchMode):
-    """The shapes of all products of 16-bit matrices."""
+    """The shapes of all products of matrices of one dtype."""
 
-    def __init__(self):
+    def __init__(self, dtype):
         super().__init__()
-        self.shapes = set()
+        self.dtype, self.shapes = dtype, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 2][-2:]
-        if "mm" in func.__name__ and matrices[-1].dtype == torch.bfloat16:
+        if "mm" in func.__name__ and matrices[-1].dtype == self.dtype:
             self.shapes.add(tuple(tuple(m.shape) for m in matrices))
         return func(*args, **(kwargs or {}))

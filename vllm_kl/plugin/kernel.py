@@ -267,7 +267,7 @@ def _walk_float32_products(
     tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
     top = torch.full((num_rows, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
     total = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden.device)
-    update = _fused_update()
+    update = _fused_update() if num_rows > 1 else _update  # torch.compile makes a graph of its own for a single row
     for low in range(0, vocab_size, columns):
         high = min(vocab_size, low + columns)
         logits = tile[: num_rows * (high - low)].view(num_rows, high - low)
