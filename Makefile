@@ -1,13 +1,15 @@
 # make demo | test | nightly | lint: each makes .venv first if it is not there; a second run installs nothing.
+# make gpu-check: on a machine with a GPU, every check that needs one; in .venv-gpu, or in yours: make gpu-check GPU_PYTHON=python
 # make lock: writes requirements.lock again from pyproject.toml.
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
+GPU_PYTHON ?= .venv-gpu/bin/python
 EXTRAS := cpu,ray,plot,test
 
-.PHONY: demo test nightly lint lock clean
+.PHONY: demo test nightly lint gpu-check lock clean
 
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
@@ -22,6 +24,14 @@ nightly: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+gpu-check: $(filter .venv-gpu/installed,$(GPU_PYTHON:bin/python=installed))
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+.venv-gpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu,test]'
+	@touch $@
 
 # The machine's own pip settings come first; PyTorch's index is asked where they offer no CPU build. The lock holds every
 # other package, so --no-deps: nothing is resolved, and nothing comes in that it does not name.
@@ -42,4 +52,4 @@ lock: .venv/installed
 	sed -i "/sys_platform == 'never'/d" requirements.lock
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -17,11 +17,11 @@ import argparse
 import math
 import os
 import random
-from datetime import date
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
+from common import Report, machine_line, make_table
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16])
     args = parser.parse_args()
-    console, tokenizer = Console(width=120), make_tokenizer()
-    reference, policy = map(str, checkpoints(console))
+    report, tokenizer = Report(width=120), make_tokenizer()
+    reference, policy = map(str, checkpoints(Console(width=120)))
     torch.manual_seed(0)
     rng = random.Random(0)
     chats = [[{"role": "user", "content": make_problem(rng).question}] for _ in range(args.answers)]
@@ -78,9 +78,8 @@ def main() -> None:
     for direction in ("reverse", "forward"):
         a, b = (p, q) if direction == "reverse" else (q, p)
         exact = (a.exp() * (a - b)).sum(-1)
-        table = Table(title=f"{direction}: {len(exact)} positions, KL {exact.mean():.4f} nats a token")
-        for name in ("estimator", "bias", "standard deviation", f"tokens for {WITHIN:.0%}"):
-            table.add_column(name, justify="left" if name == "estimator" else "right")
+        columns = ("estimator", "bias", "standard deviation", f"tokens for {WITHIN:.0%}")
+        table = make_table(f"{direction}: {len(exact)} positions, KL {exact.mean():.4f} nats a token", *columns)
 
         def row(name: str, bias: float, std: float, kl: float = float(exact.mean()), table: Table = table) -> None:
             allowed = (WITHIN * kl) ** 2 - bias**2
@@ -97,8 +96,8 @@ def main() -> None:
             row(name, float((mean - exact).mean()), float((second - mean.square()).clamp(min=0).mean().sqrt()))
         for k in args.k:
             row(f"topk, k={k}", float((lumped(policy, reference, sequences, starts, k, direction) - exact).mean()), 0.0)
-        console.print(table)
-    print(f"{date.today()}, torch {torch.__version__}, {args.answers} answers, vocabulary {p.shape[1]}")
+        report.table(table)
+    report.line(machine_line(f"{args.answers} answers, vocabulary {p.shape[1]}"))
 
 
 def lumped(

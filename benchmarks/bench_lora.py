@@ -25,7 +25,6 @@ import os
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ if not Path("/dev/nvidiactl").exists():
 import numpy as np
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
+from common import Report, machine_line, make_qwen2, make_table
 
 VOCAB, HIDDEN, LAYERS = 32_000, 1024, 12
 PROMPT, RESPONSE, GROUP, NUM_PROMPTS = 256, 32, 8, 2
@@ -51,23 +49,10 @@ SETUPS = ("one engine", "two engines", "engine and scorer", "one engine, no adap
 
 def build(home: Path) -> tuple[Path, Path]:
     from safetensors.torch import save_file
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=2816,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.04,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config)
+    sizes = {"hidden": HIDDEN, "intermediate": 2816, "layers": LAYERS, "heads": 16, "kv_heads": 4, "vocab": VOCAB}
+    ends = {"bos_token_id": None, "eos_token_id": 0}
+    model = make_qwen2(**sizes, **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True)
     model.save_pretrained(home / "base")
     tensors = {}
     for name, module in model.named_modules():
@@ -201,9 +186,8 @@ def main() -> None:
         weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20
     if (worst := max(errors.values())) > 5e-5:
         raise SystemExit(f"not measured: log-probs are {worst:.1e} nats from float64, expected below 5e-5")
-    table = Table(title=f"adapter and base model, {weights:,.0f} MiB of weights")
-    for name in ("setup", "PSS, MiB", "peak, MiB", "times one engine", "read-out", "scoring, s p50", "largest error"):
-        table.add_column(name, justify="left" if name in ("setup", "read-out") else "right")
+    columns = ("setup", "PSS, MiB", "peak, MiB", "times one engine", "read-out", "scoring, s p50", "largest error")
+    table = make_table(f"adapter and base model, {weights:,.0f} MiB of weights", *columns, left=("read-out",))
     one = results[args.setups[0]]
     for setup, result in results.items():
         table.add_row(
@@ -215,13 +199,10 @@ def main() -> None:
             f"{result['seconds']:.2f}",
             f"{errors[setup]:.1e}",
         )
-    Console(width=120).print(table)
-    import vllm
-
-    print(
-        f"{date.today()}, {args.rounds} rounds, {torch.get_num_threads()} threads, vllm {vllm.__version__}, torch "
-        f"{torch.__version__}; rank {RANK}, {NUM_PROMPTS} prompts of {PROMPT} tokens, {GROUP} responses of {RESPONSE}"
-    )
+    report = Report(width=120)
+    report.table(table)
+    sizes = f"rank {RANK}, {NUM_PROMPTS} prompts of {PROMPT} tokens, {GROUP} responses of {RESPONSE}"
+    report.line(machine_line(f"{args.rounds} rounds; {sizes}"))
 
 
 if __name__ == "__main__":

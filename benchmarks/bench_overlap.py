@@ -20,14 +20,10 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from datetime import date
 from pathlib import Path
 
 # Read by vLLM, torch and torchrl at import; the reference's process inherits them.
@@ -40,9 +36,8 @@ os.environ.update(
 )
 
 import torch
-import torchrl
 import vllm
-from rich.console import Console
+from common import Report, machine_line, make_qwen2, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
@@ -51,7 +46,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import Transform
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import vLLMWrapper
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from vllm_kl import RetrieveKL, VLLMReference, fill_deferred
 from vllm_kl.demo.task import make_tokenizer
@@ -78,21 +73,13 @@ class Reward(Transform):
 
 
 def build(path: Path, tokenizer, *, hidden: int, layers: int) -> str:
-    torch.manual_seed(hidden)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
+    heads = {"heads": hidden // 64, "kv_heads": hidden // 128}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    make_qwen2(
+        **{"hidden": hidden, "intermediate": 3 * hidden, "layers": layers, "vocab": len(tokenizer), **heads, **ends},
         max_position_embeddings=1024,
         initializer_range=0.06,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    ).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
@@ -196,15 +183,13 @@ def measure(bench: Bench, steps: int, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def report(console: Console, steps: int, seconds: dict[str, list[float]]) -> None:
-    table = Table(title=f"batches of {steps} step{'s' * (steps > 1)}; seconds per step")
-    for name in ("way", "s p20", "s p50", "s p80", "ratio to immediate, p50"):
-        table.add_column(name, justify="left" if name == "way" else "right")
+def as_table(steps: int, seconds: dict[str, list[float]]) -> Table:
+    title = f"batches of {steps} step{'s' * (steps > 1)}; seconds per step"
+    table = make_table(title, "way", "s p20", "s p50", "s p80", "ratio to immediate, p50")
     for name, runs in seconds.items():
-        p20, p50, p80 = (statistics.quantiles(runs, n=10, method="inclusive")[k] for k in (1, 4, 7))
-        ratio = statistics.median(now / mine for now, mine in zip(seconds["immediate"], runs, strict=True))
-        table.add_row(name, f"{p20:.3f}", f"{p50:.3f}", f"{p80:.3f}", f"{ratio:.2f}")
-    console.print(table)
+        quantiles = (f"{q:.3f}" for q in p20_p50_p80(runs))
+        table.add_row(name, *quantiles, f"{median_ratio(seconds['immediate'], runs):.2f}")
+    return table
 
 
 def main() -> None:
@@ -216,20 +201,17 @@ def main() -> None:
     args = parser.parse_args()
     set_list_to_stack(True).set()
     warnings.simplefilter("ignore")  # upstream deprecations, and bytes of a random model that are no text
-    console = Console(width=120)
+    report = Report(width=120)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), make_tokenizer(), args)
         for steps in BATCH_STEPS:
-            report(console, steps, measure(bench, steps, args.rounds))
+            report.table(as_table(steps, measure(bench, steps, args.rounds)))
         bench.reference.close()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout
-    print(
-        f"{date.today()}, commit {commit.strip()}, {platform.processor() or platform.machine()}, cores {args.cores} of "
-        f"{len(CORES)}, vllm {vllm.__version__}, torch {torch.__version__}, torchrl {torchrl.__version__}; float32, policy hidden "
-        f"256, 4 layers, reference hidden 768, {args.layers} layers; {NUM_ENVS} envs, {args.tokens} tokens a turn, "
-        f"{args.rounds} rounds of {STEPS_PER_MEASUREMENT} steps"
+    report.line(
+        machine_line(
+            f"cores {args.cores} of {len(CORES)}; float32, policy hidden 256, 4 layers, reference hidden 768, {args.layers} "
+            f"layers; {NUM_ENVS} envs, {args.tokens} tokens a turn, {args.rounds} rounds of {STEPS_PER_MEASUREMENT} steps"
+        )
     )
 
 

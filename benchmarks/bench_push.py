@@ -30,7 +30,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,14 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
 import torch
-from rich.console import Console
+from common import Report, machine_line, make_qwen2, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary; the last is Qwen2.5-0.5B's shape. All with tied embeddings.
+# The last is Qwen2.5-0.5B's shape. All with tied embeddings.
 SIZES = {
-    "5M": (256, 768, 4, 4, 2, 8_192),
-    "168M": (1024, 2816, 12, 16, 4, 32_000),
-    "494M": (896, 4864, 24, 14, 2, 151_936),
+    "5M": {"hidden": 256, "intermediate": 768, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 8_192},
+    "168M": {"hidden": 1024, "intermediate": 2816, "layers": 12, "heads": 16, "kv_heads": 4, "vocab": 32_000},
+    "494M": {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocab": 151_936},
 }
 PLACES = {"same process": "0", "own process": "1"}
 WAYS = ("push_weights", "shared memory, reload", "disk, reload", "RPC, reload", "backend")
@@ -56,24 +55,10 @@ TOLERANCE = 5e-5  # nats; or four times what transformers' float32 is off, as tr
 
 
 def build(size: str) -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=1024,
-        initializer_range=0.04,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
+    ends = {"bos_token_id": None, "eos_token_id": 0}
+    return make_qwen2(
+        **SIZES[size], **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True
     )
-    return Qwen2ForCausalLM(config).eval()
 
 
 def register_backend() -> None:
@@ -302,21 +287,18 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 def table(size: str, place: str, result: dict[str, Any]) -> Table:
     seconds, ours = result["seconds"], result["seconds"]["push_weights"]
-    shown = Table(title=f"{size}, {result['size_bytes'] / 2**20:,.0f} MiB of float32, engine in {place}")
-    for name in ("way", "s p20", "s p50", "s p80", "ratio to push_weights, p50", "largest error"):
-        shown.add_column(name, justify="left" if name == "way" else "right")
+    columns = ("way", "s p20", "s p50", "s p80", "ratio to push_weights, p50", "largest error")
+    shown = make_table(f"{size}, {result['size_bytes'] / 2**20:,.0f} MiB of float32, engine in {place}", *columns)
     for way in (*WAYS, "new engine", "floor"):
         if way not in seconds:
             continue
         values = seconds[way]
-        quantiles = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        pairs = zip(values, ours if len(values) > 1 else [statistics.median(ours)], strict=True)
+        ratio = median_ratio(values, ours if len(values) > 1 else [statistics.median(ours)])
         error = f"{result['errors'][way]:.1e}" if way in result["errors"] else ""
-        shown.add_row(way, *(f"{q:.3f}" for q in quantiles), f"{statistics.median(v / o for v, o in pairs):.2f}", error)
+        shown.add_row(way, *(f"{q:.3f}" for q in p20_p50_p80(values)), f"{ratio:.2f}", error)
         if way == "push_weights":
             for part, values in result["parts"].items():
-                quantiles = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-                shown.add_row(f"  {part}", *(f"{q:.3f}" for q in quantiles), "", "")
+                shown.add_row(f"  {part}", *(f"{q:.3f}" for q in p20_p50_p80(values)), "", "")
     return shown
 
 
@@ -326,6 +308,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    report = Report(width=120)
     spawn = multiprocessing.get_context("spawn")
     for size in args.sizes:
         for place in args.places:
@@ -339,13 +322,8 @@ def main() -> None:
             except EOFError:
                 raise SystemExit(f"{size}, {place}: not measured, see above") from None
             child.join()
-            Console(width=120).print(table(size, place, result))
-    import vllm
-
-    print(
-        f"{date.today()}, {args.rounds} rounds, {torch.get_num_threads()} threads, vllm {vllm.__version__}, "
-        f"torch {torch.__version__}"
-    )
+            report.table(table(size, place, result))
+    report.line(machine_line(f"{args.rounds} rounds"))
 
 
 if __name__ == "__main__":

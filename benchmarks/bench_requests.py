@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -25,11 +24,8 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR"
 os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
 
 import numpy as np
-import torch
 import vllm
-from rich.console import Console
-from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from common import Report, machine_line, make_qwen2, make_table, median_ratio
 from vllm.inputs import TokensPrompt
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -50,16 +46,8 @@ OPTIONS = {"dtype": "float32", "max_model_len": 128, "kv_cache_memory_bytes": 64
 
 
 def build(path: Path) -> None:
-    config = Qwen2Config(
-        vocab_size=259,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    sizes = {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 259}
+    make_qwen2(**sizes, max_position_embeddings=128).save_pretrained(path)
 
 
 def make_providers(folder: str):
@@ -166,20 +154,18 @@ def main() -> None:
         stages.install()
         for round_number in range(args.rounds):
             providers["step"](*batch(100 + round_number, args.requests, *args.lengths))
+    report = Report(width=100)
     title = f"{args.requests} requests of {args.lengths[0]} to {args.lengths[1]} tokens"
-    table = Table(title=title)
-    for name in ("provider", "us p20", "us p50", "us p80", "times ours"):
-        table.add_column(name, justify="left" if name == "provider" else "right")
+    table = make_table(title, "provider", "us p20", "us p50", "us p80", "times ours")
     for name, (_, *runs) in seconds.items():  # the first is a warm-up
-        ratio = statistics.median(a / b for a, b in zip(runs, seconds["ours"][1:], strict=True))
-        table.add_row(name, *(f"{np.quantile(runs, q):,.0f}" for q in (0.2, 0.5, 0.8)), f"{ratio:.2f}")
-    Console(width=100).print(table)
-    table = Table("stage of step", title="where the time of a step goes")
-    table.add_column("us a request", justify="right")
+        ratio = f"{median_ratio(runs, seconds['ours'][1:]):.2f}"
+        table.add_row(name, *(f"{np.quantile(runs, q):,.0f}" for q in (0.2, 0.5, 0.8)), ratio)
+    report.table(table)
+    table = make_table("where the time of a step goes", "stage of step", "us a request")
     for name, total in stages.seconds.most_common():
         table.add_row(name, f"{total / args.rounds * per_request:.1f}")
-    Console(width=100).print(table)
-    print(f"{args.rounds} rounds, 1 thread, vllm {vllm.__version__}, torch {torch.__version__}")
+    report.table(table)
+    report.line(machine_line(f"{args.rounds} rounds"))
 
 
 if __name__ == "__main__":

@@ -16,20 +16,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
-import tensordict
 import torch
-import torchrl
-from rich.console import Console
-from rich.table import Table
+from common import Report, machine_line, make_table
 from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.envs.llm.transforms import KLComputation as TorchRLKLComputation
@@ -245,11 +240,6 @@ def exponents(p50: dict[tuple[int, int], float]) -> str:
     return f"B^{b:.2f} T^{t:.2f}"
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -260,14 +250,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
+    report = Report(width=160)
     sizes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     for layout in args.layouts:
         results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}
-        table = Table(title=f"{layout}: us per sequence, p50, (p20 to p80), of the CPU")
-        table.add_column("provider")
-        for b, t in results:
-            table.add_column(f"B={b}\nT={t}", justify="right")
-        table.add_column("a call grows as")
+        columns = ("provider", *(f"B={b}\nT={t}" for b, t in results), "a call grows as")
+        table = make_table(f"{layout}: us per sequence, p50, (p20 to p80), of the CPU", *columns, left=columns[-1:])
         for name in next(iter(results.values())):
             cells, p50 = [], {}
             for size, found in results.items():
@@ -275,11 +263,8 @@ def main() -> None:
                 p20, p50[size], p80 = np.percentile(wall, [20, 50, 80])
                 cells.append(f"{p50[size]:.0f}\n({p20:.0f}-{p80:.0f})\n{np.median(cpu):.0f}")
             table.add_row(name, *cells, exponents(p50))
-        Console(width=160).print(table)
-    print(
-        f"{cpu_name()}, {torch.get_num_threads()} threads, {args.rounds} rounds, torch {torch.__version__}, tensordict "
-        f"{tensordict.__version__}, torchrl {torchrl.__version__}"
-    )
+        report.table(table)
+    report.line(machine_line(f"{args.rounds} rounds"))
 
 
 if __name__ == "__main__":

