@@ -25,8 +25,6 @@ from vllm_kl.errors import CollectorError, InputError, OptionError, WeightsError
 
 STEPS = 3
 GREEDY = {"generate_kwargs": {"max_new_tokens": 10, "temperature": 0.0}}
-# A random model says bytes that are no text.
-pytestmark = pytest.mark.filterwarnings("ignore:.*its text was tokenized again")
 
 
 def threads():

@@ -51,7 +51,6 @@ def test_public_names_are_sorted_and_documented():
         _ = vllm_kl.VLLMscorer
 
 
-@pytest.mark.filterwarnings("ignore:.*its text was tokenized again")  # a random model says bytes that are no text
 def test_readme_examples_run(policy_path, ref_path, policy_llm, lora_llm, lora_paths, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my-policy").symlink_to(policy_path)

@@ -17,10 +17,10 @@ from torchrl.modules.llm.policies import Masks, Tokens
 from tests.batches import dense_batch, history_batch, ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE
 from tests.test_from_collector import NUM_ENVS, collect, make_env, make_policy  # noqa: F401  # fixtures
-from vllm_kl import RetrieveKL, RetrieveLogProb
+from vllm_kl import RetokenizedTurns, RetrieveKL, RetrieveLogProb
 from vllm_kl.errors import InputError
 from vllm_kl.inputs import InputKeys, read_batch
-from vllm_kl.turns import TurnWatch, find_retokenized
+from vllm_kl.turns import find_retokenized
 
 KEYS = InputKeys(input_mode="history", key=("history", "full"))
 
@@ -245,11 +245,23 @@ class TestRetokenized:
     def test_without_ids_there_is_nothing_to_compare(self):
         assert find_retokenized(lazy_stack([TensorDict(a=torch.ones(2), batch_size=2)]), KEYS) == []
 
-    def test_masks_that_do_not_fit_are_left_to_those_who_refuse_them(self, make_reference):
+    def test_masks_that_do_not_fit_are_refused(self):
         td = turns_batch([[[1, 2, 3], [1, 2, 3]]])
         td[0, 1]["masks", "all_attention_mask"] = torch.ones(2, dtype=torch.bool)
         with pytest.raises(InputError, match="sample 1: .*all_attention_mask.* has shape"):
-            RetrieveLogProb(make_reference(), assistant_only=False)(td)
+            find_retokenized(td, KEYS)
+
+    def test_keys_may_be_others(self):
+        td = turns_batch([[[1, 2, 3], [1, 9, 9]]])
+        for dialog in td.unbind(0):
+            for turn in dialog.unbind(0):
+                turn["mine", "ids"], turn["my_masks"] = turn.pop("tokens"), turn.pop("masks")
+        transform = RetokenizedTurns(tokens_key=("mine", "ids"), masks_key="my_masks")
+        with pytest.warns(UserWarning, match="1 turns do not begin .*The first: dialog 0, turn 1, token 1: 2 became 9"):
+            transform(td)
+        assert transform.metrics == {"retokenized_turns": 1}
+        transform(td.view(-1))  # no turns, samples
+        assert transform.metrics == {}
 
 
 # A policy that only says these bytes. ASCII comes back as the ids that were sampled; 0xFF is in no text: it is decoded to U+FFFD,
@@ -280,7 +292,7 @@ def caught_warnings(function):
 
 @pytest.mark.parametrize("says", SAYS)
 class TestDialogsOfTwoTurns:
-    def test_a_batch_of_turns_is_counted_and_reported(self, make_env, policy_saying, make_reference, says):  # noqa: F811
+    def test_a_batch_of_turns_is_counted_and_reported(self, make_env, policy_saying, says):  # noqa: F811
         batches = []
 
         def keep(data):
@@ -289,34 +301,22 @@ class TestDialogsOfTwoTurns:
 
         collect(make_env(max_steps=2), policy_saying(SAYS[says]), turns=4 * NUM_ENVS, postproc=keep)
         data = torch.cat([batch.to_lazystack(0) for batch in batches], dim=1)  # two dialogs of two turns in a row
-        for transform in (RetrieveKL("from_collector", make_reference()), RetrieveLogProb(make_reference())):
-            _, said = caught_warnings(lambda transform=transform: transform(data.copy()))
-            differing = 2 * NUM_ENVS if says == "no text" else 0
-            assert transform.metrics["retokenized_turns"] == differing
-            assert len(said) == bool(differing)
-            assert all(f"{differing} turns do not begin" in text and "dialog 0, turn 1" in text for text in said)
+        transform = RetokenizedTurns()
+        _, said = caught_warnings(lambda: transform(data))
+        differing = 2 * NUM_ENVS if says == "no text" else 0
+        assert transform.metrics == {"retokenized_turns": differing}
+        assert len(said) == bool(differing)
+        assert all(f"{differing} turns do not begin" in text and "dialog 0, turn 1" in text for text in said)
 
     @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
-    @pytest.mark.parametrize("kind", [RetrieveKL, RetrieveLogProb])
-    def test_an_env_counts_and_reports_once(
-        self,
-        make_env,  # noqa: F811
-        policy_saying,
-        make_reference,
-        tokenizer,
-        says,
-        kind,
-        pad_output,
-    ):
-        args = ("from_collector",) if kind is RetrieveKL else ()
-        transform = kind(*args, make_reference(pad_output=pad_output))
+    def test_an_env_counts_and_reports_once(self, make_env, policy_saying, tokenizer, says, pad_output):  # noqa: F811
+        transform = RetokenizedTurns()
         env = make_env(max_steps=2).append_transform(transform)
         policy = policy_saying(SAYS[says], pad_output=pad_output)
         batches, said = caught_warnings(lambda: collect(env, policy, turns=4 * NUM_ENVS))
         # Steps 1 and 3 begin dialogs: after a reset nothing is compared.
         differs = says == "no text"
-        metrics = {name: value for name, value in transform.metrics.items() if "turns" in name}
-        assert metrics == {
+        assert transform.metrics == {
             "retokenized_turns": NUM_ENVS * differs,
             "retokenized_turns_total": 2 * NUM_ENVS * differs,
             "later_turns_total": 2 * NUM_ENVS,
@@ -342,63 +342,97 @@ class Ends(Transform):
         return next_tensordict.set("done", done).set("terminated", done.clone())
 
 
-def rows(*sequences):
-    return [torch.tensor(ids) for ids in sequences]
+def act(td, *sequences):
+    """Act as a policy that writes these ids."""
+    for sample, ids in zip(td.unbind(0), sequences, strict=True):
+        sample["tokens"] = Tokens(prompt=torch.tensor(ids[:1]), full=torch.tensor(ids))
+    return td
 
 
-class TestTurnWatch:
-    def step(self, env, td, *sequences):
-        """Act as a policy that writes these ids, and go on to the next step."""
-        for sample, ids in zip(td.unbind(0), sequences, strict=True):
-            sample["tokens"] = Tokens(prompt=torch.tensor(ids[:1]), full=torch.tensor(ids))
-        return env.step_and_maybe_reset(td)[1]
+def step(transform, *sequences):
+    """Take a step of an env that shows the transform these rows."""
+    td = act(lazy_stack([TensorDict() for _ in sequences]), *sequences)
+    transform._step(td, td.empty())
+    return td
 
-    def test_only_the_rows_that_were_reset_begin_anew(self, make_reference, tokenizer):
-        loader = DataLoader([{"query": "?"}], collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
-        env = ChatEnv.from_dataloader(loader, batch_size=(3,), repeats=1, input_mode="tokens", tokenizer=tokenizer)
-        transform = RetrieveLogProb(make_reference())
-        env = env.append_transform(Ends(1)).append_transform(transform)
-        td = self.step(env, env.reset(), [5, 6], [5, 6], [5, 6])
+
+class TestInAnEnv:
+    @pytest.fixture
+    def make_token_env(self, tokenizer):
+        def make(*transforms):
+            loader = DataLoader([{"query": "?"}], collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
+            env = ChatEnv.from_dataloader(loader, batch_size=(3,), repeats=1, input_mode="tokens", tokenizer=tokenizer)
+            for transform in transforms:
+                env = env.append_transform(transform)
+            return env
+
+        return make
+
+    def test_only_the_rows_that_were_reset_begin_anew(self, make_token_env):
+        transform = RetokenizedTurns()
+        env = make_token_env(Ends(1), transform)
+
+        def go_on(td, *sequences):
+            return env.step_and_maybe_reset(act(td, *sequences))[1]
+
+        td = go_on(env.reset(), [5, 6], [5, 6], [5, 6])
         with pytest.warns(
             UserWarning, match="1 of the 2 later turns .*The first: dialog 2, turn 1, token 1: 6 became 8."
         ):
-            td = self.step(env, td, [5, 6, 7], [9, 9, 9], [5, 8, 7])
+            td = go_on(td, [5, 6, 7], [9, 9, 9], [5, 8, 7])
         assert transform.metrics == {"retokenized_turns": 1, "retokenized_turns_total": 1, "later_turns_total": 2}
-        td = self.step(env, td, [5, 6, 7, 8], [1, 2, 3, 4], [5, 8, 7, 1])
-        td = self.step(env, td, [5, 6, 9], [3, 4, 5], [5, 8, 7])  # the fourth turn; said only once
+        td = go_on(td, [5, 6, 7, 8], [1, 2, 3, 4], [5, 8, 7, 1])
+        td = go_on(td, [5, 6, 9], [3, 4, 5], [5, 8, 7])  # the fourth turn; said only once
         assert transform.metrics == {"retokenized_turns": 2, "retokenized_turns_total": 3, "later_turns_total": 6}
-        self.step(env, env.reset(), [1, 2], [1, 2], [1, 2])
+        go_on(env.reset(), [1, 2], [1, 2], [1, 2])
         assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 3, "later_turns_total": 6}
 
     def test_rows_that_cannot_be_told_apart_are_not_compared(self):
         """``rollout(break_when_all_done=True)`` steps what is not done yet, and does not say which rows that are."""
-        watch = TurnWatch()
-        watch.update(rows([1, 2], [3, 4]))
-        watch.update(rows([3, 4, 5]))
-        assert watch.metrics["later_turns_total"] == 0
-        watch.update(rows([3, 4, 5, 6]))
-        assert watch.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
+        transform = RetokenizedTurns()
+        step(transform, [1, 2], [3, 4])
+        step(transform, [3, 4, 5])
+        assert transform.metrics["later_turns_total"] == 0
+        step(transform, [3, 4, 5, 6])
+        assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
+
+    def test_a_step_without_ids_has_nothing_to_compare(self):
+        transform = RetokenizedTurns()
+        step(transform, [1, 2])
+        td = lazy_stack([TensorDict(text="a")])
+        transform._step(td, td.empty())
+        assert transform.metrics == {}
+        step(transform, [3, 4])
+        assert transform.metrics["later_turns_total"] == 0
 
     @pytest.mark.parametrize("is_dense", [False, True])
     def test_what_others_do_to_their_batch_afterwards_is_not_seen(self, is_dense):
-        watch = TurnWatch()
+        transform = RetokenizedTurns()
         td = dense_batch([[1, 2]], [1], 0) if is_dense else ids_batch([[1, 2]])
-        watch.update(read_batch(td, KEYS, assistant_only=False).token_ids)
+        transform._step(td, td.empty())
         td[0]["tokens", "full"].zero_()
-        watch.update(rows([1, 2, 3]))
-        assert watch.metrics["retokenized_turns"] == 0
+        step(transform, [1, 2, 3])
+        assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
 
-    @pytest.mark.parametrize("copied", ["clone", copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
-    def test_copies_begin_anew(self, make_reference, copied):
-        watch = TurnWatch()
-        watch.update(rows([1, 2]))
-        if copied == "clone":
-            transform = RetrieveKL("from_collector", make_reference())
-            transform._turns = watch
-            twin = transform.clone()._turns
-        else:
-            twin = copied(watch)
-        twin.update(rows([7, 8]))
+    @pytest.mark.parametrize("copied", [Transform.clone, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+    def test_a_copy_in_another_env_sees_other_dialogs(self, make_token_env, copied):
+        transform = RetokenizedTurns()
+        step(transform, [1, 2], [1, 2], [1, 2])
+        twin = copied(transform)
+        other = make_token_env()
+        td = other.reset()
+        other = other.append_transform(twin)
+        other.step(act(td, [7, 8], [7, 8], [7, 8]))
         assert twin.metrics["later_turns_total"] == 0
         with pytest.warns(UserWarning, match="dialog 0, turn 1, token 1: 2 became 3"):
-            watch.update(rows([1, 3]))
+            step(transform, [1, 3], [1, 2], [1, 2])
+
+    def test_a_run_that_is_resumed_counts_on(self, make_token_env):
+        transform, resumed = RetokenizedTurns(), RetokenizedTurns()
+        step(transform, [1, 2])
+        with pytest.warns(UserWarning, match="Said once; counted on."):
+            step(transform, [1, 3])
+        make_token_env(resumed).load_state_dict(make_token_env(transform).state_dict())
+        step(resumed, [5, 6])
+        step(resumed, [5, 7])  # was said before
+        assert resumed.metrics == {"retokenized_turns": 1, "retokenized_turns_total": 2, "later_turns_total": 2}

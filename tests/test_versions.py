@@ -399,7 +399,6 @@ def complete_dialogs(make_collector, make_reference):
     return iter(make_collector(EndFirst(), kl, max_steps=2, **kwargs)), kl
 
 
-@pytest.mark.filterwarnings("ignore:.*its text was tokenized again")  # a random model says bytes that are no text
 def test_in_an_env_too_a_batch_that_straddles_an_update_says_so(complete_dialogs, policy_engine, steps):
     batches, kl = complete_dialogs
     figures = []
@@ -414,7 +413,6 @@ def test_in_an_env_too_a_batch_that_straddles_an_update_says_so(complete_dialogs
     assert any(f["policy_version_min"] < f["policy_version_max"] for f in figures)
 
 
-@pytest.mark.filterwarnings("ignore:.*its text was tokenized again")
 def test_scores_of_two_reference_versions_never_leave_in_one_batch(complete_dialogs, ref_scorer, ref_model):
     batches, _ = complete_dialogs
     next(batches)

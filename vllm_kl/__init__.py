@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         push_weights_async,
     )
     from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
+    from vllm_kl.turns import RetokenizedTurns
     from vllm_kl.versions import check_versions
     from vllm_kl.wrapper import LoRAWrapper
 
@@ -39,6 +40,7 @@ __all__ = [
     "FromCollector",
     "KLComputation",
     "LoRAWrapper",
+    "RetokenizedTurns",
     "RetrieveKL",
     "RetrieveLogProb",
     "Sample",
@@ -64,6 +66,7 @@ _HOME = {
     "FromCollector": "from_collector",
     "KLComputation": "computation",
     "LoRAWrapper": "wrapper",
+    "RetokenizedTurns": "turns",
     "RetrieveKL": "transforms",
     "RetrieveLogProb": "transforms",
     "Sample": "samples",

@@ -34,7 +34,7 @@ from vllm_kl.inputs import rows_of
 from vllm_kl.leaving import on_leaving
 from vllm_kl.outputs import set_rows
 from vllm_kl.resolver import Side, is_same_temperature, scorer_for
-from vllm_kl.steps import TurnsTransform, scores
+from vllm_kl.steps import TokensTransform, scores
 from vllm_kl.types import Scored, TokenBatch
 from vllm_kl.versions import OnStale, place, two_references
 
@@ -162,7 +162,7 @@ class Deferral:
 
     def submit(
         self,
-        transform: TurnsTransform,
+        transform: TokensTransform,
         next_td: TensorDictBase,
         side: Side,
         batch: TokenBatch,

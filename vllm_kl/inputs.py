@@ -185,7 +185,7 @@ def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[li
     widths = widths_of(ids)
     if attention is None:
         return widths, None
-    _check_shapes(attention, ids, nested(keys.masks_key, "all_attention_mask"))
+    check_shapes(attention, ids, nested(keys.masks_key, "all_attention_mask"))
     is_real = pack(attention).bool()
     if is_real.all():
         return widths, None
@@ -205,7 +205,7 @@ def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[li
     return lengths.tolist(), places
 
 
-def _check_shapes(masks: Rows, ids: Rows, name: NestedKey) -> None:
+def check_shapes(masks: Rows, ids: Rows, name: NestedKey) -> None:
     """Refuse masks of another shape than their ids."""
     if isinstance(masks, torch.Tensor) and isinstance(ids, torch.Tensor) and masks.shape == ids.shape:
         return
@@ -228,7 +228,7 @@ def _stored_assistant_mask(
     name = nested(keys.masks_key, "all_assistant_mask")
     stored = read_rows(td, name)
     if stored is not None:
-        _check_shapes(stored, ids, name)
+        check_shapes(stored, ids, name)
         return pack(stored, places).bool()
     prompts = rows_of(td, nested(keys.tokens_key, "prompt"))
     if prompts is None:

@@ -25,12 +25,12 @@ from vllm_kl.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.outputs import check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
 from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
-from vllm_kl.steps import TurnsTransform, scores, to_device
+from vllm_kl.steps import TokensTransform, scores, to_device
 from vllm_kl.types import Rows
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, origins
 
 
-class RetrieveLogProb(TurnsTransform):
+class RetrieveLogProb(TokensTransform):
     """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
 
     Args:
@@ -114,8 +114,8 @@ class RetrieveLogProb(TurnsTransform):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of re-tokenized turns and of chat templates, as :attr:`RetrieveKL.metrics` has them."""
-        return {**self._turns.metrics, **self._texts.metrics}
+        """Figures of chat templates, as :attr:`RetrieveKL.metrics` has them."""
+        return self._texts.metrics
 
     def scored_at(self, key: NestedKey) -> float | None:
         return self._side.temperature if key == self.log_probs_full_key else None

@@ -1,6 +1,4 @@
-"""What all transforms share: a step, or a batch, as a one-dimensional batch; dialogs of several turns; devices; the reward's
-spec.
-"""
+"""What all transforms share: a step, or a batch, as a one-dimensional batch; its tokens; devices; the reward's spec."""
 
 from __future__ import annotations
 
@@ -18,7 +16,6 @@ from vllm_kl.inputs import InputKeys, read_batch
 from vllm_kl.outputs import declare
 from vllm_kl.resolver import Side
 from vllm_kl.texts import TextWatch
-from vllm_kl.turns import TurnWatch
 from vllm_kl.types import Rows, Scored, TokenBatch
 
 
@@ -80,14 +77,13 @@ class NextTransform(Transform):
         return [module for module in _outermost(self).modules() if isinstance(module, NextTransform)]
 
 
-class TurnsTransform(NextTransform):
-    """A transform that reads ids, and tells where a later turn of a dialog does not begin with those of the turn before."""
+class TokensTransform(NextTransform):
+    """A transform that reads tokens, tells what was found in their texts, and knows whether they were generated just now."""
 
     assistant_only: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._turns = TurnWatch()
         self._texts = TextWatch()
         self._is_step = False  # what is written was generated just now, by the policy as it is
 
@@ -95,24 +91,11 @@ class TurnsTransform(NextTransform):
     def _keys(self) -> InputKeys:
         """Return where ids and masks lie."""
 
-    def counts(self) -> dict[str, Any]:
-        return {**super().counts(), "turns": self._turns.counts}
-
-    def set_counts(self, counts: dict[str, Any]) -> None:
-        super().set_counts(counts)
-        self._turns.counts = counts["turns"]
-
     def _read(self, td: TensorDictBase) -> TokenBatch:
-        """Return the tokens of a one-dimensional batch; tell what was found in its texts and, at a step, in its turns."""
+        """Return the tokens of a one-dimensional batch."""
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         self._texts.see(batch.report)
-        if self._is_step:
-            self._turns.update(batch.token_ids if batch.stored else None)
         return batch
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        self._turns.look_at_batch(tensordict, self._keys())
-        return super().forward(tensordict)
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self._is_step = True
@@ -121,14 +104,9 @@ class TurnsTransform(NextTransform):
         finally:
             self._is_step = False
 
-    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
-        # Not in _reset: a data loader's primer takes the mask of a partial reset away before (torchrl 0.14).
-        self._turns.forget(None if tensordict is None else tensordict.get("_reset", default=None))
-        return super()._reset_env_preprocess(tensordict)
-
     def clone(self) -> Self:
         twin = super().clone()
-        twin._turns, twin._texts = TurnWatch(), TextWatch()  # torchrl's copies are shallow
+        twin._texts = TextWatch()  # torchrl's copies are shallow
         return twin
 
 

@@ -45,7 +45,7 @@ from vllm_kl.resolver import (
     warn_of_two_lengths,
     warn_unless_full,
 )
-from vllm_kl.steps import TurnsTransform, scores, to_device
+from vllm_kl.steps import TokensTransform, scores, to_device
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, origins, policy_range
 
@@ -95,7 +95,7 @@ def _from_collector(gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[st
     return None
 
 
-class RetrieveKL(TurnsTransform, KLTransform):
+class RetrieveKL(TokensTransform, KLTransform):
     """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
 
     Args:
@@ -291,22 +291,12 @@ class RetrieveKL(TurnsTransform, KLTransform):
         - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
           an update; ``ref_version``: of the reference's weights. In an env: of the last batch that left the collector, see
           :func:`~vllm_kl.check_versions`;
-        - ``retokenized_turns``: turns whose ids do not begin with those of the turn before, see :mod:`vllm_kl.turns`: of a batch
-          ``[dialogs, turns]`` (a ``postproc``, a collector's batch), or of an env's last step; and in an env
-          ``retokenized_turns_total`` of ``later_turns_total``, all turns but each dialog's first, since it was made;
         - ``template_...``: of a batch whose History was tokenized here: ``cut_chars`` of its ``content_chars`` are not in what the
           chat template rendered, of ``cut_messages`` of its ``messages``; ``moved_messages`` stand elsewhere in the dialog;
           ``inserted_chars`` are marked as the assistant's though no message says them, ``unmarked_chars`` are said and not marked.
         """
         audit = self._gen.audit.metrics if isinstance(self._gen, FromCollector) else {}
-        return {
-            **self.penalty.metrics,
-            **self._rescored,
-            **audit,
-            **self._versions,
-            **self._turns.metrics,
-            **self._texts.metrics,
-        }
+        return {**self.penalty.metrics, **self._rescored, **audit, **self._versions, **self._texts.metrics}
 
     def scored_at(self, key: NestedKey) -> float | None:
         return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None

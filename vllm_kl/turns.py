@@ -1,8 +1,5 @@
 """Dialogs of several turns: do later turns still begin with the ids that earlier turns generated?
 
-A batch ``[dialogs, turns]`` is compared as a whole (:func:`find_retokenized`); an env sees one turn of each dialog at a time, so
-a :class:`TurnWatch` keeps the turn before.
-
 A policy in history mode renders and tokenizes the whole dialog again at every turn. Text that was generated need not come
 back as the ids that were sampled (two merges of the same letters, bytes that are no text), and then the later turns were
 conditioned on other tokens than the earlier turns produced. Every turn is scored on the ids that it saw, so each log-prob is
@@ -14,13 +11,15 @@ It compares ids only. Nothing is rendered or tokenized here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 
-from vllm_kl.inputs import InputKeys, nested, rows_of
+from vllm_kl.inputs import InputKeys, check_shapes, nested, rows_of
+from vllm_kl.steps import NextTransform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,107 +43,110 @@ def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
         td: as a collector yields it: ids and attention masks of every turn, and ``("next", "done")``, which tells where a
             dialog ended; without it rows may be anything (a group's responses), and nothing is reported.
         keys: where they lie.
+
+    Raises:
+        InputError: an attention mask does not fit its ids, or some turns lack what others have.
     """
-    found: list[Retokenized] = []
     if not td.numel():
-        return found
-    for i, dialog in enumerate(td.unbind(0)):
-        turns = _real_ids(dialog, keys)
-        done = dialog.get(("next", "done"), default=None)
-        if turns is None or done is None:
-            return []
-        ended = done.reshape(len(turns), -1).any(1).tolist()
-        for t in range(1, len(turns)):
-            if ended[t - 1]:
-                continue  # a new dialog begins
-            difference = _difference(i, t, turns[t - 1], turns[t])
-            if difference is not None:
-                found.append(difference)
+        return []
+    num_dialogs, num_turns = td.batch_size
+    samples = td.reshape(-1)
+    ids, done = _real_ids(samples, keys), rows_of(samples, ("next", "done"))
+    if ids is None or done is None:
+        return []
+    found = []
+    for i in range(num_dialogs):
+        for t in range(1, num_turns):
+            last = i * num_turns + t - 1
+            if not done[last].any():  # else a new dialog begins
+                found += _difference(i, t, ids[last], ids[last + 1])
     return found
 
 
-class TurnWatch:
-    """Counts the turns that were tokenized to other ids, in batches and, step by step, in one env.
+class RetokenizedTurns(NextTransform):
+    """Counts the turns that do not begin with the ids of the turn before them, and warns of the first. It changes nothing.
 
-    It belongs to one transform: copied or unpickled it begins anew, as it must in another env.
+    Append it to an env, which tells once; or use it as a collector's ``postproc``, on a replay buffer or on a batch, where it
+    tells of each batch ``[dialogs, turns]`` in which there are some.
+
+    Keyword Args:
+        tokens_key, masks_key: where ``"full"`` and ``"all_attention_mask"`` lie.
 
     Attributes:
-        metrics: figures of the last batch or step, see :attr:`vllm_kl.RetrieveKL.metrics`.
+        metrics: ``retokenized_turns`` of the last batch or step, and in an env ``retokenized_turns_total`` of
+            ``later_turns_total``, all turns but each dialog's first. The totals are part of its ``state_dict()``.
+
+    Raises:
+        InputError: when called: as :func:`find_retokenized`.
+
+    >>> turns = TensorDict(full=torch.tensor([[[5, 6, 7], [5, 6, 7], [5, 6, 7]]]), batch_size=(1, 3))  # of one dialog
+    >>> done = TensorDict(done=torch.tensor([[[False], [False], [True]]]), batch_size=(1, 3))
+    >>> transform = RetokenizedTurns()
+    >>> td = transform(TensorDict(tokens=turns, next=done, batch_size=(1, 3)))
+    >>> transform.metrics
+    {'retokenized_turns': 0.0}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tokens_key: NestedKey = "tokens", masks_key: NestedKey = "masks") -> None:
+        full = nested(tokens_key, "full")
+        super().__init__(in_keys=[full], out_keys=[])
         self.metrics: dict[str, float] = {}
-        self._rows: list[tuple[int, torch.Tensor] | None] = []  # by row of the env: number and ids [L] of the last turn
-        self._num_later = 0
-        self._num_retokenized = 0
+        self._keys = InputKeys(input_mode="tokens", key=full, tokens_key=tokens_key, masks_key=masks_key)
+        self._last: list[tuple[int, torch.Tensor] | None] = []  # by row of the env: number and ids [L] of its last turn
+        self._num_later = self._num_retokenized = 0
 
-    def __reduce__(self) -> tuple[type[TurnWatch], tuple[()]]:
-        return TurnWatch, ()
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """All later turns that were seen in an env, and how many were tokenized to other ids."""
-        return self._num_later, self._num_retokenized
-
-    @counts.setter
-    def counts(self, counts: tuple[int, int]) -> None:
-        self._num_later, self._num_retokenized = counts
-
-    def look_at_batch(self, td: TensorDictBase, keys: InputKeys) -> None:
-        """See a whole batch: of turns, if it is ``[dialogs, turns]``."""
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         self.metrics = {}
-        if td.batch_dims != 2:
-            return
-        found = find_retokenized(td, keys)
-        self.metrics = {"retokenized_turns": float(len(found))}
-        if found:
-            _warn(f"{len(found)} turns do not begin", found[0])
+        if tensordict.batch_dims == 2:
+            found = find_retokenized(tensordict, self._keys)
+            self.metrics = {"retokenized_turns": float(len(found))}
+            if found:
+                _warn(f"{len(found)} turns do not begin", found[0])
+        return tensordict
 
-    def update(self, rows: Sequence[torch.Tensor] | None) -> None:
-        """See one step of an env: row for row the turn after the one that was seen before, if there was one.
-
-        Args:
-            rows: ids, B x ``[L]``, which nobody changes later; ``None``: nothing was generated as ids, nothing could change.
-        """
-        if rows is None:
-            self.forget()
-            self.metrics = {}
-            return
-        if len(rows) != len(self._rows):
-            # A part of the env's rows was stepped; which part, torchrl 0.14 does not say.
-            self._rows = [None] * len(rows)
-        found = []
-        num_later = 0
-        for i, ids in enumerate(rows):
-            last = self._rows[i]
-            turn = 0 if last is None else last[0] + 1
-            if last is not None:
-                num_later += 1
-                difference = _difference(i, turn, last[1], ids)
-                found += [] if difference is None else [difference]
-            self._rows[i] = turn, ids
-        is_first = not self._num_retokenized
-        self._num_later += num_later
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        """See one step of an env: row for row the turn after the one that was seen before, if there was one."""
+        rows = _real_ids(td, self._keys)
+        if rows is None:  # nothing was generated as ids, nothing could change
+            self._last, self.metrics = [], {}
+            return next_td
+        # Where a part of the env's rows was stepped, torchrl 0.14 does not say which part.
+        last = self._last if len(self._last) == len(rows) else [None] * len(rows)
+        turns = [0 if before is None else before[0] + 1 for before in last]
+        # A copy: what others do to their batch afterwards does not count.
+        self._last = [(turn, ids.clone()) for turn, ids in zip(turns, rows, strict=True)]
+        later = [i for i, turn in enumerate(turns) if turn]
+        found = [difference for i in later for difference in _difference(i, turns[i], last[i][1], rows[i])]
+        if found and not self._num_retokenized:
+            what = f"{len(found)} of the {len(later)} later turns of this step do not begin"
+            _warn(what, found[0], " Said once; counted on.")
+        self._num_later += len(later)
         self._num_retokenized += len(found)
         self.metrics = {
             "retokenized_turns": float(len(found)),
             "retokenized_turns_total": float(self._num_retokenized),
             "later_turns_total": float(self._num_later),
         }
-        if found and is_first:
-            _warn(
-                f"{len(found)} of the {num_later} later turns of this step do not begin",
-                found[0],
-                " Said once; counted on.",
-            )
+        return next_td
 
-    def forget(self, mask: torch.Tensor | None = None) -> None:
-        """Begin new dialogs in the rows of a mask, ``[B]`` or ``[B, 1]``; in all rows without one."""
-        if mask is None or mask.numel() != len(self._rows):
-            self._rows = []
-            return
-        for i in mask.flatten().nonzero()[:, 0].tolist():
-            self._rows[i] = None
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        # Not in _reset: a data loader's primer takes the mask of a partial reset away before (torchrl 0.14).
+        mask = None if tensordict is None else tensordict.get("_reset", default=None)
+        is_partial = mask is not None and mask.numel() == len(self._last)
+        begins = mask.flatten().tolist() if is_partial else [True] * len(self._last)
+        self._last = [None if begun else last for begun, last in zip(begins, self._last, strict=True)]
+        return super()._reset_env_preprocess(tensordict)
+
+    def set_container(self, container: Any) -> None:
+        self._last = []  # a copy goes to another env, whose dialogs are others
+        super().set_container(container)
+
+    def counts(self) -> dict[str, Any]:
+        return {**super().counts(), "turns": (self._num_later, self._num_retokenized)}
+
+    def set_counts(self, counts: dict[str, Any]) -> None:
+        super().set_counts(counts)
+        self._num_later, self._num_retokenized = counts["turns"]
 
 
 def _warn(what: str, first: Retokenized, note: str = "") -> None:
@@ -155,25 +157,23 @@ def _warn(what: str, first: Retokenized, note: str = "") -> None:
     )
 
 
-def _difference(dialog: int, turn: int, before: torch.Tensor, after: torch.Tensor) -> Retokenized | None:
-    """Return where ``after`` does not begin with all of ``before``, both ``[L]``."""
-    after = after[: len(before)]
-    if torch.equal(before, after):
-        return None
+def _difference(dialog: int, turn: int, before: torch.Tensor, after: torch.Tensor) -> list[Retokenized]:
+    """Return where ``after`` does not begin with all of ``before``, both ``[L]``; nothing where it does."""
     n = min(len(before), len(after))
+    if n == len(before) and torch.equal(before, after[:n]):
+        return []
     differs = (before[:n] != after[:n]).nonzero()
     position = int(differs[0]) if len(differs) else n
     was, now = (int(ids[position]) if position < len(ids) else None for ids in (before, after))
-    return Retokenized(dialog=dialog, turn=turn, position=position, was=was, now=now)
+    return [Retokenized(dialog=dialog, turn=turn, position=position, was=was, now=now)]
 
 
-def _real_ids(dialog: TensorDictBase, keys: InputKeys) -> list[torch.Tensor] | None:
-    ids = rows_of(dialog, nested(keys.tokens_key, "full"))
-    if ids is None:
-        return None
-    attention = rows_of(dialog, nested(keys.masks_key, "all_attention_mask"))
+def _real_ids(samples: TensorDictBase, keys: InputKeys) -> list[torch.Tensor] | None:
+    """Return the ids of each sample without padding, ``[L]`` on the CPU; ``None``: it has none."""
+    ids = rows_of(samples, nested(keys.tokens_key, "full"))
+    name = nested(keys.masks_key, "all_attention_mask")
+    attention = None if ids is None else rows_of(samples, name)
     if attention is None:
-        return [row.cpu() for row in ids]
-    if any(row.shape != mask.shape for row, mask in zip(ids, attention, strict=True)):
-        return None  # read_batch refuses it, and says how
+        return ids and [row.cpu() for row in ids]
+    check_shapes(attention, ids, name)
     return [row[mask.bool()].cpu() for row, mask in zip(ids, attention, strict=True)]
