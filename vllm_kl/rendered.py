@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,23 +42,21 @@ class Rendered:
 class _Piece:
     """A text of a message's content, and where it was found."""
 
-    message: int
     text: str
-    is_marked: bool  # an assistant's, in a dialog whose template marks what assistants say
     home: Span  # where it belongs in the rendered text
+    is_marked: bool  # an assistant's, which belongs into what is marked
     shortest: int  # part that may be one of it, in what is marked: beside a tool call a letter may be the call's
-    found: list[Span] = field(default_factory=list)  # in the rendered text
-    kept: list[Span] = field(default_factory=list)  # the same parts, in ``text``
+    parts: list[tuple[int, Span]] = field(default_factory=list)  # where each was found, and what it is of ``text``
     is_moved: bool = False
 
-    def place(self, at: int, kept: Span) -> None:
-        self.found.append((at, at + kept[1] - kept[0]))
-        self.kept.append(kept)
+    @property
+    def found(self) -> list[Span]:
+        return [(at, at + stop - start) for at, (start, stop) in self.parts]
 
     def missing(self) -> str:
         """Return the first part that was not found."""
         end = 0
-        for start, stop in sorted(self.kept):
+        for start, stop in sorted(kept for _, kept in self.parts):
             if start > end:
                 return self.text[end:start]
             end = stop
@@ -78,59 +77,47 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     ((6, 6), (4, 23), '<think>easy</think>')
     """
     homes = _homes(messages, runs, len(text))
-    pieces = [
-        _Piece(
-            i,
-            _as_printed(part, text),
-            bool(runs) and message.get("role") == "assistant",
-            homes[i],
-            _SHORTEST if message.get("tool_calls") else 1,
-        )
-        for i, message in enumerate(messages)
-        for part in _texts_of(message.get("content"))
-    ]
+    by_message = []
+    for message, home in zip(messages, homes, strict=True):
+        is_marked, shortest = message.get("role") == "assistant", _SHORTEST if message.get("tool_calls") else 1
+        texts = (_as_printed(part, text) for part in _texts_of(message.get("content")))
+        by_message.append([_Piece(part, home, is_marked, shortest) for part in texts])
+    pieces = list(itertools.chain(*by_message))
     at_home = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.home)]
     were_placed = [_place_in_order(text, group, runs) for group in at_home]  # all of them, also after one that was not
     if not all(were_placed):
         _place_by_length(text, pieces)
         _mark_moved(pieces)
         _place_parts(text, pieces, runs)
-    by_message: list[list[_Piece]] = [[] for _ in messages]
-    for piece in pieces:
-        by_message[piece.message].append(piece)
     windows = _windows(by_message, len(text))
     return [_rendered(text, *of_message) for of_message in zip(messages, by_message, windows, homes, strict=True)]
 
 
 def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int) -> list[Span]:
     """Return for each message where it belongs: all of the text where there is not one run of marks for each assistant's."""
-    are_assistants = [message.get("role") == "assistant" for message in messages]
-    if sum(are_assistants) != len(runs):
+    ours = [message.get("role") == "assistant" for message in messages]
+    if sum(ours) != len(runs):
         return [(0, length)] * len(messages)
-    homes, start, left = [], 0, list(runs)
-    for is_assistant in are_assistants:
-        if is_assistant:
-            homes.append(left.pop(0))
-            start = homes[-1][1]
-        else:
-            homes.append((start, left[0][0] if left else length))
-    return homes
+    edges = [0, *itertools.chain(*runs), length]
+    before = itertools.accumulate(ours, initial=0)
+    return [(edges[2 * k + is_ours], edges[2 * k + is_ours + 1]) for k, is_ours in zip(before, ours, strict=False)]
 
 
 def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span, home: Span) -> Rendered:
     words = list(_words_of_calls(message))
     lost = _lost_words(text[window[0] : max(window[1], home[1])], words)
-    missing = [gap for piece in pieces if (gap := piece.missing())] + lost
-    num_chars = sum(len(piece.text) for piece in pieces) + sum(len(word) for word, _ in words)
-    num_lost = sum(len(piece.text) - sum(b - a for a, b in piece.kept) for piece in pieces) + sum(map(len, lost))
+    said = [*(piece.text for piece in pieces), *(word for word, _ in words)]
+    spans = [span for piece in pieces for span in piece.found]
     content = message.get("content")
     return Rendered(
         role=str(message.get("role")),
-        num_chars=num_chars,
-        num_found=num_chars - num_lost,
-        missing=missing[0] if missing else "",
+        num_chars=sum(map(len, said)),
+        num_found=sum(stop - start for start, stop in spans)
+        + sum(len(word) for word, _ in words)
+        - sum(map(len, lost)),
+        missing=next(filter(None, [*(piece.missing() for piece in pieces), *lost]), ""),
         is_moved=any(piece.is_moved for piece in pieces),
-        spans=[span for piece in pieces for span in piece.found],
+        spans=spans,
         window=window,
         is_printed=isinstance(content, list) and bool(content) and str(content) in text,
         calls=[word for word, _ in words],
@@ -160,10 +147,10 @@ def _words_of_calls(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _lost_words(text: str, words: list[tuple[str, str]]) -> list[str]:
     """Return the words that are not in a text, or not as often: of two calls a template may print one."""
-    needed: dict[str, int] = {}
+    needed: Counter[str] = Counter()
     lost = []
     for word, whole in words:
-        needed[word] = needed.get(word, 0) + 1
+        needed[word] += 1
         is_whole = whole != word and any(form in text for form in _forms(whole))
         if not is_whole and sum(text.count(form) for form in _forms(word)) < needed[word]:
             lost.append(word)
@@ -194,7 +181,7 @@ def _as_printed(content: str, text: str) -> str:
     """Return a content as a template printed it: some print tool results and system messages as JSON strings."""
     if content in text:
         return content
-    forms = [*_forms(content), *(_forms(content.strip()) if content.strip() not in text else ())]
+    forms = [*_forms(content), *(() if content.strip() in text else _forms(content.strip()))]
     return next((form for form in forms if form in text), content)
 
 
@@ -204,106 +191,85 @@ def _bounds(text: str) -> list[Span]:
     return [(0, len(text))] if (start, end) == (0, len(text)) or start >= end else [(0, len(text)), (start, end)]
 
 
+def _next_run(runs: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """Return the next run of marks in ``text[start:stop]``, if there is one."""
+    k = bisect.bisect(runs, start, key=lambda run: run[1])
+    return [(max(a, start), min(b, stop)) for a, b in runs[k : k + 1] if a < stop]
+
+
 def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bool:
     """Place pieces of one home one after the other, some without the white space around them; or none, and return ``False``."""
-    (cursor, stop), next_run = pieces[0].home, 0
+    start, stop = pieces[0].home
+    found: list[tuple[int, Span]] = []
     for piece in pieces:
-        while next_run < len(runs) and runs[next_run][1] <= cursor:
-            next_run += 1
-        run = runs[next_run] if piece.is_marked and next_run < len(runs) else None
-        options = (
-            (at, kept) for kept in _bounds(piece.text) for at in _in_run(piece.text[slice(*kept)], text, run, cursor)
-        )
-        after = ((text.find(piece.text[slice(*kept)], cursor, stop), kept) for kept in _bounds(piece.text))
-        at, kept = next((option for option in (*options, *after) if option[0] >= 0), (-1, (0, 0)))
-        if at < 0:
-            for placed in pieces:
-                placed.found, placed.kept = [], []
+        marked = _next_run(runs, start, stop) if piece.is_marked else []
+        for place, bounds in itertools.product([*marked, (start, stop)], _bounds(piece.text)):
+            part = piece.text[slice(*bounds)]
+            # In what is marked at its end first: a word like "a" may be in what the template puts before it, too.
+            is_last = place in marked and text.endswith(part, *place)
+            if (at := place[1] - len(part) if is_last else text.find(part, *place)) >= 0:
+                found.append((at, bounds))
+                start = at + len(part)
+                break
+        else:
             return False
-        piece.place(at, kept)
-        cursor = piece.found[-1][1]
+    for piece, part in zip(pieces, found, strict=True):
+        piece.parts = [part]
     return True
-
-
-def _in_run(part: str, text: str, run: Span | None, cursor: int) -> list[int]:
-    """Return where a part may be in what is marked: at its end first, as a word like "a" is in the tags before it too."""
-    if run is None:
-        return []
-    start, stop = max(run[0], cursor), run[1]
-    at_end = stop - len(part) if text.endswith(part, start, stop) else -1
-    return [at_end, text.find(part, start, stop)]
 
 
 def _place_by_length(text: str, pieces: list[_Piece]) -> None:
     """Place the pieces that are in the text and not placed yet, the longest first: at home, those that are not there elsewhere."""
-    placed = [i for i, piece in enumerate(pieces) if piece.found]  # sorted
-    taken = sorted(pieces[i].found[0] for i in placed)
-    free_from: dict[str, int] = {}  # by part: where it was found free last, or the end; before it all places are taken
-
-    def first_free(part: str, start: int, stop: int) -> int:
-        is_anywhere = (start, stop) == (0, len(text))
-        at = text.find(part, free_from.get(part, 0) if is_anywhere else start, stop)
-        while at >= 0:
-            k = bisect.bisect_right(taken, (at, len(text)))
-            clash = [end for begin, end in taken[max(k - 1, 0) : k + 1] if begin < at + len(part) and end > at]
-            if not clash:
-                break
-            at = text.find(part, clash[0], stop)
-        if is_anywhere:
-            free_from[part] = at if at >= 0 else len(text)
-        return at
-
+    placed = [i for i, piece in enumerate(pieces) if piece.parts]  # sorted
+    free = text
+    for i in placed:
+        free = _without(free, *pieces[i].found[0])
     by_length = sorted(set(range(len(pieces))) - set(placed), key=lambda i: -len(pieces[i].text))
     for i, is_home in ((i, is_home) for is_home in (True, False) for i in by_length):
         piece, k = pieces[i], bisect.bisect(placed, i)
-        if piece.found:
+        if piece.parts or not (is_home or piece.text.strip()):  # white space is elsewhere, always
             continue
         low, high = piece.home if is_home else (0, len(text))
         start = pieces[placed[k - 1]].found[-1][1] if k else 0
         stop = pieces[placed[k]].found[0][0] if k < len(placed) else len(text)
-        places, bounds = [(max(start, low), min(stop, high)), (low, high)], _bounds(piece.text)
-        options = ((first_free(piece.text[a:b], *place), (a, b)) for place in places for a, b in bounds)
-        at, kept = next((option for option in options if option[0] >= 0), (-1, (0, 0)))
-        if at >= 0:
-            piece.place(at, kept)
-            placed.insert(k, i)
-            bisect.insort(taken, piece.found[0])
+        for place, (a, b) in itertools.product(((max(start, low), min(stop, high)), (low, high)), _bounds(piece.text)):
+            if (at := free.find(piece.text[a:b], *place)) >= 0:
+                piece.parts = [(at, (a, b))]
+                placed.insert(k, i)
+                free = _without(free, *piece.found[0])
+                break
+
+
+def _without(text: str, start: int, stop: int) -> str:
+    return text[:start] + "\0" * (stop - start) + text[stop:]
 
 
 def _mark_moved(pieces: list[_Piece]) -> None:
     """Mark the fewest pieces without which all others stand in order: all but a longest increasing subsequence."""
-    placed = [piece for piece in pieces if piece.found]
     ends: list[int] = []  # by length of a subsequence: the smallest position that ends one
-    last: list[int] = []  # and its index in ``placed``
-    before: list[int | None] = []
-    for i, piece in enumerate(placed):
-        k = bisect.bisect_left(ends, piece.found[0][0])
-        before.append(last[k - 1] if k else None)
-        ends[k : k + 1], last[k : k + 1] = [piece.found[0][0]], [i]
-    in_order, i = set(), last[-1] if last else None
-    while i is not None:
-        in_order.add(i)
-        i = before[i]
-    for i, piece in enumerate(placed):
-        piece.is_moved = i not in in_order
+    chains: list[Any] = []  # and its pieces, the last first
+    for piece in pieces:
+        if piece.parts:
+            piece.is_moved = True
+            at = piece.parts[0][0]
+            k = bisect.bisect_left(ends, at)
+            ends[k : k + 1], chains[k : k + 1] = [at], [(piece, chains[k - 1] if k else None)]
+    chain = chains[-1] if chains else None
+    while chain:
+        piece, chain = chain
+        piece.is_moved = False
 
 
 def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
     """Place what is left of the pieces that are not there as a whole, between their neighbours that stand in order."""
-    stops, stop = [0] * len(pieces), len(text)
-    for i in reversed(range(len(pieces))):
-        stops[i] = stop
-        if pieces[i].found and not pieces[i].is_moved:
-            stop = pieces[i].found[0][0]
     start = 0
-    for piece, stop in zip(pieces, stops, strict=True):
-        if not piece.found:
-            low, high = max(start, piece.home[0]), min(stop, piece.home[1])
-            inside = [(max(a, low), min(b, high)) for a, b in runs if a < high and b > low] if piece.is_marked else []
-            shortest = piece.shortest if inside else _SHORTEST
-            for at, kept in _common_parts(piece.text, text, *(inside[0] if inside else (low, high)), shortest):
-                piece.place(at, kept)
-        if piece.found and not piece.is_moved:
+    for piece, (_, stop) in zip(pieces, _windows([[piece] for piece in pieces], len(text)), strict=True):
+        if not piece.parts:
+            place = max(start, piece.home[0]), min(stop, piece.home[1])
+            marked = _next_run(runs, *place) if piece.is_marked else []
+            shortest = piece.shortest if marked else _SHORTEST
+            piece.parts = _common_parts(piece.text, text, *(*marked, place)[0], shortest)
+        if piece.parts and not piece.is_moved:
             start = max(end for _, end in piece.found)
 
 
@@ -344,22 +310,17 @@ def _common_parts(piece: str, text: str, start: int, stop: int, shortest: int) -
 
 def _longest(piece: str, text: str, start: int, stop: int, head: bool) -> int:
     """Return the length of the longest beginning, or end, of a piece that is in ``text[start:stop]``."""
-    low, high = 0, len(piece)
-    while low < high:
-        middle = (low + high + 1) // 2
-        part = piece[:middle] if head else piece[len(piece) - middle :]
-        low, high = (middle, high) if text.find(part, start, stop) >= 0 else (low, middle - 1)
-    return low
+
+    def is_gone(length: int) -> bool:
+        return text.find(piece[:length] if head else piece[len(piece) - length :], start, stop) < 0
+
+    return bisect.bisect_left(range(1, len(piece) + 1), True, key=is_gone)
 
 
 def _windows(by_message: list[list[_Piece]], length: int) -> list[Span]:
     """Return for each message what lies between the contents of the messages before and after it."""
     spans = [[span for piece in pieces if not piece.is_moved for span in piece.found] for pieces in by_message]
-    starts, stops, start, stop = [], [], 0, length
-    for own in spans:
-        starts.append(start)
-        start = max((end for _, end in own), default=start)
-    for own in reversed(spans):
-        stops.append(stop)
-        stop = min((begin for begin, _ in own), default=stop)
-    return list(zip(starts, reversed(stops), strict=True))
+    ends = (max((end for _, end in own), default=0) for own in spans)
+    begins = (min((begin for begin, _ in own), default=length) for own in reversed(spans))
+    starts, stops = itertools.accumulate(ends, max, initial=0), itertools.accumulate(begins, min, initial=length)
+    return list(zip(starts, reversed([*stops][:-1]), strict=False))
