@@ -67,6 +67,13 @@ def read(tokenizer, *chats, assistant_only=True, **template_kwargs):
     return read_batch(history_batch(chats=list(chats)), keys, assistant_only=assistant_only)
 
 
+def read_texts(tokenizer, *texts, **options):
+    keys = InputKeys(input_mode="text", key=("text", "full"), tokenizer=tokenizer, tokenizer_kwargs=options)
+    td = TensorDict(text=Text(full=list(texts)), batch_size=(len(texts),)).to_lazystack(0)
+    batch = read_batch(td, keys, assistant_only=False)
+    return [ids.tolist() for ids in batch.token_ids], batch.report
+
+
 def kept(tokenizer, batch):
     return [tokenizer.decode(ids[keep]) for ids, keep in zip(batch.token_ids, batch.keep, strict=True)]
 
@@ -169,7 +176,7 @@ class TestOneBOS:
     @pytest.mark.parametrize(("add", "num_bos"), [(True, 2), (False, 1)])
     def test_what_the_user_asks_for_is_done_to_the_letter(self, add, num_bos):
         tokenizer = make(CHATML, **ADDS_BOS)
-        (ids,), report = tokenize(["<|pad|>hello"], tokenizer, {"add_special_tokens": add})
+        (ids,), report = read_texts(tokenizer, "<|pad|>hello", add_special_tokens=add)
         assert ids[:3].count(tokenizer.bos_token_id) == num_bos
         assert ("double_bos" in report.warnings) == add
 
@@ -178,19 +185,19 @@ class TestOneBOS:
     )
     def test_eos_is_there_once_too(self, adds, text):
         tokenizer = make(CHATML, eos="</s>", bos="<s>", adds=adds)
-        (ids, twin), report = tokenize([text, "a"], tokenizer, {})
+        (ids, twin), report = read_texts(tokenizer, text, "a")
         assert ids == twin
         assert "end with the EOS '</s>'" in report.warnings["text_ends"]
 
     def test_a_text_that_has_two_itself_keeps_them_and_is_told(self):
         tokenizer = make(CHATML, **ADDS_BOS)
-        (ids,), report = tokenize(["<|pad|><|pad|>a"], tokenizer, {})
+        (ids,), report = read_texts(tokenizer, "<|pad|><|pad|>a")
         assert ids[:2] == [tokenizer.bos_token_id] * 2
         assert "two BOS" in report.warnings["double_bos"]
 
     def test_white_space_before_a_texts_own_bos_is_told(self):
         tokenizer = make(None, bos="<s>", adds="<s> $A")
-        rows, report = tokenize(["<s>hi", " \n<s>hi"], tokenizer, {})
+        rows, report = read_texts(tokenizer, "<s>hi", " \n<s>hi")
         assert [row.count(tokenizer.bos_token_id) for row in rows] == [1, 2]
         assert "1 of 2 texts have white space before their own BOS" in report.warnings["begins_late"]
         assert "sample 1" in report.warnings["begins_late"]

@@ -131,53 +131,36 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     ids = read_rows(td, nested(keys.tokens_key, "full"))
     if ids is None and keys.input_mode == "tokens":
         ids = read_rows(td, keys.key)
-    if ids is None:
-        return _tokenize(td, keys, assistant_only=assistant_only)
-
-    lengths, places = _real_tokens(ids, read_rows(td, nested(keys.masks_key, "all_attention_mask")), keys)
-    ids_N = pack(ids, places).long()
-    assistant = _stored_assistant_mask(td, ids, lengths, places, keys, assistant_only)
-    if assistant is None and assistant_only:
-        assistant = _template_mask(td, ids_N.split(lengths), keys)
-    return _batch(
+    is_stored, report = ids is not None, TextReport()
+    if is_stored:
+        lengths, places = _real_tokens(ids, read_rows(td, nested(keys.masks_key, "all_attention_mask")), keys)
+        ids_N = pack(ids, places).long()
+        assistant = _stored_assistant_mask(td, ids, lengths, places, keys, assistant_only)
+        if assistant is None and assistant_only:
+            assistant = _template_mask(td, ids_N.split(lengths), keys)
+    else:
+        ids, masks, report = _tokenize(td, keys, assistant_only=assistant_only)
+        lengths, places = widths_of(ids), None
+        ids_N, assistant = torch.cat(ids), None if masks is None else torch.cat(masks)
+    if 0 in lengths:
+        raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
+    firsts = torch.tensor([0, *lengths])[: len(lengths)].cumsum(0)
+    keep = assistant if assistant_only else torch.ones(len(ids_N), dtype=torch.bool).index_fill(0, firsts, False)
+    for i in keep[firsts].nonzero()[:, 0].tolist():
+        raise InputError(
+            f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
+            "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
+        )
+    return TokenBatch(
         packed_ids=ids_N,
+        packed_keep=keep,
         packed_assistant=assistant,
         lengths=lengths,
         places=places,
         widths=widths_of(ids),
-        stored=True,
-        report=TextReport(warnings=doubled_bos(_beginnings(ids_N, lengths), keys.tokenizer)),
-        assistant_only=assistant_only,
+        stored=is_stored,
+        report=report.joined(doubled_bos(ids_N, firsts, lengths, keys.tokenizer)),
     )
-
-
-def _batch(*, assistant_only: bool, **fields: Any) -> TokenBatch:
-    """Return the batch of these fields, with the mask of the tokens that are wanted."""
-    firsts = _first_tokens(fields["lengths"])
-    if assistant_only:
-        keep = fields["packed_assistant"]
-        for i in keep[firsts].nonzero()[:, 0].tolist():
-            raise InputError(
-                f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
-                "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
-            )
-    else:
-        keep = torch.ones(sum(fields["lengths"]), dtype=torch.bool).index_fill(0, firsts, False)
-    return TokenBatch(packed_keep=keep, **fields)
-
-
-def _first_tokens(lengths: list[int]) -> torch.Tensor:
-    """Return where each sample's first token lies among all tokens."""
-    if 0 in lengths:
-        raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
-    return torch.tensor([0, *lengths])[: len(lengths)].cumsum(0)
-
-
-def _beginnings(ids_N: torch.Tensor, lengths: list[int]) -> list[list[int]]:
-    """Return the first two ids of each sample, or its only one."""
-    firsts = _first_tokens(lengths)
-    pairs = zip(ids_N[firsts].tolist(), ids_N[(firsts + 1).clamp(max=len(ids_N) - 1)].tolist(), lengths, strict=True)
-    return [[first, second][:length] for first, second, length in pairs]
 
 
 def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[list[int], torch.Tensor | None]:
@@ -305,7 +288,10 @@ def _template_mask(td: TensorDictBase, token_ids: Sequence[torch.Tensor], keys: 
     return torch.cat(masks)
 
 
-def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
+def _tokenize(
+    td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
+    """Return ids and, of histories, assistant masks."""
     if td.get(keys.key, default=None) is None:
         raise InputError(
             f"nothing to score: the tensordict has neither {nested(keys.tokens_key, 'full')} nor {keys.key}; it has "
@@ -316,26 +302,15 @@ def _tokenize(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> T
     if keys.tokenizer is None:
         raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
     if keys.input_mode == "history":
-        token_ids, masks, report = _render(td, keys, assistant_only=assistant_only)
-    elif assistant_only:
+        return _render(td, keys, assistant_only=assistant_only)
+    if assistant_only:
         raise InputError("assistant_only=True needs input_mode='history': text does not say whose tokens are whose")
-    else:
-        options = {
-            k: v for k, v in keys.tokenizer_kwargs.items() if k not in ("padding", "return_tensors", "padding_side")
-        }
-        rows, report = tokenize(_texts(td.get(keys.key)), keys.tokenizer, options)
-        token_ids, masks = [torch.tensor(ids, dtype=torch.long) for ids in rows], None
-    lengths = [len(ids) for ids in token_ids]
-    return _batch(
-        packed_ids=torch.cat(token_ids),
-        packed_assistant=None if masks is None else torch.cat(masks),
-        lengths=lengths,
-        places=None,
-        widths=lengths,
-        stored=False,
-        report=report,
-        assistant_only=assistant_only,
-    )
+    texts = td.get(keys.key)
+    if isinstance(texts, (NonTensorData, NonTensorStack)):
+        texts = texts.tolist()
+    options = {k: v for k, v in keys.tokenizer_kwargs.items() if k not in ("padding", "return_tensors", "padding_side")}
+    rows, report = tokenize([texts] if isinstance(texts, str) else list(texts), keys.tokenizer, options)
+    return [torch.tensor(ids, dtype=torch.long) for ids in rows], None, report
 
 
 def _render(
@@ -361,8 +336,7 @@ def _render(
     masks, found, of_turns = (None, ends.ids, TextReport()) if bare else end_turns(dialogs, ends)
     if not assistant_only:
         of_turns.warnings.pop("blank", None)  # everything counts
-    of_ids = TextReport(warnings=doubled_bos(token_ids, keys.tokenizer), notes=notes)
-    return token_ids, masks, compare(dialogs, masks, found).joined(of_turns, of_ids)
+    return token_ids, masks, compare(dialogs, masks, found).joined(of_turns, TextReport(notes=notes))
 
 
 def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
@@ -384,9 +358,3 @@ def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
             stacklevel=5,
         )
     return "the chat template that TorchRL chose by the tokenizer's path"
-
-
-def _texts(value: Any) -> Sequence[str]:
-    if isinstance(value, (NonTensorData, NonTensorStack)):
-        value = value.tolist()
-    return [value] if isinstance(value, str) else list(value)

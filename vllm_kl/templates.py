@@ -15,7 +15,6 @@ import datetime
 import itertools
 import os
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torchrl.data.llm import History
 
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.rendered import Rendered, Span, find_messages
-from vllm_kl.texts import added_tokens
+from vllm_kl.texts import added_tokens, shown
 from vllm_kl.types import TextReport
 
 _RENDERING = threading.Lock()
@@ -40,7 +39,6 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)  # a fork may happen while another thread renders
-_SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()])
 _CURE = (
     "What works: the ids that the policy saw, in ('tokens', 'full'); or a template that gives all of it: "
     "tokenizer_kwargs={'chat_template': ...}. Counted in metrics."
@@ -59,9 +57,9 @@ class Dialog:
     marked: np.ndarray  # [L] bool: between the template's generation tags
 
     @property
-    def num_assistant(self) -> int:
-        """How many messages are the assistant's."""
-        return sum(message["role"] == "assistant" for message in self.messages)
+    def of_assistant(self) -> list[tuple[int, dict[str, Any]]]:
+        """The assistant's messages, and which they are."""
+        return [(j, message) for j, message in enumerate(self.messages) if message["role"] == "assistant"]
 
     @property
     def in_ids(self) -> Span:
@@ -73,10 +71,14 @@ class Dialog:
     def is_truncated(self) -> bool:
         return self.in_ids != (0, len(self.text))
 
+    def part(self, start: int, stop: int) -> str:
+        """Return the text of some tokens."""
+        return self.text[self.offsets[start, 0] : self.offsets[stop - 1, 1]]
+
     @property
     def speaks(self) -> bool:
         """Whether the assistant says anything."""
-        return any(m.get("content") or m.get("tool_calls") for m in self.messages if m["role"] == "assistant")
+        return any(message.get("content") or message.get("tool_calls") for _, message in self.of_assistant)
 
 
 def render(
@@ -150,15 +152,17 @@ class _Renderer:
                 f"sample {len(self.dialogs)}: the tokenizer ({type(self._tokenizer).__name__}) cannot turn what {self._whose} "
                 f"rendered into ids: {type(error).__name__}: {error}"
             ) from error
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        marked = np.asarray(result["assistant_masks"]).reshape(-1).astype(bool)
+        # transformers 5.19 leaves out the last bytes of a last character where each is a token.
+        marked |= _overlap(_chars(marked, offsets, len(text)), offsets) > 0
         self.dialogs.append(
             Dialog(
                 messages=conversation,
                 text=text,
                 token_ids=torch.as_tensor(result["input_ids"]).flatten().long().cpu(),
                 offsets=offsets,
-                is_space=_overlap(~np.isin(codes, _SPACES), offsets) == 0,
-                marked=_whole_chars(np.asarray(result["assistant_masks"]).reshape(-1).astype(bool), offsets),
+                is_space=np.array([not text[start:stop].strip() for start, stop in offsets.tolist()], dtype=bool),
+                marked=marked,
             )
         )
         return result
@@ -196,20 +200,6 @@ class _Renderer:
         return self.dates[-1]
 
 
-def _whole_chars(marked: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return marks that end behind a character: transformers 5.19 leaves out its last bytes where each is a token.
-
-    >>> _whole_chars(np.array([True, True, False, False]), np.array([[0, 1], [1, 2], [1, 2], [2, 3]])).tolist()
-    [True, True, True, False]
-    """
-    whole = marked.copy()
-    for _, stop in _runs(marked):
-        while stop < len(whole) and offsets[stop, 0] < offsets[stop - 1, 1] and not whole[stop]:
-            whole[stop] = True
-            stop += 1
-    return whole
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ends:
     """Which tokens end an assistant's turn."""
@@ -224,72 +214,58 @@ def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor]
 
     The report says where tags leave such a token out or run on after it, and where there is none, or two.
     """
-    found, ends_behind = set(ends.ids), ends.ids | ends.behind
-    report, masks = TextReport(), []
+    found, report, masks = set(ends.ids), TextReport(), []
     for i, dialog in enumerate(dialogs):
-        ids, mask, is_space = dialog.token_ids.tolist(), dialog.marked.copy(), dialog.is_space
-        has_ends = True
-        for start, stop in _runs(dialog.marked):
-            first = stop
-            while first > start and (ids[first - 1] in ends.ids or is_space[first - 1]):
-                first -= 1
-            end = next((t for t in range(first, stop) if ids[t] in ends.ids), None)
-            if end is not None and end + 1 < stop:
-                mask[end + 1 : stop] = False
-                report.notes.setdefault(
-                    "after_end", _AFTER_END.format(sample=i, text=_words(_slice(dialog, end + 1, stop)))
-                )
-            if end is None and stop < len(ids) and ids[stop] in ends_behind:
-                end = stop
-                mask[end] = True
-                found.add(ids[end])
-                report.notes.setdefault(
-                    "end_outside", _OUTSIDE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
-                )
-            if end is not None and ids[end + 1 : end + 2] == [ids[end]]:
-                report.warnings.setdefault(
-                    "double_end", _TWICE.format(sample=i, text=_words(_slice(dialog, end, end + 1)))
-                )
-            has_ends &= end is not None
-        if not has_ends and not dialog.is_truncated:
-            report.warnings.setdefault("no_end", _NO_END.format(sample=i))
-        if (blank := _unmarked_blank(dialog)) is not None:
-            report.warnings.setdefault("blank", _BLANK.format(sample=i, message=blank))
+        mask = dialog.marked.copy()
+        for kind, what in _end_runs(dialog, mask, ends):
+            where = report.notes if kind in ("after_end", "end_outside") else report.warnings
+            where.setdefault(kind, _OF_ENDS[kind].format(sample=i, what=what))
+        found |= {*dialog.token_ids.numpy()[mask & ~dialog.marked].tolist()}
         masks.append(torch.from_numpy(mask))
     return masks, frozenset(found), report
 
 
-def _unmarked_blank(dialog: Dialog) -> int | None:
-    """Return the first empty message of the assistant, where not one run of marks is there for each of its messages."""
-    if dialog.is_truncated or len(_runs(dialog.marked)) >= dialog.num_assistant:
-        return None
-    messages = enumerate(dialog.messages)
-    said = ((j, m.get("content"), m.get("tool_calls")) for j, m in messages if m["role"] == "assistant")
-    return next((j for j, content, calls in said if not calls and not str(content or "").strip()), None)
+def _end_runs(dialog: Dialog, mask: np.ndarray, ends: Ends) -> Iterator[tuple[str, Any]]:
+    """Make every run of a mask end with the token that ends its turn; yield the kinds of what is to be told, and of what."""
+    ids, runs = dialog.token_ids.tolist(), _runs(dialog.marked)
+    has_ends = True
+    for start, stop in runs:
+        first = stop
+        while first > start and (ids[first - 1] in ends.ids or dialog.is_space[first - 1]):
+            first -= 1
+        end = next((t for t in range(first, stop) if ids[t] in ends.ids), None)
+        if end is not None and end + 1 < stop:
+            mask[end + 1 : stop] = False
+            yield "after_end", shown(dialog.part(end + 1, stop))
+        if end is None and stop < len(ids) and ids[stop] in ends.ids | ends.behind:
+            end = stop
+            mask[end] = True
+            yield "end_outside", shown(dialog.part(end, end + 1))
+        if end is not None and ids[end + 1 : end + 2] == [ids[end]]:
+            yield "double_end", shown(dialog.part(end, end + 1))
+        has_ends &= end is not None
+    if dialog.is_truncated:
+        return
+    if not has_ends:
+        yield "no_end", None
+    blank = [j for j, m in dialog.of_assistant if not (m.get("tool_calls") or str(m.get("content") or "").strip())]
+    if blank and len(runs) < len(dialog.of_assistant):
+        yield "blank", blank[0]
 
 
-_BLANK = (
-    "the assistant's message {message} of sample {sample} is empty and the chat template's tags mark nothing there: the token that "
-    "ends this turn does not count, as it would with ids from the policy. What works: those ids, in ('tokens', 'full'); or a "
-    "template whose tags close behind that token."
-)
-_AFTER_END = (
-    "the chat template's tags mark {text} after the token that ends a turn (first in sample {sample}): no policy samples it, so "
-    "it does not count"
-)
-_OUTSIDE = (
-    "the chat template's tags leave out {text}, which ends a turn (first in sample {sample}): the policy samples it, so it "
-    "counts, as it does for ids"
-)
-_TWICE = (
-    "{text} ends a turn twice in sample {sample}: the message ends with it and the chat template adds another. Both are in the "
-    "ids, the first one counts. Take it from the message's content, or use a template that looks for it."
-)
-_NO_END = (
-    "the chat template renders no token that ends the assistant's turn in sample {sample} (EOS, or a special token): the one "
-    "that a policy samples there is not in the ids and does not count, as it would with ids from the policy."
-)
-
+_OF_ENDS = {
+    "after_end": "the chat template's tags mark {what} after the token that ends a turn (first in sample {sample}): no policy "
+    "samples it, so it does not count",
+    "end_outside": "the chat template's tags leave out {what}, which ends a turn (first in sample {sample}): the policy samples "
+    "it, so it counts, as it does for ids",
+    "double_end": "{what} ends a turn twice in sample {sample}: the message ends with it and the chat template adds another. Both "
+    "are in the ids, the first one counts. Take it from the message's content, or use a template that looks for it.",
+    "no_end": "the chat template renders no token that ends the assistant's turn in sample {sample} (EOS, or a special token): "
+    "the one that a policy samples there is not in the ids and does not count, as it would with ids from the policy.",
+    "blank": "the assistant's message {what} of sample {sample} is empty and the chat template's tags mark nothing there: the "
+    "token that ends this turn does not count, as it would with ids from the policy. What works: those ids, in ('tokens', "
+    "'full'); or a template whose tags close behind that token.",
+}
 
 _PROBE = [
     {"role": "user", "content": "first question"},
@@ -299,7 +275,6 @@ _PROBE = [
 ]
 # How a batch is rendered, not how a turn ends.
 _NOT_OF_A_TURN = ("truncation", "max_length", "add_generation_prompt", "continue_final_message", "tools", "documents")
-_ENDS: weakref.WeakKeyDictionary[Any, dict[str, Ends]] = weakref.WeakKeyDictionary()
 
 
 def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
@@ -308,14 +283,6 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     They are those of a dialog of plain words, whatever a batch holds: special tokens inside an answer end nothing.
     """
     options = {name: value for name, value in options.items() if name not in _NOT_OF_A_TURN}
-    known = _ENDS.setdefault(tokenizer, {})
-    of_tokenizer = (getattr(tokenizer, "chat_template", None), getattr(tokenizer, "eos_token_id", None), len(tokenizer))
-    if (key := repr((sorted(options.items()), of_tokenizer))) not in known:
-        known[key] = _ends_of_a_probe(tokenizer, options)
-    return known[key]
-
-
-def _ends_of_a_probe(tokenizer: Any, options: dict[str, Any]) -> Ends:
     eos = {getattr(tokenizer, "eos_token_id", None)} - {None}
     renderer = _Renderer(tokenizer, "the chat template")
     try:
@@ -323,23 +290,27 @@ def _ends_of_a_probe(tokenizer: Any, options: dict[str, Any]) -> Ends:
     except Exception:  # a template of its own rules: EOS is all that is known of it
         return Ends(ids=frozenset(eos))
     (dialog,) = renderer.dialogs
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)}
-    ids, (starts, stops) = dialog.token_ids.numpy(), dialog.offsets.T
-    is_special = np.isin(ids, list(special))
     at = [dialog.text.find(message["content"]) for message in _PROBE]
     if -1 in at:  # it changes what is said
         return Ends(ids=frozenset(eos))
-    behind = [
-        np.flatnonzero((starts >= at[n] + len(_PROBE[n]["content"])) & ~dialog.is_space) for n in range(len(_PROBE))
-    ]
-    follows = {int(ids[t]) for n in (1, 3) for t in behind[n][:1] if is_special[t]}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)}
+    tokens = list(zip(dialog.token_ids.tolist(), dialog.offsets.tolist(), dialog.is_space.tolist(), strict=True))
+
+    def before(n: int) -> int | None:
+        """Return the last special token before a message's words."""
+        return next((t for t, (_, stop), _ in reversed(tokens) if stop <= at[n] and t in special), None)
+
+    def behind(n: int) -> int | None:
+        """Return the first token after a message's words that is not white space."""
+        end = at[n] + len(_PROBE[n]["content"])
+        return next((t for t, (start, _), is_space in tokens if start >= end and not is_space), None)
+
     # What stands last before both questions begins a message: some templates have nothing that ends a turn.
-    before = [np.flatnonzero((stops <= at[n]) & is_special)[-1:] for n in (0, 2)]
-    begins = set(ids[before[0]].tolist()) & set(ids[before[1]].tolist())
-    ends = eos | (follows - begins if all(is_special[behind[n][:1]].any() for n in (1, 3)) else set())
+    begins, follows = {before(0)} & {before(2)}, {behind(1), behind(3)}
+    ends = eos | (follows - begins if follows <= special else set())
     # What the template writes around plain words begins a message, unless it ends one.
-    return Ends(ids=frozenset(ends), behind=frozenset(special - set(ids.tolist())))
+    return Ends(ids=frozenset(ends), behind=frozenset(special - {t for t, _, _ in tokens}))
 
 
 def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: frozenset[int]) -> TextReport:
@@ -353,36 +324,23 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
     count: Counter[str] = Counter()
     first: dict[str, str] = {}
     for i, dialog in enumerate(dialogs):
+        mask = None if masks is None else masks[i].numpy()
         is_end = np.isin(dialog.token_ids.numpy(), sorted(ends))
-        runs = [] if masks is None else _said_runs(dialog, masks[i].numpy(), is_end)
         start, stop = dialog.in_ids
+        runs = [] if mask is None else _said_runs(dialog, mask, is_end)
         found = find_messages("\0" * start + dialog.text[start:stop], dialog.messages, runs)
+        count.update(messages=len(found), content_chars=sum(message.num_chars for message in found))
         count["truncated_dialogs"] += dialog.is_truncated
-        for j, message in enumerate(found):
-            where = f"sample {i}, message {j} ({message.role})"
-            for kind, num_chars, example in _losses(message):
-                counted = "cut" if kind == "trimmed" else kind  # said apart: most templates trim, few cut
-                count[f"{counted}_messages"] += 1
-                count[f"{counted}_chars"] += num_chars
-                is_truncated = dialog.is_truncated and counted == "cut"
-                first.setdefault("truncated" if is_truncated else kind, f"{where}: {example}")
-            count["messages"] += 1
-            count["content_chars"] += message.num_chars
-        if masks is not None:
-            for kind, num_chars, example in _wrong_marks(dialog, masks[i].numpy(), is_end, found):
-                count[f"{kind}_chars"] += num_chars
-                first.setdefault(kind, f"sample {i}: {example}")
-    names = (
-        "messages",
-        "content_chars",
-        "cut_messages",
-        "cut_chars",
-        "moved_messages",
-        "inserted_chars",
-        "unmarked_chars",
-    )
-    metrics = {f"template_{name}": float(count[name]) for name in names}
+        marks = () if mask is None else _wrong_marks(dialog, mask, is_end, found)
+        for kind, num_chars, example in itertools.chain(_losses(found, dialog.is_truncated), marks):
+            counted = "cut" if kind in ("trimmed", "truncated") else kind
+            count[f"{counted}_messages"] += 1
+            count[f"{counted}_chars"] += num_chars
+            first.setdefault(kind, f"sample {i}{example}")
     said = {kind: f"{_SAYS[kind].format_map(count)} The first: {example}. {_CURE}" for kind, example in first.items()}
+    of_messages = [f"{kind}messages" for kind in ("", "cut_", "moved_")]
+    of_chars = [f"{kind}_chars" for kind in ("content", "cut", "inserted", "unmarked")]
+    metrics = {f"template_{name}": float(count[name]) for name in (*of_messages, *of_chars)}
     return TextReport(metrics=metrics, warnings=said)
 
 
@@ -403,67 +361,50 @@ _SAYS = {
 }
 
 
-def _losses(message: Rendered) -> Iterator[tuple[str, int, str]]:
-    """Yield the kind, the number of characters and the example of what a message lost."""
-    num_lost = message.num_chars - message.num_found
-    if num_lost:
-        is_trimmed = not message.missing.strip()
-        how = "white space was trimmed" if is_trimmed else f"missing: {_words(message.missing)}"
-        yield (
-            "trimmed" if is_trimmed else "cut",
-            num_lost,
-            f"{message.num_found} of its {message.num_chars} characters came back; {how}",
-        )
-    if message.is_moved:
-        yield (
-            "moved",
-            0,
-            f"its {message.num_chars} characters stand before an earlier message's, or after a later one's",
-        )
-    if message.is_printed:
-        yield "printed", 0, "its content is a list of parts, which the template takes for a text"
+def _losses(found: Sequence[Rendered], is_truncated: bool) -> Iterator[tuple[str, int, str]]:
+    """Yield the kind, the number of characters and the example of what messages lost."""
+    for j, message in enumerate(found):
+        where = f", message {j} ({message.role}): "
+        if num_lost := message.num_chars - message.num_found:
+            is_trimmed = not message.missing.strip()  # said apart: most templates trim, few cut
+            how = "white space was trimmed" if is_trimmed else f"missing: {shown(message.missing)}"
+            kind = "truncated" if is_truncated else "trimmed" if is_trimmed else "cut"
+            yield kind, num_lost, f"{where}{message.num_found} of its {message.num_chars} characters came back; {how}"
+        if message.is_moved:
+            what = f"its {message.num_chars} characters stand before an earlier message's, or after a later one's"
+            yield "moved", 0, f"{where}{what}"
+        if message.is_printed:
+            yield "printed", 0, f"{where}its content is a list of parts, which the template takes for a text"
 
 
 def _wrong_marks(
     dialog: Dialog, mask: np.ndarray, is_end: np.ndarray, found: Sequence[Rendered]
 ) -> Iterator[tuple[str, int, str]]:
     """Yield what is marked that the assistant did not say, and what it said that is not marked."""
-    said = np.zeros(len(dialog.text), dtype=bool)
-    may_be_said = said.copy()
-    in_tokens, in_mask = np.zeros_like(said), np.zeros_like(said)
-    for chars, tokens in ((in_tokens, np.ones_like(mask)), (in_mask, mask)):
-        for start, stop in _char_runs(dialog, tokens):
-            chars[start:stop] = True
+    text = dialog.text
+    in_tokens, in_mask = (_chars(tokens, dialog.offsets, len(text)) for tokens in (np.ones_like(mask), mask))
+    said, of_calls = np.zeros_like(in_mask), np.zeros_like(in_mask)
     for message, rendered in zip(dialog.messages, found, strict=True):
-        if rendered.role == "assistant":
-            for start, stop in rendered.spans:
-                said[start:stop] = True
-            if message.get("tool_calls"):  # a template has its own way to write them
-                may_be_said[slice(*rendered.window)] = True
-                for start, stop in _unmarked_calls(dialog.text, in_mask, rendered):
-                    said[start:stop] = True
-    may_be_said |= said
-    added = mask & ~is_end & (_overlap(may_be_said, dialog.offsets) == 0)
-    inserted = [(a, b) for a, b in _runs(added) if not dialog.is_space[a:b].all()]  # " four" may be one token, or two
-    if inserted:
-        num_chars = sum(len(_slice(dialog, *run)) for run in inserted)
-        yield "inserted", num_chars, _words(_slice(dialog, *inserted[0]))
+        if rendered.role != "assistant":
+            continue
+        spans = list(rendered.spans)
+        if message.get("tool_calls"):  # a template has its own way to write them, but not without their words
+            window = slice(*rendered.window)
+            of_calls[window] = True
+            marked = "".join(itertools.compress(text[window], in_mask[window]))
+            for word in rendered.calls:
+                at = text.find(word, *rendered.window)
+                if len(word) > 2 and word not in marked and at >= 0:  # shorter ones are in anything
+                    spans.append((at, at + len(word)))
+        for start, stop in spans:
+            said[start:stop] = True
+    added = mask & ~is_end & (_overlap(said | of_calls, dialog.offsets) == 0)
+    # White space alone is no word that nobody said: " four" may be one token, or two.
+    if inserted := [dialog.part(a, b) for a, b in _runs(added) if not dialog.is_space[a:b].all()]:
+        yield "inserted", sum(map(len, inserted)), f": {shown(inserted[0])}"
     unmarked = said & in_tokens & ~in_mask
     if unmarked.any():
-        start, stop = _runs(unmarked)[0]
-        yield "unmarked", int(unmarked.sum()), _words(dialog.text[start:stop])
-
-
-def _unmarked_calls(text: str, in_mask: np.ndarray, message: Rendered) -> Iterator[Span]:
-    """Yield where words of a message's tool calls stand that are nowhere in what is marked."""
-    start, stop = message.window
-    marked = "".join(itertools.compress(text[start:stop], in_mask[start:stop]))
-    for word in message.calls:
-        at = (
-            text.find(word, start, stop) if len(word) > 2 and word not in marked else -1
-        )  # shorter ones are in anything
-        if at >= 0:
-            yield at, at + len(word)
+        yield "unmarked", int(unmarked.sum()), f": {shown(text[slice(*_runs(unmarked)[0])])}"
 
 
 def _runs(mask: np.ndarray) -> list[Span]:
@@ -476,38 +417,27 @@ def _runs(mask: np.ndarray) -> list[Span]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def _char_runs(dialog: Dialog, mask: np.ndarray) -> list[Span]:
-    """Return the characters of a mask's runs of tokens."""
-    return [(int(dialog.offsets[a, 0]), int(dialog.offsets[b - 1, 1])) for a, b in _runs(mask)]
-
-
 def _said_runs(dialog: Dialog, mask: np.ndarray, is_end: np.ndarray) -> list[Span]:
     """Return the characters of what is marked, without the tokens that end turns.
 
     Where there is one run for each of the assistant's messages they stay whole: an answer of several channels holds such tokens.
     """
     runs = _runs(mask)
-    if len(runs) != dialog.num_assistant:
-        return _char_runs(dialog, mask & ~is_end)
-    said = []
-    for start, stop in runs:
-        while stop > start and is_end[stop - 1]:
-            stop -= 1
-        begin = int(dialog.offsets[start, 0])
-        said.append((begin, int(dialog.offsets[stop - 1, 1]) if stop > start else begin))
-    return said
+    if len(runs) != len(dialog.of_assistant):
+        runs = _runs(mask & ~is_end)
+    begins, ends = dialog.offsets.T.tolist()
+    return [(begins[a], ends[b - 1 - is_end[b - 1]] if b - a > is_end[b - 1] else begins[a]) for a, b in runs]
+
+
+def _chars(mask: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
+    """Return which characters are in a mask's runs of tokens, ``[length]`` bool."""
+    chars = np.zeros(length, dtype=bool)
+    for start, stop in _runs(mask):
+        chars[offsets[start, 0] : offsets[stop - 1, 1]] = True
+    return chars
 
 
 def _overlap(chars: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Return how many of some characters each token has, ``[L]``."""
     before = np.concatenate([[0], np.cumsum(chars)])
     return before[offsets[:, 1]] - before[offsets[:, 0]]
-
-
-def _slice(dialog: Dialog, start: int, stop: int) -> str:
-    """Return the text of some tokens."""
-    return dialog.text[dialog.offsets[start, 0] : dialog.offsets[stop - 1, 1]]
-
-
-def _words(text: str, limit: int = 60) -> str:
-    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from vllm_kl.errors import InputError
 from vllm_kl.types import TextReport
 
@@ -18,9 +20,7 @@ logger = logging.getLogger("vllm_kl")
 
 
 class TextWatch:
-    """Says each kind of finding once.
-
-    It belongs to one transform or reference: copied by :meth:`clone` or unpickled it begins anew.
+    """Says each kind of finding once. It belongs to one transform or reference.
 
     Attributes:
         metrics: figures of the last batch, see :attr:`vllm_kl.RetrieveKL.metrics`.
@@ -30,33 +30,33 @@ class TextWatch:
         self.metrics: dict[str, float] = {}
         self._said: set[str] = set()
 
-    def __reduce__(self) -> tuple[type[TextWatch], tuple[()]]:
-        return TextWatch, ()
-
     def see(self, report: TextReport) -> None:
         """Take the figures of a batch, and say what was not said before: a warning each, or a line of the log."""
         self.metrics = report.metrics
-        for kind, sentence in report.warnings.items():
-            if kind not in self._said:
-                self._said.add(kind)
+        for kind, sentence in (report.warnings | report.notes).items():
+            if kind in self._said:
+                continue
+            self._said.add(kind)
+            if kind in report.warnings:
                 warnings.warn(f"{sentence} Said once.", stacklevel=4)
-        for kind, sentence in report.notes.items():
-            if kind not in self._said:
-                self._said.add(kind)
+            else:
                 logger.warning("vllm_kl: %s", sentence)
 
 
-def doubled_bos(rows: Sequence[Any], tokenizer: Any) -> dict[str, str]:
-    """Return what to say of ids ``[L]`` that begin with two BOS tokens, if some do."""
+def doubled_bos(ids_N: torch.Tensor, firsts: torch.Tensor, lengths: list[int], tokenizer: Any) -> TextReport:
+    """Return what to say of samples whose ids begin with two BOS tokens; ``firsts``: where each sample begins."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    doubled = [i for i, ids in enumerate(rows) if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos]
-    if not doubled:
-        return {}
-    return {
-        "double_bos": f"the ids of {len(doubled)} of {len(rows)} samples begin with two BOS tokens "
-        f"({tokenizer.bos_token!r}, id {bos}); the first is sample {doubled[0]}. They are scored as they are. A text that "
-        "begins with BOS was tokenized with add_special_tokens=True, or a template's first message begins with it."
-    }
+    seconds = (firsts + 1).clamp(max=len(ids_N) - 1)
+    is_doubled = (ids_N[firsts] == bos) & (ids_N[seconds] == bos) & (torch.tensor(lengths) > 1)
+    doubled = [] if bos is None else is_doubled.nonzero()[:, 0].tolist()
+    said = {}
+    if doubled:
+        said["double_bos"] = (
+            f"the ids of {len(doubled)} of {len(lengths)} samples begin with two BOS tokens ({tokenizer.bos_token!r}, id {bos}); "
+            f"the first is sample {doubled[0]}. They are scored as they are. A text that begins with BOS was tokenized with "
+            "add_special_tokens=True, or a template's first message begins with it."
+        )
+    return TextReport(warnings=said)
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, options: dict[str, Any]) -> tuple[list[list[int]], TextReport]:
@@ -70,41 +70,33 @@ def tokenize(texts: Sequence[str], tokenizer: Any, options: dict[str, Any]) -> t
     Raises:
         InputError: the tokenizer raises; names the first sample for which it does.
     """
-    rows = [list(ids) for ids in _call(tokenizer, texts, options)]
-    report = TextReport(warnings=doubled_bos(rows, tokenizer) if "add_special_tokens" in options else {})
+    rows, report = [list(ids) for ids in _call(tokenizer, texts, options)], TextReport()
     if "add_special_tokens" in options:
         return rows, report
     begin, end = added_tokens(tokenizer)
-    num_begin, num_end = len(begin), len(end)
-    begun = [i for i, ids in enumerate(rows) if begin and ids[: 2 * num_begin] == begin + begin]
-    if late := [i for i, text in enumerate(texts) if begin and _begins_late(text, begin, tokenizer)]:
+    bos = tokenizer.bos_token if begin and begin == [tokenizer.bos_token_id] else None
+    late = [i for i, text in enumerate(texts) if bos and text[:1].isspace() and text.lstrip().startswith(bos)]
+    if late:
         report.warnings["begins_late"] = (
             f"{len(late)} of {len(rows)} texts have white space before their own BOS, and the tokenizer adds another; the first is "
-            f"sample {late[0]}: {_shown(texts[late[0]])}. Both are scored. Strip the text"
+            f"sample {late[0]}: {shown(texts[late[0]])}. Both are scored. Strip the text"
         )
-    ended = [i for i, ids in enumerate(rows) if end and ids[-2 * num_end :] == end + end]
-    for i in begun:
-        rows[i] = rows[i][num_begin:]
-    for i in ended:
-        rows[i] = rows[i][:-num_end]
-    for kind, found, tokens, verb in (("text_begins", begun, begin, "begin"), ("text_ends", ended, end, "end")):
+    for verb, tokens, special in (("begin", begin, "bos"), ("end", end, "eos")):
+        num, is_begin = len(tokens), verb == "begin"
+        found = [
+            i for i, ids in enumerate(rows) if num and 2 * tokens == (ids[: 2 * num] if is_begin else ids[-2 * num :])
+        ]
+        for i in found:
+            rows[i] = rows[i][num:] if is_begin else rows[i][:-num]
         if found:
-            name = "BOS" if tokens == [getattr(tokenizer, "bos_token_id", None)] else "tokens"
-            name = "EOS" if tokens == [getattr(tokenizer, "eos_token_id", None)] and kind == "text_ends" else name
-            report.warnings[kind] = (
+            name = special.upper() if tokens == [getattr(tokenizer, f"{special}_token_id", None)] else "tokens"
+            report.warnings[f"text_{verb}s"] = (
                 f"{len(found)} of {len(rows)} texts {verb} with the {name} {''.join(tokenizer.convert_ids_to_tokens(tokens))!r} "
                 f"that the tokenizer adds too; the first is sample {found[0]}. It is there once in the ids that are scored. Where "
                 "an engine tokenized such texts itself to sample from them, it saw two: store its ids, or give it texts without, "
                 "or tokenizer_kwargs={'add_special_tokens': False} here and there."
             )
-    report.warnings.update(doubled_bos(rows, tokenizer))
     return rows, report
-
-
-def _begins_late(text: Any, begin: list[int], tokenizer: Any) -> bool:
-    bos = getattr(tokenizer, "bos_token", None)
-    is_added = begin == [getattr(tokenizer, "bos_token_id", None)]
-    return is_added and isinstance(text, str) and text[:1].isspace() and text.lstrip().startswith(bos)
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -125,7 +117,7 @@ def _call(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
                 tokenizer([text], **options)
             except Exception as of_one:
                 raise InputError(
-                    f"sample {i}: the tokenizer ({type(tokenizer).__name__}) cannot turn {_shown(text)} into ids: "
+                    f"sample {i}: the tokenizer ({type(tokenizer).__name__}) cannot turn {shown(text)} into ids: "
                     f"{type(of_one).__name__}: {of_one}. Expected a text, and options that the tokenizer knows: {options}"
                 ) from of_one
         raise InputError(
@@ -134,5 +126,6 @@ def _call(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _shown(text: Any) -> str:
+def shown(text: Any) -> str:
+    """Return a text for a message, not all of it if it is long."""
     return repr(text) if len(repr(text)) <= 60 else f"{repr(text)[:57]}..."
