@@ -12,6 +12,15 @@ Handles hold their step. What nobody holds any more, because a batch was dropped
 scored; what somebody holds can be filled in after a shutdown. The thread ends when nothing is left to score.
 
 It knows nothing of KLs, masks or layouts.
+
+Where it gains: engines with cores, or a GPU, of their own, and batches of several steps. Where generating a step takes G
+seconds and scoring it S, a step of a batch of K takes about max(G, S) + min(G, S) / K instead of G + S; with ``"buffer"``,
+filled in when the next batch was collected, about max(G, S). Measured on a CPU at K=4: 1.39 and 1.59 times as fast as
+without.
+
+Where it loses: batches of one step gain nothing (1.01 times), and two engines that share their cores get into each other's
+way: at K=4 0.76 times as fast as without, and with ``"buffer"`` 0.64 to 0.70. Figures and how they were measured:
+``benchmarks/README.md``.
 """
 
 from __future__ import annotations
