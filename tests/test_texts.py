@@ -265,6 +265,12 @@ class TestContentIsCompared:
                 r"message 1 \(assistant\).*white space was trimmed",
             ),
             (
+                "llama3",
+                [say("user", "hi"), say("assistant", " "), say("user", "so?"), say("assistant", "so it is")],
+                (1, 1),
+                r"message 1 \(assistant\): 0 of its 1 .*white space was trimmed",
+            ),
+            (
                 "torchrl-dialogpt",
                 [say("system", "Be short."), *TURNS],
                 (1, 9),

@@ -333,10 +333,10 @@ def _render(
         stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
         raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
     ends = ends_of(keys.tokenizer, options)
-    masks, found, of_turns = (None, ends.ids, TextReport()) if bare else end_turns(dialogs, ends)
+    masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
     if not assistant_only:
         of_turns.warnings.pop("blank", None)  # everything counts
-    return token_ids, masks, compare(dialogs, masks, found).joined(of_turns, TextReport(notes=notes))
+    return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
 
 
 def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:

@@ -209,20 +209,19 @@ class Ends:
     behind: frozenset[int] = frozenset()
 
 
-def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor], frozenset[int], TextReport]:
-    """Return the masks, ``[L]`` bool, of what the assistant said and of the tokens that end its turns; and which tokens did.
+def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor], TextReport]:
+    """Return the masks, ``[L]`` bool, of what the assistant said and of the tokens that end its turns.
 
     The report says where tags leave such a token out or run on after it, and where there is none, or two.
     """
-    found, report, masks = set(ends.ids), TextReport(), []
+    report, masks = TextReport(), []
     for i, dialog in enumerate(dialogs):
         mask = dialog.marked.copy()
         for kind, what in _end_runs(dialog, mask, ends):
             where = report.notes if kind in ("after_end", "end_outside") else report.warnings
             where.setdefault(kind, _OF_ENDS[kind].format(sample=i, what=what))
-        found |= {*dialog.token_ids.numpy()[mask & ~dialog.marked].tolist()}
         masks.append(torch.from_numpy(mask))
-    return masks, frozenset(found), report
+    return masks, report
 
 
 def _end_runs(dialog: Dialog, mask: np.ndarray, ends: Ends) -> Iterator[tuple[str, Any]]:
@@ -313,25 +312,25 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     return Ends(ids=frozenset(ends), behind=frozenset(special - {t for t, _, _ in tokens}))
 
 
-def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: frozenset[int]) -> TextReport:
+def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: Ends) -> TextReport:
     """Return what the template made of the messages: figures, and the first example of each kind.
 
     Args:
         dialogs: rendered histories.
         masks: their masks, ``[L]`` bool, where the template marks what the assistant said.
-        ends: the ids that end turns.
+        ends: the tokens that end turns.
     """
     count: Counter[str] = Counter()
     first: dict[str, str] = {}
     for i, dialog in enumerate(dialogs):
-        mask = None if masks is None else masks[i].numpy()
-        is_end = np.isin(dialog.token_ids.numpy(), sorted(ends))
+        mask = dialog.marked if masks is None else masks[i].numpy()
+        is_end = np.isin(dialog.token_ids.numpy(), sorted(ends.ids)) | (mask & ~dialog.marked)
         start, stop = dialog.in_ids
-        runs = [] if mask is None else _said_runs(dialog, mask, is_end)
+        runs = [] if masks is None else _said_runs(dialog, mask, is_end)
         found = find_messages("\0" * start + dialog.text[start:stop], dialog.messages, runs)
         count.update(messages=len(found), content_chars=sum(message.num_chars for message in found))
         count["truncated_dialogs"] += dialog.is_truncated
-        marks = () if mask is None else _wrong_marks(dialog, mask, is_end, found)
+        marks = () if masks is None else _wrong_marks(dialog, mask, is_end, found)
         for kind, num_chars, example in itertools.chain(_losses(found, dialog.is_truncated), marks):
             counted = "cut" if kind in ("trimmed", "truncated") else kind
             count[f"{counted}_messages"] += 1
