@@ -25,14 +25,7 @@ from vllm_kl.types import ScoreRequest, ScoreResult
 
 
 def start(*, model: str, readout: str, options: dict[str, Any], lora_request: Any = None) -> Driver:
-    """Return a running engine, warm: its first request compiles nothing.
-
-    Raises:
-        OptionError: an option does not exist, or does not work with this model or on this platform; the KV of one sequence does
-            not fit.
-        ReadoutUnavailableError: this engine cannot do ``readout``.
-        WeightsError: the adapter ``lora_request`` cannot be loaded, or would not be served as it is written.
-    """
+    """Return a running engine, warm: its first request compiles nothing. It raises what :class:`~vllm_kl.VLLMScorer` does."""
     from vllm import EngineArgs
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.platforms import current_platform
@@ -62,7 +55,9 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     options = {**defaults, **given, **_fitted(config, given, is_cpu=is_cpu)}
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
     if options.get("kv_cache_memory_bytes") is None and "gpu_memory_utilization" not in options:
-        options["kv_cache_memory_bytes"] = kv_cache_bytes(model, config, options, is_cuda=_is_cuda())
+        options["kv_cache_memory_bytes"] = kv_cache_bytes(
+            model, config, options, is_cuda=current_platform.is_cuda_alike()
+        )
     reason = _why_not_pooling(config)
     if readout == "pooling" and reason:
         raise ReadoutUnavailableError(f"readout='pooling' is not available: {reason}. Use 'auto'")
@@ -321,12 +316,6 @@ def _other_than_transformers(config: Any) -> str:
     if text.model_type == "apertus":
         return "vLLM keeps the two factors of the xIELU activation in bfloat16, whatever the dtype: they are rounded"
     return ""
-
-
-def _is_cuda() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cuda_alike()
 
 
 def _defaults(config: Any, *, is_cpu: bool) -> dict[str, Any]:

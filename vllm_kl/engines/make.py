@@ -15,7 +15,7 @@ from vllm_kl.engines.base import Engine
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.options import NAMES, check_names, check_options
-from vllm_kl.engines.process import TIMEOUT_S, ProcessEngine
+from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
 from vllm_kl.plugin import KNOWN_VLLM
 from vllm_kl.types import EngineInfo, ReadoutName
@@ -25,26 +25,21 @@ def make_engine(
     model: Any,
     readout: ReadoutName,
     engine_options: dict[str, Any],
-    lora_request: Any = None,
-    timeout_s: float | None = TIMEOUT_S,
-    devices: Devices | None = None,
+    lora_request: Any,
+    timeout_s: float | None,
+    devices: Devices | None,
 ) -> Engine:
     """Return the engine for a path or a name (owned), a live ``vllm.LLM`` (shared), or an engine (as it is).
 
-    Raises:
-        OptionError: ``model`` is none of these, or a folder that cannot be loaded; an option does not exist or cannot work;
-            options, or an adapter, were given for an engine that already runs.
-        ReadoutUnavailableError: the engine cannot do this read-out, or takes no adapters; says why.
-        WeightsError: the adapter cannot be loaded, or would not be served as it is written.
+    What it takes and raises is what :class:`~vllm_kl.VLLMScorer` does.
     """
     if isinstance(model, (str, os.PathLike)):
         engine_options = check_options(engine_options)
         if _is_table_complete():
             check_names(engine_options, NAMES)
         _check_travels(engine_options)
-        path = checked_path(model, engine_options)
         return ProcessEngine(
-            path,
+            checked_path(model, engine_options),
             readout=readout,
             options=engine_options,
             lora_request=lora_request,

@@ -96,14 +96,8 @@ class PoolingEngine:
                 self._send(job._replace(share_prefix=False, rescored=True), version)
                 continue
             num_cached = 0 if output.prefill_stats is None else output.prefill_stats.num_cached_tokens
-            finished.append(
-                (
-                    job.key,
-                    ScoreResult(
-                        values=values, num_cached_tokens=num_cached, rescored=job.rescored, weight_version=version
-                    ),
-                )
-            )
+            figures = {"num_cached_tokens": num_cached, "rescored": job.rescored, "weight_version": version}
+            finished.append((job.key, ScoreResult(values=values, **figures)))
         return finished
 
     def cancel(self, keys: Sequence[Hashable]) -> None:

@@ -81,19 +81,7 @@ def _shows_log() -> bool:
 class ProcessEngine:
     """A vLLM engine in a child process. Safe to call from several threads: concurrent calls share its batches.
 
-    Args:
-        model: path or name of the model.
-        readout: as :class:`~vllm_kl.VLLMScorer` takes it; the child decides what ``"auto"`` is.
-        options: vLLM's engine options by their own names; unknown ones are refused.
-        lora_request: the adapter whose log-probs these are; ``None`` is the base model.
-        timeout_s: the longest time that a caller waits without a sign of life of the child; ``None``: for ever.
-        devices: the GPUs that the child sees; see :func:`~vllm_kl.engines.devices.seeing`.
-
-    Raises:
-        OptionError: an engine option does not exist, or does not work with this model.
-        ReadoutUnavailableError: the engine cannot do this read-out.
-        WeightsError: the adapter cannot be loaded, or would not be served as it is written.
-        EngineError: the engine did not start; with the end of its log.
+    What it takes and raises is what :class:`~vllm_kl.VLLMScorer` does; the child decides what ``readout="auto"`` is.
     """
 
     info: EngineInfo
@@ -108,7 +96,6 @@ class ProcessEngine:
         timeout_s: float | None = TIMEOUT_S,
         devices: Devices | None = None,
     ) -> None:
-        self.weights: _OwnedWeights | None = None
         checkpoint = Start(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request}
         self._how = {"start": start, "timeout_s": timeout_s, "environment": seeing(devices, options)}
@@ -168,10 +155,8 @@ class ProcessEngine:
         except BaseException:
             child.end()
             raise
-        self._child, self.info = (
-            child,
-            child.info,
-        )  # the old one ends when the last call that it still answers has ended
+        # The old one ends when the last call that it still answers has ended.
+        self._child, self.info = child, child.info
 
 
 class _Child:
@@ -210,12 +195,11 @@ class _Child:
         try:
             with self.call("start", {"model": model, **start}) as answers:
                 self.info: EngineInfo = next(answers)
-        except EngineError as error:
+        except BaseException as error:
             log = self._read_log()
             self.end()
-            raise EngineError(with_log(str(error), log)) from error
-        except BaseException:
-            self.end()
+            if isinstance(error, EngineError):
+                raise EngineError(with_log(str(error), log)) from error
             raise
 
     @property

@@ -27,11 +27,8 @@ class _ScorerActor:
     def attributes(self) -> dict[str, Any]:
         return self._attributes
 
-    def weight_version(self) -> int | None:
-        return getattr(self._scorer, "weight_version", None)
-
-    def temperature(self) -> float:
-        return getattr(self._scorer, "temperature", 1.0)
+    def of_the_scorer(self, name: str, default: Any) -> Any:
+        return getattr(self._scorer, name, default)
 
     def score(self, token_ids: list[np.ndarray], start: list[int]) -> tuple[list[np.ndarray], ScoreStats | None]:
         ids = [torch.from_numpy(row.copy()) for row in token_ids]
@@ -79,12 +76,12 @@ class RayScorer:
     @property
     def weight_version(self) -> int | None:
         """Version of the weights that serve in the actor; ``None``: not known."""
-        return self._get(self._actor.weight_version.remote())
+        return self._get(self._actor.of_the_scorer.remote("weight_version", None))
 
     @property
     def temperature(self) -> float:
         """The log-probs are those of ``softmax(logits / temperature)``."""
-        return self._get(self._actor.temperature.remote())
+        return self._get(self._actor.of_the_scorer.remote("temperature", 1.0))
 
     def score(self, token_ids: list[Any], start: list[int]) -> list[torch.Tensor]:
         """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""
