@@ -39,9 +39,8 @@ class Differences:
     """What one model must take over from another, and what it cannot."""
 
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # into, from
-    plain: list[tuple[torch.Tensor, torch.Tensor]] = field(
-        default_factory=list
-    )  # of these, the numbers of a checkpoint as they are
+    # Of these, the numbers of a checkpoint as they are.
+    plain: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # into, under which name, what
     moved: list[str] = field(default_factory=list)  # where to; code that was compiled does not look there again
     obstacles: list[str] = field(default_factory=list)  # places that do not match, as sentences
@@ -155,10 +154,11 @@ class _Walk:
 
     def _items(self, path: str, ours: Any, theirs: Any) -> bool:
         if isinstance(theirs, Mapping):
-            self._mapping(path, ours if isinstance(ours, Mapping) else {}, theirs)
-            return True
-        ours = ours if isinstance(ours, (list, tuple)) else ()
-        self._mapping(path, MappingProxyType(dict(enumerate(ours))), dict(enumerate(theirs)))
+            ours = ours if isinstance(ours, Mapping) else {}
+        else:
+            ours = MappingProxyType(dict(enumerate(ours if isinstance(ours, (list, tuple)) else ())))
+            theirs = dict(enumerate(theirs))
+        self._mapping(path, ours, theirs)
         return True
 
     def _function(self, path: str, ours: Any, theirs: FunctionType) -> bool:

@@ -80,10 +80,6 @@ def install() -> bool:
 
 def mend(worker: Any) -> bool:
     """Mend the model of a worker that was made before :func:`install`; return whether there may have been something to mend."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return False
     changed = install()
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 

@@ -175,11 +175,9 @@ def _base_weights(model: torch.nn.Module, adapters: Adapters) -> Iterator[None]:
 class _LogitsCall:
     """What ``compute_logits`` handed to vLLM's ``LogitsProcessor``."""
 
-    logits: torch.Tensor  # what it returned
     processor: Any
-    lm_head: Any
-    hidden_states: Any
-    bias: Any = None
+    logits: torch.Tensor  # what it returned
+    arguments: dict[str, Any]  # by the names that LogitsProcessor.forward gives them
 
 
 def _watch_logits(
@@ -190,16 +188,7 @@ def _watch_logits(
 
     def note(processor: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
         names = ("lm_head", "hidden_states", "embedding_bias")
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        calls.append(
-            _LogitsCall(
-                output,
-                processor,
-                arguments.get("lm_head"),
-                arguments.get("hidden_states"),
-                arguments.get("embedding_bias"),
-            )
-        )
+        calls.append(_LogitsCall(processor, output, {**dict(zip(names, args, strict=False)), **kwargs}))
 
     processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in processors]
@@ -216,17 +205,17 @@ def _as_matrix(call: _LogitsCall | None, probe: torch.Tensor) -> tuple[str, Matr
     """Return the matrix head behind a call, or why there is none."""
     if call is None:
         return "it does not call vLLM's LogitsProcessor exactly once", None
-    processor, lm_head = call.processor, call.lm_head
+    processor, lm_head = call.processor, call.arguments.get("lm_head")
     if type(processor) is not LogitsProcessor or processor.logits_as_input:
         return f"its {type(processor).__name__} is not vLLM's LogitsProcessor", None
     if processor.soft_cap is not None:
         return "it has a soft cap", None
-    if call.bias is not None:
+    if call.arguments.get("embedding_bias") is not None:
         return "it has a bias", None
     method = getattr(lm_head, "quant_method", None)
     if not isinstance(method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)):
         return f"its head is computed by {type(method).__name__}", None
-    if not torch.equal(call.hidden_states, probe):
+    if not torch.equal(call.arguments["hidden_states"], probe):
         return "the model changes hidden states before its head", None
     shard = getattr(lm_head, "shard_indices", None)
     if shard is None or lm_head.weight.dim() != 2 or lm_head.weight.dtype != probe.dtype:

@@ -23,20 +23,11 @@ import vllm.envs
 from vllm_kl.plugin.best import Best
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-ffp-contract=fast",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-]
+_FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-trapping-math -fno-strict-aliasing -fopenmp -shared -fPIC"
 # Named, not "native": a cache may be shared by machines.
 _FLAGS_OF = {
-    "AVX512": ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
-    "AVX2": ["-mfma", "-mavx2"],
+    "AVX512": "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
+    "AVX2": "-mfma -mavx2",
 }
 _NAME_OF = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 # Rows that PyTorch's operations take at a time, and bytes of what they gather: their copies stay small.
@@ -66,10 +57,10 @@ def _reduce_compiled(
     assert shift_N.dtype == sums_N.dtype == torch.float32
     assert tile_N_S.stride(1) == 1
     num_rows, num_columns = tile_N_S.shape
-    values, ids, num_best = (None, None, 0) if best is None else _pointers(best)
+    found = (None, None, 0) if best is None else (best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1])
     getattr(_library()[0], f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
         *(tile_N_S.data_ptr(), tile_N_S.stride(0), shift_N.data_ptr(), sums_N.data_ptr(), num_rows, num_columns),
-        *(values, ids, num_best, first_id),
+        *(*found, first_id),
     )
 
 
@@ -109,10 +100,6 @@ def missing_compiler() -> str:
     return _library()[1] if not torch.cuda.is_available() else ""
 
 
-def _pointers(best: Best) -> tuple[int, int, int]:
-    return best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1]
-
-
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     try:
@@ -132,7 +119,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 def _build() -> Path:
     """Return the library, compiled unless the cache has it. Processes that do so at the same time do not meet."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    command = [*compiler, *_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), [])]
+    flags = _FLAGS, _FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), "")
+    command = [*compiler, *" ".join(flags).split()]
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([platform.machine(), *command]).encode()).hexdigest()[:16]
     library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"kernel-{key}.so")
     if not library.exists():

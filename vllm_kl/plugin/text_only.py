@@ -110,7 +110,4 @@ class _Name(type):
 
 
 class _Names(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Name(name, (), {})
+    __getattr__ = _Name.__getattr__

@@ -115,9 +115,8 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
 
         def reload_and_note(weights_iterator: Any = None, weights_path: str | None = None, **options: Any) -> Any:
             is_folder = weights_iterator is None and options.get("is_checkpoint_format", True)
-            if (
-                is_folder and _is_mended(worker) and _load_whole(worker, weights_path)
-            ):  # refused, it has touched nothing
+            # Refused, it has touched nothing.
+            if is_folder and _is_mended(worker) and _load_whole(worker, weights_path):
                 loads.append(worker.vllm_config.model_config.model)
                 return None
             loads.append(None)  # also where it fails halfway
