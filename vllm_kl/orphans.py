@@ -22,6 +22,7 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "vllm_kl_weights"
 _WATCH = "vllm_kl-owner-watch"
+_LOOK_EVERY_S = 0.5
 
 _HELD: dict[Path, int] = {}  # folder -> the descriptor that holds its lock
 
@@ -74,9 +75,7 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def end_with_owner(
-    owner_pid: int, kill: Callable[[], None], interval_s: float = 0.5, *, owned_pid: int | None = None
-) -> None:
+def end_with_owner(owner_pid: int, kill: Callable[[], None], *, owned_pid: int | None = None) -> None:
     """Start a thread that kills as soon as the owner is gone, however it went, and removes what it left.
 
     Polls the parent's id: it needs no file descriptor that a fork of the owner could keep open, and unlike
@@ -88,7 +87,7 @@ def end_with_owner(
 
     def watch() -> None:
         while (os.getppid() if owned_pid is None else parent_of(owned_pid)) == owner_pid:
-            time.sleep(interval_s)
+            time.sleep(_LOOK_EVERY_S)
         with contextlib.suppress(Exception):
             remove_orphans()
         kill()

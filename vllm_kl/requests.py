@@ -208,14 +208,12 @@ def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[in
 
 def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
     """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
-    wanted = {"temperature": temperature != 1.0, "ids": ids, "top_k": top_k}
-    for name, is_wanted in wanted.items():
+    for name, is_wanted, what in (
+        ("temperature", temperature != 1.0, f"apply temperature={temperature}: vLLM's prompt log-probs ignore it"),
+        ("ids", ids, "return log-probs of chosen ids"),
+        ("top_k", top_k, "return the best tokens"),
+    ):
         if is_wanted and name not in info.can:
-            what = {
-                "temperature": f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
-                "ids": "return log-probs of chosen ids",
-                "top_k": "return the best tokens",
-            }[name]
             raise ReadoutUnavailableError(
                 f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns (VLLMScorer(path)) can"
             )

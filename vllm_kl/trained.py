@@ -94,9 +94,8 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
 
 def _has_head(holder: torch.nn.Module) -> bool:
     models = (module for module in holder.modules() if isinstance(module, transformers.PreTrainedModel))
-    return any(
-        model.get_output_embeddings() is not None for model in models
-    )  # a critic with a tied policy's names has none
+    # A critic with a tied policy's names has none.
+    return any(model.get_output_embeddings() is not None for model in models)
 
 
 def _holders(
@@ -220,14 +219,10 @@ def _of_the_model(given: Mapping[str, Any], names: Collection[str]) -> list[tupl
             "Push the one that is meant"
         )
     (prefix,) = prefixes
-    inside = [(name[len(prefix) :], tensor) for name, tensor in given.items() if name.startswith(prefix)]
+    inside = [(name.removeprefix(prefix), tensor) for name, tensor in given.items() if name.startswith(prefix)]
     # trl's AutoModelForCausalLMWithValueHead.state_dict() puts its head beside the model's own names; a module's
     # get_extra_state() is no weight.
-    return [
-        (name, tensor)
-        for name, tensor in inside
-        if not name.startswith("v_head.") and name.rpartition(".")[2] != "_extra_state"
-    ]
+    return [(n, tensor) for n, tensor in inside if not (n.startswith("v_head.") or n.endswith("_extra_state"))]
 
 
 def _plain(name: str, tensor: Any) -> torch.Tensor:
