@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import random
 import threading
 from types import SimpleNamespace
@@ -223,28 +222,6 @@ class TestPlugin:
         with pytest.raises(AttributeError):
             models.Qwen2ForCausalLM  # noqa: B018
         assert not hasattr(models, "__path__")
-
-    def test_upstream_is_where_the_plugin_expects_it(self):
-        """Fails when vLLM moves what the plugin touches: read the new version, then change both."""
-        from vllm.model_executor.layers.logits_processor import LogitsProcessor
-        from vllm.v1.core.kv_cache_manager import KVCacheManager
-        from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
-        from vllm.v1.pool.metadata import PoolingCursor, PoolingMetadata, PoolingStates
-
-        lookup = inspect.getsource(inspect.unwrap(KVCacheManager.get_computed_blocks))
-        assert "request.num_tokens - 1" in lookup  # the bound that the cap lowers
-        assert {"task", "skip_reading_prefix_cache", "extra_kwargs"} <= {*PoolingParams.__struct_fields__}
-        assert {"extra_args", "prompt_logprob_token_ids", "prompt_logprob_start"} <= {*SamplingParams.__struct_fields__}
-        assert {"pooling_output", "prefill_stats"} <= {*EngineCoreOutput.__struct_fields__}
-        assert {"prompt_token_ids", "pooling_params", "arrival_time"} <= {*EngineCoreRequest.__struct_fields__}
-        assert {"seq_lens_cpu", "num_scheduled_tokens_cpu"} <= {*PoolingCursor.__dataclass_fields__}
-        assert {"prompt_token_ids_cpu", "prompt_lens"} <= {*PoolingMetadata.__dataclass_fields__}
-        assert PoolingStates().hidden_states_cache == []
-        assert [*inspect.signature(LogitsProcessor.forward).parameters][1:4] == [
-            "lm_head",
-            "hidden_states",
-            "embedding_bias",
-        ]
 
 
 class TestEngine:

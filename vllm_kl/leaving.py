@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from tensordict import TensorDictBase
+
+logger = logging.getLogger("vllm_kl")
 
 Work = Callable[[TensorDictBase], TensorDictBase]
 
@@ -24,11 +28,21 @@ class _Leaving:
 
 
 def on_leaving(collector: Any, work: Work) -> bool:
-    """Have work done on every batch that leaves a collector, once; return whether it has a ``postproc``."""
+    """Have work done on every batch that leaves a collector, once; return whether it has a ``postproc``.
+
+    ``None``, which is no collector, has none; that another has none is said once.
+    """
     if not hasattr(collector, "postproc"):
+        if collector is not None:
+            _say_that_it_has_none(type(collector))
         return False
     if not isinstance(collector.postproc, _Leaving):  # looked at every step: a postproc may be set at any time
         collector.postproc = _Leaving(collector.postproc)
     if work not in collector.postproc.works:
         collector.postproc.works.append(work)
     return True
+
+
+@functools.cache
+def _say_that_it_has_none(kind: type) -> None:
+    logger.warning("vllm_kl: a %s has no postproc: nobody looks at the batches that leave it", kind.__name__)

@@ -270,15 +270,18 @@ class AsyncWeights:
 @contextlib.contextmanager
 def _not_waiting_for_the_dead(core: Any) -> Iterator[None]:
     """End a call to an engine's process when that dies: vLLM waits for ever (``SyncMPClient.call_utility``, 0.32)."""
-    if not hasattr(core, "utility_results"):  # in this process
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(core, InprocClient):
         yield
         return
-    from vllm.v1.engine.exceptions import EngineDeadError
+    resources, asked = core.resources, core.utility_results
 
     def watch() -> None:
         while not is_over.wait(_LOOK_EVERY_S):
-            if core.resources.engine_dead:
-                for future in list(core.utility_results.values()):
+            if resources.engine_dead:
+                for future in list(asked.values()):
                     if not future.done():
                         future.set_exception(EngineDeadError())
 

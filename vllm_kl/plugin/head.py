@@ -25,6 +25,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
+from vllm.lora.layers import LogitsProcessorWithLoRA
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -138,7 +139,7 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
     generator = torch.Generator().manual_seed(0)  # the same rows on every rank
     probe = torch.randn(6, hidden_states.shape[1], generator=generator) * torch.tensor([[0.2], [1], [1], [1], [5], [5]])
     probe = probe.to(hidden_states)
-    adapters = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "LogitsProcessorWithLoRA"]
+    adapters = [(name, m) for name, m in model.named_modules() if isinstance(m, LogitsProcessorWithLoRA)]
     logits, call = _watch_logits(model, probe, adapters)
     reason, head = _as_matrix(call, probe)
     if head is not None and not torch.equal(call.logits, logits):

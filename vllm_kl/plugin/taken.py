@@ -9,6 +9,7 @@ All else that the plugin installs waits for requests, or calls, of this package.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,8 @@ from typing import Any
 
 from vllm_kl.orphans import end_with_owner, parent_of
 from vllm_kl.plugin import cpu
+
+logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
 
 # The name of the method of workers, for ``collective_rpc``.
 TAKE = "vllm_kl_take"
@@ -50,12 +53,15 @@ def is_taken(worker: Any) -> bool:
 
 def _end_with(owner_pid: int) -> None:
     """End the engine's process when its owner is gone. vLLM's workers end with it; an engine in its owner's process has none."""
+    if os.getpid() == owner_pid:
+        return
     name = multiprocessing.current_process().name
     if name.startswith("EngineCore"):
         core_pid = os.getpid()
     elif name.startswith("VllmWorker"):
         core_pid = os.getppid()
     else:
+        logger.warning("vllm_kl: %s is no process of vLLM's that is known: it goes on when its owner is killed", name)
         return
     if parent_of(core_pid) == owner_pid:  # not of a fork server, or seen from another pid namespace
         end_with_owner(owner_pid, lambda: os.kill(core_pid, signal.SIGKILL), owned_pid=core_pid)

@@ -1,0 +1,345 @@
+"""What vllm_kl takes for granted of vLLM, TorchRL and torch, fact by fact: what would break without a word when they move.
+
+A test that fails here names a fact that is no longer so: read the new version, then change whoever relies on it, which the test's
+docstring names, and the test. What upstream computes wrong, and vllm_kl mends, is told where the cure is tested:
+test_plugin_cpu.py, test_pushes.py, test_lora.py. Engine options are compared in test_options.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import threading
+import typing
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import vllm.envs
+from vllm import PoolingParams, SamplingParams
+
+import vllm_kl
+from vllm_kl.leaving import on_leaving
+from vllm_kl.penalty import Coefficient
+from vllm_kl.plugin import taken
+
+
+def source(thing):
+    return inspect.getsource(inspect.unwrap(thing))
+
+
+def fields(thing):
+    return {field.name for field in dataclasses.fields(thing)}
+
+
+class TestNamesOfProcesses:
+    """plugin/taken.py: which process ends when its owner is killed. plugin/weights.py: which one freezes its heap."""
+
+    def test_the_core_of_an_engine_is_named_engine_core(self):
+        from vllm.v1.engine.utils import CoreEngineProcManager
+
+        assert 'else "EngineCore"' in source(CoreEngineProcManager.__init__)
+
+    def test_its_workers_are_named_vllm_worker(self):
+        from vllm.v1.executor.multiproc_executor import WorkerProc
+
+        assert 'name=f"VllmWorker-{rank}"' in source(WorkerProc.make_worker_process)
+
+    def test_a_process_of_another_name_says_that_it_is_not_ended(self, caplog, monkeypatch):
+        monkeypatch.setattr("multiprocessing.current_process", lambda: threading.Thread(name="Renamed"))
+        taken._end_with(os.getppid())
+        assert "Renamed is no process of vLLM's that is known" in caplog.text
+        caplog.clear()
+        taken._end_with(os.getpid())  # an engine in its owner's process
+        assert not caplog.text
+
+
+class TestRequests:
+    def test_parameters_carry_what_a_request_of_ours_asks(self):
+        """plugin/request.py, plugin/cap.py, engines/pooling.py, engines/generate.py."""
+        assert {"task", "skip_reading_prefix_cache", "extra_kwargs"} <= {*PoolingParams.__struct_fields__}
+        assert {"extra_args", "skip_reading_prefix_cache", "flat_logprobs"} <= {*SamplingParams.__struct_fields__}
+        assert {"prompt_logprob_token_ids", "prompt_logprob_start"} <= {*SamplingParams.__struct_fields__}
+
+    def test_the_core_takes_and_returns_requests_with_these_fields(self):
+        """engines/pooling.py goes past vLLM's front end."""
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+
+        assert {"pooling_output", "prefill_stats"} <= {*EngineCoreOutput.__struct_fields__}
+        asked = {"prompt_token_ids", "pooling_params", "arrival_time", "cache_salt", "lora_request"}
+        assert asked <= {*EngineCoreRequest.__struct_fields__}
+
+    def test_a_cache_hit_is_bound_by_the_number_of_tokens_that_a_request_claims(self):
+        """plugin/cap.py hands a shorter request on."""
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+        assert "request.num_tokens - 1" in source(KVCacheManager.get_computed_blocks)
+
+    def test_what_an_interrupted_call_added_is_found_and_aborted(self, policy_llm):
+        """engines/generate.py takes back what it added."""
+        engine = policy_llm.llm_engine
+        engine.add_request("upstream-0", {"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=1))
+        assert engine.get_num_unfinished_requests() == 1
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        assert engine.get_num_unfinished_requests() == 0
+
+    def test_a_completion_tells_the_versions_that_made_it(self):
+        """engines/generate.py, generated.py: the version of a sample is the engine's own answer."""
+        from vllm.outputs import CompletionOutput, WeightVersionSpan
+
+        assert (
+            typing.get_type_hints(CompletionOutput, vars(vllm.outputs))["weight_versions"]
+            == list[WeightVersionSpan] | None
+        )
+        assert "version" in fields(WeightVersionSpan)
+
+
+class TestTheEngine:
+    def test_an_engine_in_this_process_has_a_client_without_a_socket(self, policy_llm):
+        """engines/weights.py watches the others: vLLM waits for ever for what a dead process was asked."""
+        from vllm.v1.engine.core_client import BackgroundResources, InprocClient, MPClient
+
+        assert type(policy_llm.llm_engine.engine_core) is InprocClient
+        assert "self.utility_results" in source(MPClient.__init__)
+        assert "self.resources = BackgroundResources" in source(MPClient.__init__)
+        assert "engine_dead" in fields(BackgroundResources)
+
+    def test_its_version_is_asked_and_set_by_these_names(self, policy_llm):
+        """engines/weights.py, engines/loading.py."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine = policy_llm.llm_engine
+        assert (callable(engine.get_weight_version), callable(engine.set_weight_version)) == (True, True)
+        assert (callable(AsyncLLM.get_weight_version), callable(AsyncLLM.update_weight_version)) == (True, True)
+        assert {"mode"} <= inspect.signature(AsyncLLM.pause_generation).parameters.keys()
+        assert callable(AsyncLLM.resume_generation)
+        assert {"errored", "dead_error"} <= {*dir(AsyncLLM)}
+
+    def test_the_model_of_an_engine_in_this_process_is_reached(self, policy_llm):
+        """engines/lengths.py: the RoPE that an engine computes with."""
+        executor = policy_llm.llm_engine.model_executor
+        assert isinstance(executor.driver_worker.worker.get_model(), torch.nn.Module)
+
+    def test_its_configs_tell_how_it_was_made(self, policy_llm):
+        """engines/generate.py refuses engines that record logits, or compute the last row only."""
+        config = policy_llm.llm_engine.vllm_config
+        assert config.model_config.logprobs_mode == "raw_logprobs"
+        assert config.cache_config.kv_sharing_fast_prefill is False
+        assert config.load_config.load_format == "auto"
+        assert config.lora_config is None
+        assert config.use_v2_model_runner in (False, True)
+
+    def test_long_rope_says_which_factors_it_took(self):
+        """engines/lengths.py compares two sides of a KL by it."""
+        from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope as rope
+
+        assert "self.use_long_rope = " in source(rope.Phi3LongRoPEScaledRotaryEmbedding.__init__)
+
+
+class TestTheModel:
+    def test_a_logits_processor_is_called_with_head_and_hidden_states(self):
+        """plugin/head.py watches that call."""
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        wanted = ["lm_head", "hidden_states", "embedding_bias"]
+        assert [*inspect.signature(LogitsProcessor.forward).parameters][1:4] == wanted
+
+    def test_lora_wraps_a_logits_processor_in_a_layer_with_a_base_layer(self, policy_llm):
+        """plugin/head.py takes the wrapper off, since it knows one row a request. test_architectures.py starts such engines."""
+        from vllm.config import set_current_vllm_config
+        from vllm.lora.layers import LogitsProcessorWithLoRA
+        from vllm.lora.model_manager import LoRAModelManager
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        with set_current_vllm_config(policy_llm.llm_engine.vllm_config):
+            processor = LogitsProcessor(10)
+        assert LogitsProcessorWithLoRA(processor, 8, torch.float32, torch.device("cpu"), None).base_layer is processor
+        assert LogitsProcessorWithLoRA.__name__ == "LogitsProcessorWithLoRA"  # plugin/adapters.py
+        assert "from_layer_logits_processor(" in source(LoRAModelManager)
+
+    def test_a_pooler_finds_its_rows_by_a_cursor_and_keeps_chunks(self):
+        """plugin/pooler.py."""
+        from vllm.v1.pool.metadata import PoolingCursor, PoolingMetadata, PoolingStates
+
+        assert {"seq_lens_cpu", "num_scheduled_tokens_cpu"} <= fields(PoolingCursor)
+        assert {"prompt_token_ids_cpu", "prompt_lens"} <= fields(PoolingMetadata)
+        assert PoolingStates().hidden_states_cache == []
+
+    def test_rotary_embeddings_are_shared_by_one_dict(self, policy_llm):
+        """engines/local.py and plugin/second_model.py clear it: its key leaves the engine's length out."""
+        from vllm.model_executor.layers import rotary_embedding
+
+        assert "_ROPE_DICT[key] = rotary_emb" in source(rotary_embedding.get_rope)
+        assert type(rotary_embedding._ROPE_DICT) is dict
+
+    def test_an_operation_takes_its_method_from_its_class_when_it_is_made(self):
+        """plugin/cpu.py gives it the mended one."""
+        from vllm.model_executor.custom_op import CustomOp
+
+        assert "self._forward_method = " in source(CustomOp.__init__)
+
+    def test_the_registry_says_which_architecture_it_could_not_import(self):
+        """plugin/text_only.py names the package that is missing; engines/failures.py a cure."""
+        from vllm.model_executor.models.registry import _ModelRegistry
+
+        known = SimpleNamespace(get_supported_archs=lambda: ["Known"])
+        for name, words in (
+            ("Known", r"Model architectures \['Known'\] failed to be inspected"),
+            ("Other", "not supported for now"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                _ModelRegistry._raise_for_unsupported(known, [name])
+
+
+class TestLoading:
+    def test_the_loader_of_files_loads_through_load_weights(self):
+        """plugin/whole.py puts itself around it. What the model's own ``load_weights`` returns is not looked at there."""
+        from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        assert [*inspect.signature(DefaultModelLoader.load_weights).parameters] == ["self", "model", "model_config"]
+        assert "self.load_weights(model, model_config)" in source(BaseModelLoader.load_model)
+
+    def test_a_model_that_returns_nothing_of_what_it_loaded_is_not_checked_by_vllm(self):
+        """So plugin/whole.py sees to it by marks."""
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        assert "loaded_weights is not None" in source(DefaultModelLoader.load_weights)
+
+    def test_experts_say_how_much_of_a_parameter_is_padding(self):
+        """plugin/whole.py would take padding for weights that are missing."""
+        from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as experts
+
+        assert "w13_weight.weight_loader_numel = " in source(experts.UnquantizedFusedMoEMethod.create_weights)
+
+    def test_layers_register_in_these_places_of_a_config(self):
+        """plugin/second_model.py gives a second model its own: it would take the places of the first."""
+        from vllm.config import CompilationConfig, LoadConfig, ModelConfig
+
+        places = {"static_forward_context", "static_all_moe_layers", "enabled_custom_ops", "disabled_custom_ops"}
+        assert places <= fields(CompilationConfig)
+        assert {"load_format", "model_loader_extra_config", "device"} <= fields(LoadConfig)
+        assert {"model", "model_weights", "revision"} <= fields(ModelConfig)
+
+    @pytest.mark.parametrize("module", ["gpu_worker.Worker", "cpu_worker.CPUWorker"])
+    def test_workers_are_loaded_into_by_these_methods(self, module):
+        """plugin/weights.py notes what others load through them."""
+        name, _, worker = module.partition(".")
+        pytest.importorskip(f"vllm.v1.worker.{name}", exc_type=ImportError)
+        worker = getattr(__import__(f"vllm.v1.worker.{name}", fromlist=[worker]), worker)
+        assert callable(worker.reload_weights)
+        assert callable(worker.start_weight_update)
+
+    def test_a_reload_takes_a_folder_by_this_name(self):
+        """plugin/weights.py passes it on."""
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        wanted = {"weights_iterator", "weights_path", "is_checkpoint_format"}
+        assert wanted <= inspect.signature(GPUModelRunner.reload_weights).parameters.keys()
+
+    def test_a_kv_cache_hangs_at_its_layer_by_this_name(self):
+        """plugin/adoption.py leaves it where it is."""
+        from vllm.model_executor.layers.attention import Attention
+
+        assert "self.kv_cache" in source(Attention.__init__)
+
+
+class TestTheEnvironment:
+    def test_plugins_are_found_in_this_group(self):
+        """pyproject.toml, doctor.py."""
+        from vllm.plugins import DEFAULT_PLUGINS_GROUP
+
+        assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
+
+    def test_vllm_reads_these_variables(self):
+        """engines/process.py, engines/local.py, engines/options.py, plugin/__init__.py, doctor.py set or read them."""
+        package = Path(vllm_kl.__file__).parent
+        used = {name for file in package.rglob("*.py") for name in re.findall(r"\bVLLM_[A-Z0-9_]+", file.read_text())}
+        assert {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_PLUGINS"} <= used
+        assert used <= vllm.envs.environment_variables.keys()
+
+    def test_nobind_is_how_a_cpu_engine_is_told_to_take_all_cores(self):
+        """engines/process.py, where workers share a small machine."""
+        from vllm.utils import ompmultiprocessing
+
+        assert 'vllm_mask == "nobind"' in source(ompmultiprocessing)
+
+    def test_torch_reads_these_variables(self):
+        """engines/process.py and engines/devices.py set them."""
+        assert '"TORCH_COMPILE_DISABLE"' in source(torch._dynamo.config)
+        assert '"PYTORCH_NVML_BASED_CUDA_CHECK"' in source(torch.cuda)
+        library = Path(torch.__file__).parent / "lib" / "libc10.so"
+        assert b"THP_MEM_ALLOC_ENABLE" in library.read_bytes()
+
+
+class TestTorchRL:
+    def test_a_wrapper_reaches_its_engine_through_these_methods(self):
+        """generated.py watches them, resolver.py and wrapper.py call them."""
+        from torchrl.modules.llm import vLLMWrapper
+
+        assert all(
+            callable(getattr(vLLMWrapper, f"_from_vllm_generate_{mode}")) for mode in ("history", "text", "tokens")
+        )
+        assert source(vLLMWrapper).count("= self._call_generate(") == 4
+
+    def test_what_postproc_returns_is_the_batch_that_leaves_a_collector(self):
+        """leaving.py puts itself there, for batches that are checked and KLs that are filled in."""
+        from torchrl.collectors.llm import LLMCollector
+
+        class Fake:
+            postproc = staticmethod(lambda batch: [*batch, "seen"])
+
+            def __getattr__(self, name):  # whatever else it looks at is off
+                return None
+
+        assert LLMCollector._postproc(Fake(), ["batch"])[:2] == ["batch", "seen"]
+
+    def test_a_collector_without_a_postproc_is_told_of_once(self, caplog):
+        class Renamed:
+            pass
+
+        for collector in (Renamed(), Renamed(), None):
+            assert not on_leaving(collector, print)
+        assert caplog.text.count("a Renamed has no postproc: nobody looks at the batches that leave it") == 1
+
+    def test_a_started_collector_runs_in_a_thread_of_this_name(self):
+        """background.py tells a trainer what ended it."""
+        from torchrl.collectors.llm import LLMCollector
+
+        start = source(LLMCollector.start)
+        assert "self._thread = threading.Thread(" in start
+        assert "self._run_iterator" in start
+
+    def test_a_collector_keeps_its_tracker_of_versions_under_this_name(self):
+        """sync.py sets its version."""
+        from torchrl.collectors.llm import LLMCollector
+        from torchrl.envs.llm.transforms import PolicyVersion
+
+        assert "self.policy_version_tracker = track_policy_version" in source(LLMCollector.__init__)
+        assert PolicyVersion().version == 0
+
+    def test_a_controller_divides_by_its_coefficient_and_changes_its_sign(self):
+        """penalty.py hands it the KL's share of the reward, so that its target is one of nats a sequence."""
+        from torchrl.data import AdaptiveKLController
+
+        for nats, factor in ((6.0, 1.0), (6.6, 1 + 0.1 * 4 / 10), (60.0, 1 + 0.2 * 4 / 10), (0.1, 1 - 0.2 * 4 / 10)):
+            controller = AdaptiveKLController(init_kl_coef=0.1, target=6.0, horizon=10)
+            Coefficient(controller).observe(torch.full((4,), nats))
+            np.testing.assert_allclose(float(controller.coef), 0.1 * factor, rtol=1e-6)
+
+    def test_a_replay_buffer_hands_whole_batches_to_inverse_transforms(self):
+        """steps.py lets them through."""
+        from torchrl.envs.transforms import transforms
+
+        assert "_inv_call" in source(transforms.Transform.inv)
+
+    def test_an_updater_counts_after_it_was_called(self):
+        """sync.py pushes one version less, where the collector counts another itself."""
+        from torchrl.collectors.llm import LLMCollector
+
+        update = source(LLMCollector.update_policy_weights_)
+        assert "increment_version()" in update
