@@ -59,9 +59,10 @@ def _check_keys(gen_key: NestedKey, ref_key: NestedKey) -> None:
         raise OptionError(f"both sides would be written to {gen_key}: give each a key of its own")
 
 
-def _refuse_rays(actor_name: str | None, options: dict[str, Any]) -> None:
+def _reference_here(ref_model: Any, factory: Callable[[], Any] | None, actor_name: str | None, **options: Any) -> Any:
     if given := [*(["actor_name"] if actor_name is not None else []), *options]:
         raise OptionError(f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}")
+    return one_of("ref", ref_model, factory)
 
 
 def _model_side(gen_model: Any, ref_side: ModelSide) -> ModelSide:
@@ -235,12 +236,8 @@ class RetrieveKL(TokensTransform, KLTransform):
         if gen_model_factory is not None and gen_model == "from_collector":
             gen_model = None  # the default gives way to a factory
         gen_model = one_of("gen", gen_model, gen_model_factory)
-        if use_ray_service:
-            ref_model = remote_reference(ref_model, ref_model_factory, actor_name=actor_name, device=device, **kwargs)
-        else:
-            _refuse_rays(actor_name, kwargs)
-            ref_model = one_of("ref", ref_model, ref_model_factory)
-        models = {"ref_model": ref_model}
+        reference = partial(remote_reference, device=device) if use_ray_service else _reference_here
+        models = {"ref_model": reference(ref_model, ref_model_factory, actor_name=actor_name, **kwargs)}
         from_collector = _from_collector(gen_model, gen_log_probs, reusing)
         if from_collector is None:
             models["gen_model"] = gen_model
