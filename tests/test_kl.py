@@ -9,7 +9,7 @@ import torch
 
 from vllm_kl import kl_estimate
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError
-from vllm_kl.kl import TOKEN_ESTIMATORS, sequence_kl
+from vllm_kl.kl import TOKEN_ESTIMATORS
 
 
 def whole_vocabulary(seed=0, vocab=50):
@@ -174,26 +174,3 @@ def test_bad_input_is_refused_by_name():
         kl_estimate(one, one, mask, direction="back")
     with pytest.raises(OptionError, match="estimator='k4' does not exist here; choose one of k1, k2, k3, abs, topk"):
         kl_estimate(one, one, mask, estimator="k4")
-
-
-@pytest.mark.parametrize(
-    ("kl", "mask"),
-    [
-        (torch.ones(2, 3), torch.ones(2, 1).bool()),
-        (torch.ones(2, 1), torch.ones(2, 3).bool()),
-        (torch.ones(2, 3, 1), torch.ones(2, 3).bool()),
-        (torch.ones(2, 3, 1), torch.ones(2, 3, 1).bool()),
-        (torch.ones(3), torch.ones(3).bool()),
-        (torch.ones(2, 3), torch.ones(3, 3).bool()),
-    ],
-)
-def test_a_sequences_kl_is_refused_where_its_mask_would_broadcast(kl, mask):
-    with pytest.raises(InputError, match="expected the same, one number per token"):
-        sequence_kl(kl, mask)
-
-
-def test_a_sequences_kl_is_never_nan():
-    kl = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
-    assert sequence_kl(kl, torch.tensor([[True, False], [True, True]])).tolist() == [1.0, 1.5]
-    with pytest.raises(MissingLogProbError, match="sample 0"):
-        sequence_kl(kl, torch.ones(2, 2).bool())

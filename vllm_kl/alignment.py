@@ -81,16 +81,13 @@ def spread(
     return only_kept(torch.cat(rows), batch.packed_keep, batch.lengths, what=what)
 
 
-def only_kept(
-    values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True
-) -> torch.Tensor:
+def only_kept(values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[int], *, what: str) -> torch.Tensor:
     """Return the values where the mask keeps them, exactly 0.0 elsewhere; what lies there may be anything.
 
     Args:
         values_N, keep_N: of all samples laid end to end; ``[N, K]`` with several log-probs a token.
         lengths: of the samples, for the message.
         what: what the message calls the values.
-        are_log_probs: the message says what such a log-prob can come of.
 
     Raises:
         MissingLogProbError: a kept value is not finite; with the sample, the token and the value.
@@ -98,12 +95,16 @@ def only_kept(
     keep = keep_N.to(values_N.device)
     kept = torch.where(keep if values_N.dim() == 1 else keep[:, None], values_N, 0.0)
     # Of several log-probs a token, one that is not finite stands for all.
-    check_finite(kept if kept.dim() == 1 else kept.sum(-1), lengths, what=what, are_log_probs=are_log_probs)
+    check_finite(kept if kept.dim() == 1 else kept.sum(-1), lengths, what=what)
     return kept
 
 
 def check_finite(values_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True) -> None:
-    """Refuse a value that is not finite; the arguments are those of :func:`only_kept`."""
+    """Refuse a value that is not finite; the arguments are those of :func:`only_kept`.
+
+    Args:
+        are_log_probs: the message says what such a log-prob can come of.
+    """
     if values_N.detach().sum().isfinite():  # the sum of values is finite only if all are
         return
     bad = ~values_N.detach().isfinite().cpu()

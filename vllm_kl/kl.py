@@ -151,40 +151,6 @@ def estimate(
     return kl
 
 
-def sequence_kl(
-    kl: torch.Tensor | Sequence[torch.Tensor],
-    mask: torch.Tensor | Sequence[torch.Tensor],
-    *,
-    reduction: Literal["mean", "sum"] = "mean",
-) -> torch.Tensor:
-    """Return one KL per sequence, ``[B]`` float32, nats: the sum over the mask, or that divided by the mask's count.
-
-    Padding counts for nothing: a sequence has the same mean in every layout. A sequence without a kept token has 0.0.
-
-    Args:
-        kl: per-token estimates, ``[B, T]`` or B tensors ``[T]``.
-        mask: tokens that count, same shapes.
-
-    Raises:
-        InputError: other numbers of samples, or other shapes.
-        MissingLogProbError: a value inside the mask is not finite.
-
-    >>> sequence_kl([torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 2.0])], [torch.tensor([0, 1, 1]), torch.tensor([0, 1])])
-    tensor([2., 2.])
-    """
-    if reduction not in ("mean", "sum"):
-        raise OptionError(f"reduction={reduction!r} does not exist; choose one of mean, sum")
-    rows, masks = list(kl), list(mask)
-    shapes = [[tuple(row.shape) for row in side] for side in (rows, masks)]
-    if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
-        raise InputError(f"kl has rows {shapes[0]}, the mask {shapes[1]}: expected the same, one number per token")
-    if not rows:
-        return torch.empty(0)
-    lengths, keep = widths_of(rows), torch.cat(masks).bool()
-    sums = sums_of(only_kept(torch.cat(rows).float(), keep, lengths, what="kl", are_log_probs=False), lengths)
-    return sums if reduction == "sum" else sums / sums_of(keep, lengths).clamp(min=1).to(sums.device)
-
-
 def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Return the sum of each sample's values, ``[B]`` float32, added in float64."""
     counts = torch.tensor(lengths, device=values_N.device)
