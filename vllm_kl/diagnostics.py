@@ -12,6 +12,7 @@ rollout correction.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,21 +117,17 @@ def mismatch(
     >>> print(found.worst[0])
     sample 0, token 1: -2.0000 sampled, -1.9000 scored
     """
-    rows = [list(side) for side in (log_probs, scorer_log_probs, mask)]
-    *_, keep_N, lengths = packed_sides(dict(zip(("log_probs", "scorer_log_probs", "mask"), rows, strict=True)))
-    keep = keep_N.cpu().split(lengths)
-    ids = None if token_ids is None else list(token_ids)
-    if ids is not None and [len(row) for row in ids] != [len(row) for row in rows[2]]:
+    sides = {"log_probs": list(log_probs), "scorer_log_probs": list(scorer_log_probs), "mask": list(mask)}
+    sampled_N, scored_N, keep_N, lengths = packed_sides(sides)
+    sampled_N, scored_N, keep_N = (side.detach().cpu() for side in (sampled_N, scored_N, keep_N))
+    if token_ids is not None and [len(row) for row in token_ids] != lengths:
         raise InputError(
-            f"token_ids have lengths {[len(row) for row in ids]}, the mask {[len(row) for row in rows[2]]}: give the id of every "
-            "position"
+            f"token_ids have lengths {[len(row) for row in token_ids]}, the mask {lengths}: give the id of every position"
         )
-    sampled, scored = (
-        [row.detach().cpu().double()[kept] for row, kept in zip(side, keep, strict=True)] for side in rows[:2]
-    )
-    if not sum(len(row) for row in sampled):
+    if not keep_N.any():
         raise InputError("the mask keeps no token: there is nothing to compare")
-    metrics = _metrics(sampled, scored)
+    r_N = scored_N.double() - sampled_N.double()
+    metrics = _metrics(r_N, keep_N, lengths)
     if unknown := sorted(limits.keys() - metrics.keys()):
         raise OptionError(f"limits on {', '.join(unknown)}, but the figures are {', '.join(metrics)}")
     exceeded = {
@@ -138,7 +135,13 @@ def mismatch(
         for name, (low, high) in limits.items()
         if not low <= metrics[name] <= high
     }
-    worst = _worst(*rows[:2], keep, ids, tokenizer, num_worst)
+    ends = torch.tensor(lengths).cumsum(0)
+    worst = []
+    for n in r_N.abs().where(keep_N, -1.0).topk(min(num_worst, int(keep_N.sum()))).indices.tolist():
+        sample = int(torch.searchsorted(ends, n, right=True))
+        place = {"sample": sample, "position": n - int(ends[sample]) + lengths[sample]}
+        values = {"log_prob": float(sampled_N[n]), "scorer_log_prob": float(scored_N[n])}
+        worst.append(WorstToken(**place, **values, **_context(token_ids, tokenizer, **place)))
     if exceeded:
         figures = "; ".join(f"{name} {text}" for name, text in exceeded.items())
         example = f" Worst: {worst[0]}." if worst else ""
@@ -151,9 +154,9 @@ def mismatch(
     return Mismatch(metrics=metrics, worst=worst, exceeded=exceeded)
 
 
-def _metrics(sampled: list[torch.Tensor], scored: list[torch.Tensor]) -> dict[str, float]:
-    per_sample = [b - a for a, b in zip(sampled, scored, strict=True)]
-    r = torch.cat(per_sample)
+def _metrics(r_N: torch.Tensor, keep_N: torch.Tensor, lengths: list[int]) -> dict[str, float]:
+    per_sample = [row[kept] for row, kept in zip(r_N.split(lengths), keep_N.split(lengths), strict=True)]
+    r = r_N[keep_N]
     clamped = r.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = clamped.exp()
     values = {
@@ -175,41 +178,12 @@ def _metrics(sampled: list[torch.Tensor], scored: list[torch.Tensor]) -> dict[st
     return {name: float(value) for name, value in values.items()}
 
 
-def _worst(
-    log_probs: list[torch.Tensor],
-    scorer_log_probs: list[torch.Tensor],
-    keep: list[torch.Tensor],
-    token_ids: list[torch.Tensor] | None,
-    tokenizer: Any,
-    num_worst: int,
-) -> list[WorstToken]:
-    differences = [
-        torch.where(kept, (b.detach().cpu().double() - a.detach().cpu().double()).abs(), -1.0)
-        for a, b, kept in zip(log_probs, scorer_log_probs, keep, strict=True)
-    ]
-    flat = torch.cat(differences)
-    ends = torch.tensor([len(row) for row in differences]).cumsum(0)
-    worst = []
-    for place in flat.topk(min(num_worst, int(sum(kept.sum() for kept in keep)))).indices.tolist():
-        sample = int(torch.searchsorted(ends, place, right=True))
-        position = place - (int(ends[sample - 1]) if sample else 0)
-        ids = None if token_ids is None else [int(t) for t in token_ids[sample]]
-        low = max(0, position - _NUM_BEFORE)
-        context = () if ids is None else tuple(ids[low : position + 1 + _NUM_AFTER])
-        worst.append(
-            WorstToken(
-                sample=sample,
-                position=position,
-                log_prob=float(log_probs[sample][position]),
-                scorer_log_prob=float(scorer_log_probs[sample][position]),
-                token_id=None if ids is None else ids[position],
-                context_ids=context,
-                context=None if tokenizer is None or not context else _text(tokenizer, context, position - low),
-            )
-        )
-    return worst
-
-
-def _text(tokenizer: Any, ids: Sequence[int], n: int) -> str:
-    before, token, after = (tokenizer.decode(list(part)) for part in (ids[:n], ids[n : n + 1], ids[n + 1 :]))
-    return f"{before}«{token}»{after}"
+def _context(token_ids: Any, tokenizer: Any, sample: int, position: int) -> dict[str, Any]:
+    """Return what a :class:`WorstToken` says of the tokens around it."""
+    if token_ids is None:
+        return {"token_id": None, "context_ids": (), "context": None}
+    ids = [int(t) for t in token_ids[sample]]
+    before, after = ids[max(0, position - _NUM_BEFORE) : position], ids[position + 1 : position + 1 + _NUM_AFTER]
+    parts = (before, [ids[position]], after)
+    text = None if tokenizer is None else "{}«{}»{}".format(*map(tokenizer.decode, parts))
+    return {"token_id": ids[position], "context_ids": tuple(itertools.chain(*parts)), "context": text}
