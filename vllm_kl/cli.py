@@ -64,17 +64,16 @@ def demo(
     }.items():
         os.environ.setdefault(name, value)
     console = Console(stderr=as_json)
-    common = {"group": group, "coeff": coeff, "pad_output": pad_output, "seed": seed, "out": out}
-    if prompts is not None:
-        common["prompts"] = prompts
+    given = {"batches": train or batches, "prompts": prompts, "group": group, "coeff": coeff, "pad_output": pad_output}
+    options = {name: value for name, value in {**given, "seed": seed, "out": out}.items() if value is not None}
     if train is None:
         from vllm_kl.demo.run import DemoConfig, run
 
-        figures = run(DemoConfig(**common, batches=batches or DemoConfig.batches), console)
+        figures = run(DemoConfig(**options), console)
     else:
         from vllm_kl.demo.loop import TrainConfig, run_training
 
-        figures = run_training(TrainConfig(**common, updates=train), console)
+        figures = run_training(TrainConfig(**options), console)
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)
     if as_json:
         typer.echo(json.dumps(figures))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_kl.demo import report, train
 from vllm_kl.demo.env import make_collector, make_policy, make_reference, set_up
-from vllm_kl.demo.run import BatchRow, Float64KL, Rollout, read_rollouts, summarize
+from vllm_kl.demo.run import BatchRow, DemoConfig, Float64KL, Rollout, read_rollouts, summarize
 from vllm_kl.diagnostics import mismatch
 from vllm_kl.samples import write_samples
 from vllm_kl.sync import VLLMWeightUpdater
@@ -33,16 +32,11 @@ from vllm_kl.transforms import RetrieveKL
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(DemoConfig):
     """How the demo trains."""
 
-    updates: int = 30
-    prompts: int = 16  # per update
-    group: int = 8  # responses per prompt
-    coeff: float = 0.1  # of the KL in the loss
-    pad_output: bool = False
-    seed: int = 0
-    out: Path = Path("demo_out")
+    batches: int = 30  # one per update
+    prompts: int = 16
     minibatch: int = 64  # responses per step of the optimizer
     learning_rate: float = 5e-5
     max_grad_norm: float = 1.0
@@ -73,9 +67,8 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
     checkpoints = config.out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     reference_path, _ = train.checkpoints(console)
-    model = AutoModelForCausalLM.from_pretrained(
-        reference_path, dtype=torch.float32
-    )  # in eval mode, as GRPOLoss wants it
+    # In eval mode, as GRPOLoss wants it.
+    model = AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32)
     model.save_pretrained(checkpoints / "0")
     with console.status("starting the reference's engine (vLLM, its own process)"):
         reference = make_reference(reference_path, seed=config.seed, pad_output=config.pad_output)
@@ -87,7 +80,7 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
             RetrieveKL("from_collector", reference, add_to_reward=False),  # the KL is a term of the loss
             prompts=config.prompts,
             group=config.group,
-            batches=config.updates,
+            batches=config.batches,
             seed=config.seed,
             weight_updater=VLLMWeightUpdater(engine, model),
         )
@@ -95,7 +88,7 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
         rows: list[UpdateRow] = []
         rollouts: list[Rollout] = []
         with _progress(console) as progress:
-            bar = progress.add_task("", total=config.updates, reward=float("nan"), kl=float("nan"))
+            bar = progress.add_task("", total=config.batches, reward=float("nan"), kl=float("nan"))
             start = time.perf_counter()
             for data in collector:
                 data, wall_s = data.reshape(-1), time.perf_counter() - start
@@ -117,7 +110,10 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
                 start = time.perf_counter()
         collector.shutdown()
         reference.scorer.check_frozen()
-    files = [str(config.out / "rollouts.jsonl"), str(report.plot_training(config.out / "train.png", rows))]
+    files = [
+        str(config.out / "rollouts.jsonl"),
+        str(report.plot(config.out / "train.png", [row.collected for row in rows], rows)),
+    ]
     write_samples(files[0], rollouts)
     report.print_updates(rows, console)
     console.print(

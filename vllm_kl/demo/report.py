@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from vllm_kl.demo.loop import UpdateRow
@@ -16,19 +16,13 @@ if TYPE_CHECKING:
 
 def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: Console) -> None:
     """Print one line per batch, and one rollout so that there is something to read."""
-    table = Table(title="KL(policy || reference) per response token, nats")
-    for name in ("batch", "reward", "KL k1", "KL k3", "tokens/s", "largest |KL - float64|"):
-        table.add_column(name, justify="right")
-    for i, row in enumerate(rows):
-        table.add_row(
-            str(i),
-            f"{row.reward:.3f}",
-            f"{row.kl_k1:.4f}",
-            f"{row.kl_k3:.4f}",
-            f"{row.tok_per_s:,.0f}",
-            f"{row.max_abs_err:.1e}",
-        )
-    console.print(table)
+    columns = {
+        "batch": range(len(rows)),
+        **_figures(rows),
+        "tokens/s": (f"{row.tok_per_s:,.0f}" for row in rows),
+        "largest |KL - float64|": (f"{row.max_abs_err:.1e}" for row in rows),
+    }
+    console.print(_table("KL(policy || reference) per response token, nats", columns))
     last = rollouts[-1]
     kl = sum(last.log_probs) - sum(last.ref_log_probs)
     console.print(
@@ -38,77 +32,60 @@ def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: 
     )
 
 
-def plot(path: Path, rows: Sequence[BatchRow]) -> Path:
-    """Draw KL and reward per batch."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    batches = range(len(rows))
-    top.plot(batches, [row.kl_k1 for row in rows], marker="o", label="k1")
-    top.plot(batches, [row.kl_k3 for row in rows], marker="s", label="k3")
-    top.set_ylabel("KL, nats per token")
-    top.axhline(0, color="gray", linewidth=0.8)  # k1 may be negative
-    top.legend()
-    bottom.plot(batches, [row.reward for row in rows], marker="o", color="tab:green")
-    bottom.set_ylabel("mean reward")
-    bottom.set_ylim(0, 1.05)
-    bottom.set_xlabel("batch")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-    top.set_title("policy against reference")
-    figure.savefig(path, dpi=120)
-    return path
-
-
 def print_updates(rows: Sequence[UpdateRow], console: Console) -> None:
     """Print one line per update; of many updates every so many-th, and the last."""
-    table = Table(title="GRPO: KL(policy || reference) per response token, nats")
-    for name in ("policy", "reward", "KL k1", "KL k3", "staleness", "mismatch", "|KL - float64|"):
-        table.add_column(name, justify="right")
     every = max(1, len(rows) // 15)
-    for i, row in enumerate(rows):
-        if i % every and i + 1 < len(rows):
-            continue
-        table.add_row(
-            f"v{row.policy_version}",
-            f"{row.collected.reward:.3f}",
-            f"{row.collected.kl_k1:.4f}",
-            f"{row.collected.kl_k3:.4f}",
-            f"{row.staleness:.2f}",
-            f"{row.mismatch:.1e}",
-            f"{row.collected.max_abs_err:.1e}",
-        )
-    console.print(table)
+    shown = [row for i, row in enumerate(rows) if i % every == 0 or i + 1 == len(rows)]
+    columns = {
+        "policy": (f"v{row.policy_version}" for row in shown),
+        **_figures([row.collected for row in shown]),
+        "staleness": (f"{row.staleness:.2f}" for row in shown),
+        "mismatch": (f"{row.mismatch:.1e}" for row in shown),
+        "|KL - float64|": (f"{row.collected.max_abs_err:.1e}" for row in shown),
+    }
+    console.print(_table("GRPO: KL(policy || reference) per response token, nats", columns))
 
 
-def plot_training(path: Path, rows: Sequence[UpdateRow]) -> Path:
-    """Draw reward, KL, staleness and mismatch per update."""
+def plot(path: Path, batches: Sequence[BatchRow], updates: Sequence[UpdateRow] = ()) -> Path:
+    """Draw reward and KL per batch; of a training also staleness and mismatch, per version of the policy."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    (reward, kl), (staleness, error) = figure.subplots(2, 2, sharex=True)
-    updates = [row.policy_version for row in rows]
-    reward.plot(updates, [row.collected.reward for row in rows], marker="o", markersize=3, color="tab:green")
-    reward.set_ylabel("mean reward")
-    kl.plot(updates, [row.collected.kl_k1 for row in rows], marker="o", markersize=3, label="k1")
-    kl.plot(updates, [row.collected.kl_k3 for row in rows], marker="s", markersize=3, label="k3")
-    kl.axhline(0, color="gray", linewidth=0.8)  # k1 may be negative
-    kl.set_ylabel("KL to the reference, nats per token")
-    kl.legend()
-    staleness.step(updates, [row.staleness for row in rows], where="mid", color="tab:purple")
-    staleness.set_ylabel("staleness trained on, versions")
-    staleness.set_ylim(bottom=0)
-    error.semilogy(updates, [row.mismatch for row in rows], marker="o", markersize=3, color="tab:red")
-    error.set_ylabel("sampler against trainer:\ntoken_mult_prob_error - 1")
-    for axes in (staleness, error):
-        axes.set_xlabel("version of the policy")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (reward, kl, staleness, error):
+    panels: dict[str, dict[str, list[float]]] = {
+        "mean reward": {"": [row.reward for row in batches]},
+        "KL to the reference,\nnats per token": {
+            "k1": [row.kl_k1 for row in batches],
+            "k3": [row.kl_k3 for row in batches],
+        },
+    }
+    if updates:
+        panels["staleness trained on,\nversions"] = {"": [row.staleness for row in updates]}
+        panels["sampler against trainer:\ntoken_mult_prob_error - 1"] = {"": [row.mismatch for row in updates]}
+    figure = Figure(figsize=(7, 2.5 * len(panels)), layout="constrained")
+    for axes, (what, lines) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
+        for name, values in lines.items():
+            axes.plot(values, marker="o", markersize=3, label=name)
+        if len(lines) > 1:
+            axes.legend()
+        axes.axhline(0, color="gray", linewidth=0.8)  # k1 may be negative
+        axes.set_ylabel(what)
         axes.grid(alpha=0.3)
-    figure.suptitle("GRPO: a policy that moves, a reference that does not")
+    axes.set_xlabel("version of the policy" if updates else "batch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
     return path
+
+
+def _figures(rows: Sequence[BatchRow]) -> dict[str, Iterable[str]]:
+    return {
+        "reward": (f"{row.reward:.3f}" for row in rows),
+        "KL k1": (f"{row.kl_k1:.4f}" for row in rows),
+        "KL k3": (f"{row.kl_k3:.4f}" for row in rows),
+    }
+
+
+def _table(title: str, columns: Mapping[str, Iterable[object]]) -> Table:
+    table = Table(*(Column(name, justify="right") for name in columns), title=title)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(str, cells))
+    return table

@@ -24,12 +24,12 @@ from vllm_kl.transforms import RetrieveKL
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo collects."""
+    """What the demo collects; defaults are those of the command."""
 
     batches: int = 8
     prompts: int = 8  # per batch
     group: int = 8  # responses per prompt
-    coeff: float = 0.1  # of the KL in the reward
+    coeff: float = 0.1  # of the KL in the reward, or in the loss
     pad_output: bool = False
     seed: int = 0
     out: Path = Path("demo_out")
@@ -89,10 +89,7 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
         policy_version = collector.policy_version
         collector.shutdown()
         readout, stats = reference.scorer.readout, reference.scorer.stats
-    files = [
-        str(config.out / "rollouts.jsonl"),
-        str(report.plot(config.out / "kl.png", rows)),
-    ]
+    files = [str(config.out / "rollouts.jsonl"), str(report.plot(config.out / "kl.png", rows))]
     write_samples(files[0], rollouts)
     report.print_table(rows, rollouts, console)
     console.print(
