@@ -123,27 +123,9 @@ class Penalty:
         if not add_to_reward and (callable(coeff) or hasattr(coeff, "update")):
             raise OptionError("a schedule or a controller of coeff has no effect with add_to_reward=False")
         self.add_to_reward = add_to_reward
-        self.coeff = coeff
+        self.coefficient = Coefficient(coeff)
         self.metrics: dict[str, float] = {}
         self._how = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output, "direction": direction}
-
-    @property
-    def coeff_state(self) -> dict[str, Any]:
-        """How far a schedule or a controller of the coefficient has come."""
-        return self._coefficient.state
-
-    @coeff_state.setter
-    def coeff_state(self, state: dict[str, Any]) -> None:
-        self._coefficient.state = state
-
-    @property
-    def coeff(self) -> Any:
-        """The coefficient, as it was given."""
-        return self._coefficient.given
-
-    @coeff.setter
-    def coeff(self, coeff: Any) -> None:
-        self._coefficient = Coefficient(coeff)
 
     @property
     def keys(self) -> list[NestedKey]:
@@ -173,7 +155,7 @@ class Penalty:
             is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
         """
         kl = {key: estimate(gen, ref, lengths, estimator=name, **self._how) for key, name in self._estimators.items()}
-        coeff = self._coefficient.value() if self.add_to_reward else None
+        coeff = self.coefficient.value() if self.add_to_reward else None
         sums = {self._estimators[key]: sums_of(values.detach(), lengths).cpu() for key, values in kl.items()}
         entries = {key: to_rows(values) for key, values in kl.items()}
         if self.mask_key is not None:
@@ -188,7 +170,7 @@ class Penalty:
             self.metrics[f"kl_{name}_sequence_mean_nats"] = total / max(1, len(per_sequence))
         if coeff is not None:
             self.metrics["coeff"] = coeff
-            self._coefficient.observe(next(iter(sums.values())))
+            self.coefficient.observe(next(iter(sums.values())))
         return written
 
     def declare(self, observation_spec: Composite) -> None:
@@ -209,11 +191,11 @@ class KLTransform(NextTransform):
         self.penalty = penalty
 
     def counts(self) -> dict[str, Any]:
-        return {**super().counts(), "coeff": self.penalty.coeff_state}
+        return {**super().counts(), "coeff": self.penalty.coefficient.state}
 
     def set_counts(self, counts: dict[str, Any]) -> None:
         super().set_counts(counts)
-        self.penalty.coeff_state = counts["coeff"]
+        self.penalty.coefficient.state = counts["coeff"]
 
     def clone(self) -> KLTransform:
         twin = super().clone()
@@ -223,11 +205,11 @@ class KLTransform(NextTransform):
     @property
     def coeff(self) -> Any:
         """The KL's coefficient, as it was given. Set it to change it."""
-        return self.penalty.coeff
+        return self.penalty.coefficient.given
 
     @coeff.setter
     def coeff(self, coeff: Any) -> None:
-        self.penalty.coeff = coeff
+        self.penalty.coefficient = Coefficient(coeff)
 
     @property
     def metrics(self) -> dict[str, float]:
