@@ -134,11 +134,11 @@ class KLComputation(KLTransform):
         gen = only_kept(gen, mask, lengths, what="log_probs")
         ref = only_kept(ref, mask, lengths, what="ref_log_probs")
         self._check_sides(gen.detach().cpu(), ref.detach().cpu(), mask, lengths)
-        is_dense = _is_dense(next_td, self.gen_log_probs_full_key)
 
         def to_rows(values: torch.Tensor) -> Rows:
-            rows = values.split(lengths)
-            return torch.stack(rows) if is_dense and rows else [row.clone() for row in rows]
+            if isinstance(rows[0], torch.Tensor):
+                return values.view(rows[0].shape)
+            return [row.clone() for row in values.split(lengths)]
 
         return self.penalty.write(next_td, gen, ref, mask, lengths, to_rows, is_mask_known=stored is not None)
 
@@ -177,14 +177,6 @@ class KLComputation(KLTransform):
                 f"sample {i}, token {t}: both sides have a log-prob, but {self.mask_key} leaves it out. "
                 "The mask is of other log-probs: remove it, or pass mask_key=None."
             )
-
-
-def _is_dense(td: TensorDictBase, key: NestedKey) -> bool:
-    """Whether an entry can be read as one ``[B, T]`` tensor."""
-    try:
-        return not td.get(key).is_nested
-    except RuntimeError:  # a lazy stack of rows that differ in length
-        return False
 
 
 def _check_shapes(gen: Rows, ref: Rows) -> None:

@@ -88,12 +88,9 @@ def declare(
 ) -> None:
     """Announce an entry ``[*batch, *trailing]`` in an observation or reward spec."""
     leaf = Unbounded(shape=(*spec.shape, *trailing), device=spec.device, dtype=dtype)
-    if isinstance(key, tuple) and len(key) > 1:
-        if key[0] not in spec.keys():
-            spec[key[0]] = Composite(shape=spec.shape, device=spec.device, data_cls=data_cls)
-        spec[key] = leaf
-    else:
-        spec[key] = leaf
+    if isinstance(key, tuple) and len(key) > 1 and key[0] not in spec.keys():
+        spec[key[0]] = Composite(shape=spec.shape, device=spec.device, data_cls=data_cls)
+    spec[key] = leaf
 
 
 def write_kl(
