@@ -276,21 +276,14 @@ def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
         ) from error
 
 
-class _RemoteBuild:
-    """Makes the model where it will live, and tells how it wants to be called. Pickled to the actor."""
-
-    def __init__(self, factory: Callable[[], Any], device: Any) -> None:
-        self._factory = factory
-        self._device = device
-
-    def __call__(self) -> tuple[Scorer, dict[str, Any]]:
-        model = self._factory()
-        if self._device is not None:
-            model = model.to(self._device)
-        if model.generate:
-            raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
-        attributes = {name: getattr(model, name) for name in _DESCRIPTION if hasattr(model, name)}
-        return scorer_for(model), attributes
+def _build_there(ref_model: Any, factory: Callable[[], Any] | None, device: Any) -> tuple[Scorer, dict[str, Any]]:
+    """Return what scores with a model, and how it wants to be called. Runs in the actor, where the model will live."""
+    model = ref_model if factory is None else factory()
+    if device is not None:
+        model = model.to(device)
+    if model.generate:
+        raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
+    return scorer_for(model), {name: getattr(model, name) for name in _DESCRIPTION if hasattr(model, name)}
 
 
 def remote_reference(
@@ -320,14 +313,10 @@ def remote_reference(
             "a VLLMReference holds a running engine and cannot move into a Ray actor: pass ref_model_factory, which makes "
             "it there"
         )
-    if ref_model is not None:
-        ref_model_factory = functools.partial(_same, ref_model)
-    if ref_model_factory is None and actor_name is None:
+    build = None
+    if ref_model is not None or ref_model_factory is not None:
+        build = functools.partial(_build_there, ref_model, ref_model_factory, device)
+    elif actor_name is None:
         raise InputError("use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists")
-    build = None if ref_model_factory is None else _RemoteBuild(ref_model_factory, device)
     scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
     return VLLMReference(scorer, **scorer.attributes)
-
-
-def _same(model: Any) -> Any:
-    return model
