@@ -88,7 +88,13 @@ class Canary:
         return result.weight_version, torch.from_numpy(result.values[:, 0].copy())
 
     def _accept(self, version: int | None, log_probs: torch.Tensor) -> None:
-        _check_numbers(log_probs)
+        if (bad := log_probs.isnan()).any():  # NaN is no other NaN
+            raise FrozenError(
+                f"the model gives NaN for {int(bad.sum())} of the {len(bad)} tokens of the canary, token "
+                f"{int(bad.nonzero()[0]) + 1} first: nothing can be proved of its weights, and its log-probs are no numbers. Its "
+                "activations overflow in the engine's dtype (float16 where it was trained in bfloat16: pass dtype='bfloat16' or "
+                "'float32'), or its checkpoint has NaN"
+            )
         self._known[version] = log_probs
 
     def _compare(self, version: int | None, now: torch.Tensor, tolerance: float) -> float:
@@ -105,14 +111,3 @@ class Canary:
                 "deterministic, pass a tolerance"
             )
         return float(moved[worst])
-
-
-def _check_numbers(log_probs: torch.Tensor) -> None:
-    """Refuse log-probs that can prove nothing: NaN is no other NaN."""
-    if (bad := log_probs.isnan()).any():
-        raise FrozenError(
-            f"the model gives NaN for {int(bad.sum())} of the {len(bad)} tokens of the canary, token {int(bad.nonzero()[0]) + 1} "
-            "first: nothing can be proved of its weights, and its log-probs are no numbers. Its activations overflow in the "
-            "engine's dtype (float16 where it was trained in bfloat16: pass dtype='bfloat16' or 'float32'), or its checkpoint has "
-            "NaN"
-        )

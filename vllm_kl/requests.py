@@ -238,22 +238,19 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(np.float32).max  # ids, not log-probs
     is_wrong = ~(values <= largest)  # NaN is not below anything
     if is_wrong.any():
-        n, _ = place_of(torch.from_numpy(is_wrong.any(axis=1)), lengths)
-        raise _wrong_value(*list(requests.items())[n], results[n].values, largest)
-    return list(torch.from_numpy(values).split(lengths))
-
-
-def _wrong_value(i: int, request: ScoreRequest, values: np.ndarray, largest: np.ndarray) -> MissingLogProbError:
-    """Return the error of a sequence with values that are no log-probs."""
-    is_wrong = ~(values <= largest)
-    row, column = (int(n) for n in np.argwhere(is_wrong)[0])
-    comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
-    if np.isnan(values[row, column]):
-        comes_of = (
-            "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
-            "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
+        is_wrong_row = is_wrong.any(axis=1)
+        n, row = place_of(torch.from_numpy(is_wrong_row), lengths)
+        at = int(is_wrong_row.argmax())
+        i, request = list(requests.items())[n]
+        value = values[at][is_wrong[at]][0]
+        comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
+        if np.isnan(value):
+            comes_of = (
+                "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
+                "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
+            )
+        raise MissingLogProbError(
+            f"sequence {i}, token {request.start + row}: the engine returned {value} instead of a log-prob "
+            f"({int(is_wrong_row[at : at - row + lengths[n]].sum())} such tokens). {comes_of}"
         )
-    return MissingLogProbError(
-        f"sequence {i}, token {request.start + row}: the engine returned {values[row, column]} instead of a "
-        f"log-prob ({int(is_wrong.any(axis=1).sum())} such tokens). {comes_of}"
-    )
+    return list(torch.from_numpy(values).split(lengths))
