@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from vllm_kl.errors import InputError, OptionError
 
@@ -70,14 +71,14 @@ class Sample:
 
     def __post_init__(self) -> None:
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
-        for name, is_one, what in _LISTS:
+        for name, one in _FIELDS.items():
             value = getattr(self, name)
-            if value is not None or name in REQUIRED:
-                set_field(name, _checked_list(name, value, is_one, what))
-        for name, is_one, what in _SCALARS:
-            value = getattr(self, name)
-            if value is not None and not is_one(value):
-                raise InputError(f"{name}: got {_shown(value)}, expected {what}")
+            if value is None and name not in REQUIRED:
+                continue
+            if name in _LISTS:
+                set_field(name, _checked_list(name, value, one))
+            elif not one.fits(value):
+                raise InputError(f"{name}: got {_shown(value)}, expected {one.what}")
         num_tokens, num_scored = len(self.token_ids), len(self.log_probs)
         if num_scored > max(0, num_tokens - 1):
             raise InputError(
@@ -86,83 +87,67 @@ class Sample:
             )
         if self.mask is None:
             set_field("mask", [t >= num_tokens - num_scored for t in range(num_tokens)])
-        for name in ("mask", "tokens"):
+        per_token, per_value = (num_tokens, "token id"), (num_scored, "value of log_probs")
+        lengths = {"mask": per_token, "tokens": per_token, "ref_log_probs": per_value, "kl": per_value}
+        for name, (expected, per) in lengths.items():
             value = getattr(self, name)
-            if value is not None and len(value) != num_tokens:
-                raise InputError(f"{name}: got {len(value)} values, expected {num_tokens}, one per token id")
+            if value is not None and len(value) != expected:
+                raise InputError(f"{name}: got {len(value)} values, expected {expected}, one per {per}")
         if self.mask and self.mask[0]:
             raise InputError(
                 "mask: keeps token 0, which has no log-prob because nothing comes before it: clear it there"
             )
         if sum(self.mask) != num_scored:
             raise InputError(f"mask: keeps {sum(self.mask)} tokens, expected {num_scored}, one per value of log_probs")
-        for name in ("ref_log_probs", "kl"):
-            value = getattr(self, name)
-            if value is not None and len(value) != num_scored:
-                raise InputError(f"{name}: got {len(value)} values, expected {num_scored}, one per value of log_probs")
         if self.kl is None:
             set_field("kl", [p - q for p, q in zip(self.log_probs, self.ref_log_probs, strict=True)])
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class _One(NamedTuple):
+    """What one value of a field must be."""
 
+    types: type | tuple[type, ...]
+    what: str
+    lowest: float = -math.inf
+    highest: float = math.inf
 
-def _is_id(value: Any) -> bool:
-    return _is_int(value) and 0 <= value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= FLOAT32_MAX
-
-
-def _is_log_prob(value: Any) -> bool:
-    return (
-        _is_number(value) and value <= 1e-3
-    )  # as of an engine (requests.py): no rounding makes a probability that large
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_version(value: Any) -> bool:
-    return _is_int(value) or _is_text(value)
+    def fits(self, value: Any) -> bool:
+        if not isinstance(value, self.types) or (isinstance(value, bool) and self.types is not bool):
+            return False
+        return isinstance(value, str) or self.lowest <= value <= self.highest
 
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _NUMBER = "a finite number of float32's range"
-_LOG_PROB = f"{_NUMBER}, at most 0 (0.001 for rounding)"
-Check = Callable[[Any], bool]
+# At most 0.001, as of an engine (requests.py): no rounding makes a probability that large.
+_LOG_PROB = _One((int, float), f"{_NUMBER}, at most 0 (0.001 for rounding)", -FLOAT32_MAX, 1e-3)
+_ANY_NUMBER = _One((int, float), _NUMBER, -FLOAT32_MAX, FLOAT32_MAX)
+_TEXT = _One(str, "a text")
+_VERSION = _One((int, str), "an integer or a text")
+_FIELDS = {
+    "token_ids": _One(int, "an integer of at least 0 and below 2**31", 0, 2**31 - 1),
+    "log_probs": _LOG_PROB,
+    "ref_log_probs": _LOG_PROB,
+    "mask": _One(bool, "true or false"),
+    "kl": _ANY_NUMBER,
+    "tokens": _TEXT,
+    "query": _TEXT,
+    "response": _TEXT,
+    "reward": _ANY_NUMBER,
+    "policy_version": _VERSION,
+    "ref_version": _VERSION,
+}
+_LISTS = ("token_ids", "log_probs", "ref_log_probs", "mask", "kl", "tokens")
 REQUIRED = ("token_ids", "log_probs", "ref_log_probs")
-_LISTS: tuple[tuple[str, Check, str], ...] = (
-    ("token_ids", _is_id, "an integer of at least 0 and below 2**31"),
-    ("log_probs", _is_log_prob, _LOG_PROB),
-    ("ref_log_probs", _is_log_prob, _LOG_PROB),
-    ("mask", _is_bool, "true or false"),
-    ("kl", _is_number, _NUMBER),
-    ("tokens", _is_text, "a text"),
-)
-_SCALARS: tuple[tuple[str, Check, str], ...] = (
-    ("query", _is_text, "a text"),
-    ("response", _is_text, "a text"),
-    ("reward", _is_number, _NUMBER),
-    ("policy_version", _is_version, "an integer or a text"),
-    ("ref_version", _is_version, "an integer or a text"),
-)
 
 
-def _checked_list(name: str, value: Any, is_one: Check, what: str) -> list[Any]:
+def _checked_list(name: str, value: Any, one: _One) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
         raise InputError(f"{name}: got {_shown(value)}, expected a list")
     for t, item in enumerate(value):
-        if not is_one(item):
-            raise InputError(f"{name}: value {t} is {_shown(item)}, expected {what}")
+        if not one.fits(item):
+            raise InputError(f"{name}: value {t} is {_shown(item)}, expected {one.what}")
     return list(value)
 
 
@@ -187,7 +172,6 @@ def read_samples(path: str | Path) -> list[Sample]:
     >>> read_samples(path)[0].kl
     [1.0]
     """
-    known = {field.name for field in fields(Sample)}
     samples = []
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -195,7 +179,7 @@ def read_samples(path: str | Path) -> list[Sample]:
                 continue
             try:
                 entry = _parsed(line)
-                samples.append(Sample(**{name: value for name, value in entry.items() if name in known}))
+                samples.append(Sample(**{name: value for name, value in entry.items() if name in _FIELDS}))
             except InputError as error:
                 raise InputError(f"{path}, line {number}: {error}") from None
     if not samples:
