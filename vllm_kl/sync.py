@@ -185,10 +185,11 @@ class EnginePolicyVersion(PolicyVersion):
     (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
 
     Args:
-        engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one.
+        engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one. Where the collector's policy is a ``vLLMWrapper``, each
+            sample's version is what vLLM's output says of it; else the one that serves when its step ends.
 
     Raises:
-        WeightsError: nothing is known of the engine's weights.
+        WeightsError: nothing is known of the engine's weights, or which version serves.
 
     >>> # LLMCollector(env, policy_factory=policy, track_policy_version=EnginePolicyVersion(llm))
     """
