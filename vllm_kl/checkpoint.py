@@ -153,7 +153,8 @@ class Skeleton:
         for name, tensor in given.items():
             if tuple(tensor.shape) != self._shapes[name]:
                 raise WeightsError(f"{name}: got shape {list(tensor.shape)}, expected {list(self._shapes[name])}")
-            if not _is_finite(tensor):
+            # NaN and infinities show in the smallest and largest number: one pass, and no mask as large as the tensor.
+            if not torch.stack(tensor.aminmax()).isfinite().all():
                 bad = int((~tensor.isfinite()).sum())
                 raise WeightsError(
                     f"{name}: {bad} of {tensor.numel()} numbers are not finite. Training has diverged; the engine was left alone"
@@ -343,11 +344,6 @@ def next_version(current: int, version: int | None) -> int:
     if isinstance(version, bool) or not isinstance(version, int) or version <= current:
         raise WeightsError(f"version={version!r}: expected an int above {current}, the version that serves")
     return version
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # NaN and infinities show in the smallest and largest number: one pass, and no mask as large as the tensor.
-    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _list(names: list[str]) -> str:

@@ -231,7 +231,9 @@ def _plain(name: str, tensor: Any) -> torch.Tensor:
         cure = f". Pass what lies under {name!r}" if isinstance(tensor, Mapping) else ""
         raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}{cure}")
     if isinstance(tensor, DTensor):
-        tensor = _gathered(tensor)
+        # FSDP2's CPU offload keeps parts on the CPU that only the mesh's own backend can gather. The whole goes to the CPU: on the
+        # device there is room for a part of each tensor, not for all of the model.
+        tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
     kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
     if hasattr(tensor, "local_shards"):
         raise WeightsError(f"{name} is a {kind}: the parts of one rank. {_GATHER}")
@@ -252,9 +254,3 @@ def _plain(name: str, tensor: Any) -> torch.Tensor:
             f"on other ranks. FSDP: {_GATHER}. ZeRO-3: make the state dict inside deepspeed.zero.GatheredParameters"
         )
     return tensor.detach()
-
-
-def _gathered(tensor: DTensor) -> torch.Tensor:
-    # FSDP2's CPU offload keeps parts on the CPU that only the mesh's own backend can gather. The whole goes to the CPU: on the
-    # device there is room for a part of each tensor, not for all of the model.
-    return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
