@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -109,13 +107,16 @@ def view(
     from vllm_kl.samples import read_samples, with_texts
     from vllm_kl.view import write_page
 
-    with _one_line_errors():
+    try:
         if file.exists() and html.exists() and html.samefile(file):
             raise OptionError(f"--html {html}: got the file of the samples, expected another: name a page to write")
         samples = read_samples(file)
         if tokenizer is not None:
             samples = with_texts(samples, tokenizer)
         page = write_page(samples, html, title=title, limit=limit)
+    except (VLLMKLError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(code=1) from None
     Console(stderr=as_json).print(
         f"wrote {page.path}: {page.num_shown:,} of {page.num_samples:,} samples, {page.size_bytes / 1e6:.1f} MB",
         highlight=False,
@@ -124,16 +125,6 @@ def view(
     )
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(page), "path": str(page.path)}))
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn an error of ours, or of the file system, into one line and exit code 1."""
-    try:
-        yield
-    except (VLLMKLError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(code=1) from None
 
 
 def main() -> None:

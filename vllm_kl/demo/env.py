@@ -7,16 +7,18 @@ The reference's engine runs in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from rich.console import Console
 from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader, IterableDataset
 from torchrl.collectors.llm import LLMCollector
@@ -32,6 +34,9 @@ from vllm_kl.scorer import VLLMScorer
 from vllm_kl.sync import EnginePolicyVersion
 from vllm_kl.transforms import RetrieveKL
 
+if TYPE_CHECKING:
+    from vllm_kl.demo.run import DemoConfig
+
 MAX_NEW_TOKENS = 24
 
 
@@ -43,27 +48,25 @@ def set_up() -> None:
     set_list_to_stack(True).set()
 
 
-def make_reference(path: Path, *, seed: int, pad_output: bool) -> VLLMReference:
-    """Return a reference whose engine runs in a process of its own."""
-    scorer = VLLMScorer(str(path), dtype="float32", max_model_len=256, seed=seed, **_memory())
-    return VLLMReference(scorer, task.make_tokenizer(), pad_output=pad_output)
+@contextlib.contextmanager
+def started(config: DemoConfig, reference: Path, policy: Path, console: Console) -> Iterator[tuple[VLLMReference, Any]]:
+    """Start the two engines; yield the reference, in a process of its own, and the policy's ``vllm.LLM``, in this one.
 
-
-def make_policy(path: Path, *, seed: int) -> Any:
-    """Return a ``vllm.LLM`` in this process."""
+    Args:
+        reference, policy: checkpoints.
+    """
     from vllm import LLM
 
-    engine = LLM(
-        str(path),
-        dtype="float32",
-        max_model_len=256,
-        seed=seed,
-        enforce_eager=True,
-        use_tqdm_on_load=False,
-        **_memory(),
-    )
-    engine.generate = functools.partial(engine.generate, use_tqdm=False)  # the wrapper cannot ask for quiet
-    return engine
+    # Two engines fit on one machine.
+    memory = {"gpu_memory_utilization": 0.3} if has_gpu() else {"kv_cache_memory_bytes": 256 << 20}
+    options = {"dtype": "float32", "max_model_len": 256, "seed": config.seed, **memory}
+    with console.status("starting the reference's engine (vLLM, its own process)"):
+        scorer = VLLMScorer(str(reference), **options)
+    with scorer:
+        with console.status("starting the policy's engine (vLLM, this process)"):
+            engine = LLM(str(policy), enforce_eager=True, use_tqdm_on_load=False, **options)
+        engine.generate = functools.partial(engine.generate, use_tqdm=False)  # the wrapper cannot ask for quiet
+        yield VLLMReference(scorer, task.make_tokenizer(), pad_output=config.pad_output), engine
 
 
 class Problems(IterableDataset):
@@ -100,23 +103,14 @@ class Grade(Transform):
         return reward_spec
 
 
-def make_collector(
-    engine: Any,
-    kl: RetrieveKL,
-    *,
-    prompts: int,
-    group: int,
-    batches: int,
-    seed: int,
-    weight_updater: Any = None,
-) -> LLMCollector:
-    """Return a collector of ``batches`` batches ``[prompts * group]``; the KL is appended before the collector exists."""
-    num_envs = prompts * group
+def make_collector(engine: Any, kl: RetrieveKL, config: DemoConfig, weight_updater: Any = None) -> LLMCollector:
+    """Return a collector of batches ``[prompts * group]``; the KL is appended before the collector exists."""
+    num_envs = config.prompts * config.group
     tokenizer = kl.ref_model.tokenizer
     env = ChatEnv.from_dataloader(
-        DataLoader(Problems(seed), batch_size=1, collate_fn=collate),
+        DataLoader(Problems(config.seed), batch_size=1, collate_fn=collate),
         batch_size=(num_envs,),
-        repeats=group,
+        repeats=config.group,
         input_mode="history",
         tokenizer=tokenizer,
     )
@@ -134,12 +128,7 @@ def make_collector(
             generate_kwargs={"max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0},
         ),
         dialog_turns_per_batch=num_envs,
-        total_dialog_turns=num_envs * batches,
+        total_dialog_turns=num_envs * config.batches,
         track_policy_version=EnginePolicyVersion(engine),
         weight_updater=weight_updater,
     )
-
-
-def _memory() -> dict[str, Any]:
-    """Return engine options under which two engines fit on one machine."""
-    return {"gpu_memory_utilization": 0.3} if has_gpu() else {"kv_cache_memory_bytes": 256 << 20}

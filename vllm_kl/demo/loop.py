@@ -23,7 +23,7 @@ from torchrl.objectives.llm import GRPOLoss, MCAdvantage
 from transformers import AutoModelForCausalLM
 
 from vllm_kl.demo import report, train
-from vllm_kl.demo.env import make_collector, make_policy, make_reference, set_up
+from vllm_kl.demo.env import make_collector, set_up, started
 from vllm_kl.demo.run import BatchRow, DemoConfig, Float64KL, Rollout, read_rollouts, summarize
 from vllm_kl.diagnostics import mismatch
 from vllm_kl.samples import write_samples
@@ -70,20 +70,9 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
     # In eval mode, as GRPOLoss wants it.
     model = AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32)
     model.save_pretrained(checkpoints / "0")
-    with console.status("starting the reference's engine (vLLM, its own process)"):
-        reference = make_reference(reference_path, seed=config.seed, pad_output=config.pad_output)
-    with reference.scorer:
-        with console.status("starting the policy's engine (vLLM, this process)"):
-            engine = make_policy(reference_path, seed=config.seed)
-        collector = make_collector(
-            engine,
-            RetrieveKL("from_collector", reference, add_to_reward=False),  # the KL is a term of the loss
-            prompts=config.prompts,
-            group=config.group,
-            batches=config.batches,
-            seed=config.seed,
-            weight_updater=VLLMWeightUpdater(engine, model),
-        )
+    with started(config, reference_path, reference_path, console) as (reference, engine):
+        kl = RetrieveKL("from_collector", reference, add_to_reward=False)  # it is a term of the loss
+        collector = make_collector(engine, kl, config, VLLMWeightUpdater(engine, model))
         trainer = Trainer(model, reference.tokenizer, config)
         rows: list[UpdateRow] = []
         rollouts: list[Rollout] = []

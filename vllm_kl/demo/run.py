@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from tensordict import TensorDictBase
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from vllm_kl.demo import report, task, train
-from vllm_kl.demo.env import make_collector, make_policy, make_reference, set_up
+from vllm_kl.demo.env import make_collector, set_up, started
 from vllm_kl.kl import kl_estimate
 from vllm_kl.reference import VLLMReference
 from vllm_kl.samples import Sample, samples_from_batch, write_samples
@@ -62,18 +63,8 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     reference_path, policy_path = train.checkpoints(console)
     oracle = Float64KL(policy_path, reference_path)  # before vLLM changes this process's threads
-    with console.status("starting the reference's engine (vLLM, its own process)"):
-        reference = make_reference(reference_path, seed=config.seed, pad_output=config.pad_output)
-    with reference.scorer:
-        with console.status("starting the policy's engine (vLLM, this process)"):
-            collector = make_collector(
-                make_policy(policy_path, seed=config.seed),
-                RetrieveKL("from_collector", reference, coeff=config.coeff),
-                prompts=config.prompts,
-                group=config.group,
-                batches=config.batches,
-                seed=config.seed,
-            )
+    with started(config, reference_path, policy_path, console) as (reference, engine):
+        collector = make_collector(engine, RetrieveKL("from_collector", reference, coeff=config.coeff), config)
         rows: list[BatchRow] = []
         rollouts: list[Rollout] = []
         with Progress(console=console) as progress:
@@ -134,33 +125,31 @@ class Float64KL:
         ]
 
     @torch.no_grad()
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-        """Return k1 of every scored token, per rollout ``[R]`` float64, nats."""
+    def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        """Return k1 of the rollouts' scored tokens, laid end to end, ``[N]`` float64, nats."""
         rows = [torch.tensor(rollout.token_ids) for rollout in rollouts]
-        ids_B_T = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right: no row sees its padding
+        ids_B_T = pad_sequence(rows, batch_first=True)  # on the right: no row sees its padding
         policy, reference = (
             model(ids_B_T).logits[:, :-1].log_softmax(-1).gather(-1, ids_B_T[:, 1:, None])[..., 0]
             for model in self._models
         )
-        kl_B_T = policy - reference  # column t - 1 is of token t
-        masks = [torch.tensor(rollout.mask)[1:] for rollout in rollouts]
-        return [kl[: len(mask)][mask] for kl, mask in zip(kl_B_T, masks, strict=True)]
+        mask_B_T = pad_sequence([torch.tensor(rollout.mask) for rollout in rollouts], batch_first=True)
+        return (policy - reference)[mask_B_T[:, 1:]]  # column t - 1 is of token t
 
 
 def summarize(rollouts: list[Rollout], oracle: Float64KL, wall_s: float) -> BatchRow:
     """Return the figures of one batch."""
-    policy = [torch.tensor(r.log_probs) for r in rollouts]
-    reference = [torch.tensor(r.ref_log_probs) for r in rollouts]
-    masks = [torch.ones_like(p, dtype=torch.bool) for p in policy]
-    k1 = [torch.tensor(r.kl) for r in rollouts]
-    k3 = kl_estimate(policy, reference, masks, estimator="k3")
-    errors = [(kl - want).abs().max().item() for kl, want in zip(k1, oracle(rollouts), strict=True)]
+    policy, reference, k1 = (
+        torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)])
+        for name in ("log_probs", "ref_log_probs", "kl")
+    )
+    k3 = kl_estimate(policy, reference, torch.ones_like(policy, dtype=torch.bool), estimator="k3")
     return BatchRow(
         sequences=len(rollouts),
-        response_tokens=sum(len(p) for p in policy),
+        response_tokens=len(k1),
         reward=sum(r.reward for r in rollouts) / len(rollouts),
-        kl_k1=torch.cat(k1).mean().item(),
-        kl_k3=torch.cat(k3).mean().item(),
-        max_abs_err=max(errors),
+        kl_k1=k1.mean().item(),
+        kl_k3=k3.mean().item(),
+        max_abs_err=(k1 - oracle(rollouts)).abs().max().item(),
         tok_per_s=sum(len(r.token_ids) for r in rollouts) / wall_s,
     )
