@@ -24,6 +24,7 @@ never scored: nothing comes before it. Every number is within float32's range, s
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -268,11 +269,8 @@ def decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
     >>> decode_tokens([22, 220, 79], make_tokenizer())
     ['7', ' ', 'p']
     """
-    texts: dict[int, str] = {}
-    for token_id in token_ids:
-        if token_id not in texts:
-            texts[token_id] = tokenizer.decode([token_id], skip_special_tokens=False)
-    return [texts[token_id] for token_id in token_ids]
+    text_of = functools.cache(lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False))
+    return [text_of(token_id) for token_id in token_ids]
 
 
 def with_texts(samples: Sequence[Sample], tokenizer: str) -> list[Sample]:
