@@ -26,11 +26,16 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
     That is ``td``, unless ragged rows go to the top level of a tensordict that cannot hold them: then it is a lazy
     stack of the same entries. A nested key whose parent is missing gets a ``data_cls`` as its parent.
     """
+    is_nested = isinstance(key, tuple) and len(key) > 1
     if isinstance(td, LazyStackedTensorDict) and not isinstance(rows, torch.Tensor):
         for sample, row in zip(td.unbind(0), rows, strict=True):
-            _set_row(sample, key, row, data_cls)
+            if is_nested and data_cls is not None and sample.get(key[:-1], default=None) is None:
+                parent = TensorDict({key[-1]: row}, batch_size=sample.batch_size, device=sample.device)
+                sample.set(key[:-1], data_cls._from_tensordict(parent))
+            else:
+                sample.set(key, row)
         return td
-    if isinstance(key, tuple) and len(key) > 1:
+    if is_nested:
         parent_key, name = key[:-1], key[-1]
         parent = td.get(parent_key, default=None)
         if parent is None:
@@ -47,15 +52,6 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
     if isinstance(rows, torch.Tensor):
         return td.set(key, rows)
     return set_rows(td.to_lazystack(0), key, rows)
-
-
-def _set_row(sample: TensorDictBase, key: NestedKey, row: torch.Tensor, data_cls: Any) -> None:
-    is_nested = isinstance(key, tuple) and len(key) > 1
-    if is_nested and data_cls is not None and sample.get(key[:-1], default=None) is None:
-        parent = TensorDict({key[-1]: row}, batch_size=sample.batch_size, device=sample.device)
-        sample.set(key[:-1], data_cls._from_tensordict(parent))
-    else:
-        sample.set(key, row)
 
 
 def check_distinct(keys: Sequence[NestedKey]) -> None:

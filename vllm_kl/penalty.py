@@ -173,13 +173,6 @@ class Penalty:
             self.coefficient.observe(next(iter(sums.values())))
         return written
 
-    def declare(self, observation_spec: Composite) -> None:
-        """Announce the KL's entries and the mask's."""
-        for key in self._estimators:
-            declare(observation_spec, key)
-        if self.mask_key is not None:
-            declare(observation_spec, self.mask_key, dtype=torch.bool)
-
 
 class KLTransform(NextTransform):
     """A transform with a :class:`Penalty`: reads and writes its keys, and the reward's, beside its own."""
@@ -217,7 +210,8 @@ class KLTransform(NextTransform):
         return self.penalty.metrics
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        self.penalty.declare(observation_spec)
+        for key in self.penalty.keys:
+            declare(observation_spec, key, dtype=torch.bool if key == self.penalty.mask_key else torch.float32)
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
