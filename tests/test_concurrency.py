@@ -27,7 +27,7 @@ from vllm_kl.types import ScoreRequest
 PROMPT = list(range(5, 80))  # more than two blocks: the prefix cache has something to keep
 SEQUENCES = [[*PROMPT, 100 + n, 7, 9] for n in range(4)]
 LONG = [[5 + n % 90] + list(range(5, 95)) * 2 for n in range(60)]  # many steps of the engine
-WITHIN_S = 60.0
+WITHIN_S = 180.0  # a start on a machine that has other things to do
 
 
 @pytest.fixture(scope="module")
