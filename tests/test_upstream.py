@@ -158,7 +158,6 @@ class TestTheModel:
         with set_current_vllm_config(policy_llm.llm_engine.vllm_config):
             processor = LogitsProcessor(10)
         assert LogitsProcessorWithLoRA(processor, 8, torch.float32, torch.device("cpu"), None).base_layer is processor
-        assert LogitsProcessorWithLoRA.__name__ == "LogitsProcessorWithLoRA"  # plugin/adapters.py
         assert "from_layer_logits_processor(" in source(LoRAModelManager)
 
     def test_a_pooler_finds_its_rows_by_a_cursor_and_keeps_chunks(self):
