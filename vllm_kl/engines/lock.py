@@ -30,7 +30,7 @@ class EngineLock:
         self._lock = threading.Condition(threading.RLock())
         self._scorers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # who scores what it generates
         self._open: set[threading.Thread] = set()  # who generated what it has not scored yet
-        self._num_replacing = 0
+        self._replacing: set[threading.Thread] = set()  # who replaces weights, or waits for it
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -57,7 +57,7 @@ class EngineLock:
         """Have the lock in the block, after whoever waits to replace weights."""
         with self._lock:
             self.close_step()  # one that was generated before, and never scored
-            while self._num_replacing:
+            while self._replacing - {threading.current_thread()}:
                 self._lock.wait()
             yield
             if threading.current_thread() in self._scorers:
@@ -73,17 +73,17 @@ class EngineLock:
     def replacing(self) -> Iterator[None]:
         """Have the lock in the block, when no other thread has a step open."""
         with self._lock:
-            self._num_replacing += 1
+            self._replacing.add(threading.current_thread())
             try:
                 self._wait_for_steps()
                 yield
             finally:
-                self._num_replacing -= 1
+                self._replacing.discard(threading.current_thread())
                 self._lock.notify_all()
 
     def _wait_for_steps(self) -> None:
         until = time.monotonic() + AT_MOST_S
-        while others := {t for t in self._open if t.is_alive()} - {threading.current_thread()}:
+        while others := {thread for thread in self._open if thread.is_alive()} - {threading.current_thread()}:
             if time.monotonic() > until:
                 logger.warning(
                     "vllm_kl: weights are replaced though thread %s has generated a step that it has not scored in %g s; where it "
@@ -91,6 +91,6 @@ class EngineLock:
                     others.pop().name,
                     AT_MOST_S,
                 )
-                self._open.clear()
-                return
+                break
             self._lock.wait(_LOOK_EVERY_S)
+        self._open &= {threading.current_thread()}
