@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import os
 import re
 import threading
@@ -51,6 +52,7 @@ class TestNamesOfProcesses:
 
     def test_a_process_of_another_name_says_that_it_is_not_ended(self, caplog, monkeypatch):
         monkeypatch.setattr("multiprocessing.current_process", lambda: threading.Thread(name="Renamed"))
+        monkeypatch.setattr(taken, "logger", logging.getLogger("tests"))  # vLLM's keeps its lines to itself
         taken._end_with(os.getppid())
         assert "Renamed is no process of vLLM's that is known" in caplog.text
         caplog.clear()

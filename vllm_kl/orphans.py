@@ -23,6 +23,7 @@ SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "vllm_kl_weights"
 _WATCH = "vllm_kl-owner-watch"
 _LOOK_EVERY_S = 0.5
+_LOOK_AGAIN_S = 5.0
 
 _HELD: dict[Path, int] = {}  # folder -> the descriptor that holds its lock
 
@@ -88,8 +89,13 @@ def end_with_owner(owner_pid: int, kill: Callable[[], None], *, owned_pid: int |
     def watch() -> None:
         while (os.getppid() if owned_pid is None else parent_of(owned_pid)) == owner_pid:
             time.sleep(_LOOK_EVERY_S)
+        until = time.monotonic() + _LOOK_AGAIN_S
         with contextlib.suppress(Exception):
             remove_orphans()
+            # A process that is killed ends thread by thread; its locks go with the last.
+            while any(SHARED_MEMORY.glob(f"{PREFIX}_{owner_pid}_*")) and time.monotonic() < until:
+                time.sleep(_LOOK_EVERY_S / 10)
+                remove_orphans()
         kill()
 
     if all(thread.name != _WATCH for thread in threading.enumerate()):
