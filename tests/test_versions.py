@@ -482,6 +482,19 @@ class TestBackground:
         assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 15
         assert kl.metrics.get("audit_skipped_samples", 0) == 0
 
+    @pytest.mark.parametrize("as_gen_model", [False, True])
+    def test_so_is_one_that_a_model_on_the_policys_engine_scores(
+        self, run, make_reference, steps, policy_engine, tokenizer, as_gen_model
+    ):
+        kwargs = {"tokenizer": tokenizer, "input_mode": "history", "pad_output": False}
+        policy = vLLMWrapper(policy_engine, generate=False, return_log_probs=True, **kwargs)
+        if as_gen_model:
+            transform = RetrieveKL(policy, make_reference(), assistant_only=False)
+        else:
+            transform = RetrieveLogProb(policy, assistant_only=False)
+        data = run(transform, num_updates=10)
+        assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 6
+
     @pytest.mark.filterwarnings("ignore:.*its text was tokenized again")
     def test_a_reference_may_be_refreshed_while_it_scores_and_samples_carry_its_version(self, run, steps, tokenizer):
         with VLLMScorer(str(steps[0]), **tiny.ENGINE_OPTIONS) as scorer:

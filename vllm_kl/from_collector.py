@@ -26,9 +26,8 @@ from vllm_kl.alignment import from_layout, only_kept
 from vllm_kl.audit import Audit, OnDrift
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import config_of
-from vllm_kl.engines.weights import lock_of
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
-from vllm_kl.generated import adapter_id, engine_of, watch
+from vllm_kl.generated import adapter_id, watch
 from vllm_kl.inputs import nested, read_rows, rows_of
 from vllm_kl.placeholders import Placeholders, check_placeholders
 from vllm_kl.recorded import (
@@ -209,16 +208,8 @@ class FromCollector:
             )
         return policy
 
-    def watch(self, collector: Any) -> None:
-        """Have the collector's policy tell which weights generate, from its first call on, and keep them until that is scored."""
-        policy = policy_of(collector)
-        if watch(policy) is not None and (engine := engine_of(policy)) is not None:
-            lock_of(engine).score_here()
-
-    def close_step(self, collector: Any) -> None:
-        """Let the policy's weights be replaced: what this thread generated is scored."""
-        if (engine := engine_of(policy_of(collector))) is not None:
-            lock_of(engine).close_step()
+    def asks(self, policy: Any) -> bool:
+        return True
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0) -> Scored:
         """Return the log-probs of a batch, recorded or scored again.

@@ -16,18 +16,16 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
-from vllm_kl.background import follow
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
 from vllm_kl.from_collector import TEMPERATURES, policy_of, what_records, why_unlike
-from vllm_kl.generated import engine_of, watch
 from vllm_kl.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.outputs import check_distinct, declare, set_rows
 from vllm_kl.reference import VLLMReference
-from vllm_kl.resolver import ModelSide, check_side, warn_unless_full
+from vllm_kl.resolver import ModelSide, Side, check_side, warn_unless_full
 from vllm_kl.steps import TokensTransform, scores, to_device
 from vllm_kl.types import Rows
-from vllm_kl.versions import OnStale, check_on_stale, check_stale, origins
+from vllm_kl.versions import OnStale, check_on_stale, check_stale
 
 
 class RetrieveLogProb(TokensTransform):
@@ -123,11 +121,11 @@ class RetrieveLogProb(TokensTransform):
     def _keys(self) -> InputKeys:
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
-    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
-        if (collector := self._collector()) is not None:
-            watch(policy_of(collector))  # so that it remembers what it samples with, from its first call on
-            follow(collector, engine_of(policy_of(collector)), getattr(self.model, "scorer", None))
-        return super()._reset_env_preprocess(tensordict)
+    def _policy_side(self) -> Side | None:
+        return self._side if self._is_policy else None
+
+    def _model(self) -> Any:
+        return self.model
 
     def _warn_of_recorded(self, td: TensorDictBase) -> None:
         """Warn of what the collector's policy records beside these log-probs, where the two are of two distributions."""
@@ -146,8 +144,8 @@ class RetrieveLogProb(TokensTransform):
         self._warn_of_recorded(td)
         batch = self._read(td)
         scored = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
-        if not self._is_step and self._is_policy and scored.origin.version is not None:
-            check_stale(origins(td), scored.origin, self.on_stale)
+        if self._is_policy and scored.origin.version is not None:
+            check_stale(self._sampled(td), scored.origin, self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (
             to_device(to_layout(side, batch, **layout), td.device) for side in (scored.values, batch.packed_keep)

@@ -23,7 +23,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
-from vllm_kl.generated import adapter_id
+from vllm_kl.generated import adapter_id, engine_of
 from vllm_kl.inputs import nested, rows_of
 from vllm_kl.placeholders import Placeholders
 from vllm_kl.scorer import VLLMScorer
@@ -213,6 +213,10 @@ class Side(Protocol):
         """
         ...
 
+    def asks(self, policy: Any) -> bool:
+        """Tell whether it is the engine of this policy that scores."""
+        ...
+
 
 class ScorerOf:
     """The scorer of a wrapper, made again when the wrapper has another engine, or another adapter."""
@@ -261,6 +265,10 @@ class ModelSide:
         self.check_temperature(temperature)
         scorer = self._scorer_of(self._model)
         return score_batch(scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None)))
+
+    def asks(self, policy: Any) -> bool:
+        engine = getattr(getattr(self._scorer_of(self._model), "_engine", None), "_llm_engine", None)
+        return engine is not None and engine is engine_of(policy)
 
 
 def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:

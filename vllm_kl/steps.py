@@ -12,11 +12,16 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
+from vllm_kl.background import follow
+from vllm_kl.engines.weights import lock_of
+from vllm_kl.from_collector import policy_of
+from vllm_kl.generated import engine_of, generated_by, watch
 from vllm_kl.inputs import InputKeys, read_batch
 from vllm_kl.outputs import declare
 from vllm_kl.resolver import Side
 from vllm_kl.texts import TextWatch
-from vllm_kl.types import Rows, Scored, TokenBatch
+from vllm_kl.types import Origin, Rows, Scored, TokenBatch
+from vllm_kl.versions import origins
 
 
 class NextTransform(Transform):
@@ -78,7 +83,10 @@ class NextTransform(Transform):
 
 
 class TokensTransform(NextTransform):
-    """A transform that reads tokens, tells what was found in their texts, and knows whether they were generated just now."""
+    """A transform that reads tokens, tells what was found in their texts, and knows whether they were generated just now.
+
+    Where it asks the policy's engine again for what that generated, weights stay until it has (:mod:`vllm_kl.engines.lock`).
+    """
 
     assistant_only: bool
 
@@ -91,6 +99,14 @@ class TokensTransform(NextTransform):
     def _keys(self) -> InputKeys:
         """Return where ids and masks lie."""
 
+    @abstractmethod
+    def _policy_side(self) -> Side | None:
+        """Return the side whose log-probs are taken for those that the samples were drawn with, if there is one."""
+
+    @abstractmethod
+    def _model(self) -> Any:
+        """Return the model that scores beside the policy."""
+
     def _read(self, td: TensorDictBase) -> TokenBatch:
         """Return the tokens of a one-dimensional batch."""
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
@@ -100,9 +116,45 @@ class TokensTransform(NextTransform):
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self._is_step = True
         try:
-            return super()._step(tensordict, next_tensordict)
+            written = super()._step(tensordict, next_tensordict)
+        except BaseException:
+            self._close_step(is_last=True)
+            raise
         finally:
             self._is_step = False
+        self._close_step()
+        return written
+
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        collector = self._collector()
+        policy = policy_of(collector)
+        watch(policy)  # so that it remembers what it samples with, from its first call on
+        if (engine := self._asked_engine()) is not None:
+            lock_of(engine).score_here()
+        follow(collector, engine_of(policy), getattr(self._model(), "scorer", None))
+        return super()._reset_env_preprocess(tensordict)
+
+    def _asks_policy(self) -> bool:
+        side = self._policy_side()
+        return side is not None and side.asks(policy_of(self._collector()))
+
+    def _asked_engine(self) -> Any:
+        """Return the ``LLMEngine`` of the policy, where this asks it again; or ``None``."""
+        return engine_of(policy_of(self._collector())) if self._asks_policy() else None
+
+    def _close_step(self, is_last: bool = False) -> None:
+        """Let the policy's weights be replaced, unless another transform of this env asks for them yet."""
+        if (engine := self._asked_engine()) is None:
+            return
+        asking = [it for it in self._neighbours() if isinstance(it, TokensTransform) and it._asked_engine() is engine]
+        if is_last or asking[-1] is self:
+            lock_of(engine).close_step()
+
+    def _sampled(self, td: TensorDictBase) -> list[Origin]:
+        """Return what sampled each row, as far as it is known; of a step only where the policy is asked again."""
+        if not self._is_step:
+            return origins(td)
+        return (generated_by(td) or []) if self._asks_policy() else []
 
     def clone(self) -> Self:
         twin = super().clone()

@@ -23,12 +23,10 @@ from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.alignment import PaddingSide, to_layout
 from vllm_kl.audit import OnDrift
-from vllm_kl.background import follow
 from vllm_kl.computation import KLComputation
 from vllm_kl.deferred import Deferral, Deferred
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.from_collector import FromCollector, GenLogProbs, policy_of
-from vllm_kl.generated import engine_of, generated_by
+from vllm_kl.from_collector import FromCollector, GenLogProbs
 from vllm_kl.inputs import InputKeys, keys_of
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.leaving import on_leaving
@@ -39,6 +37,7 @@ from vllm_kl.recorded import OnZero, has_zeros
 from vllm_kl.reference import remote_reference
 from vllm_kl.resolver import (
     ModelSide,
+    Side,
     check_side,
     check_two_models,
     one_of,
@@ -46,8 +45,8 @@ from vllm_kl.resolver import (
     warn_unless_full,
 )
 from vllm_kl.steps import TokensTransform, scores, to_device
-from vllm_kl.types import Origin, Rows, Scored, TokenBatch
-from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, origins, policy_range
+from vllm_kl.types import Rows, Scored, TokenBatch
+from vllm_kl.versions import OnStale, check_on_stale, check_stale, check_versions, policy_range
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
@@ -359,12 +358,7 @@ class RetrieveKL(TokensTransform, KLTransform):
         )
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        try:
-            written = super()._step(tensordict, next_tensordict)
-        except BaseException:
-            self._close_step(whoever_comes=True)
-            raise
-        self._close_step()
+        written = super()._step(tensordict, next_tensordict)
         on_leaving(self._collector(), self._check_batch)  # a step does not see the batch that it will be in
         return written
 
@@ -374,26 +368,11 @@ class RetrieveKL(TokensTransform, KLTransform):
         )
         return td
 
-    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
-        collector = self._collector()
-        if isinstance(self._gen, FromCollector):
-            self._gen.watch(collector)
-        follow(collector, engine_of(policy_of(collector)), getattr(self.ref_model, "scorer", None))
-        return super()._reset_env_preprocess(tensordict)
+    def _policy_side(self) -> Side:
+        return self._gen
 
-    def _close_step(self, whoever_comes: bool = False) -> None:
-        """Let the policy's weights be replaced, unless another such transform of this env comes yet, or will not."""
-        if not isinstance(self._gen, FromCollector):
-            return
-        asking = [it for it in self._neighbours() if isinstance(it, RetrieveKL) and isinstance(it._gen, FromCollector)]
-        if whoever_comes or asking[-1] is self:
-            self._gen.close_step(self._collector())
-
-    def _sampled(self, td: TensorDictBase) -> list[Origin]:
-        if not self._is_step:
-            return origins(td)
-        # Generated just now, by the policy: only of its own weights is it asked whether they were replaced since.
-        return (generated_by(td) or []) if isinstance(self._gen, FromCollector) else []
+    def _model(self) -> Any:
+        return self.ref_model
 
     def _write_kl(
         self,
