@@ -119,6 +119,36 @@ def test_rows_tell_the_adapter_of_their_own_request(lora_llm, lora_paths, make_p
     assert [origin.adapter for origin in generated_by(td)] == [61, 61]
 
 
+def test_threads_that_share_a_policy_have_sampled_with_their_own_parameters(llm, make_policy):
+    policy = make_policy(llm)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(policy, prompts("tokens"), temperature=1.0, max_tokens=2).result(WITHIN_S)
+        policy(prompts("tokens"), temperature=0.5, max_tokens=2)
+        assert pool.submit(lambda: watch(policy).last.temperature).result(WITHIN_S) == 1.0
+    assert watch(policy).last.temperature == 0.5
+    assert watch(policy).has_varied
+
+
+def test_a_policy_that_calls_its_engine_in_parts_tells_the_origin_of_each_row(llm, make_policy):
+    class OneByOne(vLLMWrapper):
+        def _from_vllm_generate_tokens(self, td, sampling_params, out):
+            call, first = self._call_generate, []
+
+            def in_parts(prompt_token_ids, **kwargs):
+                llm.update_weight_version(str(5 + len(first)))
+                first.append(call(prompt_token_ids=prompt_token_ids[:1], **kwargs))
+                llm.update_weight_version(str(5 + len(first)))
+                return first[0] + call(prompt_token_ids=prompt_token_ids[1:], **kwargs)
+
+            self._call_generate = in_parts
+            try:
+                return super()._from_vllm_generate_tokens(td, sampling_params, out)
+            finally:
+                self._call_generate = call
+
+    assert generated_by(make_policy(llm, policy_type=OneByOne)(prompts("tokens"))) == [Origin(5), Origin(6)]
+
+
 def test_an_engine_whose_weights_nobody_counts_is_of_no_version(llm, make_policy):
     class Elsewhere:
         """As TorchRL's ``AsyncVLLM``: it generates, and its engine is out of reach."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 import weakref
 from typing import Any
 
 from vllm_kl.errors import CollectorError
 
 _FOLLOWED: weakref.WeakKeyDictionary[threading.Thread, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
-_ENDED: weakref.WeakKeyDictionary[Any, BaseException] = weakref.WeakKeyDictionary()  # by collector, engine and scorer
+# By collector, engine and scorer: what ended a thread, as text: the error itself holds frames, and they hold engines.
+_ENDED: weakref.WeakKeyDictionary[Any, traceback.TracebackException] = weakref.WeakKeyDictionary()
 
 
 def follow(collector: Any, *others: Any) -> None:
@@ -31,19 +33,21 @@ def check_collector(collector: Any) -> None:
     """Raise what ended the thread of a collector that was started, once. To be called where its samples are waited for.
 
     Raises:
-        CollectorError: an error ended it, of a transform, the env or the policy; it is the cause.
+        CollectorError: an error ended it, of a transform, the env or the policy; its traceback is a note of this one.
 
     >>> # collector.start()
     >>> # while len(buffer) < 64: check_collector(collector); time.sleep(0.1)
     """
-    error = _ENDED.get(collector)
-    if error is not None:
-        for followed in [followed for followed, of_it in _ENDED.items() if of_it is error]:
+    ended = _ENDED.get(collector)
+    if ended is not None:
+        for followed in [followed for followed, by in _ENDED.items() if by is ended]:
             del _ENDED[followed]
-        raise CollectorError(
-            f"an error ended the thread of a collector that was started, and its buffer gets nothing more: {type(error).__name__}: "
-            f"{error}. Mend what it says, and call start() again"
-        ) from error
+        error = CollectorError(
+            "an error ended the thread of a collector that was started, and its buffer gets nothing more: "
+            f"{ended.exc_type.__name__}: {ended}. Mend what it says, and call start() again"
+        )
+        error.add_note("".join(ended.format()))
+        raise error
 
 
 @functools.cache
@@ -51,8 +55,9 @@ def _hook_threads() -> None:
     before = threading.excepthook
 
     def remember(args: threading.ExceptHookArgs) -> None:
+        ended = traceback.TracebackException.from_exception(args.exc_value)
         for followed in _FOLLOWED.pop(args.thread, ()):
-            _ENDED[followed] = args.exc_value
+            _ENDED[followed] = ended
         before(args)
 
     threading.excepthook = remember

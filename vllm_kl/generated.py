@@ -13,6 +13,7 @@ Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``Comple
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -31,7 +32,7 @@ POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
 GENERATED_BY = "generated_by"
 
 UNKNOWN = -1  # in tensors
-# Origins of the completions of the generation that this thread is in, in vLLM's order; None: it has not come to its engine yet.
+# Where the generation that this thread is in notes the origins of its completions, in vLLM's order; None: it is in none.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
 
 
@@ -41,21 +42,28 @@ class Watch:
     def __init__(self, policy: vLLMWrapper) -> None:
         self.unwatched = policy._call_generate
         self._policy = policy
-        self.last: Any = None  # sampling parameters; None: nothing yet
+        self._latest: Any = None
+        self._by_thread: dict[int, Any] = {}  # of threads that share the policy, each has its own
         self.has_varied = False
+
+    @property
+    def last(self) -> Any:
+        """The sampling parameters of this thread's last call, or else of any thread's; ``None``: nothing yet."""
+        return self._by_thread.get(threading.get_ident(), self._latest)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         params = copy.copy(kwargs.get("sampling_params"))
-        self.has_varied |= self.last is not None and params != self.last
-        self.last = params
+        self.has_varied |= self._latest is not None and params != self._latest
+        self._latest = self._by_thread[threading.get_ident()] = params
         llm_engine = engine_of(self._policy)
         if llm_engine is None:  # TorchRL's AsyncVLLM, an actor
-            outputs = self.unwatched(*args, **kwargs)
+            is_counted, outputs = False, self.unwatched(*args, **kwargs)
         else:
+            is_counted = LiveWeights(llm_engine).is_as_started
             with lock_of(llm_engine).generating():
                 outputs = self.unwatched(*args, **kwargs)
-        is_counted = llm_engine is not None and LiveWeights(llm_engine).is_as_started
-        _made.set([_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs])
+        if (made := _made.get()) is not None:
+            made += [_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs]
         return outputs
 
 
@@ -66,13 +74,13 @@ class _Telling:
         self._generate = generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> TensorDictBase:
-        before = _made.set(None)
+        origins: list[Origin] = []
+        before = _made.set(origins)
         try:
             out = self._generate(*args, **kwargs)
-            origins = _made.get()
         finally:
             _made.reset(before)
-        if origins is not None:
+        if origins:
             out.set(GENERATED_BY, _as_tensordict(origins, out))
         return out
 
@@ -100,6 +108,8 @@ def generated_by(td: TensorDictBase) -> list[Origin] | None:
 
 
 def _as_tensordict(origins: list[Origin], out: TensorDictBase) -> TensorDict:
+    if len(origins) != out.numel():  # a policy that calls its engine in a way of its own
+        origins = [Origin(None, None)] * out.numel()
     known = torch.tensor([[UNKNOWN if n is None else n for n in origin] for origin in origins])
     version, adapter, last = (column.reshape(out.batch_size) for column in known.to(out.device).unbind(1))
     return TensorDict(version=version, last_version=last, adapter=adapter, batch_size=out.batch_size)

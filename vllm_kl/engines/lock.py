@@ -29,7 +29,7 @@ class EngineLock:
     def __init__(self) -> None:
         self._lock = threading.Condition(threading.RLock())
         self._scorers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # who scores what it generates
-        self._open: set[threading.Thread] = set()  # who generated what it has not scored yet
+        self._open: dict[threading.Thread, float] = {}  # who generated what it has not scored yet, and when
         self._replacing: set[threading.Thread] = set()  # who replaces weights, or waits for it
 
     def __enter__(self) -> None:
@@ -61,12 +61,12 @@ class EngineLock:
                 self._lock.wait()
             yield
             if threading.current_thread() in self._scorers:
-                self._open.add(threading.current_thread())
+                self._open[threading.current_thread()] = time.monotonic()
 
     def close_step(self) -> None:
         """Let weights be replaced: this thread has scored what it generated."""
         with self._lock:
-            self._open.discard(threading.current_thread())
+            self._open.pop(threading.current_thread(), None)
             self._lock.notify_all()
 
     @contextlib.contextmanager
@@ -82,15 +82,14 @@ class EngineLock:
                 self._lock.notify_all()
 
     def _wait_for_steps(self) -> None:
-        until = time.monotonic() + AT_MOST_S
-        while others := {thread for thread in self._open if thread.is_alive()} - {threading.current_thread()}:
-            if time.monotonic() > until:
-                logger.warning(
-                    "vllm_kl: weights are replaced though thread %s has generated a step that it has not scored in %g s; where it "
-                    "is scored again after all, it is refused",
-                    others.pop().name,
-                    AT_MOST_S,
-                )
-                break
+        while others := [t for t in self._open if t.is_alive() and t is not threading.current_thread()]:
+            for thread in others:
+                if time.monotonic() > self._open[thread] + AT_MOST_S:
+                    del self._open[thread]
+                    logger.warning(
+                        "vllm_kl: weights are replaced though thread %s has generated a step that it has not scored in %g s; where "
+                        "it is scored again after all, it is refused",
+                        thread.name,
+                        AT_MOST_S,
+                    )
             self._lock.wait(_LOOK_EVERY_S)
-        self._open &= {threading.current_thread()}

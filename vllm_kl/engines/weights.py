@@ -85,7 +85,6 @@ def _take(llm_engine: Any) -> None:
     record = _record_of(llm_engine)
     if record.is_as_started is not None:
         return
-    record.is_as_started = False  # unless its workers say so
     try:
         with lock_of(llm_engine):
             answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
@@ -95,6 +94,7 @@ def _take(llm_engine: Any) -> None:
             with contextlib.suppress(WeightsError):  # a version that is no number
                 record.version(llm_engine.get_weight_version())
     except Exception as error:
+        record.is_as_started = False
         logger.warning(
             "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
             "is killed, and what vLLM's CPU backend computes wrong stays as it is. Make the engine where VLLM_PLUGINS is not set, "
