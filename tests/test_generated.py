@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,43 @@ def test_rows_that_another_thread_generated_tell_their_own_version(llm, make_pol
             waiting = [pool.submit(policy, row) for row in rows]
             told = [future.result(WITHIN_S)[GENERATED_BY, "version"].item() for future in waiting]
             assert told == [version] * 2
+
+
+def test_weights_stay_until_each_thread_has_scored_what_one_generated_for_all(llm, make_policy):
+    policy, lock = make_policy(llm, batching=True, min_batch_size=2), lock_of(llm.llm_engine)
+    found, ended = [], threading.Event()
+
+    def collect(row):
+        lock.score_here()
+        for _ in range(6):
+            told = policy(row)[GENERATED_BY, "version"].item()
+            time.sleep(random.uniform(0, 0.1))  # what an env does before it scores
+            with lock:
+                found.append((told, int(llm.get_weight_version())))
+            lock.close_step()
+
+    def push():
+        pushes = 0
+        while not ended.is_set():
+            with lock.replacing():
+                pushes += 1
+                llm.update_weight_version(str(3 + pushes))
+            time.sleep(0.02)
+        return pushes
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        pushing = pool.submit(push)
+        collecting = [pool.submit(collect, row) for row in prompts("tokens").unbind(0)]
+        try:
+            for thread in collecting:
+                thread.result(WITHIN_S)
+        finally:
+            ended.set()
+        assert pushing.result(WITHIN_S) > 3
+    assert time.monotonic() - began < lock_module.AT_MOST_S  # nobody waited for the time limit
+    assert [told for told, _ in found] == [serves for _, serves in found]
+    assert len({told for told, _ in found}) > 3
 
 
 def test_rows_tell_the_adapter_of_their_own_request(lora_llm, lora_paths, make_policy, monkeypatch):

@@ -12,9 +12,10 @@ Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``Comple
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -45,6 +46,7 @@ class Watch:
         self._latest: Any = None
         self._by_thread: dict[int, Any] = {}  # of threads that share the policy, each has its own
         self.has_varied = False
+        self._asking: set[threading.Thread] = set()
 
     @property
     def last(self) -> Any:
@@ -60,11 +62,41 @@ class Watch:
             is_counted, outputs = False, self.unwatched(*args, **kwargs)
         else:
             is_counted = LiveWeights(llm_engine).is_as_started
-            with lock_of(llm_engine).generating():
+            with lock_of(llm_engine).generating({*self._asking}):
                 outputs = self.unwatched(*args, **kwargs)
         if (made := _made.get()) is not None:
             made += [_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs]
         return outputs
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """In the block, this thread waits for what it, or another thread for it, generates (``batching=True``)."""
+        thread, llm_engine = threading.current_thread(), engine_of(self._policy)
+        lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
+        with lock:
+            if llm_engine is not None:
+                lock.close_step()
+            self._asking.add(thread)
+        try:
+            yield
+        except BaseException:
+            if llm_engine is not None:
+                lock.close_step()
+            raise
+        finally:
+            self._asking.discard(thread)
+
+
+class _Asking:
+    """The ``forward`` of a ``vLLMWrapper`` whose threads generate for each other."""
+
+    def __init__(self, forward: Callable[..., TensorDictBase], watched: Watch) -> None:
+        self._forward = forward
+        self._watched = watched
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TensorDictBase:
+        with self._watched.asking():
+            return self._forward(*args, **kwargs)
 
 
 class _Telling:
@@ -94,6 +126,8 @@ def watch(policy: Any) -> Watch | None:
         for mode in ("history", "text", "tokens"):
             name = f"_from_vllm_generate_{mode}"
             setattr(policy, name, _Telling(getattr(policy, name)))
+        if policy.batching:
+            policy.forward = _Asking(policy.forward, policy._call_generate)
         policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
     return policy._call_generate
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 logger = logging.getLogger("vllm_kl")
 
@@ -53,15 +53,20 @@ class EngineLock:
         self._scorers.add(threading.current_thread())
 
     @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
-        """Have the lock in the block, after whoever waits to replace weights."""
+    def generating(self, asking: Collection[threading.Thread] = ()) -> Iterator[None]:
+        """Have the lock in the block, after whoever waits to replace weights.
+
+        Args:
+            asking: other threads that wait for what is generated, or may: their steps are open too. Where one of them is open
+                already, nobody is waited for: it may wait for this one.
+        """
         with self._lock:
             self.close_step()  # one that was generated before, and never scored
-            while self._replacing - {threading.current_thread()}:
+            while self._replacing - {threading.current_thread()} and self._open.keys().isdisjoint(asking):
                 self._lock.wait()
             yield
-            if threading.current_thread() in self._scorers:
-                self._open[threading.current_thread()] = time.monotonic()
+            for thread in {threading.current_thread(), *asking} & {*self._scorers}:
+                self._open[thread] = time.monotonic()
 
     def close_step(self) -> None:
         """Let weights be replaced: this thread has scored what it generated."""
