@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import threading
@@ -140,6 +141,24 @@ def test_weights_stay_until_each_thread_has_scored_what_one_generated_for_all(ll
     assert time.monotonic() - began < lock_module.AT_MOST_S  # nobody waited for the time limit
     assert [told for told, _ in found] == [serves for _, serves in found]
     assert len({told for told, _ in found}) > 3
+
+
+@pytest.mark.parametrize("batching", [False, True])
+def test_a_copy_of_a_policy_is_watched_as_itself(llm, make_policy, batching):
+    class Other:
+        """An engine elsewhere, whose weights nobody counts."""
+
+        def generate(self, *args, **kwargs):
+            return llm.generate(*args, **kwargs)
+
+    policy = make_policy(llm, batching=batching)
+    twin = copy.copy(policy)
+    twin.model = Other()
+    llm.update_weight_version("default")
+    assert watch(twin) is not watch(policy)
+    assert generated_by(twin(prompts("tokens"))) == [Origin(None), Origin(None)]
+    assert generated_by(policy(prompts("tokens"))) == [Origin(0), Origin(0)]
+    assert watch(twin) is watch(twin)
 
 
 def test_rows_tell_the_adapter_of_their_own_request(lora_llm, lora_paths, make_policy, monkeypatch):

@@ -42,7 +42,7 @@ class Watch:
 
     def __init__(self, policy: vLLMWrapper) -> None:
         self.unwatched = policy._call_generate
-        self._policy = policy
+        self.policy = policy
         self._latest: Any = None
         self._by_thread: dict[int, Any] = {}  # of threads that share the policy, each has its own
         self.has_varied = False
@@ -57,7 +57,7 @@ class Watch:
         params = copy.copy(kwargs.get("sampling_params"))
         self.has_varied |= self._latest is not None and params != self._latest
         self._latest = self._by_thread[threading.get_ident()] = params
-        llm_engine = engine_of(self._policy)
+        llm_engine = engine_of(self.policy)
         if llm_engine is None:  # TorchRL's AsyncVLLM, an actor
             is_counted, outputs = False, self.unwatched(*args, **kwargs)
         else:
@@ -71,7 +71,7 @@ class Watch:
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
         """In the block, this thread waits for what it, or another thread for it, generates (``batching=True``)."""
-        thread, llm_engine = threading.current_thread(), engine_of(self._policy)
+        thread, llm_engine = threading.current_thread(), engine_of(self.policy)
         lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
         with lock:
             if llm_engine is not None:
@@ -121,14 +121,19 @@ def watch(policy: Any) -> Watch | None:
     """Make a policy's rows tell what generated them, once; ``None`` for what is no ``vLLMWrapper``."""
     if not isinstance(policy, vLLMWrapper):
         return None
-    if not isinstance(policy._call_generate, Watch):
+    if not isinstance(policy._call_generate, Watch) or policy._call_generate.policy is not policy:
+        # A copy of a watched policy has what was made for that one: it begins again with the methods of its class.
+        names = ["forward", *(f"_from_vllm_generate_{mode}" for mode in ("history", "text", "tokens"))]
+        for name in ("_call_generate", *names):
+            if isinstance(vars(policy).get(name), (Watch, _Asking, _Telling)):
+                del vars(policy)[name]
         policy._call_generate = Watch(policy)
-        for mode in ("history", "text", "tokens"):
-            name = f"_from_vllm_generate_{mode}"
+        for name in names[1:]:
             setattr(policy, name, _Telling(getattr(policy, name)))
         if policy.batching:
             policy.forward = _Asking(policy.forward, policy._call_generate)
-        policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
+        if GENERATED_BY not in policy.out_keys:
+            policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
     return policy._call_generate
 
 
