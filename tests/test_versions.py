@@ -479,7 +479,7 @@ class TestBackground:
     ):
         kl = RetrieveKL("from_collector", make_reference(), assistant_only=False, **how)
         data = run(kl, num_updates=20, policy={"return_log_probs": return_log_probs})
-        assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 15
+        assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 8
         assert kl.metrics.get("audit_skipped_samples", 0) == 0
 
     @pytest.mark.parametrize("as_gen_model", [False, True])
@@ -493,7 +493,7 @@ class TestBackground:
         else:
             transform = RetrieveLogProb(policy, assistant_only=False)
         data = run(transform, num_updates=10)
-        assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 6
+        assert len(self.check(data, steps, ("next", "log_probs", "full"))) > 3
 
     @pytest.mark.filterwarnings("ignore:.*its text was tokenized again")
     def test_a_reference_may_be_refreshed_while_it_scores_and_samples_carry_its_version(self, run, steps, tokenizer):
@@ -510,7 +510,7 @@ class TestBackground:
             want = torch.tensor(oracles[version % len(steps)].log_probs(sample["tokens", "full"].tolist())[1:])
             found = sample["next", "ref_log_probs", "full"][1:].double()
             torch.testing.assert_close(found, want.double(), rtol=0, atol=LOG_PROB_TOLERANCE)
-        assert len(set(versions)) > 3
+        assert len(set(versions)) > 2
         assert kl.metrics["ref_version"] in versions
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
