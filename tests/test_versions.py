@@ -463,7 +463,7 @@ class TestBackground:
         return set(versions)
 
     def test_every_sample_is_of_the_version_it_carries(self, run, steps):
-        assert len(self.check(run(), steps, ("log_probs", "full"))) > 4
+        assert len(self.check(run(), steps, ("log_probs", "full"))) > 2
 
     @pytest.mark.parametrize(
         ("how", "return_log_probs"),
