@@ -22,6 +22,7 @@ import torch
 
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import packed_sides
+from vllm_kl.types import sample_at
 
 # Lowest and highest healthy value of a figure. 1.05 is NeMo RL's bound; half of the samples is verl's.
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -135,11 +136,10 @@ def mismatch(
         for name, (low, high) in limits.items()
         if not low <= metrics[name] <= high
     }
-    ends = torch.tensor(lengths).cumsum(0)
     worst = []
     for n in r_N.abs().where(keep_N, -1.0).topk(min(num_worst, int(keep_N.sum()))).indices.tolist():
-        sample = int(torch.searchsorted(ends, n, right=True))
-        place = {"sample": sample, "position": n - int(ends[sample]) + lengths[sample]}
+        sample, position = sample_at(n, lengths)
+        place = {"sample": sample, "position": position}
         values = {"log_prob": float(sampled_N[n]), "scorer_log_prob": float(scored_N[n])}
         worst.append(WorstToken(**place, **values, **_context(token_ids, tokenizer, **place)))
     if exceeded:

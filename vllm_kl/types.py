@@ -238,10 +238,18 @@ def place_of(found_N: torch.Tensor, lengths: Sequence[int]) -> tuple[int, int]:
     >>> place_of(torch.tensor([False, False, True, True]), [1, 3])
     (1, 1)
     """
-    at = int(found_N.nonzero()[0])
+    return sample_at(int(found_N.nonzero()[0]), lengths)
+
+
+def sample_at(n: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the sample of token n of all samples laid end to end, and its index there.
+
+    >>> sample_at(2, [1, 3])
+    (1, 1)
+    """
     ends = torch.tensor(lengths).cumsum(0)
-    i = int(torch.searchsorted(ends, at, right=True))
-    return i, at - int(ends[i]) + lengths[i]
+    i = int(torch.searchsorted(ends, n, right=True))
+    return i, n - int(ends[i]) + lengths[i]
 
 
 class Origin(NamedTuple):
