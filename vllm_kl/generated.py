@@ -24,6 +24,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.engines.generate import versions_told
+from vllm_kl.engines.lock import EngineLock
 from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.types import Origin
 
@@ -58,12 +59,9 @@ class Watch:
         self.has_varied |= self._latest is not None and params != self._latest
         self._latest = self._by_thread[threading.get_ident()] = params
         llm_engine = engine_of(self.policy)
-        if llm_engine is None:  # TorchRL's AsyncVLLM, an actor
-            is_counted, outputs = False, self.unwatched(*args, **kwargs)
-        else:
-            is_counted = LiveWeights(llm_engine).is_as_started
-            with lock_of(llm_engine).generating({*self._asking}):
-                outputs = self.unwatched(*args, **kwargs)
+        is_counted = llm_engine is not None and LiveWeights(llm_engine).is_as_started
+        with self._lock().generating({*self._asking}):
+            outputs = self.unwatched(*args, **kwargs)
         if (made := _made.get()) is not None:
             made += [_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs]
         return outputs
@@ -71,20 +69,21 @@ class Watch:
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
         """In the block, this thread waits for what it, or another thread for it, generates (``batching=True``)."""
-        thread, llm_engine = threading.current_thread(), engine_of(self.policy)
-        lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
-        with lock:
-            if llm_engine is not None:
-                lock.close_step()
-            self._asking.add(thread)
+        thread, lock = threading.current_thread(), self._lock()
+        lock.close_step()
+        self._asking.add(thread)
         try:
             yield
         except BaseException:
-            if llm_engine is not None:
-                lock.close_step()
+            lock.close_step()
             raise
         finally:
             self._asking.discard(thread)
+
+    def _lock(self) -> EngineLock:
+        """Return the lock of the policy's engine; one of nobody's where TorchRL's AsyncVLLM, or an actor, takes turns itself."""
+        llm_engine = engine_of(self.policy)
+        return EngineLock() if llm_engine is None else lock_of(llm_engine)
 
 
 class _Asking:
