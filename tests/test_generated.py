@@ -43,6 +43,7 @@ def prompts(input_mode):
 def llm(policy_llm):
     """An engine whose weights are called version 3."""
     before = policy_llm.get_weight_version()
+    lock_of(policy_llm.llm_engine).close_step()  # what other tests generated in this thread waits for nobody
     policy_llm.update_weight_version("3")
     yield policy_llm
     policy_llm.update_weight_version(before)
@@ -155,6 +156,9 @@ def test_a_copy_of_a_policy_is_watched_as_itself(llm, make_policy, batching):
     twin = copy.copy(policy)
     twin.model = Other()
     llm.update_weight_version("default")
+    unseen = copy.copy(policy)  # no transform has seen it, and it generates with its own engine all the same
+    unseen.model = twin.model
+    assert generated_by(unseen(prompts("tokens"))) == [Origin(None), Origin(None)]
     assert watch(twin) is not watch(policy)
     assert generated_by(twin(prompts("tokens"))) == [Origin(None), Origin(None)]
     assert generated_by(policy(prompts("tokens"))) == [Origin(0), Origin(0)]

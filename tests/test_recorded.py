@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -443,11 +444,11 @@ class TestWhatWasUsed:
         """Nobody sees its temperature of 0.5: the wrapper's own call is not made."""
 
         def forward(self, td, **_):
-            unwatched = vars(self).pop("_call_generate")
+            self._call_generate = functools.partial(vLLMWrapper._call_generate, self)
             try:
                 return vLLMWrapper.forward(self, td, **CALL)
             finally:
-                self._call_generate = unwatched
+                del self._call_generate
 
         _, said, _ = run("processed", {}, equal("processed"), wrap=with_forward(forward))
         assert len(said) == 1

@@ -19,7 +19,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
+from torchrl.modules.llm import vLLMWrapper
+from torchrl.modules.llm.policies import Tokens
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
@@ -28,6 +30,7 @@ from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
 from vllm_kl.engines import loading
 from vllm_kl.engines import weights as weights_module
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
+from vllm_kl.generated import GENERATED_BY, UNKNOWN, watch
 from vllm_kl.plugin import adoption
 from vllm_kl.plugin.weights import ADOPT, PREPARE, READY
 from vllm_kl.sync import (
@@ -801,7 +804,7 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
     mine = tmp_path / "model"
     shutil.copytree(folders[0], mine)
     record = loading.Record(SimpleNamespace(model=str(mine)))
-    record.is_as_started = True
+    record.is_taken = True
     calls = []
 
     async def call(method, *args):
@@ -1135,7 +1138,7 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
     scorer.score([IDS])
     assert scorer.stats.weight_version is None
-    with pytest.raises(WeightsError, match=r"others loaded weights into this engine before .*finish_update\(engine\)"):
+    with pytest.raises(WeightsError, match=r"others loaded weights into this engine .*finish_update\(engine\)"):
         EnginePolicyVersion(llm)
     with monkeypatch.context() as patch:
         adopt = adoption.adopt
@@ -1150,6 +1153,44 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     assert (push_weights(llm, states[1]) if is_pushed else finish_update(llm, source=folders[1])) == 1
     assert scorer.weight_version == EnginePolicyVersion(llm).version == 1
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
+
+
+@pytest.mark.parametrize("is_pushed", [False, True])
+def test_weights_that_others_load_later_have_no_version_until_they_are_counted(
+    llm, folders, states, oracles, monkeypatch, tokenizer, is_pushed
+):
+    if is_pushed:
+        push_weights(llm, states[0])
+    else:
+        monkeypatch.setattr(weights_module, "_RECORDS", weakref.WeakKeyDictionary())
+        push_weights(llm, states[0])
+        monkeypatch.setattr(weights_module, "_RECORDS", weakref.WeakKeyDictionary())
+        llm.update_weight_version("default")
+    policy = vLLMWrapper(llm, tokenizer=tokenizer, input_mode="tokens", generate=True, pad_output=False)
+    scorer, tracker = VLLMScorer(llm), EnginePolicyVersion(llm)
+    version = tracker.version
+    assert version == scorer.weight_version
+
+    def told():
+        watch(policy)
+        td = policy(lazy_stack([TensorDict(tokens=Tokens(prompt=torch.tensor(IDS)))]), max_tokens=2)
+        return td[GENERATED_BY, "version"].tolist()
+
+    assert told() == [version]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
+    assert scorer.weight_version is None
+    assert told() == [UNKNOWN]
+    scorer.score([IDS])
+    assert scorer.stats.weight_version is None
+    with pytest.raises(WeightsError, match="gave them no version"):
+        _ = tracker.version
+    assert finish_update(llm) == version + 1
+    assert told() == [tracker.version] == [scorer.weight_version] == [version + 1]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[2])})
+    llm.update_weight_version(str(version + 5))  # as vLLM's finish_weight_update(weight_version=...)
+    assert told() == [tracker.version] == [version + 5]
+    assert push_weights(llm, states[0]) == version + 6
+    assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
 
 def test_a_scorers_own_engine_is_reached_by_nobody_else(owned):

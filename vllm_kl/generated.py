@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,6 +25,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.engines.generate import versions_told
+from vllm_kl.engines.loading import INITIAL
 from vllm_kl.engines.lock import EngineLock
 from vllm_kl.engines.weights import LiveWeights, lock_of
 from vllm_kl.types import Origin
@@ -39,10 +41,9 @@ _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
 
 
 class Watch:
-    """The ``_call_generate`` of a ``vLLMWrapper``. Use :func:`watch`."""
+    """What is remembered of a policy's calls. Use :func:`watch`."""
 
     def __init__(self, policy: vLLMWrapper) -> None:
-        self.unwatched = policy._call_generate
         self.policy = policy
         self._latest: Any = None
         self._by_thread: dict[int, Any] = {}  # of threads that share the policy, each has its own
@@ -54,17 +55,14 @@ class Watch:
         """The sampling parameters of this thread's last call, or else of any thread's; ``None``: nothing yet."""
         return self._by_thread.get(threading.get_ident(), self._latest)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        params = copy.copy(kwargs.get("sampling_params"))
+    @contextlib.contextmanager
+    def generating(self, params: Any) -> Iterator[Any]:
+        """In the block, this thread has the engine; remember what it samples with."""
+        params = copy.copy(params)
         self.has_varied |= self._latest is not None and params != self._latest
         self._latest = self._by_thread[threading.get_ident()] = params
-        llm_engine = engine_of(self.policy)
-        is_counted = llm_engine is not None and LiveWeights(llm_engine).is_as_started
         with self._lock().generating({*self._asking}):
-            outputs = self.unwatched(*args, **kwargs)
-        if (made := _made.get()) is not None:
-            made += [_origin_of(output, completion, is_counted) for output in outputs for completion in output.outputs]
-        return outputs
+            yield
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
@@ -86,54 +84,71 @@ class Watch:
         return EngineLock() if llm_engine is None else lock_of(llm_engine)
 
 
-class _Asking:
-    """The ``forward`` of a ``vLLMWrapper`` whose threads generate for each other."""
+class _Watched(vLLMWrapper):
+    """What a watched policy does otherwise than its class: its rows tell which weights made them."""
 
-    def __init__(self, forward: Callable[..., TensorDictBase], watched: Watch) -> None:
-        self._forward = forward
-        self._watched = watched
+    _vllm_kl_watch: Watch
 
-    def __call__(self, *args: Any, **kwargs: Any) -> TensorDictBase:
-        with self._watched.asking():
-            return self._forward(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> TensorDictBase:
+        with watch(self).asking() if self.batching else contextlib.nullcontext():
+            return super().forward(*args, **kwargs)
+
+    def _call_generate(self, *args: Any, **kwargs: Any) -> Any:
+        with watch(self).generating(kwargs.get("sampling_params")):
+            outputs = super()._call_generate(*args, **kwargs)
+            if (made := _made.get()) is not None:
+                llm_engine = engine_of(self)
+                uncounted = INITIAL if llm_engine is None else LiveWeights(llm_engine).uncounted
+                made += [
+                    _origin_of(output, completion, uncounted) for output in outputs for completion in output.outputs
+                ]
+        return outputs
+
+    def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
+        return _telling(super()._from_vllm_generate_history, *args)
+
+    def _from_vllm_generate_text(self, *args: Any) -> TensorDictBase:
+        return _telling(super()._from_vllm_generate_text, *args)
+
+    def _from_vllm_generate_tokens(self, *args: Any) -> TensorDictBase:
+        return _telling(super()._from_vllm_generate_tokens, *args)
 
 
-class _Telling:
-    """One of the methods by which a ``vLLMWrapper`` generates: what it returns tells which weights made each row."""
+def _telling(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictBase:
+    """Return the rows that one of a policy's methods generates, with which weights made each."""
+    origins: list[Origin] = []
+    before = _made.set(origins)
+    try:
+        out = generate(*args)
+    finally:
+        _made.reset(before)
+    if origins:
+        out.set(GENERATED_BY, _as_tensordict(origins, out))
+    return out
 
-    def __init__(self, generate: Callable[..., TensorDictBase]) -> None:
-        self._generate = generate
 
-    def __call__(self, *args: Any, **kwargs: Any) -> TensorDictBase:
-        origins: list[Origin] = []
-        before = _made.set(origins)
-        try:
-            out = self._generate(*args, **kwargs)
-        finally:
-            _made.reset(before)
-        if origins:
-            out.set(GENERATED_BY, _as_tensordict(origins, out))
-        return out
+@functools.cache
+def _watched(policy_type: type[vLLMWrapper]) -> type[vLLMWrapper]:
+    return type(policy_type.__name__, (_Watched, policy_type), {"__doc__": policy_type.__doc__})
 
 
 def watch(policy: Any) -> Watch | None:
     """Make a policy's rows tell what generated them, once; ``None`` for what is no ``vLLMWrapper``."""
     if not isinstance(policy, vLLMWrapper):
         return None
-    if not isinstance(policy._call_generate, Watch) or policy._call_generate.policy is not policy:
-        # A copy of a watched policy has what was made for that one: it begins again with the methods of its class.
-        names = ["forward", *(f"_from_vllm_generate_{mode}" for mode in ("history", "text", "tokens"))]
-        for name in ("_call_generate", *names):
-            if isinstance(vars(policy).get(name), (Watch, _Asking, _Telling)):
-                del vars(policy)[name]
-        policy._call_generate = Watch(policy)
-        for name in names[1:]:
-            setattr(policy, name, _Telling(getattr(policy, name)))
-        if policy.batching:
-            policy.forward = _Asking(policy.forward, policy._call_generate)
+    if not isinstance(policy, _Watched):
+        policy.__class__ = _watched(type(policy))
+    watched = vars(policy).get("_vllm_kl_watch")
+    if watched is None or watched.policy is not policy:  # a copy has calls of its own
+        vars(policy)["_vllm_kl_watch"] = watched = Watch(policy)
         if GENERATED_BY not in policy.out_keys:
             policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
-    return policy._call_generate
+    return watched
+
+
+def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
+    """Return the method by which a policy asks its engine, for calls that sample nothing: they are not remembered."""
+    return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
 
 
 def generated_by(td: TensorDictBase) -> list[Origin] | None:
@@ -153,9 +168,9 @@ def _as_tensordict(origins: list[Origin], out: TensorDictBase) -> TensorDict:
     return TensorDict(version=version, last_version=last, adapter=adapter, batch_size=out.batch_size)
 
 
-def _origin_of(output: Any, completion: Any, is_counted: bool) -> Origin:
+def _origin_of(output: Any, completion: Any, uncounted: str | None) -> Origin:
     """Return what vLLM says of one completion. One that straddles an update is of two versions."""
-    first, last = versions_told(completion, is_counted=is_counted)
+    first, last = versions_told(completion, uncounted=uncounted)
     adapter = adapter_id(output.lora_request)
     if first == last or None in (first, last):
         return Origin(first if first == last else None, adapter)

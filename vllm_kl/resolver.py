@@ -23,7 +23,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
-from vllm_kl.generated import adapter_id, engine_of
+from vllm_kl.generated import adapter_id, engine_of, unwatched_call
 from vllm_kl.inputs import nested, rows_of
 from vllm_kl.placeholders import Placeholders
 from vllm_kl.scorer import VLLMScorer
@@ -85,9 +85,8 @@ def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
     if isinstance(model, vLLMWrapper):
         # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor. It names the
         # policy's adapter, if it has one: what generated is what scores.
-        generate = getattr(model._call_generate, "unwatched", model._call_generate)  # scoring samples nothing
         return VLLMScorer(
-            GenerateEngine(model.model, generate, lora_request=getattr(model, "lora_request", None)),
+            GenerateEngine(model.model, unwatched_call(model), lora_request=getattr(model, "lora_request", None)),
             placeholders=placeholders,
         )
     if isinstance(model, TransformersWrapper):

@@ -204,14 +204,14 @@ class EnginePolicyVersion(PolicyVersion):
         """The version that the engine serves now. A run that is resumed sets it: its engine began again at 0.
 
         Raises:
-            WeightsError: others loaded weights into the engine before it was given to this package. When set: to less than the
-                engine's, or the engine's weights are not those it was started with or that were pushed last.
+            WeightsError: others loaded weights into the engine and gave them no version. When set: to less than the engine's, or
+                the engine's weights are not those it was started with or that were pushed last.
         """
         version = self._weights.version
         if version is None:
             raise WeightsError(
-                "others loaded weights into this engine before it was given to vllm_kl: which version serves is not known. Call "
-                "finish_update(engine), which loads them again and counts them"
+                "others loaded weights into this engine and gave them no version: which one serves is not known. Call "
+                "finish_update(engine) after each such load: it loads them again and counts them"
             )
         return version
 

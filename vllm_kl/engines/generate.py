@@ -152,7 +152,7 @@ class GenerateEngine:
         return results  # type: ignore[return-value]  # every None was filled
 
     def _result(self, output: Any, request: ScoreRequest, **figures: Any) -> ScoreResult:
-        version, _ = versions_told(output.outputs[0], is_counted=False)
+        version, _ = versions_told(output.outputs[0], uncounted=INITIAL)
         return ScoreResult(values=self._readout.read(output, request), weight_version=version, **figures)
 
     @contextlib.contextmanager
@@ -234,17 +234,15 @@ def _made_with(engine: Any, config: str, name: str) -> Any:
     return getattr(made_with, name, None)
 
 
-def versions_told(completion: Any, *, is_counted: bool) -> tuple[int | None, int | None]:
+def versions_told(completion: Any, *, uncounted: str | None) -> tuple[int | None, int | None]:
     """Return the versions of the weights that made a completion's first and last token, as vLLM's output says.
 
     Args:
-        is_counted: those that the engine was started with count as 0: whatever is loaded later is counted here.
+        uncounted: the stamp that says nothing, if one does (``LiveWeights.uncounted``).
     """
-    told = [span.version for span in completion.weight_versions or ()] or [None]
-    numbers = {None: None, INITIAL: 0 if is_counted else None}
-    first, last = (
-        numbers.get(label, int(label) if label and label.isdigit() else None) for label in (told[0], told[-1])
-    )
+    told = [span.version for span in completion.weight_versions or ()] or [""]
+    numbers = {INITIAL: 0, uncounted: None}
+    first, last = (numbers.get(label, int(label) if label.isdigit() else None) for label in (told[0], told[-1]))
     return first, last
 
 

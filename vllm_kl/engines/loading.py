@@ -55,18 +55,23 @@ class Record:
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
         self.last: int | None = 0  # the last version that is known to have served; None: none is
-        # Nobody had loaded anything into the engine when it came to us; None: its workers were not asked.
-        self.is_as_started: bool | None = None
+        self.is_taken: bool | None = None  # its workers have loaded the plugin; None: they were not asked
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version after the engine's own or, where that is not known, after the last that was."""
-        serves = self.version(stamp) if stamp == INITIAL or stamp.isdigit() else None
-        return next_version(serves or self.last or 0, version)
+        is_number = stamp == INITIAL or stamp.isdigit()
+        return next_version(as_version(stamp) if is_number else self.last or 0, version)
 
-    def version(self, stamp: str) -> int | None:
-        """Return what the engine says as a number, and remember it; ``None``: it serves what others loaded before it came to us."""
-        self.last = None if stamp == INITIAL and not self.is_as_started else as_version(stamp)
+    async def version(self, call: Call) -> int | None:
+        """Return what the engine says as a number, and remember it; ``None``: it serves what others loaded and nobody counted."""
+        stamp = await call("get_weight_version")
+        self.last = None if stamp == await self.uncounted(call) else as_version(stamp)
         return self.last
+
+    async def uncounted(self, call: Call) -> str | None:
+        """Return the stamp that says nothing: others have loaded weights since it was given, and gave none. ``None``: none is."""
+        is_known = self.is_taken and not any(await call("collective_rpc", LAST_LOAD))
+        return None if is_known else self._served[0]
 
     @contextlib.contextmanager
     def telling_of_death(self) -> Iterator[None]:
@@ -115,6 +120,7 @@ class Record:
         before = await call("get_weight_version")
         version = self.next_version(before, version)
         await _ask_for_the_plugin(call)
+        is_ours = before == self._served[0] and await self.uncounted(call) is None
         await _empty_the_cache(call)
         try:
             await _prepare(call, str(checkpoint.folder))
@@ -127,7 +133,7 @@ class Record:
         try:
             await self._adopt(call, checkpoint, version)
         except BaseException as error:
-            await self._take_back(call, before, error)
+            await self._take_back(call, before, is_ours, error)
             if not isinstance(error, Exception):  # Ctrl-C, an event loop that ends
                 raise
             raise WeightsError(
@@ -192,12 +198,11 @@ class Record:
         await call("set_weight_version", str(version))
         self._served, self.last = (str(version), checkpoint), version
 
-    async def _take_back(self, call: Call, before: str, error: BaseException) -> None:
-        served, checkpoint = self._served
+    async def _take_back(self, call: Call, before: str, is_ours: bool, error: BaseException) -> None:
         try:
-            if served != before or (checkpoint is None and not self.is_as_started):
+            if not is_ours:
                 raise WeightsError("others loaded it, and from where is not known")
-            if checkpoint is None:
+            if self.folder is None:
                 self._start.unchanged()
             await _prepare(call, self.folder)
             await call("collective_rpc", ADOPT)

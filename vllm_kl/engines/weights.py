@@ -21,7 +21,6 @@ from vllm_kl.engines.lock import EngineLock
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin import SWITCH
 from vllm_kl.plugin.taken import TAKE
-from vllm_kl.plugin.weights import LAST_LOAD
 
 logger = logging.getLogger("vllm_kl")
 
@@ -33,7 +32,7 @@ class Weights(Protocol):
 
     @property
     def version(self) -> int | None:
-        """The version that serves; 0: those that the engine was started with; ``None``: what others loaded before it came to us."""
+        """The version that serves; 0: those that the engine was started with; ``None``: what others loaded, and nobody counted."""
         ...
 
     @property
@@ -81,20 +80,24 @@ def _record_of(engine: Any) -> Record:
 
 
 def _take(llm_engine: Any) -> None:
-    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once; note whether it serves what it was started with."""
+    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once."""
     record = _record_of(llm_engine)
-    if record.is_as_started is not None:
+    if record.is_taken is not None:
         return
+
+    async def call(method: str, *args: Any) -> Any:
+        return getattr(llm_engine, method)(*args)
+
     try:
         with lock_of(llm_engine):
             answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
             if any(answers):
                 llm_engine.reset_prefix_cache()
-            record.is_as_started = not any(llm_engine.collective_rpc(LAST_LOAD))
+            record.is_taken = True
             with contextlib.suppress(WeightsError):  # a version that is no number
-                record.version(llm_engine.get_weight_version())
+                run_sync(record.version(call))
     except Exception as error:
-        record.is_as_started = False
+        record.is_taken = False
         logger.warning(
             "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
             "is killed, and what vLLM's CPU backend computes wrong stays as it is. Make the engine where VLLM_PLUGINS is not set, "
@@ -133,12 +136,12 @@ class LiveWeights:
         with lock_of(self._engine).if_free() as is_free:
             if not is_free:  # whoever has it generates, scores or pushes: until that ends, what served before serves
                 return self._record.last
-            return self._record.version(run_sync(self._call("get_weight_version")))
+            return run_sync(self._record.version(self._call))
 
     @property
-    def is_as_started(self) -> bool:
-        """Whether nobody had loaded weights into the engine before it came to us: its initial version is 0."""
-        return bool(self._record.is_as_started)
+    def uncounted(self) -> str | None:
+        """The stamp that says nothing, if one does: others have loaded weights since it was given."""
+        return run_sync(self._record.uncounted(self._call))
 
     @property
     def skeleton(self) -> Skeleton:
@@ -228,7 +231,7 @@ class AsyncWeights:
 
     async def version(self) -> int | None:
         await self._take()
-        return self._record.version(await self._call("get_weight_version"))
+        return await self._record.version(self._call)
 
     async def next_version(self, version: int | None = None) -> int:
         return self._record.next_version(await self._call("get_weight_version"), version)
@@ -250,11 +253,11 @@ class AsyncWeights:
                 await self._call("resume_generation")
 
     async def _take(self) -> None:
-        if self._record.is_as_started is None:
-            self._record.is_as_started = False
+        if self._record.is_taken is None:
+            self._record.is_taken = False
             with contextlib.suppress(Exception):  # load() tells of a plugin that is missing
                 await self._call("collective_rpc", TAKE, None, (os.getpid(),))
-                self._record.is_as_started = not any(await self._call("collective_rpc", LAST_LOAD))
+                self._record.is_taken = True
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         name = {"set_weight_version": "update_weight_version"}.get(method, method)
