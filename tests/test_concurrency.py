@@ -109,9 +109,10 @@ def test_an_engine_that_hangs_ends_in_an_error_with_its_log_and_the_next_one_wor
 def test_a_message_that_nobody_reads_is_not_waited_for_for_ever():
     ours, theirs = socket.socketpair()
     with theirs:
-        calls = process._Calls(Connection(os.dup(ours.fileno())), ours, 0.5)
+        calls = process._Calls(Connection(os.dup(ours.fileno())), 0.5)
         with pytest.raises(process._SilentError, match=r"0\.5"):
-            calls.begin("score", bytes(10_000_000))
+            next(calls.answers(calls.begin("score", bytes(10_000_000))))
+        ours.shutdown(socket.SHUT_RDWR)
     ours.close()
 
 

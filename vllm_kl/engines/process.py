@@ -23,7 +23,6 @@ import pickle
 import queue
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -188,7 +187,7 @@ class _Child:
                 start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
             )
             undo.pop_all()
-        self._calls = _Calls(Connection(os.dup(ours.fileno())), ours, timeout_s)
+        self._calls = _Calls(Connection(os.dup(ours.fileno())), timeout_s)
         self._why_ended = "the engine was closed during the call"
         self._owner_pid = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self.process, ours, self._log, self._owner_pid)
@@ -355,24 +354,22 @@ class _SilentError(Exception):
 
 
 class _Calls:
-    """Many callers' calls over one connection. A thread reads the answers; each caller waits for its own.
+    """Many callers' calls over one connection. One thread sends, another reads the answers; each caller waits for its own.
 
-    While the child works it says so every second, so a caller whose answer takes long is told apart from one that waits in vain.
+    A caller that is interrupted (Ctrl-C) interrupts no message. While the child works it says so every second, so a caller whose
+    answer takes long is told apart from one that waits in vain.
     """
 
-    def __init__(self, connection: Connection, ours: socket.socket, timeout_s: float | None) -> None:
+    def __init__(self, connection: Connection, timeout_s: float | None) -> None:
         self._connection = connection
-        self._socket = ours  # the connection is a duplicate of it
         self._timeout_s = timeout_s
-        if timeout_s is not None:  # of a message that is larger than what the child's end takes without reading
-            seconds_and_micros = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds_and_micros)
         self._heard = time.monotonic()
-        self._send_lock = threading.Lock()
         self._ids = itertools.count()
         self._queues: dict[int, queue.SimpleQueue] = {}
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._is_over = False
-        # Holds no reference to the engine, so an engine that is dropped is ended.
+        # They hold no reference to the engine, so an engine that is dropped is ended.
+        threading.Thread(target=self._write, name="vllm_kl-calls", daemon=True).start()
         threading.Thread(target=self._read, name="vllm_kl-answers", daemon=True).start()
 
     def begin(self, kind: str, body: Any) -> int:
@@ -381,12 +378,7 @@ class _Calls:
         if self._is_over:
             raise _OverError
         self._heard = time.monotonic()  # an idle child says nothing
-        try:
-            self._send(call_id, kind, body)
-        except BlockingIOError as error:
-            raise _SilentError(f"{self._timeout_s:g}") from error
-        except OSError as error:
-            raise _OverError from error
+        self._send(call_id, kind, body)
         return call_id
 
     def answers(self, call_id: int) -> Iterator[Any]:
@@ -409,23 +401,18 @@ class _Calls:
                     raise _SilentError(f"{self._timeout_s:g}") from None
 
     def cancel(self, call_id: int) -> None:
-        with contextlib.suppress(OSError):
-            self._send(call_id, "cancel", None)
+        self._send(call_id, "cancel", None)
 
     def end(self, call_id: int) -> None:
         self._queues.pop(call_id, None)
 
     def _send(self, call_id: int, kind: str, body: Any) -> None:
-        data = pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL)
-        with self._send_lock:
-            try:
+        self._outbox.put(pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL))
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):  # the child is gone: who reads tells all callers
+            while (data := self._outbox.get()) is not None:
                 self._connection.send_bytes(data)
-            except OSError:
-                raise
-            except BaseException:
-                # Interrupted halfway: nobody could tell where the next message begins. All callers are told.
-                _shut_down(self._socket)
-                raise
 
     def _read(self) -> None:
         try:
@@ -439,6 +426,7 @@ class _Calls:
             pass
         finally:
             self._is_over = True
+            self._outbox.put(None)
             for waiting in list(self._queues.values()):
                 waiting.put(("over", None))
 
