@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from vllm_kl import read_samples
-from vllm_kl.view import write_page
+from vllm_kl.view.page import write_page
 
 FLAGS = (
     "--headless",

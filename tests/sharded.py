@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from vllm_kl.errors import WeightsError
-from vllm_kl.trained import as_state_dict
+from vllm_kl.weights.state_dict import as_state_dict
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

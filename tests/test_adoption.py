@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from vllm_kl.checkpoint import Skeleton
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin import adoption, second_model, whole
+from vllm_kl.weights.checkpoint import Skeleton
 
 
 class Scaled(torch.nn.Module):

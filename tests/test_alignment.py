@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kl.alignment import from_layout, only_kept, scored_spans, spread, to_layout
+from vllm_kl.batch.alignment import from_layout, only_kept, scored_spans, spread, to_layout
 from vllm_kl.errors import InputError, MissingLogProbError
 from vllm_kl.types import TokenBatch
 

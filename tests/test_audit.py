@@ -10,9 +10,9 @@ from torchrl.envs import Transform
 
 from tests.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import FromCollector, RetrieveKL, mismatch
-from vllm_kl.audit import Audit
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import CollectorError, DriftError, MissingLogProbError, OptionError
+from vllm_kl.transforms.audit import Audit
 from vllm_kl.types import Origin, Scored, TokenBatch
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kl.batching import plan
+from vllm_kl.plan import plan
 from vllm_kl.types import ScoreRequest, ScoreResult
 
 

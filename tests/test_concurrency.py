@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import RetrieveLogProb, VLLMReference, VLLMScorer, push_weights, resolver
+from vllm_kl import RetrieveLogProb, VLLMReference, VLLMScorer, push_weights
 from vllm_kl.engines import process
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
+from vllm_kl.transforms import sides
 from vllm_kl.types import ScoreRequest
 
 PROMPT = list(range(5, 80))  # more than two blocks: the prefix cache has something to keep
@@ -140,7 +141,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
     scorer, states, truths, tokenizer, monkeypatch
 ):
     transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
-    spread, came_between = resolver.spread, []
+    spread, came_between = sides.spread, []
 
     def spread_later(*args, **kwargs):
         if not came_between:
@@ -148,7 +149,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
             scorer.score(SEQUENCES)
         return spread(*args, **kwargs)
 
-    monkeypatch.setattr(resolver, "spread", spread_later)
+    monkeypatch.setattr(sides, "spread", spread_later)
     for state in (0, 1):
         td = transform(batch_of([0, 1]))
         assert td["ref_version"].tolist() == [state, state]

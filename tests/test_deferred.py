@@ -20,8 +20,8 @@ from torchrl.modules.llm import vLLMWrapper
 from tests.batches import ids_batch
 from tests.test_from_collector import NUM_ENVS, check, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import FromCollector, RetrieveKL, fill_deferred
-from vllm_kl.deferred import PENDING
 from vllm_kl.errors import CollectorError, InputError, OptionError, WeightsError
+from vllm_kl.transforms.deferred import PENDING
 
 STEPS = 3
 GREEDY = {"generate_kwargs": {"max_new_tokens": 10, "temperature": 0.0}}

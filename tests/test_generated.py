@@ -19,11 +19,11 @@ from vllm.lora.request import LoRARequest
 
 from tests.batches import history_batch
 from vllm_kl import EnginePolicyVersion
-from vllm_kl.engines import lock as lock_module
-from vllm_kl.engines.lock import EngineLock
-from vllm_kl.engines.weights import lock_of
-from vllm_kl.generated import GENERATED_BY, generated_by, watch
+from vllm_kl.transforms.watched_policy import GENERATED_BY, generated_by, watch
 from vllm_kl.types import Origin
+from vllm_kl.weights import lock as lock_module
+from vllm_kl.weights.live import lock_of
+from vllm_kl.weights.lock import EngineLock
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
 WITHIN_S = 60

@@ -16,10 +16,10 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import Masks, Tokens
 
 from tests.batches import dense_batch, ids_batch
-from vllm_kl.alignment import to_layout
+from vllm_kl.batch.alignment import to_layout
+from vllm_kl.batch.inputs import InputKeys, read_batch
 from vllm_kl.errors import InputError
-from vllm_kl.inputs import InputKeys, read_batch
-from vllm_kl.resolver import score_batch
+from vllm_kl.transforms.sides import score_batch
 
 KEYS = InputKeys(input_mode="history", key=("history", "full"))
 PAD = EOS = 0  # the same id, and an ordinary token of the sequences too

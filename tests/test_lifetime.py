@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from vllm_kl import VLLMScorer, orphans
+from vllm_kl import VLLMScorer, lifetime
 from vllm_kl.errors import EngineError, OptionError
 
 OWNER = """
@@ -146,9 +146,9 @@ if __name__ == "__main__":
 # vLLM forks on a GPU, and the worker is in the core's process.
 FORKING_TRAINER = """
 import multiprocessing, os, time
-from vllm_kl import orphans
+from vllm_kl import lifetime
 from vllm_kl.plugin import taken
-folder = orphans.new_folder(orphans.SHARED_MEMORY)
+folder = lifetime.new_folder(lifetime.SHARED_MEMORY)
 def serve():
     taken._end_with(os.getppid())
     time.sleep(600)
@@ -191,7 +191,7 @@ def runs(pid):
 
 
 def weights_left_by(pid):
-    return list(orphans.SHARED_MEMORY.glob(f"{orphans.PREFIX}_{pid}_*"))
+    return list(lifetime.SHARED_MEMORY.glob(f"{lifetime.PREFIX}_{pid}_*"))
 
 
 def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_path):

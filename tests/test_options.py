@@ -25,8 +25,8 @@ from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.engines import lengths, memory, options
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.failures import explain, with_log
-from vllm_kl.engines.transformers import TransformersScorer
 from vllm_kl.errors import EngineError, OptionError
+from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.types import EngineInfo, ScoreRequest
 
 # Names of the table that vLLM 0.32 does not have: of 0.26, 0.28, 0.30 and 0.33.

@@ -21,13 +21,13 @@ from transformers import AutoConfig, Gemma3Config, Gemma3ForCausalLM, Gemma3ForC
 
 from tests import tiny
 from vllm_kl import VLLMScorer, push_weights
-from vllm_kl.checkpoint import Skeleton, _auto_class, _names_of_text, _text_name
-from vllm_kl.engines.transformers import TransformersScorer
+from vllm_kl.checks import check_requests
+from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import InputError, OptionError, WeightsError
-from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.plugin.text_only import naming_what_is_missing
-from vllm_kl.requests import check_requests
+from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.types import EngineInfo
+from vllm_kl.weights.checkpoint import Skeleton, _auto_class, _names_of_text, _text_name
 
 VOCAB, IMAGE, BEGIN_OF_IMAGE = 320, 5, 3
 SEQUENCES = [[7 + (11 * seed + n * n) % 280 for n in range(length)] for seed, length in enumerate((40, 90))]

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from tests.test_architectures import OPTIONS, random_ids
-from vllm_kl.checkpoint import Checkpoint, Skeleton
 from vllm_kl.engines.base import drive
 from vllm_kl.errors import WeightsError
 from vllm_kl.types import ScoreRequest
+from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
 
 PROMPT = random_ids(0, 64)
 REQUESTS = [

@@ -15,11 +15,11 @@ from vllm import PoolingParams, SamplingParams
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, errors, plugin
+from vllm_kl.checks import check_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.local import _Blocking
 from vllm_kl.plugin import cap, models
 from vllm_kl.plugin.request import KEY, Readout, pack, unpack
-from vllm_kl.requests import check_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 VOCAB = 259

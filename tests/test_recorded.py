@@ -30,8 +30,7 @@ from vllm_kl import (
     fill_deferred,
     kl_estimate,
 )
-from vllm_kl.canary import Canary
-from vllm_kl.deferred import _score
+from vllm_kl.batch.inputs import keys_of, read_batch
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import (
@@ -44,10 +43,11 @@ from vllm_kl.errors import (
     OptionError,
     ReadoutUnavailableError,
 )
-from vllm_kl.inputs import keys_of, read_batch
-from vllm_kl.recorded import NEUTRAL, doubtful_zeros, recorded_by
-from vllm_kl.resolver import ModelSide
+from vllm_kl.transforms.deferred import _score
+from vllm_kl.transforms.recorded import NEUTRAL, doubtful_zeros, recorded_by
+from vllm_kl.transforms.sides import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
+from vllm_kl.weights.canary import Canary
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")  # vLLM 0.32's use of xgrammar
 
@@ -126,7 +126,7 @@ def largest(data):
 
 
 class TestWhatIsRecorded:
-    """vLLM's own behaviour: when one of these fails, read its samplers again, then the table in vllm_kl/recorded.py."""
+    """vLLM's own behaviour: when one of these fails, read its samplers again, then the table in vllm_kl/transforms/recorded.py."""
 
     @pytest.mark.parametrize(
         ("mode", "params", "temperature"),

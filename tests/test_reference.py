@@ -161,16 +161,16 @@ class TestInsideTorchRL:
 
 
 def test_a_path_brings_its_tokenizer(ref_path, monkeypatch):
-    from vllm_kl import reference
+    from vllm_kl.transforms import vllm_reference
 
-    monkeypatch.setattr(reference, "VLLMScorer", lambda model: model)
+    monkeypatch.setattr(vllm_reference, "VLLMScorer", lambda model: model)
     assert VLLMReference(ref_path).tokenizer.eos_token == "<|im_end|>"
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_an_engine_is_started(ref_path, tmp_path, monkeypatch):
-    from vllm_kl import reference
+    from vllm_kl.transforms import vllm_reference
 
-    monkeypatch.setattr(reference, "VLLMScorer", lambda model: pytest.fail("an engine was started"))
+    monkeypatch.setattr(vllm_reference, "VLLMScorer", lambda model: pytest.fail("an engine was started"))
     with pytest.raises(OptionError, match=r"the tokenizer of '/no/such' could not be loaded: .*Pass tokenizer="):
         VLLMReference(ref_path, "/no/such")
     shutil.copytree(ref_path, tmp_path, dirs_exist_ok=True)
@@ -182,9 +182,9 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_an_engine_is_starte
 
 
 def test_a_checkpoint_without_a_tokenizer_scores_ids(ref_path, tmp_path, monkeypatch):
-    from vllm_kl import reference
+    from vllm_kl.transforms import vllm_reference
 
-    monkeypatch.setattr(reference, "VLLMScorer", lambda model: model)
+    monkeypatch.setattr(vllm_reference, "VLLMScorer", lambda model: model)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(ref_path / name, tmp_path)
     assert VLLMReference(tmp_path).tokenizer is None

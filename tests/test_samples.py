@@ -16,7 +16,7 @@ from tests import batches, oracle
 from tests.oracle import KL_TOLERANCE
 from vllm_kl import RetrieveKL, Sample, read_samples, samples_from_batch, write_samples
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError
-from vllm_kl.samples import with_texts
+from vllm_kl.view.samples import with_texts
 
 PAD, EOS = 256, 258
 SEQUENCES = [[5, EOS, 9, PAD, 7, EOS], [EOS, 2, 3], [PAD, PAD, 4, 8, EOS, 16, 23], [11, 12]]

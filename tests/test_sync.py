@@ -26,14 +26,14 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import VLLMReference, VLLMScorer, checkpoint, orphans
-from vllm_kl.engines import loading
-from vllm_kl.engines import weights as weights_module
+from vllm_kl import VLLMReference, VLLMScorer, lifetime
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
-from vllm_kl.generated import GENERATED_BY, UNKNOWN, watch
 from vllm_kl.plugin import adoption
 from vllm_kl.plugin.weights import ADOPT, PREPARE, READY
-from vllm_kl.sync import (
+from vllm_kl.transforms.watched_policy import GENERATED_BY, UNKNOWN, watch
+from vllm_kl.weights import checkpoint, loading
+from vllm_kl.weights import live as weights_module
+from vllm_kl.weights.push import (
     EnginePolicyVersion,
     VLLMSyncScheme,
     VLLMWeightUpdater,
@@ -478,7 +478,7 @@ def test_an_owned_engine_whose_weights_are_not_known_says_so_and_lives(folders, 
 
 def test_weights_that_do_not_fit_in_memory_say_how_much_they_need_and_leave_nothing(llm, states):
     version = weights_of(llm).version
-    before = set(orphans.SHARED_MEMORY.iterdir())
+    before = set(lifetime.SHARED_MEMORY.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # as a disk that is full
     try:
@@ -487,7 +487,7 @@ def test_weights_that_do_not_fit_in_memory_say_how_much_they_need_and_leave_noth
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert weights_of(llm).version == version
-    assert not [path for path in set(orphans.SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in path.name]
+    assert not [path for path in set(lifetime.SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in path.name]
 
 
 def test_an_engine_with_unfinished_requests_is_not_pushed_to(llm, states):
@@ -552,7 +552,8 @@ import sys
 import psutil
 from transformers import AutoModelForCausalLM
 from vllm import LLM
-from vllm_kl import checkpoint, errors, push_weights
+from vllm_kl import errors, push_weights
+from vllm_kl.weights import checkpoint
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -675,7 +676,7 @@ def test_pushed_weights_leave_shared_memory_with_their_engine(folders, states):
 
 def test_what_a_killed_process_left_in_shared_memory_is_removed(states, folders):
     code = (
-        "import os; from vllm_kl import orphans; print(orphans.new_folder(orphans.SHARED_MEMORY), flush=True);"
+        "import os; from vllm_kl import lifetime; print(lifetime.new_folder(lifetime.SHARED_MEMORY), flush=True);"
         "input(); os.kill(os.getpid(), 9)"
     )
     with subprocess.Popen(
@@ -694,29 +695,29 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed(states, folders)
 
 def test_a_folder_is_its_owners_whatever_process_ids_say(tmp_path, monkeypatch):
     """Containers that share /dev/shm have process ids of their own."""
-    monkeypatch.setattr(orphans, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(lifetime, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)  # nobody's here
-    mine = orphans.new_folder(tmp_path)
-    orphans.remove_orphans()
+    mine = lifetime.new_folder(tmp_path)
+    lifetime.remove_orphans()
     assert mine.exists()
-    orphans.remove(mine)
+    lifetime.remove(mine)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fork_neither_keeps_nor_removes_its_parents_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(orphans, "SHARED_MEMORY", tmp_path)
-    mine = orphans.new_folder(tmp_path)
+    monkeypatch.setattr(lifetime, "SHARED_MEMORY", tmp_path)
+    mine = lifetime.new_folder(tmp_path)
     ours, theirs = os.pipe(), os.pipe()
     if not (child := os.fork()):
-        orphans.remove(mine)
+        lifetime.remove(mine)
         os.write(theirs[1], b"x")
         os.read(ours[0], 1)
         os._exit(0)
     os.read(theirs[0], 1)
     try:
         assert mine.exists()
-        os.close(orphans._HELD.pop(mine))  # as if this process had been killed, and not its fork
-        orphans.remove_orphans()
+        os.close(lifetime._HELD.pop(mine))  # as if this process had been killed, and not its fork
+        lifetime.remove_orphans()
         assert not mine.exists()
     finally:
         os.write(ours[1], b"x")

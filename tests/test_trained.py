@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, Qwen2ForSequenceClassification
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer
-from vllm_kl.checkpoint import Skeleton
 from vllm_kl.errors import WeightsError
-from vllm_kl.sync import VLLMSyncScheme, push_weights
+from vllm_kl.weights.checkpoint import Skeleton
+from vllm_kl.weights.push import VLLMSyncScheme, push_weights
 
 IDS = list(range(5, 60))
 

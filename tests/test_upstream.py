@@ -24,9 +24,9 @@ import vllm.envs
 from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
-from vllm_kl.leaving import on_leaving
-from vllm_kl.penalty import Coefficient
 from vllm_kl.plugin import taken
+from vllm_kl.transforms.kl_transform import Coefficient
+from vllm_kl.transforms.postproc import on_leaving
 
 
 def source(thing):
@@ -90,7 +90,7 @@ class TestRequests:
         assert engine.get_num_unfinished_requests() == 0
 
     def test_a_completion_tells_the_versions_that_made_it(self):
-        """engines/generate.py, generated.py: the version of a sample is the engine's own answer."""
+        """engines/generate.py, transforms/watched_policy.py: the version of a sample is the engine's own answer."""
         from vllm.outputs import CompletionOutput, WeightVersionSpan
 
         assert (
@@ -102,7 +102,7 @@ class TestRequests:
 
 class TestTheEngine:
     def test_an_engine_in_this_process_has_a_client_without_a_socket(self, policy_llm):
-        """engines/weights.py watches the others: vLLM waits for ever for what a dead process was asked."""
+        """weights/live.py watches the others: vLLM waits for ever for what a dead process was asked."""
         from vllm.v1.engine.core_client import BackgroundResources, InprocClient, MPClient
 
         assert type(policy_llm.llm_engine.engine_core) is InprocClient
@@ -111,7 +111,7 @@ class TestTheEngine:
         assert "engine_dead" in fields(BackgroundResources)
 
     def test_its_version_is_asked_and_set_by_these_names(self, policy_llm):
-        """engines/weights.py, engines/loading.py."""
+        """weights/live.py, weights/loading.py."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine = policy_llm.llm_engine
@@ -279,7 +279,7 @@ class TestTheEnvironment:
 
 class TestTorchRL:
     def test_a_wrapper_reaches_its_engine_through_these_methods(self):
-        """generated.py watches them, resolver.py and wrapper.py call them."""
+        """transforms/watched_policy.py watches them, sides.py and lora_wrapper.py call them."""
         from torchrl.modules.llm import vLLMWrapper
 
         assert all(
@@ -288,7 +288,7 @@ class TestTorchRL:
         assert source(vLLMWrapper).count("= self._call_generate(") == 4
 
     def test_what_postproc_returns_is_the_batch_that_leaves_a_collector(self):
-        """leaving.py puts itself there, for batches that are checked and KLs that are filled in."""
+        """transforms/postproc.py puts itself there, for batches that are checked and KLs that are filled in."""
         from torchrl.collectors.llm import LLMCollector
 
         class Fake:
@@ -308,7 +308,7 @@ class TestTorchRL:
         assert caplog.text.count("a Renamed has no postproc: nobody looks at the batches that leave it") == 1
 
     def test_a_started_collector_runs_in_a_thread_of_this_name(self):
-        """background.py tells a trainer what ended it."""
+        """weights/collector_errors.py tells a trainer what ended it."""
         from torchrl.collectors.llm import LLMCollector
 
         start = source(LLMCollector.start)
@@ -316,7 +316,7 @@ class TestTorchRL:
         assert "self._run_iterator" in start
 
     def test_a_collector_keeps_its_tracker_of_versions_under_this_name(self):
-        """sync.py sets its version."""
+        """transforms/sync.py sets its version."""
         from torchrl.collectors.llm import LLMCollector
         from torchrl.envs.llm.transforms import PolicyVersion
 
@@ -324,7 +324,7 @@ class TestTorchRL:
         assert PolicyVersion().version == 0
 
     def test_a_controller_divides_by_its_coefficient_and_changes_its_sign(self):
-        """penalty.py hands it the KL's share of the reward, so that its target is one of nats a sequence."""
+        """transforms/kl_transform.py hands it the KL's share of the reward, so that its target is one of nats a sequence."""
         from torchrl.data import AdaptiveKLController
 
         for nats, factor in ((6.0, 1.0), (6.6, 1 + 0.1 * 4 / 10), (60.0, 1 + 0.2 * 4 / 10), (0.1, 1 - 0.2 * 4 / 10)):
@@ -333,13 +333,13 @@ class TestTorchRL:
             np.testing.assert_allclose(float(controller.coef), 0.1 * factor, rtol=1e-6)
 
     def test_a_replay_buffer_hands_whole_batches_to_inverse_transforms(self):
-        """steps.py lets them through."""
+        """transforms/base.py lets them through."""
         from torchrl.envs.transforms import transforms
 
         assert "_inv_call" in source(transforms.Transform.inv)
 
     def test_an_updater_counts_after_it_was_called(self):
-        """sync.py pushes one version less, where the collector counts another itself."""
+        """transforms/sync.py pushes one version less, where the collector counts another itself."""
         from torchrl.collectors.llm import LLMCollector
 
         update = source(LLMCollector.update_policy_weights_)

@@ -34,8 +34,8 @@ from vllm_kl import (
     push_weights,
 )
 from vllm_kl.errors import CollectorError, StaleError, WeightsError
-from vllm_kl.sync import weights_of
-from vllm_kl.versions import StaleWarning
+from vllm_kl.weights.push import weights_of
+from vllm_kl.weights.versions import StaleWarning
 
 
 @pytest.fixture

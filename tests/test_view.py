@@ -20,8 +20,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from vllm_kl import Sample, read_samples, write_samples
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.samples import FLOAT32_MAX, replacing
-from vllm_kl.view import kl_cap, render_page, write_page
+from vllm_kl.view.page import kl_cap, render_page, write_page
+from vllm_kl.view.samples import FLOAT32_MAX, replacing
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -523,4 +523,4 @@ def test_the_page_travels_with_the_package():
 
     root = Path(__file__).parents[1]
     packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["vllm_kl"]
-    assert {path.name for path in root.glob("vllm_kl/view.*")} - {"view.py"} <= set(packaged)
+    assert {f"view/{path.name}" for path in root.glob("vllm_kl/view/page.*")} - {"view/page.py"} <= set(packaged)

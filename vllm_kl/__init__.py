@@ -11,16 +11,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_kl.background import check_collector
-    from vllm_kl.computation import KLComputation
-    from vllm_kl.deferred import fill_deferred
     from vllm_kl.diagnostics import mismatch
-    from vllm_kl.from_collector import FromCollector
     from vllm_kl.kl import kl_estimate
-    from vllm_kl.reference import VLLMReference
-    from vllm_kl.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.scorer import VLLMScorer
-    from vllm_kl.sync import (
+    from vllm_kl.transforms.deferred import fill_deferred
+    from vllm_kl.transforms.from_collector import FromCollector
+    from vllm_kl.transforms.kl_computation import KLComputation
+    from vllm_kl.transforms.lora_wrapper import LoRAWrapper
+    from vllm_kl.transforms.retokenized_turns import RetokenizedTurns
+    from vllm_kl.transforms.retrieve_kl import RetrieveKL, RetrieveLogProb
+    from vllm_kl.transforms.vllm_reference import VLLMReference
+    from vllm_kl.view.samples import Sample, read_samples, samples_from_batch, write_samples
+    from vllm_kl.weights.collector_errors import check_collector
+    from vllm_kl.weights.push import (
         EnginePolicyVersion,
         VLLMSyncScheme,
         VLLMWeightUpdater,
@@ -28,10 +31,7 @@ if TYPE_CHECKING:
         push_weights,
         push_weights_async,
     )
-    from vllm_kl.transforms import RetrieveKL, RetrieveLogProb
-    from vllm_kl.turns import RetokenizedTurns
-    from vllm_kl.versions import check_versions
-    from vllm_kl.wrapper import LoRAWrapper
+    from vllm_kl.weights.versions import check_versions
 
 __version__ = "0.1.0"
 
@@ -62,29 +62,29 @@ __all__ = [
 ]
 
 _HOME = {
-    "EnginePolicyVersion": "sync",
-    "FromCollector": "from_collector",
-    "KLComputation": "computation",
-    "LoRAWrapper": "wrapper",
-    "RetokenizedTurns": "turns",
-    "RetrieveKL": "transforms",
-    "RetrieveLogProb": "transforms",
-    "Sample": "samples",
-    "VLLMReference": "reference",
+    "EnginePolicyVersion": "weights.push",
+    "FromCollector": "transforms.from_collector",
+    "KLComputation": "transforms.kl_computation",
+    "LoRAWrapper": "transforms.lora_wrapper",
+    "RetokenizedTurns": "transforms.retokenized_turns",
+    "RetrieveKL": "transforms.retrieve_kl",
+    "RetrieveLogProb": "transforms.retrieve_kl",
+    "Sample": "view.samples",
+    "VLLMReference": "transforms.vllm_reference",
     "VLLMScorer": "scorer",
-    "VLLMSyncScheme": "sync",
-    "VLLMWeightUpdater": "sync",
-    "check_collector": "background",
-    "check_versions": "versions",
-    "fill_deferred": "deferred",
-    "finish_update": "sync",
+    "VLLMSyncScheme": "weights.push",
+    "VLLMWeightUpdater": "weights.push",
+    "check_collector": "weights.collector_errors",
+    "check_versions": "weights.versions",
+    "fill_deferred": "transforms.deferred",
+    "finish_update": "weights.push",
     "kl_estimate": "kl",
     "mismatch": "diagnostics",
-    "push_weights": "sync",
-    "push_weights_async": "sync",
-    "read_samples": "samples",
-    "samples_from_batch": "samples",
-    "write_samples": "samples",
+    "push_weights": "weights.push",
+    "push_weights_async": "weights.push",
+    "read_samples": "view.samples",
+    "samples_from_batch": "view.samples",
+    "write_samples": "view.samples",
 }
 
 

@@ -104,8 +104,8 @@ def view(
     as_json: Json = False,
 ) -> None:
     """Write one page, needing no network, that colours every token of scored samples by its log-ratio."""
-    from vllm_kl.samples import read_samples, with_texts
-    from vllm_kl.view import write_page
+    from vllm_kl.view.page import write_page
+    from vllm_kl.view.samples import read_samples, with_texts
 
     try:
         if file.exists() and html.exists() and html.samefile(file):

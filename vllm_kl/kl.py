@@ -29,7 +29,7 @@ from typing import Literal, get_args
 
 import torch
 
-from vllm_kl.alignment import check_finite, only_kept
+from vllm_kl.batch.alignment import check_finite, only_kept
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.types import widths_of
 

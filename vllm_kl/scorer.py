@@ -2,10 +2,10 @@
 
 ``VLLMScorer.score`` checks the input, sends what must be computed to its engine, and checks what comes back:
 
-    token_ids, start -> ScoreRequest -> ordered, each once (batching.py) -> engine (engines/) -> ScoreResult
+    token_ids, start -> ScoreRequest -> ordered, each once (plan.py) -> engine (engines/) -> ScoreResult
         -> every row there, finite -> float32 tensors, in the caller's order
 
-It knows nothing of tensordicts, chat templates, masks or padding; those are ``inputs.py`` and ``alignment.py``.
+It knows nothing of tensordicts, chat templates, masks or padding; those are in ``batch/``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,7 @@ from typing import Any, get_args
 
 import torch
 
-from vllm_kl.background import check_collector
-from vllm_kl.batching import plan
-from vllm_kl.canary import Canary
-from vllm_kl.checkpoint import average
-from vllm_kl.engines.base import Engine
-from vllm_kl.engines.devices import Devices
-from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.engines.make import make_engine
-from vllm_kl.engines.process import TIMEOUT_S
-from vllm_kl.engines.weights import Weights
-from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
-from vllm_kl.placeholders import Placeholders, check_placeholders
-from vllm_kl.progress import show_progress
-from vllm_kl.requests import (
+from vllm_kl.checks import (
     TokenIds,
     check_can,
     check_ids,
@@ -44,7 +31,20 @@ from vllm_kl.requests import (
     check_temperature,
     check_timeout,
 )
+from vllm_kl.engines.base import Engine
+from vllm_kl.engines.devices import Devices
+from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.make import make_engine
+from vllm_kl.engines.placeholders import Placeholders, check_placeholders
+from vllm_kl.engines.process import TIMEOUT_S
+from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
+from vllm_kl.plan import plan
+from vllm_kl.progress import show_progress
 from vllm_kl.types import ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
+from vllm_kl.weights.canary import Canary
+from vllm_kl.weights.checkpoint import average
+from vllm_kl.weights.collector_errors import check_collector
+from vllm_kl.weights.live import Weights
 
 logger = logging.getLogger("vllm_kl")
 
@@ -143,7 +143,7 @@ class VLLMScorer:
 
     @property
     def weights(self) -> Weights:
-        """What the engine's weights can be asked, and told; see :mod:`vllm_kl.engines.weights`.
+        """What the engine's weights can be asked, and told; see :mod:`vllm_kl.weights.live`.
 
         Raises:
             WeightsError: the engine is one whose weights are not known here.

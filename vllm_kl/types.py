@@ -115,8 +115,8 @@ class TextReport:
 class TokenBatch:
     """A batch of real tokens, laid end to end, with the place of each in the row it is stored in.
 
-    Made by :mod:`vllm_kl.inputs`, consumed by :mod:`vllm_kl.alignment`. Padding is gone; where it was is in ``places`` and
-    ``widths``, so results can be put back exactly where the tokens are. Everything per token is one packed tensor
+    Made by :mod:`vllm_kl.batch.inputs`, consumed by :mod:`vllm_kl.batch.alignment`. Padding is gone; where it was is in
+    ``places`` and ``widths``, so results can be put back exactly where the tokens are. Everything per token is one packed tensor
     ``[N]``, so a batch costs a few operations, not a few per sample; the properties give it sample by sample.
     """
 

@@ -29,10 +29,10 @@ from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.demo import task
 from vllm_kl.engines.devices import has_gpu
-from vllm_kl.reference import VLLMReference
 from vllm_kl.scorer import VLLMScorer
-from vllm_kl.sync import EnginePolicyVersion
-from vllm_kl.transforms import RetrieveKL
+from vllm_kl.transforms.retrieve_kl import RetrieveKL
+from vllm_kl.transforms.vllm_reference import VLLMReference
+from vllm_kl.weights.push import EnginePolicyVersion
 
 if TYPE_CHECKING:
     from vllm_kl.demo.run import DemoConfig

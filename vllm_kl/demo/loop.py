@@ -26,9 +26,9 @@ from vllm_kl.demo import report, train
 from vllm_kl.demo.env import make_collector, set_up, started
 from vllm_kl.demo.run import BatchRow, DemoConfig, Float64KL, Rollout, read_rollouts, summarize
 from vllm_kl.diagnostics import mismatch
-from vllm_kl.samples import write_samples
-from vllm_kl.sync import VLLMWeightUpdater
-from vllm_kl.transforms import RetrieveKL
+from vllm_kl.transforms.retrieve_kl import RetrieveKL
+from vllm_kl.view.samples import write_samples
+from vllm_kl.weights.push import VLLMWeightUpdater
 
 
 @dataclass(frozen=True, kw_only=True)

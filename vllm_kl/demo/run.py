@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from vllm_kl.demo import report, task, train
 from vllm_kl.demo.env import make_collector, set_up, started
 from vllm_kl.kl import kl_estimate
-from vllm_kl.reference import VLLMReference
-from vllm_kl.samples import Sample, samples_from_batch, write_samples
-from vllm_kl.transforms import RetrieveKL
+from vllm_kl.transforms.retrieve_kl import RetrieveKL
+from vllm_kl.transforms.vllm_reference import VLLMReference
+from vllm_kl.view.samples import Sample, samples_from_batch, write_samples
 
 
 @dataclass(frozen=True, kw_only=True)

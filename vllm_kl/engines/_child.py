@@ -20,13 +20,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.checkpoint import Checkpoint
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.failures import explain
 from vllm_kl.engines.packed import Packed, pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError
-from vllm_kl.orphans import end_with_owner, remove_orphans
+from vllm_kl.lifetime import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
+from vllm_kl.weights.checkpoint import Checkpoint
 
 _SIGN_OF_LIFE_S = 1.0
 _NOBODY = -1  # no call's id

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
-from vllm_kl.engines.weights import Weights
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.weights.live import Weights
 
 OnDone = Callable[[int], None]  # told how many more requests are done
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kl.engines.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.lengths import dynamic_length, note_on, side_in
-from vllm_kl.engines.loading import INITIAL
-from vllm_kl.engines.weights import LiveWeights, lock_of
+from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import EngineError, MissingLogProbError, ReadoutUnavailableError, VLLMKLError, WeightsError
-from vllm_kl.placeholders import notes_on, placeholder_ids
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.weights.adapters import check_adapter, check_engine_args, identity
+from vllm_kl.weights.live import LiveWeights, lock_of
+from vllm_kl.weights.loading import INITIAL
 
 DUMMY = "load_format='dummy': the weights are random numbers"  # what a user must know of it
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kl.engines.adapters import lora_options
 from vllm_kl.engines.base import Driver, drive
 from vllm_kl.engines.generate import DUMMY, GenerateEngine
 from vllm_kl.engines.lengths import dynamic_length, note_on, rope_parameters, side_of, switch_length
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, VLLMKLError
 from vllm_kl.types import ScoreRequest, ScoreResult
+from vllm_kl.weights.adapters import lora_options
 
 
 def start(*, model: str, readout: str, options: dict[str, Any], lora_request: Any = None) -> Driver:

@@ -34,14 +34,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.checkpoint import Checkpoint, Skeleton, Start, complete
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.devices import Devices, has_gpu, seeing
 from vllm_kl.engines.failures import with_log
-from vllm_kl.engines.loading import NeedsNewEngineError
 from vllm_kl.engines.packed import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, complete
+from vllm_kl.weights.loading import NeedsNewEngineError
 
 logger = logging.getLogger("vllm_kl")
 

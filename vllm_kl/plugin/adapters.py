@@ -1,6 +1,6 @@
 """Which modules a worker wrapped for LoRA: a method that the plugin gives to vLLM's ``WorkerBase``.
 
-Nobody else knows: it hangs on the model, on ``lora_target_modules`` and on what vLLM can wrap. See :mod:`vllm_kl.engines.adapters`.
+Nobody else knows: it hangs on the model, on ``lora_target_modules`` and on what vLLM can wrap. See :mod:`vllm_kl.weights.adapters`.
 
 Source: ``LoRAModelManager._create_lora_modules``, ``lora/model_manager.py``, vLLM 0.32.
 """

@@ -47,7 +47,7 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
-    from vllm_kl.checkpoint import quantization_of
+    from vllm_kl.weights.checkpoint import quantization_of
 
     first = worker.vllm_config.model_config
     if folder is not None and quantization_of(first.hf_config):

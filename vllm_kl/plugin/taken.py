@@ -16,7 +16,7 @@ import signal
 import sys
 from typing import Any
 
-from vllm_kl.orphans import end_with_owner, parent_of
+from vllm_kl.lifetime import end_with_owner, parent_of
 from vllm_kl.plugin import cpu
 
 logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
@@ -48,7 +48,9 @@ def take(worker: Any, owner_pid: int) -> bool:
 
 def is_taken(worker: Any) -> bool:
     """Whether a worker's engine is one of ours: it was taken, or a program that uses this package runs it in its own process."""
-    return getattr(worker, _IS_TAKEN, False) or not sys.modules.keys().isdisjoint(("vllm_kl.scorer", "vllm_kl.sync"))
+    return getattr(worker, _IS_TAKEN, False) or not sys.modules.keys().isdisjoint(
+        ("vllm_kl.scorer", "vllm_kl.weights.push")
+    )
 
 
 def _end_with(owner_pid: int) -> None:

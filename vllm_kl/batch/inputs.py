@@ -1,0 +1,360 @@
+"""A tensordict -> the real tokens of every sample, and which of them count.
+
+Ids win: where the tensordict has ``("tokens", "full")`` those ids are taken. History or text is tokenized only where
+there are no ids, once, for both sides of a KL.
+
+Masks come from lengths and from masks that are stored beside the ids, never from token values: pad == EOS is
+ordinary. It does not know models or engines; it knows TorchRL's keys and its chat templates.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from tensordict import NonTensorData, NonTensorStack, TensorDictBase
+from tensordict.utils import NestedKey
+from torchrl.data.llm import History
+
+from vllm_kl.batch.chat_templates import compare, end_turns, ends_of, render
+from vllm_kl.batch.texts import doubled_bos, tokenize
+from vllm_kl.errors import InputError
+from vllm_kl.types import Rows, TextReport, TokenBatch, columns_of, pack, widths_of
+
+_NO_TAGS = (
+    "assistant_only=True, but the chat template marks no assistant tokens in sample {sample}. What works: a template that "
+    "runs {{% generation %}} tags around what the assistant says (tokenizer_kwargs={{'chat_template': ...}}, or "
+    "'chat_template_name': 'chatml_format' of TorchRL); ids with {stored}; ids with {prompt}, after which everything counts "
+    "(the last turn); or assistant_only=False."
+)
+_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+
+InputMode = Literal["history", "text", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputKeys:
+    """Where a batch keeps its entries, and how text becomes ids where it must."""
+
+    input_mode: InputMode
+    key: NestedKey  # what is tokenized, or read, where there are no ids under ``tokens_key``
+    tokens_key: NestedKey = "tokens"
+    masks_key: NestedKey = "masks"
+    tokenizer: Any = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # chat_template_name, chat_template, ...
+    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)  # for text
+
+
+def keys_of(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    template_kwargs: dict[str, Any] | None = None,
+    history_key: NestedKey | None = None,
+    ids_of: Any = None,
+) -> InputKeys:
+    """Return where a wrapper's input lies.
+
+    Args:
+        model: a wrapper of TorchRL's kind.
+        tokenizer: used instead of the wrapper's.
+        template_kwargs: added to the wrapper's own chat template.
+        history_key: used instead of the wrapper's, with ``"full"``.
+        ids_of: the wrapper that wrote ids and masks, where it is another one.
+    """
+    template = {name: getattr(model, name, None) for name in ("chat_template_name", "chat_template")}
+    input_mode = getattr(model, "input_mode", "history")
+    other_history = history_key is not None and history_key != getattr(model, "history_key", "history")
+    return InputKeys(
+        input_mode=input_mode,
+        key=nested(history_key, "full") if other_history and input_mode == "history" else model.in_keys[0],
+        tokens_key=getattr(ids_of or model, "tokens_key", "tokens"),
+        masks_key=getattr(ids_of or model, "masks_key", "masks"),
+        tokenizer=tokenizer or getattr(model, "tokenizer", None),
+        template_kwargs={**{k: v for k, v in template.items() if v is not None}, **(template_kwargs or {})},
+        tokenizer_kwargs=getattr(model, "tokenizer_kwargs", None) or {},
+    )
+
+
+def nested(key: NestedKey, name: str) -> tuple[str, ...]:
+    """Return ``key`` extended by ``name``.
+
+    >>> nested("tokens", "full"), nested(("ref", "tokens"), "full")
+    (('tokens', 'full'), ('ref', 'tokens', 'full'))
+    """
+    return (*key, name) if isinstance(key, tuple) else (key, name)
+
+
+def read_rows(td: TensorDictBase, key: NestedKey) -> Rows | None:
+    """Return entry ``key`` of a one-dimensional batch, or ``None`` if no sample has it.
+
+    A dense entry is one tensor ``[B, ...]``; a nested or lazily stacked ragged one is a list of B tensors.
+
+    Raises:
+        InputError: some samples have it and others do not.
+    """
+    value = td.get(key, default=None, as_list=True)
+    if isinstance(value, torch.Tensor):
+        return list(value.unbind(0)) if value.is_nested else value
+    rows = [sample.get(key, default=None) for sample in td.unbind(0)] if value is None else list(value)
+    missing = [i for i, row in enumerate(rows) if row is None]
+    if len(missing) == len(rows):
+        return None
+    if missing:
+        raise InputError(
+            f"sample {missing[0]} has no {key}, but others of the batch have: write it for all, or for none"
+        )
+    return rows
+
+
+def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
+    """Return entry ``key`` as :func:`read_rows` does, always as one tensor per sample."""
+    rows = read_rows(td, key)
+    return list(rows.unbind(0)) if isinstance(rows, torch.Tensor) else rows
+
+
+def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
+    """Return the real tokens of a one-dimensional batch and the mask of those that count.
+
+    Args:
+        td: tensordict with ``batch_size [B]``; not changed.
+        keys: where to look.
+        assistant_only: keep the assistant's tokens; else every token but token 0.
+
+    Raises:
+        InputError: nothing to score, a mask that does not fit its ids, no way to tell the assistant's tokens.
+    """
+    ids = read_rows(td, nested(keys.tokens_key, "full"))
+    if ids is None and keys.input_mode == "tokens":
+        ids = read_rows(td, keys.key)
+    is_stored, report = ids is not None, TextReport()
+    if is_stored:
+        lengths, places = _real_tokens(ids, read_rows(td, nested(keys.masks_key, "all_attention_mask")), keys)
+        ids_N = pack(ids, places).long()
+        assistant = _stored_assistant_mask(td, ids, lengths, places, keys, assistant_only)
+        if assistant is None and assistant_only:
+            assistant = _template_mask(td, ids_N.split(lengths), keys)
+    else:
+        ids, masks, report = _tokenize(td, keys, assistant_only=assistant_only)
+        lengths, places = widths_of(ids), None
+        ids_N, assistant = torch.cat(ids), None if masks is None else torch.cat(masks)
+    if 0 in lengths:
+        raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
+    firsts = torch.tensor([0, *lengths])[: len(lengths)].cumsum(0)
+    keep = assistant if assistant_only else torch.ones(len(ids_N), dtype=torch.bool).index_fill(0, firsts, False)
+    for i in keep[firsts].nonzero()[:, 0].tolist():
+        raise InputError(
+            f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
+            "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
+        )
+    return TokenBatch(
+        packed_ids=ids_N,
+        packed_keep=keep,
+        packed_assistant=assistant,
+        lengths=lengths,
+        places=places,
+        widths=widths_of(ids),
+        stored=is_stored,
+        report=report.joined(doubled_bos(ids_N, firsts, lengths, keys.tokenizer)),
+    )
+
+
+def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[list[int], torch.Tensor | None]:
+    """Return how many real tokens each row has, and their places; all of them where no attention mask is stored."""
+    widths = widths_of(ids)
+    if attention is None:
+        return widths, None
+    check_shapes(attention, ids, nested(keys.masks_key, "all_attention_mask"))
+    is_real = pack(attention).bool()
+    if is_real.all():
+        return widths, None
+    places = is_real.nonzero()[:, 0]
+    ends = torch.searchsorted(places, torch.tensor(widths).cumsum(0))
+    lengths = ends.diff(prepend=torch.zeros(1, dtype=torch.long))
+    begun = lengths > 0
+    last, first = places[ends[begun] - 1], places[(ends - lengths)[begun]]
+    holes = begun.nonzero()[:, 0][last - first + 1 != lengths[begun]].tolist()
+    if holes:
+        warnings.warn(
+            f"sample {holes[0]} (and {len(holes) - 1} more): the attention mask leaves out tokens inside the sequence. "
+            "They are left out of scoring as well, because a policy that masks them did not see them: TorchRL's "
+            "wrappers drop every pad id from a padded prompt. Give the tokenizer a pad token that is not its EOS.",
+            stacklevel=4,
+        )
+    return lengths.tolist(), places
+
+
+def check_shapes(masks: Rows, ids: Rows, name: NestedKey) -> None:
+    """Refuse masks of another shape than their ids."""
+    if isinstance(masks, torch.Tensor) and isinstance(ids, torch.Tensor) and masks.shape == ids.shape:
+        return
+    for i, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        if mask.shape != row.shape:
+            raise InputError(
+                f"sample {i}: {name} has shape {list(mask.shape)}, expected {list(row.shape)}, that of its token ids"
+            )
+
+
+def _stored_assistant_mask(
+    td: TensorDictBase,
+    ids: Rows,
+    lengths: list[int],
+    places: torch.Tensor | None,
+    keys: InputKeys,
+    assistant_only: bool,
+) -> torch.Tensor | None:
+    """Return the stored assistant mask of the real tokens, ``[N]``; or everything after the stored prompt; or ``None``."""
+    name = nested(keys.masks_key, "all_assistant_mask")
+    stored = read_rows(td, name)
+    if stored is not None:
+        check_shapes(stored, ids, name)
+        return pack(stored, places).bool()
+    prompts = rows_of(td, nested(keys.tokens_key, "prompt"))
+    if prompts is None:
+        return None
+    columns = columns_of(places, lengths, widths_of(ids))
+    found = _prompt_lengths([p.long().cpu() for p in prompts], [r.long().cpu() for r in ids], columns, keys)
+    if isinstance(found, str):
+        if assistant_only:
+            raise InputError(f"{found} Store {name} beside the ids, or pass assistant_only=False.")
+        return None
+    return torch.cat([torch.arange(length) >= prompt for length, prompt in zip(lengths, found, strict=True)])
+
+
+def _prompt_lengths(
+    prompts: list[torch.Tensor], full: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys
+) -> list[int] | str:
+    """Return how many of its real ids each sample's prompt has, or why that is not known.
+
+    The prompts of a batch are the first columns of the full rows, padding included (TorchRL's layout), or the first ids without
+    padding. Prompts of one width may be padded in another way, for which no mask is stored: where they end with an id that pads the
+    full rows, or is the tokenizer's pad, nobody can tell.
+    """
+    name = f"{nested(keys.tokens_key, 'prompt')} {{}} {nested(keys.tokens_key, 'full')}".format
+    real = [row[c] for row, c in zip(full, columns, strict=True)]
+    in_place = [
+        int((c < len(p)).sum()) if torch.equal(p, row[: len(p)]) else None
+        for p, row, c in zip(prompts, full, columns, strict=True)
+    ]
+    unpadded = [len(p) if torch.equal(p, ids[: len(p)]) else None for p, ids in zip(prompts, real, strict=True)]
+    ways = [way for way in (in_place, unpadded) if None not in way]
+    if not ways:
+        way, rows = max(((in_place, full), (unpadded, real)), key=lambda w: len(prompts) - w[0].count(None))
+        i = way.index(None)
+        prompt, row = prompts[i].tolist(), rows[i].tolist()
+        at = next(t for t, token in enumerate(prompt) if row[t : t + 1] != [token])
+        expected = row[at] if at < len(row) else "the end of the row"
+        return (
+            f"sample {i}: {name('does not begin')}: its token {at} is {prompt[at]}, expected {expected}. Prompts must be the first "
+            "columns of the full rows, padding included, or the first ids without padding."
+        )
+    pads: set[int | None] = set()
+    if len({len(p) for p in prompts}) == 1:
+        hidden = [row[~torch.isin(torch.arange(len(row)), c)] for row, c in zip(full, columns, strict=True)]
+        pads = {*torch.cat(hidden).tolist(), getattr(keys.tokenizer, "pad_token_id", None)}
+    for i, readings in enumerate(zip(*ways, strict=True)):
+        shortest, longest = min(readings), max(readings)
+        while shortest and int(real[i][shortest - 1]) in pads:
+            shortest -= 1
+        if shortest < longest:
+            return (
+                f"sample {i}: {name('begins')} with {shortest} tokens or with {longest}: the ids at its end are padding or "
+                "tokens. Take the padding off the prompts."
+            )
+    return ways[0]
+
+
+def _template_mask(td: TensorDictBase, token_ids: Sequence[torch.Tensor], keys: InputKeys) -> torch.Tensor:
+    """Return the chat template's assistant mask for stored ids, ``[N]``, if the history gives exactly those ids."""
+    if keys.input_mode != "history" or td.get(keys.key, default=None) is None:
+        raise InputError(
+            f"assistant_only=True needs to know the assistant's tokens: the tensordict has ids but neither "
+            f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor {keys.key}. "
+            "Add one of them, or pass assistant_only=False."
+        )
+    template_ids, masks, _ = _render(td, keys, assistant_only=True)
+    assert masks is not None, "found or refused"
+    for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
+        if not torch.equal(ids, expected):
+            raise InputError(
+                f"sample {i}: its history renders to {len(ids)} tokens that differ from its {len(expected)} stored ids, "
+                f"so the template's assistant mask does not fit them. Store {nested(keys.masks_key, 'all_assistant_mask')} "
+                "beside the ids, or name the template that made them: tokenizer_kwargs={'chat_template_name': ...}."
+            )
+    return torch.cat(masks)
+
+
+def _tokenize(
+    td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
+    """Return ids and, of histories, assistant masks."""
+    if td.get(keys.key, default=None) is None:
+        raise InputError(
+            f"nothing to score: the tensordict has neither {nested(keys.tokens_key, 'full')} nor {keys.key}; it has "
+            f"{sorted(map(str, td.keys()))}"
+        )
+    if keys.input_mode == "tokens":
+        raise InputError(f"{keys.key} must hold tensors of ids")
+    if keys.tokenizer is None:
+        raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
+    if keys.input_mode == "history":
+        return _render(td, keys, assistant_only=assistant_only)
+    if assistant_only:
+        raise InputError("assistant_only=True needs input_mode='history': text does not say whose tokens are whose")
+    texts = td.get(keys.key)
+    if isinstance(texts, (NonTensorData, NonTensorStack)):
+        texts = texts.tolist()
+    options = {k: v for k, v in keys.tokenizer_kwargs.items() if k not in ("padding", "return_tensors", "padding_side")}
+    rows, report = tokenize([texts] if isinstance(texts, str) else list(texts), keys.tokenizer, options)
+    return [torch.tensor(ids, dtype=torch.long) for ids in rows], None, report
+
+
+def _render(
+    td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
+    """Return ids and assistant masks of the histories; masks are ``None`` where the template does not make them."""
+    history = td.get(keys.key)
+    if not isinstance(history, History):
+        raise InputError(f"{keys.key} must be a History, got {type(history).__name__}")
+    options = {"add_generation_prompt": False, **keys.template_kwargs}
+    options |= {"tokenize": True, "padding": False, "return_dict": True, "return_assistant_tokens_mask": True}
+    options.pop("return_tensors", None)
+    whose = _choose_template(keys.tokenizer, options)
+    dialogs, notes = render(history, keys.tokenizer, options, whose=whose)
+    token_ids = [dialog.token_ids for dialog in dialogs]
+    bare = [i for i, dialog in enumerate(dialogs) if not dialog.marked.any()]
+    if len(bare) < len(dialogs):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
+        bare = [i for i in bare if dialogs[i].speaks and not options.get("truncation")]
+    if bare and assistant_only:
+        stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
+        raise InputError(_NO_TAGS.format(sample=bare[0], stored=stored, prompt=prompt))
+    ends = ends_of(keys.tokenizer, options)
+    masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
+    if not assistant_only:
+        of_turns.warnings.pop("blank", None)  # everything counts
+    return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
+
+
+def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
+    """Set the chat template in TorchRL's options, where it is the tokenizer's own; return whose it is."""
+    if options.get("chat_template") is not None:
+        return "the chat_template that was passed"
+    if options.get("chat_template_name") is not None:
+        return f"TorchRL's chat template {options['chat_template_name']!r}"
+    own = getattr(tokenizer, "chat_template", None)
+    text = own.get("default", "") if isinstance(own, dict) else own
+    if text and _TAG.search(text):
+        options["chat_template"] = text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
+        return "the tokenizer's own chat template"
+    if own:
+        warnings.warn(
+            "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids "
+            "may differ from those that a policy saw. Store its ids, or pass the template to use: "
+            "tokenizer_kwargs={'chat_template': ...}.",
+            stacklevel=5,
+        )
+    return "the chat template that TorchRL chose by the tokenizer's path"

@@ -1,0 +1,256 @@
+"""What may be sent, and what may come back: ids, starts and adapters fit for an engine, log-probs fit for a caller, or
+a refusal."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_kl.engines.placeholders import Placeholders
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult, place_of
+
+TokenIds = Sequence[int] | np.ndarray | torch.Tensor
+
+
+def check_requests(
+    token_ids: Sequence[TokenIds],
+    start: int | Sequence[int] | None,
+    info: EngineInfo,
+    placeholders: Placeholders = "refuse",
+) -> tuple[list[np.ndarray], list[int]]:
+    """Return B arrays ``[L]`` int32 and B starts.
+
+    Raises:
+        InputError: a sequence is empty, not flat, too long, has an id outside the vocabulary, or one that stands for an image;
+            a start is out of range; there are not as many starts as sequences.
+    """
+    sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
+    starts = _to_starts(start, len(sequences))
+    lengths = [len(ids) for ids in sequences]
+    for i, (length, first) in enumerate(zip(lengths, starts, strict=True)):
+        if not length:
+            raise InputError(f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch")
+        if not 1 <= first <= length:
+            raise InputError(
+                f"sequence {i}: start is {first}, expected 1 <= start <= {length} (its length). Token 0 has no "
+                "log-prob: nothing comes before it."
+            )
+        if info.max_sequence_len is not None and length > info.max_sequence_len:
+            raise InputError(
+                f"sequence {i} has {length} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
+                "where the engine is made, or cut the sequence."
+            )
+    packed = np.concatenate([np.empty(0, np.int64), *sequences])
+    if placeholders == "refuse":
+        _check_no_placeholder(packed, lengths, info)
+    _check_vocabulary(packed, lengths, info)
+    ends = itertools.accumulate(lengths)
+    packed = packed.astype(np.int32)
+    return [packed[end - length : end] for length, end in zip(lengths, ends, strict=True)], starts
+
+
+def check_ids(
+    ids: Sequence[Any], sequences: Sequence[np.ndarray], starts: Sequence[int], info: EngineInfo
+) -> list[np.ndarray]:
+    """Return B arrays ``[L - start, K]`` int32: the chosen tokens of each row.
+
+    Raises:
+        InputError: an entry has another shape, or an id outside the vocabulary; K differs between sequences.
+    """
+    if len(ids) != len(sequences):
+        raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
+    top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
+    arrays = [_as_array(f"ids of sequence {i}", entry) for i, entry in enumerate(ids)]
+    num_ids = next((a.shape[1] for a in arrays if a.ndim == 2 and a.size), 1)
+    if info.max_ids is not None and num_ids > info.max_ids:
+        raise InputError(
+            f"ids has {num_ids} tokens a row, but this engine returns at most {info.max_ids}: raise max_logprobs where it is "
+            "made"
+        )
+    checked: list[np.ndarray] = []
+    for i, (array, sequence, start) in enumerate(zip(arrays, sequences, starts, strict=True)):
+        num_rows = len(sequence) - start
+        if not num_rows and not array.size:
+            array = np.empty((0, num_ids), np.int64)
+        if array.shape != (num_rows, num_ids) or array.dtype.kind not in "iu":
+            raise InputError(
+                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids}] (a row per scored token, K the same "
+                f"for all sequences), got shape {list(array.shape)} and dtype {array.dtype}"
+            )
+        if (outside := (array < 0) | (array >= top)).any():
+            row, column = (int(n) for n in np.argwhere(outside)[0])
+            raise InputError(
+                f"ids of sequence {i}, row {row}: id {array[row, column]} is outside the vocabulary [0, {top})"
+            )
+        checked.append(array.astype(np.int32))
+    return checked
+
+
+def check_temperature(temperature: float) -> float:
+    """Return it as a float.
+
+    Raises:
+        InputError: it is not a positive, finite number.
+    """
+    if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
+        raise InputError(
+            f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs to compare."
+        )
+    return float(temperature)
+
+
+def check_timeout(timeout_s: float | None) -> float | None:
+    """Return it if it is a time to wait.
+
+    Raises:
+        OptionError: it is not a positive number.
+    """
+    if timeout_s is None or (isinstance(timeout_s, numbers.Real) and timeout_s > 0):
+        return timeout_s
+    raise OptionError(f"timeout_s must be a positive number of seconds, or None to wait for ever; got {timeout_s!r}")
+
+
+def check_lora_request(lora_request: Any) -> Any:
+    """Return it if it can name an adapter for every call of a scorer.
+
+    Raises:
+        OptionError: it is no ``LoRARequest``, or one that loads its adapter again at every step.
+    """
+    if lora_request is None:
+        return None
+    if not all(hasattr(lora_request, name) for name in ("lora_name", "lora_int_id", "lora_path")):
+        raise OptionError(
+            f"lora_request must be a vllm.lora.request.LoRARequest(name, id, path), got {type(lora_request).__name__}"
+        )
+    if lora_request.load_inplace:
+        raise OptionError(
+            "load_inplace=True would read the adapter from disk at every step of the engine, in the middle of a call (vLLM "
+            "0.32): name it here without load_inplace"
+        )
+    return lora_request
+
+
+def _check_no_placeholder(packed: np.ndarray, lengths: Sequence[int], info: EngineInfo) -> None:
+    if not info.placeholders:
+        return
+    found = np.isin(packed, list(info.placeholders))
+    if found.any():
+        i, t = place_of(torch.from_numpy(found), lengths)
+        placeholder = int(packed[found.argmax()])
+        num_found = int(found[sum(lengths[:i]) : sum(lengths[: i + 1])].sum())
+        raise InputError(
+            f"sequence {i}, token {t}: id {placeholder} is the model's placeholder for {info.placeholders[placeholder]}, and only "
+            f"ids are sent, no pixels and no sound: log-probs from there on would not be those of the sampling model "
+            f"({num_found} such tokens in the sequence). Leave the sample out; or pass placeholders='as_text' (VLLMScorer, "
+            "VLLMReference, FromCollector) to score the id as an ordinary token"
+        )
+
+
+def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineInfo) -> None:
+    top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
+    if not len(packed) or (packed.min() >= 0 and packed.max() < top):
+        return
+    outside = (packed < 0) | (packed >= top)
+    i, t = place_of(torch.from_numpy(outside), lengths)
+    found = packed[outside.argmax()]
+    cure = (
+        "Padding and ignored labels such as -100 must be cut off before scoring"
+        if found < 0
+        else f"The model's head has {top} rows, and the tokenizer that made the id has more tokens, or is another model's: use "
+        "this model's own, or resize the model's embeddings"
+    )
+    raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}). {cure}.")
+
+
+def _to_array(i: int, ids: TokenIds) -> np.ndarray:
+    array = _as_array(f"sequence {i}", ids)
+    if array.ndim == 1 and not len(array):
+        return array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype {array.dtype}"
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def _as_array(name: str, ids: Any) -> np.ndarray:
+    if isinstance(ids, torch.Tensor):
+        return ids.detach().cpu().numpy()
+    try:
+        return np.asarray(ids)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} must be an array of ints: {error}") from error
+
+
+def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[int]:
+    if start is None:
+        start = 1
+    if isinstance(start, (int, np.integer)):
+        return [int(start)] * num_sequences
+    try:
+        starts = [operator.index(s) for s in start]
+    except TypeError as error:
+        raise InputError(f"start must be an int, or one int per sequence: {error}") from error
+    if len(starts) != num_sequences:
+        raise InputError(
+            f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"
+        )
+    return starts
+
+
+def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
+    """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
+    for name, is_wanted, what in (
+        ("temperature", temperature != 1.0, f"apply temperature={temperature}: vLLM's prompt log-probs ignore it"),
+        ("ids", ids, "return log-probs of chosen ids"),
+        ("top_k", top_k, "return the best tokens"),
+    ):
+        if is_wanted and name not in info.can:
+            raise ReadoutUnavailableError(
+                f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns (VLLMScorer(path)) can"
+            )
+
+
+def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreResult]) -> list[torch.Tensor]:
+    """Return the values of each sequence, or refuse: -inf is a number (probability 0), NaN and what is above 0 are not.
+
+    Args:
+        requests: by the number of the sequence; of one number of columns.
+        results: one each.
+    """
+    if not requests:
+        return []
+    for (i, request), result in zip(requests.items(), results, strict=True):
+        want, got = (len(request.token_ids) - request.start, request.num_columns), result.values.shape
+        if got != want:
+            raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
+    lengths = [len(result.values) for result in results]
+    values = np.concatenate([result.values for result in results])
+    largest = np.full(values.shape[1], 1e-3, np.float32)  # no rounding makes a probability that large
+    largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(np.float32).max  # ids, not log-probs
+    is_wrong = ~(values <= largest)  # NaN is not below anything
+    if is_wrong.any():
+        is_wrong_row = is_wrong.any(axis=1)
+        n, row = place_of(torch.from_numpy(is_wrong_row), lengths)
+        at = int(is_wrong_row.argmax())
+        i, request = list(requests.items())[n]
+        value = values[at][is_wrong[at]][0]
+        comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
+        if np.isnan(value):
+            comes_of = (
+                "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
+                "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
+            )
+        raise MissingLogProbError(
+            f"sequence {i}, token {request.start + row}: the engine returned {value} instead of a log-prob "
+            f"({int(is_wrong_row[at : at - row + lengths[n]].sum())} such tokens). {comes_of}"
+        )
+    return list(torch.from_numpy(values).split(lengths))

@@ -1,0 +1,371 @@
+"""Reference log-probs that are asked for at an env's step and filled in later: scoring hides behind the next generation.
+
+    env step: gen side, mask, reward -> Deferral.submit -> one thread scores, step after step
+        next: a handle for each sample, and a reward of NaN where the KL will be subtracted
+    batch leaves the collector, or enters a replay buffer -> fill_deferred -> what the step would have written
+
+A thread of its own scores one step at a time, in order: the engine gets the same calls in the same order as without it, so the
+numbers are the same bit for bit. A step is finished as a whole, oldest first, by the code that an immediate step runs, so layout,
+schedules of the coefficient and metrics are the same too.
+
+Handles hold their step. What nobody holds any more, because a batch was dropped or a collector shut down with half a batch, is not
+scored; what somebody holds can be filled in after a shutdown. The thread ends when nothing is left to score.
+
+It knows nothing of KLs, masks or layouts.
+
+Where it gains: engines with cores, or a GPU, of their own, and batches of several steps. Where generating a step takes G
+seconds and scoring it S, a step of a batch of K takes about max(G, S) + min(G, S) / K instead of G + S; with ``"buffer"``,
+filled in when the next batch was collected, about max(G, S). Measured on a CPU at K=4: 1.39 and 1.59 times as fast as
+without.
+
+Where it loses: batches of one step gain nothing (1.01 times), and two engines that share their cores get into each other's
+way: at K=4 0.76 times as fast as without, and with ``"buffer"`` 0.64 to 0.70. Figures and how they were measured:
+``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack
+from torchrl.envs import Transform
+
+from vllm_kl.batch.inputs import rows_of
+from vllm_kl.batch.outputs import set_rows
+from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
+from vllm_kl.transforms.base import TokensTransform, scores
+from vllm_kl.transforms.postproc import on_leaving
+from vllm_kl.transforms.sides import Side, is_same_temperature, scorer_for
+from vllm_kl.types import Scored, TokenBatch
+from vllm_kl.weights.versions import OnStale, place, two_references
+
+Deferred = Literal[False, True, "buffer"]
+
+# Where the handles lie in ``next`` until they are filled in. Not in the specs: a step's handles are not the next step's input.
+PENDING = "kl_pending"
+
+# Writes a step's results, given the reference's log-probs and their version, into a tensordict ``[B]``; returns it.
+Write = Callable[[TensorDictBase, Scored], TensorDictBase]
+
+
+class Step:
+    """One env step whose reference log-probs were asked for. Finished oldest first, each once."""
+
+    def __init__(
+        self, number: int, owner: Deferral, future: Future, write: Callable[..., TensorDictBase], previous: Step | None
+    ) -> None:
+        self.number = number
+        self.owner = owner  # of all steps of one transform the same
+        self.version: int | None = None  # of the reference's weights
+        self._future: Future | None = future
+        self._write = write
+        self._previous = (
+            previous  # not finished yet; held even if its batch is not, because a schedule of coeff counts it
+        )
+        self._outcome: list[TensorDictBase] | Exception = []
+        weakref.finalize(self, future.cancel)  # without effect on one that is being scored
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether results, or an error, are there."""
+        return self._future is None
+
+    def results(self) -> list[TensorDictBase]:
+        """Return what each sample of the step gets; wait for it.
+
+        Raises:
+            Exception: the step could not be scored.
+        """
+        with self.owner.finishing:
+            unfinished: list[Step] = []
+            step: Step | None = self
+            while step is not None and not step.is_finished:
+                unfinished.append(step)
+                step = step._previous
+            for step in reversed(unfinished):
+                step._finish()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+    def _finish(self) -> None:
+        try:
+            scored = self._future.result()
+            self.version = scored.origin.version
+            self._outcome = list(self._write(scored).unbind(0))
+        except Exception as error:
+            self._outcome = error
+        self._future = self._previous = None
+
+
+class Handle:
+    """One sample of a :class:`Step`, in a batch."""
+
+    def __init__(self, step: Step, row: int) -> None:
+        self.step = step
+        self.row = row
+
+    def __repr__(self) -> str:
+        return f"<row {self.row} of env step {self.step.number}, not filled in>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        return self  # a copied batch waits for the same scores
+
+    def __reduce__(self) -> Any:
+        raise OptionError(
+            f"this batch waits for scores of this process ({self!r}) and cannot be pickled or sent to another: "
+            "vllm_kl.fill_deferred(batch) first"
+        )
+
+
+class Deferral:
+    """Submits the steps of one transform. Copied or unpickled it begins anew.
+
+    Args:
+        until: ``True``: until the batch leaves the collector, which is made to fill it in; ``"buffer"``: until somebody
+            calls :func:`fill_deferred`.
+        on_two_references: see :class:`~vllm_kl.RetrieveKL`.
+    """
+
+    def __init__(self, until: Literal[True, "buffer"], on_two_references: OnStale) -> None:
+        self.on_two_references = on_two_references
+        self.finishing = threading.Lock()  # batches may be filled in by several threads
+        self._until = until
+        self._worker = _Worker()
+        self._last: Callable[[], Step | None] = lambda: None
+        self._num_steps = 0
+
+    @classmethod
+    def of(cls, deferred: Deferred, ref_model: Any, *, detach: bool, on_two_references: OnStale) -> Deferral | None:
+        """Return what ``RetrieveKL(deferred=...)`` stands for; ``None`` for ``False``.
+
+        Raises:
+            OptionError: it would have no effect: the reference shares the interpreter's one ``vllm.LLM``, or a graph is wanted.
+        """
+        if not any(deferred is choice for choice in (True, False)) and deferred != "buffer":
+            choices = ", ".join(map(repr, get_args(Deferred)))
+            raise OptionError(f"deferred={deferred!r} does not exist; choose one of {choices}")
+        if deferred is False:
+            return None
+        if not detach:
+            raise OptionError("deferred has no graph to give: pass detach=True, or deferred=False")
+        engine = getattr(scorer_for(ref_model), "_engine", None)
+        if isinstance(engine, GenerateEngine) and engine.weights is not None:
+            # vLLM 0.32: LLM.generate is not safe to call from two threads, and the forward context is one per process.
+            raise OptionError(
+                "deferred has no effect with a reference on a vllm.LLM of this process: it cannot score while that, or another "
+                "one here, generates. Give the reference an engine of its own (VLLMReference(path)), or pass deferred=False"
+            )
+        return cls(deferred, on_two_references)
+
+    def __reduce__(self) -> tuple[type[Deferral], tuple[Any, ...]]:
+        return Deferral, (self._until, self.on_two_references)
+
+    def submit(
+        self,
+        transform: TokensTransform,
+        next_td: TensorDictBase,
+        side: Side,
+        batch: TokenBatch,
+        *,
+        temperature: float,
+        expected_version: int | None,
+        reward_waits: bool,
+        write: Write,
+    ) -> TensorDictBase:
+        """Have a step scored; return ``next_td``, ``[B]``, with handles instead of results.
+
+        Args:
+            side, batch: who scores what.
+            temperature: of the log-probs.
+            expected_version: of the weights that must score it: those that serve now; ``None``: not known.
+            reward_waits: the KL will be subtracted from the reward: until then that is NaN.
+            write: writes the results into a tensordict that has the reward, if there is one.
+
+        Raises:
+            CollectorError: there is no collector that could be made to fill the batch in.
+            OptionError: this is no env's step; or a later transform of the env would read the reward too early.
+        """
+        if not transform._is_step:
+            raise OptionError(
+                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
+            )
+        collector = transform._collector()
+        if self._until is True and not on_leaving(collector, fill_deferred):
+            what = "there is no collector" if collector is None else f"a {type(collector).__name__} has no postproc"
+            raise CollectorError(
+                f"deferred=True fills in what leaves a collector, but {what}. Append the transform to the env of an LLMCollector; "
+                "or pass deferred='buffer' and call vllm_kl.fill_deferred(batch), or deferred=False"
+            )
+        if reward_waits:
+            _check_later(transform)
+        reward = rows_of(next_td, "reward") if reward_waits else None
+        previous = self._last()
+        step = Step(
+            self._num_steps,
+            self,
+            self._worker.submit(
+                functools.partial(
+                    _score, side, batch, temperature, expected_version if self.on_two_references == "raise" else None
+                )
+            ),
+            functools.partial(_write_apart, write, reward, len(batch), next_td.device),
+            None if previous is None or previous.is_finished else previous,
+        )
+        self._num_steps += 1
+        self._last = weakref.ref(step)
+        waiting = [row.get_non_tensor(PENDING, default=()) for row in next_td.unbind(0)]
+        handles = [NonTensorData((*others, Handle(step, i))) for i, others in enumerate(waiting)]
+        next_td = set_rows(next_td, PENDING, handles)
+        if reward is not None:
+            next_td = set_rows(
+                next_td, "reward", [torch.full_like(row, torch.nan, dtype=torch.float32) for row in reward]
+            )
+        return next_td
+
+
+class _Worker:
+    """Does what it is given in one thread, in order. The thread lasts as long as there is something to do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._work: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._is_running = False
+
+    def submit(self, work: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        with self._lock:
+            self._work.append((future, work))
+            if not self._is_running:
+                threading.Thread(target=self._run, name="vllm_kl-deferred", daemon=True).start()
+                self._is_running = True
+        return future
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._work:
+                    self._is_running = False
+                    return
+                future, work = self._work.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # whatever it is, somebody waits for it
+                    future.set_exception(error)
+            del future, work  # not until the next one comes
+
+
+def fill_deferred(td: TensorDictBase) -> TensorDictBase:
+    """Return a batch with the results of ``RetrieveKL(..., deferred=...)`` instead of their handles; wait for them.
+
+    With ``deferred=True`` a collector does it to every batch. With ``deferred="buffer"`` call it, or append it to a replay buffer:
+    ``buffer.append_transform(fill_deferred, invert=True)``. Samples that wait for nothing stay as they are.
+
+    Args:
+        td: a batch of any shape, as a collector or ``env.rollout`` gives it.
+
+    Raises:
+        VLLMKLError: what scoring raised, of the same type; says which sample, and of which env step. ``td`` is as it was.
+        WeightsError: two versions of the reference would meet in this batch, or the reference was refreshed after a step was
+            submitted and before it was scored.
+
+    >>> fill_deferred(TensorDict(tokens=[[5, 6]], batch_size=1))["tokens"]  # waits for nothing
+    tensor([[5, 6]])
+    """
+    next_td = td.get("next", default=None)
+    filled = _fill(td if next_td is None else next_td)
+    return filled if next_td is None else td.set("next", filled)
+
+
+def _fill(td: TensorDictBase) -> TensorDictBase:
+    """Fill in the tensordict that holds the handles."""
+    shape = td.batch_size
+    samples = list((td.reshape(-1) if shape else lazy_stack([td])).unbind(0))
+    waiting: list[tuple[Handle, ...]] = [sample.get_non_tensor(PENDING, default=()) for sample in samples]
+    if not any(waiting):
+        return td
+    results = [[_result(handle, i, shape, waiting) for handle in handles] for i, handles in enumerate(waiting)]
+    _check_versions(waiting, shape)
+    for i, entries in enumerate(results):
+        if entries:
+            samples[i] = samples[i].exclude(PENDING)
+            for entry in entries:
+                samples[i].update(entry)
+    return lazy_stack(samples).view(shape) if shape else samples[0]
+
+
+def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handle, ...]]) -> TensorDictBase:
+    try:
+        return handle.step.results()[handle.row]
+    except Exception as error:
+        rows = {h.row: i for i, handles in enumerate(waiting) for h in handles if h.step is handle.step}
+        where = f"env step {handle.step.number}, of which this batch has sample {place(i, shape)} and maybe more"
+        row = getattr(error, "sample", None)
+        if row is not None:
+            at = rows.get(row)
+            found = "not in this batch" if at is None else f"sample {place(at, shape)} of this batch"
+            where = f"row {row} of env step {handle.step.number}: {found}"
+        if isinstance(error, VLLMKLError):
+            raise type(error)(f"{where}: {error}") from error
+        error.add_note(f"vllm_kl: {where}")
+        raise error from None
+
+
+def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> None:
+    """Refuse scores of two versions of one reference."""
+    first: dict[object, tuple[int, int | None]] = {}
+    for i, handle in ((i, handle) for i, handles in enumerate(waiting) for handle in handles):
+        before, version = first.setdefault(handle.step.owner, (i, handle.step.version))
+        if version != handle.step.version:
+            owner = handle.step.owner
+            two_references(place(before, shape), version, place(i, shape), handle.step.version, owner.on_two_references)
+            return
+
+
+def _score(side: Side, batch: TokenBatch, temperature: float, expected_version: int | None) -> Scored:
+    """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
+    now = getattr(side, "temperature", temperature)
+    if not is_same_temperature(now, temperature):
+        raise OptionError(
+            f"the reference's temperature was changed from {temperature:g} to {now:g} after this step was submitted and before it "
+            "was scored. Fill batches in (fill_deferred) before it is changed"
+        )
+    scored = scores(side, batch, TensorDict(), None, temperature=temperature, detach=True)
+    if expected_version is not None and scored.origin.version != expected_version:
+        raise WeightsError(
+            f"the reference was refreshed after this step was submitted for version {expected_version} and before it was scored, "
+            f"by version {scored.origin.version}. Fill batches in (fill_deferred) before a refresh"
+        )
+    return scored
+
+
+def _write_apart(
+    write: Write,
+    reward: list[torch.Tensor] | None,
+    num_samples: int,
+    device: torch.device | None,
+    scored: Scored,
+) -> TensorDictBase:
+    """Write a step's results into a tensordict of their own, with the reward that the step had."""
+    rows = [{} if reward is None else {"reward": reward[i]} for i in range(num_samples)]
+    return write(lazy_stack([TensorDict(row, device=device) for row in rows]), scored)
+
+
+def _check_later(transform: Transform) -> None:
+    """Refuse an env whose later transforms read or write the reward: they would do it before the KL is subtracted."""
+    transforms = [module for module in transform.container.transform.modules() if isinstance(module, Transform)]
+    for other in transforms[transforms.index(transform) + 1 :]:
+        if "reward" in (*other.in_keys, *other.out_keys):
+            raise OptionError(
+                f"{type(other).__name__} comes after a deferred KL that changes the reward, and uses the reward: it would see it "
+                "without the KL. Append it before, make it the collector's postproc, or pass add_to_reward=False or deferred=False"
+            )

@@ -1,0 +1,194 @@
+"""The KL of two entries of log-probs that are already in the tensordict.
+
+Drop-in for the class of the same name in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same defaults, the
+same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+
+from vllm_kl.batch.alignment import PaddingSide, only_kept
+from vllm_kl.batch.inputs import read_rows
+from vllm_kl.batch.outputs import check_distinct
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.kl import Direction, Estimator
+from vllm_kl.transforms.kl_transform import KLTransform, Penalty
+from vllm_kl.transforms.recorded import OnZero, check_on_zero, check_recorded, check_zeros
+from vllm_kl.transforms.sides import is_same_temperature
+from vllm_kl.types import Rows, end_to_end, pack, place_of, widths_of
+
+_CURE = (
+    "It is never taken for a log-prob: score the batch again (RetrieveLogProb), leave the token out of the mask, or, where the "
+    "model is that sure, pass on_zero='allow'"
+)
+
+
+class KLComputation(KLTransform):
+    """Turns two entries of log-probs into a per-token KL, and subtracts it from the reward.
+
+    Args:
+        gen_log_probs_full_key: log-probs of the model that generated.
+        ref_log_probs_full_key: log-probs of the reference.
+
+    Keyword Args:
+        kl_key: where to write the KL.
+        add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
+        coeff, estimator, extra_estimators, clamp_log_ratio, clamp_output, direction: as :class:`RetrieveKL` takes them.
+        padding_side: accepted as TorchRL's class does; rows are read and written as they are.
+        mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask: the tokens that count, bool. Read, never
+            written; without it ``metrics`` holds no means over tokens.
+        on_zero: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where one side's log-prob is exactly 0.0 (probability 1) and
+            the other side is not sure of the token (less than 0.9): many write 0.0 where a log-prob is
+            missing. Not asked of an entry that a :class:`RetrieveLogProb` or :class:`RetrieveKL` of the same env, or
+            composition, writes.
+
+    Log-probs do not tell their temperature: both entries must be those of one ``softmax(logits / T)``. Where transforms of the
+    same env, or composition, write both, it is checked. What a policy recorded, and what was stored, is taken as it is: a policy
+    whose engine has ``logprobs_mode="processed_logprobs"`` and that samples at ``temperature=0.5`` gives a KL of about a nat a
+    token to a reference of equal weights at temperature 1. ``RetrieveKL(FromCollector(policy=...), reference)`` knows, and scores
+    again or refuses.
+
+    Without a stored mask NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the
+    other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where
+    it has one, a log-prob is missing, which is an error and never 0.0.
+
+    >>> data = TensorDict(
+    ...     next=TensorDict(
+    ...         gen_log_probs=TensorDict(full=torch.full((2, 3), -1.0), batch_size=2),
+    ...         ref_log_probs=TensorDict(full=torch.full((2, 3), -1.5), batch_size=2),
+    ...         reward=torch.ones(2, 1, 1),
+    ...         batch_size=2,
+    ...     ),
+    ...     batch_size=2,
+    ... )
+    >>> transform = KLComputation(("gen_log_probs", "full"), ("ref_log_probs", "full"), coeff=0.1)
+    >>> data = transform(data)
+    >>> data["next", "kl_penalty"]
+    tensor([[0.5000, 0.5000, 0.5000],
+            [0.5000, 0.5000, 0.5000]])
+    >>> data["next", "reward"].shape, round(data["next", "reward"][0, 0].item(), 2)
+    (torch.Size([2, 3, 1]), 0.95)
+    """
+
+    def __init__(
+        self,
+        gen_log_probs_full_key: NestedKey = ("log_probs", "full"),
+        ref_log_probs_full_key: NestedKey = ("ref_log_probs", "full"),
+        *,
+        kl_key: NestedKey = "kl_penalty",
+        add_to_reward: bool = True,
+        coeff: Any = 1.0,
+        padding_side: PaddingSide = "left",
+        estimator: Estimator = "k1",
+        extra_estimators: Sequence[Estimator] = (),
+        clamp_log_ratio: float | None = 20.0,
+        clamp_output: float | None = None,
+        direction: Direction = "reverse",
+        mask_key: NestedKey | None = "kl_mask",
+        on_zero: OnZero = "raise",
+    ) -> None:
+        check_on_zero(on_zero)
+        penalty = Penalty(
+            kl_key=kl_key,
+            mask_key=None,
+            add_to_reward=add_to_reward,
+            coeff=coeff,
+            estimator=estimator,
+            extra_estimators=extra_estimators,
+            clamp_log_ratio=clamp_log_ratio,
+            clamp_output=clamp_output,
+            direction=direction,
+        )
+        sides = [gen_log_probs_full_key, ref_log_probs_full_key]
+        check_distinct([*sides, *([] if mask_key is None else [mask_key]), *penalty.keys, "reward"])
+        super().__init__(penalty, in_keys=sides, out_keys=[])
+        self.mask_key = mask_key
+        self.on_zero: OnZero = on_zero
+        self.gen_log_probs_full_key = gen_log_probs_full_key
+        self.ref_log_probs_full_key = ref_log_probs_full_key
+        self.padding_side = padding_side
+
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        rows = [read_rows(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
+        if rows[0] is None or rows[1] is None:
+            raise InputError(
+                f"Log-probs not found: expected {self.gen_log_probs_full_key} and {self.ref_log_probs_full_key}, the "
+                f"tensordict has {sorted(map(str, next_td.keys()))}"
+            )
+        _check_shapes(*rows)
+        lengths = widths_of(rows[0])
+        gen, ref = (end_to_end(side) for side in rows)
+        mask = _scored(gen.detach().cpu(), ref.detach().cpu())
+        stored = None if self.mask_key is None else read_rows(next_td, self.mask_key)
+        if stored is not None:
+            self._check_mask(rows[0], stored)
+            has_values = mask & (gen != 0).cpu() & (ref != 0).cpu()
+            mask = pack(stored).bool()
+            self._check_hidden(has_values & ~mask, lengths)
+        gen = only_kept(gen, mask, lengths, what="log_probs")
+        ref = only_kept(ref, mask, lengths, what="ref_log_probs")
+        self._check_sides(gen.detach().cpu(), ref.detach().cpu(), mask, lengths)
+
+        def to_rows(values: torch.Tensor) -> Rows:
+            if isinstance(rows[0], torch.Tensor):
+                return values.view(rows[0].shape)
+            return [row.clone() for row in values.split(lengths)]
+
+        return self.penalty.write(next_td, gen, ref, mask, lengths, to_rows, is_mask_known=stored is not None)
+
+    def _check_sides(self, gen: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> None:
+        """Refuse log-probs that are none, or none of the other side's temperature."""
+        keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
+        neighbours = self._neighbours()
+        at = {key: next((t for n in neighbours if (t := n.scored_at(key)) is not None), None) for key in keys}
+        if None not in at.values() and not is_same_temperature(*at.values()):
+            found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
+            raise OptionError(f"{found}: the KL of equal weights would not be 0. Give both sides one temperature")
+        for key, other_key, side, other in ((*keys, gen, ref), (*keys[::-1], ref, gen)):
+            if at[key] is None:
+                names = {"what": str(key), "who": str(other_key), "cure": _CURE}
+                check_recorded(side, lengths, what=str(key))
+                check_zeros(side, other, mask, lengths, on_zero=self.on_zero, **names)
+
+    def _check_mask(self, log_probs: Rows, masks: Rows) -> None:
+        """Refuse a mask of another shape than its log-probs, or one that keeps a token that has none."""
+        for i, (row, mask) in enumerate(zip(log_probs, masks, strict=True)):
+            if mask.shape != row.shape:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, its log-probs {list(row.shape)}"
+                )
+            if len(mask) and mask[0]:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} keeps token 0, which has no log-prob. Both sides of {self.mask_key} begin with "
+                    "the sequence's first token, or with padding"
+                )
+
+    def _check_hidden(self, hidden: torch.Tensor, lengths: list[int]) -> None:
+        """Refuse a mask of other log-probs: it would hide a token that both sides scored."""
+        if hidden.any():
+            i, t = place_of(hidden, lengths)
+            raise InputError(
+                f"sample {i}, token {t}: both sides have a log-prob, but {self.mask_key} leaves it out. "
+                "The mask is of other log-probs: remove it, or pass mask_key=None."
+            )
+
+
+def _check_shapes(gen: Rows, ref: Rows) -> None:
+    for i, (of_gen, of_ref) in enumerate(zip(gen, ref, strict=True)):
+        if of_gen.shape != of_ref.shape:
+            raise InputError(
+                f"Sample {i} has different shapes: gen log-probs {list(of_gen.shape)}, ref log-probs {list(of_ref.shape)}. "
+                "Both sides of a KL must score the same tokens with the same pad_output."
+            )
+
+
+def _scored(gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """Return where both sides have a log-prob, or one of them lacks what the other has."""
+    unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
+    return ~unscored

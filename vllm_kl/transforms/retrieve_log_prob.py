@@ -1,0 +1,185 @@
+"""``RetrieveLogProb``: tokens -> the log-probs of one model.
+
+Drop-in for the class of the same name in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same defaults, the
+same keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torchrl.data import Composite
+from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
+
+from vllm_kl.batch.alignment import PaddingSide, to_layout
+from vllm_kl.batch.inputs import InputKeys, keys_of, nested, rows_of
+from vllm_kl.batch.outputs import check_distinct, declare, set_rows
+from vllm_kl.diagnostics import MismatchWarning
+from vllm_kl.errors import InputError
+from vllm_kl.transforms.base import TokensTransform, scores, to_device
+from vllm_kl.transforms.from_collector import TEMPERATURES, policy_of, what_records, why_unlike
+from vllm_kl.transforms.sides import ModelSide, Side, check_side, warn_unless_full
+from vllm_kl.transforms.vllm_reference import VLLMReference
+from vllm_kl.types import Rows
+from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale
+
+
+class RetrieveLogProb(TokensTransform):
+    """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
+
+    Args:
+        model: a ``VLLMReference``, ``vLLMWrapper``, ``TransformersWrapper`` or another ``LLMWrapperBase`` with
+            ``generate=False``.
+
+    Keyword Args:
+        log_probs_full_key: where to write; default ``(model.log_probs_key, "full")``.
+        assistant_only: keep the assistant's tokens (needs ``input_mode="history"``), the one that ends a turn included.
+        tokenizer_kwargs: passed to the chat template where a history must be tokenized (``chat_template_name``, ...).
+        detach: no graph on the result.
+        device: where to place a transformers model; a vLLM engine stays where it runs. Results lie on the tensordict's
+            device.
+        tokenizer: used where the tensordict has no ids; default the model's.
+        padding_side: where rows of different length are padded when ``model.pad_output``.
+        mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
+        on_stale: as :class:`RetrieveKL` takes it, where a batch's log-probs are written to ``("log_probs", "full")`` by a model
+            whose weights are counted and that is no ``VLLMReference``: they are taken for those of the policy that sampled.
+        ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``; ``None``: nowhere.
+
+    Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
+
+    In the env of a collector it warns, once, where the policy records log-probs of another temperature, or after a ``top_p`` or
+    penalties: the difference between those and these is no KL. Of a stored batch nobody knows how it was sampled.
+
+    Raises:
+        ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
+        InputError: when called: nothing to score, or masks that do not fit.
+            Or another side's mask, which keeps other tokens, is at ``mask_key``.
+        MissingLogProbError: when called: a kept token has no finite log-prob.
+        StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the model's weights.
+
+    >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
+    >>> td = RetrieveLogProb(reference)(td)
+    >>> (td["ref_log_probs", "full"] != 0).tolist()  # the two tokens after the prompt
+    [[False, False, True, True]]
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        log_probs_full_key: NestedKey | None = None,
+        assistant_only: bool = True,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        detach: bool = True,
+        device: torch.device | None = None,
+        tokenizer: Any = None,
+        padding_side: PaddingSide = "left",
+        mask_key: NestedKey | None = "kl_mask",
+        on_stale: OnStale = "raise",
+        ref_version_key: NestedKey | None = "ref_version",
+    ) -> None:
+        check_on_stale(on_stale)
+        if log_probs_full_key is None:
+            log_probs_full_key = (model.log_probs_key, "full")
+        else:
+            warn_unless_full(log_probs_full_key)
+        check_side(model, assistant_only)
+        model = model if device is None else model.to(device)
+        side, is_reference = ModelSide(model), isinstance(model, VLLMReference)
+        if not is_reference or not side.has_versions:
+            ref_version_key = None
+        out_keys = [key for key in (log_probs_full_key, mask_key, ref_version_key) if key is not None]
+        check_distinct(out_keys)
+        super().__init__(in_keys=list(model.in_keys), out_keys=out_keys)
+        self.model = model
+        self._side = side
+        self._has_warned = False
+        # Its log-probs are taken for those that the samples were drawn with; under another key they are a second opinion.
+        self._is_policy = not is_reference and log_probs_full_key == ("log_probs", "full")
+        self.on_stale: OnStale = on_stale
+        self.ref_version_key = ref_version_key
+        self.mask_key = mask_key
+        self.log_probs_full_key = log_probs_full_key
+        self.assistant_only = assistant_only
+        self.detach = detach
+        self.tokenizer = tokenizer
+        self.padding_side = padding_side
+        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of chat templates, as :attr:`RetrieveKL.metrics` has them."""
+        return self._texts.metrics
+
+    def scored_at(self, key: NestedKey) -> float | None:
+        return self._side.temperature if key == self.log_probs_full_key else None
+
+    def _keys(self) -> InputKeys:
+        return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
+
+    def _policy_side(self) -> Side | None:
+        return self._side if self._is_policy else None
+
+    def _model(self) -> Any:
+        return self.model
+
+    def _warn_of_recorded(self, td: TensorDictBase) -> None:
+        """Warn of what the collector's policy records beside these log-probs, where the two are of two distributions."""
+        policy = policy_of(self._collector())
+        if self._has_warned or not isinstance(policy, LLMWrapperBase) or not policy.return_log_probs:
+            return
+        key = nested(policy.log_probs_key, "full")
+        is_scored = any(transform.scored_at(key) is not None for transform in self._neighbours())
+        if is_scored or rows_of(td, key) is None:
+            return
+        if why := why_unlike(what_records(policy), self._side.temperature):
+            self._has_warned = True
+            warnings.warn(f"{why}. {TEMPERATURES}", MismatchWarning, stacklevel=2)
+
+    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
+        self._warn_of_recorded(td)
+        batch = self._read(td)
+        scored = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
+        if self._is_policy and scored.origin.version is not None:
+            check_stale(self._sampled(td), scored.origin, self.on_stale)
+        layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
+        rows, masks = (
+            to_device(to_layout(side, batch, **layout), td.device) for side in (scored.values, batch.packed_keep)
+        )
+        if self.mask_key is not None:
+            self._check_mask(next_td, masks)
+        next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
+        if self.mask_key is not None:
+            next_td = set_rows(next_td, self.mask_key, masks)
+        if self.ref_version_key is not None:
+            next_td.set(self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device))
+        return next_td
+
+    def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:
+        """Refuse to replace another side's mask: its tokens would be read where this side has none, or the other way round."""
+        for i, (stored, mask) in enumerate(zip(rows_of(next_td, self.mask_key) or masks, masks, strict=True)):
+            stored, mask = stored.cpu().bool(), mask.cpu()
+            if stored.shape != mask.shape:
+                raise InputError(
+                    f"sample {i}: {self.mask_key} is there already and has shape {list(stored.shape)}, these log-probs have "
+                    f"{list(mask.shape)}: give both sides one pad_output and one padding_side"
+                )
+            if (differs := (stored != mask).nonzero()).numel():
+                t = int(differs[0])
+                raise InputError(
+                    f"sample {i}, token {t}: {self.mask_key} is there already and {'keeps' if stored[t] else 'leaves out'} it, the "
+                    f"mask of these log-probs {'keeps' if mask[t] else 'leaves out'} it. Give both sides one assistant_only, or "
+                    f"each side a mask_key of its own"
+                )
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        declare(observation_spec, self.log_probs_full_key, LogProbs)
+        if self.mask_key is not None:
+            declare(observation_spec, self.mask_key, dtype=torch.bool)
+        if self.ref_version_key is not None:
+            declare(observation_spec, self.ref_version_key, trailing=(), dtype=torch.int64)
+        return observation_spec

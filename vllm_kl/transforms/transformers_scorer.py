@@ -1,0 +1,80 @@
+"""Log-probs from a transformers model in this process: the side of a KL that is a ``TransformersWrapper``.
+
+Exact where TorchRL's own path is not: rows are cut by length, so a pad or EOS id inside a sequence is scored.
+The graph is kept when gradients are enabled. Where RoPE depends on the longest row of a batch, only rows that it treats alike
+share one, so a row's numbers are those that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from vllm_kl.checks import check_requests
+from vllm_kl.engines.lengths import Lengths
+from vllm_kl.engines.placeholders import Placeholders, placeholder_ids
+from vllm_kl.types import EngineInfo
+
+# Sequences go through the model in slices whose logits stay below this many elements (1 GiB in float32).
+_MAX_LOGITS = 2**28
+
+
+class TransformersScorer:
+    """Scores with ``model(input_ids, attention_mask).logits``.
+
+    Args:
+        model: a causal language model of transformers, on any device, in any dtype.
+        placeholders: as :class:`~vllm_kl.VLLMScorer` takes it.
+    """
+
+    def __init__(self, model: torch.nn.Module, placeholders: Placeholders = "refuse") -> None:
+        self.model = model
+        self._placeholders = placeholders
+        config = model.config.get_text_config()
+        self._lengths = Lengths(model)
+        self._info = EngineInfo(
+            readout="logits",
+            vocab_size=config.vocab_size,
+            # "dynamic" RoPE goes on beyond it.
+            max_sequence_len=None if self._lengths.is_dynamic else getattr(config, "max_position_embeddings", None),
+            length_side=self._lengths.side,
+            placeholders=placeholder_ids(model.config),
+        )
+
+    def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
+        """Return B float32 tensors ``[L - start]``, nats, on the model's device; with a graph if one is recorded.
+
+        Raises:
+            InputError: as :meth:`vllm_kl.VLLMScorer.score`.
+        """
+        check_requests(token_ids, start, self._info, self._placeholders)
+        out: dict[int, torch.Tensor] = {}
+        for rows in self._lengths.alike([len(ids) for ids in token_ids]):
+            while rows:
+                scored = self._score_slice([token_ids[i] for i in rows], [start[i] for i in rows])
+                out.update(zip(rows, scored, strict=False))  # a slice: those that fit into memory
+                rows = rows[len(scored) :]
+        return [out[i] for i in range(len(token_ids))]
+
+    def _score_slice(self, token_ids: Sequence[torch.Tensor], start: Sequence[int]) -> list[torch.Tensor]:
+        longest, rows = 0, 0
+        for ids in token_ids:
+            longest = max(longest, len(ids))
+            if rows and (rows + 1) * longest * self._info.vocab_size > _MAX_LOGITS:
+                break
+            rows += 1
+        ids, start = list(token_ids[:rows]), start[:rows]
+        device = next(self.model.parameters()).device
+        # Padding on the right leaves positions, and with a causal mask every real row, as without padding.
+        input_ids = pad_sequence(ids, batch_first=True).to(device)
+        attention_mask = pad_sequence([torch.ones_like(t) for t in ids], batch_first=True).to(device)
+        self._lengths.forget()
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        out = []
+        for row, t, s in zip(logits, ids, start, strict=True):
+            # Row t - 1 holds the distribution of token t.
+            log_probs = row[s - 1 : len(t) - 1].float().log_softmax(-1)
+            out.append(log_probs.gather(-1, t[s:].to(device)[:, None])[:, 0])
+        return out

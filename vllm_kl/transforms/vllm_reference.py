@@ -1,0 +1,322 @@
+"""``VLLMReference``: a scorer as a TorchRL module, with TorchRL's keys and TensorClasses.
+
+It works in this package's transforms and in TorchRL's own, wherever an ``LLMWrapperBase`` with ``generate=False`` does.
+It knows keys and layouts; the scorer does the scoring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict.utils import NestedKey
+from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
+
+from vllm_kl.batch.alignment import PaddingSide, to_layout
+from vllm_kl.batch.inputs import InputMode, keys_of, nested, read_batch, rows_of
+from vllm_kl.batch.outputs import set_rows
+from vllm_kl.batch.texts import TextWatch
+from vllm_kl.engines.make import checked_path
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.scorer import VLLMScorer
+from vllm_kl.transforms.sides import score_batch, scorer_for
+from vllm_kl.types import Rows, Scorer, TokenBatch
+
+# What a caller must know of a wrapper to use its weights from elsewhere.
+_DESCRIPTION = (
+    "input_mode",
+    "pad_output",
+    "log_probs_key",
+    "tokens_key",
+    "masks_key",
+    "text_key",
+    "history_key",
+    "tokenizer",
+    "chat_template_name",
+    "chat_template",
+    "tokenizer_kwargs",
+    "padding_side",
+    "input_key",
+)
+
+
+class VLLMReference(LLMWrapperBase):
+    """A frozen model behind a :class:`~vllm_kl.VLLMScorer`, as a TorchRL wrapper that scores and never generates.
+
+    Args:
+        scorer_or_model: a ``VLLMScorer`` (shared), or what one is made from: a path, a name, or a live ``vllm.LLM``.
+        tokenizer: a transformers tokenizer, or a path or name; ``None`` loads the model's own where the model is a
+            path. Only used where the tensordict has no ids.
+
+    Keyword Args:
+        input_mode: ``"history"``, ``"text"`` or ``"tokens"``: what is tokenized where there are no ids.
+        input_key: the entry to read; default ``(input_mode, "full")``.
+        pad_output: ``True`` writes dense ``[B, T]`` entries, ``False`` ragged ones (``.get(key, as_list=True)``).
+        padding_side: where rows of different length are padded; rows stored dense keep their columns.
+        log_probs_key, tokens_key, masks_key, text_key, history_key: where entries lie.
+        chat_template_name, chat_template: as in TorchRL's wrappers.
+        tokenizer_kwargs: passed to the tokenizer in text mode. Without ``add_special_tokens`` a text that begins with BOS has one.
+        inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the same kind.
+        layout: read by TorchRL's own ``RetrieveLogProb`` when it makes nested tensors; ours makes none.
+        **engine_options: ``placeholders`` and vLLM's engine options, where this makes the scorer.
+
+    Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding, finite
+    elsewhere; ``(tokens_key, "full")`` and the masks beside it. The assistant's mask of a History is what the chat template marks;
+    the token that ends a turn counts, wherever the template's tags close, as in ids whose prompt is stored. What a template cuts,
+    moves or adds is warned of once and counted in :attr:`metrics`.
+
+    Raises:
+        OptionError: an argument has no effect here (``generate=True``, engine options for a running scorer).
+        InputError, MissingLogProbError: when called; see :meth:`VLLMScorer.score`.
+
+    >>> # reference = VLLMReference("my-model", input_mode="history", dtype="float32")
+    >>> from torchrl.data.llm import History
+    >>> from torchrl.modules.llm.policies import ChatHistory
+    >>> chats = [[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]]
+    >>> td = reference(TensorDict(history=ChatHistory(full=History.from_chats(chats)), batch_size=(1,)))
+    >>> log_probs, mask = td["ref_log_probs", "full"], td["masks", "all_assistant_mask"]
+    >>> log_probs.shape == mask.shape, int(mask.sum()), bool((log_probs[mask] < 0).all())
+    (True, 2, True)
+    """
+
+    generate = False
+    return_log_probs = True
+    num_samples = None
+    _device = None
+    _min_batch_size = None
+    _max_batch_size = None
+
+    def __init__(
+        self,
+        scorer_or_model: Any,
+        tokenizer: Any = None,
+        *,
+        input_mode: InputMode = "history",
+        input_key: NestedKey | None = None,
+        pad_output: bool = False,
+        padding_side: PaddingSide = "left",
+        log_probs_key: NestedKey = "ref_log_probs",
+        tokens_key: NestedKey = "tokens",
+        masks_key: NestedKey = "masks",
+        text_key: NestedKey = "text",
+        history_key: NestedKey = "history",
+        chat_template_name: str | None = None,
+        chat_template: str | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        inplace: Literal[True, False, "empty"] = True,
+        layout: torch.layout | None = None,
+        generate: bool = False,
+        return_log_probs: bool = True,
+        **engine_options: Any,
+    ) -> None:
+        super().__init__()
+        if generate or not return_log_probs:
+            raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
+        if input_mode not in ("history", "text", "tokens"):
+            raise OptionError(f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'")
+        if not isinstance(pad_output, bool):
+            raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
+        # vllm.LLM has a method named score as well: what generates is an engine.
+        is_model = isinstance(scorer_or_model, (str, os.PathLike)) or hasattr(scorer_or_model, "generate")
+        if isinstance(scorer_or_model, (str, os.PathLike)):
+            scorer_or_model = checked_path(scorer_or_model, engine_options)
+        self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)  # before an engine is started
+        self._owns_scorer = is_model or not hasattr(scorer_or_model, "score")
+        if self._owns_scorer:
+            self.scorer: Scorer = VLLMScorer(scorer_or_model, **engine_options)
+        elif engine_options:
+            raise OptionError(
+                f"unknown argument, or engine option for a scorer that already runs: {', '.join(engine_options)}"
+            )
+        else:
+            self.scorer = scorer_or_model
+        self.input_mode = input_mode
+        self.pad_output = pad_output
+        self.padding_side = padding_side
+        self.log_probs_key = log_probs_key
+        self.tokens_key = tokens_key
+        self.masks_key = masks_key
+        self.text_key = text_key
+        self.history_key = history_key
+        self.chat_template_name = chat_template_name
+        self.chat_template = chat_template
+        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+        self.inplace = inplace
+        self.layout = torch.strided if layout is None and not pad_output else layout
+        self.input_key = input_key or nested(
+            {"history": history_key, "text": text_key, "tokens": tokens_key}[input_mode], "full"
+        )
+        self._texts = TextWatch()
+        self.in_keys = [self.input_key]
+        self.out_keys = [masks_key, tokens_key, log_probs_key]
+
+    def get_new_version(self, **kwargs: Any) -> VLLMReference:
+        """Return a twin with other arguments on the same scorer."""
+        current = {name: getattr(self, name) for name in (*_DESCRIPTION, "inplace") if name != "input_key"}
+        if "input_mode" not in kwargs:
+            current["input_key"] = self.input_key
+        if "pad_output" not in kwargs:
+            current["layout"] = self.layout
+        return type(self)(kwargs.pop("model", self.scorer), **{**current, **kwargs})
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last batch whose texts were tokenized here, ``template_...`` as :attr:`RetrieveKL.metrics` has them."""
+        return self._texts.metrics
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights that serve; ``None`` where the scorer does not know."""
+        return getattr(self.scorer, "weight_version", None)
+
+    def refresh(
+        self, source: Any, *, ema: float | None = None, version: int | None = None, tolerance: float = 0.0
+    ) -> int:
+        """Replace the weights on purpose; see :meth:`VLLMScorer.refresh`."""
+        return self._vllm_scorer("refresh").refresh(source, ema=ema, version=version, tolerance=tolerance)
+
+    def check_frozen(self, tolerance: float = 0.0) -> float:
+        """Prove that the weights have not moved; see :meth:`VLLMScorer.check_frozen`."""
+        return self._vllm_scorer("check_frozen").check_frozen(tolerance)
+
+    def asleep(self) -> contextlib.AbstractContextManager[None]:
+        """Give the engine's GPU memory to others for a while; see :meth:`VLLMScorer.asleep`."""
+        return self._vllm_scorer("asleep").asleep()
+
+    def _vllm_scorer(self, method: str) -> VLLMScorer:
+        if not hasattr(self.scorer, method):
+            raise OptionError(
+                f"{method} needs a VLLMScorer in this process, this reference has a {type(self.scorer).__name__}"
+            )
+        return self.scorer  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """End the engine if this made it; a scorer that was passed in is left to its owner."""
+        if self._owns_scorer:
+            self.scorer.close()  # type: ignore[attr-defined]
+
+    @set_list_to_stack(True)
+    def forward(
+        self, tensordict: TensorDictBase, *, tensordict_out: TensorDictBase | None = None, **kwargs: Any
+    ) -> TensorDictBase:
+        """Score ``tensordict`` and write log-probs, tokens and masks."""
+        if kwargs:
+            raise OptionError(f"VLLMReference takes no {', '.join(kwargs)}: it returns log-probs, not logits")
+        if tensordict_out is None:
+            tensordict_out = tensordict if self.inplace is True else tensordict.empty()
+        if tensordict.ndim == 0:
+            flat, flat_out = lazy_stack([tensordict]), lazy_stack([tensordict_out])
+            self._write(flat, flat_out)
+            return tensordict_out.update(flat_out[0].select(*self.out_keys))
+        if tensordict.ndim > 1:
+            flat_out = tensordict.reshape(-1).empty().to_lazystack(0)
+            self._write(tensordict.reshape(-1), flat_out)
+            return tensordict_out.update(flat_out.view(tensordict.shape))
+        self._write(tensordict, tensordict_out)
+        return tensordict_out
+
+    def _write(self, td: TensorDictBase, out: TensorDictBase) -> None:
+        batch = read_batch(td, keys_of(self), assistant_only=False)
+        self._texts.see(batch.report)
+        values = score_batch(self.scorer, batch).values
+        self._write_tokens(td, out, batch)
+        set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)
+
+    def _write_tokens(self, td: TensorDictBase, out: TensorDictBase, batch: TokenBatch) -> None:
+        """Write ids and masks in the layout that the log-probs will have. Ids that have it already are left alone."""
+        ids = self._lay_out(batch.packed_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0)
+        stored = rows_of(td, nested(self.tokens_key, "full"))
+        if out is not td or stored is None or [len(row) for row in ids] != [len(row) for row in stored]:
+            set_rows(out, nested(self.tokens_key, "full"), ids, Tokens)
+        real = torch.ones_like(batch.packed_ids, dtype=torch.bool)
+        for name, mask in (("all_attention_mask", real), ("all_assistant_mask", batch.packed_assistant)):
+            if mask is not None:
+                set_rows(out, nested(self.masks_key, name), self._lay_out(mask, batch), Masks)
+
+    def _lay_out(self, values: torch.Tensor, batch: TokenBatch, *, padding_value: float = 0) -> Rows:
+        return to_layout(
+            values, batch, pad_output=self.pad_output, padding_side=self.padding_side, padding_value=padding_value
+        )
+
+
+# What a file of a tokenizer is called, by its library.
+_TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm|\.model$")
+
+
+def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """Return the tokenizer, loaded if it is named; ``None`` where a checkpoint has none and none was asked for.
+
+    Raises:
+        OptionError: it cannot be loaded.
+    """
+    if tokenizer is None and not isinstance(model, (str, os.PathLike)):
+        get_tokenizer = getattr(model, "get_tokenizer", None)
+        return get_tokenizer() if get_tokenizer is not None else None
+    if not isinstance(tokenizer, (str, os.PathLike, type(None))):
+        return tokenizer
+    name = os.fspath(model if tokenizer is None else tokenizer)
+    files = [file.name for file in Path(name).glob("*")]
+    if tokenizer is None and files and not any(map(_TOKENIZER_FILE.search, files)):
+        return None  # ids need none; what is made of text says that it is missing
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of transformers, tokenizers, huggingface_hub, json, jinja
+        raise OptionError(
+            f"the tokenizer of {name!r} could not be loaded: {type(error).__name__}: {error}. Pass tokenizer=, a "
+            "transformers tokenizer or the path of one"
+        ) from error
+
+
+def _build_there(ref_model: Any, factory: Callable[[], Any] | None, device: Any) -> tuple[Scorer, dict[str, Any]]:
+    """Return what scores with a model, and how it wants to be called. Runs in the actor, where the model will live."""
+    model = ref_model if factory is None else factory()
+    if device is not None:
+        model = model.to(device)
+    if model.generate:
+        raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
+    return scorer_for(model), {name: getattr(model, name) for name in _DESCRIPTION if hasattr(model, name)}
+
+
+def remote_reference(
+    ref_model: Any,
+    ref_model_factory: Callable[[], Any] | None,
+    *,
+    actor_name: str | None,
+    device: torch.device | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> VLLMReference:
+    """Return a reference whose weights live in a Ray actor.
+
+    Args:
+        ref_model: ``None``, or a wrapper that can be pickled (a ``TransformersWrapper``).
+        ref_model_factory: makes the wrapper in the actor. With neither, the actor ``actor_name`` must exist.
+        actor_name: see :class:`~vllm_kl.transforms.ray_scorer.RayScorer`.
+        device: where the actor places the model, if it is one of transformers.
+        num_cpus, num_gpus: the actor's resources.
+    """
+    from vllm_kl.transforms.ray_scorer import RayScorer
+
+    if ref_model is not None and ref_model_factory is not None:
+        raise InputError("Cannot provide both 'ref_model' and 'ref_model_factory'. Choose one.")
+    if isinstance(ref_model, VLLMReference):
+        raise OptionError(
+            "a VLLMReference holds a running engine and cannot move into a Ray actor: pass ref_model_factory, which makes "
+            "it there"
+        )
+    build = None
+    if ref_model is not None or ref_model_factory is not None:
+        build = functools.partial(_build_there, ref_model, ref_model_factory, device)
+    elif actor_name is None:
+        raise InputError("use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists")
+    scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
+    return VLLMReference(scorer, **scorer.attributes)

@@ -1,0 +1,1 @@
+"""Other weights for an engine: checkpoints, loads, pushes, refreshes, adapters, and the versions that scores carry."""

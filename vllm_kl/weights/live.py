@@ -1,0 +1,296 @@
+"""The weights of a live engine: which version serves (vLLM's own ``weight_version``), and how another takes its place.
+
+The steps are in :mod:`vllm_kl.weights.loading`; here they are taken, one caller at a time, with a ``vllm.LLM`` and an ``AsyncLLM``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllm_kl.errors import WeightsError
+from vllm_kl.plugin import SWITCH
+from vllm_kl.plugin.taken import TAKE
+from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
+from vllm_kl.weights.loading import Record, run_sync
+from vllm_kl.weights.lock import EngineLock
+
+logger = logging.getLogger("vllm_kl")
+
+_LOOK_EVERY_S = 0.5
+
+
+class Weights(Protocol):
+    """What can be asked of an engine's weights."""
+
+    @property
+    def version(self) -> int | None:
+        """The version that serves; 0: those that the engine was started with; ``None``: what others loaded, and nobody counted."""
+        ...
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """What a state dict for this engine must hold."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The checkpoint that serves: a folder, or the model's path or name.
+
+        Raises:
+            WeightsError: the model's files are not those any more that the engine was started with.
+        """
+        ...
+
+    def next_version(self, version: int | None = None) -> int:
+        """Return the version that a load would give now: ``version``, or the next.
+
+        Raises:
+            WeightsError: ``version`` is not above the one that serves.
+        """
+        ...
+
+    def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        """Serve a checkpoint instead, when what is being computed is done; return its version.
+
+        Raises:
+            WeightsError: it could not be loaded, or ``version`` is not above the one that serves by then; the old weights and
+                their version go on serving.
+        """
+        ...
+
+    def sleep(self) -> bool:
+        """Give the engine's GPU memory back until :meth:`wake_up`, of the same thread; return whether there was any to give."""
+        ...
+
+    def wake_up(self) -> None:
+        """Take the memory again."""
+        ...
+
+
+def _record_of(engine: Any) -> Record:
+    return _RECORDS.get(engine) or _RECORDS.setdefault(engine, Record(engine.model_config))
+
+
+def _take(llm_engine: Any) -> None:
+    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once."""
+    record = _record_of(llm_engine)
+    if record.is_taken is not None:
+        return
+
+    async def call(method: str, *args: Any) -> Any:
+        return getattr(llm_engine, method)(*args)
+
+    try:
+        with lock_of(llm_engine):
+            answers = llm_engine.collective_rpc(TAKE, None, (os.getpid(),))
+            if any(answers):
+                llm_engine.reset_prefix_cache()
+            record.is_taken = True
+            with contextlib.suppress(WeightsError):  # a version that is no number
+                run_sync(record.version(call))
+    except Exception as error:
+        record.is_taken = False
+        logger.warning(
+            "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
+            "is killed, and what vLLM's CPU backend computes wrong stays as it is. Make the engine where VLLM_PLUGINS is not set, "
+            "or names vllm_kl, and %s is not 0",
+            error,
+            SWITCH,
+        )
+
+
+_RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[Any, EngineLock] = weakref.WeakKeyDictionary()
+_TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
+_TASKS: set[asyncio.Task[int]] = set()
+
+
+def lock_of(engine: Any) -> EngineLock:
+    """Return the lock of an engine: one thread at a time uses it, or changes its weights."""
+    return _LOCKS.setdefault(engine, EngineLock())
+
+
+class LiveWeights:
+    """The weights of an ``LLMEngine``, on its own or inside a ``vllm.LLM``.
+
+    Args:
+        llm_engine: the engine. Several of these may look at one engine.
+    """
+
+    def __init__(self, llm_engine: Any) -> None:
+        self._engine = llm_engine
+        _take(llm_engine)
+        self._record = _record_of(llm_engine)
+        self._asleep = contextlib.ExitStack()
+
+    @property
+    def version(self) -> int | None:
+        with lock_of(self._engine).if_free() as is_free:
+            if not is_free:  # whoever has it generates, scores or pushes: until that ends, what served before serves
+                return self._record.last
+            return run_sync(self._record.version(self._call))
+
+    @property
+    def uncounted(self) -> str | None:
+        """The stamp that says nothing, if one does: others have loaded weights since it was given."""
+        return run_sync(self._record.uncounted(self._call))
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self._record.skeleton
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that serves; ``None``: the model's own."""
+        return self._record.folder
+
+    @property
+    def source(self) -> str:
+        return self._record.source
+
+    def next_version(self, version: int | None = None) -> int:
+        with lock_of(self._engine):
+            return self._record.next_version(run_sync(self._call("get_weight_version")), version)
+
+    def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        with lock_of(self._engine).replacing():
+            if self._engine.has_unfinished_requests():
+                raise WeightsError(
+                    "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
+                )
+            return run_sync(self._record.load(self._call, checkpoint, version))
+
+    def load_folder(self, folder: Path, *, version: int | None = None) -> int:
+        """Serve a folder that others wrote; return its version.
+
+        Raises:
+            WeightsError: as :meth:`load`; or it is another model's.
+        """
+        if not folder.is_dir():
+            raise WeightsError(
+                f"{str(folder)!r} is no folder: nothing was touched. Pass a checkpoint's, on the engine's machine"
+            )
+        self.next_version(version)
+        self._record.refuse_another_model(folder)
+        return self.load(Checkpoint(folder), version=version)
+
+    def take_over(self, *, version: int | None = None, check: bool = True) -> int:
+        """Serve what others loaded, compared with the checkpoint it came from; return its version."""
+        steps = self._record.take_over if check else self._record.believe
+        with lock_of(self._engine).replacing():
+            return run_sync(steps(self._call, version))
+
+    def started_with(self, checkpoint: Checkpoint, version: int) -> None:
+        """Give the weights that this engine was started with the version that they have elsewhere."""
+        run_sync(self._record.started_with(self._call, checkpoint, version))
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        with self._record.telling_of_death(), _not_waiting_for_the_dead(self._engine.engine_core):
+            return getattr(self._engine, method)(*args)
+
+    def sleep(self) -> bool:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            return False
+        if not self._engine.model_config.enable_sleep_mode:
+            raise WeightsError("the engine cannot sleep: make it with enable_sleep_mode=True")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_of(self._engine).replacing())
+            self._engine.sleep(level=1)
+            self._asleep = stack.pop_all()  # until it wakes: a sleeping engine takes requests and never answers them
+        return True
+
+    def wake_up(self) -> None:
+        with self._asleep:
+            self._engine.wake_up()
+
+
+class AsyncWeights:
+    """The weights of an ``AsyncLLM``. Requests in flight finish with the old weights; new ones wait.
+
+    Args:
+        engine: a ``vllm.v1.engine.async_llm.AsyncLLM``.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._record = _record_of(engine)
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self._record.skeleton
+
+    async def version(self) -> int | None:
+        await self._take()
+        return await self._record.version(self._call)
+
+    async def next_version(self, version: int | None = None) -> int:
+        return self._record.next_version(await self._call("get_weight_version"), version)
+
+    async def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        """As :meth:`Weights.load`. A caller that is cancelled leaves a load that goes on to its end."""
+        task = asyncio.create_task(self._load(checkpoint, version))
+        _TASKS.add(task)  # the event loop itself would drop it
+        task.add_done_callback(_TASKS.discard)
+        return await asyncio.shield(task)
+
+    async def _load(self, checkpoint: Checkpoint, version: int | None) -> int:
+        async with _TURNS.setdefault(self._engine, asyncio.Lock()):
+            try:
+                await self._call("pause_generation", mode="wait")
+                await self._take()
+                return await self._record.load(self._call, checkpoint, version)
+            finally:
+                await self._call("resume_generation")
+
+    async def _take(self) -> None:
+        if self._record.is_taken is None:
+            self._record.is_taken = False
+            with contextlib.suppress(Exception):  # load() tells of a plugin that is missing
+                await self._call("collective_rpc", TAKE, None, (os.getpid(),))
+                self._record.is_taken = True
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        name = {"set_weight_version": "update_weight_version"}.get(method, method)
+        with self._record.telling_of_death():
+            call = asyncio.ensure_future(getattr(self._engine, name)(*args, **kwargs))
+            while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
+                if self._engine.errored:  # vLLM 0.32 waits for ever for what a dead engine was asked
+                    call.cancel()
+                    raise self._engine.dead_error
+            return call.result()
+
+
+@contextlib.contextmanager
+def _not_waiting_for_the_dead(core: Any) -> Iterator[None]:
+    """End a call to an engine's process when that dies: vLLM waits for ever (``SyncMPClient.call_utility``, 0.32)."""
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(core, InprocClient):
+        yield
+        return
+    resources, asked = core.resources, core.utility_results
+
+    def watch() -> None:
+        while not is_over.wait(_LOOK_EVERY_S):
+            if resources.engine_dead:
+                for future in list(asked.values()):
+                    if not future.done():
+                        future.set_exception(EngineDeadError())
+
+    is_over = threading.Event()
+    threading.Thread(target=watch, name="vllm_kl-engine-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
