@@ -19,7 +19,8 @@ from vllm.lora.request import LoRARequest
 
 from tests.batches import history_batch
 from vllm_kl import EnginePolicyVersion
-from vllm_kl.transforms.watched_policy import GENERATED_BY, generated_by, watch
+from vllm_kl.batch.origins import GENERATED_BY, generated_by
+from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.types import Origin
 from vllm_kl.weights import lock as lock_module
 from vllm_kl.weights.live import lock_of

@@ -214,7 +214,9 @@ class TestPlugin:
         assert [lookup(None, theirs), lookup(None, theirs, 20)] == [99, 20]
 
     def test_an_unknown_vllm_is_left_alone(self, monkeypatch):
-        monkeypatch.setattr(plugin, "KNOWN_VLLM", plugin.SpecifierSet("<0.1"))
+        from vllm_kl.plugin import allowed
+
+        monkeypatch.setattr(allowed, "KNOWN_VLLM", allowed.SpecifierSet("<0.1"))
         monkeypatch.setattr(cap, "install", lambda: pytest.fail("patched"))
         plugin.register()
 

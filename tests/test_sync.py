@@ -27,21 +27,17 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMReference, VLLMScorer, lifetime
+from vllm_kl.batch.origins import GENERATED_BY, UNKNOWN
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
 from vllm_kl.plugin import adoption
 from vllm_kl.plugin.weights import ADOPT, PREPARE, READY
-from vllm_kl.transforms.watched_policy import GENERATED_BY, UNKNOWN, watch
+from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
+from vllm_kl.transforms.sync_scheme import VLLMSyncScheme
+from vllm_kl.transforms.watched_policy import watch
+from vllm_kl.transforms.weight_updater import VLLMWeightUpdater
 from vllm_kl.weights import checkpoint, loading
 from vllm_kl.weights import live as weights_module
-from vllm_kl.weights.push import (
-    EnginePolicyVersion,
-    VLLMSyncScheme,
-    VLLMWeightUpdater,
-    finish_update,
-    push_weights,
-    push_weights_async,
-    weights_of,
-)
+from vllm_kl.weights.push import finish_update, push_weights, push_weights_async, weights_of
 
 IDS = list(range(5, 80))  # more than two blocks: the prefix cache has something to keep
 

@@ -22,8 +22,9 @@ from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer
 from vllm_kl.errors import WeightsError
+from vllm_kl.transforms.sync_scheme import VLLMSyncScheme
 from vllm_kl.weights.checkpoint import Skeleton
-from vllm_kl.weights.push import VLLMSyncScheme, push_weights
+from vllm_kl.weights.push import push_weights
 
 IDS = list(range(5, 60))
 

@@ -15,22 +15,18 @@ if TYPE_CHECKING:
     from vllm_kl.kl import kl_estimate
     from vllm_kl.scorer import VLLMScorer
     from vllm_kl.transforms.deferred import fill_deferred
+    from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
     from vllm_kl.transforms.from_collector import FromCollector
     from vllm_kl.transforms.kl_computation import KLComputation
     from vllm_kl.transforms.lora_wrapper import LoRAWrapper
     from vllm_kl.transforms.retokenized_turns import RetokenizedTurns
     from vllm_kl.transforms.retrieve_kl import RetrieveKL, RetrieveLogProb
+    from vllm_kl.transforms.sync_scheme import VLLMSyncScheme
     from vllm_kl.transforms.vllm_reference import VLLMReference
+    from vllm_kl.transforms.weight_updater import VLLMWeightUpdater
     from vllm_kl.view.samples import Sample, read_samples, samples_from_batch, write_samples
     from vllm_kl.weights.collector_errors import check_collector
-    from vllm_kl.weights.push import (
-        EnginePolicyVersion,
-        VLLMSyncScheme,
-        VLLMWeightUpdater,
-        finish_update,
-        push_weights,
-        push_weights_async,
-    )
+    from vllm_kl.weights.push import finish_update, push_weights, push_weights_async
     from vllm_kl.weights.versions import check_versions
 
 __version__ = "0.1.0"
@@ -62,7 +58,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "EnginePolicyVersion": "weights.push",
+    "EnginePolicyVersion": "transforms.engine_policy_version",
     "FromCollector": "transforms.from_collector",
     "KLComputation": "transforms.kl_computation",
     "LoRAWrapper": "transforms.lora_wrapper",
@@ -72,8 +68,8 @@ _HOME = {
     "Sample": "view.samples",
     "VLLMReference": "transforms.vllm_reference",
     "VLLMScorer": "scorer",
-    "VLLMSyncScheme": "weights.push",
-    "VLLMWeightUpdater": "weights.push",
+    "VLLMSyncScheme": "transforms.sync_scheme",
+    "VLLMWeightUpdater": "transforms.weight_updater",
     "check_collector": "weights.collector_errors",
     "check_versions": "weights.versions",
     "fill_deferred": "transforms.deferred",

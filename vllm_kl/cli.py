@@ -65,11 +65,13 @@ def demo(
     given = {"batches": train or batches, "prompts": prompts, "group": group, "coeff": coeff, "pad_output": pad_output}
     options = {name: value for name, value in {**given, "seed": seed, "out": out}.items() if value is not None}
     if train is None:
-        from vllm_kl.demo.run import DemoConfig, run
+        from vllm_kl.demo.run import run
+        from vllm_kl.demo.types import DemoConfig
 
         figures = run(DemoConfig(**options), console)
     else:
-        from vllm_kl.demo.loop import TrainConfig, run_training
+        from vllm_kl.demo.loop import run_training
+        from vllm_kl.demo.types import TrainConfig
 
         figures = run_training(TrainConfig(**options), console)
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)

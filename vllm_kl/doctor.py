@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_kl.plugin import KNOWN_VLLM, SWITCH, is_on
+from vllm_kl.plugin.allowed import KNOWN_VLLM, SWITCH, is_on
 
 # What the code was read and tested against; the same bounds as in pyproject.toml, where a test compares them.
 SUPPORTED = {

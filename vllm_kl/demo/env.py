@@ -14,7 +14,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -28,14 +28,12 @@ from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.demo import task
+from vllm_kl.demo.types import DemoConfig
 from vllm_kl.engines.devices import has_gpu
 from vllm_kl.scorer import VLLMScorer
+from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
 from vllm_kl.transforms.retrieve_kl import RetrieveKL
 from vllm_kl.transforms.vllm_reference import VLLMReference
-from vllm_kl.weights.push import EnginePolicyVersion
-
-if TYPE_CHECKING:
-    from vllm_kl.demo.run import DemoConfig
 
 MAX_NEW_TOKENS = 24
 

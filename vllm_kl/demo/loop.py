@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,40 +23,12 @@ from transformers import AutoModelForCausalLM
 
 from vllm_kl.demo import report, train
 from vllm_kl.demo.env import make_collector, set_up, started
-from vllm_kl.demo.run import BatchRow, DemoConfig, Float64KL, Rollout, read_rollouts, summarize
+from vllm_kl.demo.run import Float64KL, read_rollouts, summarize
+from vllm_kl.demo.types import Rollout, TrainConfig, UpdateRow
 from vllm_kl.diagnostics import mismatch
 from vllm_kl.transforms.retrieve_kl import RetrieveKL
+from vllm_kl.transforms.weight_updater import VLLMWeightUpdater
 from vllm_kl.view.samples import write_samples
-from vllm_kl.weights.push import VLLMWeightUpdater
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(DemoConfig):
-    """How the demo trains."""
-
-    batches: int = 30  # one per update
-    prompts: int = 16
-    minibatch: int = 64  # responses per step of the optimizer
-    learning_rate: float = 5e-5
-    max_grad_norm: float = 1.0
-
-    @property
-    def batches_kept(self) -> int:
-        """Batches in the replay buffer: a response is trained on once per update while it is there."""
-        return 1 if self.pad_output else 2  # GRPOLoss (TorchRL 0.14) takes no dense rows of two widths
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateRow:
-    """Figures of one update."""
-
-    policy_version: int  # of the weights that sampled
-    ref_version: int
-    collected: BatchRow  # what was collected for it
-    mismatch: float  # token_mult_prob_error - 1, sampler (vLLM) against trainer (transformers), before the update
-    staleness: float  # mean over the responses trained on: versions between the weights that sampled and those trained
-    loss: float  # mean over the optimizer's steps
-    clip_fraction: float
 
 
 def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Column, Table
 
-if TYPE_CHECKING:
-    from vllm_kl.demo.loop import UpdateRow
-    from vllm_kl.demo.run import BatchRow, Rollout
+from vllm_kl.demo.types import BatchRow, Rollout, UpdateRow
 
 
 def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: Console) -> None:

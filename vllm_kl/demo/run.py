@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from vllm_kl.demo import report, task, train
 from vllm_kl.demo.env import make_collector, set_up, started
+from vllm_kl.demo.types import BatchRow, DemoConfig, Rollout
 from vllm_kl.kl import kl_estimate
 from vllm_kl.transforms.retrieve_kl import RetrieveKL
 from vllm_kl.transforms.vllm_reference import VLLMReference
-from vllm_kl.view.samples import Sample, samples_from_batch, write_samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """What the demo collects; defaults are those of the command."""
-
-    batches: int = 8
-    prompts: int = 8  # per batch
-    group: int = 8  # responses per prompt
-    coeff: float = 0.1  # of the KL in the reward, or in the loss
-    pad_output: bool = False
-    seed: int = 0
-    out: Path = Path("demo_out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout(Sample):
-    """One scored response; its reward is the task's, before the KL, and its KL is k1 as RetrieveKL wrote it."""
-
-    batch: int
-    group: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchRow:
-    """Figures of one batch, as printed."""
-
-    sequences: int
-    response_tokens: int
-    reward: float
-    kl_k1: float  # mean per response token, nats
-    kl_k3: float
-    max_abs_err: float  # largest |KL - float64 KL| over the response tokens, nats
-    tok_per_s: float  # tokens of the batch's sequences, generated and scored, per second
+from vllm_kl.view.samples import samples_from_batch, write_samples
 
 
 def run(config: DemoConfig, console: Console) -> dict[str, Any]:

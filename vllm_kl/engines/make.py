@@ -17,7 +17,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
-from vllm_kl.plugin import KNOWN_VLLM
+from vllm_kl.plugin.allowed import KNOWN_VLLM
 from vllm_kl.types import EngineInfo, ReadoutName
 
 

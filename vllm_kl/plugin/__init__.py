@@ -1,6 +1,7 @@
 """What runs inside vLLM. Loaded by the entry point ``vllm.general_plugins`` in every process of an engine.
 
     register  the entry point: scoring architectures, the cache cap (this module)
+    allowed   which versions of vLLM it knows, and what turns it on and off
     request   what a request asks for, as it travels in vLLM's parameters
     models    a pooling subclass of any architecture, built when it is asked for
     pooler    finds the rows to score in a step's hidden states, and returns one tensor per request
@@ -23,34 +24,24 @@ from __future__ import annotations
 import logging
 import os
 
-from packaging.specifiers import SpecifierSet
-
 from vllm_kl.errors import OptionError
+from vllm_kl.plugin import allowed
 
-# The versions whose sources were read and whose engines were run.
-KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
 # Base architectures that this process and its children can load for scoring, separated by commas. An environment
 # variable, because an engine's workers are processes of their own, which load plugins before they know their model.
 ARCHITECTURES = "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of its own prefix that it does not know
-# "0" turns all of it off.
-SWITCH = "VLLMKL_PLUGIN"
-
-
-def is_on() -> bool:
-    """Whether this process and its children may use the plugin."""
-    return os.environ.get(SWITCH) != "0"
 
 
 def register() -> None:
     """The entry point, in every process of every vLLM engine. Idempotent; cheap: no model class is imported."""
-    if not is_on():
+    if not allowed.is_on():
         return
     import vllm
 
     from vllm_kl.plugin import adapters, cap, cpu, models, taken, text_only, weights, whole
 
     # Whoever asks for scoring is told of a version that is not known (enable, below). All others are left alone.
-    if KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+    if allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         cap.install()
         weights.install()
         adapters.install()
@@ -70,21 +61,21 @@ def enable(base_architecture: str) -> str:
     Raises:
         OptionError: the plugin is turned off.
     """
-    if not is_on():
-        raise OptionError(f"{SWITCH}=0 turns off what an engine of this package needs in its process: unset it")
+    if not allowed.is_on():
+        raise OptionError(f"{allowed.SWITCH}=0 turns off what an engine of this package needs in its process: unset it")
     import vllm
 
     from vllm_kl.plugin import adapters, cap, cpu, models, taken, weights, whole
 
-    if not KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+    if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
             "vllm_kl: the read-out was made for vLLM%s, this is %s. Scores are checked, but it may not work: vllm-kl doctor",
-            KNOWN_VLLM,
+            allowed.KNOWN_VLLM,
             vllm.__version__,
         )
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
-    be_allowed()
+    allowed.be_named()
     cap.install()
     weights.install()
     adapters.install()
@@ -92,10 +83,3 @@ def enable(base_architecture: str) -> str:
     cpu.install()
     whole.install()
     return models.register(base_architecture)
-
-
-def be_allowed() -> None:
-    """Let vLLM load this plugin in processes that are started from here, also where its list of plugins names only others."""
-    if "VLLM_PLUGINS" in os.environ:
-        allowed = os.environ["VLLM_PLUGINS"].split(",")
-        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*allowed, "vllm_kl"]))

@@ -47,8 +47,6 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
-    from vllm_kl.weights.checkpoint import quantization_of
-
     first = worker.vllm_config.model_config
     if folder is not None and quantization_of(first.hf_config):
         _check_format(Path(folder), first.model)
@@ -72,6 +70,16 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
         raise error.args[0] from None
     except Exception as error:
         raise CannotLoadBesideError(f"{type(error).__name__}: {error}") from error
+
+
+def quantization_of(config: Any) -> str:
+    """Return how a model's checkpoint is quantised; ``""``: it is not."""
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):  # compressed-tensors had the second
+            if settings := getattr(part, name, None):
+                settings = settings if isinstance(settings, dict) else settings.to_dict()
+                return str(settings.get("quant_method") or "its configuration does not say how")
+    return ""
 
 
 class _LoadError(Exception):

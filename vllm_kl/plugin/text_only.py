@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_kl.errors import OptionError
+from vllm_kl.plugin.allowed import be_named
 
 TEXT_ONLY = "VLLMKL_TEXT_ONLY"
 _PACKAGE = "torchvision"
@@ -64,10 +65,8 @@ def naming_what_is_missing(given: dict[str, Any]) -> Iterator[None]:
 
 def enable() -> None:
     """Let this process, and those that it starts, import vision models without torchvision. Idempotent."""
-    from vllm_kl.plugin import be_allowed
-
     os.environ[TEXT_ONLY] = "1"
-    be_allowed()
+    be_named()
     install()
 
 

@@ -13,15 +13,15 @@ from torchrl.data import Composite
 from torchrl.envs import Transform
 
 from vllm_kl.batch.inputs import InputKeys, read_batch
+from vllm_kl.batch.origins import generated_by, origins
 from vllm_kl.batch.outputs import declare
 from vllm_kl.batch.texts import TextWatch
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.sides import Side
-from vllm_kl.transforms.watched_policy import engine_of, generated_by, watch
+from vllm_kl.transforms.watched_policy import engine_of, watch
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.weights.collector_errors import follow
 from vllm_kl.weights.live import lock_of
-from vllm_kl.weights.versions import origins
 
 
 class NextTransform(Transform):

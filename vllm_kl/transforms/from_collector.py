@@ -24,6 +24,7 @@ from torchrl.modules.llm.policies import LLMWrapperBase
 
 from vllm_kl.batch.alignment import from_layout, only_kept
 from vllm_kl.batch.inputs import nested, read_rows, rows_of
+from vllm_kl.batch.origins import origins
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import config_of
 from vllm_kl.engines.placeholders import Placeholders, check_placeholders
@@ -45,7 +46,6 @@ from vllm_kl.transforms.recorded import (
 from vllm_kl.transforms.sides import ScorerOf, is_same_temperature, score_batch, temperature_of
 from vllm_kl.transforms.watched_policy import adapter_id, watch
 from vllm_kl.types import Origin, Scored, TokenBatch
-from vllm_kl.weights.versions import origins
 
 logger = logging.getLogger("vllm_kl")
 

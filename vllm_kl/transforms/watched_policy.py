@@ -20,22 +20,16 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
+from vllm_kl.batch.origins import GENERATED_BY, set_generated_by
 from vllm_kl.engines.generate import versions_told
 from vllm_kl.types import Origin
 from vllm_kl.weights.live import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
 from vllm_kl.weights.lock import EngineLock
 
-# Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
-POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
-# What a watched policy returns beside its tokens: a tensordict of int64 "version", "last_version" and "adapter", -1: not known.
-GENERATED_BY = "generated_by"
-
-UNKNOWN = -1  # in tensors
 # Where the generation that this thread is in notes the origins of its completions, in vLLM's order; None: it is in none.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
 
@@ -123,7 +117,7 @@ def _telling(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictB
     finally:
         _made.reset(before)
     if origins:
-        out.set(GENERATED_BY, _as_tensordict(origins, out))
+        set_generated_by(out, origins)
     return out
 
 
@@ -149,23 +143,6 @@ def watch(policy: Any) -> Watch | None:
 def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
     """Return the method by which a policy asks its engine, for calls that sample nothing: they are not remembered."""
     return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
-
-
-def generated_by(td: TensorDictBase) -> list[Origin] | None:
-    """Return which weights generated each row of a one-dimensional batch; ``None``: its policy does not tell."""
-    told = td.get(GENERATED_BY, default=None)
-    if told is None:
-        return None
-    columns = (told[name].reshape(-1).tolist() for name in ("version", "adapter", "last_version"))
-    return [Origin(*(None if n == UNKNOWN else n for n in row)) for row in zip(*columns, strict=True)]
-
-
-def _as_tensordict(origins: list[Origin], out: TensorDictBase) -> TensorDict:
-    if len(origins) != out.numel():  # a policy that calls its engine in a way of its own
-        origins = [Origin(None, None)] * out.numel()
-    known = torch.tensor([[UNKNOWN if n is None else n for n in origin] for origin in origins])
-    version, adapter, last = (column.reshape(out.batch_size) for column in known.to(out.device).unbind(1))
-    return TensorDict(version=version, last_version=last, adapter=adapter, batch_size=out.batch_size)
 
 
 def _origin_of(output: Any, completion: Any, uncounted: str | None) -> Origin:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from vllm_kl import lifetime
 from vllm_kl.errors import WeightsError
+from vllm_kl.plugin.second_model import quantization_of
 from vllm_kl.weights.state_dict import as_state_dict
 
 logger = logging.getLogger("vllm_kl")
@@ -288,16 +289,6 @@ def refuse_another_model(ours: Any, theirs: Any, source: str) -> None:
                 f"{source!r} is another model: its configuration has {name}={theirs[name]!r}, the engine's {ours[name]!r}, "
                 "which no weights change. Make a new engine on it"
             )
-
-
-def quantization_of(config: Any) -> str:
-    """Return how a model's checkpoint is quantised; ``""``: it is not."""
-    for part in (config, config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):  # compressed-tensors had the second
-            if settings := getattr(part, name, None):
-                settings = settings if isinstance(settings, dict) else settings.to_dict()
-                return str(settings.get("quant_method") or "its configuration does not say how")
-    return ""
 
 
 def _auto_class(config: Any) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import SWITCH
+from vllm_kl.plugin.allowed import SWITCH
 from vllm_kl.plugin.taken import TAKE
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
 from vllm_kl.weights.loading import Record, run_sync

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.errors import EngineError, WeightsError
-from vllm_kl.plugin import KNOWN_VLLM
+from vllm_kl.plugin.allowed import KNOWN_VLLM
 from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, next_version, refuse_another_model
 

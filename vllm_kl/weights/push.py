@@ -12,25 +12,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
-from tensordict import TensorDictBase
-from torchrl.collectors.weight_update import WeightUpdaterBase
-from torchrl.data import Composite
-from torchrl.envs.llm.transforms import PolicyVersion
-from torchrl.weight_update.weight_sync_schemes import WeightSyncScheme
-
-from vllm_kl.batch.outputs import declare
 from vllm_kl.errors import OptionError, WeightsError
-from vllm_kl.transforms.base import collector_of
-from vllm_kl.transforms.from_collector import policy_of
-from vllm_kl.transforms.watched_policy import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by, watch
-from vllm_kl.types import Origin
-from vllm_kl.weights.collector_errors import check_collector, follow
+from vllm_kl.weights.collector_errors import check_collector
 from vllm_kl.weights.live import AsyncWeights, LiveWeights, Weights
 
 
@@ -63,7 +49,7 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     >>> push_weights(scorer, weights) == scorer.weight_version == before + 1
     True
     """
-    engine = _inner(engine)
+    engine = _engine_behind(engine)
     if _is_async(engine):
         handler = getattr(engine, "output_handler", None)
         if handler is None or handler.done():
@@ -77,7 +63,7 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
             )
         return asyncio.run_coroutine_threadsafe(push_weights_async(engine, state_dict, version=version), loop).result()
     weights = weights_of(engine)
-    check_collector(_followed(engine))
+    check_collector(followed(engine))
     state = weights.skeleton.checked(state_dict)
     weights.next_version(version)  # refuses before anything is written; load() chooses
     return weights.load(weights.skeleton.write(state), version=version)
@@ -139,7 +125,7 @@ def weights_of(engine: Any) -> Weights:
     Raises:
         WeightsError: nothing is.
     """
-    engine = _inner(engine)
+    engine = _engine_behind(engine)
     weights = getattr(engine, "weights", None)  # a VLLMScorer
     if weights is not None:
         return weights
@@ -152,7 +138,7 @@ def weights_of(engine: Any) -> Weights:
     return LiveWeights(llm_engine)
 
 
-def _inner(engine: Any) -> Any:
+def _engine_behind(engine: Any) -> Any:
     """Return the engine behind TorchRL's wrappers."""
     for name in ("scorer", "model"):  # VLLMReference, vLLMWrapper
         inner = getattr(engine, name, None)
@@ -161,8 +147,9 @@ def _inner(engine: Any) -> Any:
     return engine
 
 
-def _followed(engine: Any) -> Any:
+def followed(engine: Any) -> Any:
     """Return what stands for an engine where a collector's thread is followed."""
+    engine = _engine_behind(engine)
     return getattr(engine, "llm_engine", engine)
 
 
@@ -175,213 +162,3 @@ def _running_loop() -> Any:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-class EnginePolicyVersion(PolicyVersion):
-    """TorchRL's ``PolicyVersion`` that counts nothing: the policy's version is the one that its engine serves.
-
-    Whoever pushes, and however often, before the collector exists or beside it: samples are stamped with the weights that made
-    them, and with their adapter's id (``"policy_adapter"``, 0: the base model). TorchRL's own tracker
-    (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
-
-    Args:
-        engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one. Where the collector's policy is a ``vLLMWrapper``, each
-            sample's version is what vLLM's output says of it; else the one that serves when its step ends.
-
-    Raises:
-        WeightsError: nothing is known of the engine's weights, or which version serves.
-
-    >>> # LLMCollector(env, policy_factory=policy, track_policy_version=EnginePolicyVersion(llm))
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self._weights = weights_of(engine)
-        self._engine = _followed(_inner(engine))
-        super().__init__(int)
-
-    @property
-    def version(self) -> int:
-        """The version that the engine serves now. A run that is resumed sets it: its engine began again at 0.
-
-        Raises:
-            WeightsError: others loaded weights into the engine and gave them no version. When set: to less than the engine's, or
-                the engine's weights are not those it was started with or that were pushed last.
-        """
-        version = self._weights.version
-        if version is None:
-            raise WeightsError(
-                "others loaded weights into this engine and gave them no version: which one serves is not known. Call "
-                "finish_update(engine) after each such load: it loads them again and counts them"
-            )
-        return version
-
-    @version.setter
-    def version(self, version: int) -> None:
-        if version == self.version:
-            return
-        if not isinstance(self._weights, LiveWeights):
-            raise WeightsError("the engine of a scorer counts for itself: push the resumed weights under their version")
-        self._weights.take_over(version=version)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EnginePolicyVersion:
-        return self  # a copied env asks the same engine
-
-    def __reduce__(self) -> Any:
-        raise OptionError(
-            "an EnginePolicyVersion asks an engine of this process, and cannot go to another: use track_policy_version=True there"
-        )
-
-    def _increment_version(self, init: bool = False) -> int:
-        return self.version
-
-    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
-        collector = collector_of(self)
-        watch(policy_of(collector))
-        follow(collector, self._engine)
-        return super()._reset_env_preprocess(tensordict)
-
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return self._stamp(next_tensordict, generated_by(tensordict.reshape(-1)))
-
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return self._stamp(tensordict_reset, None)
-
-    def _stamp(self, td: TensorDictBase, sampled: list[Origin] | None) -> TensorDictBase:
-        sampled = sampled or [Origin(self.version)] * td.numel()
-        for key, values in zip((POLICY_VERSION, POLICY_ADAPTER), zip(*sampled, strict=True), strict=False):
-            known = torch.tensor([UNKNOWN if value is None else value for value in values], device=td.device)
-            td.set(key, known.reshape(td.shape))
-        return td
-
-    def transform_observation_spec(self, spec: Composite) -> Composite:
-        declare(spec, POLICY_ADAPTER, trailing=(), dtype=torch.int64)
-        return super().transform_observation_spec(spec)
-
-
-class _Pusher:
-    """Pushes to one engine, and keeps the versions of collectors that count for themselves in step with it."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._collectors: list[weakref.ref[Any]] = []
-
-    def register(self, collector: Any) -> None:
-        self._collectors.append(weakref.ref(collector))
-        watch(policy_of(collector))
-        version = weights_of(self._engine).version
-        for tracker in self._counting() if version is not None else ():
-            tracker.version = version
-
-    def push(self, weights: Any, *, collector_counts: bool = False) -> int:
-        version = push_weights(self._engine, weights)
-        for tracker in self._counting():
-            tracker.version = version - collector_counts
-        return version
-
-    def _counting(self) -> list[PolicyVersion]:
-        trackers = [getattr(reference(), "policy_version_tracker", None) for reference in self._collectors]
-        return [
-            t
-            for t in trackers
-            if isinstance(getattr(t, "version", None), int) and not isinstance(t, EnginePolicyVersion)
-        ]
-
-
-with warnings.catch_warnings():
-    # TorchRL 0.14 deprecates the class, and its LLMCollector takes nothing else.
-    warnings.simplefilter("ignore", DeprecationWarning)
-
-    class VLLMWeightUpdater(WeightUpdaterBase):
-        """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine of this machine.
-
-        ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict. With
-        :class:`EnginePolicyVersion` the collector's ``policy_version`` is the engine's version, always; with
-        ``track_policy_version=True`` it is after that call, if no other collector shares the updater.
-
-        Args:
-            engine: as :func:`push_weights` takes it.
-            model: pushed where ``update_policy_weights_()`` is given nothing.
-
-        >>> updater = VLLMWeightUpdater(scorer)
-        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=EnginePolicyVersion(llm))
-        """
-
-        def __init__(self, engine: Any, model: Any = None) -> None:
-            self._pusher = _Pusher(engine)
-            self._model = model
-
-        def register_collector(self, collector: Any) -> None:
-            super().register_collector(collector)
-            self._pusher.register(collector)
-
-        def __call__(self, policy_or_weights: Any = None, worker_ids: Any = None) -> None:
-            # collector.update_policy_weights_() comes here, and counts one version further itself (TorchRL 0.14).
-            weights = self._get_server_weights() if policy_or_weights is None else policy_or_weights
-            self._pusher.push(weights, collector_counts=True)
-            self._call_post_hooks()
-
-        def _sync_weights_with_worker(self, *, worker_id: Any = None, server_weights: Any) -> None:
-            self._pusher.push(server_weights)
-
-        def _get_server_weights(self) -> Any:
-            if self._model is None:
-                raise OptionError("no weights: pass them to update_policy_weights_, or a model to VLLMWeightUpdater")
-            return self._model
-
-        def _maybe_map_weights(self, policy_or_weights: Any) -> Any:
-            return policy_or_weights  # push_weights reads modules, tensordicts and state dicts
-
-
-class VLLMSyncScheme(WeightSyncScheme):
-    """TorchRL's weight sync scheme for a vLLM engine of this machine: sender and receiver are one process.
-
-    Args:
-        engine: as :func:`push_weights` takes it.
-
-    >>> sender = VLLMSyncScheme(scorer).create_sender()
-    >>> # sender.register_model(trainer); sender.register_collector(collector); each step: sender.update_weights()
-    """
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(strategy="tensordict")
-        self._engine = engine
-
-    def create_sender(self) -> VLLMSender:
-        """Return the trainer's side."""
-        return VLLMSender(self._engine)
-
-    def create_transport(self, **kwargs: Any) -> _Transport:
-        """Return what carries weights: a push."""
-        return _Transport(self._engine)
-
-
-class _Transport:
-    """TorchRL's seam for carrying weights; blocks until they serve."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def send_weights(self, weights: Any) -> None:
-        push_weights(self._engine, weights)
-
-
-class VLLMSender:
-    """The trainer's side of :class:`VLLMSyncScheme`."""
-
-    def __init__(self, engine: Any) -> None:
-        self._pusher = _Pusher(engine)
-        self._model: Any = None
-
-    def register_model(self, model: Any) -> None:
-        """Take the model whose weights are sent."""
-        self._model = model
-
-    def register_collector(self, collector: Any) -> None:
-        """Keep a collector's ``policy_version`` in step with the engine."""
-        self._pusher.register(collector)
-
-    def update_weights(self, weights: Any = None) -> int:
-        """Push ``weights``, or the registered model's; return the version that serves now."""
-        if weights is None and self._model is None:
-            raise OptionError("no weights: pass them, or register_model() first")
-        return self._pusher.push(self._model if weights is None else weights)

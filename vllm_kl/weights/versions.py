@@ -13,9 +13,9 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
+from vllm_kl.batch.origins import origins
 from vllm_kl.batch.sample_rows import entries_of
 from vllm_kl.errors import OptionError, StaleError, WeightsError
-from vllm_kl.transforms.watched_policy import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by
 from vllm_kl.types import Origin
 
 OnStale = Literal["raise", "warn", "allow"]
@@ -29,25 +29,6 @@ def check_on_stale(on_stale: str, name: str = "on_stale") -> None:
     """Refuse what is no choice."""
     if on_stale not in get_args(OnStale):
         raise OptionError(f"{name}={on_stale!r} does not exist; choose one of {', '.join(get_args(OnStale))}")
-
-
-def origins(td: TensorDictBase) -> list[Origin]:
-    """Return what sampled each row of a one-dimensional batch, as far as it was recorded: by its engine, or by a stamp.
-
-    Where the two disagree, as where a push came between the generation and the stamp, it is of neither.
-    """
-    told = generated_by(td)
-    if told is not None and "next" not in td.keys():
-        return told  # a step of an env: the stamp at its root is of the one before
-    stamps = [None if version == UNKNOWN else version for version in entries_of(td, POLICY_VERSION)]
-    if told is None and all(version is None for version in stamps):
-        return [Origin(None)] * len(stamps)
-    if told is None:
-        return [Origin(*pair) for pair in zip(stamps, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)]
-    return [
-        origin if stamp in (None, origin.version) else Origin(stamp, origin.adapter, origin.version)
-        for origin, stamp in zip(told, stamps, strict=True)
-    ]
 
 
 def is_of_other_weights(sampled: Origin, scoring: Origin) -> bool:

@@ -1,0 +1,89 @@
+"""Who may import whom. A room is a file or folder directly in ``vllm_kl/``; its floor is one above all that it imports."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(ROOT.joinpath("vllm_kl").rglob("*.py"))
+APPS = {"demo", "view", "cli", "doctor"}
+
+
+@cache
+def imported_by(path: Path) -> set[tuple[str, ...]]:
+    """Return the modules that a file imports, at its top or in a function: the parts of each one's name."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {tuple(name.split(".")) for name in names}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "vllm_kl").parts[0].removesuffix(".py")
+
+
+def rooms() -> dict[str, set[str]]:
+    """Return the rooms that each room imports."""
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        if path.parent != path.parents[1] and room_of(path) != "__init__":
+            below = {name[1] for name in imported_by(path) if name[0] == "vllm_kl" and len(name) > 1}
+            graph.setdefault(room_of(path), set()).update(below - {room_of(path), "__version__"})
+    return graph
+
+
+ALLOWED = {
+    "errors": set(),
+    "types": set(),
+    "lifetime": set(),
+    "batch": {"errors", "types", "lifetime"},
+    "kl": {"errors", "types", "batch"},
+    "diagnostics": {"errors", "types", "batch", "kl"},
+    "plugin": {"errors", "types", "lifetime"},
+    "weights": {"errors", "types", "lifetime", "batch", "plugin"},
+    "engines": {"errors", "types", "lifetime", "plugin", "weights"},
+}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_rooms_below_it(room):
+    assert rooms()[room] <= ALLOWED[room]
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("torchrl", {"batch", "transforms"}),
+        ("ray", {"transforms"}),
+        ("vllm", {"engines", "plugin", "weights", "transforms"}),
+    ],
+)
+def test_a_package_is_imported_in_its_rooms_only(package, homes):
+    users = {room_of(path) for path in FILES if any(name[0] == package for name in imported_by(path))}
+    assert users - APPS <= homes
+
+
+def test_there_is_no_circle_and_there_are_at_most_nine_floors():
+    graph, floors = rooms(), {}
+    for room in graphlib.TopologicalSorter(graph).static_order():  # raises where there is a circle
+        floors[room] = 1 + max((floors[below] for below in graph.get(room, ())), default=0)
+    assert max(floors.values()) <= 9, floors
+
+
+def test_no_file_imports_itself_through_others():
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+    def file_of(name: tuple[str, ...]) -> str:
+        """Return the longest beginning of a name that is a file: the rest is what is in it."""
+        return next((file for n in (len(name), len(name) - 1) if (file := ".".join(name[:n])) in files), "vllm_kl")
+
+    graph = {file: {file_of(name) for name in imported_by(path)} - {"vllm_kl"} for file, path in files.items()}
+    graphlib.TopologicalSorter(graph).prepare()

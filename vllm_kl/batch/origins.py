@@ -1,0 +1,54 @@
+"""Reads and writes which weights sampled each row of a batch: what its engine said, and what transforms stamped."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from vllm_kl.batch.sample_rows import entries_of
+from vllm_kl.types import Origin
+
+# Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
+POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
+# What a watched policy returns beside its tokens: a tensordict of int64 "version", "last_version" and "adapter", -1: not known.
+GENERATED_BY = "generated_by"
+
+UNKNOWN = -1  # in tensors
+
+
+def set_generated_by(out: TensorDictBase, origins: list[Origin]) -> None:
+    """Write which weights generated each row of a batch of any shape."""
+    if len(origins) != out.numel():  # a policy that calls its engine in a way of its own
+        origins = [Origin(None, None)] * out.numel()
+    known = torch.tensor([[UNKNOWN if n is None else n for n in origin] for origin in origins])
+    version, adapter, last = (column.reshape(out.batch_size) for column in known.to(out.device).unbind(1))
+    told = TensorDict(version=version, last_version=last, adapter=adapter, batch_size=out.batch_size)
+    out.set(GENERATED_BY, told)
+
+
+def generated_by(td: TensorDictBase) -> list[Origin] | None:
+    """Return which weights generated each row of a one-dimensional batch; ``None``: its policy does not tell."""
+    told = td.get(GENERATED_BY, default=None)
+    if told is None:
+        return None
+    columns = (told[name].reshape(-1).tolist() for name in ("version", "adapter", "last_version"))
+    return [Origin(*(None if n == UNKNOWN else n for n in row)) for row in zip(*columns, strict=True)]
+
+
+def origins(td: TensorDictBase) -> list[Origin]:
+    """Return what sampled each row of a one-dimensional batch, as far as it was recorded: by its engine, or by a stamp.
+
+    Where the two disagree, as where a push came between the generation and the stamp, it is of neither.
+    """
+    told = generated_by(td)
+    if told is not None and "next" not in td.keys():
+        return told  # a step of an env: the stamp at its root is of the one before
+    stamps = [None if version == UNKNOWN else version for version in entries_of(td, POLICY_VERSION)]
+    if told is None and all(version is None for version in stamps):
+        return [Origin(None)] * len(stamps)
+    if told is None:
+        return [Origin(*pair) for pair in zip(stamps, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)]
+    return [
+        origin if stamp in (None, origin.version) else Origin(stamp, origin.adapter, origin.version)
+        for origin, stamp in zip(told, stamps, strict=True)
+    ]

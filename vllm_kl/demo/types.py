@@ -1,0 +1,71 @@
+"""What the demo is told, and what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_kl.view.samples import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demo collects; defaults are those of the command."""
+
+    batches: int = 8
+    prompts: int = 8  # per batch
+    group: int = 8  # responses per prompt
+    coeff: float = 0.1  # of the KL in the reward, or in the loss
+    pad_output: bool = False
+    seed: int = 0
+    out: Path = Path("demo_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DemoConfig):
+    """How the demo trains."""
+
+    batches: int = 30  # one per update
+    prompts: int = 16
+    minibatch: int = 64  # responses per step of the optimizer
+    learning_rate: float = 5e-5
+    max_grad_norm: float = 1.0
+
+    @property
+    def batches_kept(self) -> int:
+        """Batches in the replay buffer: a response is trained on once per update while it is there."""
+        return 1 if self.pad_output else 2  # GRPOLoss (TorchRL 0.14) takes no dense rows of two widths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Sample):
+    """One scored response; its reward is the task's, before the KL, and its KL is k1 as RetrieveKL wrote it."""
+
+    batch: int
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRow:
+    """Figures of one batch, as printed."""
+
+    sequences: int
+    response_tokens: int
+    reward: float
+    kl_k1: float  # mean per response token, nats
+    kl_k3: float
+    max_abs_err: float  # largest |KL - float64 KL| over the response tokens, nats
+    tok_per_s: float  # tokens of the batch's sequences, generated and scored, per second
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRow:
+    """Figures of one update."""
+
+    policy_version: int  # of the weights that sampled
+    ref_version: int
+    collected: BatchRow  # what was collected for it
+    mismatch: float  # token_mult_prob_error - 1, sampler (vLLM) against trainer (transformers), before the update
+    staleness: float  # mean over the responses trained on: versions between the weights that sampled and those trained
+    loss: float  # mean over the optimizer's steps
+    clip_fraction: float

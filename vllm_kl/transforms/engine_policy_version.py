@@ -1,0 +1,102 @@
+"""``EnginePolicyVersion``: stamps each sample with the version of the weights that sampled it, as the policy's engine says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import Composite
+from torchrl.envs.llm.transforms import PolicyVersion
+
+from vllm_kl.batch.origins import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by
+from vllm_kl.batch.outputs import declare
+from vllm_kl.errors import OptionError, WeightsError
+from vllm_kl.transforms.base import collector_of
+from vllm_kl.transforms.from_collector import policy_of
+from vllm_kl.transforms.watched_policy import watch
+from vllm_kl.types import Origin
+from vllm_kl.weights.collector_errors import follow
+from vllm_kl.weights.live import LiveWeights
+from vllm_kl.weights.push import followed, weights_of
+
+
+class EnginePolicyVersion(PolicyVersion):
+    """TorchRL's ``PolicyVersion`` that counts nothing: the policy's version is the one that its engine serves.
+
+    Whoever pushes, and however often, before the collector exists or beside it: samples are stamped with the weights that made
+    them, and with their adapter's id (``"policy_adapter"``, 0: the base model). TorchRL's own tracker
+    (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
+
+    Args:
+        engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one. Where the collector's policy is a ``vLLMWrapper``, each
+            sample's version is what vLLM's output says of it; else the one that serves when its step ends.
+
+    Raises:
+        WeightsError: nothing is known of the engine's weights, or which version serves.
+
+    >>> # LLMCollector(env, policy_factory=policy, track_policy_version=EnginePolicyVersion(llm))
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._weights = weights_of(engine)
+        self._engine = followed(engine)
+        super().__init__(int)
+
+    @property
+    def version(self) -> int:
+        """The version that the engine serves now. A run that is resumed sets it: its engine began again at 0.
+
+        Raises:
+            WeightsError: others loaded weights into the engine and gave them no version. When set: to less than the engine's, or
+                the engine's weights are not those it was started with or that were pushed last.
+        """
+        version = self._weights.version
+        if version is None:
+            raise WeightsError(
+                "others loaded weights into this engine and gave them no version: which one serves is not known. Call "
+                "finish_update(engine) after each such load: it loads them again and counts them"
+            )
+        return version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        if version == self.version:
+            return
+        if not isinstance(self._weights, LiveWeights):
+            raise WeightsError("the engine of a scorer counts for itself: push the resumed weights under their version")
+        self._weights.take_over(version=version)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EnginePolicyVersion:
+        return self  # a copied env asks the same engine
+
+    def __reduce__(self) -> Any:
+        raise OptionError(
+            "an EnginePolicyVersion asks an engine of this process, and cannot go to another: use track_policy_version=True there"
+        )
+
+    def _increment_version(self, init: bool = False) -> int:
+        return self.version
+
+    def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        collector = collector_of(self)
+        watch(policy_of(collector))
+        follow(collector, self._engine)
+        return super()._reset_env_preprocess(tensordict)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        return self._stamp(next_tensordict, generated_by(tensordict.reshape(-1)))
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return self._stamp(tensordict_reset, None)
+
+    def _stamp(self, td: TensorDictBase, sampled: list[Origin] | None) -> TensorDictBase:
+        sampled = sampled or [Origin(self.version)] * td.numel()
+        for key, values in zip((POLICY_VERSION, POLICY_ADAPTER), zip(*sampled, strict=True), strict=False):
+            known = torch.tensor([UNKNOWN if value is None else value for value in values], device=td.device)
+            td.set(key, known.reshape(td.shape))
+        return td
+
+    def transform_observation_spec(self, spec: Composite) -> Composite:
+        declare(spec, POLICY_ADAPTER, trailing=(), dtype=torch.int64)
+        return super().transform_observation_spec(spec)

@@ -1,0 +1,55 @@
+"""``VLLMWeightUpdater``: TorchRL's ``collector.update_policy_weights_()`` for a policy that is a vLLM engine of this machine."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torchrl.collectors.weight_update import WeightUpdaterBase
+
+from vllm_kl.errors import OptionError
+from vllm_kl.transforms.pusher import Pusher
+
+with warnings.catch_warnings():
+    # TorchRL 0.14 deprecates the class, and its LLMCollector takes nothing else.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+    class VLLMWeightUpdater(WeightUpdaterBase):
+        """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine of this machine.
+
+        ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict. With
+        :class:`EnginePolicyVersion` the collector's ``policy_version`` is the engine's version, always; with
+        ``track_policy_version=True`` it is after that call, if no other collector shares the updater.
+
+        Args:
+            engine: as :func:`push_weights` takes it.
+            model: pushed where ``update_policy_weights_()`` is given nothing.
+
+        >>> updater = VLLMWeightUpdater(scorer)
+        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=EnginePolicyVersion(llm))
+        """
+
+        def __init__(self, engine: Any, model: Any = None) -> None:
+            self._pusher = Pusher(engine)
+            self._model = model
+
+        def register_collector(self, collector: Any) -> None:
+            super().register_collector(collector)
+            self._pusher.register(collector)
+
+        def __call__(self, policy_or_weights: Any = None, worker_ids: Any = None) -> None:
+            # collector.update_policy_weights_() comes here, and counts one version further itself (TorchRL 0.14).
+            weights = self._get_server_weights() if policy_or_weights is None else policy_or_weights
+            self._pusher.push(weights, collector_counts=True)
+            self._call_post_hooks()
+
+        def _sync_weights_with_worker(self, *, worker_id: Any = None, server_weights: Any) -> None:
+            self._pusher.push(server_weights)
+
+        def _get_server_weights(self) -> Any:
+            if self._model is None:
+                raise OptionError("no weights: pass them to update_policy_weights_, or a model to VLLMWeightUpdater")
+            return self._model
+
+        def _maybe_map_weights(self, policy_or_weights: Any) -> Any:
+            return policy_or_weights  # push_weights reads modules, tensordicts and state dicts
