@@ -103,7 +103,9 @@ def measure(name: str, home: Path, engines: Engines) -> tuple[list[str], list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where the table is written to, too")
     args = parser.parse_args()

@@ -61,7 +61,9 @@ def distributions(folder: str, sequences: list[list[int]], starts: list[int]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16])
     args = parser.parse_args()
@@ -79,9 +81,13 @@ def main() -> None:
         a, b = (p, q) if direction == "reverse" else (q, p)
         exact = (a.exp() * (a - b)).sum(-1)
         columns = ("estimator", "bias", "standard deviation", f"tokens for {WITHIN:.0%}")
-        table = make_table(f"{direction}: {len(exact)} positions, KL {exact.mean():.4f} nats a token", *columns)
+        table = make_table(
+            f"{direction}: {len(exact)} positions, KL {exact.mean():.4f} nats a token", *columns
+        )
 
-        def row(name: str, bias: float, std: float, kl: float = float(exact.mean()), table: Table = table) -> None:
+        def row(
+            name: str, bias: float, std: float, kl: float = float(exact.mean()), table: Table = table
+        ) -> None:
             allowed = (WITHIN * kl) ** 2 - bias**2
             tokens = "never" if allowed <= 0 else f"{max(1, math.ceil(std**2 / allowed)):,}"
             table.add_row(name, f"{bias:+.4f}", f"{std:.4f}", tokens)
@@ -93,9 +99,15 @@ def main() -> None:
             mean = (p.exp() * values).sum(-1)
             second = (p.exp() * values.square()).sum(-1)
             # Of a token at a random position, about that position's mean.
-            row(name, float((mean - exact).mean()), float((second - mean.square()).clamp(min=0).mean().sqrt()))
+            row(
+                name, float((mean - exact).mean()), float((second - mean.square()).clamp(min=0).mean().sqrt())
+            )
         for k in args.k:
-            row(f"topk, k={k}", float((lumped(policy, reference, sequences, starts, k, direction) - exact).mean()), 0.0)
+            row(
+                f"topk, k={k}",
+                float((lumped(policy, reference, sequences, starts, k, direction) - exact).mean()),
+                0.0,
+            )
         report.table(table)
     report.line(machine_line(f"{args.answers} answers, vocabulary {p.shape[1]}"))
 

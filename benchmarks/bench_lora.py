@@ -50,9 +50,18 @@ SETUPS = ("one engine", "two engines", "engine and scorer", "one engine, no adap
 def build(home: Path) -> tuple[Path, Path]:
     from safetensors.torch import save_file
 
-    sizes = {"hidden": HIDDEN, "intermediate": 2816, "layers": LAYERS, "heads": 16, "kv_heads": 4, "vocab": VOCAB}
+    sizes = {
+        "hidden": HIDDEN,
+        "intermediate": 2816,
+        "layers": LAYERS,
+        "heads": 16,
+        "kv_heads": 4,
+        "vocab": VOCAB,
+    }
     ends = {"bos_token_id": None, "eos_token_id": 0}
-    model = make_qwen2(**sizes, **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True)
+    model = make_qwen2(
+        **sizes, **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True
+    )
     model.save_pretrained(home / "base")
     tensors = {}
     for name, module in model.named_modules():
@@ -85,7 +94,8 @@ def start(setup: str, base: str, adapter: str) -> tuple[Any, Any, Any]:
         llm,
         request,
         VLLMScorer(
-            LLM(base, **common) if setup == "two engines" else base, **({} if setup == "two engines" else ENGINE)
+            LLM(base, **common) if setup == "two engines" else base,
+            **({} if setup == "two engines" else ENGINE),
         ),
     )
 
@@ -103,10 +113,15 @@ def measure(setup: str, base: str, adapter: str, rounds: int, connection: Any) -
         rng = np.random.default_rng(round_number)
         prompts = rng.integers(1, VOCAB, (NUM_PROMPTS, PROMPT)).tolist()
         outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False, lora_request=request
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            params,
+            use_tqdm=False,
+            lora_request=request,
         )
         samples = [sample for output in outputs for sample in output.outputs]
-        sequences = [ids + list(s.token_ids) for ids, o in zip(prompts, outputs, strict=True) for s in o.outputs]
+        sequences = [
+            ids + list(s.token_ids) for ids, o in zip(prompts, outputs, strict=True) for s in o.outputs
+        ]
         began = time.perf_counter()
         ref_log_probs = scorer.score(sequences, PROMPT)
         seconds.append(time.perf_counter() - began)
@@ -166,10 +181,14 @@ def check(results: dict[str, Any], base: Path, adapter: Path, num_checked: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
-    parser.add_argument("--checked", type=int, default=4, help="sequences of each setup that float64 computes again")
+    parser.add_argument(
+        "--checked", type=int, default=4, help="sequences of each setup that float64 computes again"
+    )
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as home:
@@ -186,7 +205,15 @@ def main() -> None:
         weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20
     if (worst := max(errors.values())) > 5e-5:
         raise SystemExit(f"not measured: log-probs are {worst:.1e} nats from float64, expected below 5e-5")
-    columns = ("setup", "PSS, MiB", "peak, MiB", "times one engine", "read-out", "scoring, s p50", "largest error")
+    columns = (
+        "setup",
+        "PSS, MiB",
+        "peak, MiB",
+        "times one engine",
+        "read-out",
+        "scoring, s p50",
+        "largest error",
+    )
     table = make_table(f"adapter and base model, {weights:,.0f} MiB of weights", *columns, left=("read-out",))
     one = results[args.setups[0]]
     for setup, result in results.items():

@@ -74,9 +74,20 @@ class Reward(Transform):
 
 def build(path: Path, tokenizer, *, hidden: int, layers: int) -> str:
     heads = {"heads": hidden // 64, "kv_heads": hidden // 128}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     make_qwen2(
-        **{"hidden": hidden, "intermediate": 3 * hidden, "layers": layers, "vocab": len(tokenizer), **heads, **ends},
+        **{
+            "hidden": hidden,
+            "intermediate": 3 * hidden,
+            "layers": layers,
+            "vocab": len(tokenizer),
+            **heads,
+            **ends,
+        },
         max_position_embeddings=1024,
         initializer_range=0.06,
     ).save_pretrained(path)
@@ -107,8 +118,12 @@ class Bench:
     def batches(self, steps: int, deferred=None):
         """Yield batches of ``steps`` steps for ever; ``deferred=None``: nothing is scored."""
         queries = [{"query": f"{i}: what is {i} and {7 * i}? " + "Think. " * 8} for i in range(64)]
-        loader = DataLoader(queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
-        env = ChatEnv.from_dataloader(loader, batch_size=(NUM_ENVS,), input_mode="history", tokenizer=self.tokenizer)
+        loader = DataLoader(
+            queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
+        )
+        env = ChatEnv.from_dataloader(
+            loader, batch_size=(NUM_ENVS,), input_mode="history", tokenizer=self.tokenizer
+        )
         env.append_transform(Reward())
         if deferred is not None:
             env.append_transform(RetrieveKL("from_collector", self.reference, coeff=0.1, deferred=deferred))
@@ -116,7 +131,11 @@ class Bench:
         policy = functools.partial(vLLMWrapper, self.llm, tokenizer=self.tokenizer, generate_kwargs=sampling)
         turns = NUM_ENVS * steps
         collector = LLMCollector(
-            env, policy_factory=policy, dialog_turns_per_batch=turns, total_dialog_turns=10_000, reset_at_each_iter=True
+            env,
+            policy_factory=policy,
+            dialog_turns_per_batch=turns,
+            total_dialog_turns=10_000,
+            reset_at_each_iter=True,
         )
         yield from collector
 
@@ -124,7 +143,9 @@ class Bench:
         """Score a batch step by step, as the transforms do."""
         for t in range(batch.shape[1]):
             ids = batch[:, t].get(("tokens", "full"), as_list=True)
-            self.reference.scorer.score(ids, [len(p) for p in batch[:, t].get(("tokens", "prompt"), as_list=True)])
+            self.reference.scorer.score(
+                ids, [len(p) for p in batch[:, t].get(("tokens", "prompt"), as_list=True)]
+            )
 
 
 def rows(batch):
@@ -136,7 +157,9 @@ def check(bench: Bench, ways: dict) -> None:
     found = {name: rows(fill_deferred(next(batches))) for name, batches in ways.items()}
     for name, got in found.items():
         for mine, theirs in zip(got, found["immediate"], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), f"{name} has other numbers"
+            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), (
+                f"{name} has other numbers"
+            )
     oracle = AutoModelForCausalLM.from_pretrained(bench.ref_path, dtype=torch.float64)
     sample = next(ways["immediate"])[0, 0]
     ids, mask = sample["tokens", "full"], sample["next", "kl_mask"][1:]
@@ -150,7 +173,8 @@ def check(bench: Bench, ways: dict) -> None:
 def measure(bench: Bench, steps: int, rounds: int) -> dict[str, list[float]]:
     """Return seconds per step, round by round."""
     ways = {
-        name: bench.batches(steps, d) for name, d in (("immediate", False), ("deferred", True), ("later", "buffer"))
+        name: bench.batches(steps, d)
+        for name, d in (("immediate", False), ("deferred", True), ("later", "buffer"))
     }
     check(bench, ways)
     alone = bench.batches(steps)
@@ -193,7 +217,9 @@ def as_table(steps: int, seconds: dict[str, list[float]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cores", choices=("own", "shared"), default="own")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=3, help="of the reference")

@@ -34,7 +34,9 @@ from pathlib import Path
 from typing import Any
 
 # Read by vLLM and torch at import, in the children.
-os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1")  # pickle, for "RPC, reload"
+os.environ.update(
+    VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1"
+)  # pickle, for "RPC, reload"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
@@ -51,7 +53,9 @@ SIZES = {
 PLACES = {"same process": "0", "own process": "1"}
 WAYS = ("push_weights", "shared memory, reload", "disk, reload", "RPC, reload", "backend")
 PROMPT = [1 + 37 * i % 8_000 for i in range(48)]
-TOLERANCE = 5e-5  # nats; or four times what transformers' float32 is off, as trained weights become ill-conditioned
+TOLERANCE = (
+    5e-5  # nats; or four times what transformers' float32 is off, as trained weights become ill-conditioned
+)
 
 
 def build(size: str) -> Any:
@@ -93,7 +97,9 @@ def register_backend() -> None:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
-            self.receive_weights(self.parse_update_info(update_info))  # the base class waits for an accelerator
+            self.receive_weights(
+                self.parse_update_info(update_info)
+            )  # the base class waits for an accelerator
 
         def receive_weights(self, update_info: Update) -> None:
             with torch.device(self.device):
@@ -120,7 +126,9 @@ class Pickled:
 
 
 def vllms_own_reload(worker: Any, folder: str) -> None:
-    worker.model_runner.reload_weights(weights_path=folder)  # the worker's own method is mended by the plugin on a CPU
+    worker.model_runner.reload_weights(
+        weights_path=folder
+    )  # the worker's own method is mended by the plugin on a CPU
 
 
 class Pushes:
@@ -154,7 +162,9 @@ class Pushes:
             assert self.llm.reset_prefix_cache()
 
     def reload_tensors(self) -> None:
-        state = Pickled([(name, t) for name, t in self.model.state_dict().items() if name != "lm_head.weight"])
+        state = Pickled(
+            [(name, t) for name, t in self.model.state_dict().items() if name != "lm_head.weight"]
+        )
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": state})
         assert self.llm.reset_prefix_cache()
 
@@ -288,7 +298,9 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 def table(size: str, place: str, result: dict[str, Any]) -> Table:
     seconds, ours = result["seconds"], result["seconds"]["push_weights"]
     columns = ("way", "s p20", "s p50", "s p80", "ratio to push_weights, p50", "largest error")
-    shown = make_table(f"{size}, {result['size_bytes'] / 2**20:,.0f} MiB of float32, engine in {place}", *columns)
+    shown = make_table(
+        f"{size}, {result['size_bytes'] / 2**20:,.0f} MiB of float32, engine in {place}", *columns
+    )
     for way in (*WAYS, "new engine", "floor"):
         if way not in seconds:
             continue
@@ -303,7 +315,9 @@ def table(size: str, place: str, result: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--rounds", type=int, default=5)

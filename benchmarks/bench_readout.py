@@ -70,7 +70,11 @@ def build(path: Path, name: str) -> int:
     """Save a model and a tokenizer; return the number of parameters."""
     from vllm_kl.demo.task import make_tokenizer
 
-    settings = {"max_position_embeddings": 8192, "initializer_range": 0.06, "tie_word_embeddings": name != "7B"}
+    settings = {
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.06,
+        "tie_word_embeddings": name != "7B",
+    }
     with torch.device(DEVICE):  # a large model takes minutes on a CPU
         model = make_qwen2(**MODELS[name], **settings).bfloat16()
     model.save_pretrained(path)
@@ -168,7 +172,9 @@ def oracle(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
     yield score, os.getpid()
 
 
-def _padded(folder: str, options: dict[str, Any], read: Callable[..., torch.Tensor]) -> Iterator[tuple[Score, int]]:
+def _padded(
+    folder: str, options: dict[str, Any], read: Callable[..., torch.Tensor]
+) -> Iterator[tuple[Score, int]]:
     """A padded batch (here all sequences are of one length), in slices whose logits take 1 GiB; response rows only."""
     model = _hf_model(folder, options["dtype"])
 
@@ -209,7 +215,9 @@ def trl(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
 ENGINE, PRODUCT = "  engine without LM head", "  LM-head product"
 
 
-def floor(folder: str, options: dict[str, Any]) -> Iterator[tuple[Callable[[Sequences, int], dict[str, float]], int]]:
+def floor(
+    folder: str, options: dict[str, Any]
+) -> Iterator[tuple[Callable[[Sequences, int], dict[str, float]], int]]:
     """The same engine without its LM head, and the LM head's product alone. Returns the seconds of both."""
     from vllm_kl.engines.base import drive
     from vllm_kl.engines.local import start as start_engine
@@ -229,7 +237,9 @@ def floor(folder: str, options: dict[str, Any]) -> Iterator[tuple[Callable[[Sequ
         hidden = torch.randn(num_rows, hidden_size).to(weight)
         out = torch.empty(rows * columns, dtype=dtype, device=weight.device)
         widened = (
-            torch.empty(columns, hidden_size, dtype=dtype, device=weight.device) if dtype != weight.dtype else None
+            torch.empty(columns, hidden_size, dtype=dtype, device=weight.device)
+            if dtype != weight.dtype
+            else None
         )
         torch.accelerator.synchronize() if weight.is_cuda else None
         began = time.perf_counter()
@@ -247,7 +257,8 @@ def floor(folder: str, options: dict[str, Any]) -> Iterator[tuple[Callable[[Sequ
     few = min(vocab_size, 16_384)
     # A CPU without 16-bit products is faster with matrices that are widened slice by slice.
     dtype = min(
-        (weight.dtype, torch.float32), key=lambda d: min(product(512, d, 512, 2048, vocab=few) for _ in range(3))
+        (weight.dtype, torch.float32),
+        key=lambda d: min(product(512, d, 512, 2048, vocab=few) for _ in range(3)),
     )
     tiles = [(rows, columns) for rows in (512, 1024, 2048, 4096) for columns in (512, 1024, 2048, 4096)]
     ways = [(dtype, *tile) for tile in tiles]
@@ -355,7 +366,9 @@ def gpu_memory() -> Callable[[], int]:
     pynvml.nvmlInit()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     handle = (
-        pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(first)
+        pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        if first.isdigit()
+        else pynvml.nvmlDeviceGetHandleByUUID(first)
     )
     return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
 
@@ -481,10 +494,18 @@ class Bench:
             p20, p50, p80 = p20_p50_p80(runs)
             flops = "" if name == PRODUCT else f"{2 * self.num_parameters * computed / p50 / 1e12:,.2f}"
             ratios = [
-                f"{median_ratio(seconds[other], runs):.2f}" if other in seconds else "" for other in (peer, "floor")
+                f"{median_ratio(seconds[other], runs):.2f}" if other in seconds else ""
+                for other in (peer, "floor")
             ]
             error = f"{self.errors[shape][name]:.1e}" if name in self.errors[shape] else ""
-            figures = (f"{p20:.3g}", f"{p50:.3g}", f"{p80:.3g}", f"{fed / p50:,.0f}", f"{computed / p50:,.0f}", flops)
+            figures = (
+                f"{p20:.3g}",
+                f"{p50:.3g}",
+                f"{p80:.3g}",
+                f"{fed / p50:,.0f}",
+                f"{computed / p50:,.0f}",
+                flops,
+            )
             table.add_row(name, *figures, *ratios, error)
         return table
 
@@ -496,13 +517,19 @@ def as_shape(text: str) -> Shape:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer-rounds", type=int, default=3, help="rounds of all but ours and the floor; default 3")
+    parser.add_argument(
+        "--peer-rounds", type=int, default=3, help="rounds of all but ours and the floor; default 3"
+    )
     usable = [name for name in PROVIDERS if name != "trl" or find_spec("trl")]
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=usable)
     parser.add_argument("--model", choices=MODELS, default="96M")
-    parser.add_argument("--shapes", nargs="+", type=as_shape, default=[as_shape(s) for s in SHAPES], metavar="PxRxG")
+    parser.add_argument(
+        "--shapes", nargs="+", type=as_shape, default=[as_shape(s) for s in SHAPES], metavar="PxRxG"
+    )
     parser.add_argument("--sequences", type=int, default=32, help="in groups; default 32")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="where tables are written to, too")

@@ -61,11 +61,15 @@ def make_providers(folder: str):
         **OPTIONS,
     }
     overrides = {"architectures": [plugin.enable("Qwen2ForCausalLM")]}
-    pooling = vllm.LLM(folder, runner="pooling", convert="none", hf_overrides=overrides, max_num_seqs=512, **same)
+    pooling = vllm.LLM(
+        folder, runner="pooling", convert="none", hf_overrides=overrides, max_num_seqs=512, **same
+    )
     flat = VLLMScorer(vllm.LLM(folder, max_num_seqs=512, **same), readout="flat", share_prefix=False)
 
     def step(sequences, starts):
-        requests = [ScoreRequest(token_ids=ids, start=start) for ids, start in zip(sequences, starts, strict=True)]
+        requests = [
+            ScoreRequest(token_ids=ids, start=start) for ids, start in zip(sequences, starts, strict=True)
+        ]
         drive(driver, requests, share_prefix=True)
 
     def encode(sequences, starts):
@@ -133,10 +137,14 @@ def batch(seed: int, num_requests: int, shortest: int, longest: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=4096)
-    parser.add_argument("--lengths", type=int, nargs=2, default=(16, 64), help="the shortest and the longest sequence")
+    parser.add_argument(
+        "--lengths", type=int, nargs=2, default=(16, 64), help="the shortest and the longest sequence"
+    )
     args = parser.parse_args()
     per_request = 1e6 / args.requests
     with tempfile.TemporaryDirectory() as folder:

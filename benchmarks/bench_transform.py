@@ -103,7 +103,10 @@ class Data:
         said = const(self.responses, True)
         nan = const(self.prompts, float("nan"))
         width = max(map(len, self.prompts))
-        masks = {"all_attention_mask": rows(real, said, False), "all_assistant_mask": rows(empty, said, False)}
+        masks = {
+            "all_attention_mask": rows(real, said, False),
+            "all_assistant_mask": rows(empty, said, False),
+        }
         gen, ref = (rows(nan, side, float("nan")) for side in (self.log_probs, self.ref))
         next_td = TensorDict(
             reward=torch.ones(*size, 1, 1), done=torch.ones(*size, 1, dtype=torch.bool), batch_size=size
@@ -121,7 +124,9 @@ class Data:
 
     def _ragged(self, with_ref: bool) -> TensorDictBase:
         samples = []
-        for prompt, response, gen, ref in zip(self.prompts, self.responses, self.log_probs, self.ref, strict=True):
+        for prompt, response, gen, ref in zip(
+            self.prompts, self.responses, self.log_probs, self.ref, strict=True
+        ):
             nan = torch.full(prompt.shape, float("nan"))
             full = torch.cat([prompt, response])
             is_said = torch.arange(len(full)) >= len(prompt)
@@ -156,7 +161,10 @@ class Data:
                 for name, rows in entries.items():
                     expected = want[j][name] if kept else 0.0
                     assert abs(float(rows[i][t]) - expected) < 1e-5 * max(1.0, abs(expected)), (name, i, t)
-                assert abs(float(rewards[i][t]) - (1.0 - COEFF * (want[j]["k1"] if kept else 0.0))) < 1e-5, (i, t)
+                assert abs(float(rewards[i][t]) - (1.0 - COEFF * (want[j]["k1"] if kept else 0.0))) < 1e-5, (
+                    i,
+                    t,
+                )
 
 
 def read_and_write(td: TensorDictBase, entries: list, reward) -> TensorDictBase:
@@ -195,7 +203,9 @@ def make_providers(data: Data, is_dense: bool) -> dict[str, tuple[Callable, Call
     scorer = VLLMScorer(InstantEngine(data.ref), canary=False)
     reference = VLLMReference(scorer, pad_output=is_dense)
     reuse = {
-        extra: RetrieveKL("from_collector", reference, gen_log_probs="reuse", coeff=COEFF, extra_estimators=extra)
+        extra: RetrieveKL(
+            "from_collector", reference, gen_log_probs="reuse", coeff=COEFF, extra_estimators=extra
+        )
         for extra in ((), EXTRA)
     }
     # TorchRL 0.14 subtracts a nested KL from the reward, which fails where the reward is dense.
@@ -241,7 +251,9 @@ def exponents(p50: dict[tuple[int, int], float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     shapes = [f"{b}x{t}" for b in (64, 256, 1024) for t in (128, 512, 2048)]
@@ -255,7 +267,9 @@ def main() -> None:
     for layout in args.layouts:
         results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}
         columns = ("provider", *(f"B={b}\nT={t}" for b, t in results), "a call grows as")
-        table = make_table(f"{layout}: us per sequence, p50, (p20 to p80), of the CPU", *columns, left=columns[-1:])
+        table = make_table(
+            f"{layout}: us per sequence, p50, (p20 to p80), of the CPU", *columns, left=columns[-1:]
+        )
         for name in next(iter(results.values())):
             cells, p50 = [], {}
             for size, found in results.items():

@@ -108,7 +108,9 @@ def machine() -> dict[str, str]:
         "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "CPU": f"{_cpu_name()}, {os.cpu_count()} cores",
     }
-    if gpu := _first_line("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"):
+    if gpu := _first_line(
+        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
+    ):
         name, memory, driver = gpu.split(", ")
         facts |= {"GPU": f"{name}, {memory}", "driver": driver}
     installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
@@ -136,4 +138,6 @@ def _first_line(*command: str) -> str:
 
 def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
+    )

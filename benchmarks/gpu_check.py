@@ -61,7 +61,10 @@ def commands(small: bool) -> dict[str, list[str]]:
     return {
         "tests": [*tests, "tests"],
         "architectures": script("bench_architectures.py"),
-        **{f"readout-{model}": [*script("bench_readout.py"), "--model", model, *shapes] for model in ("0.5B", "7B")},
+        **{
+            f"readout-{model}": [*script("bench_readout.py"), "--model", model, *shapes]
+            for model in ("0.5B", "7B")
+        },
     }
 
 
@@ -119,7 +122,12 @@ def tests_table(junit: str) -> str:
     for case in ElementTree.fromstring(junit).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         why = "" if bad is None else (bad.get("message") or "").strip().split("\n")[0][:300]
-        cells = (case.get("name"), "passed" if bad is None else bad.tag, f"{float(case.get('time')):.1f}", why)
+        cells = (
+            case.get("name"),
+            "passed" if bad is None else bad.tag,
+            f"{float(case.get('time')):.1f}",
+            why,
+        )
         table.add_row(*(escape(cell.replace("|", "/")) for cell in cells))
     return as_markdown(table)
 
@@ -132,7 +140,11 @@ def written(outcomes: dict[str, Outcome], num_parts: int) -> str:
     facts = make_table("", "machine", "", left=("",))
     for fact in machine().items():
         facts.add_row(*fact)
-    parts = [f"# GPU check: {len(outcomes)} of {num_parts} parts done", as_markdown(facts), as_markdown(summary)]
+    parts = [
+        f"# GPU check: {len(outcomes)} of {num_parts} parts done",
+        as_markdown(facts),
+        as_markdown(summary),
+    ]
     for name, outcome in outcomes.items():
         parts += [f"## {name}", outcome.markdown]
         parts += [f"Failed:\n\n```\n{outcome.error}\n```"] if outcome.error else []
@@ -140,7 +152,9 @@ def written(outcomes: dict[str, Outcome], num_parts: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="tiny models, few providers")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="some of them")
     parser.add_argument("--out", type=Path, default=Path("gpu-check.md"))
@@ -159,7 +173,8 @@ def main() -> None:
             print(f"{name}: running", flush=True)
             outcomes[name] = run(name, command, Path(folder), args.timeout)
             print(
-                f"{name}: {'failed' if outcomes[name].error else 'passed'}, {outcomes[name].wall_s:,.0f} s", flush=True
+                f"{name}: {'failed' if outcomes[name].error else 'passed'}, {outcomes[name].wall_s:,.0f} s",
+                flush=True,
             )
             args.out.write_text(written(outcomes, len(todo)))
     print(f"written to {args.out}")

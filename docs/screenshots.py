@@ -34,7 +34,9 @@ FLAGS = (
 def main(samples: Path, out: Path) -> None:
     """Write one picture per colour scheme, the pointer on the token of the largest |KL|."""
     with tempfile.TemporaryDirectory() as folder:
-        page = write_page(read_samples(samples), Path(folder) / "kl.html", title="Arithmetic: policy against reference")
+        page = write_page(
+            read_samples(samples), Path(folder) / "kl.html", title="Arithmetic: policy against reference"
+        )
         options = webdriver.ChromeOptions()
         options.binary_location = "/usr/bin/chromium"
         for flag in (*FLAGS, f"--user-data-dir={folder}/profile"):

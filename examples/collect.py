@@ -39,7 +39,9 @@ QUESTIONS = [
 
 def main() -> None:
     """Collect and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy")
     parser.add_argument("--reference")
     parser.add_argument("--batches", type=int, default=2)
@@ -60,7 +62,9 @@ def main() -> None:
         [{"query": question} for question in QUESTIONS],
         collate_fn=lambda items: lazy_stack([TensorDict(item) for item in items]),
     )
-    env = ChatEnv.from_dataloader(loader, batch_size=(num_envs,), repeats=args.group, tokenizer=reference.tokenizer)
+    env = ChatEnv.from_dataloader(
+        loader, batch_size=(num_envs,), repeats=args.group, tokenizer=reference.tokenizer
+    )
     env = env.append_transform(StepCounter(max_steps=1))
     env = env.append_transform(RetrieveKL("from_collector", reference, coeff=0.1))
     collector = LLMCollector(
@@ -77,12 +81,17 @@ def main() -> None:
     for i, batch in enumerate(collector):
         batch = batch.view(-1)
         masks = batch.get(("masks", "all_assistant_mask"), as_list=True)
-        kl = [row[kept] for row, kept in zip(batch.get(("next", "kl_penalty"), as_list=True), masks, strict=True)]
+        kl = [
+            row[kept]
+            for row, kept in zip(batch.get(("next", "kl_penalty"), as_list=True), masks, strict=True)
+        ]
         print(
             f"batch {i}: {len(kl)} responses, {sum(map(len, kl))} tokens, mean KL {torch.cat(kl).mean():+.4f} nats per token"
         )
         worst = max(range(len(kl)), key=lambda j: kl[j].sum())
-        print(f"  furthest from the reference: {batch['text', 'response'][worst]!r}, {kl[worst].sum():+.2f} nats")
+        print(
+            f"  furthest from the reference: {batch['text', 'response'][worst]!r}, {kl[worst].sum():+.2f} nats"
+        )
     collector.shutdown()
     reference.close()
 

@@ -39,7 +39,9 @@ from vllm_kl.demo.env import Grade, Problems, collate
 from vllm_kl.demo.train import checkpoints
 
 
-def make_collector(args: argparse.Namespace, engine: Any, reference: VLLMReference, trained: Any) -> LLMCollector:
+def make_collector(
+    args: argparse.Namespace, engine: Any, reference: VLLMReference, trained: Any
+) -> LLMCollector:
     """Return a collector of groups of graded responses, with their log-probs under policy and reference."""
     num_envs = args.prompts * args.group
     env = ChatEnv.from_dataloader(
@@ -68,7 +70,9 @@ def make_collector(args: argparse.Namespace, engine: Any, reference: VLLMReferen
 
 def main() -> None:
     """Collect, learn, push, and print one line per update."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="where the policy starts, and the reference stays")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=8, help="prompts per update")
@@ -87,11 +91,17 @@ def main() -> None:
         options |= {"gpu_memory_utilization": 0.3}
     else:
         options |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
-    trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # in eval mode, as GRPOLoss wants it
+    trained = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32
+    )  # in eval mode, as GRPOLoss wants it
     with closing(VLLMReference(model, model, **options)) as reference:
         collector = make_collector(args, LLM(model, **options), reference, trained)
-        actor = TransformersWrapper(trained, tokenizer=reference.tokenizer, input_mode="tokens", generate=False)
-        loss_module = GRPOLoss(actor, masking_strategy="rlhf", kl_to_ref_coeff=args.coeff, entropy_bonus=False)
+        actor = TransformersWrapper(
+            trained, tokenizer=reference.tokenizer, input_mode="tokens", generate=False
+        )
+        loss_module = GRPOLoss(
+            actor, masking_strategy="rlhf", kl_to_ref_coeff=args.coeff, entropy_bonus=False
+        )
         optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate)
         buffer = ReplayBuffer(
             storage=LazyStackStorage(2 * args.prompts * args.group),  # this batch and the one before
@@ -114,7 +124,9 @@ def main() -> None:
             collector.update_policy_weights_()  # pushed, cache emptied, version stamped; the next batch is sampled by it
 
             reward = fmean(reward.sum().item() for reward in batch.get(("next", "reward"), as_list=True))
-            rows = zip(*(batch.get(("next", key), as_list=True) for key in ("kl_penalty", "kl_mask")), strict=True)
+            rows = zip(
+                *(batch.get(("next", key), as_list=True) for key in ("kl_penalty", "kl_mask")), strict=True
+            )
             kl = torch.cat([row[mask] for row, mask in rows]).mean()
             print(
                 f"update {update}: sampled by version {int(batch[0]['next', 'policy_version'])}, reward {reward:.3f}, "

@@ -61,7 +61,9 @@ def collect(args: argparse.Namespace, reference: VLLMReference, options: dict[st
         [{"query": question} for question in QUESTIONS],
         collate_fn=lambda items: lazy_stack([TensorDict(item) for item in items]),
     )
-    env = ChatEnv.from_dataloader(loader, batch_size=(num_envs,), repeats=args.group, tokenizer=reference.tokenizer)
+    env = ChatEnv.from_dataloader(
+        loader, batch_size=(num_envs,), repeats=args.group, tokenizer=reference.tokenizer
+    )
     env = env.append_transform(StepCounter(max_steps=1)).append_transform(Brevity())
     # The KL is a term of the loss here, so it is not in the reward as well.
     env = env.append_transform(RetrieveKL("from_collector", reference, add_to_reward=False))
@@ -97,7 +99,9 @@ def grpo(model: torch.nn.Module, data: TensorDictBase, tokenizer: Any, pad_outpu
     for sample in data.unbind(0):
         # The one mask of the KL becomes the loss's: "rlhf" reads it there. Log-probs outside it are 0.0.
         sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
-    actor = TransformersWrapper(model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=pad_output)
+    actor = TransformersWrapper(
+        model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=pad_output
+    )
     loss = GRPOLoss(actor, kl_to_ref_coeff=0.1, masking_strategy="rlhf")(data)
     step(model, loss.loss_objective + loss.loss_kl_to_ref)
 
@@ -105,7 +109,9 @@ def grpo(model: torch.nn.Module, data: TensorDictBase, tokenizer: Any, pad_outpu
     policy, ref, masks = (data.get(key, as_list=True) for key in columns)
     k3 = torch.cat(kl_estimate(list(policy), list(ref), list(masks), estimator="k3")).sum()
     num_tokens, num_columns = int(sum(mask.sum() for mask in masks)), len(masks) * max(map(len, masks))
-    print(f"GRPOLoss: objective {loss.loss_objective:+.6f}, kl_to_ref {loss.kl_to_ref:.8f} over {num_columns} columns")
+    print(
+        f"GRPOLoss: objective {loss.loss_objective:+.6f}, kl_to_ref {loss.kl_to_ref:.8f} over {num_columns} columns"
+    )
     print(f"  kl_estimate, k3: sum {k3:.6f} nats, {k3 / num_tokens:.6f} per token of {num_tokens}")
     print("  TorchRL averages over all columns, prompts and padding too: kl_to_ref * columns is that sum")
 
@@ -118,7 +124,9 @@ def distill(model: torch.nn.Module, data: TensorDictBase, teacher: VLLMReference
     for sample in data.unbind(0):
         mask = sample["next", "kl_mask"]
         sample["masks"] = Masks(all_assistant_mask=mask, all_attention_mask=mask)  # what is in both counts
-    student = TransformersWrapper(model, tokenizer=teacher.tokenizer, generate=False, pad_output=teacher.pad_output)
+    student = TransformersWrapper(
+        model, tokenizer=teacher.tokenizer, generate=False, pad_output=teacher.pad_output
+    )
     with torch.no_grad():
         log_probs = student(data.select("history")).get(("log_probs", "full"), as_list=True)
     loss = DistillationLoss(student, kl_direction="reverse")(data)
@@ -134,7 +142,9 @@ def distill(model: torch.nn.Module, data: TensorDictBase, teacher: VLLMReference
 
 def main() -> None:
     """Collect, and take both steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy")
     parser.add_argument("--reference")
     parser.add_argument("--group", type=int, default=4, help="responses per question")
@@ -150,7 +160,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         options |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
     reference = VLLMReference(args.reference, args.reference, pad_output=args.pad_output, **options)
-    trainer, student = (AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32) for _ in range(2))
+    trainer, student = (
+        AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32) for _ in range(2)
+    )
     data = collect(args, reference, options)
     grpo(trainer, data, reference.tokenizer, args.pad_output)
     distill(student, data, reference)

@@ -68,11 +68,15 @@ def dense_batch(sequences, prompt_lengths, pad_id):
         return [torch.full_like(row, value, dtype=torch.bool) for row in rows]
 
     attention = torch.cat([pad(ones(prompts), "left", False), pad(ones(responses), "right", False)], -1)
-    assistant = torch.cat([pad(ones(prompts, False), "left", False), pad(ones(responses), "right", False)], -1)
+    assistant = torch.cat(
+        [pad(ones(prompts, False), "left", False), pad(ones(responses), "right", False)], -1
+    )
     prompt, response = pad(prompts, "left", pad_id), pad(responses, "right", pad_id)
     size = (len(sequences),)
     return TensorDict(
-        tokens=Tokens(prompt=prompt, response=response, full=torch.cat([prompt, response], -1), batch_size=size),
+        tokens=Tokens(
+            prompt=prompt, response=response, full=torch.cat([prompt, response], -1), batch_size=size
+        ),
         masks=Masks(all_attention_mask=attention, all_assistant_mask=assistant, batch_size=size),
         batch_size=size,
     )

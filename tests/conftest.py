@@ -37,7 +37,9 @@ set_list_to_stack(True).set()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", metavar="FILE", help="where tests/test_pushes.py writes its table of architectures")
+    parser.addoption(
+        "--table", metavar="FILE", help="where tests/test_pushes.py writes its table of architectures"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +131,9 @@ def lora_llm(policy_path: Path) -> Any:
     """A live ``vllm.LLM`` of the policy's model that takes LoRA adapters."""
     from vllm import LLM
 
-    return LLM(str(policy_path), enforce_eager=True, use_tqdm_on_load=False, **LORA_OPTIONS, **tiny.ENGINE_OPTIONS)
+    return LLM(
+        str(policy_path), enforce_eager=True, use_tqdm_on_load=False, **LORA_OPTIONS, **tiny.ENGINE_OPTIONS
+    )
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +147,11 @@ def lora_paths(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
     """A scorer that owns an engine in a process of its own: the reference's."""
     with VLLMScorer(
-        str(ref_path), dtype="float32", max_model_len=tiny.MAX_MODEL_LEN, kv_cache_memory_bytes=64 << 20, block_size=32
+        str(ref_path),
+        dtype="float32",
+        max_model_len=tiny.MAX_MODEL_LEN,
+        kv_cache_memory_bytes=64 << 20,
+        block_size=32,
     ) as scorer:
         yield scorer
 

@@ -55,13 +55,17 @@ def test_a_span_with_too_few_log_probs_is_refused():
 def test_missing_log_prob_is_refused_not_zero(value):
     values = torch.tensor([0.0, 0.0, 0.0, -1.0, value, 0.0, value])
     with pytest.raises(
-        MissingLogProbError, match=r"sample 1, token 2 of 3 is kept by the mask but its value is .*\(1 such tokens"
+        MissingLogProbError,
+        match=r"sample 1, token 2 of 3 is kept by the mask but its value is .*\(1 such tokens",
     ):
         only_kept(values, bools("oxoxxox"), [2, 3, 2], what="here")
 
 
 def test_what_lies_outside_the_mask_may_be_anything():
-    assert only_kept(torch.tensor([float("nan"), -1.0]), bools("ox"), [2], what="here").tolist() == [0.0, -1.0]
+    assert only_kept(torch.tensor([float("nan"), -1.0]), bools("ox"), [2], what="here").tolist() == [
+        0.0,
+        -1.0,
+    ]
 
 
 def test_numbers_whose_sum_overflows_are_numbers():
@@ -83,10 +87,14 @@ class TestLayouts:
 
     def test_dense_keeps_the_columns_of_rows_that_are_stored_dense(self):
         batch = batch_of(["..oxx.", "oox..."])
-        dense = to_layout(torch.tensor([0.0, 1.0, 2.0, 0.0, 0.0, 3.0]), batch, pad_output=True, padding_side="left")
+        dense = to_layout(
+            torch.tensor([0.0, 1.0, 2.0, 0.0, 0.0, 3.0]), batch, pad_output=True, padding_side="left"
+        )
         assert dense.tolist() == [[0, 0, 0, 1, 2, 0], [0, 0, 3, 0, 0, 0]]
 
-    @pytest.mark.parametrize(("side", "want"), [("left", [[0, 1, 2], [0, 0, 3]]), ("right", [[0, 1, 2], [0, 3, 0]])])
+    @pytest.mark.parametrize(
+        ("side", "want"), [("left", [[0, 1, 2], [0, 0, 3]]), ("right", [[0, 1, 2], [0, 3, 0]])]
+    )
     def test_ragged_rows_are_padded_on_padding_side(self, side, want):
         values = torch.tensor([0.0, 1.0, 2.0, 0.0, 3.0])
         assert to_layout(values, batch_of(["oxx", "ox"]), pad_output=True, padding_side=side).tolist() == want
@@ -106,7 +114,9 @@ class TestLayouts:
 
 
 ROWS = st.lists(
-    st.tuples(st.integers(0, 4), st.text("ox", min_size=0, max_size=9), st.integers(0, 4)), min_size=1, max_size=6
+    st.tuples(st.integers(0, 4), st.text("ox", min_size=0, max_size=9), st.integers(0, 4)),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -118,7 +128,9 @@ def test_values_are_the_same_in_every_layout(rows, side):
         rows = [row.ljust(max(map(len, rows)), ".") for row in rows]
     batch = batch_of(rows)
     spans = scored_spans(batch.packed_keep, batch.lengths)
-    packed = spread([-torch.arange(1.0, stop - start + 1) for start, stop in spans], spans, batch, what="here")
+    packed = spread(
+        [-torch.arange(1.0, stop - start + 1) for start, stop in spans], spans, batch, what="here"
+    )
     values = packed.split(batch.lengths)
 
     ragged = to_layout(packed, batch, pad_output=False, padding_side=side)

@@ -79,7 +79,9 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
 
     from vllm_kl.engines.local import start
 
-    registry._run_in_subprocess = lambda inspect: inspect()  # else two processes per architecture look at its class
+    registry._run_in_subprocess = lambda inspect: (
+        inspect()
+    )  # else two processes per architecture look at its class
     driver = start(model=model, readout=readout, options={**OPTIONS, **options})
     ALIVE.append(driver)
     results = [drive(driver, requests, share_prefix=share_prefix) for share_prefix in (True, False)]
@@ -95,7 +97,9 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
 @pytest.fixture(scope="module")
 def start_engine():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent)  # the child imports this file, and inherits the path
+        patch.syspath_prepend(
+            Path(__file__).parent.parent
+        )  # the child imports this file, and inherits the path
         pool = multiprocessing.get_context("spawn").Pool(1)
     with pool:
 
@@ -192,7 +196,9 @@ def test_engines_that_take_lora_adapters_score_their_base_model(start_engine, tm
 
 def test_bfloat16_log_probs_are_no_worse_than_vllms_own(start_engine, tmp_path):
     path = tiny.build_architecture(tmp_path, "qwen2", dtype=torch.bfloat16, vocab_size=5000)
-    requests = [ScoreRequest(token_ids=np.array(random_ids(seed, 120, 5000), np.int32), start=1) for seed in range(6)]
+    requests = [
+        ScoreRequest(token_ids=np.array(random_ids(seed, 120, 5000), np.int32), start=1) for seed in range(6)
+    ]
     truth = torch.cat(log_probs_in_float64(path, requests))
     rms, largest = {}, {}
     for readout in ("pooling", "flat"):

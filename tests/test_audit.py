@@ -53,7 +53,9 @@ class TestAudit:
         batch, asked = batch_of(100), []
         recorded = [torch.full((6,), -1.0)] * 100
         audit = Audit(0.1)
-        check(audit, recorded, batch, lambda part: asked.append(part) or [torch.full((6,), -1.01)] * len(part))
+        check(
+            audit, recorded, batch, lambda part: asked.append(part) or [torch.full((6,), -1.01)] * len(part)
+        )
         (part,) = asked
         assert [int(ids[0]) for ids in part.token_ids] == Audit(0.1).draw(batch)
         assert audit.found.metrics["num_tokens"] == 4 * len(part)
@@ -84,7 +86,9 @@ class TestAudit:
             (Origin(2), Origin(None), 0),
         ],
     )
-    def test_samples_known_to_be_of_other_weights_are_skipped_and_counted(self, of_sample_7, scoring, num_skipped):
+    def test_samples_known_to_be_of_other_weights_are_skipped_and_counted(
+        self, of_sample_7, scoring, num_skipped
+    ):
         batch = batch_of(10)
         scored = [torch.full((6,), -1.0) for _ in range(10)]
         scored[7] = torch.full((6,), -9.0)
@@ -112,7 +116,10 @@ class TestAudit:
             ({"fraction": 1.5}, "audit must be a fraction"),
             ({"fraction": float("nan")}, "audit must be a fraction"),
             ({"fraction": 0.1, "tolerance": 0}, "audit_tolerance must be a positive number"),
-            ({"fraction": 0.1, "on_drift": "ignore"}, "on_drift='ignore' does not exist; choose one of raise, warn"),
+            (
+                {"fraction": 0.1, "on_drift": "ignore"},
+                "on_drift='ignore' does not exist; choose one of raise, warn",
+            ),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, kwargs, message):
@@ -158,7 +165,9 @@ class TestInACollector:
         with move.put_back():
             env = make_env().append_transform(move)
             env.append_transform(RetrieveKL("from_collector", make_reference(), audit=1.0))
-            with pytest.raises(DriftError, match=r"differ by .* nats on average \(tolerance 0.05\).*Worst: sample \d"):
+            with pytest.raises(
+                DriftError, match=r"differ by .* nats on average \(tolerance 0.05\).*Worst: sample \d"
+            ):
                 collect(env, make_policy(), turns=4)
         move = MoveWeights(policy_llm)
         with move.put_back():

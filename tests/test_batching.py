@@ -17,7 +17,9 @@ def request(token_ids, start=1, **kwargs):
     return ScoreRequest(token_ids=np.array(token_ids, np.int32), start=start, **kwargs)
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=2, max_size=6), st.integers(1, 2)), max_size=12))
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=2, max_size=6), st.integers(1, 2)), max_size=12)
+)
 def test_every_caller_gets_the_result_of_its_own_request(entries):
     requests = [request(ids, start) for ids, start in entries if start < len(ids)]
     planned = plan(requests)

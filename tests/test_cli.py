@@ -97,7 +97,9 @@ class TestTask:
     def test_the_template_marks_exactly_what_a_policy_generates(self):
         tokenizer = make_tokenizer()
         prompt = [{"role": "user", "content": "hi"}]
-        generated = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"]
+        generated = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)[
+            "input_ids"
+        ]
         whole = tokenizer.apply_chat_template(
             [*prompt, {"role": "assistant", "content": "yo<|im_end|>"}],
             tokenize=True,
@@ -208,4 +210,6 @@ def test_the_example_collects_with_any_two_models(policy_path, ref_path):
         env={**os.environ, "RL_LOGGING_LEVEL": "ERROR"},
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^batch 1: 16 responses, \d+ tokens, mean KL [+-]\d+\.\d{4} nats per token$", done.stdout, re.M)
+    assert re.search(
+        r"^batch 1: 16 responses, \d+ tokens, mean KL [+-]\d+\.\d{4} nats per token$", done.stdout, re.M
+    )

@@ -59,7 +59,11 @@ def state_of(scored, truths):
 def test_who_waits_for_a_call_that_scores_is_served_when_it_ends(scorer, states):
     """An exclusive call is held back while others score; when they end nobody sends the child anything that would wake it."""
     with ThreadPoolExecutor(1) as pool:
-        for ask in (scorer.check_frozen, lambda: scorer.refresh(states[1]), lambda: push_weights(scorer, states[0])):
+        for ask in (
+            scorer.check_frozen,
+            lambda: scorer.refresh(states[1]),
+            lambda: push_weights(scorer, states[0]),
+        ):
             scoring = pool.submit(scorer.score, LONG)
             time.sleep(0.05)
             ask()
@@ -134,7 +138,9 @@ def test_what_a_callers_progress_raises_is_not_taken_for_the_engines_death(score
 
 
 def batch_of(some):
-    return TensorDict(tokens=TensorDict(full=torch.tensor([SEQUENCES[n] for n in some]), batch_size=2), batch_size=2)
+    return TensorDict(
+        tokens=TensorDict(full=torch.tensor([SEQUENCES[n] for n in some]), batch_size=2), batch_size=2
+    )
 
 
 def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_since(
@@ -153,10 +159,14 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
     for state in (0, 1):
         td = transform(batch_of([0, 1]))
         assert td["ref_version"].tolist() == [state, state]
-        assert (td["ref_log_probs", "full"][:, 1:].double() - truths[state][:2]).abs().max() < LOG_PROB_TOLERANCE
+        assert (
+            td["ref_log_probs", "full"][:, 1:].double() - truths[state][:2]
+        ).abs().max() < LOG_PROB_TOLERANCE
 
 
-def test_what_threads_score_while_another_refreshes_carries_the_version_that_made_it(scorer, states, truths, tokenizer):
+def test_what_threads_score_while_another_refreshes_carries_the_version_that_made_it(
+    scorer, states, truths, tokenizer
+):
     """One transform for all threads: nothing of a call is kept in it, or in its scorer, that another thread could read."""
     transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
     served, stop, wrong = {0: 0}, threading.Event(), []  # version -> state
@@ -282,7 +292,9 @@ class Crowd:
 
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("num_steps", [300, pytest.param(10_000, marks=pytest.mark.nightly)])
-def test_threads_that_score_prove_push_and_refresh_at_random_get_what_served(scorer, states, truths, num_steps):
+def test_threads_that_score_prove_push_and_refresh_at_random_get_what_served(
+    scorer, states, truths, num_steps
+):
     crowd = Crowd(scorer, states, truths, num_steps, seed=0)
     crowd.run()
     assert min(crowd.counts.values()) > 0

@@ -21,7 +21,9 @@ class InstantEngine:
     weights = None
 
     def score(self, requests, **_):
-        return [ScoreResult(values=np.full((len(r.token_ids) - r.start, 1), -1.5, np.float32)) for r in requests]
+        return [
+            ScoreResult(values=np.full((len(r.token_ids) - r.start, 1), -1.5, np.float32)) for r in requests
+        ]
 
     def close(self):
         pass

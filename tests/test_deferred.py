@@ -76,7 +76,10 @@ def collector(make_env, make_policy):  # noqa: F811
 def kl(make_reference):
     def make(deferred=True, pad_output=True, **kwargs):
         return RetrieveKL(
-            "from_collector", make_reference(pad_output=pad_output), deferred=deferred, **{"coeff": 0.1, **kwargs}
+            "from_collector",
+            make_reference(pad_output=pad_output),
+            deferred=deferred,
+            **{"coeff": 0.1, **kwargs},
         )
 
     return make
@@ -113,7 +116,9 @@ def gate(ref_scorer, monkeypatch):
 
 
 class TestSameNumbers:
-    @pytest.mark.parametrize("how", [{}, {"max_steps": 2}, {"max_steps": 2, "yield_completed_trajectories": True}])
+    @pytest.mark.parametrize(
+        "how", [{}, {"max_steps": 2}, {"max_steps": 2, "yield_completed_trajectories": True}]
+    )
     @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
     def test_deferred_equals_immediate_bit_for_bit(self, collector, kl, how, pad_output):
         def run(deferred):
@@ -126,7 +131,9 @@ class TestSameNumbers:
         assert len(now[0]) == len(later[0]) == 2
         for a, b in zip(now[0], later[0], strict=True):
             assert (type(a), type(a["next"]), a.shape) == (type(b), type(b["next"]), b.shape)
-            for x, y in zip(*(td.reshape(-1).get(("tokens", "full"), as_list=True) for td in (a, b)), strict=True):
+            for x, y in zip(
+                *(td.reshape(-1).get(("tokens", "full"), as_list=True) for td in (a, b)), strict=True
+            ):
                 assert torch.equal(x, y)  # the policy sampled the same, or nothing can be compared
             for was, is_ in zip(results(a), results(b), strict=True):
                 assert was.keys() == is_.keys() >= {"kl_penalty", "kl_k3", "kl_mask", "reward", "ref_version"}
@@ -142,7 +149,9 @@ class TestSameNumbers:
         for data in collector(transform, max_steps=2, pad_output=pad_output):
             check(data.reshape(-1), policy_oracle, ref_oracle, coeff=0.1)
 
-    def test_the_next_generation_begins_before_a_step_is_scored(self, collector, kl, policy_llm, gate, monkeypatch):
+    def test_the_next_generation_begins_before_a_step_is_scored(
+        self, collector, kl, policy_llm, gate, monkeypatch
+    ):
         generate, generations = policy_llm.generate, []
 
         def tell(*args, **kwargs):
@@ -282,7 +291,9 @@ class TestErrors:
         with pytest.raises(InputError, match=r"of env step \d: sample \[\d, \d\] of this batch: sample \d"):
             next(iter(collector(kl())))
 
-    def test_an_error_that_is_not_ours_keeps_its_type_and_says_where(self, rollout, kl, ref_scorer, monkeypatch):
+    def test_an_error_that_is_not_ours_keeps_its_type_and_says_where(
+        self, rollout, kl, ref_scorer, monkeypatch
+    ):
         def broken(*args, **kwargs):
             raise ZeroDivisionError("not ours")
 
@@ -294,7 +305,9 @@ class TestErrors:
 
 
 class TestVersions:
-    def test_a_step_is_never_scored_by_other_weights_than_it_asked_for(self, rollout, kl, gate, ref_scorer, ref_model):
+    def test_a_step_is_never_scored_by_other_weights_than_it_asked_for(
+        self, rollout, kl, gate, ref_scorer, ref_model
+    ):
         data = rollout(kl("buffer"), steps=1)
         old = ref_scorer.weight_version
         new = ref_scorer.refresh(ref_model.state_dict())
@@ -368,8 +381,12 @@ class TestTheThread:
 
 class TestRefusals:
     def test_a_reference_on_a_live_llm_of_this_process_is_refused(self, policy_llm, tokenizer):
-        reference = vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs")
-        with pytest.raises(OptionError, match=r"no effect with a reference on a vllm.LLM .*VLLMReference\(path\)"):
+        reference = vLLMWrapper(
+            policy_llm, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs"
+        )
+        with pytest.raises(
+            OptionError, match=r"no effect with a reference on a vllm.LLM .*VLLMReference\(path\)"
+        ):
             RetrieveKL("from_collector", reference, deferred=True)
 
     @pytest.mark.parametrize(
@@ -388,5 +405,7 @@ class TestRefusals:
             RetrieveKL(FromCollector("reuse"), make_reference(), deferred=True)(td)
 
     def test_a_later_transform_that_reads_the_reward_is_refused(self, collector, kl):
-        with pytest.raises(OptionError, match="RewardSum comes after a deferred KL .* would see it without the KL"):
+        with pytest.raises(
+            OptionError, match="RewardSum comes after a deferred KL .* would see it without the KL"
+        ):
             next(iter(collector(kl(), RewardSum())))

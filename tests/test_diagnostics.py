@@ -102,7 +102,9 @@ def test_the_worst_tokens_come_with_their_context(tokenizer):
     scored[1][10], scored[0][3], scored[1][0] = -4.0, -1.5, -9.0
     masks = [torch.ones(4), torch.ones(len(ids))]
     masks[1][0] = 0  # furthest apart, but it does not count
-    worst = mismatch(sampled, scored, masks, token_ids=[torch.arange(4), ids], tokenizer=tokenizer, limits={}).worst
+    worst = mismatch(
+        sampled, scored, masks, token_ids=[torch.arange(4), ids], tokenizer=tokenizer, limits={}
+    ).worst
     assert [(w.sample, w.position) for w in worst[:2]] == [(1, 10), (0, 3)]
     assert worst[0].token_id == ids[10]
     assert worst[0].context_ids == tuple(ids[2:15].tolist())
@@ -113,7 +115,9 @@ def test_the_worst_tokens_come_with_their_context(tokenizer):
 
 
 def test_what_passes_a_known_limit_is_said_with_numbers():
-    with pytest.warns(MismatchWarning, match=r"token_mult_prob_error 1\.\d+, healthy is 1.0 to 1.05.*Worst: sample \d"):
+    with pytest.warns(
+        MismatchWarning, match=r"token_mult_prob_error 1\.\d+, healthy is 1.0 to 1.05.*Worst: sample \d"
+    ):
         found = mismatch(*sides(0.3))
     assert list(found.exceeded) == ["token_mult_prob_error"]
     with warnings.catch_warnings():

@@ -18,7 +18,9 @@ from tensordict import TensorDict
 import vllm_kl
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = [m.name for m in pkgutil.walk_packages(vllm_kl.__path__, "vllm_kl.") if m.name != "vllm_kl.engines._child"]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(vllm_kl.__path__, "vllm_kl.") if m.name != "vllm_kl.engines._child"
+]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -57,7 +59,9 @@ def test_readme_examples_run(policy_path, ref_path, policy_llm, lora_llm, lora_p
     Path("my-reference").symlink_to(ref_path)
     Path("my-adapter").symlink_to(lora_paths[0])
     # The README makes its own policy engines; here those of this run stand in for them.
-    monkeypatch.setattr("vllm.LLM", lambda *_, **options: lora_llm if options.get("enable_lora") else policy_llm)
+    monkeypatch.setattr(
+        "vllm.LLM", lambda *_, **options: lora_llm if options.get("enable_lora") else policy_llm
+    )
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.S | re.M)
     assert blocks
     namespace = {}
@@ -71,8 +75,12 @@ def test_the_lock_holds_everything_that_the_project_asks_for():
     """Installed without resolving, so what it leaves out is missing, or there by accident."""
     extras = ("", "cpu", "ray", "plot", "test")
     asked = [Requirement(line) for line in requires("vllm-kl")]
-    asked = [r for r in asked if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
-    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", README.with_name("requirements.lock").read_text(), flags=re.M))
+    asked = [
+        r for r in asked if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)
+    ]
+    locked = dict(
+        re.findall(r"^([\w.-]+)==(\S+)", README.with_name("requirements.lock").read_text(), flags=re.M)
+    )
     missing = [str(r) for r in asked if r.name != "torch" and locked.get(r.name, "0") not in r.specifier]
     assert not missing
 

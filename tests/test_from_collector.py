@@ -41,8 +41,14 @@ class OneReward(Transform):
 @pytest.fixture
 def make_env(tokenizer):
     def make(max_steps=1):
-        queries = [{"query": "What is one and one?"}, {"query": "Why?"}, {"query": "Name a colour of the sea."}]
-        loader = DataLoader(queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
+        queries = [
+            {"query": "What is one and one?"},
+            {"query": "Why?"},
+            {"query": "Name a colour of the sea."},
+        ]
+        loader = DataLoader(
+            queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
+        )
         env = ChatEnv.from_dataloader(
             loader, batch_size=(NUM_ENVS,), repeats=GROUP, input_mode="history", tokenizer=tokenizer
         )
@@ -67,7 +73,11 @@ def make_policy(policy_llm, tokenizer):
 
 def collect(env, policy_factory, turns=2 * NUM_ENVS, **kwargs):
     collector = LLMCollector(
-        env, policy_factory=policy_factory, dialog_turns_per_batch=NUM_ENVS, total_dialog_turns=turns, **kwargs
+        env,
+        policy_factory=policy_factory,
+        dialog_turns_per_batch=NUM_ENVS,
+        total_dialog_turns=turns,
+        **kwargs,
     )
     try:
         return [data.reshape(-1) for data in collector]
@@ -107,14 +117,18 @@ class TestModes:
     def test_kl_agrees_with_float64_on_the_ids_that_were_generated(
         self, make_env, make_policy, make_reference, policy_oracle, ref_oracle, mode, pad_output
     ):
-        transform = RetrieveKL("from_collector", make_reference(pad_output=pad_output), gen_log_probs=mode, coeff=0.1)
+        transform = RetrieveKL(
+            "from_collector", make_reference(pad_output=pad_output), gen_log_probs=mode, coeff=0.1
+        )
         batches = collect(make_env().append_transform(transform), make_policy(pad_output=pad_output))
         assert len(batches) == 2
         for data in batches:
             check(data, policy_oracle, ref_oracle, coeff=0.1)
 
 
-def test_auto_does_not_ask_the_engine_where_log_probs_were_recorded(make_env, make_policy, make_reference, monkeypatch):
+def test_auto_does_not_ask_the_engine_where_log_probs_were_recorded(
+    make_env, make_policy, make_reference, monkeypatch
+):
     env = make_env().append_transform(RetrieveKL("from_collector", make_reference()))
     monkeypatch.setattr(
         ScorerOf, "__call__", lambda self, model: getattr(model, "scorer", None) or pytest.fail("asked")
@@ -172,9 +186,15 @@ def transformers_run(make_env, policy_model, ref_model, tokenizer):
     """Collect with transformers models on both sides."""
 
     def run(mode):
-        ref = TransformersWrapper(ref_model, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs")
+        ref = TransformersWrapper(
+            ref_model, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs"
+        )
         policy = functools.partial(
-            TransformersWrapper, policy_model, tokenizer=tokenizer, generate=True, generate_kwargs={"max_new_tokens": 6}
+            TransformersWrapper,
+            policy_model,
+            tokenizer=tokenizer,
+            generate=True,
+            generate_kwargs={"max_new_tokens": 6},
         )
         env = make_env().append_transform(RetrieveKL("from_collector", ref, gen_log_probs=mode))
         return collect(env, policy, turns=NUM_ENVS)
@@ -201,14 +221,21 @@ def test_pad_output_mismatch_is_refused_when_the_policy_is_resolved(make_env, ma
 
 
 @pytest.mark.parametrize("mode", ["auto", "rescore"])
-def test_a_reference_that_is_the_policys_engine_is_refused(make_env, make_policy, policy_llm, tokenizer, mode):
+def test_a_reference_that_is_the_policys_engine_is_refused(
+    make_env, make_policy, policy_llm, tokenizer, mode
+):
     reference = VLLMReference(VLLMScorer(policy_llm), tokenizer)
     message = "both sides are one LLMEngine: the KL would be 0 at every update. Give the reference an engine of its own"
     with pytest.raises(TypeError, match=message):
-        collect(make_env().append_transform(RetrieveKL("from_collector", reference, gen_log_probs=mode)), make_policy())
+        collect(
+            make_env().append_transform(RetrieveKL("from_collector", reference, gen_log_probs=mode)),
+            make_policy(),
+        )
 
 
-def test_as_a_postproc_it_reuses_what_was_recorded(make_env, make_policy, make_reference, policy_oracle, ref_oracle):
+def test_as_a_postproc_it_reuses_what_was_recorded(
+    make_env, make_policy, make_reference, policy_oracle, ref_oracle
+):
     transform = RetrieveKL("from_collector", make_reference())
     for data in collect(make_env(), make_policy(), postproc=transform):
         check(data, policy_oracle, ref_oracle)

@@ -54,7 +54,9 @@ def llm(policy_llm):
 def make_policy(tokenizer):
     def make(llm, input_mode="tokens", policy_type=vLLMWrapper, **kwargs):
         kwargs = {"generate_kwargs": {"max_new_tokens": 4, "ignore_eos": True}, **kwargs}
-        policy = policy_type(llm, tokenizer=tokenizer, input_mode=input_mode, generate=True, pad_output=False, **kwargs)
+        policy = policy_type(
+            llm, tokenizer=tokenizer, input_mode=input_mode, generate=True, pad_output=False, **kwargs
+        )
         watch(policy)
         return policy
 
@@ -82,7 +84,9 @@ def test_a_generation_that_straddles_an_update_is_of_two_versions(llm, make_poli
     def generate(prompts, sampling_params, **_):
         """As ``LLM.generate`` does; others replace the weights when the second prompt is half done."""
         for i, prompt in enumerate(prompts):
-            engine.add_request(str(i), prompt, sampling_params if i else SamplingParams(max_tokens=2, ignore_eos=True))
+            engine.add_request(
+                str(i), prompt, sampling_params if i else SamplingParams(max_tokens=2, ignore_eos=True)
+            )
         outputs = {}
         for step in range(20):
             outputs.update({output.request_id: output for output in engine.step() if output.finished})
@@ -312,7 +316,9 @@ class TestLock:
         thread.join()
         pushing.push().result(WITHIN_S)
 
-    def test_a_step_that_nobody_scores_keeps_a_push_for_a_while(self, collecting, pushing, monkeypatch, caplog):
+    def test_a_step_that_nobody_scores_keeps_a_push_for_a_while(
+        self, collecting, pushing, monkeypatch, caplog
+    ):
         monkeypatch.setattr(lock_module, "AT_MOST_S", 0.2)
         collecting.generate().result(WITHIN_S)
         pushing.push().result(WITHIN_S)

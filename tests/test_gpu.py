@@ -13,7 +13,9 @@ from vllm_kl.plugin import kernel
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and pip install 'vllm-kl[gpu]'"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA GPU and pip install 'vllm-kl[gpu]'"
+    ),
     pytest.mark.timeout(900),
 ]
 
@@ -25,7 +27,9 @@ OPTIONS = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
 
 def assert_close_to(oracle, got, ids, start):
     want = torch.tensor(oracle.log_probs(ids)[start:], dtype=torch.float64)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)  # TF32 is off; other kernels than the CPU's
+    torch.testing.assert_close(
+        got.double(), want, rtol=0, atol=1e-4
+    )  # TF32 is off; other kernels than the CPU's
 
 
 @pytest.mark.parametrize("readout", ["pooling", "token_ids", "flat"])

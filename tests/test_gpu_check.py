@@ -35,7 +35,9 @@ def test_every_part_runs_on_a_cpu_and_is_in_the_file(tmp_path):
         *("| llama ", "| ours ", "| flat ", "| transformers ", "| floor ", "**peak memory**"),
     ):
         assert line in text, line
-    assert "test_the_kernel_agrees_with_float64" in text  # each test of the GPU by its name, and what came of it
+    assert (
+        "test_the_kernel_agrees_with_float64" in text
+    )  # each test of the GPU by its name, and what came of it
     assert "failed" not in text
 
 
@@ -52,7 +54,9 @@ def test_a_part_that_fails_keeps_its_tables_and_tells_the_end_of_its_log(gpu_che
     assert outcome.error.endswith("MemoryError: of the GPU")
     written = gpu_check.written({"part": outcome, "next": run(gpu_check, tmp_path, "pass")}, 3)
     assert written.startswith("# GPU check: 2 of 3 parts done")
-    assert [line.split()[1:4:2] for line in written.splitlines() if line.startswith(("| part ", "| next "))] == [
+    assert [
+        line.split()[1:4:2] for line in written.splitlines() if line.startswith(("| part ", "| next "))
+    ] == [
         ["part", "outcome"],
         ["part", "failed"],
         ["next", "passed"],
@@ -61,7 +65,9 @@ def test_a_part_that_fails_keeps_its_tables_and_tells_the_end_of_its_log(gpu_che
 
 
 def test_a_part_that_hangs_ends_with_all_that_it_started(gpu_check, tmp_path):
-    script = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    script = (
+        "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    )
     outcome = run(gpu_check, tmp_path, script, timeout_s=3.0)
     status, pid = outcome.error.split("\n")
     assert status == "not done after 3 s"
@@ -114,7 +120,9 @@ def test_the_gpus_tests_are_listed_one_by_one(gpu_check):
         '<skipped message="needs [gpu] | more"/></testcase></testsuite></testsuites>'
     )
     rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in gpu_check.tests_table(report).splitlines() if line
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in gpu_check.tests_table(report).splitlines()
+        if line
     ]
     assert rows[2:] == [
         ["a", "passed", "1.2", ""],
@@ -125,7 +133,9 @@ def test_the_gpus_tests_are_listed_one_by_one(gpu_check):
 
 def test_the_makefile_makes_an_environment_of_its_own_or_takes_the_one_that_is_named():
     # What `make test` passes on would make this one print more.
-    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"}
+    environment = {
+        name: value for name, value in os.environ.items() if "MAKE" not in name and name != "MFLAGS"
+    }
 
     def planned(*variables):
         command = ["make", "-n", "gpu-check", *variables]

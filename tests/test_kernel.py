@@ -17,7 +17,9 @@ from vllm_kl.plugin.best import Best
 @pytest.fixture(params=["own", "widened", "gpu"])
 def products(request, monkeypatch):
     """How 16-bit matrices are multiplied: as they are, where oneDNN can; widened, where it cannot; or the code of a GPU."""
-    monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32)
+    monkeypatch.setattr(
+        kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32
+    )
     if request.param == "gpu":
         run_the_code_of_a_gpu(monkeypatch)
     return request.param
@@ -27,7 +29,9 @@ def run_the_code_of_a_gpu(monkeypatch):
     """With cuBLAS's product of 16-bit matrices, which sums in float32, as a product of widened ones; in small slices."""
     monkeypatch.setattr(kernel, "_CUDA_TILE", 1 << 14)
     monkeypatch.setattr(kernel, "_mm_float32", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
-    monkeypatch.setattr(kernel, "_walk_shifted_products", lambda *call: kernel._walk_float32_products(*call[:-1]))
+    monkeypatch.setattr(
+        kernel, "_walk_shifted_products", lambda *call: kernel._walk_float32_products(*call[:-1])
+    )
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -52,7 +56,8 @@ def in_float64(hidden, weight, scale=1.0):
 
 def fused(hidden, weight, ids, scale=1.0):
     return (
-        kernel.token_logits(hidden, weight, ids) * scale - kernel.log_normalizer(hidden, weight, scale=scale)[:, None]
+        kernel.token_logits(hidden, weight, ids) * scale
+        - kernel.log_normalizer(hidden, weight, scale=scale)[:, None]
     )
 
 
@@ -70,7 +75,9 @@ class TestLogNormalizer:
     def test_float32_agrees_for_flat_and_peaked_rows(self, spread, scale):
         hidden, weight = make(64, 5000, spread=spread)
         ids = (hidden @ weight.T).topk(3).indices
-        error = (fused(hidden, weight, ids, scale) - in_float64(hidden, weight, scale).gather(1, ids)).abs().max()
+        error = (
+            (fused(hidden, weight, ids, scale) - in_float64(hidden, weight, scale).gather(1, ids)).abs().max()
+        )
         assert error < 2e-6 * max(1.0, spread * scale)
 
     def test_a_huge_logit_late_in_the_vocabulary_counts(self):
@@ -177,7 +184,9 @@ class TestReduceSlice:
             hidden, weight = make(50, 300, hidden_size=77, dtype=dtype)
             ids = torch.randint(300, (50, 5))
             want = (hidden.double() @ weight.double().T).gather(1, ids)
-            torch.testing.assert_close(native.token_logits(hidden, weight, ids).double(), want, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                native.token_logits(hidden, weight, ids).double(), want, rtol=1e-6, atol=1e-6
+            )
 
     @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler: install g++")
     def test_is_compiled_where_there_is_a_compiler(self):
@@ -238,7 +247,9 @@ class TestTheCodeOfAGPU:
             kernel.log_normalizer(hidden, weight)
         assert seen.shapes == {((40, 64), (64, 1000))}
 
-    def test_float32_matrices_are_multiplied_as_they_are_and_16_bit_ones_with_float32_results(self, monkeypatch):
+    def test_float32_matrices_are_multiplied_as_they_are_and_16_bit_ones_with_float32_results(
+        self, monkeypatch
+    ):
         calls = []
         monkeypatch.setattr(torch, "mm", lambda a, b, **how: calls.append(how))
         for dtype in (torch.float32, torch.bfloat16):
@@ -340,7 +351,9 @@ print((peak_kib() - before) / 1024)
             blocks = list(kernel.row_blocks(num_rows, hidden_size))
             assert sum(b.stop - b.start for b in blocks) == num_rows
             assert len({b.stop - b.start for b in blocks[:-1]}) <= 1
-            assert all((b.stop - b.start) * hidden_size <= max(kernel._MAX_HIDDEN, 64 * hidden_size) for b in blocks)
+            assert all(
+                (b.stop - b.start) * hidden_size <= max(kernel._MAX_HIDDEN, 64 * hidden_size) for b in blocks
+            )
 
 
 class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):

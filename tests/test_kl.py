@@ -45,7 +45,8 @@ class TestTopK:
         p, q, _ = whole_vocabulary()
         ids = p.topk(k).indices
         lumped = [
-            torch.cat([side.gather(1, ids).exp(), 1 - side.gather(1, ids).exp().sum(1, True)], 1) for side in (p, q)
+            torch.cat([side.gather(1, ids).exp(), 1 - side.gather(1, ids).exp().sum(1, True)], 1)
+            for side in (p, q)
         ]
         a, b = lumped if direction == "reverse" else reversed(lumped)
         want = (a * (a / b).log()).sum(1, keepdim=True)
@@ -96,7 +97,9 @@ class TestClamps:
         kl.sum().backward()
         assert kl.item() == pytest.approx(math.exp(20) - 21)
         assert policy.grad.item() == 0
-        assert kl_estimate(*self.FAR, estimator="k3", clamp_log_ratio=3).item() == pytest.approx(math.exp(3) - 4)
+        assert kl_estimate(*self.FAR, estimator="k3", clamp_log_ratio=3).item() == pytest.approx(
+            math.exp(3) - 4
+        )
 
     def test_it_is_symmetrical_and_spares_what_has_no_exponential(self):
         far = [side.clone() for side in (self.FAR[1], self.FAR[0], self.FAR[2])]
@@ -133,7 +136,9 @@ def test_identical_models_give_zero(estimator):
 
 
 def test_k3_keeps_its_digits_where_models_are_close():
-    kl = kl_estimate(torch.tensor([[-1.0]]), torch.tensor([[-1.0 + 2**-12]]), torch.tensor([[True]]), estimator="k3")
+    kl = kl_estimate(
+        torch.tensor([[-1.0]]), torch.tensor([[-1.0 + 2**-12]]), torch.tensor([[True]]), estimator="k3"
+    )
     assert kl.item() == pytest.approx(2**-25, rel=1e-3)
 
 
@@ -148,7 +153,10 @@ def test_outside_the_mask_it_is_exactly_zero_and_has_no_gradient():
 
 
 def test_ragged_lists_give_a_ragged_list():
-    policy, ref = [torch.tensor([-1.0]), torch.tensor([-1.0, -3.0])], [torch.tensor([-2.0]), torch.tensor([-2.0, -1.0])]
+    policy, ref = (
+        [torch.tensor([-1.0]), torch.tensor([-1.0, -3.0])],
+        [torch.tensor([-2.0]), torch.tensor([-2.0, -1.0])],
+    )
     got = kl_estimate(policy, ref, [torch.ones(1, dtype=torch.bool), torch.tensor([False, True])])
     assert [row.tolist() for row in got] == [[1.0], [0.0, -2.0]]
 
@@ -172,5 +180,7 @@ def test_bad_input_is_refused_by_name():
         kl_estimate(*TestClamps.FAR, estimator="k3", clamp_log_ratio=None)
     with pytest.raises(OptionError, match="direction='back' does not exist"):
         kl_estimate(one, one, mask, direction="back")
-    with pytest.raises(OptionError, match="estimator='k4' does not exist here; choose one of k1, k2, k3, abs, topk"):
+    with pytest.raises(
+        OptionError, match="estimator='k4' does not exist here; choose one of k1, k2, k3, abs, topk"
+    ):
         kl_estimate(one, one, mask, estimator="k4")

@@ -79,11 +79,18 @@ def test_there_is_no_circle_and_there_are_at_most_nine_floors():
 
 
 def test_no_file_imports_itself_through_others():
-    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in FILES
+    }
 
     def file_of(name: tuple[str, ...]) -> str:
         """Return the longest beginning of a name that is a file: the rest is what is in it."""
-        return next((file for n in (len(name), len(name) - 1) if (file := ".".join(name[:n])) in files), "vllm_kl")
+        return next(
+            (file for n in (len(name), len(name) - 1) if (file := ".".join(name[:n])) in files), "vllm_kl"
+        )
 
-    graph = {file: {file_of(name) for name in imported_by(path)} - {"vllm_kl"} for file, path in files.items()}
+    graph = {
+        file: {file_of(name) for name in imported_by(path)} - {"vllm_kl"} for file, path in files.items()
+    }
     graphlib.TopologicalSorter(graph).prepare()

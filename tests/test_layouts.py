@@ -113,12 +113,17 @@ def test_every_token_has_the_same_value_in_every_layout(samples, assistant_only)
 @given(SAMPLES, st.data())
 def test_any_mask_keeps_its_tokens_and_no_others(samples, data):
     sequences = [prompt + response for prompt, response in samples]
-    masks = [[False, *data.draw(st.lists(st.booleans(), min_size=len(s) - 1, max_size=len(s) - 1))] for s in sequences]
+    masks = [
+        [False, *data.draw(st.lists(st.booleans(), min_size=len(s) - 1, max_size=len(s) - 1))]
+        for s in sequences
+    ]
     batch = read_batch(ids_batch(sequences, assistant=masks), KEYS, assistant_only=True)
     for row, ids, mask in zip(
         score_batch(PrefixScorer(), batch).values.split(batch.lengths), sequences, masks, strict=True
     ):
-        assert row.tolist() == pytest.approx([log_prob(ids, t) if kept else 0.0 for t, kept in enumerate(mask)])
+        assert row.tolist() == pytest.approx(
+            [log_prob(ids, t) if kept else 0.0 for t, kept in enumerate(mask)]
+        )
 
 
 def test_a_mask_that_keeps_the_first_token_is_refused():
@@ -151,11 +156,17 @@ class TestPromptsWithoutAnAssistantMask:
 
     def test_prompts_that_are_columns_of_the_full_rows(self):
         mask = [[0, 1, 1, 1, 1, 0], [1] * 6]
-        assert kept(apart([[0, 5, 6], [9, 8, 7]], [[0, 5, 6, 7, 8, 0], [9, 8, 7, 5, 4, 3]], mask)) == [FIRST, SECOND]
+        assert kept(apart([[0, 5, 6], [9, 8, 7]], [[0, 5, 6, 7, 8, 0], [9, 8, 7, 5, 4, 3]], mask)) == [
+            FIRST,
+            SECOND,
+        ]
 
     def test_prompts_without_padding_beside_padded_sequences(self):
         mask = [[0, 0, 1, 1, 1, 1], [1] * 6]
-        assert kept(apart([[5, 6], [9, 8, 7]], [[0, 0, 5, 6, 7, 8], [9, 8, 7, 5, 4, 3]], mask)) == [FIRST, SECOND]
+        assert kept(apart([[5, 6], [9, 8, 7]], [[0, 0, 5, 6, 7, 8], [9, 8, 7, 5, 4, 3]], mask)) == [
+            FIRST,
+            SECOND,
+        ]
 
     def test_a_pad_id_that_begins_or_ends_a_prompt_without_padding_is_a_token_of_it(self):
         mask = [[0, 0, 1, 1, 1, 1], [1] * 6]
@@ -188,7 +199,9 @@ class TestPromptsWithoutAnAssistantMask:
             kept(apart(prompts, full, mask), tokenizer_pad=0)
 
     def test_ids_that_do_not_begin_the_sequence_are_refused(self):
-        with pytest.raises(InputError, match=r"sample 1: .*'prompt'.* token 1 is 4, expected 8.*all_assistant_mask"):
+        with pytest.raises(
+            InputError, match=r"sample 1: .*'prompt'.* token 1 is 4, expected 8.*all_assistant_mask"
+        ):
             kept(apart([[5, 6], [9, 4]], [[5, 6, 7], [9, 8, 7]]))
 
     def test_a_prompt_that_is_longer_than_its_sequence_is_refused(self):
@@ -221,7 +234,11 @@ class TestPromptsWithoutAnAssistantMask:
 def test_prompts_padded_in_any_way_end_where_they_end_or_are_refused(samples, prompt_side, full_side):
     sequences = [prompt + response for prompt, response in samples]
     prompts = [torch.tensor(prompt) for prompt, _ in samples]
-    td = ids_batch(sequences) if full_side is None else one_sided_batch(sequences, [1] * len(samples), full_side)
+    td = (
+        ids_batch(sequences)
+        if full_side is None
+        else one_sided_batch(sequences, [1] * len(samples), full_side)
+    )
     td = td.exclude(("masks", "all_assistant_mask")).to_lazystack(0)
     rows = prompts if prompt_side is None else padded(prompts, prompt_side, PAD).unbind(0)
     for sample, row in zip(td.unbind(0), rows, strict=True):

@@ -73,7 +73,9 @@ def test_engine_processes_end_with_their_owner(ref_path, way, multiprocessing):
 
 @pytest.fixture(scope="module")
 def doomed(ref_path):
-    with VLLMScorer(str(ref_path), dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20) as scorer:
+    with VLLMScorer(
+        str(ref_path), dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20
+    ) as scorer:
         yield scorer
 
 
@@ -94,8 +96,16 @@ class TestDeath:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_modl_len": 64}, OptionError, "unknown engine option 'max_modl_len'.*Did you mean max_model_len"),
-        ({"max_model_len": 10**9}, OptionError, "engine option max_model_len=1000000000 does not work. vLLM failed: "),
+        (
+            {"max_modl_len": 64},
+            OptionError,
+            "unknown engine option 'max_modl_len'.*Did you mean max_model_len",
+        ),
+        (
+            {"max_model_len": 10**9},
+            OptionError,
+            "engine option max_model_len=1000000000 does not work. vLLM failed: ",
+        ),
     ],
 )
 def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(ref_path, options, error, message):
@@ -107,14 +117,18 @@ def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(ref_path, optio
 
 def test_importing_the_package_loads_neither_vllm_nor_ray_nor_torchrl():
     code = "import sys, vllm_kl; print([m for m in ('vllm', 'ray', 'torchrl', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_the_owner_never_imports_vllm():
-    code = (
-        "import sys; from vllm_kl import VLLMScorer; print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
+    code = "import sys; from vllm_kl import VLLMScorer; print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 TRAINER = """
@@ -160,7 +174,9 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("code", [SHARED_TRAINER, FORKING_TRAINER], ids=["spawned", "forked"])
-def test_a_trainer_that_is_killed_leaves_neither_the_engine_of_its_policy_nor_weights(ref_path, tmp_path, code):
+def test_a_trainer_that_is_killed_leaves_neither_the_engine_of_its_policy_nor_weights(
+    ref_path, tmp_path, code
+):
     script = tmp_path / "trainer.py"
     script.write_text(code)
     with subprocess.Popen(
@@ -196,7 +212,10 @@ def weights_left_by(pid):
 
 def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_path):
     with subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(ref_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", TRAINER, str(ref_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as trainer:
         group = int(trainer.stdout.readline())
         while int(trainer.stdout.readline()) < 3:

@@ -68,7 +68,9 @@ def generated(llm, request, n=40):
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True)
-    (output,) = llm.generate([TokensPrompt(prompt_token_ids=PROMPT)], params, use_tqdm=False, lora_request=request)
+    (output,) = llm.generate(
+        [TokensPrompt(prompt_token_ids=PROMPT)], params, use_tqdm=False, lora_request=request
+    )
     return PROMPT + list(output.outputs[0].token_ids)
 
 
@@ -78,7 +80,9 @@ def generation_error(llm, request, truth):
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(max_tokens=8, temperature=1.0, logprobs=0, seed=0, ignore_eos=True)
-    (output,) = llm.generate([TokensPrompt(prompt_token_ids=PROMPT)], params, use_tqdm=False, lora_request=request)
+    (output,) = llm.generate(
+        [TokensPrompt(prompt_token_ids=PROMPT)], params, use_tqdm=False, lora_request=request
+    )
     (sample,) = output.outputs
     recorded = [next(iter(entry.values())).logprob for entry in sample.logprobs]
     wanted = truth.log_probs(PROMPT + list(sample.token_ids))[len(PROMPT) :]
@@ -98,7 +102,9 @@ def test_scores_are_those_of_the_weights_that_were_named(scorers, oracles, which
 def test_base_and_adapters_interleaved_never_mix(lora_llm, scorers, requests, oracles, monkeypatch):
     for share_prefix in (True, False):
         for which in (0, 1, 0, 2, 1, 1, 0, 2):
-            generated(lora_llm, requests[(which + 1) % 3], n=4)  # leaves KV of other weights for the same prompt
+            generated(
+                lora_llm, requests[(which + 1) % 3], n=4
+            )  # leaves KV of other weights for the same prompt
             monkeypatch.setattr(scorers[which], "share_prefix", share_prefix)
             assert error_of(scorers[which], oracles[which], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
             assert (scorers[which].stats.num_cached_tokens > 0) == share_prefix
@@ -111,7 +117,9 @@ def test_all_weights_score_what_one_of_them_generated(lora_llm, scorers, request
         assert error_of(scorer, truth, [ids]) < LOG_PROB_TOLERANCE
 
 
-def test_an_adapter_bound_to_the_engines_generate_does_not_reach_the_base(lora_llm, requests, oracles, monkeypatch):
+def test_an_adapter_bound_to_the_engines_generate_does_not_reach_the_base(
+    lora_llm, requests, oracles, monkeypatch
+):
     """One way to make a policy of an adapter, since TorchRL's wrapper names none."""
     monkeypatch.setattr(lora_llm, "generate", functools.partial(lora_llm.generate, lora_request=requests[1]))
     assert error_of(VLLMScorer(lora_llm), oracles[0]) < LOG_PROB_TOLERANCE
@@ -131,7 +139,9 @@ def test_a_generate_that_drops_the_adapter_is_noticed(lora_llm, requests, monkey
 def test_an_owned_engine_serves_an_adapter_with_the_options_that_it_needs(
     policy_path, requests, oracles, tmp_path, readout
 ):
-    with VLLMScorer(str(policy_path), readout=readout, lora_request=requests[2], **tiny.ENGINE_OPTIONS) as scorer:
+    with VLLMScorer(
+        str(policy_path), readout=readout, lora_request=requests[2], **tiny.ENGINE_OPTIONS
+    ) as scorer:
         assert scorer.readout == readout
         for _ in range(2):
             assert error_of(scorer, oracles[2]) < LOG_PROB_TOLERANCE
@@ -155,7 +165,9 @@ def wrapped_llm(llama_path):
     return LLM(str(llama_path), enforce_eager=True, use_tqdm_on_load=False, enable_lora=True, **options)
 
 
-def test_an_lm_head_wrapped_for_lora_is_refused_with_target_modules_that_work(wrapped_llm, llama_path, tmp_path):
+def test_an_lm_head_wrapped_for_lora_is_refused_with_target_modules_that_work(
+    wrapped_llm, llama_path, tmp_path
+):
     with pytest.raises(ReadoutUnavailableError, match="LM head is wrapped for LoRA") as refused:
         VLLMScorer(wrapped_llm)
     targets = json.loads(re.search(r"lora_target_modules=(\[.*\])", str(refused.value))[1].replace("'", '"'))
@@ -179,7 +191,9 @@ def test_vllm_still_cannot_score_with_a_wrapped_lm_head(wrapped_llm):
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in (PROMPT, PROMPT[1:])]  # with one alone it goes well
+    prompts = [
+        TokensPrompt(prompt_token_ids=ids) for ids in (PROMPT, PROMPT[1:])
+    ]  # with one alone it goes well
     with pytest.raises(RuntimeError, match="einsum"):
         wrapped_llm.generate(prompts, params, use_tqdm=False)
     engine = wrapped_llm.llm_engine
@@ -209,7 +223,9 @@ def test_an_adapter_on_an_engine_that_takes_none_is_refused(policy_llm, requests
     ],
     ids=["no such path", "rank", "modules that are left out", "lm_head", "empty"],
 )
-def test_an_adapter_that_would_not_serve_as_written_is_refused(untouched, policy_path, tmp_path, change, message):
+def test_an_adapter_that_would_not_serve_as_written_is_refused(
+    untouched, policy_path, tmp_path, change, message
+):
     path = tmp_path / "adapter"
     if change:
         tiny.build_adapter(path, policy_path, seed=3, **change)
@@ -220,7 +236,9 @@ def test_an_adapter_that_would_not_serve_as_written_is_refused(untouched, policy
     assert 9 not in untouched.llm_engine.list_loras()
 
 
-def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(lora_llm, policy_path, tmp_path, scorers, oracles):
+def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(
+    lora_llm, policy_path, tmp_path, scorers, oracles
+):
     """It would, if a request were the first to ask for it."""
     other = {
         name: tiny.build_architecture(tmp_path / f"model-{name}", "qwen2", **change)
@@ -255,7 +273,9 @@ def test_an_owned_engine_refuses_an_adapter_of_the_lm_head(llama_path, tmp_path)
     with pytest.raises(WeightsError, match="adapter 'policy' .*cannot be read"):
         VLLMScorer(str(llama_path), lora_request=lora_request(tmp_path), **tiny.ENGINE_OPTIONS)
     with pytest.raises(OptionError, match="no effect with enable_lora=False"):
-        VLLMScorer(str(llama_path), lora_request=lora_request(adapter), enable_lora=False, **tiny.ENGINE_OPTIONS)
+        VLLMScorer(
+            str(llama_path), lora_request=lora_request(adapter), enable_lora=False, **tiny.ENGINE_OPTIONS
+        )
 
 
 def test_another_adapter_under_an_id_that_is_taken_is_refused(lora_llm, requests, lora_paths, scorers):
@@ -299,7 +319,10 @@ def test_an_engine_without_the_plugin_is_refused(untouched, requests, wrapped_ll
     [
         ({"enable_lora": False, "lora_target_modules": None}, "made without enable_lora=True"),
         ({"enable_lora": True, "lora_target_modules": None}, "LM head may be wrapped for LoRA"),
-        ({"enable_lora": True, "lora_target_modules": ["q_proj", "lm_head"]}, "LM head may be wrapped for LoRA"),
+        (
+            {"enable_lora": True, "lora_target_modules": ["q_proj", "lm_head"]},
+            "LM head may be wrapped for LoRA",
+        ),
     ],
 )
 def test_engines_whose_workers_cannot_be_asked_are_judged_by_their_options(requests, args, message):
@@ -314,7 +337,9 @@ def test_engines_whose_workers_cannot_be_asked_are_judged_by_their_options(reque
 # Weights that change under the adapter, and adapters that change.
 
 
-def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(lora_llm, lora_paths, oracles, tmp_path):
+def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(
+    lora_llm, lora_paths, oracles, tmp_path
+):
     path = tmp_path / "adapter"
     shutil.copytree(lora_paths[0], path)
     scorer = VLLMScorer(lora_llm, lora_request=lora_request(path, "moving", 30))
@@ -333,10 +358,17 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(lora_ll
 
 def test_two_sides_of_one_engine_are_told_apart_by_their_adapters(lora_llm, requests, tokenizer):
     base, adapted = (VLLMReference(VLLMScorer(lora_llm, lora_request=r), tokenizer) for r in requests[:2])
-    options = {"tokenizer": tokenizer, "input_mode": "tokens", "generate": False, "pad_output": base.pad_output}
+    options = {
+        "tokenizer": tokenizer,
+        "input_mode": "tokens",
+        "generate": False,
+        "pad_output": base.pad_output,
+    }
     policy = LoRAWrapper(lora_llm, lora_request=requests[1], **options)
     check_two_models(policy, base)
-    check_two_models(vLLMWrapper(lora_llm, **options), base)  # an adapter may be bound to its engine's generate
+    check_two_models(
+        vLLMWrapper(lora_llm, **options), base
+    )  # an adapter may be bound to its engine's generate
     with pytest.raises(OptionError, match="both sides are adapter 1 on one engine: the KL would be 0"):
         check_two_models(policy, adapted)
 
@@ -358,7 +390,9 @@ def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
     ):
         VLLMScorer(lora_llm, lora_request=request)
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
-    assert generation_error(lora_llm, request, oracles[2]) > 0.1  # KV of the old adapter: what the second half is for
+    assert (
+        generation_error(lora_llm, request, oracles[2]) > 0.1
+    )  # KV of the old adapter: what the second half is for
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
     assert lora_llm.reset_prefix_cache()
     assert error_of(VLLMScorer(lora_llm, lora_request=request), oracles[2]) < LOG_PROB_TOLERANCE
@@ -368,14 +402,19 @@ def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
 def test_a_push_changes_the_base_and_adapters_apply_on_top(
     lora_llm, scorers, policy_path, ref_path, lora_paths, ref_oracle, oracles, tmp_path
 ):
-    truths = [ref_oracle, *(Oracle(tiny.merge(tmp_path / str(i), ref_path, path)) for i, path in enumerate(lora_paths))]
+    truths = [
+        ref_oracle,
+        *(Oracle(tiny.merge(tmp_path / str(i), ref_path, path)) for i, path in enumerate(lora_paths)),
+    ]
     before = AutoModelForCausalLM.from_pretrained(policy_path).state_dict()
     version = push_weights(lora_llm, AutoModelForCausalLM.from_pretrained(ref_path).state_dict())
     try:
         for scorer, truth in zip(scorers, truths, strict=True):
             assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
             assert scorer.stats.weight_version == scorer.weight_version == version
-            with pytest.raises(FrozenError, match=f"version {version} of the weights serves, which no refresh"):
+            with pytest.raises(
+                FrozenError, match=f"version {version} of the weights serves, which no refresh"
+            ):
                 scorer.check_frozen()
     finally:
         push_weights(lora_llm, before)
@@ -394,7 +433,9 @@ def collect(lora_llm, tokenizer):
             [{"query": "What is one and one?"}, {"query": "Why?"}],
             collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]),
         )
-        env = ChatEnv.from_dataloader(queries, batch_size=(2,), repeats=2, input_mode="history", tokenizer=tokenizer)
+        env = ChatEnv.from_dataloader(
+            queries, batch_size=(2,), repeats=2, input_mode="history", tokenizer=tokenizer
+        )
         env = env.append_transform(StepCounter(max_steps=1))
         env = env.append_transform(RetrieveKL("from_collector", reference, gen_log_probs=mode))
         policy = functools.partial(
@@ -448,7 +489,9 @@ def test_kl_of_an_adapter_against_its_base_on_one_engine_agrees_with_float64(
 
 
 def test_a_policy_that_is_given_follows_its_adapter(lora_llm, tokenizer, requests, oracles):
-    policy = LoRAWrapper(lora_llm, lora_request=requests[1], tokenizer=tokenizer, input_mode="tokens", generate=False)
+    policy = LoRAWrapper(
+        lora_llm, lora_request=requests[1], tokenizer=tokenizer, input_mode="tokens", generate=False
+    )
     reference = VLLMReference(VLLMScorer(lora_llm), tokenizer, input_mode="tokens")
     transform = RetrieveKL(policy, reference, assistant_only=False, add_to_reward=False, on_stale="allow")
     ids = list(range(5, 45))
@@ -490,7 +533,9 @@ def test_a_policy_class_of_the_users_own_is_scored_with_the_adapter_that_it_name
 
 
 def test_an_adapter_that_is_replaced_is_followed(lora_llm, tokenizer, requests, oracles):
-    policy = LoRAWrapper(lora_llm, tokenizer=tokenizer, input_mode="tokens", generate=False, lora_request=requests[1])
+    policy = LoRAWrapper(
+        lora_llm, tokenizer=tokenizer, input_mode="tokens", generate=False, lora_request=requests[1]
+    )
     side = FromCollector("rescore")
     assert error_of(side._scorer_of(policy), oracles[1]) < LOG_PROB_TOLERANCE
     assert side._scorer_of(policy) is side._scorer_of(policy)
@@ -504,7 +549,9 @@ def test_an_adapter_that_is_replaced_is_followed(lora_llm, tokenizer, requests, 
 def test_torchrls_wrapper_still_drops_the_adapter(lora_llm, tokenizer, requests, monkeypatch):
     """When this fails, TorchRL names adapters itself: read how, then resolver.scorer_for."""
     asked = []
-    monkeypatch.setattr(lora_llm, "generate", lambda *_, **kwargs: asked.append(kwargs) or pytest.skip.Exception)
+    monkeypatch.setattr(
+        lora_llm, "generate", lambda *_, **kwargs: asked.append(kwargs) or pytest.skip.Exception
+    )
     kwargs = {"max_new_tokens": 4, "lora_request": requests[1]}
     policy = vLLMWrapper(lora_llm, tokenizer=tokenizer, input_mode="tokens", generate_kwargs=kwargs)
     policy._call_generate(sampling_params=policy.sampling_params)

@@ -45,13 +45,21 @@ def test_grpo_loss_reads_the_reference_log_probs(
     (data,) = collect(make_env().append_transform(transform), make_policy(pad_output=pad_output), turns=4)
     data = data.to_lazystack(0) if not pad_output else data
     masks = data.get(("next", "kl_mask"), as_list=True)
-    ids, attention = data.get(("tokens", "full"), as_list=True), data.get(("masks", "all_attention_mask"), as_list=True)
+    ids, attention = (
+        data.get(("tokens", "full"), as_list=True),
+        data.get(("masks", "all_attention_mask"), as_list=True),
+    )
     for i, sample in enumerate(data.unbind(0)):
         advantage = 1.0 if i % 2 else -1.0
         sample["advantage"] = torch.full((len(ids[i]), 1), advantage)
         sample["masks", "all_assistant_mask"] = masks[i]  # the loss masks by it; log-probs outside it are 0
     actor = TransformersWrapper(
-        trainer, tokenizer=tokenizer, generate=False, input_mode="tokens", pad_output=pad_output, return_log_probs=True
+        trainer,
+        tokenizer=tokenizer,
+        generate=False,
+        input_mode="tokens",
+        pad_output=pad_output,
+        return_log_probs=True,
     )
     loss_module = GRPOLoss(actor, kl_to_ref_coeff=0.25, masking_strategy="rlhf")
     loss = loss_module(data)
@@ -59,7 +67,9 @@ def test_grpo_loss_reads_the_reference_log_probs(
     k3 = 0.0
     for row, real, mask in zip(ids, attention, masks, strict=True):
         keep = mask[real]
-        log_ratio = (ref_oracle.masked(row[real], keep.tolist()) - policy_oracle.masked(row[real], keep.tolist()))[keep]
+        log_ratio = (
+            ref_oracle.masked(row[real], keep.tolist()) - policy_oracle.masked(row[real], keep.tolist())
+        )[keep]
         k3 += float((log_ratio.exp() - 1 - log_ratio).sum())
     kl_to_ref = loss.kl_to_ref.item()
     width = max(len(row) for row in ids)
@@ -71,16 +81,22 @@ def test_grpo_loss_reads_the_reference_log_probs(
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.parameters())
 
 
-def test_distillation_loss_reads_a_vllm_teacher(make_reference, trainer, tokenizer, policy_oracle, ref_oracle):
+def test_distillation_loss_reads_a_vllm_teacher(
+    make_reference, trainer, tokenizer, policy_oracle, ref_oracle
+):
     history = History.from_chats(CHATS)
     td = TensorDict(
         history=ChatHistory(full=history, prompt=history[..., :-1], response=history[..., -1:]),
-        next=TensorDict(done=torch.zeros(2, dtype=torch.bool), history=ChatHistory(prompt=history), batch_size=2),
+        next=TensorDict(
+            done=torch.zeros(2, dtype=torch.bool), history=ChatHistory(prompt=history), batch_size=2
+        ),
         batch_size=2,
     )
     data = lazy_stack(list(td.unbind(0)))
     data = RetrieveLogProb(make_reference(), log_probs_full_key=("teacher_log_probs", "full"))(data)
-    student = TransformersWrapper(trainer, tokenizer=tokenizer, generate=False, input_mode="history", pad_output=False)
+    student = TransformersWrapper(
+        trainer, tokenizer=tokenizer, generate=False, input_mode="history", pad_output=False
+    )
     loss = DistillationLoss(actor_network=student, tokenizer=tokenizer, kl_direction="reverse")(data)
 
     kl = []
@@ -103,7 +119,10 @@ def printed(policy_path, ref_path):
     models = ["--policy", policy_path, "--reference", ref_path]
     runs = {
         name: subprocess.Popen(
-            [sys.executable, EXAMPLE, *models, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, EXAMPLE, *models, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for name, flags in LAYOUTS.items()
     }
@@ -126,10 +145,14 @@ def printed(policy_path, ref_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_examples_figures_agree_with_each_other(printed, layout):
-    (objective, kl_to_ref, num_columns, k3, k3_per_token, num_tokens), (loss, kl_to_teacher, ours) = printed[layout]
+    (objective, kl_to_ref, num_columns, k3, k3_per_token, num_tokens), (loss, kl_to_teacher, ours) = printed[
+        layout
+    ]
     assert objective != 0
     assert k3_per_token > 0.1
-    assert kl_to_ref * num_columns == pytest.approx(k3, rel=1e-4)  # the trainer's log-probs against the sampler's
+    assert kl_to_ref * num_columns == pytest.approx(
+        k3, rel=1e-4
+    )  # the trainer's log-probs against the sampler's
     assert k3_per_token == pytest.approx(k3 / num_tokens, abs=1e-6)
     assert num_tokens < num_columns
     assert kl_to_teacher == loss

@@ -31,7 +31,12 @@ from vllm_kl.types import EngineInfo, ScoreRequest
 
 # Names of the table that vLLM 0.32 does not have: of 0.26, 0.28, 0.30 and 0.33.
 ONLY_ELSEWHERE = {
-    *("calculate_kv_scales", "max_long_partial_prefills", "max_num_partial_prefills", "override_attention_dtype"),
+    *(
+        "calculate_kv_scales",
+        "max_long_partial_prefills",
+        "max_num_partial_prefills",
+        "override_attention_dtype",
+    ),
     *("enable_bf16x3_router_gemm", "enable_mamba_fine_grained_prefix_cache"),
     *("monokernel", "sleep_mode_backend", "watchdog_config"),
 }
@@ -78,18 +83,36 @@ class TestRefusedBeforeAnEngineIsStarted:
             ({"data_parallel_size": "2"}, "data_parallel_size='2' is refused"),
             ({"data_parallel_rank": 0}, "data_parallel_rank=0 is refused"),
             ({"nnodes": 2}, "nnodes=2 is refused: .*one machine"),
-            ({"distributed_executor_backend": "ray"}, "distributed_executor_backend='ray' is refused: .*'mp'"),
-            ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True is refused: .*last row of a prompt only"),
-            ({"kv_transfer_config": {"kv_connector": "x"}}, "kv_transfer_config=.* is refused: a KV connector"),
+            (
+                {"distributed_executor_backend": "ray"},
+                "distributed_executor_backend='ray' is refused: .*'mp'",
+            ),
+            (
+                {"kv_sharing_fast_prefill": True},
+                "kv_sharing_fast_prefill=True is refused: .*last row of a prompt only",
+            ),
+            (
+                {"kv_transfer_config": {"kv_connector": "x"}},
+                "kv_transfer_config=.* is refused: a KV connector",
+            ),
             ({"kv_offloading_size": 4.0}, "kv_offloading_size=4.0 is refused: a KV connector"),
             ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size=2 is refused"),
-            ({"logprobs_mode": "processed_logits"}, "logprobs_mode='processed_logits' is refused: .*temperature="),
+            (
+                {"logprobs_mode": "processed_logits"},
+                "logprobs_mode='processed_logits' is refused: .*temperature=",
+            ),
             ({"logits_processors": ["a:B"]}, "logits_processors=.* is refused"),
             ({"pooler_config": {"pooling_type": "MEAN"}}, "pooler_config=.* is refused: .*readout="),
-            ({"speculative_config": {"method": "ngram"}}, "speculative_config=.* is refused: .*do not speculate"),
+            (
+                {"speculative_config": {"method": "ngram"}},
+                "speculative_config=.* is refused: .*do not speculate",
+            ),
             ({"mm_encoder_only": True}, "mm_encoder_only=True is refused"),
             ({"runner": "generate"}, "runner='generate' is refused: .*pass readout="),
-            ({"enable_prefix_caching": False}, "enable_prefix_caching=False is refused: .*share_prefix=False"),
+            (
+                {"enable_prefix_caching": False},
+                "enable_prefix_caching=False is refused: .*share_prefix=False",
+            ),
             ({"max_modl_len": 64}, "unknown engine option 'max_modl_len'.*Did you mean max_model_len"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -121,7 +144,9 @@ class TestRefusedBeforeAnEngineIsStarted:
         (tmp_path / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
         )
-        with pytest.raises(OptionError, match=r"lacks 1 of 2 files of its weights, model-2\.safetensors first"):
+        with pytest.raises(
+            OptionError, match=r"lacks 1 of 2 files of its weights, model-2\.safetensors first"
+        ):
             VLLMScorer(tmp_path)
 
     @pytest.mark.parametrize(
@@ -141,7 +166,9 @@ class TestRefusedBeforeAnEngineIsStarted:
             VLLMScorer(tmp_path)
 
     def test_a_function_that_the_engines_process_cannot_have(self, ref_path, monkeypatch):
-        with pytest.raises(OptionError, match="hf_overrides=<function .* cannot be pickled .*Define it in a module"):
+        with pytest.raises(
+            OptionError, match="hf_overrides=<function .* cannot be pickled .*Define it in a module"
+        ):
             VLLMScorer(ref_path, hf_overrides=lambda config: config)
         monkeypatch.setattr(truth, "__module__", "__main__")
         with pytest.raises(
@@ -150,7 +177,9 @@ class TestRefusedBeforeAnEngineIsStarted:
             VLLMScorer(ref_path, hf_overrides=truth)
 
     def test_an_adapter_in_place_of_a_model(self, lora_paths):
-        with pytest.raises(OptionError, match="is a LoRA adapter: pass the folder of its base model.*lora_request="):
+        with pytest.raises(
+            OptionError, match="is a LoRA adapter: pass the folder of its base model.*lora_request="
+        ):
             VLLMScorer(lora_paths[0])
 
 
@@ -196,11 +225,17 @@ class TestValues:
                 options.check_options({field.name: default}, {})
 
     def test_none_is_not_given(self):
-        given = {"seed": None, "tensor_parallel_size": None, "enable_prefix_caching": None, "max_model_len": "64"}
+        given = {
+            "seed": None,
+            "tensor_parallel_size": None,
+            "enable_prefix_caching": None,
+            "max_model_len": "64",
+        }
         assert options.check_options(given, {}) == {"max_model_len": 64}
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("tensor_parallel_size", "two"), ("max_num_batched_tokens", "4k"), ("max_model_len", 0.5)]
+        ("name", "value"),
+        [("tensor_parallel_size", "two"), ("max_num_batched_tokens", "4k"), ("max_model_len", 0.5)],
     )
     def test_what_is_counted_here_must_be_a_whole_number(self, name, value):
         with pytest.raises(OptionError, match=f"engine option {name}={value!r} must be a whole number"):
@@ -232,7 +267,9 @@ class TestFailures:
             Args(dtype="float33")
         error = explain(failed.value, model="m", options={"dtype": "float33", "max_num_seqs": 1})
         assert isinstance(error, OptionError)
-        assert str(error).startswith("engine option dtype='float33' does not work. vLLM failed: dtype: Input should be")
+        assert str(error).startswith(
+            "engine option dtype='float33' does not work. vLLM failed: dtype: Input should be"
+        )
         assert "\n" not in str(error)
         assert "errors.pydantic.dev" not in str(error)
 
@@ -276,7 +313,10 @@ class TestFailures:
         ("raised", "message"),
         [
             (OSError("We couldn't connect to 'https://hub'"), "neither a folder here nor in the hub's cache"),
-            (ValueError("Model architectures ['X'] are not supported for now"), "cannot load the architecture"),
+            (
+                ValueError("Model architectures ['X'] are not supported for now"),
+                "cannot load the architecture",
+            ),
             (MemoryError("CUDA out of memory"), "more memory than there is"),
         ],
     )
@@ -293,8 +333,12 @@ class TestFailures:
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
             "AttributeError: 'NoneType' object has no attribute 'cancel'\n"
         )
-        told = with_log("vLLM failed: RuntimeError: Engine core initialization failed. See root cause above.", log)
-        assert told.startswith("AssertionError: heads. vLLM failed: RuntimeError: Engine core initialization failed")
+        told = with_log(
+            "vLLM failed: RuntimeError: Engine core initialization failed. See root cause above.", log
+        )
+        assert told.startswith(
+            "AssertionError: heads. vLLM failed: RuntimeError: Engine core initialization failed"
+        )
         assert told.endswith(f"The end of its log:\n{log.rstrip()}")
         assert with_log(told, log) == told
         assert with_log("vLLM failed: KeyError: 'x'", "all is well\n").startswith(
@@ -339,7 +383,9 @@ class TestMemory:
         config = model_config(max_model_len=1_000_000)
         with pytest.raises(OptionError) as refused:
             memory.kv_cache_bytes(folder, config, BATCHES, is_cuda=False)
-        assert "max_model_len=1000000, the model's own since none was given, needs 3.8 GiB" in str(refused.value)
+        assert "max_model_len=1000000, the model's own since none was given, needs 3.8 GiB" in str(
+            refused.value
+        )
         assert "1,024 MiB are available" in str(refused.value)
         fits = int(str(refused.value).split("Pass max_model_len=")[1].split()[0])
         assert 200_000 < fits < 262_144
@@ -419,7 +465,8 @@ class TestMemory:
         config = model_config(max_model_len=512)
         (tmp_path / "empty").mkdir()
         known, unknown = (
-            memory.kv_cache_bytes(one, config, BATCHES, is_cuda=True) for one in (folder, str(tmp_path / "empty"))
+            memory.kv_cache_bytes(one, config, BATCHES, is_cuda=True)
+            for one in (folder, str(tmp_path / "empty"))
         )
         assert 512 * 4096 < unknown < known
 
@@ -538,13 +585,24 @@ MAMBA = {
     "mamba_chunk_size": 16,
 }
 MODELS = {
-    "phi3": {"rope_parameters": LONGROPE, "max_position_embeddings": 256, "original_max_position_embeddings": 64},
+    "phi3": {
+        "rope_parameters": LONGROPE,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 64,
+    },
     "llama": {
         "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
         "max_position_embeddings": 128,
     },
     "falcon_h1": {"head_dim": 32, **MAMBA},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2, "chunk_size": 16},
+    "mamba2": {
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 16,
+        "n_groups": 1,
+        "expand": 2,
+        "chunk_size": 16,
+    },
 }
 
 
@@ -623,7 +681,9 @@ class TestLengths:
         )
         with pytest.warns(UserWarning, match="two sides of the switch.*Give both engines one max_model_len"):
             RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("long")), make_tokenizer()))
-        RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("short")), make_tokenizer()))  # warnings are errors here
+        RetrieveKL(
+            policy, VLLMReference(VLLMScorer(Engine("short")), make_tokenizer())
+        )  # warnings are errors here
 
     @pytest.mark.parametrize("kind", ["phi3", "llama"])
     def test_rows_of_a_transformers_model_do_not_depend_on_their_mates_or_on_earlier_rows(self, path, kind):
@@ -636,7 +696,9 @@ class TestLengths:
             with torch.no_grad():
                 scored = scorer.score([torch.tensor(ids) for ids in batch], [1] * len(batch))
             for got, ids in zip(scored, batch, strict=True):
-                torch.testing.assert_close(got.double(), truth(path(kind), ids), rtol=0, atol=LOG_PROB_TOLERANCE)
+                torch.testing.assert_close(
+                    got.double(), truth(path(kind), ids), rtol=0, atol=LOG_PROB_TOLERANCE
+                )
 
 
 ALIVE = []  # the child's engines: an engine starts ten times faster beside another
@@ -648,7 +710,9 @@ def run_engine(model, given, sequences):
 
     from vllm_kl.engines.local import start
 
-    registry._run_in_subprocess = lambda inspect: inspect()  # else two processes per architecture look at its class
+    registry._run_in_subprocess = lambda inspect: (
+        inspect()
+    )  # else two processes per architecture look at its class
     given = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20, **given}
     driver = start(model=model, readout=given.pop("readout", "auto"), options=given)
     ALIVE.append(driver)
@@ -695,7 +759,9 @@ def assert_right(scored, want):
     for values in scored:
         for got, expected in zip(values, [*want, *[w[-4:] for w in want]], strict=True):
             # A state adds up its rounding over the whole sequence: Mamba 2's is off by 2e-5 in float32, in transformers too.
-            torch.testing.assert_close(torch.from_numpy(got).double(), expected, rtol=0, atol=8 * LOG_PROB_TOLERANCE)
+            torch.testing.assert_close(
+                torch.from_numpy(got).double(), expected, rtol=0, atol=8 * LOG_PROB_TOLERANCE
+            )
 
 
 class TestEngines:
@@ -739,17 +805,23 @@ class TestEngines:
         assert info.max_sequence_len == 128
         assert any("'dynamic' RoPE" in note for note in info.notes)
         assert_right(scored, [truth(path("llama"), ids)])
-        with pytest.raises(OptionError, match="max_model_len=200 does not work with 'dynamic' RoPE.*max_model_len=128"):
+        with pytest.raises(
+            OptionError, match="max_model_len=200 does not work with 'dynamic' RoPE.*max_model_len=128"
+        ):
             start_engine(path("llama"), [ids], max_model_len=200)
 
-    def test_a_second_engine_in_a_process_says_that_it_has_the_first_ones_factors(self, start_engine, path, child):
+    def test_a_second_engine_in_a_process_says_that_it_has_the_first_ones_factors(
+        self, start_engine, path, child
+    ):
         sides = child(sides_in_one_process, str(path("phi3")), (64, 128))
         assert [side for side, _ in sides] == ["short", "short"]
         assert "at or below the model's original length" in sides[0][1]
         assert "max_model_len=128, but every position is computed as in a short sequence" in sides[1][1]
 
     def test_a_backend_that_looks_at_the_longest_sequence_of_a_batch_is_refused(self, start_engine, path):
-        with pytest.raises(OptionError, match="transformers backend: above 64 tokens .*Pass max_model_len=64"):
+        with pytest.raises(
+            OptionError, match="transformers backend: above 64 tokens .*Pass max_model_len=64"
+        ):
             start_engine(path("phi3"), [], model_impl="transformers", max_model_len=128)
 
     @pytest.mark.parametrize(
@@ -792,5 +864,6 @@ class TestEngines:
         infos = [start_engine(path("llama"), [], readout=readout)[0] for readout in ("pooling", "flat")]
         for info in infos:  # one dtype: of its own accord vLLM takes float16 for one, bfloat16 for the other
             assert any(
-                "is float32 and is served in bfloat16" in note and "dtype='float32'" in note for note in info.notes
+                "is float32 and is served in bfloat16" in note and "dtype='float32'" in note
+                for note in info.notes
             )

@@ -48,7 +48,9 @@ class TestCoefficient:
         controller = AdaptiveKLController(init_kl_coef=0.2, target=target, horizon=10)
         transform = compute(coeff=controller)
         transform(step())
-        assert transform.metrics["coeff"] == 0.2  # the batch that was seen; the next gets what was learned from it
+        assert (
+            transform.metrics["coeff"] == 0.2
+        )  # the batch that was seen; the next gets what was learned from it
         error = min(max(kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         assert float(controller.coef) == pytest.approx(0.2 * (1 + error * 2 / 10), rel=1e-6)
         assert (float(controller.coef) > 0.2) == (kl > target)
@@ -57,7 +59,8 @@ class TestCoefficient:
 
     def test_a_constant_controller_is_a_number(self):
         rewards = [
-            compute(coeff=c)(step()).get("reward", as_list=True) for c in (0.3, ConstantKLController(kl_coef=0.3))
+            compute(coeff=c)(step()).get("reward", as_list=True)
+            for c in (0.3, ConstantKLController(kl_coef=0.3))
         ]
         assert all(torch.equal(a, b) for a, b in zip(*rewards, strict=True))
 
@@ -70,7 +73,9 @@ class TestCoefficient:
 
     @pytest.mark.parametrize("coeff", [-0.1, float("nan"), float("inf"), "1", None])
     def test_what_is_no_coefficient_is_refused(self, coeff):
-        with pytest.raises(OptionError, match="coeff must be a number of at least 0, a schedule or a controller"):
+        with pytest.raises(
+            OptionError, match="coeff must be a number of at least 0, a schedule or a controller"
+        ):
             compute(coeff=coeff)
 
     def test_a_schedule_gone_wrong_leaves_the_batch_as_it_was(self):
@@ -82,7 +87,9 @@ class TestCoefficient:
         assert set(batch.keys(True, True)) == set(before.keys(True, True))
         assert all(
             torch.equal(a, b)
-            for a, b in zip(batch.get("reward", as_list=True), before.get("reward", as_list=True), strict=True)
+            for a, b in zip(
+                batch.get("reward", as_list=True), before.get("reward", as_list=True), strict=True
+            )
         )
 
     def test_a_clone_has_a_coefficient_of_its_own(self):
@@ -190,13 +197,17 @@ class TestMask:
         assert "kl_penalty" not in batch.keys()
 
     @pytest.mark.parametrize("pad_output", [False, True])
-    def test_torchrls_pipeline_of_three_transforms_counts_what_one_does(self, make_reference, make_gen, pad_output):
+    def test_torchrls_pipeline_of_three_transforms_counts_what_one_does(
+        self, make_reference, make_gen, pad_output
+    ):
         gen, ref = make_gen("vllm", pad_output=pad_output), make_reference(pad_output=pad_output)
         one = RetrieveKL(gen, ref)
         three = [RetrieveLogProb(gen), RetrieveLogProb(ref), KLComputation()]
         batches = []
         for transforms in ([one], three):
-            batch = dense_batch(self.IDS, self.PROMPTS, 0) if pad_output else ids_batch(self.IDS, self.PROMPTS)
+            batch = (
+                dense_batch(self.IDS, self.PROMPTS, 0) if pad_output else ids_batch(self.IDS, self.PROMPTS)
+            )
             for transform in transforms:
                 batch = transform(batch)
             batches.append(batch)
@@ -207,7 +218,9 @@ class TestMask:
         assert one.metrics["num_tokens"] == 4
 
     @pytest.mark.parametrize("wider", ["policy", "reference"])
-    def test_a_side_that_scored_other_tokens_is_refused_not_read_as_zero(self, make_reference, make_gen, wider):
+    def test_a_side_that_scored_other_tokens_is_refused_not_read_as_zero(
+        self, make_reference, make_gen, wider
+    ):
         """0.0 outside one side's mask would be taken for a log-prob inside the other's."""
         gen, ref = make_gen("vllm"), make_reference()
         first = RetrieveLogProb(gen, assistant_only=wider != "policy")

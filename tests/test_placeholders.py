@@ -73,7 +73,9 @@ def test_placeholders_are_ordinary_tokens_where_the_caller_says_so(scorer: VLLMS
     as_text = VLLMScorer(scorer._engine, placeholders="as_text")
     want = _log_probs(_read(path).double(), WITH_IMAGE)
     torch.testing.assert_close(as_text.score([WITH_IMAGE])[0].double(), want, atol=2e-5, rtol=0)
-    with pytest.raises(OptionError, match="placeholders='text' does not exist; choose 'refuse', or 'as_text'"):
+    with pytest.raises(
+        OptionError, match="placeholders='text' does not exist; choose 'refuse', or 'as_text'"
+    ):
         VLLMScorer(scorer._engine, placeholders="text")
 
 
@@ -111,7 +113,11 @@ def test_a_text_only_trainer_pushes_and_the_vision_tower_stays(
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model."])
 def test_a_state_dict_of_the_language_model_maps_by_prefix(path: Path, prefix: str):
     skeleton, whole = Skeleton(str(path)), _read(path).state_dict()
-    text = {name.replace("model.language_model.", prefix): t for name, t in whole.items() if "language_model" in name}
+    text = {
+        name.replace("model.language_model.", prefix): t
+        for name, t in whole.items()
+        if "language_model" in name
+    }
     checked = skeleton.checked(text)
     assert checked.keys() == {name for name in whole if "language_model" in name}
     written = skeleton.write(checked)
@@ -136,7 +142,9 @@ def test_what_does_not_map_is_refused_by_name(path: Path):
 
 def test_a_checkpoint_that_lacks_a_tensor_is_not_filled_with_random_numbers(path: Path, tmp_path: Path):
     model = _read(path)
-    state = {name: t for name, t in model.state_dict().items() if not name.endswith("language_model.norm.weight")}
+    state = {
+        name: t for name, t in model.state_dict().items() if not name.endswith("language_model.norm.weight")
+    }
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(WeightsError, match=r"missing model\.language_model\.norm\.weight"):
         Skeleton(str(path)).read(tmp_path)
@@ -206,7 +214,12 @@ def test_the_language_model_is_told_from_the_towers_in_every_kind(kind: str):
         model = _auto_class(config).from_config(config)
     names = set(model.state_dict())
     text = _names_of_text(model) & names
-    assert {_text_name(name).partition(".")[0] for name in text} == {"embed_tokens", "layers", "norm", "lm_head"}
+    assert {_text_name(name).partition(".")[0] for name in text} == {
+        "embed_tokens",
+        "layers",
+        "norm",
+        "lm_head",
+    }
     assert not any(_text_name(name).startswith(("layers", "lm_head")) for name in names - text)
     assert len({_text_name(name) for name in names}) == len(names)
 
@@ -215,19 +228,24 @@ def test_an_id_beyond_the_heads_rows_is_told_from_a_label_that_is_ignored():
     info = EngineInfo(readout="flat", vocab_size=320, max_sequence_len=None)
     check_requests([[1, 319]], None, info)  # beyond a tokenizer of 300, within the head
     with pytest.raises(
-        InputError, match=r"sequence 0, token 1: id 320 is outside .*\[0, 320\)\. The model's head has 320 rows"
+        InputError,
+        match=r"sequence 0, token 1: id 320 is outside .*\[0, 320\)\. The model's head has 320 rows",
     ) as beyond:
         check_requests([[1, 320]], None, info)
     assert "-100" not in str(beyond.value)
     with pytest.raises(
-        InputError, match=r"sequence 0, token 2: id -100 is outside .* ignored labels such as -100 must be cut off"
+        InputError,
+        match=r"sequence 0, token 2: id -100 is outside .* ignored labels such as -100 must be cut off",
     ):
         check_requests([[1, 2, -100]], None, info)
 
 
 def test_a_placeholder_outside_the_vocabulary_is_told_by_what_it_is():
     info = EngineInfo(
-        readout="flat", vocab_size=320, max_sequence_len=None, placeholders={-200: "an image (image_token_index)"}
+        readout="flat",
+        vocab_size=320,
+        max_sequence_len=None,
+        placeholders={-200: "an image (image_token_index)"},
     )
     with pytest.raises(InputError, match="id -200 is the model's placeholder for an image"):
         check_requests([[1, -200]], None, info)
@@ -243,7 +261,9 @@ def test_a_package_that_a_models_module_wants_is_named(monkeypatch: pytest.Monke
     monkeypatch.setitem(ModelRegistry.models, "Seeing", SimpleNamespace(load_model_cls=load))
     given = {"language_model_only": False} if serves_images else {}
     cure = ", or pass language_model_only=True to serve its text" if serves_images else ""
-    with pytest.raises(OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"):  # noqa: SIM117
+    with pytest.raises(
+        OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"
+    ):  # noqa: SIM117
         with naming_what_is_missing(given):
             raise ValueError(
                 "Value error, Model architectures ['Seeing'] failed to be inspected. Please check the logs"
@@ -278,7 +298,13 @@ def test_vllm_imports_its_vision_models_where_torchvision_is_missing():
 
 def _gemma3(seed: int) -> Gemma3ForConditionalGeneration:
     torch.manual_seed(seed)
-    text = {**tiny._SIZES, "vocab_size": VOCAB, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+    text = {
+        **tiny._SIZES,
+        "vocab_size": VOCAB,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+    }
     text |= {"tie_word_embeddings": True, "eos_token_id": 2, "pad_token_id": 0}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(

@@ -23,7 +23,9 @@ def embedding():
     current_platform.import_kernels()
     angles = torch.arange(LENGTH)[:, None] / 10000 ** (torch.arange(0, SIZE, 2) / SIZE)
     table = torch.cat([angles.cos(), angles.sin()], dim=1)
-    module = SimpleNamespace(head_size=SIZE, is_neox_style=False, _match_cos_sin_cache_dtype=lambda query: table)
+    module = SimpleNamespace(
+        head_size=SIZE, is_neox_style=False, _match_cos_sin_cache_dtype=lambda query: table
+    )
     return module, inspect.unwrap(RotaryEmbedding.forward_cpu), angles
 
 
@@ -41,7 +43,9 @@ def test_heads_that_are_kept_apart_are_rotated_by_their_tokens_angle(embedding):
     torch.testing.assert_close(mended[0], rotated(query, angles))
     torch.testing.assert_close(mended[1], rotated(key, angles))
     upstream, _ = forward_cpu(module, torch.arange(LENGTH), query.clone(), key.clone())
-    assert (upstream - rotated(query, angles)).abs().max() > 0.1  # vLLM has mended it when this fails: flattened can go
+    assert (
+        upstream - rotated(query, angles)
+    ).abs().max() > 0.1  # vLLM has mended it when this fails: flattened can go
 
 
 def test_heads_in_a_part_of_a_larger_tensor_are_rotated_and_the_rest_is_not(embedding):

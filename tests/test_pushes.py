@@ -139,7 +139,9 @@ def score_before_and_after_it_is_given(path: Path) -> dict[str, torch.Tensor]:
 
     def prompt_log_probs() -> torch.Tensor:
         (output,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-        return torch.tensor([entry[t].logprob for entry, t in zip(output.prompt_logprobs[1:], ids[1:], strict=True)])
+        return torch.tensor(
+            [entry[t].logprob for entry, t in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((RotaryEmbedding, "forward_cpu"), (CPURouter, "_compute_routing")):
@@ -181,7 +183,11 @@ def save_without_one_tensor(path: Path, folder: Path) -> Path:
     shutil.copy(path / "config.json", folder)
     norms = [name for name, tensor in tensors.items() if tensor.dim() == 1 and name.endswith("weight")]
     lost = max(norms or tensors)
-    save_file({k: t for k, t in tensors.items() if k != lost}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: t for k, t in tensors.items() if k != lost},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return folder
 
 
@@ -189,7 +195,9 @@ class Truth:
     """The float64 model of an architecture."""
 
     def __init__(self, path: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+        self._model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, attn_implementation="eager"
+        )
         self._model.set_experts_implementation("eager")
         self.tied = dict(self._model.all_tied_weights_keys)
 

@@ -34,7 +34,9 @@ def cluster():
 
 
 def make_engine_reference(path):
-    return VLLMReference(str(path), make_tokenizer(), dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
+    return VLLMReference(
+        str(path), make_tokenizer(), dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,13 @@ def test_an_actor_that_exists_is_found_again(remote, batch):
     def never():
         raise AssertionError("the actor exists: nothing is to be made")
 
-    again = RetrieveKL("from_collector", ref_model_factory=never, use_ray_service=True, actor_name="reference")
+    again = RetrieveKL(
+        "from_collector", ref_model_factory=never, use_ray_service=True, actor_name="reference"
+    )
     found = RetrieveKL("from_collector", use_ray_service=True, actor_name="reference")
-    results = [transform(batch.clone()).get("kl_penalty", as_list=True) for transform in (remote, again, found)]
+    results = [
+        transform(batch.clone()).get("kl_penalty", as_list=True) for transform in (remote, again, found)
+    ]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -42,7 +42,9 @@ class TestTemperature:
     @pytest.mark.parametrize("temperature", [0.6, 1.3])
     def test_scores_are_those_of_the_sampling_distribution(self, ref_scorer, table, temperature):
         sequences, logits = table
-        for got, ids, rows in zip(ref_scorer.score(sequences, temperature=temperature), sequences, logits, strict=True):
+        for got, ids, rows in zip(
+            ref_scorer.score(sequences, temperature=temperature), sequences, logits, strict=True
+        ):
             want = (rows / temperature).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
             torch.testing.assert_close(got.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
 
@@ -51,7 +53,9 @@ class TestTemperature:
         alone = {t: ref_scorer.score(sequences, temperature=t) for t in (0.5, 1.0, 2.0)}
         together = {}
         threads = [
-            threading.Thread(target=lambda t=t: together.update({t: ref_scorer.score(sequences, temperature=t)}))
+            threading.Thread(
+                target=lambda t=t: together.update({t: ref_scorer.score(sequences, temperature=t)})
+            )
             for t in alone
         ]
         for thread in threads:
@@ -89,14 +93,24 @@ class TestChosenAndBestTokens:
         for best, ids, rows in zip(ref_scorer.score_topk(sequences, 6), sequences, logits, strict=True):
             want = rows.log_softmax(-1)
             assert torch.equal(best.token_ids, want.topk(6).indices)
-            torch.testing.assert_close(best.log_probs.double(), want.topk(6).values, rtol=0, atol=LOG_PROB_TOLERANCE)
+            torch.testing.assert_close(
+                best.log_probs.double(), want.topk(6).values, rtol=0, atol=LOG_PROB_TOLERANCE
+            )
             target = want.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-            torch.testing.assert_close(best.target_log_probs.double(), target, rtol=0, atol=LOG_PROB_TOLERANCE)
+            torch.testing.assert_close(
+                best.target_log_probs.double(), target, rtol=0, atol=LOG_PROB_TOLERANCE
+            )
 
     def test_nothing_to_score_gives_empty_rows(self, ref_scorer):
         (best,) = ref_scorer.score_topk([[1, 2]], 3, 2)
-        assert (best.token_ids.shape, best.log_probs.shape, best.target_log_probs.shape) == ((0, 3), (0, 3), (0,))
-        assert ref_scorer.score_ids([[1, 2], [1, 2]], [np.empty((0, 5), int), [[1, 2, 3, 4, 5]]], [2, 1])[0].shape == (
+        assert (best.token_ids.shape, best.log_probs.shape, best.target_log_probs.shape) == (
+            (0, 3),
+            (0, 3),
+            (0,),
+        )
+        assert ref_scorer.score_ids([[1, 2], [1, 2]], [np.empty((0, 5), int), [[1, 2, 3, 4, 5]]], [2, 1])[
+            0
+        ].shape == (
             0,
             5,
         )
@@ -120,7 +134,9 @@ class TestChosenAndBestTokens:
         chosen = check_ids([[[1, 2, 3]]], [np.array([1, 2])], [1], ref_scorer._engine.info)
         assert chosen[0].shape == (1, 3)
         limited = dataclasses.replace(ref_scorer._engine.info, max_ids=2)
-        with pytest.raises(errors.InputError, match="ids has 3 tokens a row, but this engine returns at most 2"):
+        with pytest.raises(
+            errors.InputError, match="ids has 3 tokens a row, but this engine returns at most 2"
+        ):
             check_ids([[[1, 2, 3]]], [np.array([1, 2])], [1], limited)
 
     @pytest.mark.parametrize("k", [0, -1, VOCAB + 1, 2.0])
@@ -131,7 +147,9 @@ class TestChosenAndBestTokens:
     def test_a_read_out_that_cannot_refuses(self, policy_llm):
         with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot return the best tokens"):
             VLLMScorer(policy_llm).score_topk([[1, 2]], 2)
-        with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot return log-probs of chosen ids"):
+        with pytest.raises(
+            errors.ReadoutUnavailableError, match="'flat' cannot return log-probs of chosen ids"
+        ):
             VLLMScorer(policy_llm).score_ids([[1, 2]], [[[1]]])
 
 
@@ -206,7 +224,9 @@ class TestPlugin:
 
         lookup = cap.capped(get_computed_blocks)
         ours = SimpleNamespace(
-            num_tokens=100, sampling_params=None, pooling_params=PoolingParams(extra_kwargs=pack(Readout(start=40)))
+            num_tokens=100,
+            sampling_params=None,
+            pooling_params=PoolingParams(extra_kwargs=pack(Readout(start=40))),
         )
         theirs = SimpleNamespace(num_tokens=100, sampling_params=SamplingParams(), pooling_params=None)
         assert [lookup(None, r, max_cache_hit_length=99) for r in (ours, theirs)] == [39, 99]
@@ -229,14 +249,22 @@ class TestPlugin:
 class TestEngine:
     def test_tensor_parallel_ranks_share_the_vocabulary(self, ref_path, ref_scorer, table):
         sequences, _ = table
-        options = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 64}
+        options = {
+            "max_model_len": tiny.MAX_MODEL_LEN,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_num_batched_tokens": 64,
+        }
         with VLLMScorer(str(ref_path), dtype="float32", tensor_parallel_size=2, **options) as scorer:
             assert scorer.readout == "pooling"
             chosen = [[[5, VOCAB - 1]] * (len(s) - 1) for s in sequences]
-            for a, b in zip(scorer.score_ids(sequences, chosen), ref_scorer.score_ids(sequences, chosen), strict=True):
+            for a, b in zip(
+                scorer.score_ids(sequences, chosen), ref_scorer.score_ids(sequences, chosen), strict=True
+            ):
                 torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
             for k in (5, VOCAB):  # more than a rank's share, too
-                for a, b in zip(scorer.score_topk(sequences, k), ref_scorer.score_topk(sequences, k), strict=True):
+                for a, b in zip(
+                    scorer.score_topk(sequences, k), ref_scorer.score_topk(sequences, k), strict=True
+                ):
                     assert torch.equal(a.token_ids[:, :5], b.token_ids[:, :5])
                     torch.testing.assert_close(a.log_probs, b.log_probs, rtol=0, atol=LOG_PROB_TOLERANCE)
 
@@ -251,11 +279,15 @@ class TestEngine:
             assert scorer.readout == "flat"
             ids = random_ids(950, tiny.MAX_MODEL_LEN)
             want = torch.tensor(ref_oracle.log_probs(ids)[300:], dtype=torch.float64)
-            torch.testing.assert_close(scorer.score([ids], 300)[0].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+            torch.testing.assert_close(
+                scorer.score([ids], 300)[0].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE
+            )
 
     def test_why_it_is_not_pooling_is_said(self, caplog):
         class Slow:
-            info = EngineInfo(readout="flat", vocab_size=9, max_sequence_len=9, notes=("no pooling read-out: reason",))
+            info = EngineInfo(
+                readout="flat", vocab_size=9, max_sequence_len=9, notes=("no pooling read-out: reason",)
+            )
 
         VLLMScorer(Slow())
         assert "read-out flat; no pooling read-out: reason" in caplog.text
@@ -279,7 +311,9 @@ class TestEngine:
         driver = _Blocking(Particular())
         request = ScoreRequest(token_ids=np.array([1, 2], np.int32), start=1)
         driver.submit("a", request, share_prefix=True)
-        driver.submit("b", dataclasses.replace(request, token_ids=np.array([1, 2, 3], np.int32)), share_prefix=True)
+        driver.submit(
+            "b", dataclasses.replace(request, token_ids=np.array([1, 2, 3], np.int32)), share_prefix=True
+        )
         results = dict(driver.step())
         assert isinstance(results["a"], ScoreResult)
         assert isinstance(results["b"], errors.MissingLogProbError)
@@ -294,7 +328,9 @@ class TestEngine:
             drive(driver, [request], share_prefix=False)
 
     def test_token_ids_on_a_cpu_says_why_not(self, policy_llm):
-        with pytest.raises(errors.ReadoutUnavailableError, match="V2 model runner, which needs a GPU. Use 'flat'"):
+        with pytest.raises(
+            errors.ReadoutUnavailableError, match="V2 model runner, which needs a GPU. Use 'flat'"
+        ):
             VLLMScorer(policy_llm, readout="token_ids")
 
     def test_a_bar_on_standard_error_if_asked_for(self, ref_scorer, capfd):
@@ -314,7 +350,9 @@ class TestEngine:
         monkeypatch.setattr(
             ref_scorer._engine._child._calls, "_send", lambda *call: (sent.append(call[:2]), send(*call))
         )
-        requests = [ScoreRequest(token_ids=np.array(random_ids(i, 300), np.int32), start=1) for i in range(200)]
+        requests = [
+            ScoreRequest(token_ids=np.array(random_ids(i, 300), np.int32), start=1) for i in range(200)
+        ]
         with pytest.raises(KeyboardInterrupt):
             ref_scorer._engine.score(requests, share_prefix=False, on_done=interrupt)
         (call_id, _), cancelled = sent

@@ -49,7 +49,9 @@ from vllm_kl.transforms.sides import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
 from vllm_kl.weights.canary import Canary
 
-pytestmark = pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")  # vLLM 0.32's use of xgrammar
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:max_rollback_tokens:DeprecationWarning"
+)  # vLLM 0.32's use of xgrammar
 
 SOME = list(range(30, 60))
 
@@ -122,7 +124,9 @@ def half(ref_scorer, make_reference):
 
 
 def largest(data):
-    return max(float(row.abs().max()) for batch in data for row in batch.get(("next", "kl_penalty"), as_list=True))
+    return max(
+        float(row.abs().max()) for batch in data for row in batch.get(("next", "kl_penalty"), as_list=True)
+    )
 
 
 class TestWhatIsRecorded:
@@ -191,8 +195,12 @@ class TestWhatIsRecorded:
         """vLLM takes a generation_config's top_p for requests without parameters only; TorchRL's always have some."""
         asked = []
         generate = engines["processed"].generate
-        monkeypatch.setattr(engines["processed"], "generate", lambda *a, **k: asked.append(k) or generate(*a, **k))
-        policy = make_policy(engines["processed"], top_p=0.9).get_new_version(input_mode="tokens", generate=True)
+        monkeypatch.setattr(
+            engines["processed"], "generate", lambda *a, **k: asked.append(k) or generate(*a, **k)
+        )
+        policy = make_policy(engines["processed"], top_p=0.9).get_new_version(
+            input_mode="tokens", generate=True
+        )
         policy(TensorDict(tokens=Tokens(prompt=torch.tensor([[72, 105]]), batch_size=1), batch_size=1))
         assert asked[0]["sampling_params"] == policy.sampling_params
 
@@ -211,7 +219,11 @@ class TestWhatIsRecorded:
                 {"temperature": 0.5},
                 0.5,
             ),
-            (SimpleNamespace(engine_args=SimpleNamespace(logprobs_mode="processed_logprobs")), {"top_p": 0.5}, None),
+            (
+                SimpleNamespace(engine_args=SimpleNamespace(logprobs_mode="processed_logprobs")),
+                {"top_p": 0.5},
+                None,
+            ),
             (SimpleNamespace(engine_args=SimpleNamespace(logprobs_mode="raw_logits")), {}, None),
             (SimpleNamespace(), {"temperature": 1.0, "max_new_tokens": 5, "top_k": -1}, 1.0),
             (SimpleNamespace(), {"temperature": 0.5}, None),
@@ -226,9 +238,13 @@ class TestWhatIsRecorded:
     def test_an_engine_that_computes_the_last_row_only_is_refused_before_it_ends(self, engines, monkeypatch):
         args = SimpleNamespace(kv_sharing_fast_prefill=True, enable_lora=False)
         elsewhere = SimpleNamespace(engine_args=args)
-        monkeypatch.setattr(engines["raw"].llm_engine.vllm_config.cache_config, "kv_sharing_fast_prefill", True)
+        monkeypatch.setattr(
+            engines["raw"].llm_engine.vllm_config.cache_config, "kv_sharing_fast_prefill", True
+        )
         for engine in (elsewhere, engines["raw"]):
-            with pytest.raises(ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make it without"):
+            with pytest.raises(
+                ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make it without"
+            ):
                 GenerateEngine(engine, generate=lambda: None)
 
     def test_what_a_live_engine_refuses_is_an_error_of_ours(self, engines, monkeypatch):
@@ -239,10 +255,14 @@ class TestWhatIsRecorded:
 
     def test_a_live_engine_of_random_numbers_says_so(self, engines, monkeypatch):
         monkeypatch.setattr(engines["raw"].llm_engine.vllm_config.load_config, "load_format", "dummy")
-        assert any("the weights are random numbers" in note for note in GenerateEngine(engines["raw"]).info.notes)
+        assert any(
+            "the weights are random numbers" in note for note in GenerateEngine(engines["raw"]).info.notes
+        )
 
     def test_logits_of_an_engine_elsewhere_are_refused(self):
-        engine = SimpleNamespace(engine_args=SimpleNamespace(logprobs_mode="processed_logits", enable_lora=False))
+        engine = SimpleNamespace(
+            engine_args=SimpleNamespace(logprobs_mode="processed_logits", enable_lora=False)
+        )
         with pytest.raises(ReadoutUnavailableError, match="returns logits instead of log-probs"):
             GenerateEngine(engine, generate=lambda: None)
 
@@ -274,7 +294,9 @@ class TestInACollector:
 
     @pytest.mark.parametrize(("mode", "params", "message"), NOT_COMPARABLE, ids=NAMES)
     def test_reuse_refuses_and_names_the_cure(self, run, equal, mode, params, message):
-        with pytest.raises(CollectorError, match=f"'reuse', but .*{message}.*VLLMReference.*temperature=T.*rescore"):
+        with pytest.raises(
+            CollectorError, match=f"'reuse', but .*{message}.*VLLMReference.*temperature=T.*rescore"
+        ):
             run(mode, params, equal(mode), gen_log_probs="reuse")
 
     @pytest.mark.parametrize(("mode", "params", "message"), NOT_COMPARABLE, ids=NAMES)
@@ -283,12 +305,15 @@ class TestInACollector:
             run(mode, params, equal(mode), audit=1.0)
 
     def test_an_audit_that_warns_lets_the_numbers_be_scored_again(self, run, equal):
-        data, said, _ = run("processed", {"top_p": 0.5}, equal("processed"), audit=1.0, on_drift="warn", turns=NUM_ENVS)
+        data, said, _ = run(
+            "processed", {"top_p": 0.5}, equal("processed"), audit=1.0, on_drift="warn", turns=NUM_ENVS
+        )
         assert largest(data) < KL_TOLERANCE
         assert any("audit=0" in text for text in said)
 
     @pytest.mark.parametrize(
-        ("mode", "params"), [("processed", {}), ("processed", {"temperature": 0.0}), ("raw", {"temperature": 0.5})]
+        ("mode", "params"),
+        [("processed", {}), ("processed", {"temperature": 0.0}), ("raw", {"temperature": 0.5})],
     )
     def test_what_is_comparable_is_reused_in_silence(self, run, equal, monkeypatch, mode, params):
         monkeypatch.setattr(FromCollector, "_score", lambda *_: pytest.fail("asked the policy's engine"))
@@ -300,7 +325,9 @@ class TestInACollector:
     def test_one_temperature_on_both_sides_agrees_with_float64(
         self, run, half, policy_oracle, ref_oracle, gen_log_probs
     ):
-        (data,), said, _ = run("processed", {"temperature": 0.5}, half, gen_log_probs=gen_log_probs, turns=NUM_ENVS)
+        (data,), said, _ = run(
+            "processed", {"temperature": 0.5}, half, gen_log_probs=gen_log_probs, turns=NUM_ENVS
+        )
         assert not said
         for row in data.unbind(0):
             ids, kept = row["tokens", "full"].tolist(), row["next", "kl_mask"]
@@ -319,10 +346,10 @@ class TestInACollector:
             ("processed", {"temperature": 0.5}, {"audit": 1.0}),  # so is what an audit compares with
         ],
     )
-    def test_a_reference_at_a_temperature_that_nobody_can_match_is_refused(self, run, half, mode, params, options):
-        message = (
-            r"at temperature 1 only.*(the reference's log-probs|the recorded ones) are those of softmax\(logits / 0.5\)"
-        )
+    def test_a_reference_at_a_temperature_that_nobody_can_match_is_refused(
+        self, run, half, mode, params, options
+    ):
+        message = r"at temperature 1 only.*(the reference's log-probs|the recorded ones) are those of softmax\(logits / 0.5\)"
         with pytest.raises(OptionError, match=message):
             run(mode, params, half, **options)
 
@@ -335,7 +362,9 @@ class TestInACollector:
             run("raw", {}, make_reference())
 
     def test_a_policy_inside_another_module_is_asked_as_well(self, run, equal):
-        data, said, _ = run("processed", {"top_p": 0.5}, equal("processed"), wrap=TensorDictSequential, turns=NUM_ENVS)
+        data, said, _ = run(
+            "processed", {"top_p": 0.5}, equal("processed"), wrap=TensorDictSequential, turns=NUM_ENVS
+        )
         assert largest(data) < KL_TOLERANCE
         assert "top_p=0.5" in said[0]
 
@@ -345,7 +374,8 @@ def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, eng
     policy = make_policy(engines["processed"], temperature=0.5)
     transform = RetrieveKL(FromCollector(policy=policy), equal("processed"))
     with pytest.warns(
-        MismatchWarning, match=r"softmax\(logits / 0.5\), the reference's of softmax\(logits / 1\).*scored again"
+        MismatchWarning,
+        match=r"softmax\(logits / 0.5\), the reference's of softmax\(logits / 1\).*scored again",
     ):
         data = collect(make_env(), lambda: policy, turns=NUM_ENVS, postproc=transform)
     assert largest(data) < KL_TOLERANCE
@@ -419,7 +449,9 @@ class TestWhatWasUsed:
             collect(env, lambda: wrap(make_policy(engines[mode])), turns=2 * NUM_ENVS)
         said = [str(w.message) for w in caught if issubclass(w.category, MismatchWarning)]
         assert len(said) == num_said
-        assert all("softmax(logits / 0.5)" in text and "VLLMReference(path, temperature=T)" in text for text in said)
+        assert all(
+            "softmax(logits / 0.5)" in text and "VLLMReference(path, temperature=T)" in text for text in said
+        )
 
     def test_recorded_log_probs_that_another_transform_replaces_are_not_warned_of(
         self,
@@ -489,7 +521,9 @@ class TestWhatWasUsed:
 
 
 class TestTwoModels:
-    def test_an_error_names_the_sample_of_the_batch_not_the_sequence_that_was_sent(self, make_gen, make_reference):
+    def test_an_error_names_the_sample_of_the_batch_not_the_sequence_that_was_sent(
+        self, make_gen, make_reference
+    ):
         """Samples 0 and 1 keep no token, and are not sent."""
         td = batches.ids_batch([[5, 6], [5, 6], [5, 6, 100_000]], [2, 2, 2])
         for model in (make_gen("vllm"), make_gen("transformers"), make_reference()):
@@ -508,7 +542,9 @@ class TestTwoModels:
             ref_scorer.temperature = 1.0
 
     def test_two_temperatures_are_refused(self, make_gen, half, ref_scorer):
-        with pytest.raises(OptionError, match=r"softmax\(logits / 1\), the other's of softmax\(logits / 0.5\)"):
+        with pytest.raises(
+            OptionError, match=r"softmax\(logits / 1\), the other's of softmax\(logits / 0.5\)"
+        ):
             RetrieveKL(make_gen("vllm"), half)
         ref_scorer.temperature = 1.0
         transform = RetrieveKL(make_gen("vllm"), half)
@@ -519,7 +555,8 @@ class TestTwoModels:
     def test_the_entries_of_two_transforms_are_of_one_temperature(self, make_gen, half, ref_scorer):
         transform = Compose(RetrieveLogProb(make_gen("vllm")), RetrieveLogProb(half), KLComputation())
         with pytest.raises(
-            OptionError, match=r"'log_probs', 'full'\) of softmax\(logits / 1\) and .* of softmax\(logits / 0.5\)"
+            OptionError,
+            match=r"'log_probs', 'full'\) of softmax\(logits / 1\) and .* of softmax\(logits / 0.5\)",
         ):
             transform(batches.ids_batch([[5, 6, 7]], [2]))
         ref_scorer.temperature = 1.0
@@ -548,9 +585,7 @@ class TestZerosInACollector:
 
     @pytest.mark.parametrize("deferred", [False, True])
     def test_reuse_refuses_them_by_name(self, run, make_reference, deferred):
-        message = (
-            r"sample 0, token \d+ is exactly 0.0.*the policy's engine gives it -.* such tokens in 4 samples.*'auto'"
-        )
+        message = r"sample 0, token \d+ is exactly 0.0.*the policy's engine gives it -.* such tokens in 4 samples.*'auto'"
         with pytest.raises(MissingLogProbError, match=message):
             run("raw", {}, make_reference(), before=[EndToken()], gen_log_probs="reuse", deferred=deferred)
 
@@ -560,7 +595,9 @@ class TestZerosInACollector:
         transform = RetrieveKL("from_collector", make_reference(), deferred="buffer")
         env = request.getfixturevalue("make_env")().append_transform(EndToken()).append_transform(transform)
         data = env.rollout(1, make_policy(engines["raw"]), return_contiguous=False)
-        with pytest.raises(MissingLogProbError, match=r"env step 0, .* exactly 0.0.*the reference gives it -.*on_zero"):
+        with pytest.raises(
+            MissingLogProbError, match=r"env step 0, .* exactly 0.0.*the reference gives it -.*on_zero"
+        ):
             fill_deferred(data)
 
     @pytest.mark.parametrize("gen_log_probs", ["auto", "reuse"])
@@ -582,7 +619,9 @@ class TestZerosInACollector:
             want = -log_probs_at(ref_oracle, ids, 1.0)[kept[1:]]
             assert (row["log_probs", "full"][kept] == 0).sum() > 5
             assert want.max() > 1
-            torch.testing.assert_close(row["next", "kl_penalty"][kept].double(), want, rtol=0, atol=KL_TOLERANCE)
+            torch.testing.assert_close(
+                row["next", "kl_penalty"][kept].double(), want, rtol=0, atol=KL_TOLERANCE
+            )
 
 
 def recorded(values, prompt=2):
@@ -597,8 +636,12 @@ class TestZerosInABatch:
     def test_a_policy_that_cannot_be_asked_how_it_samples_is_said_once(self, make_reference):
         td, side = recorded(self.VALUES), FromCollector("reuse")
         batch = read_batch(td, keys_of(make_reference()), assistant_only=True)
-        collector = SimpleNamespace(policy=lambda td: td)  # torchrl 0.14's own wants specs of a function's output
-        with pytest.warns(MismatchWarning, match="nothing is known of how the collector's policy, a function, samples"):
+        collector = SimpleNamespace(
+            policy=lambda td: td
+        )  # torchrl 0.14's own wants specs of a function's output
+        with pytest.warns(
+            MismatchWarning, match="nothing is known of how the collector's policy, a function, samples"
+        ):
             side.log_probs(batch, td, collector, 1.0)
         assert side.log_probs(batch, td, collector, 1.0).is_recorded
 
@@ -616,7 +659,9 @@ class TestZerosInABatch:
         with pytest.warns(MismatchWarning, match="token 3 is exactly 0.0"):
             RetrieveKL(FromCollector(on_zero="warn"), make_reference())(td)
         assert torch.equal(kl["kl_penalty"], td["kl_penalty"])
-        with pytest.raises(OptionError, match="on_zero='never' does not exist; choose one of raise, warn, allow"):
+        with pytest.raises(
+            OptionError, match="on_zero='never' does not exist; choose one of raise, warn, allow"
+        ):
             FromCollector(on_zero="never")
         with pytest.raises(OptionError, match="on_zero has no effect with a gen_model"):
             RetrieveKL(make_reference(), make_reference(), on_zero="warn")
@@ -627,7 +672,9 @@ class TestZerosInABatch:
         sure.load_state_dict(policy_model.state_dict())
         with torch.no_grad():
             sure.lm_head.weight.mul_(1000.0)
-            ids = sure.generate(torch.tensor([[72, 105, 32]]), do_sample=False, max_new_tokens=6, eos_token_id=None)[0]
+            ids = sure.generate(
+                torch.tensor([[72, 105, 32]]), do_sample=False, max_new_tokens=6, eos_token_id=None
+            )[0]
             rows = sure(ids[None]).logits[0].log_softmax(-1)
         values = torch.cat([torch.zeros(1), rows[:-1].gather(1, ids[1:, None])[:, 0]])
         assert (values[3:] == 0).all()
@@ -636,11 +683,17 @@ class TestZerosInABatch:
         assert RetrieveKL("from_collector", ref, gen_log_probs="reuse")(td)["kl_penalty"].abs().max() == 0
 
     def test_a_value_above_zero_is_no_log_prob(self, make_reference):
-        with pytest.raises(CollectorError, match=r"sample 0, token 4 of 5 is 3.5, which is no log-prob.*raw_logits"):
-            RetrieveKL("from_collector", make_reference(), gen_log_probs="reuse")(recorded([0.0, 0.0, -2.0, -1.0, 3.5]))
+        with pytest.raises(
+            CollectorError, match=r"sample 0, token 4 of 5 is 3.5, which is no log-prob.*raw_logits"
+        ):
+            RetrieveKL("from_collector", make_reference(), gen_log_probs="reuse")(
+                recorded([0.0, 0.0, -2.0, -1.0, 3.5])
+            )
 
     def test_minus_infinity_names_processed_log_probs(self, make_reference):
-        with pytest.raises(CollectorError, match=r"its value is -inf .*logprobs_mode='processed_logprobs' with top_k"):
+        with pytest.raises(
+            CollectorError, match=r"its value is -inf .*logprobs_mode='processed_logprobs' with top_k"
+        ):
             RetrieveKL("from_collector", make_reference(), gen_log_probs="reuse")(
                 recorded([0.0, 0.0, -2.0, -1.0, -torch.inf])
             )
@@ -652,13 +705,17 @@ class TestZerosInABatch:
         assert doubtful_zeros(zeros, sure, keep, [300, 100])[1].tolist() == [99]
 
     def test_where_no_engine_can_be_asked_at_a_temperature_the_cure_is_another(self, half):
-        with pytest.raises(MissingLogProbError, match="cannot be asked about .* / 0.5.*raw_logprobs.*on_zero") as found:
+        with pytest.raises(
+            MissingLogProbError, match="cannot be asked about .* / 0.5.*raw_logprobs.*on_zero"
+        ) as found:
             RetrieveKL("from_collector", half)(recorded([0.0, 0.0, -2.0, 0.0, -1.5]))
         assert "append the transform" not in str(found.value)
 
     def test_rounding_above_zero_is_a_probability_of_1(self, ref_oracle, make_reference):
         """bfloat16 has 0.0625 and the like."""
-        kl = RetrieveKL("from_collector", make_reference(), on_zero="allow")(recorded([0.0, 0.0, -2.0, 0.0625, -1.0]))
+        kl = RetrieveKL("from_collector", make_reference(), on_zero="allow")(
+            recorded([0.0, 0.0, -2.0, 0.0625, -1.0])
+        )
         want = -log_probs_at(ref_oracle, range(5, 10), 1.0)[2]
         assert float(kl["kl_penalty"][0, 3]) == pytest.approx(float(want), abs=KL_TOLERANCE)
 
@@ -675,7 +732,9 @@ class TestZerosInABatch:
 class TestKLComputation:
     def data(self, gen, ref):
         return batches.ids_batch(
-            [[5, 6, 7]], [1], extra={("gen", "full"): [torch.tensor(gen)], ("ref", "full"): [torch.tensor(ref)]}
+            [[5, 6, 7]],
+            [1],
+            extra={("gen", "full"): [torch.tensor(gen)], ("ref", "full"): [torch.tensor(ref)]},
         )
 
     def transform(self, **options):
@@ -686,9 +745,7 @@ class TestKLComputation:
         sides = [[0.0, -1.0, 0.0], [0.0, -1.2, -3.0]]
         td = self.data(*(sides if side == "gen" else sides[::-1]))
         other = "ref" if side == "gen" else "gen"
-        message = (
-            rf"\('{side}', 'full'\): sample 0, token 2 is exactly 0.0.*\('{other}', 'full'\) gives it -3.0000.*on_zero"
-        )
+        message = rf"\('{side}', 'full'\): sample 0, token 2 is exactly 0.0.*\('{other}', 'full'\) gives it -3.0000.*on_zero"
         with pytest.raises(MissingLogProbError, match=message):
             self.transform()(td)
         with pytest.warns(MismatchWarning, match="sample 0, token 2"):
@@ -696,11 +753,13 @@ class TestKLComputation:
         assert self.transform(on_zero="allow")(td)["kl_penalty"].abs().max() == 3
 
     def test_zeros_of_both_sides_are_outside_the_mask_or_sure(self):
-        assert self.transform()(self.data([0.0, -1.0, 0.0], [0.0, -1.2, -0.01]))["kl_penalty"][0, 2] == pytest.approx(
-            0.01
-        )
+        assert self.transform()(self.data([0.0, -1.0, 0.0], [0.0, -1.2, -0.01]))["kl_penalty"][
+            0, 2
+        ] == pytest.approx(0.01)
 
-    def test_what_a_transform_of_the_same_composition_scored_is_believed(self, make_gen, make_reference, monkeypatch):
+    def test_what_a_transform_of_the_same_composition_scored_is_believed(
+        self, make_gen, make_reference, monkeypatch
+    ):
         gen, ref = RetrieveLogProb(make_gen("vllm")), RetrieveLogProb(make_reference())
         monkeypatch.setattr(
             gen._side._scorer_of(gen.model),
@@ -714,7 +773,8 @@ class TestKLComputation:
 
     def test_logits_are_refused(self):
         with pytest.raises(
-            MissingLogProbError, match=r"\('ref', 'full'\): sample 0, token 1 of 3 is 2.0, which is no log-prob"
+            MissingLogProbError,
+            match=r"\('ref', 'full'\): sample 0, token 1 of 3 is 2.0, which is no log-prob",
         ):
             self.transform()(self.data([0.0, -1.0, -1.0], [0.0, 2.0, -3.0]))
 
@@ -734,7 +794,9 @@ class TestNumbersThatAreNone:
 
     def test_new_weights_that_give_nan_are_refused_and_can_be_replaced(self):
         now = [[-1.0, -2.0]]
-        scores = lambda request: ScoreResult(values=np.array(now[0], np.float32)[:, None], weight_version=len(now))  # noqa: E731
+        scores = lambda request: ScoreResult(
+            values=np.array(now[0], np.float32)[:, None], weight_version=len(now)
+        )  # noqa: E731
         canary = Canary(scores, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
         canary.remember()
         with pytest.raises(FrozenError, match="gives NaN"), canary.replacing():

@@ -54,7 +54,10 @@ def test_every_input_mode_and_layout_agrees_with_float64(make_reference, ref_ora
 
 def test_history_gives_the_templates_assistant_mask(make_reference, tokenizer):
     td = make_reference()(batches.history_batch())
-    ids, mask = td.get(("tokens", "full"), as_list=True)[0], td.get(("masks", "all_assistant_mask"), as_list=True)[0]
+    ids, mask = (
+        td.get(("tokens", "full"), as_list=True)[0],
+        td.get(("masks", "all_assistant_mask"), as_list=True)[0],
+    )
     assert tokenizer.decode(ids[mask]) == "I'm doing well, thank you!<|im_end|>"
 
 
@@ -141,7 +144,11 @@ class TestInsideTorchRL:
         expected = make_reference(pad_output=pad_output)(batches.history_batch())
         for i in range(2):
             ids = real(expected, ("tokens", "full"), i)
-            keep = real(expected, ("masks", "all_assistant_mask"), i) if assistant_only else torch.arange(len(ids)) > 0
+            keep = (
+                real(expected, ("masks", "all_assistant_mask"), i)
+                if assistant_only
+                else torch.arange(len(ids)) > 0
+            )
             got = td.get(("ref_log_probs", "full"), as_list=True)[i]
             got = got[expected.get(("masks", "all_attention_mask"), as_list=True)[i]]
             torch.testing.assert_close(
@@ -167,11 +174,15 @@ def test_a_path_brings_its_tokenizer(ref_path, monkeypatch):
     assert VLLMReference(ref_path).tokenizer.eos_token == "<|im_end|>"
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_an_engine_is_started(ref_path, tmp_path, monkeypatch):
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_an_engine_is_started(
+    ref_path, tmp_path, monkeypatch
+):
     from vllm_kl.transforms import vllm_reference
 
     monkeypatch.setattr(vllm_reference, "VLLMScorer", lambda model: pytest.fail("an engine was started"))
-    with pytest.raises(OptionError, match=r"the tokenizer of '/no/such' could not be loaded: .*Pass tokenizer="):
+    with pytest.raises(
+        OptionError, match=r"the tokenizer of '/no/such' could not be loaded: .*Pass tokenizer="
+    ):
         VLLMReference(ref_path, "/no/such")
     shutil.copytree(ref_path, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -204,7 +215,9 @@ class TestRefusals:
             VLLMReference(ref_scorer, input_mode="chat")
 
     def test_an_empty_tensordict_says_what_it_looked_for(self, make_reference):
-        with pytest.raises(InputError, match=r"neither \('tokens', 'full'\) nor \('history', 'full'\); it has \['x'\]"):
+        with pytest.raises(
+            InputError, match=r"neither \('tokens', 'full'\) nor \('history', 'full'\); it has \['x'\]"
+        ):
             make_reference()(TensorDict(x=torch.zeros(2), batch_size=(2,)))
 
     def test_text_without_a_tokenizer_says_so(self, ref_scorer):
@@ -213,5 +226,7 @@ class TestRefusals:
 
     def test_a_mask_of_another_shape_is_refused_by_sample(self, make_reference):
         td = batches.ids_batch(SEQUENCES, assistant=[[True] * 6, [True] * 2, [True] * 8])
-        with pytest.raises(InputError, match=r"sample 1: .*all_assistant_mask.* has shape \[2\], expected \[3\]"):
+        with pytest.raises(
+            InputError, match=r"sample 1: .*all_assistant_mask.* has shape \[2\], expected \[3\]"
+        ):
             make_reference(input_mode="tokens")(td)

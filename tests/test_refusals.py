@@ -65,7 +65,9 @@ class TestRefusedWhenCalled:
         td = batches.history_batch().to_lazystack(0)
         for sample in td.unbind(0):
             sample["tokens"] = TensorDict(full=torch.tensor([1, 2, 3]))
-        with pytest.raises(InputError, match="sample 0: its history renders to .* that differ from its 3 stored ids"):
+        with pytest.raises(
+            InputError, match="sample 0: its history renders to .* that differ from its 3 stored ids"
+        ):
             RetrieveLogProb(make_reference())(td)
 
     def test_a_template_that_marks_nothing_says_what_works(self, make_reference):

@@ -34,7 +34,9 @@ def written(path, *lines):
 
 class TestFile:
     def test_what_is_left_out_has_its_default_and_other_fields_are_not_read(self, tmp_path):
-        path = written(tmp_path / "s.jsonl", {**ENTRY, "group": 3, "reward": None}, b"", {**ENTRY, "kl": [9, 8]})
+        path = written(
+            tmp_path / "s.jsonl", {**ENTRY, "group": 3, "reward": None}, b"", {**ENTRY, "kl": [9, 8]}
+        )
         first, second = read_samples(path)
         assert first == Sample(**ENTRY)
         assert (first.mask, first.kl) == ([False, True, True], [0.5, -1.0])
@@ -74,7 +76,10 @@ class TestFile:
             ({**ENTRY, "tokens": ["a"]}, r"tokens: got 1 values, expected 3, one per token id"),
             ({**ENTRY, "mask": [True, True]}, r"mask: got 2 values, expected 3"),
             ({**ENTRY, "mask": [True, False, False]}, r"mask: keeps token 0, which has no log-prob"),
-            ({**ENTRY, "mask": [False, False, True]}, r"mask: keeps 1 tokens, expected 2, one per value of log_probs"),
+            (
+                {**ENTRY, "mask": [False, False, True]},
+                r"mask: keeps 1 tokens, expected 2, one per value of log_probs",
+            ),
             ({**ENTRY, "mask": [0, 1, 1]}, r"mask: value 0 is 0, expected true or false"),
             ({**ENTRY, "token_ids": [5]}, r"log_probs: got 2 values, expected at most 0"),
             (
@@ -93,14 +98,26 @@ class TestFile:
                 {**ENTRY, "ref_log_probs": [-1.0, 0.002]},
                 r"ref_log_probs: value 1 is 0\.002, expected a finite number .*, at most 0",
             ),
-            ({**ENTRY, "log_probs": [-1.0, -1e308]}, r"log_probs: value 1 is -1e\+308, expected .* float32's range"),
-            ({**ENTRY, "log_probs": [-1.0, -(10**400)]}, r"log_probs: value 1 is -1000.*, expected .* float32's range"),
+            (
+                {**ENTRY, "log_probs": [-1.0, -1e308]},
+                r"log_probs: value 1 is -1e\+308, expected .* float32's range",
+            ),
+            (
+                {**ENTRY, "log_probs": [-1.0, -(10**400)]},
+                r"log_probs: value 1 is -1000.*, expected .* float32's range",
+            ),
             ({**ENTRY, "kl": [1e308, -1e308]}, r"kl: value 0 is 1e\+308, expected .* float32's range"),
             ({**ENTRY, "reward": 10**400}, r"reward: got 1000.*, expected .* float32's range"),
-            ({**ENTRY, "token_ids": [5, 6, -1]}, r"token_ids: value 2 is -1, expected an integer of at least 0"),
+            (
+                {**ENTRY, "token_ids": [5, 6, -1]},
+                r"token_ids: value 2 is -1, expected an integer of at least 0",
+            ),
             ({**ENTRY, "token_ids": [5, 6, 7.0]}, r"token_ids: value 2 is 7\.0, expected an integer"),
             ({**ENTRY, "token_ids": "567"}, r"token_ids: got '567', expected a list"),
-            ({**ENTRY, "log_probs": [-1.0, math.nan]}, r"log_probs: value 1 is nan, expected a finite number"),
+            (
+                {**ENTRY, "log_probs": [-1.0, math.nan]},
+                r"log_probs: value 1 is nan, expected a finite number",
+            ),
             (
                 {**ENTRY, "ref_log_probs": [-math.inf, -1.0]},
                 r"ref_log_probs: value 0 is -inf, expected a finite number",
@@ -123,7 +140,9 @@ class TestFile:
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
     def test_a_file_without_samples_is_refused(self, tmp_path):
-        with pytest.raises(InputError, match=r"s\.jsonl: holds no samples, expected one JSON object per line"):
+        with pytest.raises(
+            InputError, match=r"s\.jsonl: holds no samples, expected one JSON object per line"
+        ):
             read_samples(written(tmp_path / "s.jsonl", b"  "))
         with pytest.raises(FileNotFoundError):
             read_samples(tmp_path / "none.jsonl")
@@ -140,7 +159,9 @@ class TestFile:
     @pytest.mark.parametrize("bad", [{1, 2}, math.nan, [[math.inf]]], ids=str)
     def test_a_sample_that_cannot_be_written_leaves_the_file_as_it_was(self, tmp_path, bad):
         write_samples(tmp_path / "s.jsonl", [Sample(**ENTRY)])
-        with pytest.raises(InputError, match=r"sample 1 cannot be written: .*; expected a Sample whose fields are"):
+        with pytest.raises(
+            InputError, match=r"sample 1 cannot be written: .*; expected a Sample whose fields are"
+        ):
             write_samples(tmp_path / "s.jsonl", [Sample(**ENTRY, reward=1.0), self.Noted(**ENTRY, note=bad)])
         assert read_samples(tmp_path / "s.jsonl") == [Sample(**ENTRY)]
         assert [path.name for path in tmp_path.iterdir()] == ["s.jsonl"]
@@ -181,7 +202,9 @@ class TestTexts:
     def test_a_tokenizer_that_cannot_be_loaded_is_refused_by_name(self, tmp_path, config):
         for name in ("tokenizer_config.json", "tokenizer.json"):
             (tmp_path / name).write_text(config)
-        (tmp_path / "config.json").write_text(config if config != "{broken" else "{}")  # broken: an OSError of its own
+        (tmp_path / "config.json").write_text(
+            config if config != "{broken" else "{}"
+        )  # broken: an OSError of its own
         bare = Sample(token_ids=[22, 220], log_probs=[-1.0], ref_log_probs=[-2.0])
         with pytest.raises(
             InputError, match=f"tokenizer '{tmp_path}' cannot be loaded: .*; expected a folder or a name"
@@ -201,7 +224,10 @@ class TestBatch:
         assert [sample.mask for sample in samples] == KEEP
         for sample, want, keep in zip(samples, truth, KEEP, strict=True):
             want = want[torch.tensor(keep)]
-            for kl in (sample.kl, [p - q for p, q in zip(sample.log_probs, sample.ref_log_probs, strict=True)]):
+            for kl in (
+                sample.kl,
+                [p - q for p, q in zip(sample.log_probs, sample.ref_log_probs, strict=True)],
+            ):
                 torch.testing.assert_close(torch.tensor(kl).double(), want, rtol=0, atol=KL_TOLERANCE)
 
     @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -211,7 +237,11 @@ class TestBatch:
         self, make_gen, make_reference, truth, stored, pad_output, padding_side
     ):
         is_ragged = stored == "ragged ids"
-        td = batches.ids_batch(SEQUENCES, PROMPTS) if is_ragged else batches.dense_batch(SEQUENCES, PROMPTS, PAD)
+        td = (
+            batches.ids_batch(SEQUENCES, PROMPTS)
+            if is_ragged
+            else batches.dense_batch(SEQUENCES, PROMPTS, PAD)
+        )
         gen, ref = make_gen("transformers", pad_output=pad_output), make_reference(pad_output=pad_output)
         td = RetrieveKL(gen, ref, padding_side=padding_side)(td)
         self.check(samples_from_batch(td, padding_side=padding_side), truth)
@@ -220,11 +250,15 @@ class TestBatch:
             with pytest.raises(InputError, match=f"values where padding was expected, on the {other}"):
                 samples_from_batch(td, padding_side=other)
 
-    def test_under_next_with_texts_rewards_and_versions(self, make_gen, make_reference, truth, tokenizer, tmp_path):
+    def test_under_next_with_texts_rewards_and_versions(
+        self, make_gen, make_reference, truth, tokenizer, tmp_path
+    ):
         td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"query": ["a", "b", "c", "d"]})
         step = [TensorDict(reward=torch.full((1, 1), 2.0), policy_version=torch.tensor(7)) for _ in SEQUENCES]
         td["next"] = lazy_stack(step)
-        td = RetrieveKL(make_gen("transformers", pad_output=False), make_reference(pad_output=False), coeff=0.5)(td)
+        td = RetrieveKL(
+            make_gen("transformers", pad_output=False), make_reference(pad_output=False), coeff=0.5
+        )(td)
         assert "kl_penalty" not in td.keys()
         samples = samples_from_batch(td.reshape(2, 2), tokenizer, ref_version="base")
         self.check(samples, truth)
@@ -245,14 +279,19 @@ class TestBatch:
         td = batches.ids_batch([[5, 6, 7]], [1], assistant=assistant, extra=rows)
         assert samples_from_batch(td)[0].kl == [0.5]
         td = batches.ids_batch(
-            [[5, 6, 7]], [1], assistant=assistant, extra={**rows, "kl_mask": [torch.tensor([False, True, False])]}
+            [[5, 6, 7]],
+            [1],
+            assistant=assistant,
+            extra={**rows, "kl_mask": [torch.tensor([False, True, False])]},
         )
         assert samples_from_batch(td)[0].kl == [2.0]
 
     def test_what_is_not_scored_is_refused(self):
         rows = {("log_probs", "full"): [torch.tensor([0.0, math.nan])]}
         td = batches.ids_batch([[5, 6]], [1], extra={("log_probs", "full"): [torch.tensor([0.0, -1.0])]})
-        with pytest.raises(InputError, match=r"no \('ref_log_probs', 'full'\), neither under 'next' nor at the root"):
+        with pytest.raises(
+            InputError, match=r"no \('ref_log_probs', 'full'\), neither under 'next' nor at the root"
+        ):
             samples_from_batch(td)
         with pytest.raises(MissingLogProbError, match=r"\('log_probs', 'full'\): sample 0, token 1 of 2"):
             samples_from_batch(batches.ids_batch([[5, 6]], [1], extra=rows))
@@ -282,7 +321,9 @@ class TestPaddingSide:
 
     def test_a_shifted_mask_that_hides_in_the_zeros_of_the_prompt_is_refused(self):
         # [F F F T] and two of padding, read from the left: [F T F F]. Nothing but the stored prompt or mask tells.
-        message = r"kl_mask: sample 0, token 1, read as padded on the left, is True, expected False, as in .*: pass"
+        message = (
+            r"kl_mask: sample 0, token 1, read as padded on the left, is True, expected False, as in .*: pass"
+        )
         with pytest.raises(InputError, match=message):
             samples_from_batch(self.batch("right"))
         assistant = [[t >= 3 for t in range(len(ids))] for ids in self.IDS]
@@ -297,7 +338,9 @@ class TestPaddingSide:
 
     def test_a_mask_that_keeps_token_0_is_refused(self):
         span = [torch.arange(len(ids)) >= 2 for ids in self.IDS]
-        with pytest.raises(InputError, match=r"kl_mask: sample 0, read as padded on the left, has a value at token 0"):
+        with pytest.raises(
+            InputError, match=r"kl_mask: sample 0, read as padded on the left, has a value at token 0"
+        ):
             samples_from_batch(self.batch("right", prompts=None, span=span))
         span[1][0] = True  # the longest has no padding
         with pytest.raises(InputError, match=r"kl_mask: sample 1 keeps token 0, which has no log-prob"):

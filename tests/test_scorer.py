@@ -113,7 +113,9 @@ class TestPrefixSharing:
     ):
         from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-        monkeypatch.setattr(KVCacheManager, "get_computed_blocks", KVCacheManager.get_computed_blocks.__wrapped__)
+        monkeypatch.setattr(
+            KVCacheManager, "get_computed_blocks", KVCacheManager.get_computed_blocks.__wrapped__
+        )
         for got, sequence in zip(shared_scorer.score(*group), group[0], strict=True):
             assert_close_to(policy_oracle, got, sequence, 64)
         # The prompt ends at a block's edge, so every sibling's hit covers row start - 1. The duplicate is sent once.
@@ -123,7 +125,10 @@ class TestPrefixSharing:
         scorer = VLLMScorer(policy_llm, share_prefix=False)
         for got, sequence in zip(scorer.score(*group), group[0], strict=True):
             assert_close_to(policy_oracle, got, sequence, 64)
-        assert (scorer.stats.num_cached_tokens, scorer.stats.num_rescored) == (114, 0)  # a duplicate is computed once
+        assert (scorer.stats.num_cached_tokens, scorer.stats.num_rescored) == (
+            114,
+            0,
+        )  # a duplicate is computed once
 
     def test_second_call_equals_first(self, shared_scorer, group):
         for a, b in zip(shared_scorer.score(*group), shared_scorer.score(*group), strict=True):
@@ -155,7 +160,11 @@ class TestBadInput:
             ([[1, 2]], -1, r"sequence 0: start is -1"),
             ([[1, 2], [1, 259]], None, r"sequence 1, token 1: id 259 is outside the vocabulary \[0, 259\)"),
             ([[1, -100]], None, r"sequence 0, token 1: id -100 is outside"),
-            ([[1, 2], [0] * (tiny.MAX_MODEL_LEN + 1)], None, r"sequence 1 has 321 tokens.*at most 320.*max_model_len"),
+            (
+                [[1, 2], [0] * (tiny.MAX_MODEL_LEN + 1)],
+                None,
+                r"sequence 1 has 321 tokens.*at most 320.*max_model_len",
+            ),
             ([[1, 2], [3, 4]], [1], r"start has 1 entries for 2 sequences"),
             ([[1.0, 2.0]], None, r"sequence 0 must be a flat sequence of ints"),
             ([[[1, 2]]], None, r"sequence 0 must be a flat sequence of ints"),
@@ -206,7 +215,9 @@ class TestMissingLogProbs:
         def fault(values):
             return values.index_fill(0, torch.tensor([1]), value)
 
-        with pytest.raises(errors.MissingLogProbError, match=rf"sequence 0, token 3: the engine returned {value}"):
+        with pytest.raises(
+            errors.MissingLogProbError, match=rf"sequence 0, token 3: the engine returned {value}"
+        ):
             VLLMScorer(Faulty(fault)).score([[1, 2, 3, 4]], 2)
 
     def test_a_missing_row_is_an_error(self):
@@ -248,7 +259,9 @@ class TestEngines:
 
     def test_an_engine_that_returns_logits_for_log_probs_is_refused(self, policy_llm, monkeypatch):
         monkeypatch.setattr(policy_llm.llm_engine.model_config, "logprobs_mode", "raw_logits")
-        with pytest.raises(errors.ReadoutUnavailableError, match="returns logits .*logprobs_mode='raw_logits'"):
+        with pytest.raises(
+            errors.ReadoutUnavailableError, match="returns logits .*logprobs_mode='raw_logits'"
+        ):
             VLLMScorer(policy_llm)
 
     def test_an_owned_engine_keeps_to_itself_and_compiles_nothing_later(self, ref_path, tmp_path):

@@ -179,9 +179,18 @@ NORM, V = "model.norm.weight", "model.layers.1.self_attn.v_proj.weight"
         (lambda s: {**s, "value_head.weight": s[NORM]}, r"missing nothing, unknown value_head\.weight"),
         (lambda s: {**s, NORM: s[NORM][:-1]}, rf"{NORM}: got shape \[63\], expected \[64\]"),
         (lambda s: {**s, NORM: s[NORM] * math.nan}, rf"{NORM}: 64 of 64 numbers are not finite"),
-        (lambda s: {**s, NORM: with_one(s[NORM].half(), -math.inf)}, rf"{NORM}: 1 of 64 numbers are not finite"),
-        (lambda s: {**s, NORM: with_one(s[NORM].bfloat16(), math.nan)}, rf"{NORM}: 1 of 64 numbers are not finite"),
-        (lambda s: {**s, "lm_head.weight": s["lm_head.weight"] + 1}, "lm_head.weight and .* are tied .* but differ"),
+        (
+            lambda s: {**s, NORM: with_one(s[NORM].half(), -math.inf)},
+            rf"{NORM}: 1 of 64 numbers are not finite",
+        ),
+        (
+            lambda s: {**s, NORM: with_one(s[NORM].bfloat16(), math.nan)},
+            rf"{NORM}: 1 of 64 numbers are not finite",
+        ),
+        (
+            lambda s: {**s, "lm_head.weight": s["lm_head.weight"] + 1},
+            "lm_head.weight and .* are tied .* but differ",
+        ),
         (lambda s: {"base_model.model." + k: t for k, t in s.items()}, "PEFT model: pass merge_and_unload"),
         (lambda s: {**s, NORM: [1.0]}, f"{NORM}: expected a tensor, got list"),
         (lambda s: list(s), "expected a state dict, a tensordict or a module, got list"),
@@ -191,7 +200,9 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_the_engine_is_touched(
     engine, states, oracles, change, message, monkeypatch
 ):
     version = weights_of(engine).version
-    monkeypatch.setattr(type(weights_of(engine)), "load", lambda *_, **__: pytest.fail("the engine was touched"))
+    monkeypatch.setattr(
+        type(weights_of(engine)), "load", lambda *_, **__: pytest.fail("the engine was touched")
+    )
     with pytest.raises(WeightsError, match=message):
         push_weights(engine, change(states[1]))
     assert weights_of(engine).version == version
@@ -272,7 +283,9 @@ def test_what_fails_after_workers_took_over_is_put_back(llm, states, oracles, mo
             raise failures.pop()
 
     monkeypatch.setattr(adoption, "adopt", fail_once)
-    with pytest.raises(WeightsError, match=rf"a worker died\)\. Version {version} was put back and goes on serving"):
+    with pytest.raises(
+        WeightsError, match=rf"a worker died\)\. Version {version} was put back and goes on serving"
+    ):
         push_weights(llm, states[2])
     assert weights_of(llm).version == version
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
@@ -336,7 +349,9 @@ def test_a_push_that_is_interrupted_leaves_the_old_weights_and_the_old_version(
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
 
 
-def test_an_owner_that_is_interrupted_while_its_engine_loads_asks_what_came_of_it(owned, states, oracles, monkeypatch):
+def test_an_owner_that_is_interrupted_while_its_engine_loads_asks_what_came_of_it(
+    owned, states, oracles, monkeypatch
+):
     version = push_weights(owned, states[1])
     answers = type(owned._engine._child._calls).answers
 
@@ -385,7 +400,8 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
 
 
 @pytest.mark.parametrize(
-    "name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+    "name",
+    ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight"],
 )
 def test_a_tensor_that_the_model_does_not_take_is_an_error_whatever_names_it_returns(
     llm, states, oracles, monkeypatch, name
@@ -402,7 +418,9 @@ def test_a_tensor_that_the_model_does_not_take_is_an_error_whatever_names_it_ret
     fused = name.replace("v_proj", "qkv_proj").replace("up_proj", "gate_up_proj")
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "load_weights", lose_one)
-        with pytest.raises(WeightsError, match=rf"no weights for {fused}: they are missing.*Nothing was touched"):
+        with pytest.raises(
+            WeightsError, match=rf"no weights for {fused}: they are missing.*Nothing was touched"
+        ):
             push_weights(llm, states[1])
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
@@ -413,7 +431,9 @@ def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, state
     version = push_weights(llm, states[1])
     monkeypatch.delattr(WorkerBase, PREPARE)
     monkeypatch.delattr(WorkerBase, READY)
-    with pytest.raises(WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched.*VLLM_PLUGINS"):
+    with pytest.raises(
+        WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched.*VLLM_PLUGINS"
+    ):
         push_weights(llm, states[2])
     assert weights_of(llm).version == version
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
@@ -456,7 +476,9 @@ if any("_child" in argument for argument in sys.orig_argv):
 """
 
 
-def test_an_owned_engine_whose_weights_are_not_known_says_so_and_lives(folders, states, oracles, tmp_path, monkeypatch):
+def test_an_owned_engine_whose_weights_are_not_known_says_so_and_lives(
+    folders, states, oracles, tmp_path, monkeypatch
+):
     (tmp_path / "sitecustomize.py").write_text(BUSY)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with VLLMScorer(str(folders[0]), canary=False, **tiny.ENGINE_OPTIONS) as scorer:
@@ -483,7 +505,9 @@ def test_weights_that_do_not_fit_in_memory_say_how_much_they_need_and_leave_noth
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert weights_of(llm).version == version
-    assert not [path for path in set(lifetime.SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in path.name]
+    assert not [
+        path for path in set(lifetime.SHARED_MEMORY.iterdir()) - before if str(os.getpid()) in path.name
+    ]
 
 
 def test_an_engine_with_unfinished_requests_is_not_pushed_to(llm, states):
@@ -538,7 +562,8 @@ def test_an_engine_that_dies_during_a_push_says_which_version_served_last(folder
         push_weights(scorer, states[1], version=7)
         os.kill(scorer._engine.pid, 9)
         with pytest.raises(
-            EngineError, match=r"the engine process died(?s:.*)Nothing serves any more; the last that did was version 7"
+            EngineError,
+            match=r"the engine process died(?s:.*)Nothing serves any more; the last that did was version 7",
         ):
             push_weights(scorer, states[2])
 
@@ -608,7 +633,9 @@ if __name__ == "__main__":
     [(DYING, "before the load"), (DYING, "in the load"), (ASYNC_DYING, "in the load")],
     ids=["before-the-load", "in-the-load", "in-the-load-of-an-AsyncLLM"],
 )
-def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(folders, tmp_path, code, when):
+def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(
+    folders, tmp_path, code, when
+):
     script = tmp_path / "dying.py"
     script.write_text(code)
     done = subprocess.run(
@@ -726,13 +753,17 @@ def test_a_fork_neither_keeps_nor_removes_its_parents_weights(tmp_path, monkeypa
 
 
 def test_a_frozen_reference_proves_it_and_one_that_was_moved_is_caught(owned, states):
-    moved = {name: t + 1e-4 * torch.randn_like(t) for name, t in owned.weights.skeleton.checked(states[0]).items()}
+    moved = {
+        name: t + 1e-4 * torch.randn_like(t) for name, t in owned.weights.skeleton.checked(states[0]).items()
+    }
     owned.refresh(states[0])
     assert owned.check_frozen() == 0.0
     known = owned._canary._known
     version = push_weights(owned, moved)
     known[version] = known[version - 1]  # as if nobody had said that the weights are others
-    with pytest.raises(FrozenError, match=rf"the weights of version {version} moved: token \d+ of the canary"):
+    with pytest.raises(
+        FrozenError, match=rf"the weights of version {version} moved: token \d+ of the canary"
+    ):
         owned.check_frozen()
     assert 0 < owned.check_frozen(tolerance=0.1) < 0.1
     with pytest.raises(FrozenError, match="moved"):
@@ -740,7 +771,9 @@ def test_a_frozen_reference_proves_it_and_one_that_was_moved_is_caught(owned, st
 
 
 @pytest.mark.parametrize("as_what", ["state dict", "folder", "module"])
-def test_a_refresh_changes_the_reference_to_what_was_asked_for(folders, owned_fresh, states, oracles, as_what):
+def test_a_refresh_changes_the_reference_to_what_was_asked_for(
+    folders, owned_fresh, states, oracles, as_what
+):
     source = {
         "state dict": states[1],
         "folder": folders[1],
@@ -776,7 +809,9 @@ def test_an_average_is_of_the_old_weights_and_the_new(owned_fresh, states, folde
 def test_a_push_is_no_refresh(owned_fresh, states):
     """Whoever pushes into a reference's engine has moved the reference: KL against it is another KL."""
     version = push_weights(owned_fresh, states[1])
-    with pytest.raises(FrozenError, match=rf"version {version} of the weights serves, which no refresh\(\) made"):
+    with pytest.raises(
+        FrozenError, match=rf"version {version} of the weights serves, which no refresh\(\) made"
+    ):
         owned_fresh.check_frozen()
     owned_fresh.refresh(states[1])
     assert owned_fresh.check_frozen() == 0.0
@@ -787,7 +822,9 @@ def test_an_average_with_a_checkpoint_that_was_written_over_is_refused(folders, 
     shutil.copytree(folders[0], mine)
     with VLLMScorer(str(mine), **tiny.ENGINE_OPTIONS) as scorer:
         shutil.copy(folders[2] / "model.safetensors", mine)
-        with pytest.raises(WeightsError, match=r"model' have changed since the engine was started.*without ema= needs"):
+        with pytest.raises(
+            WeightsError, match=r"model' have changed since the engine was started.*without ema= needs"
+        ):
             scorer.refresh(states[1], ema=0.5)
         assert scorer.weight_version == 0
         assert error_of(scorer, oracles[0]) < LOG_PROB_TOLERANCE
@@ -811,7 +848,9 @@ def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
         return {"get_weight_version": "default", "collective_rpc": [[]]}.get(method, True)
 
     os.utime(mine / "model.safetensors", ns=(0, 0))
-    with pytest.raises(WeightsError, match=r"out of memory.* could not be put back .*have changed since the engine"):
+    with pytest.raises(
+        WeightsError, match=r"out of memory.* could not be put back .*have changed since the engine"
+    ):
         loading.run_sync(record.load(call, checkpoint.Checkpoint(folders[1]), None))
     assert calls[-1] == ("set_weight_version", "unknown")
     assert sum(PREPARE in call for call in calls) == 1
@@ -832,7 +871,9 @@ def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, m
     assert asked == [("a1b2", True), ("main", True)]
 
 
-def test_a_refresh_that_is_interrupted_before_its_proof_proves_nothing(owned_fresh, states, oracles, monkeypatch):
+def test_a_refresh_that_is_interrupted_before_its_proof_proves_nothing(
+    owned_fresh, states, oracles, monkeypatch
+):
     score, calls = owned_fresh._canary._score, []
 
     def interrupted_after_the_load(request):
@@ -881,15 +922,23 @@ def test_a_folder_without_a_checkpoint_is_refused(owned_fresh, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"rms_norm_eps": 0.5}, r"is another model: its configuration has rms_norm_eps=0.5, the engine's 1e-06"),
+        (
+            {"rms_norm_eps": 0.5},
+            r"is another model: its configuration has rms_norm_eps=0.5, the engine's 1e-06",
+        ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
             r"is another model: .*rope_parameters=.*7\.0",
         ),
-        ({"intermediate_size": 96}, r"mlp\.down_proj\.weight has shape \[64, 128\], its configuration says \[64, 96\]"),
+        (
+            {"intermediate_size": 96},
+            r"mlp\.down_proj\.weight has shape \[64, 128\], its configuration says \[64, 96\]",
+        ),
     ],
 )
-def test_a_checkpoint_that_computes_otherwise_is_not_taken_for_the_engines_model(folders, tmp_path, setting, message):
+def test_a_checkpoint_that_computes_otherwise_is_not_taken_for_the_engines_model(
+    folders, tmp_path, setting, message
+):
     folder = shutil.copytree(folders[1], tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     skeleton = checkpoint.Skeleton(str(folders[0]))
@@ -920,7 +969,9 @@ def test_asleep_says_on_a_cpu_that_it_does_nothing(owned):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_call_that_is_interrupted_leaves_no_request_in_a_shared_engine(llm, states, oracles, monkeypatch, error):
+def test_a_call_that_is_interrupted_leaves_no_request_in_a_shared_engine(
+    llm, states, oracles, monkeypatch, error
+):
     """vllm.LLM would give their outputs to whoever generates next."""
     push_weights(llm, states[0])
     scorer, step, steps = VLLMScorer(llm), llm.llm_engine.step, []
@@ -946,7 +997,9 @@ def test_requests_that_others_left_in_a_shared_engine_are_told_of(llm):
     scorer = VLLMScorer(llm)
     llm.llm_engine.add_request("left", {"prompt_token_ids": IDS}, SamplingParams(max_tokens=3))
     try:
-        with pytest.raises(EngineError, match="has 1 unfinished requests, left by a call of generate.*interrupted"):
+        with pytest.raises(
+            EngineError, match="has 1 unfinished requests, left by a call of generate.*interrupted"
+        ):
             scorer.score([IDS])
     finally:
         llm.llm_engine.abort_request(["left"])
@@ -956,7 +1009,9 @@ def test_requests_that_others_left_in_a_shared_engine_are_told_of(llm):
 # Weights that came another way.
 
 
-def test_weights_that_vllm_loaded_itself_serve_whole_and_under_a_version_of_theirs(llm, folders, states, oracles):
+def test_weights_that_vllm_loaded_itself_serve_whole_and_under_a_version_of_theirs(
+    llm, folders, states, oracles
+):
     version = push_weights(llm, states[0])
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE  # leaves KV
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
@@ -1009,7 +1064,10 @@ def test_pushes_that_fail_pile_nothing_up(owned, states, folders, tmp_path):
             lambda t: {**t, V: t[V][:, 1:].clone()},
             r"v_proj\.weight has shape \[32, 63\], and \[32, 64\] in the engine's checkpoint",
         ),
-        (lambda t: {**t, V: t[V] * math.nan}, r"no weights for .*qkv_proj\.weight: they are missing there, or NaN"),
+        (
+            lambda t: {**t, V: t[V] * math.nan},
+            r"no weights for .*qkv_proj\.weight: they are missing there, or NaN",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_loaded_is_refused_by_its_tensor(
@@ -1127,7 +1185,9 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     llm, folders, states, oracles, monkeypatch, is_pushed
 ):
     push_weights(llm, states[0])
-    monkeypatch.setattr(weights_module, "_RECORDS", weakref.WeakKeyDictionary())  # an engine that nobody gave to us yet
+    monkeypatch.setattr(
+        weights_module, "_RECORDS", weakref.WeakKeyDictionary()
+    )  # an engine that nobody gave to us yet
     llm.update_weight_version("default")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
     scorer = VLLMScorer(llm)
@@ -1135,7 +1195,9 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
     scorer.score([IDS])
     assert scorer.stats.weight_version is None
-    with pytest.raises(WeightsError, match=r"others loaded weights into this engine .*finish_update\(engine\)"):
+    with pytest.raises(
+        WeightsError, match=r"others loaded weights into this engine .*finish_update\(engine\)"
+    ):
         EnginePolicyVersion(llm)
     with monkeypatch.context() as patch:
         adopt = adoption.adopt
@@ -1145,7 +1207,9 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
             raise RuntimeError("a worker died")
 
         patch.setattr(adoption, "adopt", fail)
-        with pytest.raises(WeightsError, match="could not be put back .others loaded it, and from where is not known"):
+        with pytest.raises(
+            WeightsError, match="could not be put back .others loaded it, and from where is not known"
+        ):
             push_weights(llm, states[2])
     assert (push_weights(llm, states[1]) if is_pushed else finish_update(llm, source=folders[1])) == 1
     assert scorer.weight_version == EnginePolicyVersion(llm).version == 1
@@ -1241,7 +1305,9 @@ def test_an_async_engine_finishes_what_it_generates_and_then_serves_the_new_weig
 
     async def run():
         engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(model=str(folders[0]), enforce_eager=True, disable_log_stats=True, **tiny.ENGINE_OPTIONS)
+            AsyncEngineArgs(
+                model=str(folders[0]), enforce_eager=True, disable_log_stats=True, **tiny.ENGINE_OPTIONS
+            )
         )
         try:
             with pytest.raises(WeightsError, match="await push_weights_async"):

@@ -40,7 +40,16 @@ SPECIALS = [
         "<end_of_turn>",
         "<eos>",
     ),
-    *("<|end|>", "<|return|>", "<|start|>", "<|message|>", "<|channel|>", "<|user|>", "<|assistant|>", "<|system|>"),
+    *(
+        "<|end|>",
+        "<|return|>",
+        "<|start|>",
+        "<|message|>",
+        "<|channel|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+    ),
 ]
 
 
@@ -63,7 +72,9 @@ def make(template, *, eos="<|im_end|>", bos=None, adds=None):
 
 def read(tokenizer, *chats, assistant_only=True, **template_kwargs):
     options = {"chat_template": tokenizer.chat_template, **template_kwargs}
-    keys = InputKeys(input_mode="history", key=("history", "full"), tokenizer=tokenizer, template_kwargs=options)
+    keys = InputKeys(
+        input_mode="history", key=("history", "full"), tokenizer=tokenizer, template_kwargs=options
+    )
     return read_batch(history_batch(chats=list(chats)), keys, assistant_only=assistant_only)
 
 
@@ -164,13 +175,17 @@ class TestOneBOS:
         tokenizer = make(CHATML, **ADDS_BOS)
         reference = self.reference(ref_scorer, tokenizer)
         texts = ["<|pad|><|im_start|>user\nhi", "<|im_start|>user\nhi", "<|pad|>hello"]
-        with pytest.warns(UserWarning, match="2 of 3 texts begin with the BOS '<|pad|>'.*the first is sample 0"):
+        with pytest.warns(
+            UserWarning, match="2 of 3 texts begin with the BOS '<|pad|>'.*the first is sample 0"
+        ):
             td = reference(self.batch(texts))
         for text, sample in zip(texts, td.unbind(0), strict=True):
             ids = [tokenizer.bos_token_id, *make(CHATML)(text.removeprefix("<|pad|>")).input_ids]
             assert sample["tokens", "full"].tolist() == ids
             want = ref_oracle.masked(ids, [t > 0 for t in range(len(ids))])
-            torch.testing.assert_close(sample["ref_log_probs", "full"].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
+            torch.testing.assert_close(
+                sample["ref_log_probs", "full"].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE
+            )
         reference(self.batch(texts))  # a second warning would be an error
 
     @pytest.mark.parametrize(("add", "num_bos"), [(True, 2), (False, 1)])
@@ -212,7 +227,9 @@ class TestOneBOS:
         tokenizer = make(CHATML, bos="<|im_start|>")
         bos = tokenizer.bos_token_id
         transform = RetrieveLogProb(VLLMReference(ref_scorer, tokenizer))
-        with pytest.warns(UserWarning, match=r"the ids of 1 of 2 samples begin with two BOS.*the first is sample 1"):
+        with pytest.warns(
+            UserWarning, match=r"the ids of 1 of 2 samples begin with two BOS.*the first is sample 1"
+        ):
             td = transform(ids_batch([[bos, 5, 6], [bos, bos, 5, 6]], [1, 2]))
         assert [len(row) for row in td.get(("ref_log_probs", "full"), as_list=True)] == [3, 4]
         transform(ids_batch([[bos, bos, 5, 6]], [2]))
@@ -233,9 +250,14 @@ class TestContentIsCompared:
         assert report.metrics["template_content_chars"] == 23
         assert report.metrics["template_cut_chars"] == report.metrics["template_moved_messages"] == 0
 
-    @pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "gemma", "qwen3", "phi3", "torchrl-deepseek"])
+    @pytest.mark.parametrize(
+        "family", ["chatml", "llama3", "mistral", "gemma", "qwen3", "phi3", "torchrl-deepseek"]
+    )
     def test_words_that_are_in_the_tags_too_raise_no_false_alarm(self, family):
-        rng, words = random.Random(0), ["a", "user", "assistant\n", "s", " ", "im_end", "|>", "model", "[INST]", "hi"]
+        rng, words = (
+            random.Random(0),
+            ["a", "user", "assistant\n", "s", " ", "im_end", "|>", "model", "[INST]", "hi"],
+        )
         pick = lambda: "".join(rng.choices(words, k=rng.randint(1, 4))).strip() or "x"  # noqa: E731
         for _ in range(20):
             chat = [say(role, pick()) for role in ("user", "assistant") * rng.randint(1, 4)]
@@ -303,7 +325,9 @@ class TestContentIsCompared:
 
     def test_a_system_message_in_a_later_turn_is_moved(self):
         chat = [say("system", "Be short."), *TURNS]
-        assert not read(FAMILIES["mistral"], chat[:3]).report.warnings  # in the first turn it stands where it belongs
+        assert not read(
+            FAMILIES["mistral"], chat[:3]
+        ).report.warnings  # in the first turn it stands where it belongs
         report = read(FAMILIES["mistral"], chat).report
         assert report.metrics["template_moved_messages"] == 1
         assert r"sample 0, message 0 (system)" in report.warnings["moved"]
@@ -328,7 +352,8 @@ class TestContentIsCompared:
         chat = [say("user", [{"type": "text", "text": "2 + 2?"}]), say("assistant", "four")]
         printing = make(CHATML.replace("m.content", "(m.content | string)"))
         assert (
-            "prints the content of 1 of 2 messages as a Python list" in read(printing, chat).report.warnings["printed"]
+            "prints the content of 1 of 2 messages as a Python list"
+            in read(printing, chat).report.warnings["printed"]
         )
         parts = make(CHATML.replace("m.content", "(m.content if m.content is string else m.content[0].text)"))
         assert not read(parts, chat).report.warnings
@@ -364,7 +389,12 @@ class TestContentIsCompared:
         rng = random.Random(length)
         words = [f"{rng.randrange(10**9)}\n" for _ in range(length)]
         content = "".join(words)
-        for cut in (slice(0, 1), slice(length - 1, length), slice(length // 2, length // 2 + 1), slice(0, length)):
+        for cut in (
+            slice(0, 1),
+            slice(length - 1, length),
+            slice(length // 2, length // 2 + 1),
+            slice(0, length),
+        ):
             left = words.copy()
             left[cut] = []
             (found,) = find_messages(f"<a>{''.join(left)}<b>", [say("user", content)])
@@ -381,9 +411,14 @@ class TestContentIsCompared:
 
     def test_a_result_that_is_printed_as_json_is_all_there(self):
         template = CHATML.replace(
-            "{% else %}{{ m.content +", "{% else %}{{ (m.content | tojson if m.role == 'tool' else m.content) +"
+            "{% else %}{{ m.content +",
+            "{% else %}{{ (m.content | tojson if m.role == 'tool' else m.content) +",
         )
-        dialog = [say("user", "warm?"), say("tool", '{"temp": 22, "sky": "blue"}'), say("assistant", "22 \u00b0C")]
+        dialog = [
+            say("user", "warm?"),
+            say("tool", '{"temp": 22, "sky": "blue"}'),
+            say("assistant", "22 \u00b0C"),
+        ]
         report = read(make(template), dialog).report
         assert not report.warnings
         assert report.metrics["template_cut_chars"] == report.metrics["template_inserted_chars"] == 0
@@ -391,7 +426,8 @@ class TestContentIsCompared:
 
     def test_it_may_be_trimmed_before_it_is_printed_as_json(self):
         as_json = CHATML.replace(
-            "{% else %}{{ m.content + '<|im_end|>' }}", "{% else %}{{ (m.content | trim | tojson) + '<|im_end|>' }}"
+            "{% else %}{{ m.content + '<|im_end|>' }}",
+            "{% else %}{{ (m.content | trim | tojson) + '<|im_end|>' }}",
         )
         tokenizer = make(as_json)
         report = read(tokenizer, [say("system", ' be\n"brief" '), *TURNS]).report
@@ -399,7 +435,11 @@ class TestContentIsCompared:
 
     @pytest.mark.parametrize(
         "content",
-        ["<think>because</think>four", "<think>\nbecause\n</think>\nfour", "<think>\nbecause\n</think>\n\nfour"],
+        [
+            "<think>because</think>four",
+            "<think>\nbecause\n</think>\nfour",
+            "<think>\nbecause\n</think>\n\nfour",
+        ],
     )
     def test_white_space_that_a_template_puts_around_reasoning_is_no_loss(self, content):
         wraps = CHATML.replace(
@@ -420,7 +460,12 @@ class TestContentIsCompared:
             "{{ (m.tool_calls[0].function | tojson if m.tool_calls else m.content) + '<|im_end|>' }}{% endgen",
         )
         tokenizer = make(template)
-        turns = [say("user", "12?"), say("assistant", "", tool_calls=calls), say("tool", "12"), say("assistant", "12")]
+        turns = [
+            say("user", "12?"),
+            say("assistant", "", tool_calls=calls),
+            say("tool", "12"),
+            say("assistant", "12"),
+        ]
         batch = read(tokenizer, turns)
         assert batch.report.warnings == {}
 
@@ -433,7 +478,9 @@ class TestSaidOnce:
             make_reference(),
             RetrieveKL(make_reference(), make_reference(log_probs_key="x"), on_stale="allow"),
         ):
-            with pytest.warns(UserWarning, match="leaves out content of 1 of 4 messages, 45 of 109 characters") as said:
+            with pytest.warns(
+                UserWarning, match="leaves out content of 1 of 4 messages, 45 of 109 characters"
+            ) as said:
                 module(history_batch(chats=[THOUGHT]))
             assert len(said) == 1
             assert module.metrics["template_cut_chars"] == 45
@@ -442,7 +489,9 @@ class TestSaidOnce:
             module(history_batch(chats=[THOUGHT, THOUGHT]))
             assert module.metrics["template_cut_chars"] == 90
 
-    def test_white_space_that_is_trimmed_does_not_use_up_the_warning_of_what_is_cut(self, make_reference, tokenizer):
+    def test_white_space_that_is_trimmed_does_not_use_up_the_warning_of_what_is_cut(
+        self, make_reference, tokenizer
+    ):
         tokenizer.chat_template = CHATML.replace(
             "{{ m.content + '<|im_end|>' }}{% endgen",
             "{{ (m.content.split('</think>')[-1] | trim) + '<|im_end|>' }}{% endgen",
@@ -505,7 +554,10 @@ class TestTheEndOfATurn:
 
     def test_tags_that_leave_it_out_or_go_on_after_it_are_noted(self):
         assert "leave out '<|im_end|>'" in read(make(OUTSIDE), TURNS).report.notes["end_outside"]
-        assert "mark '\\n' after the token that ends a turn" in read(make(BEHIND), TURNS).report.notes["after_end"]
+        assert (
+            "mark '\\n' after the token that ends a turn"
+            in read(make(BEHIND), TURNS).report.notes["after_end"]
+        )
         assert not read(make(CHATML), TURNS).report.notes
 
     def test_a_stored_mask_wins(self):
@@ -575,13 +627,16 @@ class TestTheEndOfATurn:
         turns = [say("user", "rain?"), say("call", "weather()")]
         turns = turns if not call_first else [*turns, say("tool", "no"), say("assistant", "No.")]
         batch = read(tokenizer, turns)
-        assert kept(tokenizer, batch) == ["weather()<|end|>No.<|im_end|>" if call_first else "weather()<|end|>"]
+        assert kept(tokenizer, batch) == [
+            "weather()<|end|>No.<|im_end|>" if call_first else "weather()<|end|>"
+        ]
         assert "no_end" not in batch.report.warnings
         assert "leave out '<|end|>'" in batch.report.notes["end_outside"]
 
     def test_a_first_turn_without_its_end_is_told_too(self):
         last_only = CHATML.replace(
-            "m.content + '<|im_end|>' }}{% endgen", "m.content + ('<|im_end|>' if loop.last else '') }}{% endgen"
+            "m.content + '<|im_end|>' }}{% endgen",
+            "m.content + ('<|im_end|>' if loop.last else '') }}{% endgen",
         )
         batch = read(make(last_only), TURNS)
         assert kept(make(last_only), batch) == ["foura<|im_end|>"]
@@ -589,7 +644,9 @@ class TestTheEndOfATurn:
 
     def test_a_template_that_ends_no_turn_is_told(self):
         batch = read(FAMILIES["torchrl-falcon"], TURNS)
-        assert "renders no token that ends the assistant's turn in sample 0" in batch.report.warnings["no_end"]
+        assert (
+            "renders no token that ends the assistant's turn in sample 0" in batch.report.warnings["no_end"]
+        )
 
 
 class TestTheDate:
@@ -601,7 +658,9 @@ class TestTheDate:
                 reference(history_batch(chats=[TURNS[:2]]))
         assert sum("writes the current date into the text" in line for line in caplog.messages) == 1
 
-    @pytest.mark.parametrize("cure", [{"date_string": "26 Jul 2024"}, {"strftime_now": lambda form: "26 Jul 2024"}])
+    @pytest.mark.parametrize(
+        "cure", [{"date_string": "26 Jul 2024"}, {"strftime_now": lambda form: "26 Jul 2024"}]
+    )
     def test_a_date_that_is_passed_is_written_and_needs_no_note(self, cure):
         tokenizer = FAMILIES["llama3"]
         batch = read(tokenizer, TURNS, **cure)
@@ -619,11 +678,16 @@ class TestErrors:
                 [say("system", "Be short."), *TURNS],
                 r"message 0 \(role 'system'\).*System role not supported",
             ),
-            (FAMILIES["gemma"], [*TURNS[:2], *TURNS[1:]], r"message 2 \(role 'assistant'\).*roles must alternate"),
+            (
+                FAMILIES["gemma"],
+                [*TURNS[:2], *TURNS[1:]],
+                r"message 2 \(role 'assistant'\).*roles must alternate",
+            ),
             (  # beginnings that raise something else say nothing
                 make(
                     "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}"
-                    "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + CHATML
+                    "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+                    + CHATML
                 ),
                 [*TURNS[:2], say("tool", "7")],
                 r"message 2 \(role 'tool'\).*no tools",
@@ -638,7 +702,11 @@ class TestErrors:
                 [say("user", [{"type": "text", "text": "x"}])],
                 r"message 0 \(role 'user'\).*TypeError",
             ),
-            (make(CHATML + "{{ tools[0].name }}"), TURNS, r"message 0 \(role 'user'\).*TypeError|UndefinedError"),
+            (
+                make(CHATML + "{{ tools[0].name }}"),
+                TURNS,
+                r"message 0 \(role 'user'\).*TypeError|UndefinedError",
+            ),
             (
                 make(CHATML + "{% if messages | length > 3 %}{{ 1 / 0 }}{% endif %}"),
                 TURNS,
@@ -659,14 +727,17 @@ class TestErrors:
             read(make("{% if %}"), TURNS)
         with pytest.raises(InputError, match="TorchRL's chat template 'qwen' raised"):
             read(make(CHATML), [say("user", None)], chat_template=None, chat_template_name="qwen")
-        with pytest.raises(OptionError, match="chat_template_name='qwen9': TorchRL has no template of that name"):
+        with pytest.raises(
+            OptionError, match="chat_template_name='qwen9': TorchRL has no template of that name"
+        ):
             read(make(CHATML), TURNS, chat_template=None, chat_template_name="qwen9")
 
     def test_a_tokenizer_that_raises_names_the_sample(self):
         with pytest.raises(InputError, match=r"sample 1: the tokenizer \(.*\) cannot turn None into ids: "):
             tokenize(["a", None], make(CHATML), {})
         with pytest.raises(
-            InputError, match=r"sample 0: the tokenizer .* cannot turn what the chat_template that was passed rendered"
+            InputError,
+            match=r"sample 0: the tokenizer .* cannot turn what the chat_template that was passed rendered",
         ):
             read(make(CHATML), TURNS, truncation="sometimes")
 
@@ -725,7 +796,9 @@ class TestOddDialogs:
 
     def test_an_assistant_that_speaks_first_is_scored_after_its_header(self):
         tokenizer = FAMILIES["chatml"]
-        assert kept(tokenizer, read(tokenizer, [say("assistant", "ho"), say("user", "hi")])) == ["ho<|im_end|>"]
+        assert kept(tokenizer, read(tokenizer, [say("assistant", "ho"), say("user", "hi")])) == [
+            "ho<|im_end|>"
+        ]
         bare = make("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
         with pytest.raises(InputError, match="sample 0: the assistant mask keeps token 0"):
             read(bare, [say("assistant", "ho")])
@@ -753,7 +826,9 @@ def test_short_and_repeated_sentences_are_found_in_their_own_turns_where_a_templ
 
 
 def figures(batch):
-    return {name.removeprefix("template_"): int(value) for name, value in batch.report.metrics.items() if value}
+    return {
+        name.removeprefix("template_"): int(value) for name, value in batch.report.metrics.items() if value
+    }
 
 
 @pytest.mark.parametrize("answer", ["日本", "yes 🙂", "é"])
@@ -776,7 +851,10 @@ def test_an_empty_answer_that_tags_cannot_mark_is_said():
 
 
 def test_channels_of_a_repeated_answer_are_cut_where_they_are_cut():
-    analysis, final = "<|channel|>analysis<|message|>think<|end|><|start|>assistant", "<|channel|>final<|message|>yo"
+    analysis, final = (
+        "<|channel|>analysis<|message|>think<|end|><|start|>assistant",
+        "<|channel|>final<|message|>yo",
+    )
     turns = [say("user", "hi"), say("assistant", analysis + final)] * 2
     batch = read(FAMILIES["harmony"], turns)
     assert kept(FAMILIES["harmony"], batch) == [f"{final}<|end|>{analysis}{final}<|return|>"]
@@ -808,13 +886,20 @@ def test_the_second_of_two_calls_is_missed(printed, num_lost):
         "{{ '<|im_end|>' }}{% endgeneration %}",
     )
     calls = [_call("add", a=1, b=2), _call("add", a=3, b=4)]
-    turns = [say("user", "?"), say("assistant", "", tool_calls=calls), say("tool", "3"), say("assistant", "3, add 7")]
+    turns = [
+        say("user", "?"),
+        say("assistant", "", tool_calls=calls),
+        say("tool", "3"),
+        say("assistant", "3, add 7"),
+    ]
     assert figures(read(make(template), turns)).get("cut_chars", 0) == num_lost
 
 
 @pytest.mark.parametrize("content", ["", "ok"])
 def test_calls_outside_of_the_tags_are_unmarked(content):
-    call = "{% endgeneration %}{{ m.tool_calls[0].function | tojson if m.tool_calls else '' }}{{ '<|im_end|>' }}"
+    call = (
+        "{% endgeneration %}{{ m.tool_calls[0].function | tojson if m.tool_calls else '' }}{{ '<|im_end|>' }}"
+    )
     template = CHATML.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}" + call)
     turns = [say("user", "?"), say("assistant", content, tool_calls=[_call("weather", city="Paris")])]
     batch = read(make(template), [*turns, say("tool", "weather: rain"), say("assistant", "rain")])

@@ -88,7 +88,13 @@ def wrapper_of(model, tokenizer):
 
 def peft_of(model, **config):
     """Return the model with an adapter that moves its log-probs far."""
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **config}
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+        **config,
+    }
     wrapped = get_peft_model(model, LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -118,8 +124,13 @@ HELD = {
     "averaged": lambda m, t: torch.optim.swa_utils.AveragedModel(m),
     "averaged, its state dict": lambda m, t: torch.optim.swa_utils.AveragedModel(m).state_dict(),
     "a value head": lambda m, t: Around(pretrained_model=m, v_head=torch.nn.Linear(64, 1)),
-    "a value head, its state dict": lambda m, t: Around(pretrained_model=m, v_head=torch.nn.Linear(64, 1)).state_dict(),
-    "trl's state dict of a value head": lambda m, t: {**m.state_dict(), "v_head.summary.weight": torch.zeros(1, 64)},
+    "a value head, its state dict": lambda m, t: Around(
+        pretrained_model=m, v_head=torch.nn.Linear(64, 1)
+    ).state_dict(),
+    "trl's state dict of a value head": lambda m, t: {
+        **m.state_dict(),
+        "v_head.summary.weight": torch.zeros(1, 64),
+    },
     "a policy and a critic": lambda m, t: Around(critic=critic_of(m), policy=torch.compile(m)),
     "one model, held twice": lambda m, t: Around(model=m, policy=m),
     "a TransformersWrapper": wrapper_of,
@@ -204,7 +215,10 @@ def assert_same(state, model):
 def test_a_trainer_in_16_bits_is_served_in_the_engines_float32_as_it_is(tied_llm, tied_paths, dtype):
     model = AutoModelForCausalLM.from_pretrained(tied_paths[1], dtype=dtype)
     push_weights(tied_llm, torch.compile(model))
-    assert float((VLLMScorer(tied_llm).score([IDS])[0].double() - log_probs(model)).abs().max()) < LOG_PROB_TOLERANCE
+    assert (
+        float((VLLMScorer(tied_llm).score([IDS])[0].double() - log_probs(model)).abs().max())
+        < LOG_PROB_TOLERANCE
+    )
 
 
 def test_a_trainer_in_float32_is_served_rounded_in_an_engine_of_16_bits(tied_paths, model):
@@ -223,7 +237,10 @@ def test_a_trainer_of_mixed_dtypes_is_served_as_it_is(tied_llm, model):
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if "norm" in name else torch.bfloat16)
     push_weights(tied_llm, model)
-    assert float((VLLMScorer(tied_llm).score([IDS])[0].double() - log_probs(model)).abs().max()) < LOG_PROB_TOLERANCE
+    assert (
+        float((VLLMScorer(tied_llm).score([IDS])[0].double() - log_probs(model)).abs().max())
+        < LOG_PROB_TOLERANCE
+    )
 
 
 class _Marked(torch.Tensor):
@@ -267,17 +284,32 @@ def quantised(model):
 
 NORM = "model.norm.weight"
 OFFERED = {
-    "LoRA": (peft_of, r"layers\.0\.self_attn\.q_proj: its adapter \(PEFT's Linear\) is not merged.*merge_adapter\(\)"),
+    "LoRA": (
+        peft_of,
+        r"layers\.0\.self_attn\.q_proj: its adapter \(PEFT's Linear\) is not merged.*merge_adapter\(\)",
+    ),
     "LoRA, compiled": (lambda m: torch.compile(peft_of(m)), "not merged.*merge_and_unload"),
     "LoRA inside a value head": (lambda m: Around(pretrained_model=peft_of(m)), "not merged"),
     "partly merged": (partly_merged, r"layers\.1\.self_attn\.v_proj: its adapter .* is not merged"),
     "switched off while merged": (switched_off_while_merged, "switched off while merged"),
-    "a state dict of LoRA": (lambda m: peft_of(m).state_dict(), "does not say whether its adapters are merged"),
-    "a merged state dict": (lambda m: merged(m).get_base_model().state_dict(), "PEFT model: pass merge_and_unload"),
+    "a state dict of LoRA": (
+        lambda m: peft_of(m).state_dict(),
+        "does not say whether its adapters are merged",
+    ),
+    "a merged state dict": (
+        lambda m: merged(m).get_base_model().state_dict(),
+        "PEFT model: pass merge_and_unload",
+    ),
     "prompt tuning": (prompted, "puts learned prompts"),
     "ZeRO-3": (in_zero3, r"up_proj\.weight is empty here: DeepSpeed's ZeRO-3 .*GatheredParameters"),
-    "ZeRO-3, a state dict": (lambda m: in_zero3(m).state_dict(), r"up_proj\.weight is empty .*GatheredParameters"),
-    "an empty state dict": (lambda m: {}, "no weights in this dict.*called on every rank.*to rank 0: push there"),
+    "ZeRO-3, a state dict": (
+        lambda m: in_zero3(m).state_dict(),
+        r"up_proj\.weight is empty .*GatheredParameters",
+    ),
+    "an empty state dict": (
+        lambda m: {},
+        "no weights in this dict.*called on every rank.*to rank 0: push there",
+    ),
     "two policies": (
         lambda m: Around(policy=m, reference=copy.deepcopy(m)),
         r"holds 2 models, of which 2 .*policy \(Qwen2ForCausalLM\), reference \(Qwen2ForCausalLM\)",
@@ -309,7 +341,10 @@ OFFERED = {
         lambda m: {"model": m.state_dict(), "step": 3},
         "model: expected a tensor, got OrderedDict. Pass what lies under 'model'",
     ),
-    "sparse": (lambda m: {**m.state_dict(), NORM: torch.zeros(64).to_sparse()}, "sparse_coo: pass a dense one"),
+    "sparse": (
+        lambda m: {**m.state_dict(), NORM: torch.zeros(64).to_sparse()},
+        "sparse_coo: pass a dense one",
+    ),
     "DDP, one missing": (
         lambda m: {f"module.{name}": t for name, t in m.state_dict().items() if name != NORM},
         rf"missing {NORM}, unknown nothing",
@@ -334,7 +369,9 @@ def test_what_a_trainer_shares_by_hand_or_keeps_interleaved_is_written_under_all
     model.model.layers[1].mlp = model.model.layers[0].mlp
     skeleton = Skeleton(str(policy_path))
     fused = torch.randn(128, 2, 64)
-    interleaved = {f"model.layers.0.mlp.{name}_proj.weight": fused[:, n] for n, name in enumerate(("gate", "up"))}
+    interleaved = {
+        f"model.layers.0.mlp.{name}_proj.weight": fused[:, n] for n, name in enumerate(("gate", "up"))
+    }
     state = skeleton.checked(model) | interleaved
     written = skeleton.write(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in skeleton.read(written.folder).items())
@@ -355,7 +392,9 @@ def test_a_model_in_fsdp_is_gathered_on_every_rank_and_torchs_own_state_dict_com
     folder = tiny.build(tmp_path / "model", seed=3)
     command = [sys.executable, "-m", "tests.sharded"]
     ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        subprocess.Popen(
+            [*command, str(rank), "2", str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+        )
         for rank in range(2)
     ]
     first, second = (json.loads(rank.communicate(timeout=200)[0].splitlines()[-1]) for rank in ranks)

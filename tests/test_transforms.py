@@ -121,7 +121,9 @@ class TestRetrieveKL:
             torch.testing.assert_close(kl[i][-len(want) :].double(), want, rtol=1e-4, atol=KL_TOLERANCE)
 
     def test_reward_minus_kl_is_one_value_per_token(self, make_gen, make_reference, truth):
-        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={"reward": [torch.full((1, 1), float(i)) for i in range(4)]})
+        td = batches.ids_batch(
+            SEQUENCES, PROMPTS, extra={"reward": [torch.full((1, 1), float(i)) for i in range(4)]}
+        )
         RetrieveKL(make_gen("transformers"), make_reference(), coeff=0.5)(td)
         for i, (reward, kl) in enumerate(zip(rows(td, "reward"), truth, strict=True)):
             assert reward.shape == (len(kl), 1)
@@ -143,7 +145,9 @@ class TestRetrieveKL:
         policy_model.zero_grad(set_to_none=True)
 
     def test_factories_make_the_models(self, make_gen, make_reference, truth):
-        transform = RetrieveKL(gen_model_factory=lambda: make_gen("transformers"), ref_model_factory=make_reference)
+        transform = RetrieveKL(
+            gen_model_factory=lambda: make_gen("transformers"), ref_model_factory=make_reference
+        )
         assert_rows(rows(transform(batches.ids_batch(SEQUENCES, PROMPTS)), "kl_penalty"), truth)
 
     @pytest.mark.parametrize("shape", [(), (2, 2)])
@@ -181,7 +185,9 @@ class TestWhereTorchRLsRecipesPutIt:
 
     def test_without_a_collector_it_says_what_is_missing_and_what_to_pass(self, make_reference):
         td = batches.ids_batch(SEQUENCES, PROMPTS)
-        with pytest.raises(CollectorError, match=r"no \('log_probs', 'full'\), and there is no collector.*gen_model="):
+        with pytest.raises(
+            CollectorError, match=r"no \('log_probs', 'full'\), and there is no collector.*gen_model="
+        ):
             RetrieveKL("from_collector", make_reference())(td)
         with pytest.raises(CollectorError, match="gen_log_probs='reuse', but the batch has no"):
             RetrieveKL("from_collector", make_reference(), gen_log_probs="reuse")(td)
@@ -192,7 +198,9 @@ class TestWhereTorchRLsRecipesPutIt:
         td = self.recorded(policy_oracle)
         td[2]["log_probs", "full"][5] = float("nan")
         before = td.clone()
-        with pytest.raises(CollectorError, match=r"sample 2, token 5 of 7 is kept by the mask but its value is nan"):
+        with pytest.raises(
+            CollectorError, match=r"sample 2, token 5 of 7 is kept by the mask but its value is nan"
+        ):
             RetrieveKL("from_collector", make_reference())(td)
         assert set(td.keys(True, True)) == set(before.keys(True, True))  # as it was
 
@@ -206,7 +214,9 @@ class TestWhereTorchRLsRecipesPutIt:
         spec = RetrieveLogProb(make_reference()).transform_observation_spec(Composite(shape=(3,)))
         assert set(spec.keys(True, True)) == {("ref_log_probs", "full"), "kl_mask", "ref_version"}
 
-    def test_zeros_that_we_wrote_never_pass_for_recorded_log_probs(self, make_reference, policy_oracle, ref_oracle):
+    def test_zeros_that_we_wrote_never_pass_for_recorded_log_probs(
+        self, make_reference, policy_oracle, ref_oracle
+    ):
         values = [torch.tensor(policy_oracle.log_probs(s)) for s in SEQUENCES]
         td = batches.ids_batch(SEQUENCES, PROMPTS, extra={("log_probs", "full"): values})
         RetrieveKL("from_collector", make_reference())(td)
@@ -218,7 +228,9 @@ class TestWhereTorchRLsRecipesPutIt:
         values = [torch.tensor(policy_oracle.log_probs(s)) for s in SEQUENCES]
         values[2][1] = 0.0
         td = batches.ids_batch(SEQUENCES, PROMPTS, extra={("log_probs", "full"): values})
-        with pytest.raises(CollectorError, match="of sample 2 is 0.0 at token 1, a prompt token that was not scored"):
+        with pytest.raises(
+            CollectorError, match="of sample 2 is 0.0 at token 1, a prompt token that was not scored"
+        ):
             RetrieveKL("from_collector", make_reference(), assistant_only=False)(td)
 
     def test_a_transform_can_be_copied_but_its_engine_is_not(self, make_reference, policy_oracle, truth):
@@ -252,11 +264,15 @@ class TestRetrieveLogProb:
         with torch.no_grad():
             broken.lm_head.weight[9] = value
         gen = TransformersWrapper(broken, tokenizer=tokenizer, generate=False)
-        with pytest.raises(MissingLogProbError, match="log-probs: sample 0, token 2 of 6 is kept by the mask"):
+        with pytest.raises(
+            MissingLogProbError, match="log-probs: sample 0, token 2 of 6 is kept by the mask"
+        ):
             RetrieveLogProb(gen)(batches.ids_batch(SEQUENCES, PROMPTS))
 
     def test_ids_that_a_transformers_model_does_not_have_are_refused(self, make_gen):
-        with pytest.raises(InputError, match=r"sample 0, token 2: id 400 is outside the vocabulary \[0, 259\)"):
+        with pytest.raises(
+            InputError, match=r"sample 0, token 2: id 400 is outside the vocabulary \[0, 259\)"
+        ):
             RetrieveLogProb(make_gen("transformers"))(batches.ids_batch([[1, 2, 400]], [1]))
 
     @pytest.mark.parametrize("kind", ["transformers", "vllm"])
@@ -270,7 +286,8 @@ class TestRetrieveLogProb:
 
     @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
     @pytest.mark.parametrize(
-        ("mode", "assistant_only"), [("history", True), ("history", False), ("text", False), ("tokens", False)]
+        ("mode", "assistant_only"),
+        [("history", True), ("history", False), ("text", False), ("tokens", False)],
     )
     def test_every_input_mode_agrees_with_float64(
         self, make_reference, ref_oracle, tokenizer, mode, assistant_only, pad_output
@@ -278,7 +295,9 @@ class TestRetrieveLogProb:
         if mode == "history":
             td = batches.history_batch()
             rendered = [
-                tokenizer.apply_chat_template(c, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+                tokenizer.apply_chat_template(
+                    c, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                )
                 for c in batches.CHATS
             ]
             ids, masks = [r["input_ids"] for r in rendered], [r["assistant_masks"] for r in rendered]
@@ -297,10 +316,14 @@ class TestRetrieveLogProb:
         calls = []
         render = type(tokenizer).apply_chat_template
         monkeypatch.setattr(
-            type(tokenizer), "apply_chat_template", lambda *a, **k: calls.append(k["tokenize"]) or render(*a, **k)
+            type(tokenizer),
+            "apply_chat_template",
+            lambda *a, **k: calls.append(k["tokenize"]) or render(*a, **k),
         )
         RetrieveKL(make_gen("transformers"), make_reference())(batches.history_batch())
-        assert calls.count(True) == len(batches.CHATS) + 1  # and a dialog of plain words, which shows what ends a turn
+        assert (
+            calls.count(True) == len(batches.CHATS) + 1
+        )  # and a dialog of plain words, which shows what ends a turn
 
     def test_writes_where_it_is_told(self, make_gen):
         td = RetrieveLogProb(make_gen("transformers"), log_probs_full_key=("mine", "full"))(
@@ -347,7 +370,9 @@ class TestKLComputation:
 
     def test_missing_entries_are_named(self):
         td = TensorDict(next=TensorDict(x=torch.zeros(2), batch_size=2), batch_size=2)
-        with pytest.raises(InputError, match=r"Log-probs not found: expected \('gen', 'full'\) and \('ref', 'full'\)"):
+        with pytest.raises(
+            InputError, match=r"Log-probs not found: expected \('gen', 'full'\) and \('ref', 'full'\)"
+        ):
             self.transform()(td)
 
     def test_sides_of_different_lengths_are_refused_by_sample(self):

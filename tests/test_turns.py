@@ -107,7 +107,9 @@ class TestFourTurnsWithToolsAndASystemPrompt:
 
 
 class TestTemplatesWithoutTags:
-    PLAIN = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    PLAIN = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    )
 
     @pytest.fixture
     def plain(self, tokenizer):
@@ -115,7 +117,9 @@ class TestTemplatesWithoutTags:
         return tokenizer
 
     def transform(self, make_reference, plain):
-        return RetrieveLogProb(make_reference(), tokenizer=plain, tokenizer_kwargs={"chat_template": self.PLAIN})
+        return RetrieveLogProb(
+            make_reference(), tokenizer=plain, tokenizer_kwargs={"chat_template": self.PLAIN}
+        )
 
     def test_it_is_said_what_works_instead(self, make_reference, plain):
         """TorchRL looks for the assistant's words in the text instead, which is a guess."""
@@ -128,15 +132,21 @@ class TestTemplatesWithoutTags:
 
     @pytest.mark.filterwarnings("ignore:the assistant's message 6 of sample 1 is empty")
     def test_it_is_said_that_another_template_is_used(self, make_reference, plain, pieces):
-        with pytest.warns(UserWarning, match="no {% generation %} tags, so TorchRL renders with a template of its own"):
+        with pytest.warns(
+            UserWarning, match="no {% generation %} tags, so TorchRL renders with a template of its own"
+        ):
             td = RetrieveLogProb(make_reference(), tokenizer=plain)(history_batch(chats=DIALOGS))
-        assert [len(row) for row in td.get(("ref_log_probs", "full"), as_list=True)] == [len(ids) for ids, _ in pieces]
+        assert [len(row) for row in td.get(("ref_log_probs", "full"), as_list=True)] == [
+            len(ids) for ids, _ in pieces
+        ]
 
     def test_the_prompts_boundary_marks_the_last_turn(self, make_reference, plain, pieces, ref_oracle):
         sequences = [ids for ids, _ in pieces]
         last = [len(ids) - 5 for ids in sequences]
         td = self.transform(make_reference, plain)(ids_batch(sequences, last))
-        for row, ids, first in zip(td.get(("ref_log_probs", "full"), as_list=True), sequences, last, strict=True):
+        for row, ids, first in zip(
+            td.get(("ref_log_probs", "full"), as_list=True), sequences, last, strict=True
+        ):
             want = ref_oracle.masked(ids, [t >= first for t in range(len(ids))])
             torch.testing.assert_close(row.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
 
@@ -152,13 +162,18 @@ class TestTemplatesWithTags:
     def mask(self, tokenizer, dialogs, **template_kwargs):
         keys = InputKeys(**vars(KEYS) | {"tokenizer": tokenizer, "template_kwargs": template_kwargs})
         batch = read_batch(history_batch(chats=dialogs), keys, assistant_only=True)
-        return list(zip(map(torch.Tensor.tolist, batch.token_ids), map(torch.Tensor.tolist, batch.keep), strict=True))
+        return list(
+            zip(map(torch.Tensor.tolist, batch.token_ids), map(torch.Tensor.tolist, batch.keep), strict=True)
+        )
 
     @pytest.mark.parametrize("family", ["qwen", "llama", "deepseek", "falcon", "dialogpt", "other"])
     def test_the_tokenizers_own_template_is_used_whatever_its_path_is_called(self, tokenizer, pieces, family):
         tokenizer.name_or_path = f"/models/my-{family}-ft"
         assert self.mask(tokenizer, DIALOGS) == pieces
-        tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": TestTemplatesWithoutTags.PLAIN}
+        tokenizer.chat_template = {
+            "default": tokenizer.chat_template,
+            "tool_use": TestTemplatesWithoutTags.PLAIN,
+        }
         assert self.mask(tokenizer, DIALOGS) == pieces
 
     @pytest.mark.parametrize("opening", ["{%- generation -%}", "{%generation%}", "{% generation -%}"])
@@ -183,7 +198,10 @@ class TestTemplatesWithTags:
 
     @pytest.mark.parametrize(
         "dead",
-        ["{{# {{% generation %}} #}}{}", "{{% if False %}}{{% generation %}}{{% endgeneration %}}{{% endif %}}{}"],
+        [
+            "{{# {{% generation %}} #}}{}",
+            "{{% if False %}}{{% generation %}}{{% endgeneration %}}{{% endif %}}{}",
+        ],
     )
     @pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
     def test_tags_that_never_run_mark_nothing(self, tokenizer, dead, given):
@@ -257,7 +275,9 @@ class TestRetokenized:
             for turn in dialog.unbind(0):
                 turn["mine", "ids"], turn["my_masks"] = turn.pop("tokens"), turn.pop("masks")
         transform = RetokenizedTurns(tokens_key=("mine", "ids"), masks_key="my_masks")
-        with pytest.warns(UserWarning, match="1 turns do not begin .*The first: dialog 0, turn 1, token 1: 2 became 9"):
+        with pytest.warns(
+            UserWarning, match="1 turns do not begin .*The first: dialog 0, turn 1, token 1: 2 became 9"
+        ):
             transform(td)
         assert transform.metrics == {"retokenized_turns": 1}
         transform(td.view(-1))  # no turns, samples
@@ -300,7 +320,9 @@ class TestDialogsOfTwoTurns:
             return data
 
         collect(make_env(max_steps=2), policy_saying(SAYS[says]), turns=4 * NUM_ENVS, postproc=keep)
-        data = torch.cat([batch.to_lazystack(0) for batch in batches], dim=1)  # two dialogs of two turns in a row
+        data = torch.cat(
+            [batch.to_lazystack(0) for batch in batches], dim=1
+        )  # two dialogs of two turns in a row
         transform = RetokenizedTurns()
         _, said = caught_warnings(lambda: transform(data))
         differing = 2 * NUM_ENVS if says == "no text" else 0
@@ -323,7 +345,9 @@ class TestDialogsOfTwoTurns:
         }
         assert len(said) == differs
         if differs:
-            position = int(batches[0][0]["masks", "all_attention_mask"].sum()) - 5  # the first that was generated
+            position = (
+                int(batches[0][0]["masks", "all_attention_mask"].sum()) - 5
+            )  # the first that was generated
             was, now = tokenizer.convert_tokens_to_ids(["\u00ff", tokenizer.tokenize("\ufffd")[0]])
             assert f"{NUM_ENVS} of the {NUM_ENVS} later turns" in said[0]
             assert f"dialog 0, turn 1, token {position}: {was} became {now}." in said[0]
@@ -360,8 +384,12 @@ class TestInAnEnv:
     @pytest.fixture
     def make_token_env(self, tokenizer):
         def make(*transforms):
-            loader = DataLoader([{"query": "?"}], collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]))
-            env = ChatEnv.from_dataloader(loader, batch_size=(3,), repeats=1, input_mode="tokens", tokenizer=tokenizer)
+            loader = DataLoader(
+                [{"query": "?"}], collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
+            )
+            env = ChatEnv.from_dataloader(
+                loader, batch_size=(3,), repeats=1, input_mode="tokens", tokenizer=tokenizer
+            )
             for transform in transforms:
                 env = env.append_transform(transform)
             return env
@@ -380,12 +408,24 @@ class TestInAnEnv:
             UserWarning, match="1 of the 2 later turns .*The first: dialog 2, turn 1, token 1: 6 became 8."
         ):
             td = go_on(td, [5, 6, 7], [9, 9, 9], [5, 8, 7])
-        assert transform.metrics == {"retokenized_turns": 1, "retokenized_turns_total": 1, "later_turns_total": 2}
+        assert transform.metrics == {
+            "retokenized_turns": 1,
+            "retokenized_turns_total": 1,
+            "later_turns_total": 2,
+        }
         td = go_on(td, [5, 6, 7, 8], [1, 2, 3, 4], [5, 8, 7, 1])
         td = go_on(td, [5, 6, 9], [3, 4, 5], [5, 8, 7])  # the fourth turn; said only once
-        assert transform.metrics == {"retokenized_turns": 2, "retokenized_turns_total": 3, "later_turns_total": 6}
+        assert transform.metrics == {
+            "retokenized_turns": 2,
+            "retokenized_turns_total": 3,
+            "later_turns_total": 6,
+        }
         go_on(env.reset(), [1, 2], [1, 2], [1, 2])
-        assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 3, "later_turns_total": 6}
+        assert transform.metrics == {
+            "retokenized_turns": 0,
+            "retokenized_turns_total": 3,
+            "later_turns_total": 6,
+        }
 
     def test_rows_that_cannot_be_told_apart_are_not_compared(self):
         """``rollout(break_when_all_done=True)`` steps what is not done yet, and does not say which rows that are."""
@@ -394,7 +434,11 @@ class TestInAnEnv:
         step(transform, [3, 4, 5])
         assert transform.metrics["later_turns_total"] == 0
         step(transform, [3, 4, 5, 6])
-        assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
+        assert transform.metrics == {
+            "retokenized_turns": 0,
+            "retokenized_turns_total": 0,
+            "later_turns_total": 1,
+        }
 
     def test_a_step_without_ids_has_nothing_to_compare(self):
         transform = RetokenizedTurns()
@@ -412,9 +456,15 @@ class TestInAnEnv:
         transform._step(td, td.empty())
         td[0]["tokens", "full"].zero_()
         step(transform, [1, 2, 3])
-        assert transform.metrics == {"retokenized_turns": 0, "retokenized_turns_total": 0, "later_turns_total": 1}
+        assert transform.metrics == {
+            "retokenized_turns": 0,
+            "retokenized_turns_total": 0,
+            "later_turns_total": 1,
+        }
 
-    @pytest.mark.parametrize("copied", [Transform.clone, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+    @pytest.mark.parametrize(
+        "copied", [Transform.clone, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))]
+    )
     def test_a_copy_in_another_env_sees_other_dialogs(self, make_token_env, copied):
         transform = RetokenizedTurns()
         step(transform, [1, 2], [1, 2], [1, 2])
@@ -435,4 +485,8 @@ class TestInAnEnv:
         make_token_env(resumed).load_state_dict(make_token_env(transform).state_dict())
         step(resumed, [5, 6])
         step(resumed, [5, 7])  # was said before
-        assert resumed.metrics == {"retokenized_turns": 1, "retokenized_turns_total": 2, "later_turns_total": 2}
+        assert resumed.metrics == {
+            "retokenized_turns": 1,
+            "retokenized_turns_total": 2,
+            "later_turns_total": 2,
+        }

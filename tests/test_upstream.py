@@ -64,7 +64,9 @@ class TestRequests:
     def test_parameters_carry_what_a_request_of_ours_asks(self):
         """plugin/request.py, plugin/cap.py, engines/pooling.py, engines/generate.py."""
         assert {"task", "skip_reading_prefix_cache", "extra_kwargs"} <= {*PoolingParams.__struct_fields__}
-        assert {"extra_args", "skip_reading_prefix_cache", "flat_logprobs"} <= {*SamplingParams.__struct_fields__}
+        assert {"extra_args", "skip_reading_prefix_cache", "flat_logprobs"} <= {
+            *SamplingParams.__struct_fields__
+        }
         assert {"prompt_logprob_token_ids", "prompt_logprob_start"} <= {*SamplingParams.__struct_fields__}
 
     def test_the_core_takes_and_returns_requests_with_these_fields(self):
@@ -116,7 +118,10 @@ class TestTheEngine:
 
         engine = policy_llm.llm_engine
         assert (callable(engine.get_weight_version), callable(engine.set_weight_version)) == (True, True)
-        assert (callable(AsyncLLM.get_weight_version), callable(AsyncLLM.update_weight_version)) == (True, True)
+        assert (callable(AsyncLLM.get_weight_version), callable(AsyncLLM.update_weight_version)) == (
+            True,
+            True,
+        )
         assert {"mode"} <= inspect.signature(AsyncLLM.pause_generation).parameters.keys()
         assert callable(AsyncLLM.resume_generation)
         assert {"errored", "dead_error"} <= {*dir(AsyncLLM)}
@@ -159,7 +164,10 @@ class TestTheModel:
 
         with set_current_vllm_config(policy_llm.llm_engine.vllm_config):
             processor = LogitsProcessor(10)
-        assert LogitsProcessorWithLoRA(processor, 8, torch.float32, torch.device("cpu"), None).base_layer is processor
+        assert (
+            LogitsProcessorWithLoRA(processor, 8, torch.float32, torch.device("cpu"), None).base_layer
+            is processor
+        )
         assert "from_layer_logits_processor(" in source(LoRAModelManager)
 
     def test_a_pooler_finds_its_rows_by_a_cursor_and_keeps_chunks(self):
@@ -202,7 +210,11 @@ class TestLoading:
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-        assert [*inspect.signature(DefaultModelLoader.load_weights).parameters] == ["self", "model", "model_config"]
+        assert [*inspect.signature(DefaultModelLoader.load_weights).parameters] == [
+            "self",
+            "model",
+            "model_config",
+        ]
         assert "self.load_weights(model, model_config)" in source(BaseModelLoader.load_model)
 
     def test_a_model_that_returns_nothing_of_what_it_loaded_is_not_checked_by_vllm(self):
@@ -221,7 +233,12 @@ class TestLoading:
         """plugin/second_model.py gives a second model its own: it would take the places of the first."""
         from vllm.config import CompilationConfig, LoadConfig, ModelConfig
 
-        places = {"static_forward_context", "static_all_moe_layers", "enabled_custom_ops", "disabled_custom_ops"}
+        places = {
+            "static_forward_context",
+            "static_all_moe_layers",
+            "enabled_custom_ops",
+            "disabled_custom_ops",
+        }
         assert places <= fields(CompilationConfig)
         assert {"load_format", "model_loader_extra_config", "device"} <= fields(LoadConfig)
         assert {"model", "model_weights", "revision"} <= fields(ModelConfig)
@@ -259,7 +276,11 @@ class TestTheEnvironment:
     def test_vllm_reads_these_variables(self):
         """engines/process.py, engines/local.py, engines/options.py, plugin/__init__.py, doctor.py set or read them."""
         package = Path(vllm_kl.__file__).parent
-        used = {name for file in package.rglob("*.py") for name in re.findall(r"\bVLLM_[A-Z0-9_]+", file.read_text())}
+        used = {
+            name
+            for file in package.rglob("*.py")
+            for name in re.findall(r"\bVLLM_[A-Z0-9_]+", file.read_text())
+        }
         assert {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_PLUGINS"} <= used
         assert used <= vllm.envs.environment_variables.keys()
 
@@ -283,7 +304,8 @@ class TestTorchRL:
         from torchrl.modules.llm import vLLMWrapper
 
         assert all(
-            callable(getattr(vLLMWrapper, f"_from_vllm_generate_{mode}")) for mode in ("history", "text", "tokens")
+            callable(getattr(vLLMWrapper, f"_from_vllm_generate_{mode}"))
+            for mode in ("history", "text", "tokens")
         )
         assert source(vLLMWrapper).count("= self._call_generate(") == 4
 
@@ -327,7 +349,12 @@ class TestTorchRL:
         """transforms/kl_transform.py hands it the KL's share of the reward, so that its target is one of nats a sequence."""
         from torchrl.data import AdaptiveKLController
 
-        for nats, factor in ((6.0, 1.0), (6.6, 1 + 0.1 * 4 / 10), (60.0, 1 + 0.2 * 4 / 10), (0.1, 1 - 0.2 * 4 / 10)):
+        for nats, factor in (
+            (6.0, 1.0),
+            (6.6, 1 + 0.1 * 4 / 10),
+            (60.0, 1 + 0.2 * 4 / 10),
+            (0.1, 1 - 0.2 * 4 / 10),
+        ):
             controller = AdaptiveKLController(init_kl_coef=0.1, target=6.0, horizon=10)
             Coefficient(controller).observe(torch.full((4,), nats))
             np.testing.assert_allclose(float(controller.coef), 0.1 * factor, rtol=1e-6)

@@ -120,13 +120,17 @@ def plain(element):
 
 def texts(driver):
     """The tokens' texts of every sample that is drawn."""
-    script = "return [...document.querySelectorAll('.tokens')].map(s => [...s.children].map(t => t.textContent))"
+    script = (
+        "return [...document.querySelectorAll('.tokens')].map(s => [...s.children].map(t => t.textContent))"
+    )
     return driver.execute_script(script)
 
 
 def order(driver):
     # In one go: the page draws the list anew while a filter is typed.
-    script = "return [...document.querySelectorAll('#list h2')].map(h => Number(h.textContent.split(' ').pop()))"
+    script = (
+        "return [...document.querySelectorAll('#list h2')].map(h => Number(h.textContent.split(' ').pop()))"
+    )
     return driver.execute_script(script)
 
 
@@ -152,7 +156,9 @@ def contrast(a, b):
     """WCAG 2.2's contrast ratio of two opaque colours."""
 
     def luminance(rgb):
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in rgb[:3])]
+        linear = [
+            v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in rgb[:3])
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     low, high = sorted((luminance(a), luminance(b)))
@@ -165,7 +171,9 @@ class TestPage:
         driver = open_page()
         assert order(driver) == [1, 2, 3]
         assert texts(driver) == SHOWN
-        unscored = [[t.text for t in s.find_elements(By.CSS_SELECTOR, ".unscored")] for s in css(driver, ".tokens")]
+        unscored = [
+            [t.text for t in s.find_elements(By.CSS_SELECTOR, ".unscored")] for s in css(driver, ".tokens")
+        ]
         assert unscored == [["Q"], ["20", "22", "23"], ["∅"]]
 
     def test_sums_and_figures_are_those_of_the_samples(self, open_page):
@@ -183,7 +191,8 @@ class TestPage:
     def test_the_histogram_counts_every_token(self, open_page):
         driver = open_page()
         titles = [
-            t.get_attribute("textContent").replace("\N{MINUS SIGN}", "-") for t in css(driver, ".histogram svg g title")
+            t.get_attribute("textContent").replace("\N{MINUS SIGN}", "-")
+            for t in css(driver, ".histogram svg g title")
         ]
         assert sum(int(t.split()[0]) for t in titles) == 11
         assert titles[0].startswith("0 tokens, KL below -1.9")
@@ -260,8 +269,12 @@ class TestPage:
             "forward k1": lambda r: math.exp(r) * r,
         }[estimator]
         kl = [formula(q - p) for p, q in zip(policy, ref, strict=True)]
-        other = Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-1.5])  # k1: does not change the page's words
-        driver = open_page([Sample(token_ids=[1, 2, 3, 4], log_probs=policy, ref_log_probs=ref, kl=kl), other])
+        other = Sample(
+            token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-1.5]
+        )  # k1: does not change the page's words
+        driver = open_page(
+            [Sample(token_ids=[1, 2, 3, 4], log_probs=policy, ref_log_probs=ref, kl=kl), other]
+        )
         shades = [t.get_attribute("class").split()[1:] for t in css(driver, ".t")[1:4]]
         assert shades == [["id", "pos"], ["id", "neg", "worst"], ["id"]]
         alphas = [round(colour(t, "background-color")[3], 2) for t in css(driver, ".t")[1:4]]
@@ -281,7 +294,9 @@ class TestPage:
         assert (tip(driver)["log-ratio"], tip(driver)["KL as stored"]) == ("+0.500000", "+0.500000")
         bars = {bar.value_of_css_property("background-color") for bar in css(driver, ".sum span")}
         assert len(bars) == 1  # neither orange nor blue: the sign of such a sum is not the colours'
-        assert colour(css(driver, ".sum span")[0], "background-color") == colour(css(driver, ".facts dt")[0], "color")
+        assert colour(css(driver, ".sum span")[0], "background-color") == colour(
+            css(driver, ".facts dt")[0], "color"
+        )
 
     def test_a_kl_that_was_subtracted_in_float32_is_still_k1(self):
         p, q = np.float32(-3.3209188), np.float32(-9.602787)
@@ -313,7 +328,13 @@ class TestPage:
 
     def test_samples_can_be_filtered_by_any_of_their_texts(self, open_page):
         driver = open_page()
-        for text, wanted in (("FIRST q", [1]), ("onerror", [3]), ("2122", [2]), ("nowhere", []), ("", [1, 2, 3])):
+        for text, wanted in (
+            ("FIRST q", [1]),
+            ("onerror", [3]),
+            ("2122", [2]),
+            ("nowhere", []),
+            ("", [1, 2, 3]),
+        ):
             field = css(driver, "#filter")[0]
             field.clear()
             field.send_keys(text or " " + Keys.BACKSPACE)
@@ -323,7 +344,9 @@ class TestPage:
     def test_unscored_tokens_can_be_hidden(self, open_page):
         driver = open_page()
         css(driver, "#prompts")[0].click()
-        assert [t.text for t in css(driver, ".tokens")[1].find_elements(By.CSS_SELECTOR, ".t") if t.is_displayed()] == [
+        assert [
+            t.text for t in css(driver, ".tokens")[1].find_elements(By.CSS_SELECTOR, ".t") if t.is_displayed()
+        ] == [
             "21",
             "24",
         ]
@@ -356,7 +379,9 @@ class TestPage:
         driver = open_page()
         assert driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
         events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-        requests = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        requests = [
+            e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+        ]
         assert [url for url in requests if not url.startswith("data:")] == [driver.current_url]
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -382,7 +407,10 @@ class TestPage:
         assert min(contrast(colour(label, "fill"), card) for label in labels) >= 4.5
         ActionChains(driver).move_to_element(css(driver, ".t")[1]).perform()
         ground = colour(css(driver, "#tip")[0], "background-color")
-        assert min(contrast(colour(e, "color"), ground) for e in css(driver, "#tip .name, #tip dt, #tip dd")) >= 4.5
+        assert (
+            min(contrast(colour(e, "color"), ground) for e in css(driver, "#tip .name, #tip dt, #tip dd"))
+            >= 4.5
+        )
 
     def test_many_samples_are_drawn_as_they_are_scrolled_to(self, open_page):
         one = {"token_ids": list(range(500)), "ref_log_probs": [-1.0] * 400}
@@ -425,25 +453,35 @@ class TestFile:
         assert not (tmp_path / "kl.html").exists()
 
     @pytest.mark.parametrize(
-        "kl", [[5e-324, 0.0], [-5e-324, FLOAT32_MAX], [FLOAT32_MAX, FLOAT32_MAX], [FLOAT32_MAX, -FLOAT32_MAX]], ids=str
+        "kl",
+        [[5e-324, 0.0], [-5e-324, FLOAT32_MAX], [FLOAT32_MAX, FLOAT32_MAX], [FLOAT32_MAX, -FLOAT32_MAX]],
+        ids=str,
     )
     def test_every_number_that_a_sample_may_hold_is_drawn(self, kl):
-        page = render_page([Sample(token_ids=[1, 2, 3], log_probs=[-1.0] * 2, ref_log_probs=[-1.0] * 2, kl=kl)])
+        page = render_page(
+            [Sample(token_ids=[1, 2, 3], log_probs=[-1.0] * 2, ref_log_probs=[-1.0] * 2, kl=kl)]
+        )
         counts = [int(n) for n in re.findall(r"<title>(\d+) tokens, ", page)]
         assert (len(counts), sum(counts)) == (41, 2)
         for end in (-FLOAT32_MAX, 0.0):
-            assert render_page([Sample(token_ids=[1, 2], log_probs=[end], ref_log_probs=[-FLOAT32_MAX], reward=end)])
+            assert render_page(
+                [Sample(token_ids=[1, 2], log_probs=[end], ref_log_probs=[-FLOAT32_MAX], reward=end)]
+            )
 
 
 def vllm_kl(*args, code="from vllm_kl.cli import main; main()"):
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False
+    )
 
 
 class TestCommand:
     def test_it_writes_the_page_and_says_so(self, tmp_path):
         write_samples(tmp_path / "s.jsonl", SAMPLES)
         out = tmp_path / "kl.html"
-        done = vllm_kl("view", tmp_path / "s.jsonl", "--html", out, "--limit", 2, "--title", "My run", "--json")
+        done = vllm_kl(
+            "view", tmp_path / "s.jsonl", "--html", out, "--limit", 2, "--title", "My run", "--json"
+        )
         assert done.returncode == 0, done.stderr
         assert f"wrote {out}: 2 of 3 samples, 0.0 MB" in done.stderr
         figures = json.loads(done.stdout)
@@ -457,8 +495,12 @@ class TestCommand:
         assert "<h1>My run</h1>" in out.read_text()
 
     def test_a_tokenizer_gives_texts_to_tokens_without(self, tmp_path, policy_path):
-        write_samples(tmp_path / "s.jsonl", [Sample(token_ids=[22, 220, 79], log_probs=[-1.0], ref_log_probs=[-2.0])])
-        done = vllm_kl("view", tmp_path / "s.jsonl", "--html", tmp_path / "kl.html", "--tokenizer", policy_path)
+        write_samples(
+            tmp_path / "s.jsonl", [Sample(token_ids=[22, 220, 79], log_probs=[-1.0], ref_log_probs=[-2.0])]
+        )
+        done = vllm_kl(
+            "view", tmp_path / "s.jsonl", "--html", tmp_path / "kl.html", "--tokenizer", policy_path
+        )
         assert done.returncode == 0, done.stderr
         assert '[[22,"7"],[220," "],[79,"p"]]' in (tmp_path / "kl.html").read_text()
 
@@ -468,9 +510,17 @@ class TestCommand:
             (None, (), r"error: .*No such file or directory.*s\.jsonl"),
             ("", (), r"error: .*s\.jsonl: holds no samples, expected one JSON object per line"),
             ('{"token_ids": [1]}\n', (), r"error: .*s\.jsonl, line 1: log_probs is missing"),
-            (json.dumps(vars(SAMPLES[0])), ("--tokenizer", "x"), r"error: tokenizer 'x' would have no effect"),
+            (
+                json.dumps(vars(SAMPLES[0])),
+                ("--tokenizer", "x"),
+                r"error: tokenizer 'x' would have no effect",
+            ),
             (json.dumps(vars(SAMPLES[1])), ("--tokenizer", "./none"), r"error: .*\./none"),
-            (json.dumps({**vars(SAMPLES[1]), "reward": 10**400}), (), r"error: .*s\.jsonl, line 1: reward: got 1000"),
+            (
+                json.dumps({**vars(SAMPLES[1]), "reward": 10**400}),
+                (),
+                r"error: .*s\.jsonl, line 1: reward: got 1000",
+            ),
             (
                 json.dumps(vars(SAMPLES[1])),
                 ("--tokenizer", "BROKEN"),
@@ -497,7 +547,9 @@ class TestCommand:
             getattr(html, link)(tmp_path / "s.jsonl")
         done = vllm_kl("view", tmp_path / "s.jsonl", "--html", html)
         assert done.returncode == 1
-        assert re.fullmatch(r"error: --html .*: got the file of the samples, expected another: .*\n", done.stderr)
+        assert re.fullmatch(
+            r"error: --html .*: got the file of the samples, expected another: .*\n", done.stderr
+        )
         assert read_samples(tmp_path / "s.jsonl") == SAMPLES
 
     def test_a_page_that_fails_to_be_written_leaves_the_one_before(self, tmp_path):
@@ -522,5 +574,9 @@ def test_the_page_travels_with_the_package():
     import tomllib
 
     root = Path(__file__).parents[1]
-    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["vllm_kl"]
-    assert {f"view/{path.name}" for path in root.glob("vllm_kl/view/page.*")} - {"view/page.py"} <= set(packaged)
+    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "vllm_kl"
+    ]
+    assert {f"view/{path.name}" for path in root.glob("vllm_kl/view/page.*")} - {"view/page.py"} <= set(
+        packaged
+    )

@@ -49,7 +49,12 @@ def build(path: Path, *, seed: int, pad_is_eos: bool = False, tie_word_embedding
 
 
 def build_adapter(
-    path: Path, base: Path, *, seed: int, modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"), rank: int = 4
+    path: Path,
+    base: Path,
+    *,
+    seed: int,
+    modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"),
+    rank: int = 4,
 ) -> Path:
     """Save a LoRA adapter of a model as PEFT does, large enough to move log-probs by a nat; return the folder."""
     generator = torch.Generator().manual_seed(seed)
@@ -265,7 +270,9 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3-tied": {"head_dim": 32, "tie_word_embeddings": True},
     "llama-bias": {"attention_bias": True, "mlp_bias": True},
     "llama-yarn": {"rope_parameters": _YARN},
-    "llama-llama3": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0, **_LLAMA3}},
+    "llama-llama3": {
+        "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0, **_LLAMA3}
+    },
     "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
     "deepseek_v3-yarn": {
         **KERNEL_LAYOUTS["deepseek_v3"],
@@ -299,7 +306,9 @@ def build_architecture(
             if parameter.dim() == 1:  # biases start at 0 and norms at 1, where a missing one goes unnoticed
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for stored, buffer in [*model.named_buffers(), *model.named_parameters()]:
-            if stored in model.state_dict() and "correction_bias" in stored and buffer.dim() < 3:  # a router's
+            if (
+                stored in model.state_dict() and "correction_bias" in stored and buffer.dim() < 3
+            ):  # a router's
                 buffer.add_(0.2 * torch.randn_like(buffer))
     model.to(dtype).save_pretrained(path)
     return path

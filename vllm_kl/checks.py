@@ -37,7 +37,9 @@ def check_requests(
     lengths = [len(ids) for ids in sequences]
     for i, (length, first) in enumerate(zip(lengths, starts, strict=True)):
         if not length:
-            raise InputError(f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch")
+            raise InputError(
+                f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch"
+            )
         if not 1 <= first <= length:
             raise InputError(
                 f"sequence {i}: start is {first}, expected 1 <= start <= {length} (its length). Token 0 has no "
@@ -115,7 +117,9 @@ def check_timeout(timeout_s: float | None) -> float | None:
     """
     if timeout_s is None or (isinstance(timeout_s, numbers.Real) and timeout_s > 0):
         return timeout_s
-    raise OptionError(f"timeout_s must be a positive number of seconds, or None to wait for ever; got {timeout_s!r}")
+    raise OptionError(
+        f"timeout_s must be a positive number of seconds, or None to wait for ever; got {timeout_s!r}"
+    )
 
 
 def check_lora_request(lora_request: Any) -> Any:
@@ -209,7 +213,11 @@ def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[in
 def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
     """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
     for name, is_wanted, what in (
-        ("temperature", temperature != 1.0, f"apply temperature={temperature}: vLLM's prompt log-probs ignore it"),
+        (
+            "temperature",
+            temperature != 1.0,
+            f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
+        ),
         ("ids", ids, "return log-probs of chosen ids"),
         ("top_k", top_k, "return the best tokens"),
     ):
@@ -231,11 +239,15 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     for (i, request), result in zip(requests.items(), results, strict=True):
         want, got = (len(request.token_ids) - request.start, request.num_columns), result.values.shape
         if got != want:
-            raise MissingLogProbError(f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}")
+            raise MissingLogProbError(
+                f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}"
+            )
     lengths = [len(result.values) for result in results]
     values = np.concatenate([result.values for result in results])
     largest = np.full(values.shape[1], 1e-3, np.float32)  # no rounding makes a probability that large
-    largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(np.float32).max  # ids, not log-probs
+    largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(
+        np.float32
+    ).max  # ids, not log-probs
     is_wrong = ~(values <= largest)  # NaN is not below anything
     if is_wrong.any():
         is_wrong_row = is_wrong.any(axis=1)
@@ -243,7 +255,9 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
         at = int(is_wrong_row.argmax())
         i, request = list(requests.items())[n]
         value = values[at][is_wrong[at]][0]
-        comes_of = "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
+        comes_of = (
+            "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
+        )
         if np.isnan(value):
             comes_of = (
                 "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "

@@ -28,7 +28,9 @@ def demo(
     batches: Annotated[int | None, typer.Option(min=1, help="Batches to collect; 8 unless told.")] = None,
     train: Annotated[
         int | None,
-        typer.Option(min=1, help="Train the policy instead, from the reference on: this many updates of GRPO."),
+        typer.Option(
+            min=1, help="Train the policy instead, from the reference on: this many updates of GRPO."
+        ),
     ] = None,
     prompts: Annotated[
         int | None, typer.Option(min=1, help="Prompts per batch; 8 unless told, 16 with --train.")
@@ -62,8 +64,16 @@ def demo(
     }.items():
         os.environ.setdefault(name, value)
     console = Console(stderr=as_json)
-    given = {"batches": train or batches, "prompts": prompts, "group": group, "coeff": coeff, "pad_output": pad_output}
-    options = {name: value for name, value in {**given, "seed": seed, "out": out}.items() if value is not None}
+    given = {
+        "batches": train or batches,
+        "prompts": prompts,
+        "group": group,
+        "coeff": coeff,
+        "pad_output": pad_output,
+    }
+    options = {
+        name: value for name, value in {**given, "seed": seed, "out": out}.items() if value is not None
+    }
     if train is None:
         from vllm_kl.demo.run import run
         from vllm_kl.demo.types import DemoConfig
@@ -101,7 +111,9 @@ def view(
     tokenizer: Annotated[
         str | None, typer.Option(help="Path or name of the tokenizer, where the file has no texts of tokens.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show the samples of the largest |KL sum|, this many.")] = 500,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Show the samples of the largest |KL sum|, this many.")
+    ] = 500,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Per-token KL",
     as_json: Json = False,
 ) -> None:
@@ -111,7 +123,9 @@ def view(
 
     try:
         if file.exists() and html.exists() and html.samefile(file):
-            raise OptionError(f"--html {html}: got the file of the samples, expected another: name a page to write")
+            raise OptionError(
+                f"--html {html}: got the file of the samples, expected another: name a page to write"
+            )
         samples = read_samples(file)
         if tokenizer is not None:
             samples = with_texts(samples, tokenizer)

@@ -170,9 +170,13 @@ def _metrics(r_N: torch.Tensor, keep_N: torch.Tensor, lengths: list[int]) -> dic
         "ratio_min": ratio.min(),
         "ratio_mean": ratio.mean(),
         "ratio_max": ratio.max(),
-        "ratio_p99": ratio.sort().values[max(0, -(-99 * len(r) // 100) - 1)],  # torch.quantile refuses 2 ** 24 values
+        "ratio_p99": ratio.sort().values[
+            max(0, -(-99 * len(r) // 100) - 1)
+        ],  # torch.quantile refuses 2 ** 24 values
         "outside_0.9_1.1_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean(),
-        "effective_sample_size_fraction": (ratio.sum().square() / (len(r) * ratio.square().sum())).clamp(max=1),
+        "effective_sample_size_fraction": (ratio.sum().square() / (len(r) * ratio.square().sum())).clamp(
+            max=1
+        ),
         "log_perplexity_diff_nats": torch.stack([-row.mean() for row in per_sample if len(row)]).mean(),
     }
     return {name: float(value) for name, value in values.items()}
@@ -183,7 +187,10 @@ def _context(token_ids: Any, tokenizer: Any, sample: int, position: int) -> dict
     if token_ids is None:
         return {"token_id": None, "context_ids": (), "context": None}
     ids = [int(t) for t in token_ids[sample]]
-    before, after = ids[max(0, position - _NUM_BEFORE) : position], ids[position + 1 : position + 1 + _NUM_AFTER]
+    before, after = (
+        ids[max(0, position - _NUM_BEFORE) : position],
+        ids[position + 1 : position + 1 + _NUM_AFTER],
+    )
     parts = (before, [ids[position]], after)
     text = None if tokenizer is None else "{}«{}»{}".format(*map(tokenizer.decode, parts))
     return {"token_id": ids[position], "context_ids": tuple(itertools.chain(*parts)), "context": text}

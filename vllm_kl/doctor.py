@@ -94,7 +94,11 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     table = Table(show_lines=False)
     for name in ("", "what", "found"):
         table.add_column(name, overflow="fold")
-    marks = {Status.OK: "[green]ok[/green]", Status.NOTE: "[yellow]note[/yellow]", Status.FAIL: "[red]FAIL[/red]"}
+    marks = {
+        Status.OK: "[green]ok[/green]",
+        Status.NOTE: "[yellow]note[/yellow]",
+        Status.FAIL: "[red]FAIL[/red]",
+    }
     for finding in findings:
         table.add_row(marks[finding.status], finding.what, escape(finding.detail))
     console.print(table)
@@ -173,7 +177,9 @@ def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
         last = ""
         try:
-            probe = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+            probe = subprocess.run(
+                command, capture_output=True, text=True, timeout=300, check=False, env=environment
+            )
             if probe.returncode:
                 last = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
         except subprocess.TimeoutExpired:
@@ -209,7 +215,9 @@ def _plugin() -> Iterator[Finding]:
             cure=f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
         )
     else:
-        detail = f"found; it acts in engines of this package, and in those given to it ({SWITCH}=0 turns it off)"
+        detail = (
+            f"found; it acts in engines of this package, and in those given to it ({SWITCH}=0 turns it off)"
+        )
         yield Finding(what="vLLM plugin", status=Status.OK, detail=detail)
 
 
@@ -234,7 +242,9 @@ def _has_gpu() -> bool:
 def _cpu_has(flag: str) -> bool:
     try:
         return any(
-            flag in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+            flag in line.split()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("flags")
         )
     except OSError:
         return True

@@ -54,10 +54,14 @@ def check_estimator(
     if estimator not in known:
         raise OptionError(f"estimator={estimator!r} does not exist here; choose one of {', '.join(known)}")
     if direction not in get_args(Direction):
-        raise OptionError(f"direction={direction!r} does not exist; choose one of {', '.join(get_args(Direction))}")
+        raise OptionError(
+            f"direction={direction!r} does not exist; choose one of {', '.join(get_args(Direction))}"
+        )
     for name, bound in (("clamp_log_ratio", clamp_log_ratio), ("clamp_output", clamp_output)):
         if bound is not None and (not isinstance(bound, numbers.Real) or not bound > 0):
-            raise OptionError(f"{name} must be a positive number of nats, or None for no bound; got {bound!r}")
+            raise OptionError(
+                f"{name} must be a positive number of nats, or None for no bound; got {bound!r}"
+            )
 
 
 def kl_estimate(
@@ -109,7 +113,11 @@ def kl_estimate(
     policy, ref, _, lengths = packed_sides(sides, estimator)
     bounds = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output}
     kl = estimate(policy, ref, lengths, estimator=estimator, direction=direction, **bounds)
-    return kl.reshape(mask.shape) if isinstance(mask, torch.Tensor) else [row.clone() for row in kl.split(lengths)]
+    return (
+        kl.reshape(mask.shape)
+        if isinstance(mask, torch.Tensor)
+        else [row.clone() for row in kl.split(lengths)]
+    )
 
 
 def estimate(
@@ -189,7 +197,9 @@ def packed_sides(
         packed = [torch.cat(list(rows)) if len(rows) else torch.empty(0) for rows in sides.values()]
         lengths = widths_of(list(mask))
     keep = packed[2].bool()
-    policy, ref = (only_kept(side, keep, lengths, what=name) for name, side in zip(names, packed[:2], strict=True))
+    policy, ref = (
+        only_kept(side, keep, lengths, what=name) for name, side in zip(names, packed[:2], strict=True)
+    )
     return policy, ref, keep, lengths
 
 

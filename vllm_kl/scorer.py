@@ -122,7 +122,12 @@ class VLLMScorer:
         self.stats: ScoreStats | None = None
         self._is_asleep = False
         self._engine: Engine = make_engine(
-            model, readout, engine_options, check_lora_request(lora_request), check_timeout(timeout_s), devices
+            model,
+            readout,
+            engine_options,
+            check_lora_request(lora_request),
+            check_timeout(timeout_s),
+            devices,
         )
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
@@ -261,7 +266,9 @@ class VLLMScorer:
         (torch.Size([2, 3]), True)
         """
         if not isinstance(k, numbers.Integral) or k < 1 or (self._engine.info.vocab_size or k) < k:
-            raise InputError(f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}")
+            raise InputError(
+                f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}"
+            )
         values, _ = self._read(token_ids, start, temperature, progress, top_k=k)
         return [
             TopK(
@@ -299,7 +306,9 @@ class VLLMScorer:
         results = []
         if planned.requests:
             with show_progress(len(planned.requests), enabled=progress) as on_done:
-                results = self._engine.score(planned.requests, share_prefix=self.share_prefix, on_done=on_done)
+                results = self._engine.score(
+                    planned.requests, share_prefix=self.share_prefix, on_done=on_done
+                )
         scored = dict(zip(requests, check_results(requests, planned.restore(results)), strict=True))
         values = [scored[i] if i in scored else torch.empty(0, r.num_columns) for i, r in enumerate(asked)]
         versions = {result.weight_version for result in results}
@@ -396,7 +405,9 @@ class VLLMScorer:
         """
         self._is_asleep = self.weights.sleep()
         if not self._is_asleep:
-            warnings.warn("asleep() does nothing on a CPU: the engine has no GPU memory to give back", stacklevel=3)
+            warnings.warn(
+                "asleep() does nothing on a CPU: the engine has no GPU memory to give back", stacklevel=3
+            )
         try:
             yield
         finally:

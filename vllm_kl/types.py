@@ -67,7 +67,9 @@ class EngineInfo:
     readout: Literal["pooling", "token_ids", "flat", "logits"]  # "logits": a transformers model
     vocab_size: int | None  # ids must be below; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
-    can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()  # what it can do beyond the tokens' log-probs
+    can: frozenset[Literal["temperature", "ids", "top_k"]] = (
+        frozenset()
+    )  # what it can do beyond the tokens' log-probs
     max_ids: int | None = None  # most chosen ids per row; None: no limit
     # What makes it slower, or its numbers other, than expected; the scorer logs them as warnings.
     notes: tuple[str, ...] = ()
@@ -84,7 +86,9 @@ class ScoreStats:
     num_requests: int  # sequences with a token to score
     num_scored_tokens: int  # rows returned
     num_prompt_tokens: int  # tokens of those sequences
-    num_cached_tokens: int  # of those, not computed: read from the prefix cache, or of a sequence that came twice
+    num_cached_tokens: (
+        int  # of those, not computed: read from the prefix cache, or of a sequence that came twice
+    )
     num_rescored: int  # sequences sent twice for exactness
     readout: str
     wall_s: float
@@ -98,7 +102,9 @@ class TextReport:
     """What was found in the texts of one batch."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # figures for a logger
-    warnings: dict[str, str] = field(default_factory=dict)  # by kind: what makes the numbers others than one may think
+    warnings: dict[str, str] = field(
+        default_factory=dict
+    )  # by kind: what makes the numbers others than one may think
     notes: dict[str, str] = field(default_factory=dict)  # by kind: what is right, and good to know
 
     def joined(self, *others: TextReport) -> TextReport:
@@ -124,10 +130,14 @@ class TokenBatch:
     packed_keep: torch.Tensor  # [N] bool, CPU: tokens whose log-prob is wanted; never token 0
     packed_assistant: torch.Tensor | None  # [N] bool, CPU; None: not known
     lengths: list[int]  # B: real tokens of each sample, together N
-    places: torch.Tensor | None  # [N] int64: index in the stored rows laid end to end; None: they have no padding
+    places: (
+        torch.Tensor | None
+    )  # [N] int64: index in the stored rows laid end to end; None: they have no padding
     widths: list[int]  # B: columns of the stored row
     stored: bool  # the ids were read from the tensordict, not tokenized here
-    report: TextReport = field(default_factory=TextReport)  # what was found in the texts, or at the ids' beginning
+    report: TextReport = field(
+        default_factory=TextReport
+    )  # what was found in the texts, or at the ids' beginning
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -81,7 +81,9 @@ def spread(
     return only_kept(torch.cat(rows), batch.packed_keep, batch.lengths, what=what)
 
 
-def only_kept(values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[int], *, what: str) -> torch.Tensor:
+def only_kept(
+    values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[int], *, what: str
+) -> torch.Tensor:
     """Return the values where the mask keeps them, exactly 0.0 elsewhere; what lies there may be anything.
 
     Args:
@@ -99,7 +101,9 @@ def only_kept(values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[in
     return kept
 
 
-def check_finite(values_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True) -> None:
+def check_finite(
+    values_N: torch.Tensor, lengths: Sequence[int], *, what: str, are_log_probs: bool = True
+) -> None:
     """Refuse a value that is not finite; the arguments are those of :func:`only_kept`.
 
     Args:

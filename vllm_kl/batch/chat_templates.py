@@ -64,7 +64,9 @@ class Dialog:
     @property
     def in_ids(self) -> Span:
         """The characters of ``text`` that are in the ids: all but white space around it, unless the tokenizer truncates."""
-        start, stop = (int(self.offsets[0, 0]), int(self.offsets[:, 1].max())) if len(self.offsets) else (0, 0)
+        start, stop = (
+            (int(self.offsets[0, 0]), int(self.offsets[:, 1].max())) if len(self.offsets) else (0, 0)
+        )
         return start if self.text[:start].strip() else 0, stop if self.text[stop:].strip() else len(self.text)
 
     @property
@@ -161,7 +163,9 @@ class _Renderer:
                 text=text,
                 token_ids=torch.as_tensor(result["input_ids"]).flatten().long().cpu(),
                 offsets=offsets,
-                is_space=np.array([not text[start:stop].strip() for start, stop in offsets.tolist()], dtype=bool),
+                is_space=np.array(
+                    [not text[start:stop].strip() for start, stop in offsets.tolist()], dtype=bool
+                ),
                 marked=marked,
             )
         )
@@ -177,7 +181,9 @@ class _Renderer:
         try:
             return self._apply(conversation, as_text)
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"{self._whose} is no valid Jinja: line {error.lineno}: {error.message}") from error
+            raise InputError(
+                f"{self._whose} is no valid Jinja: line {error.lineno}: {error.message}"
+            ) from error
         except Exception as error:
             raise InputError(
                 f"sample {len(self.dialogs)}{self._first_that_raises(conversation, as_text, error)}: {self._whose} raised "
@@ -185,7 +191,9 @@ class _Renderer:
                 "(tokenizer_kwargs={'chat_template': ...}); or the policy's ids in ('tokens', 'full')."
             ) from error
 
-    def _first_that_raises(self, conversation: list[dict[str, Any]], options: dict[str, Any], error: Exception) -> str:
+    def _first_that_raises(
+        self, conversation: list[dict[str, Any]], options: dict[str, Any], error: Exception
+    ) -> str:
         """Return which message the template stumbled over: the last of the shortest beginning that raises the same."""
         for i, message in enumerate(conversation):
             try:
@@ -247,7 +255,9 @@ def _end_runs(dialog: Dialog, mask: np.ndarray, ends: Ends) -> Iterator[tuple[st
         return
     if not has_ends:
         yield "no_end", None
-    blank = [j for j, m in dialog.of_assistant if not (m.get("tool_calls") or str(m.get("content") or "").strip())]
+    blank = [
+        j for j, m in dialog.of_assistant if not (m.get("tool_calls") or str(m.get("content") or "").strip())
+    ]
     if blank and len(runs) < len(dialog.of_assistant):
         yield "blank", blank[0]
 
@@ -273,7 +283,14 @@ _PROBE = [
     {"role": "assistant", "content": "second answer"},
 ]
 # How a batch is rendered, not how a turn ends.
-_NOT_OF_A_TURN = ("truncation", "max_length", "add_generation_prompt", "continue_final_message", "tools", "documents")
+_NOT_OF_A_TURN = (
+    "truncation",
+    "max_length",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "documents",
+)
 
 
 def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
@@ -285,7 +302,9 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     eos = {getattr(tokenizer, "eos_token_id", None)} - {None}
     renderer = _Renderer(tokenizer, "the chat template")
     try:
-        History.from_chats([_PROBE]).apply_chat_template(tokenizer=renderer, add_generation_prompt=False, **options)
+        History.from_chats([_PROBE]).apply_chat_template(
+            tokenizer=renderer, add_generation_prompt=False, **options
+        )
     except Exception:  # a template of its own rules: EOS is all that is known of it
         return Ends(ids=frozenset(eos))
     (dialog,) = renderer.dialogs
@@ -293,8 +312,13 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     if -1 in at:  # it changes what is said
         return Ends(ids=frozenset(eos))
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, token in added.items() if token.special)}
-    tokens = list(zip(dialog.token_ids.tolist(), dialog.offsets.tolist(), dialog.is_space.tolist(), strict=True))
+    special = {
+        *getattr(tokenizer, "all_special_ids", ()),
+        *(i for i, token in added.items() if token.special),
+    }
+    tokens = list(
+        zip(dialog.token_ids.tolist(), dialog.offsets.tolist(), dialog.is_space.tolist(), strict=True)
+    )
 
     def before(n: int) -> int | None:
         """Return the last special token before a message's words."""
@@ -336,7 +360,10 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
             count[f"{counted}_messages"] += 1
             count[f"{counted}_chars"] += num_chars
             first.setdefault(kind, f"sample {i}{example}")
-    said = {kind: f"{_SAYS[kind].format_map(count)} The first: {example}. {_CURE}" for kind, example in first.items()}
+    said = {
+        kind: f"{_SAYS[kind].format_map(count)} The first: {example}. {_CURE}"
+        for kind, example in first.items()
+    }
     of_messages = [f"{kind}messages" for kind in ("", "cut_", "moved_")]
     of_chars = [f"{kind}_chars" for kind in ("content", "cut", "inserted", "unmarked")]
     metrics = {f"template_{name}": float(count[name]) for name in (*of_messages, *of_chars)}
@@ -368,7 +395,11 @@ def _losses(found: Sequence[Rendered], is_truncated: bool) -> Iterator[tuple[str
             is_trimmed = not message.missing.strip()  # said apart: most templates trim, few cut
             how = "white space was trimmed" if is_trimmed else f"missing: {shown(message.missing)}"
             kind = "truncated" if is_truncated else "trimmed" if is_trimmed else "cut"
-            yield kind, num_lost, f"{where}{message.num_found} of its {message.num_chars} characters came back; {how}"
+            yield (
+                kind,
+                num_lost,
+                f"{where}{message.num_found} of its {message.num_chars} characters came back; {how}",
+            )
         if message.is_moved:
             what = f"its {message.num_chars} characters stand before an earlier message's, or after a later one's"
             yield "moved", 0, f"{where}{what}"

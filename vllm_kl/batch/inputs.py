@@ -145,7 +145,9 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     if 0 in lengths:
         raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
     firsts = torch.tensor([0, *lengths])[: len(lengths)].cumsum(0)
-    keep = assistant if assistant_only else torch.ones(len(ids_N), dtype=torch.bool).index_fill(0, firsts, False)
+    keep = (
+        assistant if assistant_only else torch.ones(len(ids_N), dtype=torch.bool).index_fill(0, firsts, False)
+    )
     for i in keep[firsts].nonzero()[:, 0].tolist():
         raise InputError(
             f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
@@ -240,7 +242,9 @@ def _prompt_lengths(
         int((c < len(p)).sum()) if torch.equal(p, row[: len(p)]) else None
         for p, row, c in zip(prompts, full, columns, strict=True)
     ]
-    unpadded = [len(p) if torch.equal(p, ids[: len(p)]) else None for p, ids in zip(prompts, real, strict=True)]
+    unpadded = [
+        len(p) if torch.equal(p, ids[: len(p)]) else None for p, ids in zip(prompts, real, strict=True)
+    ]
     ways = [way for way in (in_place, unpadded) if None not in way]
     if not ways:
         way, rows = max(((in_place, full), (unpadded, real)), key=lambda w: len(prompts) - w[0].count(None))
@@ -304,11 +308,17 @@ def _tokenize(
     if keys.input_mode == "history":
         return _render(td, keys, assistant_only=assistant_only)
     if assistant_only:
-        raise InputError("assistant_only=True needs input_mode='history': text does not say whose tokens are whose")
+        raise InputError(
+            "assistant_only=True needs input_mode='history': text does not say whose tokens are whose"
+        )
     texts = td.get(keys.key)
     if isinstance(texts, (NonTensorData, NonTensorStack)):
         texts = texts.tolist()
-    options = {k: v for k, v in keys.tokenizer_kwargs.items() if k not in ("padding", "return_tensors", "padding_side")}
+    options = {
+        k: v
+        for k, v in keys.tokenizer_kwargs.items()
+        if k not in ("padding", "return_tensors", "padding_side")
+    }
     rows, report = tokenize([texts] if isinstance(texts, str) else list(texts), keys.tokenizer, options)
     return [torch.tensor(ids, dtype=torch.long) for ids in rows], None, report
 
@@ -327,7 +337,9 @@ def _render(
     dialogs, notes = render(history, keys.tokenizer, options, whose=whose)
     token_ids = [dialog.token_ids for dialog in dialogs]
     bare = [i for i, dialog in enumerate(dialogs) if not dialog.marked.any()]
-    if len(bare) < len(dialogs):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
+    if len(bare) < len(
+        dialogs
+    ):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
         bare = [i for i in bare if dialogs[i].speaks and not options.get("truncation")]
     if bare and assistant_only:
         stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
@@ -348,7 +360,9 @@ def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
     own = getattr(tokenizer, "chat_template", None)
     text = own.get("default", "") if isinstance(own, dict) else own
     if text and _TAG.search(text):
-        options["chat_template"] = text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
+        options["chat_template"] = (
+            text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
+        )
         return "the tokenizer's own chat template"
     if own:
         warnings.warn(

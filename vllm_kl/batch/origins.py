@@ -47,7 +47,10 @@ def origins(td: TensorDictBase) -> list[Origin]:
     if told is None and all(version is None for version in stamps):
         return [Origin(None)] * len(stamps)
     if told is None:
-        return [Origin(*pair) for pair in zip(stamps, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)]
+        return [
+            Origin(*pair)
+            for pair in zip(stamps, (a or 0 for a in entries_of(td, POLICY_ADAPTER)), strict=True)
+        ]
     return [
         origin if stamp in (None, origin.version) else Origin(stamp, origin.adapter, origin.version)
         for origin, stamp in zip(told, stamps, strict=True)

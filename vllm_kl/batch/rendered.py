@@ -45,8 +45,12 @@ class _Piece:
     text: str
     home: Span  # where it belongs in the rendered text
     is_marked: bool  # an assistant's, which belongs into what is marked
-    shortest: int  # part that may be one of it, in what is marked: beside a tool call a letter may be the call's
-    parts: list[tuple[int, Span]] = field(default_factory=list)  # where each was found, and what it is of ``text``
+    shortest: (
+        int  # part that may be one of it, in what is marked: beside a tool call a letter may be the call's
+    )
+    parts: list[tuple[int, Span]] = field(
+        default_factory=list
+    )  # where each was found, and what it is of ``text``
     is_moved: bool = False
 
     @property
@@ -79,18 +83,25 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     homes = _homes(messages, runs, len(text))
     by_message = []
     for message, home in zip(messages, homes, strict=True):
-        is_marked, shortest = message.get("role") == "assistant", _SHORTEST if message.get("tool_calls") else 1
+        is_marked, shortest = (
+            message.get("role") == "assistant",
+            _SHORTEST if message.get("tool_calls") else 1,
+        )
         texts = (_as_printed(part, text) for part in _texts_of(message.get("content")))
         by_message.append([_Piece(part, home, is_marked, shortest) for part in texts])
     pieces = list(itertools.chain(*by_message))
     at_home = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.home)]
-    were_placed = [_place_in_order(text, group, runs) for group in at_home]  # all of them, also after one that was not
+    were_placed = [
+        _place_in_order(text, group, runs) for group in at_home
+    ]  # all of them, also after one that was not
     if not all(were_placed):
         _place_by_length(text, pieces)
         _mark_moved(pieces)
         _place_parts(text, pieces, runs)
     windows = _windows(by_message, len(text))
-    return [_rendered(text, *of_message) for of_message in zip(messages, by_message, windows, homes, strict=True)]
+    return [
+        _rendered(text, *of_message) for of_message in zip(messages, by_message, windows, homes, strict=True)
+    ]
 
 
 def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int) -> list[Span]:
@@ -100,7 +111,9 @@ def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int
         return [(0, length)] * len(messages)
     edges = [0, *itertools.chain(*runs), length]
     before = itertools.accumulate(ours, initial=0)
-    return [(edges[2 * k + is_ours], edges[2 * k + is_ours + 1]) for k, is_ours in zip(before, ours, strict=False)]
+    return [
+        (edges[2 * k + is_ours], edges[2 * k + is_ours + 1]) for k, is_ours in zip(before, ours, strict=False)
+    ]
 
 
 def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: Span, home: Span) -> Rendered:
@@ -188,7 +201,9 @@ def _as_printed(content: str, text: str) -> str:
 def _bounds(text: str) -> list[Span]:
     """Return the bounds of a text, and those without the white space around it."""
     start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    return [(0, len(text))] if (start, end) == (0, len(text)) or start >= end else [(0, len(text)), (start, end)]
+    return (
+        [(0, len(text))] if (start, end) == (0, len(text)) or start >= end else [(0, len(text)), (start, end)]
+    )
 
 
 def _next_run(runs: Sequence[Span], start: int, stop: int) -> list[Span]:
@@ -232,7 +247,9 @@ def _place_by_length(text: str, pieces: list[_Piece]) -> None:
         low, high = piece.home if is_home else (0, len(text))
         start = pieces[placed[k - 1]].found[-1][1] if k else 0
         stop = pieces[placed[k]].found[0][0] if k < len(placed) else len(text)
-        for place, (a, b) in itertools.product(((max(start, low), min(stop, high)), (low, high)), _bounds(piece.text)):
+        for place, (a, b) in itertools.product(
+            ((max(start, low), min(stop, high)), (low, high)), _bounds(piece.text)
+        ):
             if (at := free.find(piece.text[a:b], *place)) >= 0:
                 piece.parts = [(at, (a, b))]
                 placed.insert(k, i)
@@ -319,8 +336,13 @@ def _longest(piece: str, text: str, start: int, stop: int, head: bool) -> int:
 
 def _windows(by_message: list[list[_Piece]], length: int) -> list[Span]:
     """Return for each message what lies between the contents of the messages before and after it."""
-    spans = [[span for piece in pieces if not piece.is_moved for span in piece.found] for pieces in by_message]
+    spans = [
+        [span for piece in pieces if not piece.is_moved for span in piece.found] for pieces in by_message
+    ]
     ends = (max((end for _, end in own), default=0) for own in spans)
     begins = (min((begin for begin, _ in own), default=length) for own in reversed(spans))
-    starts, stops = itertools.accumulate(ends, max, initial=0), itertools.accumulate(begins, min, initial=length)
+    starts, stops = (
+        itertools.accumulate(ends, max, initial=0),
+        itertools.accumulate(begins, min, initial=length),
+    )
     return list(zip(starts, reversed([*stops][:-1]), strict=False))

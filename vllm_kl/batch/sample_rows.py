@@ -78,7 +78,9 @@ def aligned(
     return list(from_layout(rows, batch, what=what).split(batch.lengths))
 
 
-def read_mask(rows: list[torch.Tensor], batch: TokenBatch, padding_side: PaddingSide, what: str) -> list[torch.Tensor]:
+def read_mask(
+    rows: list[torch.Tensor], batch: TokenBatch, padding_side: PaddingSide, what: str
+) -> list[torch.Tensor]:
     """Return the stored masks of the real tokens, ``[L]`` bool.
 
     Where padding was cut off, so that a wrong side would shift it, a mask must be the batch's own (``("masks",
@@ -116,8 +118,13 @@ def read_rewards(
         return [None] * len(keep)
     if all(row.numel() == 1 for row in rows):
         return [float(row) for row in rows]
-    per_token = aligned([row.reshape(-1) for row in rows], batch, padding_side, "reward", is_zero_outside=False)
-    return [float(row[kept].double().mean()) if kept.any() else None for row, kept in zip(per_token, keep, strict=True)]
+    per_token = aligned(
+        [row.reshape(-1) for row in rows], batch, padding_side, "reward", is_zero_outside=False
+    )
+    return [
+        float(row[kept].double().mean()) if kept.any() else None
+        for row, kept in zip(per_token, keep, strict=True)
+    ]
 
 
 def entry_of(sample: TensorDictBase, key: str | tuple[str, ...]) -> Any:

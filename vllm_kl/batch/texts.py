@@ -59,7 +59,9 @@ def doubled_bos(ids_N: torch.Tensor, firsts: torch.Tensor, lengths: list[int], t
     return TextReport(warnings=said)
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, options: dict[str, Any]) -> tuple[list[list[int]], TextReport]:
+def tokenize(
+    texts: Sequence[str], tokenizer: Any, options: dict[str, Any]
+) -> tuple[list[list[int]], TextReport]:
     """Return the ids of texts. What the tokenizer puts around every text (BOS, EOS) is there once where a text has it already.
 
     Args:
@@ -84,12 +86,16 @@ def tokenize(texts: Sequence[str], tokenizer: Any, options: dict[str, Any]) -> t
     for verb, tokens, special in (("begin", begin, "bos"), ("end", end, "eos")):
         num, is_begin = len(tokens), verb == "begin"
         found = [
-            i for i, ids in enumerate(rows) if num and 2 * tokens == (ids[: 2 * num] if is_begin else ids[-2 * num :])
+            i
+            for i, ids in enumerate(rows)
+            if num and 2 * tokens == (ids[: 2 * num] if is_begin else ids[-2 * num :])
         ]
         for i in found:
             rows[i] = rows[i][num:] if is_begin else rows[i][:-num]
         if found:
-            name = special.upper() if tokens == [getattr(tokenizer, f"{special}_token_id", None)] else "tokens"
+            name = (
+                special.upper() if tokens == [getattr(tokenizer, f"{special}_token_id", None)] else "tokens"
+            )
             report.warnings[f"text_{verb}s"] = (
                 f"{len(found)} of {len(rows)} texts {verb} with the {name} {''.join(tokenizer.convert_ids_to_tokens(tokens))!r} "
                 f"that the tokenizer adds too; the first is sample {found[0]}. It is there once in the ids that are scored. Where "

@@ -47,7 +47,9 @@ def set_up() -> None:
 
 
 @contextlib.contextmanager
-def started(config: DemoConfig, reference: Path, policy: Path, console: Console) -> Iterator[tuple[VLLMReference, Any]]:
+def started(
+    config: DemoConfig, reference: Path, policy: Path, console: Console
+) -> Iterator[tuple[VLLMReference, Any]]:
     """Start the two engines; yield the reference, in a process of its own, and the policy's ``vllm.LLM``, in this one.
 
     Args:
@@ -63,7 +65,9 @@ def started(config: DemoConfig, reference: Path, policy: Path, console: Console)
     with scorer:
         with console.status("starting the policy's engine (vLLM, this process)"):
             engine = LLM(str(policy), enforce_eager=True, use_tqdm_on_load=False, **options)
-        engine.generate = functools.partial(engine.generate, use_tqdm=False)  # the wrapper cannot ask for quiet
+        engine.generate = functools.partial(
+            engine.generate, use_tqdm=False
+        )  # the wrapper cannot ask for quiet
         yield VLLMReference(scorer, task.make_tokenizer(), pad_output=config.pad_output), engine
 
 
@@ -101,7 +105,9 @@ class Grade(Transform):
         return reward_spec
 
 
-def make_collector(engine: Any, kl: RetrieveKL, config: DemoConfig, weight_updater: Any = None) -> LLMCollector:
+def make_collector(
+    engine: Any, kl: RetrieveKL, config: DemoConfig, weight_updater: Any = None
+) -> LLMCollector:
     """Return a collector of batches ``[prompts * group]``; the KL is appended before the collector exists."""
     num_envs = config.prompts * config.group
     tokenizer = kl.ref_model.tokenizer

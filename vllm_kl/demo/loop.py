@@ -53,7 +53,9 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
             for data in collector:
                 data, wall_s = data.reshape(-1), time.perf_counter() - start
                 batch = list(read_rollouts(data, len(rows), config.group, reference))
-                (versions,) = {(r.policy_version, r.ref_version) for r in batch}  # nobody updates while this collects
+                (versions,) = {
+                    (r.policy_version, r.ref_version) for r in batch
+                }  # nobody updates while this collects
                 oracle = Float64KL(checkpoints / str(versions[0]), reference_path)
                 row = UpdateRow(
                     policy_version=versions[0],
@@ -135,7 +137,9 @@ class Trainer:
             loss = sum(value for name, value in out.items() if name.startswith("loss_"))
             self._optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(
+                self._model.parameters(), self._max_grad_norm, error_if_nonfinite=True
+            )
             self._optimizer.step()
             losses.append(loss.item())
             clipped.append(out.clip_fraction.item())

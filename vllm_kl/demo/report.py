@@ -57,7 +57,9 @@ def plot(path: Path, batches: Sequence[BatchRow], updates: Sequence[UpdateRow] =
     }
     if updates:
         panels["staleness trained on,\nversions"] = {"": [row.staleness for row in updates]}
-        panels["sampler against trainer:\ntoken_mult_prob_error - 1"] = {"": [row.mismatch for row in updates]}
+        panels["sampler against trainer:\ntoken_mult_prob_error - 1"] = {
+            "": [row.mismatch for row in updates]
+        }
     figure = Figure(figsize=(7, 2.5 * len(panels)), layout="constrained")
     for axes, (what, lines) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
         for name, values in lines.items():

@@ -30,7 +30,9 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     reference_path, policy_path = train.checkpoints(console)
     oracle = Float64KL(policy_path, reference_path)  # before vLLM changes this process's threads
     with started(config, reference_path, policy_path, console) as (reference, engine):
-        collector = make_collector(engine, RetrieveKL("from_collector", reference, coeff=config.coeff), config)
+        collector = make_collector(
+            engine, RetrieveKL("from_collector", reference, coeff=config.coeff), config
+        )
         rows: list[BatchRow] = []
         rollouts: list[Rollout] = []
         with Progress(console=console) as progress:
@@ -73,7 +75,9 @@ def summary(rows: list[BatchRow], policy_version: Any, files: list[str]) -> dict
     }
 
 
-def read_rollouts(data: TensorDictBase, batch: int, group: int, reference: VLLMReference) -> Iterator[Rollout]:
+def read_rollouts(
+    data: TensorDictBase, batch: int, group: int, reference: VLLMReference
+) -> Iterator[Rollout]:
     """Yield the responses of one collected batch, ``[B]``."""
     samples = samples_from_batch(data, reference.tokenizer, ref_version=reference.scorer.weight_version)
     for i, sample in enumerate(samples):

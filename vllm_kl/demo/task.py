@@ -43,7 +43,9 @@ def make_problem(rng: random.Random) -> Problem:
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     add = a <= b or rng.random() < 0.5
     answer = a + b if add else a - b
-    story = rng.choice(_MORE if add else _LESS).format(name=rng.choice(_NAMES), a=a, b=b, thing=rng.choice(_THINGS))
+    story = rng.choice(_MORE if add else _LESS).format(
+        name=rng.choice(_NAMES), a=a, b=b, thing=rng.choice(_THINGS)
+    )
     return Problem(
         question=f"{story} How many now?", solution=f"{a} {'+' if add else '-'} {b} = {answer}", answer=answer
     )
@@ -69,7 +71,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True) for t in ("<|pad|>", "<|im_start|>", "<|im_end|>")]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

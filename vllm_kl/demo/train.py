@@ -23,7 +23,9 @@ from vllm_kl.demo import task
 
 STEPS = 480
 REFERENCE_STEP = 360  # the policy goes on from here to STEPS
-SCHEDULE_STEPS = 600  # training ends before the learning rate does, while answers are still wrong now and then
+SCHEDULE_STEPS = (
+    600  # training ends before the learning rate does, while answers are still wrong now and then
+)
 BATCH = 32
 LEARNING_RATE = 1.5e-3
 
@@ -31,7 +33,9 @@ LEARNING_RATE = 1.5e-3
 def cache_dir() -> Path:
     """Return the folder of this version of the demo's checkpoints."""
     source = inspect.getsource(task) + inspect.getsource(inspect.getmodule(cache_dir))
-    return platformdirs.user_cache_path("vllm_kl") / f"demo-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    return (
+        platformdirs.user_cache_path("vllm_kl") / f"demo-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    )
 
 
 def checkpoints(console: Console) -> tuple[Path, Path]:
@@ -68,7 +72,9 @@ def _train(home: Path, console: Console) -> None:
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=SCHEDULE_STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=SCHEDULE_STEPS, pct_start=0.1
+    )
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -97,7 +103,12 @@ def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torc
         for p in (task.make_problem(rng) for _ in range(BATCH))
     ]
     rendered = tokenizer.apply_chat_template(
-        chats, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, padding=True, return_tensors="pt"
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        padding=True,
+        return_tensors="pt",
     )
     return rendered["input_ids"], torch.as_tensor(rendered["assistant_masks"]).bool()
 

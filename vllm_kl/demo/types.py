@@ -65,7 +65,9 @@ class UpdateRow:
     policy_version: int  # of the weights that sampled
     ref_version: int
     collected: BatchRow  # what was collected for it
-    mismatch: float  # token_mult_prob_error - 1, sampler (vLLM) against trainer (transformers), before the update
+    mismatch: (
+        float  # token_mult_prob_error - 1, sampler (vLLM) against trainer (transformers), before the update
+    )
     staleness: float  # mean over the responses trained on: versions between the weights that sampled and those trained
     loss: float  # mean over the optimizer's steps
     clip_fraction: float

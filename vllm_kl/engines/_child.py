@@ -53,7 +53,9 @@ class _Server:
         self._connection = connection
         self._driver: Any = None
         self._calls: dict[int, set[int]] = {}  # call -> its requests that are not finished
-        self._held: deque[tuple[int, str, Any]] = deque()  # calls that wait behind an exclusive one, itself first
+        self._held: deque[tuple[int, str, Any]] = (
+            deque()
+        )  # calls that wait behind an exclusive one, itself first
         self._said = time.monotonic()
 
     def run(self) -> None:
@@ -161,7 +163,9 @@ def main(fd: int, owner_pid: int) -> None:
     try:
         _Server(Connection(fd)).run()
     except (EOFError, OSError):
-        time.sleep(0.2)  # the owner closed the connection: if it was killed, its other files are closed by then
+        time.sleep(
+            0.2
+        )  # the owner closed the connection: if it was killed, its other files are closed by then
     except BaseException:
         traceback.print_exc()  # below, nothing is left that could
     finally:

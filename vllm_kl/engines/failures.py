@@ -91,10 +91,16 @@ def explain(error: Exception, *, model: str, options: Mapping[str, Any]) -> VLLM
     text = re.sub(r"\s+", " ", text)
     known = f"{type(error).__name__}: {text}"
     cure = next((cure for pattern, cure in _CURES if re.search(pattern, known, re.IGNORECASE)), "")
-    if not cure and any(frame.f_code.co_name == "load_weights" for frame, _ in traceback.walk_tb(error.__traceback__)):
+    if not cure and any(
+        frame.f_code.co_name == "load_weights" for frame, _ in traceback.walk_tb(error.__traceback__)
+    ):
         cure = _OTHER_WEIGHTS
     name = _blamed(error, text, options)
-    what = text if is_of_options or isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {text}"
+    what = (
+        text
+        if is_of_options or isinstance(error, (ValueError, OSError))
+        else f"{type(error).__name__}: {text}"
+    )
     told = f"vLLM failed: {what}"
     if cure:
         told = f"model {model!r}: {cure}. {told}"
@@ -165,8 +171,12 @@ def _quoted(text: str, options: Mapping[str, Any]) -> list[str]:
     from vllm import EngineArgs
 
     given = {
-        n: value for n, value in options.items() if isinstance(value, str) and value != getattr(EngineArgs, n, None)
+        n: value
+        for n, value in options.items()
+        if isinstance(value, str) and value != getattr(EngineArgs, n, None)
     }
     return [
-        n for n, v in given.items() if re.search(rf"(['\"`]){re.escape(v)}\1|[:=] ?{re.escape(v)}(?![\w-]|\.\w)", text)
+        n
+        for n, v in given.items()
+        if re.search(rf"(['\"`]){re.escape(v)}\1|[:=] ?{re.escape(v)}(?![\w-]|\.\w)", text)
     ]

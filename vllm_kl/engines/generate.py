@@ -27,7 +27,13 @@ import numpy as np
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.lengths import dynamic_length, note_on, side_in
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
-from vllm_kl.errors import EngineError, MissingLogProbError, ReadoutUnavailableError, VLLMKLError, WeightsError
+from vllm_kl.errors import (
+    EngineError,
+    MissingLogProbError,
+    ReadoutUnavailableError,
+    VLLMKLError,
+    WeightsError,
+)
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.weights.live import LiveWeights, lock_of
@@ -73,7 +79,9 @@ class GenerateEngine:
                 "VLLMScorer, or use 'auto'"
             )
         if readout == "token_ids" and reason:
-            raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
+            raise ReadoutUnavailableError(
+                f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'"
+            )
         config = getattr(llm_engine, "model_config", None)
         mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
         if not mode.endswith("logprobs"):
@@ -134,7 +142,9 @@ class GenerateEngine:
             version = self.weights.version
             return [replace(result, weight_version=version) for result in results]
 
-    def _score(self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: OnDone | None) -> list[ScoreResult]:
+    def _score(
+        self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: OnDone | None
+    ) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
         for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
             num_cached = output.num_cached_tokens or 0
@@ -173,7 +183,9 @@ class GenerateEngine:
         try:
             yield
         except BaseException:
-            self._llm_engine.abort_request(list(self._llm_engine.output_processor.request_states), internal=True)
+            self._llm_engine.abort_request(
+                list(self._llm_engine.output_processor.request_states), internal=True
+            )
             raise
 
     def close(self) -> None:
@@ -193,7 +205,12 @@ class GenerateEngine:
 
         from vllm_kl.plugin.request import Readout, pack
 
-        common = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": not read_cache}
+        common = {
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "detokenize": False,
+            "skip_reading_prefix_cache": not read_cache,
+        }
         salt = uuid.uuid4().hex
         prompts = [TokensPrompt(prompt_token_ids=r.token_ids.tolist(), cache_salt=salt) for r in requests]
         adapter = {"lora_request": self._lora_request} if self._names_adapter else {}
@@ -224,13 +241,19 @@ class GenerateEngine:
 def config_of(engine: Any) -> Any:
     """Return what tells how an engine records log-probs: the config of a ``vllm.LLM``'s model, the arguments of TorchRL's
     ``AsyncVLLM``; ``None`` of what cannot be asked."""
-    return getattr(getattr(engine, "llm_engine", None), "model_config", None) or getattr(engine, "engine_args", None)
+    return getattr(getattr(engine, "llm_engine", None), "model_config", None) or getattr(
+        engine, "engine_args", None
+    )
 
 
 def _made_with(engine: Any, config: str, name: str) -> Any:
     """Return an option that an engine was made with, in one of vLLM's configs; ``None`` of what cannot be asked."""
     llm_engine = getattr(engine, "llm_engine", None)
-    made_with = getattr(engine, "engine_args", None) if llm_engine is None else getattr(llm_engine.vllm_config, config)
+    made_with = (
+        getattr(engine, "engine_args", None)
+        if llm_engine is None
+        else getattr(llm_engine.vllm_config, config)
+    )
     return getattr(made_with, name, None)
 
 
@@ -242,7 +265,9 @@ def versions_told(completion: Any, *, uncounted: str | None) -> tuple[int | None
     """
     told = [span.version for span in completion.weight_versions or ()] or [""]
     numbers = {INITIAL: 0, uncounted: None}
-    first, last = (numbers.get(label, int(label) if label.isdigit() else None) for label in (told[0], told[-1]))
+    first, last = (
+        numbers.get(label, int(label) if label.isdigit() else None) for label in (told[0], told[-1])
+    )
     return first, last
 
 
@@ -276,7 +301,9 @@ class _Flat:
         flat, want = output.prompt_logprobs, request.token_ids[request.start :].tolist()
         if flat is None or len(flat.logprobs) < len(want):
             got = 0 if flat is None else len(flat.logprobs)
-            raise MissingLogProbError(f"the engine returned {got} prompt log-probs, expected at least {len(want)}")
+            raise MissingLogProbError(
+                f"the engine returned {got} prompt log-probs, expected at least {len(want)}"
+            )
         if flat.token_ids[-len(want) :] != want:
             raise MissingLogProbError(
                 "the engine returned prompt log-probs of other tokens than those sent: this vLLM orders them in a way "

@@ -104,7 +104,11 @@ def why_two_lengths(one: LengthSide | None, other: LengthSide | None) -> str:
     """Return why two sides of a KL compute the same weights differently; empty where they do not."""
     if "long" not in (one, other) or one == other or None in (one, other):
         return ""
-    what = "a transformers model, which computes short sequences as short ones" if "row" in (one, other) else "below it"
+    what = (
+        "a transformers model, which computes short sequences as short ones"
+        if "row" in (one, other)
+        else "below it"
+    )
     return (
         "this model's numbers depend on the engine's max_model_len, and the two sides lie on two sides of the switch: one is above "
         f"the model's original length, the other is {what}. Equal weights give a KL that is not 0. Give both engines one "

@@ -53,7 +53,9 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         _check_kv_cache(config, given.get("kv_cache_dtype", "auto"))
     defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
     options = {**defaults, **given, **_fitted(config, given, is_cpu=is_cpu)}
-    options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))  # vLLM refuses more than tokens
+    options.setdefault(
+        "max_num_seqs", min(512, options["max_num_batched_tokens"])
+    )  # vLLM refuses more than tokens
     if options.get("kv_cache_memory_bytes") is None and "gpu_memory_utilization" not in options:
         options["kv_cache_memory_bytes"] = kv_cache_bytes(
             model, config, options, is_cuda=current_platform.is_cuda_alike()
@@ -105,7 +107,9 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any], lora_reques
     return PoolingEngine(LLMEngine.from_engine_args(args), lora_request)
 
 
-def _override(theirs: Callable[[Any], Any], defaults: dict[str, Any], overrides: dict[str, Any], config: Any) -> Any:
+def _override(
+    theirs: Callable[[Any], Any], defaults: dict[str, Any], overrides: dict[str, Any], config: Any
+) -> Any:
     config.update(defaults)
     config = theirs(config)
     config.update(overrides)
@@ -210,7 +214,9 @@ def _check_model(config: Any) -> None:
     """Refuse a model whose numbers would not be log-probs of a token given those before it, or depend on other sequences."""
     text = config.hf_text_config
     if config.max_model_len < 2:
-        raise OptionError(f"max_model_len={config.max_model_len} leaves nothing to score: token 0 has no log-prob")
+        raise OptionError(
+            f"max_model_len={config.max_model_len} leaves nothing to score: token 0 has no log-prob"
+        )
     if getattr(text, "is_causal", True) is False:
         raise ReadoutUnavailableError(
             f"{config.architecture} has is_causal=False in its config: every token sees the later ones, so there is no log-prob of "
@@ -261,7 +267,9 @@ def _why_not_shared(config: Any, *, is_cpu: bool) -> str:
     return ""
 
 
-def _notes(config: Any, given: dict[str, Any], options: dict[str, Any], readout: str, *, is_cpu: bool) -> Iterator[str]:
+def _notes(
+    config: Any, given: dict[str, Any], options: dict[str, Any], readout: str, *, is_cpu: bool
+) -> Iterator[str]:
     """Yield what a user should know of a running engine; empty strings do not count."""
     from vllm_kl.engines.memory import stored_dtype
     from vllm_kl.plugin.kernel import product_dtype

@@ -48,9 +48,13 @@ def make_engine(
         )
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
-        raise OptionError(f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}")
+        raise OptionError(
+            f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}"
+        )
     if devices is not None:
-        raise OptionError(f"devices={devices!r} has no effect on an engine that already runs: give it where it is made")
+        raise OptionError(
+            f"devices={devices!r} has no effect on an engine that already runs: give it where it is made"
+        )
     if engine_options:
         raise OptionError(
             f"engine options have no effect on an engine that already runs: {', '.join(engine_options)}. Give them "
@@ -59,7 +63,9 @@ def make_engine(
     if not is_engine:
         return GenerateEngine(model, readout=readout, lora_request=lora_request)
     if readout not in ("auto", model.info.readout):
-        raise ReadoutUnavailableError(f"readout={readout!r} is not available: this engine does {model.info.readout!r}")
+        raise ReadoutUnavailableError(
+            f"readout={readout!r} is not available: this engine does {model.info.readout!r}"
+        )
     if lora_request is not None:
         raise OptionError(
             f"lora_request has no effect on a {type(model).__name__} that already runs: give it where the engine is made"
@@ -130,7 +136,9 @@ def checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> s
         and "params.json" not in files
         and not _read_json(folder / "config.json").get("model_type")
     ):
-        raise OptionError(f"{str(folder / 'config.json')!r} names no model_type: expected the config of a model")
+        raise OptionError(
+            f"{str(folder / 'config.json')!r} names no model_type: expected the config of a model"
+        )
     if options.get("load_format", "auto") == "auto":
         _check_weights(folder, files)
     return name
@@ -139,7 +147,9 @@ def checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> s
 def _looks_like_a_path(name: str) -> bool:
     if "://" in name:  # object storage
         return False
-    return name.startswith((os.sep, f".{os.sep}", f"..{os.sep}")) or (os.sep in name and Path(name).parent.is_dir())
+    return name.startswith((os.sep, f".{os.sep}", f"..{os.sep}")) or (
+        os.sep in name and Path(name).parent.is_dir()
+    )
 
 
 def _what_is_there(folder: Path) -> str:
@@ -174,5 +184,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise OptionError(f"{str(file)!r} is not valid JSON: {error}. Save or download it again") from error
     if not isinstance(read, dict):
-        raise OptionError(f"{str(file)!r} is JSON, but no object: expected {{...}}, got {type(read).__name__}")
+        raise OptionError(
+            f"{str(file)!r} is JSON, but no object: expected {{...}}, got {type(read).__name__}"
+        )
     return read

@@ -52,7 +52,11 @@ def kv_cache_bytes(model: str, config: Any, options: dict[str, Any], *, is_cuda:
     least = lambda n: ranks * _sequence_bytes(config, options, n)  # noqa: E731
     if least(config.max_model_len) > free:
         fits = bisect.bisect_right(range(config.max_model_len), free, key=least) - 1
-        own = "" if options.get("max_model_len") not in (None, -1) else ", the model's own since none was given,"
+        own = (
+            ""
+            if options.get("max_model_len") not in (None, -1)
+            else ", the model's own since none was given,"
+        )
         cure = f"Pass max_model_len={_round_down(fits)} or less" if fits >= 1 else "The weights alone fill it"
         raise OptionError(
             f"max_model_len={config.max_model_len}{own} needs {_gib(least(config.max_model_len))} of memory for the KV of one "
@@ -80,7 +84,9 @@ def _sequence_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> in
         return 0
     kinds = getattr(text, "layer_types", None) or []
     window = config.get_sliding_window() or getattr(text, "attention_chunk_size", None)
-    windowed = round(layers * sum(kind != "full_attention" for kind in kinds) / len(kinds)) if kinds else layers
+    windowed = (
+        round(layers * sum(kind != "full_attention" for kind in kinds) / len(kinds)) if kinds else layers
+    )
     if not window:
         windowed = 0
     kept = min(num_tokens, (window or 0) + options["max_num_batched_tokens"])
@@ -133,16 +139,22 @@ def _weight_bytes(model: str, config: Any, options: dict[str, Any]) -> int | Non
 
 def _file_bytes(folder: Path) -> int:
     """Return the size of the files with the weights; 0: there are none, or not all (a download that was interrupted)."""
-    index = folder / "model.safetensors.index.json"  # a folder may hold the same weights in other files beside these
+    index = (
+        folder / "model.safetensors.index.json"
+    )  # a folder may hold the same weights in other files beside these
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
-    files = [folder / name for name in names] or list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    files = (
+        [folder / name for name in names] or list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    )
     return sum(file.stat().st_size for file in files) if all(file.exists() for file in files) else 0
 
 
 def _snapshot(model: str, config: Any, download_dir: str | None) -> str | None:
     """Return the folder of a model of the hub, as far as it was downloaded; ``None``: nothing was, or it is no name of the hub."""
     try:
-        return snapshot_download(model, revision=config.revision, cache_dir=download_dir, local_files_only=True)
+        return snapshot_download(
+            model, revision=config.revision, cache_dir=download_dir, local_files_only=True
+        )
     except (OSError, ValueError):
         return None
 
@@ -153,7 +165,11 @@ def _bytes_on_the_hub(model: str, config: Any) -> int:
         return 0
     try:
         info = HfApi().model_info(
-            model, revision=config.revision, files_metadata=True, token=config.hf_token, timeout=_HUB_TIMEOUT_S
+            model,
+            revision=config.revision,
+            files_metadata=True,
+            token=config.hf_token,
+            timeout=_HUB_TIMEOUT_S,
         )
     except Exception:  # of huggingface_hub and httpx. What stands in the way stops vLLM, too, which says so
         return 0

@@ -93,9 +93,7 @@ _ONE_ENGINE = (
     "a scorer drives one engine, and vLLM waits for ever for the other data-parallel ranks. Make one VLLMScorer per device or "
     "process and give each a part of the sequences; one model on several devices is tensor_parallel_size"
 )
-_ONE_MACHINE = (
-    "an owned engine lives on one machine, and would wait for the other nodes for ever. Make one VLLMScorer on each"
-)
+_ONE_MACHINE = "an owned engine lives on one machine, and would wait for the other nodes for ever. Make one VLLMScorer on each"
 _CONNECTOR = (
     "a KV connector adds cached tokens after vllm_kl has bounded the cache hit, so rows that must be scored are not computed. "
     "Leave it out; share_prefix=True shares the KV of common prefixes"
@@ -107,7 +105,9 @@ REFUSED: dict[str, Refused] = {
     "model": Refused("the model is the first argument of VLLMScorer", unless=()),
     "runner": Refused("it follows from the read-out: pass readout= instead", unless=("auto",)),
     "convert": Refused("it follows from the read-out: pass readout= instead", unless=("auto",)),
-    "model_weights": Refused("vLLM sets it itself for a model in object storage: pass that as the model", unless=("",)),
+    "model_weights": Refused(
+        "vLLM sets it itself for a model in object storage: pass that as the model", unless=("",)
+    ),
     "enable_prefix_caching": Refused(  # True is set here, but for models that cannot share prefixes
         "it would make share_prefix meaningless. Pass share_prefix=False instead", only=(False,)
     ),
@@ -127,8 +127,12 @@ REFUSED: dict[str, Refused] = {
         unless=(1,),
     ),
     "enable_prompt_embeds": Refused("sequences are sent as token ids, never as embeddings. Leave it out"),
-    "mm_encoder_only": Refused("vLLM would not load the language model, which is what is scored. Leave it out"),
-    "diffusion_config": Refused("a diffusion model has no log-prob of a token given those before it. Leave it out"),
+    "mm_encoder_only": Refused(
+        "vLLM would not load the language model, which is what is scored. Leave it out"
+    ),
+    "diffusion_config": Refused(
+        "a diffusion model has no log-prob of a token given those before it. Leave it out"
+    ),
     # What the head returns.
     "logprobs_mode": Refused(
         "a scorer returns the log-probs of the model's own distribution. Pass temperature= where tokens were sampled at another "
@@ -159,7 +163,9 @@ REFUSED: dict[str, Refused] = {
     "data_parallel_backend": Refused(_ONE_ENGINE, unless=("mp",)),
     "dp_sync_interval": Refused(_ONE_ENGINE, unless=(16,)),
     "enable_dbo": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}"),
-    "ubatch_size": Refused(f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}", unless=(0, 1)),
+    "ubatch_size": Refused(
+        f"micro-batches are made by data-parallel engines only; {_ONE_ENGINE}", unless=(0, 1)
+    ),
     "dbo_decode_token_threshold": Refused(_ONE_ENGINE, unless=(32,)),
     "dbo_prefill_token_threshold": Refused(_ONE_ENGINE, unless=(512,)),
     "enable_elastic_ep": Refused(_ONE_ENGINE),
@@ -202,14 +208,20 @@ NAMES = OURS | PASSED_ON | REFUSED.keys()
 
 # Variables of vLLM's that it reads beside its options: why they are refused, and the values that leave it as it is.
 ENVIRONMENT: dict[str, Refused] = {
-    "VLLM_DP_SIZE": Refused(_ONE_ENGINE, unless=(1,)),  # read where data_parallel_size is 1, as are these ranks
+    "VLLM_DP_SIZE": Refused(
+        _ONE_ENGINE, unless=(1,)
+    ),  # read where data_parallel_size is 1, as are these ranks
     "VLLM_DP_RANK": Refused(_ONE_ENGINE, unless=(0,)),
     "VLLM_DP_RANK_LOCAL": Refused(_ONE_ENGINE, unless=(0,)),
-    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": Refused("experts would be chosen at random, not by the model", unless=()),
+    "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": Refused(
+        "experts would be chosen at random, not by the model", unless=()
+    ),
 }
 
 # Options that are read here as well, as whole numbers.
-_WHOLE_NUMBERS = frozenset({"max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"})
+_WHOLE_NUMBERS = frozenset(
+    {"max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"}
+)
 _WHOLE_NUMBERS |= {"tensor_parallel_size", "pipeline_parallel_size"}
 
 
@@ -235,7 +247,9 @@ def _is_off(name: str, value: Any) -> bool:
     """Whether a value of an option that is refused leaves vLLM as it is. Refuse the others."""
     if (refused := REFUSED.get(name)) is None:
         return False
-    is_refused = _is_among(value, refused.only) if refused.only is not None else not _is_among(value, refused.unless)
+    is_refused = (
+        _is_among(value, refused.only) if refused.only is not None else not _is_among(value, refused.unless)
+    )
     if is_refused and value != {}:
         raise OptionError(f"engine option {name}={_short(value)} is refused: {refused.why}")
     return refused.only is None
@@ -276,7 +290,9 @@ def check_names(options: Iterable[str], known: Iterable[str]) -> None:
         if name not in usable:
             close = difflib.get_close_matches(name, usable, n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise OptionError(f"unknown engine option {name!r}: vLLM's EngineArgs has none of this name.{hint}")
+            raise OptionError(
+                f"unknown engine option {name!r}: vLLM's EngineArgs has none of this name.{hint}"
+            )
 
 
 def _short(value: Any, most: int = 80) -> str:

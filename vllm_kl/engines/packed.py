@@ -33,7 +33,9 @@ def unpack(kind: type[Carrier], packed: Packed) -> list[Carrier]:
     carriers, end = [], 0
     for shape, row in zip(shapes, rows, strict=True):
         begin, end = end, end + math.prod(shape)
-        carriers.append(kind(**{name: end_to_end[begin:end].reshape(shape)}, **dict(zip(others, row, strict=True))))
+        carriers.append(
+            kind(**{name: end_to_end[begin:end].reshape(shape)}, **dict(zip(others, row, strict=True)))
+        )
     return carriers
 
 

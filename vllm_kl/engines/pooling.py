@@ -84,7 +84,9 @@ class PoolingEngine:
         while self._waiting and len(self._in_core) < self._max_in_core:
             self._send(self._waiting.popleft(), version)
         for output in self._core.get_output().outputs if self._in_core else ():
-            if output.request_id not in self._in_core or (output.pooling_output is None and not output.finished):
+            if output.request_id not in self._in_core or (
+                output.pooling_output is None and not output.finished
+            ):
                 continue
             job = self._in_core.pop(output.request_id)
             if output.pooling_output is None:
@@ -117,7 +119,9 @@ class PoolingEngine:
             num_ids=request.num_ids,
             ids=b"" if request.ids is None else request.ids.tobytes(),
         )
-        params = PoolingParams(task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout))
+        params = PoolingParams(
+            task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout)
+        )
         self._in_core[request_id] = job
         core_request = EngineCoreRequest(
             request_id=request_id,

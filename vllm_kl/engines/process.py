@@ -59,7 +59,9 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
     }
     is_cpu = not has_gpu()
     if is_cpu:
-        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # PyTorch's, read when it is imported: huge pages for what is large
+        environment["THP_MEM_ALLOC_ENABLE"] = (
+            "1"  # PyTorch's, read when it is imported: huge pages for what is large
+        )
     if is_cpu and options.get("enforce_eager", True):
         # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++ compiler
         # (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is imported.
@@ -213,7 +215,9 @@ class _Child:
     def call(self, kind: str, body: Any) -> Iterator[Iterator[Any]]:
         """Send a call; give its answers as they come. A call that is left early is cancelled."""
         if os.getpid() != self._owner_pid:
-            raise EngineError("the engine belongs to the process that started it, not to a fork: make one here")
+            raise EngineError(
+                "the engine belongs to the process that started it, not to a fork: make one here"
+            )
         if not self._finalizer.alive:
             raise EngineError("the engine is closed: make a new VLLMScorer")
         try:
@@ -255,7 +259,10 @@ class _OwnedWeights:
         self._options = options
         self._kept: list[Checkpoint] = []  # each may be what the child serves
         self._last = 0
-        self._served: tuple[int, str | None] | None = (0, None)  # version and folder; None: the child must be asked
+        self._served: tuple[int, str | None] | None = (
+            0,
+            None,
+        )  # version and folder; None: the child must be asked
         self._lock = threading.Lock()
 
     @functools.cached_property

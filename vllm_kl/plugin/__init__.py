@@ -29,7 +29,9 @@ from vllm_kl.plugin import allowed
 
 # Base architectures that this process and its children can load for scoring, separated by commas. An environment
 # variable, because an engine's workers are processes of their own, which load plugins before they know their model.
-ARCHITECTURES = "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of its own prefix that it does not know
+ARCHITECTURES = (
+    "VLLMKL_ARCHITECTURES"  # not VLLM_: vLLM warns of variables of its own prefix that it does not know
+)
 
 
 def register() -> None:
@@ -62,7 +64,9 @@ def enable(base_architecture: str) -> str:
         OptionError: the plugin is turned off.
     """
     if not allowed.is_on():
-        raise OptionError(f"{allowed.SWITCH}=0 turns off what an engine of this package needs in its process: unset it")
+        raise OptionError(
+            f"{allowed.SWITCH}=0 turns off what an engine of this package needs in its process: unset it"
+        )
     import vllm
 
     from vllm_kl.plugin import adapters, cap, cpu, models, taken, weights, whole

@@ -42,7 +42,9 @@ class Differences:
     # Of these, the numbers of a checkpoint as they are.
     plain: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # into, under which name, what
-    moved: list[str] = field(default_factory=list)  # where to; code that was compiled does not look there again
+    moved: list[str] = field(
+        default_factory=list
+    )  # where to; code that was compiled does not look there again
     obstacles: list[str] = field(default_factory=list)  # places that do not match, as sentences
 
 
@@ -126,7 +128,9 @@ class _Walk:
             self._tensor(path, ours, theirs)
             return True
         if isinstance(theirs, float):
-            return isinstance(ours, float) and struct.pack("d", ours) == struct.pack("d", theirs)  # NaN is NaN
+            return isinstance(ours, float) and struct.pack("d", ours) == struct.pack(
+                "d", theirs
+            )  # NaN is NaN
         if theirs is None:  # what is of whole numbers depends on the texts, not on the weights
             return not (isinstance(ours, torch.Tensor) and ours.is_floating_point())
         if isinstance(theirs, (Mapping, list, tuple)):
@@ -168,7 +172,9 @@ class _Walk:
         if not isinstance(ours, FunctionType) or ours.__code__ is not theirs.__code__:
             return False
         values = zip(theirs.__code__.co_freevars, ours.__closure__ or (), cells, strict=True)
-        looked_into = [self._value(f"{path}.{name}", a.cell_contents, b.cell_contents) for name, a, b in values]
+        looked_into = [
+            self._value(f"{path}.{name}", a.cell_contents, b.cell_contents) for name, a, b in values
+        ]
         return all(looked_into)
 
     def _object(self, path: str, ours: Any, theirs: Any, names: tuple[str, ...]) -> bool:

@@ -15,7 +15,9 @@ import torch
 class Best:
     """``C`` candidates per row, changed in place."""
 
-    values: torch.Tensor  # [N, C] float32, in the unit of the logits; the order is the business of whoever fills it
+    values: (
+        torch.Tensor
+    )  # [N, C] float32, in the unit of the logits; the order is the business of whoever fills it
     ids: torch.Tensor  # [N, C] int64
 
     @classmethod

@@ -33,7 +33,9 @@ class _Shortened:
 def first_scored_token(request: Any) -> int | None:
     """Return ``start`` of a scheduler's request, or ``None`` if it is not ours."""
     pooling, sampling = request.pooling_params, request.sampling_params
-    readout = unpack(pooling.extra_kwargs) if pooling is not None else unpack(getattr(sampling, "extra_args", None))
+    readout = (
+        unpack(pooling.extra_kwargs) if pooling is not None else unpack(getattr(sampling, "extra_args", None))
+    )
     return None if readout is None else readout.start
 
 

@@ -24,7 +24,9 @@ def flattened(forward_cpu: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``RotaryEmbedding.forward_cpu`` for tensors ``[N, heads, size]`` too."""
 
     @functools.wraps(forward_cpu)
-    def forward(self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+    def forward(
+        self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> Any:
         if query.dim() != 3:
             return forward_cpu(self, positions, query, key)
         flat_key = None if key is None else key.reshape(len(key), -1)
@@ -39,9 +41,15 @@ def biased(compute_routing: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.model_executor.layers.fused_moe.router.cpu_router import _grouped_topk
 
     @functools.wraps(compute_routing)
-    def route(self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def route(
+        self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         knows_the_bias = self.use_grouped_topk or self.custom_routing_function is not None
-        if knows_the_bias or self.e_score_correction_bias is None or self.scoring_func not in ("softmax", "sigmoid"):
+        if (
+            knows_the_bias
+            or self.e_score_correction_bias is None
+            or self.scoring_func not in ("softmax", "sigmoid")
+        ):
             return compute_routing(self, hidden_states, router_logits, *args, **kwargs)
         return _grouped_topk(
             gating_output=router_logits,
@@ -86,7 +94,10 @@ def mend(worker: Any) -> bool:
     upstream = inspect.unwrap(RotaryEmbedding.forward_cpu)
     for module in worker.model_runner.get_model().modules():
         # It took the method from its class when it was made.
-        if isinstance(module, RotaryEmbedding) and getattr(module._forward_method, "__func__", None) is upstream:
+        if (
+            isinstance(module, RotaryEmbedding)
+            and getattr(module._forward_method, "__func__", None) is upstream
+        ):
             module._forward_method = module.forward_cpu
             changed = True
     return changed

@@ -47,7 +47,9 @@ Adapters = list[tuple[str, torch.nn.Module]]
 class Head(Protocol):
     """What the pooler asks of a head."""
 
-    def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
+    def read(
+        self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
+    ) -> torch.Tensor:
         """Return ``[N, K + 2 * top_k]`` float32: log-probs of K tokens, then the best tokens' ids and log-probs.
 
         Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below 2 ** 24, which
@@ -65,7 +67,9 @@ class MatrixHead:
     num_tokens: int  # of this rank's shard: the matrix has rows of padding after them
     first_token: int
 
-    def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
+    def read(
+        self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
+    ) -> torch.Tensor:
         weight_V_H = self.lm_head.weight[: self.num_tokens]
         scale = self.scale / temperature
         is_sharded = get_tensor_model_parallel_world_size() > 1
@@ -74,7 +78,9 @@ class MatrixHead:
             if self.num_tokens:  # a small vocabulary may leave a rank without any
                 local = ids_N_K - self.first_token
                 is_here = (local >= 0) & (local < self.num_tokens)
-                logits = kernel.token_logits(hidden_N_H, weight_V_H, local.clamp(0, self.num_tokens - 1)) * is_here
+                logits = (
+                    kernel.token_logits(hidden_N_H, weight_V_H, local.clamp(0, self.num_tokens - 1)) * is_here
+                )
             logits = tensor_model_parallel_all_reduce(logits)
         else:
             logits = kernel.token_logits(hidden_N_H, weight_V_H, ids_N_K)
@@ -114,8 +120,12 @@ class ModelHead:
     vocab_size: int
     adapters: Adapters
 
-    def read(self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float) -> torch.Tensor:
-        values = hidden_N_H.new_full((len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32)
+    def read(
+        self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
+    ) -> torch.Tensor:
+        values = hidden_N_H.new_full(
+            (len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32
+        )
         bytes_per_row = 12 * self.vocab_size  # the model's logits, a float32 copy, its log-softmax
         step = max(16, _MAX_LOGITS_BYTES // bytes_per_row // 16 * 16)
         for low in range(0, len(ids_N_K), step):
@@ -137,7 +147,9 @@ class ModelHead:
 def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
     """Return the fastest head that returns what ``model.compute_logits`` returns."""
     generator = torch.Generator().manual_seed(0)  # the same rows on every rank
-    probe = torch.randn(6, hidden_states.shape[1], generator=generator) * torch.tensor([[0.2], [1], [1], [1], [5], [5]])
+    probe = torch.randn(6, hidden_states.shape[1], generator=generator) * torch.tensor(
+        [[0.2], [1], [1], [1], [5], [5]]
+    )
     probe = probe.to(hidden_states)
     adapters = [(name, m) for name, m in model.named_modules() if isinstance(m, LogitsProcessorWithLoRA)]
     logits, call = _watch_logits(model, probe, adapters)

@@ -155,7 +155,9 @@ def _walk_shifted_products(
 
     stretch = 1
     while done < vocab_size:
-        slices = [slice(low, min(low + width, vocab_size)) for low in range(done, vocab_size, width)[:stretch]]
+        slices = [
+            slice(low, min(low + width, vocab_size)) for low in range(done, vocab_size, width)[:stretch]
+        ]
         # What the total will be after this stretch, if its columns are like those done.
         expected = total * (slices[-1].stop / done)
         if (expected > _GROWN).any():
@@ -262,12 +264,16 @@ def _walk_float32_products(
     """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
     num_rows, vocab_size = len(hidden), len(weight)
     # Ranking makes copies of the tile. Slices of one size: a last one of a single column would be compiled by itself.
-    num_slices = math.ceil(vocab_size / max(1024, (_CUDA_TILE if best is None else _CUDA_TILE // 2) // num_rows))
+    num_slices = math.ceil(
+        vocab_size / max(1024, (_CUDA_TILE if best is None else _CUDA_TILE // 2) // num_rows)
+    )
     columns = math.ceil(vocab_size / num_slices)
     tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
     top = torch.full((num_rows, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
     total = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden.device)
-    update = _fused_update() if num_rows > 1 else _update  # torch.compile makes a graph of its own for a single row
+    update = (
+        _fused_update() if num_rows > 1 else _update
+    )  # torch.compile makes a graph of its own for a single row
     for low in range(0, vocab_size, columns):
         high = min(vocab_size, low + columns)
         logits = tile[: num_rows * (high - low)].view(num_rows, high - low)

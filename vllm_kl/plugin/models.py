@@ -26,7 +26,9 @@ def register(base_architecture: str) -> str:
     if name not in ModelRegistry.get_supported_archs():
         # vLLM keeps a class's properties on disk, by this file's hash and the name: another vLLM must not find them.
         ModelRegistry.register_model(name, f"{__name__}:{name}@{vllm.__version__}")
-        if base_architecture in MODELS_CONFIG_MAP:  # adjustments that vLLM makes to an architecture, by its name
+        if (
+            base_architecture in MODELS_CONFIG_MAP
+        ):  # adjustments that vLLM makes to an architecture, by its name
             MODELS_CONFIG_MAP[name] = MODELS_CONFIG_MAP[base_architecture]
     return name
 
@@ -51,7 +53,10 @@ def _scoring_class(base_architecture: str) -> type:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:  # vLLM looks for these two names
             # Models look at their architecture's name: the transformers backend renames weights by it.
             config = vllm_config.model_config.hf_config
-            ours, config.architectures = config.architectures, getattr(config, BASE_ARCHITECTURES, [base_architecture])
+            ours, config.architectures = (
+                config.architectures,
+                getattr(config, BASE_ARCHITECTURES, [base_architecture]),
+            )
             try:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
             finally:

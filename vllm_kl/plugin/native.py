@@ -57,9 +57,18 @@ def _reduce_compiled(
     assert shift_N.dtype == sums_N.dtype == torch.float32
     assert tile_N_S.stride(1) == 1
     num_rows, num_columns = tile_N_S.shape
-    found = (None, None, 0) if best is None else (best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1])
+    found = (
+        (None, None, 0) if best is None else (best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1])
+    )
     getattr(_library()[0], f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
-        *(tile_N_S.data_ptr(), tile_N_S.stride(0), shift_N.data_ptr(), sums_N.data_ptr(), num_rows, num_columns),
+        *(
+            tile_N_S.data_ptr(),
+            tile_N_S.stride(0),
+            shift_N.data_ptr(),
+            sums_N.data_ptr(),
+            num_rows,
+            num_columns,
+        ),
         *(*found, first_id),
     )
 
@@ -84,7 +93,13 @@ def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: to
     if library is not None and hidden_N_H.dtype in _NAME_OF and hidden_N_H.dtype == weight_V_H.dtype:
         hidden, weight, ids = hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K.contiguous()
         getattr(library, f"token_logits_{_NAME_OF[hidden.dtype]}")(
-            hidden.data_ptr(), weight.data_ptr(), ids.data_ptr(), logits.data_ptr(), num_rows, num_ids, hidden_size
+            hidden.data_ptr(),
+            weight.data_ptr(),
+            ids.data_ptr(),
+            logits.data_ptr(),
+            num_rows,
+            num_ids,
+            hidden_size,
         )
         return logits
     step = max(1, _MAX_GATHERED_BYTES // (4 * max(1, num_ids) * hidden_size))
@@ -106,11 +121,25 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        return None, f"LM heads take up to twice as long without a C++ compiler (c++, or that of CXX): {reason}"
+        return (
+            None,
+            f"LM heads take up to twice as long without a C++ compiler (c++, or that of CXX): {reason}",
+        )
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in _NAME_OF.values():
         reduce, logits = getattr(library, f"reduce_{name}"), getattr(library, f"token_logits_{name}")
-        reduce.argtypes = [pointer, number, pointer, pointer, number, number, pointer, pointer, number, number]
+        reduce.argtypes = [
+            pointer,
+            number,
+            pointer,
+            pointer,
+            number,
+            number,
+            pointer,
+            pointer,
+            number,
+            number,
+        ]
         logits.argtypes = [*[pointer] * 4, *[number] * 3]
         reduce.restype = logits.restype = None
     return library, ""
@@ -121,12 +150,16 @@ def _build() -> Path:
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     flags = _FLAGS, _FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), "")
     command = [*compiler, *" ".join(flags).split()]
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([platform.machine(), *command]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        _SOURCE.read_bytes() + " ".join([platform.machine(), *command]).encode()
+    ).hexdigest()[:16]
     library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"kernel-{key}.so")
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             unfinished = Path(folder, library.name)
-            subprocess.run([*command, str(_SOURCE), "-o", str(unfinished)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [*command, str(_SOURCE), "-o", str(unfinished)], check=True, capture_output=True, text=True
+            )
             unfinished.replace(library)
     return library

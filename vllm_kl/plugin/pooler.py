@@ -57,7 +57,9 @@ class LogProbPooler(Pooler):
         highs, counts = cursor.seq_lens_cpu.tolist(), cursor.num_scheduled_tokens_cpu.tolist()
 
         spans, offset = defaultdict(list), 0
-        for i, (readout, length, high, count) in enumerate(zip(readouts, lengths, highs, counts, strict=True)):
+        for i, (readout, length, high, count) in enumerate(
+            zip(readouts, lengths, highs, counts, strict=True)
+        ):
             first, last = max(readout.start - 1, high - count), min(high, length - 1)
             if first < last:
                 same = (readout.temperature, readout.top_k, readout.num_ids)
@@ -88,13 +90,19 @@ class LogProbPooler(Pooler):
         columns = (lows + 1).repeat_interleave(counts) + within
         wanted = token_ids[requests.repeat_interleave(counts), columns][:, None].long()
         if readout.num_ids:
-            chosen = [s.readout.chosen_ids()[s.low + 1 - s.readout.start : s.high + 1 - s.readout.start] for s in spans]
+            chosen = [
+                s.readout.chosen_ids()[s.low + 1 - s.readout.start : s.high + 1 - s.readout.start]
+                for s in spans
+            ]
             wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
         wanted = wanted.to(device)
         values = torch.empty(len(rows), readout.num_columns, dtype=torch.float32, device=device)
         for block in row_blocks(len(rows), hidden_states.shape[1], readout.top_k):
             values[block] = self._head.read(
-                hidden_states[rows[block]], wanted[block], top_k=readout.top_k, temperature=readout.temperature
+                hidden_states[rows[block]],
+                wanted[block],
+                top_k=readout.top_k,
+                temperature=readout.temperature,
             )
         return values
 

@@ -63,7 +63,9 @@ def _end_with(owner_pid: int) -> None:
     elif name.startswith("VllmWorker"):
         core_pid = os.getppid()
     else:
-        logger.warning("vllm_kl: %s is no process of vLLM's that is known: it goes on when its owner is killed", name)
+        logger.warning(
+            "vllm_kl: %s is no process of vLLM's that is known: it goes on when its owner is killed", name
+        )
         return
     if parent_of(core_pid) == owner_pid:  # not of a fork server, or seen from another pid namespace
         end_with_owner(owner_pid, lambda: os.kill(core_pid, signal.SIGKILL), owned_pid=core_pid)

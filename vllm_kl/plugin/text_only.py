@@ -105,7 +105,9 @@ class _Name(type):
         return _Name(name, (), {})
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise ImportError(f"{cls.__name__} is torchvision's, which is not installed: this engine serves text only")
+        raise ImportError(
+            f"{cls.__name__} is torchvision's, which is not installed: this engine serves text only"
+        )
 
 
 class _Names(ModuleType):

@@ -33,7 +33,9 @@ READY = "vllm_kl_can_load_weights"
 
 # Attributes of a worker.
 _PREPARED = "_vllm_kl_prepared"
-_LOADS = "_vllm_kl_loads"  # by others, since weights were adopted: the folder of each, None where it is not known
+_LOADS = (
+    "_vllm_kl_loads"  # by others, since weights were adopted: the folder of each, None where it is not known
+)
 
 
 def install() -> None:
@@ -113,7 +115,9 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
         reload_weights = getattr(worker, "reload_weights", None)
         start = getattr(worker, "start_weight_update", None)
 
-        def reload_and_note(weights_iterator: Any = None, weights_path: str | None = None, **options: Any) -> Any:
+        def reload_and_note(
+            weights_iterator: Any = None, weights_path: str | None = None, **options: Any
+        ) -> Any:
             is_folder = weights_iterator is None and options.get("is_checkpoint_format", True)
             # Refused, it has touched nothing.
             if is_folder and _is_mended(worker) and _load_whole(worker, weights_path):

@@ -77,7 +77,9 @@ def _places(parameter: torch.nn.Parameter) -> torch.Tensor:
     data = parameter.data
     if data.numel() <= _MARK_ALL or not data.is_contiguous() or _num_padding(parameter):
         return data
-    return data.view(-1)[:: data.numel() // _NUM_MARKS | 1]  # odd: rows have even lengths, and all columns are hit
+    return data.view(-1)[
+        :: data.numel() // _NUM_MARKS | 1
+    ]  # odd: rows have even lengths, and all columns are hit
 
 
 def _num_padding(parameter: torch.nn.Parameter) -> int:

@@ -44,7 +44,9 @@ class Audit:
         if not isinstance(tolerance, numbers.Real) or not 0 < tolerance < math.inf:
             raise OptionError(f"audit_tolerance must be a positive number of nats; got {tolerance!r}")
         if on_drift not in get_args(OnDrift):
-            raise OptionError(f"on_drift={on_drift!r} does not exist; choose one of {', '.join(get_args(OnDrift))}")
+            raise OptionError(
+                f"on_drift={on_drift!r} does not exist; choose one of {', '.join(get_args(OnDrift))}"
+            )
         self.fraction = float(fraction)
         self.tolerance = float(tolerance)
         self.on_drift = on_drift
@@ -55,7 +57,11 @@ class Audit:
     @property
     def metrics(self) -> dict[str, float]:
         """Figures of the last audit, for a logger."""
-        found = {} if self.found is None else {f"audit_{name}": value for name, value in self.found.metrics.items()}
+        found = (
+            {}
+            if self.found is None
+            else {f"audit_{name}": value for name, value in self.found.metrics.items()}
+        )
         return found | ({"audit_skipped_samples": float(self.num_skipped)} if self.fraction else {})
 
     @property

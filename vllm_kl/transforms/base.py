@@ -44,7 +44,9 @@ class NextTransform(Transform):
             return self._write(tensordict, next_tensordict)
         same = next_tensordict is tensordict
         flat = tensordict.reshape(-1) if len(shape) else lazy_stack([tensordict])
-        flat_next = flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
+        flat_next = (
+            flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
+        )
         written = self._write(flat, flat_next)
         return written.view(shape) if len(shape) else written[0]
 
@@ -146,7 +148,11 @@ class TokensTransform(NextTransform):
         """Let the policy's weights be replaced, unless another transform of this env asks for them yet."""
         if (engine := self._asked_engine()) is None:
             return
-        asking = [it for it in self._neighbours() if isinstance(it, TokensTransform) and it._asked_engine() is engine]
+        asking = [
+            it
+            for it in self._neighbours()
+            if isinstance(it, TokensTransform) and it._asked_engine() is engine
+        ]
         if is_last or asking[-1] is self:
             lock_of(engine).close_step()
 

@@ -60,7 +60,12 @@ class Step:
     """One env step whose reference log-probs were asked for. Finished oldest first, each once."""
 
     def __init__(
-        self, number: int, owner: Deferral, future: Future, write: Callable[..., TensorDictBase], previous: Step | None
+        self,
+        number: int,
+        owner: Deferral,
+        future: Future,
+        write: Callable[..., TensorDictBase],
+        previous: Step | None,
     ) -> None:
         self.number = number
         self.owner = owner  # of all steps of one transform the same
@@ -144,7 +149,9 @@ class Deferral:
         self._num_steps = 0
 
     @classmethod
-    def of(cls, deferred: Deferred, ref_model: Any, *, detach: bool, on_two_references: OnStale) -> Deferral | None:
+    def of(
+        cls, deferred: Deferred, ref_model: Any, *, detach: bool, on_two_references: OnStale
+    ) -> Deferral | None:
         """Return what ``RetrieveKL(deferred=...)`` stands for; ``None`` for ``False``.
 
         Raises:
@@ -200,7 +207,11 @@ class Deferral:
             )
         collector = transform._collector()
         if self._until is True and not on_leaving(collector, fill_deferred):
-            what = "there is no collector" if collector is None else f"a {type(collector).__name__} has no postproc"
+            what = (
+                "there is no collector"
+                if collector is None
+                else f"a {type(collector).__name__} has no postproc"
+            )
             raise CollectorError(
                 f"deferred=True fills in what leaves a collector, but {what}. Append the transform to the env of an LLMCollector; "
                 "or pass deferred='buffer' and call vllm_kl.fill_deferred(batch), or deferred=False"
@@ -214,7 +225,11 @@ class Deferral:
             self,
             self._worker.submit(
                 functools.partial(
-                    _score, side, batch, temperature, expected_version if self.on_two_references == "raise" else None
+                    _score,
+                    side,
+                    batch,
+                    temperature,
+                    expected_version if self.on_two_references == "raise" else None,
                 )
             ),
             functools.partial(_write_apart, write, reward, len(batch), next_td.device),
@@ -293,7 +308,9 @@ def _fill(td: TensorDictBase) -> TensorDictBase:
     waiting: list[tuple[Handle, ...]] = [sample.get_non_tensor(PENDING, default=()) for sample in samples]
     if not any(waiting):
         return td
-    results = [[_result(handle, i, shape, waiting) for handle in handles] for i, handles in enumerate(waiting)]
+    results = [
+        [_result(handle, i, shape, waiting) for handle in handles] for i, handles in enumerate(waiting)
+    ]
     _check_versions(waiting, shape)
     for i, entries in enumerate(results):
         if entries:
@@ -308,7 +325,9 @@ def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handl
         return handle.step.results()[handle.row]
     except Exception as error:
         rows = {h.row: i for i, handles in enumerate(waiting) for h in handles if h.step is handle.step}
-        where = f"env step {handle.step.number}, of which this batch has sample {place(i, shape)} and maybe more"
+        where = (
+            f"env step {handle.step.number}, of which this batch has sample {place(i, shape)} and maybe more"
+        )
         row = getattr(error, "sample", None)
         if row is not None:
             at = rows.get(row)
@@ -327,7 +346,9 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
         before, version = first.setdefault(handle.step.owner, (i, handle.step.version))
         if version != handle.step.version:
             owner = handle.step.owner
-            two_references(place(before, shape), version, place(i, shape), handle.step.version, owner.on_two_references)
+            two_references(
+                place(before, shape), version, place(i, shape), handle.step.version, owner.on_two_references
+            )
             return
 
 
@@ -362,7 +383,9 @@ def _write_apart(
 
 def _check_later(transform: Transform) -> None:
     """Refuse an env whose later transforms read or write the reward: they would do it before the KL is subtracted."""
-    transforms = [module for module in transform.container.transform.modules() if isinstance(module, Transform)]
+    transforms = [
+        module for module in transform.container.transform.modules() if isinstance(module, Transform)
+    ]
     for other in transforms[transforms.index(transform) + 1 :]:
         if "reward" in (*other.in_keys, *other.out_keys):
             raise OptionError(

@@ -64,7 +64,9 @@ class EnginePolicyVersion(PolicyVersion):
         if version == self.version:
             return
         if not isinstance(self._weights, LiveWeights):
-            raise WeightsError("the engine of a scorer counts for itself: push the resumed weights under their version")
+            raise WeightsError(
+                "the engine of a scorer counts for itself: push the resumed weights under their version"
+            )
         self._weights.take_over(version=version)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnginePolicyVersion:

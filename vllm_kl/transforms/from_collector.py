@@ -157,7 +157,9 @@ class FromCollector:
         self.gen_log_probs = gen_log_probs
         self.audit = Audit(audit, tolerance=audit_tolerance, on_drift=on_drift)
         if audit and gen_log_probs == "rescore":
-            raise OptionError("audit has no effect with gen_log_probs='rescore': every log-prob is the engine's own")
+            raise OptionError(
+                "audit has no effect with gen_log_probs='rescore': every log-prob is the engine's own"
+            )
         self._placeholders = check_placeholders(placeholders)
         check_on_zero(on_zero)
         self.on_zero: OnZero = on_zero
@@ -211,7 +213,9 @@ class FromCollector:
     def asks(self, policy: Any) -> bool:
         return True
 
-    def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0) -> Scored:
+    def log_probs(
+        self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float = 1.0
+    ) -> Scored:
         """Return the log-probs of a batch, recorded or scored again.
 
         Raises:
@@ -248,7 +252,9 @@ class FromCollector:
                 if unlike:
                     self._say(f"{unlike}. {again}. {TEMPERATURES}")
                 else:
-                    self._note(f"nothing is reused: {why_not}. {again}, which costs another pass over every sample")
+                    self._note(
+                        f"nothing is reused: {why_not}. {again}, which costs another pass over every sample"
+                    )
         if policy is None and collector is not None:
             raise CollectorError(
                 f"from_collector: {why}the collector's policy is a {type(collector.policy).__name__}, which cannot be asked to "
@@ -285,7 +291,9 @@ class FromCollector:
             MissingLogProbError: an exact 0.0 is no log-prob, and ``gen_log_probs="reuse"`` or nobody can be asked.
         """
         settled = Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
-        doubtful = {} if self.on_zero == "allow" else doubtful_zeros(recorded, ref, batch.packed_keep, batch.lengths)
+        doubtful = (
+            {} if self.on_zero == "allow" else doubtful_zeros(recorded, ref, batch.packed_keep, batch.lengths)
+        )
         if not doubtful:
             return settled, []
         policy = self.policy(collector)
@@ -307,14 +315,17 @@ class FromCollector:
         text = zero_text("recorded log-probs", i, int(at[0]), but, false)
         if self.gen_log_probs == "reuse":
             complain(
-                f"{text}. Pass gen_log_probs='auto' or 'rescore', or leave such tokens out of the mask", self.on_zero
+                f"{text}. Pass gen_log_probs='auto' or 'rescore', or leave such tokens out of the mask",
+                self.on_zero,
             )
             return settled, []
         self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
         rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
         return dataclasses.replace(settled, values=torch.cat(rows), origin=again.origin), list(false)
 
-    def check_zeros(self, recorded: torch.Tensor, ref: torch.Tensor, batch: TokenBatch, temperature: float) -> None:
+    def check_zeros(
+        self, recorded: torch.Tensor, ref: torch.Tensor, batch: TokenBatch, temperature: float
+    ) -> None:
         """Refuse an exact 0.0 that the reference is not sure of, where nobody else can be asked.
 
         Raises:
@@ -377,7 +388,9 @@ class FromCollector:
         rows = zip(batch.keep, batch.columns, prompts, strict=True)
         return [keep & (columns < len(prompt)) for keep, columns, prompt in rows]
 
-    def _recorded(self, batch: TokenBatch, td: TensorDictBase, policy: Any) -> tuple[torch.Tensor | None, str | None]:
+    def _recorded(
+        self, batch: TokenBatch, td: TensorDictBase, policy: Any
+    ) -> tuple[torch.Tensor | None, str | None]:
         """Return the recorded log-probs, or why they cannot be used."""
         key = self._key
         if policy is not None:
@@ -402,7 +415,10 @@ class FromCollector:
             # While it generates, TorchRL 0.14's vLLMWrapper writes 0.0 where vLLM gave no log-prob for a prompt token.
             at = (kept & (row == 0)).nonzero()
             if len(at):
-                return None, f"{key} of sample {i} is 0.0 at token {int(at[0])}, a prompt token that was not scored"
+                return (
+                    None,
+                    f"{key} of sample {i} is 0.0 at token {int(at[0])}, a prompt token that was not scored",
+                )
         return values.clamp_(max=0.0), None
 
     def _audit(
@@ -427,7 +443,9 @@ class FromCollector:
         self.audit.check(recorded, batch, origins(td), score, tokenizer)
 
     def _can_score(self, policy: Any, temperature: float) -> bool:
-        return policy is not None and is_same_temperature(temperature_of(self._scorer_of(policy)), temperature)
+        return policy is not None and is_same_temperature(
+            temperature_of(self._scorer_of(policy)), temperature
+        )
 
     def _say(self, message: str) -> None:
         """Warn of what is found at every step, once for each cause."""

@@ -142,14 +142,18 @@ class KLComputation(KLTransform):
 
         return self.penalty.write(next_td, gen, ref, mask, lengths, to_rows, is_mask_known=stored is not None)
 
-    def _check_sides(self, gen: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> None:
+    def _check_sides(
+        self, gen: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor, lengths: list[int]
+    ) -> None:
         """Refuse log-probs that are none, or none of the other side's temperature."""
         keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
         neighbours = self._neighbours()
         at = {key: next((t for n in neighbours if (t := n.scored_at(key)) is not None), None) for key in keys}
         if None not in at.values() and not is_same_temperature(*at.values()):
             found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
-            raise OptionError(f"{found}: the KL of equal weights would not be 0. Give both sides one temperature")
+            raise OptionError(
+                f"{found}: the KL of equal weights would not be 0. Give both sides one temperature"
+            )
         for key, other_key, side, other in ((*keys, gen, ref), (*keys[::-1], ref, gen)):
             if at[key] is None:
                 names = {"what": str(key), "who": str(other_key), "cure": _CURE}

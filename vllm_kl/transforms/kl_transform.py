@@ -67,7 +67,11 @@ class Coefficient:
     def state(self) -> dict[str, Any]:
         """What it has counted, and a controller's coefficient."""
         own = self.given.state_dict() if hasattr(self.given, "state_dict") else None
-        return {"batches": self._num_batches, "coef": self.given.coef if self._is_controller else None, "own": own}
+        return {
+            "batches": self._num_batches,
+            "coef": self.given.coef if self._is_controller else None,
+            "own": own,
+        }
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
@@ -112,7 +116,9 @@ class Penalty:
         direction: Direction,
     ) -> None:
         if isinstance(extra_estimators, str):
-            raise OptionError(f"extra_estimators must be a sequence of names, such as ({extra_estimators!r},)")
+            raise OptionError(
+                f"extra_estimators must be a sequence of names, such as ({extra_estimators!r},)"
+            )
         for name in (estimator, *extra_estimators):
             check_estimator(name, direction, clamp_log_ratio, clamp_output, known=TOKEN_ESTIMATORS)
         names = [(kl_key, estimator), *((_beside(kl_key, f"kl_{name}"), name) for name in extra_estimators)]
@@ -154,7 +160,10 @@ class Penalty:
             log_probs: entries to write beside the KL, laid out.
             is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
         """
-        kl = {key: estimate(gen, ref, lengths, estimator=name, **self._how) for key, name in self._estimators.items()}
+        kl = {
+            key: estimate(gen, ref, lengths, estimator=name, **self._how)
+            for key, name in self._estimators.items()
+        }
         coeff = self.coefficient.value() if self.add_to_reward else None
         sums = {self._estimators[key]: sums_of(values.detach(), lengths).cpu() for key, values in kl.items()}
         entries = {key: to_rows(values) for key, values in kl.items()}
@@ -177,7 +186,9 @@ class Penalty:
 class KLTransform(NextTransform):
     """A transform with a :class:`Penalty`: reads and writes its keys, and the reward's, beside its own."""
 
-    def __init__(self, penalty: Penalty, *, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
+    def __init__(
+        self, penalty: Penalty, *, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]
+    ) -> None:
         reward = ["reward"] if penalty.add_to_reward else []
         check_distinct([*out_keys, *penalty.keys, "reward"])
         super().__init__(in_keys=[*in_keys, *reward], out_keys=[*out_keys, *penalty.keys, *reward])
@@ -211,7 +222,9 @@ class KLTransform(NextTransform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         for key in self.penalty.keys:
-            declare(observation_spec, key, dtype=torch.bool if key == self.penalty.mask_key else torch.float32)
+            declare(
+                observation_spec, key, dtype=torch.bool if key == self.penalty.mask_key else torch.float32
+            )
         return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:

@@ -36,7 +36,9 @@ def on_leaving(collector: Any, work: Work) -> bool:
         if collector is not None:
             _say_that_it_has_none(type(collector))
         return False
-    if not isinstance(collector.postproc, _Leaving):  # looked at every step: a postproc may be set at any time
+    if not isinstance(
+        collector.postproc, _Leaving
+    ):  # looked at every step: a postproc may be set at any time
         collector.postproc = _Leaving(collector.postproc)
     if work not in collector.postproc.works:
         collector.postproc.works.append(work)

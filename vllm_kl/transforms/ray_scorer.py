@@ -30,7 +30,9 @@ class _ScorerActor:
     def of_the_scorer(self, name: str, default: Any) -> Any:
         return getattr(self._scorer, name, default)
 
-    def score(self, token_ids: list[np.ndarray], start: list[int]) -> tuple[list[np.ndarray], ScoreStats | None]:
+    def score(
+        self, token_ids: list[np.ndarray], start: list[int]
+    ) -> tuple[list[np.ndarray], ScoreStats | None]:
         ids = [torch.from_numpy(row.copy()) for row in token_ids]
         with torch.no_grad():
             if hasattr(self._scorer, "score_and_tell"):
@@ -67,7 +69,11 @@ class RayScorer:
                     f"there is no Ray actor named {actor_name!r}, and no ref_model_factory to make one"
                 ) from error
         else:
-            named = {} if actor_name is None else {"name": actor_name, "get_if_exists": True, "lifetime": "detached"}
+            named = (
+                {}
+                if actor_name is None
+                else {"name": actor_name, "get_if_exists": True, "lifetime": "detached"}
+            )
             remote = ray.remote(_ScorerActor).options(num_cpus=num_cpus, num_gpus=num_gpus, **named)
             self._actor = remote.remote(build)
         self.stats: ScoreStats | None = None
@@ -87,7 +93,9 @@ class RayScorer:
         """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""
         return self.score_and_tell(token_ids, start)[0]
 
-    def score_and_tell(self, token_ids: list[Any], start: list[int]) -> tuple[list[torch.Tensor], ScoreStats | None]:
+    def score_and_tell(
+        self, token_ids: list[Any], start: list[int]
+    ) -> tuple[list[torch.Tensor], ScoreStats | None]:
         """As :meth:`score`; also return the figures of this very call, ``None`` where the actor's scorer has none."""
         arrays = [np.asarray(ids) for ids in token_ids]
         scored, stats = self._get(self._actor.score.remote(arrays, list(start)))

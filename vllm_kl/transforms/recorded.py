@@ -102,9 +102,13 @@ def recorded_by(policy: Any, params: Any = None) -> Recorded | None:
     sampled_with = ", ".join([f"temperature={temperature:g}", *map(_shown, changes.items())])
     why = f"the policy samples with {sampled_with}, and its engine has logprobs_mode={mode!r}"
     if mode in ("raw_logits", "processed_logits"):
-        return Recorded(None, f"they are logits, no log-probs: the policy's engine has logprobs_mode={mode!r}")
+        return Recorded(
+            None, f"they are logits, no log-probs: the policy's engine has logprobs_mode={mode!r}"
+        )
     if "structured_outputs" in changes:
-        return Recorded(None, f"they are those of the logits that structured_outputs left, in any logprobs_mode: {why}")
+        return Recorded(
+            None, f"they are those of the logits that structured_outputs left, in any logprobs_mode: {why}"
+        )
     if mode == "raw_logprobs" or (not changes and temperature in (0.0, 1.0) and mode != "processed_logprobs"):
         return Recorded(1.0, why)
     if mode != "processed_logprobs":
@@ -112,7 +116,9 @@ def recorded_by(policy: Any, params: Any = None) -> Recorded | None:
         return Recorded(None, why)
     changes |= dict.fromkeys(_processors(model))
     if changes:
-        return Recorded(None, f"they are processed, those of the logits that {', '.join(changes)} left: {why}")
+        return Recorded(
+            None, f"they are processed, those of the logits that {', '.join(changes)} left: {why}"
+        )
     return Recorded(temperature or 1.0, why)  # greedy: logits are not divided by 0
 
 
@@ -138,10 +144,16 @@ def _changes(params: Any) -> dict[str, Any]:
 
     default = SamplingParams()
     if not isinstance(params, dict):
-        params = {name: getattr(params, name, None) for name in SamplingParams.__struct_fields__ if name[0] != "_"}
+        params = {
+            name: getattr(params, name, None) for name in SamplingParams.__struct_fields__ if name[0] != "_"
+        }
     if (params.get("top_k") or 0) <= 0:  # both 0 and -1 are all tokens
         params = {**params, "top_k": default.top_k}
-    return {k: v for k, v in params.items() if k not in NEUTRAL and v not in (None, {}, [], getattr(default, k, None))}
+    return {
+        k: v
+        for k, v in params.items()
+        if k not in NEUTRAL and v not in (None, {}, [], getattr(default, k, None))
+    }
 
 
 def check_on_zero(on_zero: str) -> None:

@@ -92,7 +92,9 @@ class RetokenizedTurns(NextTransform):
         super().__init__(in_keys=[full], out_keys=[])
         self.metrics: dict[str, float] = {}
         self._keys = InputKeys(input_mode="tokens", key=full, tokens_key=tokens_key, masks_key=masks_key)
-        self._last: list[tuple[int, torch.Tensor] | None] = []  # by row of the env: number and ids [L] of its last turn
+        self._last: list[
+            tuple[int, torch.Tensor] | None
+        ] = []  # by row of the env: number and ids [L] of its last turn
         self._num_later = self._num_retokenized = 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -58,9 +58,13 @@ def _check_keys(gen_key: NestedKey, ref_key: NestedKey) -> None:
         raise OptionError(f"both sides would be written to {gen_key}: give each a key of its own")
 
 
-def _reference_here(ref_model: Any, factory: Callable[[], Any] | None, actor_name: str | None, **options: Any) -> Any:
+def _reference_here(
+    ref_model: Any, factory: Callable[[], Any] | None, actor_name: str | None, **options: Any
+) -> Any:
     if given := [*(["actor_name"] if actor_name is not None else []), *options]:
-        raise OptionError(f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}")
+        raise OptionError(
+            f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
+        )
     return one_of("ref", ref_model, factory)
 
 
@@ -78,7 +82,9 @@ def _shared_pad_output(models: dict[str, Any]) -> bool:
     return pads["ref_model"]
 
 
-def _from_collector(gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[str, Any]) -> FromCollector | None:
+def _from_collector(
+    gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[str, Any]
+) -> FromCollector | None:
     """Return the generation side where a collector gives it; ``None``: ``gen_model`` is a model.
 
     Raises:
@@ -87,7 +93,9 @@ def _from_collector(gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[st
     if isinstance(gen_model, (str, FromCollector)):
         return FromCollector.of(gen_model, gen_log_probs, **reusing)
     if gen_log_probs == "reuse":
-        raise OptionError("gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'")
+        raise OptionError(
+            "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
+        )
     if reusing:
         raise OptionError(
             f"{next(iter(reusing))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
@@ -219,7 +227,12 @@ class RetrieveKL(TokensTransform, KLTransform):
     ) -> None:
         check_on_stale(on_stale)
         check_on_stale(on_two_references, "on_two_references")
-        reusing = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
+        reusing = {
+            "audit": audit,
+            "audit_tolerance": audit_tolerance,
+            "on_drift": on_drift,
+            "on_zero": on_zero,
+        }
         reusing = {name: value for name, value in reusing.items() if value is not None}
         penalty = Penalty(
             kl_key=kl_key,
@@ -250,7 +263,9 @@ class RetrieveKL(TokensTransform, KLTransform):
             warn_of_two_lengths(models["gen_model"], models["ref_model"])
         ref_side = ModelSide(models["ref_model"])
         self.ref_version_key = ref_version_key if ref_side.has_versions else None
-        in_keys = list(dict.fromkeys(keys_of(model, history_key=history_key).key for model in models.values()))
+        in_keys = list(
+            dict.fromkeys(keys_of(model, history_key=history_key).key for model in models.values())
+        )
         written = [gen_log_probs_full_key, ref_log_probs_full_key, self.ref_version_key]
         super().__init__(penalty, in_keys=in_keys, out_keys=[key for key in written if key is not None])
         self.ref_model = models["ref_model"]
@@ -260,9 +275,13 @@ class RetrieveKL(TokensTransform, KLTransform):
         self._gen = (
             _model_side(self.gen_model, ref_side)
             if from_collector is None
-            else from_collector.expecting(log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output)
+            else from_collector.expecting(
+                log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output
+            )
         )
-        self._deferral = Deferral.of(deferred, self.ref_model, detach=detach, on_two_references=on_two_references)
+        self._deferral = Deferral.of(
+            deferred, self.ref_model, detach=detach, on_two_references=on_two_references
+        )
         if self._deferral is not None:
             self.out_keys = []  # what a step writes is no result
         self.on_stale: OnStale = on_stale
@@ -296,7 +315,11 @@ class RetrieveKL(TokensTransform, KLTransform):
         return {**self.penalty.metrics, **self._rescored, **audit, **self._versions, **self._texts.metrics}
 
     def scored_at(self, key: NestedKey) -> float | None:
-        return self._ref.temperature if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key) else None
+        return (
+            self._ref.temperature
+            if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
+            else None
+        )
 
     def counts(self) -> dict[str, Any]:
         audit = self._gen.audit.state if isinstance(self._gen, FromCollector) else None
@@ -310,7 +333,9 @@ class RetrieveKL(TokensTransform, KLTransform):
     def _keys(self) -> InputKeys:
         return keys_of(
             self.ref_model,
-            tokenizer=self.tokenizer or self.ref_model.tokenizer or getattr(self.gen_model, "tokenizer", None),
+            tokenizer=self.tokenizer
+            or self.ref_model.tokenizer
+            or getattr(self.gen_model, "tokenizer", None),
             template_kwargs=self.tokenizer_kwargs,
             history_key=self.history_key,
             ids_of=self._gen.policy(self._collector()) if isinstance(self._gen, FromCollector) else None,
@@ -344,7 +369,9 @@ class RetrieveKL(TokensTransform, KLTransform):
         # A step of a collector is part of a batch, whose versions are read when it leaves.
         versions = None if self._is_step and collector is not None else policy_range(sampled)
         keeps_recorded = gen.is_recorded and next_td is td
-        write = partial(self._write_kl, batch, gen.values, versions, td.device, keeps_recorded, are_zeros_settled)
+        write = partial(
+            self._write_kl, batch, gen.values, versions, td.device, keeps_recorded, are_zeros_settled
+        )
         if ref is not None:
             return write(next_td, ref)
         return self._deferral.submit(
@@ -365,7 +392,9 @@ class RetrieveKL(TokensTransform, KLTransform):
 
     def _check_batch(self, td: TensorDictBase) -> TensorDictBase:
         self._versions = check_versions(
-            td, ref_version_key=self.ref_version_key or "ref_version", on_two_references=self.on_two_references
+            td,
+            ref_version_key=self.ref_version_key or "ref_version",
+            on_two_references=self.on_two_references,
         )
         return td
 
@@ -400,11 +429,15 @@ class RetrieveKL(TokensTransform, KLTransform):
         if not keeps_recorded:
             # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
             log_probs[self.gen_log_probs_full_key] = to_rows(gen)
-        written = self.penalty.write(next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs)
+        written = self.penalty.write(
+            next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs
+        )
         if self.ref_version_key is not None:
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
         if versions is not None:
-            self._versions = versions | ({} if self.ref_version_key is None else {"ref_version": float(ref_version)})
+            self._versions = versions | (
+                {} if self.ref_version_key is None else {"ref_version": float(ref_version)}
+            )
         return written
 
     def clone(self) -> Self:

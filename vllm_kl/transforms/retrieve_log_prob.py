@@ -148,7 +148,8 @@ class RetrieveLogProb(TokensTransform):
             check_stale(self._sampled(td), scored.origin, self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
         rows, masks = (
-            to_device(to_layout(side, batch, **layout), td.device) for side in (scored.values, batch.packed_keep)
+            to_device(to_layout(side, batch, **layout), td.device)
+            for side in (scored.values, batch.packed_keep)
         )
         if self.mask_key is not None:
             self._check_mask(next_td, masks)
@@ -156,7 +157,9 @@ class RetrieveLogProb(TokensTransform):
         if self.mask_key is not None:
             next_td = set_rows(next_td, self.mask_key, masks)
         if self.ref_version_key is not None:
-            next_td.set(self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device))
+            next_td.set(
+                self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device)
+            )
         return next_td
 
     def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:

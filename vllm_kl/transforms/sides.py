@@ -54,7 +54,9 @@ def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> S
     return Scored(values=spread(scored, spans, batch, what="log-probs"), origin=Origin(version, adapter))
 
 
-def _score(scorer: Scorer, token_ids: list[torch.Tensor], starts: list[int]) -> tuple[list[torch.Tensor], int | None]:
+def _score(
+    scorer: Scorer, token_ids: list[torch.Tensor], starts: list[int]
+) -> tuple[list[torch.Tensor], int | None]:
     if hasattr(scorer, "score_and_tell"):
         results, stats = scorer.score_and_tell(token_ids, starts)
         return results, None if stats is None else stats.weight_version
@@ -86,7 +88,9 @@ def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
         # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor. It names the
         # policy's adapter, if it has one: what generated is what scores.
         return VLLMScorer(
-            GenerateEngine(model.model, unwatched_call(model), lora_request=getattr(model, "lora_request", None)),
+            GenerateEngine(
+                model.model, unwatched_call(model), lora_request=getattr(model, "lora_request", None)
+            ),
             placeholders=placeholders,
         )
     if isinstance(model, TransformersWrapper):
@@ -189,7 +193,10 @@ class WrapperScorer:
 
     def _score_together(self, samples: list[int], token_ids: list[torch.Tensor]) -> list[torch.Tensor]:
         td = lazy_stack(
-            [TensorDict(tokens=Tokens(full=ids), masks=TensorDict(all_attention_mask=ids >= 0)) for ids in token_ids]
+            [
+                TensorDict(tokens=Tokens(full=ids), masks=TensorDict(all_attention_mask=ids >= 0))
+                for ids in token_ids
+            ]
         )
         rows = rows_of(self._model(td), nested(self._model.log_probs_key, "full")) or []
         for i, row, ids in zip(samples, rows, token_ids, strict=True):
@@ -263,7 +270,9 @@ class ModelSide:
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:
         self.check_temperature(temperature)
         scorer = self._scorer_of(self._model)
-        return score_batch(scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None)))
+        return score_batch(
+            scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None))
+        )
 
     def asks(self, policy: Any) -> bool:
         engine = getattr(getattr(self._scorer_of(self._model), "_engine", None), "_llm_engine", None)

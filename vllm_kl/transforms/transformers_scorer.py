@@ -38,7 +38,9 @@ class TransformersScorer:
             readout="logits",
             vocab_size=config.vocab_size,
             # "dynamic" RoPE goes on beyond it.
-            max_sequence_len=None if self._lengths.is_dynamic else getattr(config, "max_position_embeddings", None),
+            max_sequence_len=None
+            if self._lengths.is_dynamic
+            else getattr(config, "max_position_embeddings", None),
             length_side=self._lengths.side,
             placeholders=placeholder_ids(model.config),
         )

@@ -120,7 +120,9 @@ class VLLMReference(LLMWrapperBase):
         if generate or not return_log_probs:
             raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
         if input_mode not in ("history", "text", "tokens"):
-            raise OptionError(f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'")
+            raise OptionError(
+                f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'"
+            )
         if not isinstance(pad_output, bool):
             raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
         # vllm.LLM has a method named score as well: what generates is an engine.
@@ -231,7 +233,9 @@ class VLLMReference(LLMWrapperBase):
 
     def _write_tokens(self, td: TensorDictBase, out: TensorDictBase, batch: TokenBatch) -> None:
         """Write ids and masks in the layout that the log-probs will have. Ids that have it already are left alone."""
-        ids = self._lay_out(batch.packed_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0)
+        ids = self._lay_out(
+            batch.packed_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0
+        )
         stored = rows_of(td, nested(self.tokens_key, "full"))
         if out is not td or stored is None or [len(row) for row in ids] != [len(row) for row in stored]:
             set_rows(out, nested(self.tokens_key, "full"), ids, Tokens)
@@ -242,7 +246,11 @@ class VLLMReference(LLMWrapperBase):
 
     def _lay_out(self, values: torch.Tensor, batch: TokenBatch, *, padding_value: float = 0) -> Rows:
         return to_layout(
-            values, batch, pad_output=self.pad_output, padding_side=self.padding_side, padding_value=padding_value
+            values,
+            batch,
+            pad_output=self.pad_output,
+            padding_side=self.padding_side,
+            padding_value=padding_value,
         )
 
 
@@ -276,7 +284,9 @@ def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
         ) from error
 
 
-def _build_there(ref_model: Any, factory: Callable[[], Any] | None, device: Any) -> tuple[Scorer, dict[str, Any]]:
+def _build_there(
+    ref_model: Any, factory: Callable[[], Any] | None, device: Any
+) -> tuple[Scorer, dict[str, Any]]:
     """Return what scores with a model, and how it wants to be called. Runs in the actor, where the model will live."""
     model = ref_model if factory is None else factory()
     if device is not None:
@@ -317,6 +327,8 @@ def remote_reference(
     if ref_model is not None or ref_model_factory is not None:
         build = functools.partial(_build_there, ref_model, ref_model_factory, device)
     elif actor_name is None:
-        raise InputError("use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists")
+        raise InputError(
+            "use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists"
+        )
     scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
     return VLLMReference(scorer, **scorer.attributes)

@@ -94,7 +94,9 @@ class _Watched(vLLMWrapper):
                 llm_engine = engine_of(self)
                 uncounted = INITIAL if llm_engine is None else LiveWeights(llm_engine).uncounted
                 made += [
-                    _origin_of(output, completion, uncounted) for output in outputs for completion in output.outputs
+                    _origin_of(output, completion, uncounted)
+                    for output in outputs
+                    for completion in output.outputs
                 ]
         return outputs
 

@@ -48,7 +48,9 @@ with warnings.catch_warnings():
 
         def _get_server_weights(self) -> Any:
             if self._model is None:
-                raise OptionError("no weights: pass them to update_policy_weights_, or a model to VLLMWeightUpdater")
+                raise OptionError(
+                    "no weights: pass them to update_policy_weights_, or a model to VLLMWeightUpdater"
+                )
             return self._model
 
         def _maybe_map_weights(self, policy_or_weights: Any) -> Any:

@@ -181,7 +181,9 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
         entries.append(
             {
                 "number": i + 1,
-                "tokens": [table.setdefault(pair, len(table)) for pair in zip(sample.token_ids, texts, strict=True)],
+                "tokens": [
+                    table.setdefault(pair, len(table)) for pair in zip(sample.token_ids, texts, strict=True)
+                ],
                 "spans": _spans(sample.mask),
                 "policy": log_probs,
                 "ref": ref_log_probs,
@@ -210,7 +212,11 @@ def _spans(mask: Sequence[bool]) -> list[list[int]]:
 
 
 def _figures(
-    samples: Sequence[Sample], sums: Sequence[float], kl: Sequence[float], kl_name: str, ratios: Sequence[float]
+    samples: Sequence[Sample],
+    sums: Sequence[float],
+    kl: Sequence[float],
+    kl_name: str,
+    ratios: Sequence[float],
 ) -> list[tuple[str, str]]:
     """Return names and values of the figures of all samples; log-ratios are given where they are not the KL."""
     rewards = [sample.reward for sample in samples if sample.reward is not None]
@@ -262,7 +268,9 @@ def _histogram(values: Sequence[float], cap: float, name: str) -> dict[str, Any]
     for i, count in enumerate(counts):
         low, high = (edge * (2 * n / _NUM_BINS - 1) for n in (i, i + 1))
         where = f"{_number(low)} to {_number(high)}"
-        where = f"below {_number(high)}" if i == 0 else f"above {_number(low)}" if i == _NUM_BINS - 1 else where
+        where = (
+            f"below {_number(high)}" if i == 0 else f"above {_number(low)}" if i == _NUM_BINS - 1 else where
+        )
         bars.append(
             {
                 "x": round(i * _PLOT_WIDTH / _NUM_BINS, 2),
@@ -277,6 +285,10 @@ def _histogram(values: Sequence[float], cap: float, name: str) -> dict[str, Any]
         "height": _PLOT_HEIGHT,
         "bar_width": round(_PLOT_WIDTH / _NUM_BINS - 1.5, 2),
         "bars": bars,
-        "ticks_x": [{"x": _PLOT_WIDTH * (f + 1) / 2, "text": _number(f * edge)} for f in (-1, -0.5, 0, 0.5, 1)],
-        "ticks_y": [{"y": round(_PLOT_HEIGHT * (1 - math.log1p(n) / top), 2), "text": f"{n:,}"} for n in powers],
+        "ticks_x": [
+            {"x": _PLOT_WIDTH * (f + 1) / 2, "text": _number(f * edge)} for f in (-1, -0.5, 0, 0.5, 1)
+        ],
+        "ticks_y": [
+            {"y": round(_PLOT_HEIGHT * (1 - math.log1p(n) / top), 2), "text": f"{n:,}"} for n in powers
+        ],
     }

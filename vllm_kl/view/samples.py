@@ -99,7 +99,9 @@ class Sample:
                 "mask: keeps token 0, which has no log-prob because nothing comes before it: clear it there"
             )
         if sum(self.mask) != num_scored:
-            raise InputError(f"mask: keeps {sum(self.mask)} tokens, expected {num_scored}, one per value of log_probs")
+            raise InputError(
+                f"mask: keeps {sum(self.mask)} tokens, expected {num_scored}, one per value of log_probs"
+            )
         if self.kl is None:
             set_field("kl", [p - q for p, q in zip(self.log_probs, self.ref_log_probs, strict=True)])
 
@@ -299,7 +301,9 @@ def with_texts(samples: Sequence[Sample], tokenizer: str) -> list[Sample]:
             "transformers.AutoTokenizer loads"
         ) from None
     return [
-        sample if sample.tokens is not None else replace(sample, tokens=decode_tokens(sample.token_ids, loaded))
+        sample
+        if sample.tokens is not None
+        else replace(sample, tokens=decode_tokens(sample.token_ids, loaded))
         for sample in samples
     ]
 
@@ -359,7 +363,9 @@ def samples_from_batch(
             columns[name] = aligned(rows, batch, padding_side, str(key), keep=keep)
             only_kept(torch.cat(columns[name]), torch.cat(keep), batch.lengths, what=str(key))
         elif name in REQUIRED:
-            raise InputError(f"no {key}, neither under 'next' nor at the root: score the batch with RetrieveKL first")
+            raise InputError(
+                f"no {key}, neither under 'next' nor at the root: score the batch with RetrieveKL first"
+            )
     rewards = read_rewards(data, batch, keep, padding_side)
     out = []
     for i, sample in enumerate(data.unbind(0)):

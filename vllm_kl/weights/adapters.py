@@ -140,7 +140,11 @@ def describe(lora_request: Any) -> str:
 
 def identity(lora_request: Any) -> tuple[str, int, str] | None:
     """Return what makes two requests ask for one adapter. vLLM's own ``==`` looks at the name only."""
-    return None if lora_request is None else (lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path)
+    return (
+        None
+        if lora_request is None
+        else (lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path)
+    )
 
 
 def lora_options(lora_request: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +176,11 @@ def _read(lora_request: Any) -> _Adapter:
     Raises:
         WeightsError: they cannot be read; or hold no weights, or weights for the LM head.
     """
-    from vllm.lora.utils import get_adapter_absolute_path, is_base_embedding_weights, parse_fine_tuned_lora_name
+    from vllm.lora.utils import (
+        get_adapter_absolute_path,
+        is_base_embedding_weights,
+        parse_fine_tuned_lora_name,
+    )
 
     name = describe(lora_request)
     try:
@@ -195,7 +203,9 @@ def _read(lora_request: Any) -> _Adapter:
             f"{name} has weights for the LM head ({', '.join(heads)}): vLLM 0.32 cannot apply them to prompt tokens. Train it "
             "without lm_head in target_modules, or merge it (merge_and_unload) and score the merged checkpoint"
         )
-    return _Adapter(rank, sorted(modules), (str(folder), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)))
+    return _Adapter(
+        rank, sorted(modules), (str(folder), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats))
+    )
 
 
 def _weights_in(folder: Path) -> tuple[Path, list[str]]:

@@ -98,7 +98,12 @@ class Skeleton:
     """
 
     def __init__(
-        self, model: str, *, revision: str | None = None, trust_remote_code: bool = False, hf_overrides: Any = None
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        hf_overrides: Any = None,
     ) -> None:
         self._source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         self._name = model
@@ -107,7 +112,9 @@ class Skeleton:
             config.update(hf_overrides if isinstance(hf_overrides, dict) else {})
             with torch.device("meta"):
                 self._model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-        except AssertionError as error:  # the backend's classes ask for the configuration of an engine (vLLM 0.32)
+        except (
+            AssertionError
+        ) as error:  # the backend's classes ask for the configuration of an engine (vLLM 0.32)
             raise WeightsError(
                 f"in this process vLLM's transformers backend has changed the classes of {model!r}, so transformers cannot say "
                 "which weights it has. Let the engine have a process of its own: VLLM_ENABLE_V1_MULTIPROCESSING=1, or "
@@ -124,7 +131,9 @@ class Skeleton:
         # TensorDict.from_module gives these as well; no checkpoint holds them.
         self._computed = {name for name, _ in self._model.named_buffers()} - self._shapes.keys()
         self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
-        self._towers = self._shapes.keys() - _names_of_text(self._model)  # and what joins them to the language model
+        self._towers = self._shapes.keys() - _names_of_text(
+            self._model
+        )  # and what joins them to the language model
         self._by_text_name = {_text_name(name): name for name in self._shapes}
         self._has_told_of_towers = False
 
@@ -141,7 +150,9 @@ class Skeleton:
         """
         self._refuse_if_quantized()
         required = self._shapes.keys() - self._tied.keys()
-        given = {k: tensor for k, tensor in as_state_dict(source, required).items() if k not in self._computed}
+        given = {
+            k: tensor for k, tensor in as_state_dict(source, required).items() if k not in self._computed
+        }
         if self._towers:
             given = self._of_the_whole_model(given)
         is_text_alone = self._towers.isdisjoint(given)
@@ -154,7 +165,9 @@ class Skeleton:
             )
         for name, tensor in given.items():
             if tuple(tensor.shape) != self._shapes[name]:
-                raise WeightsError(f"{name}: got shape {list(tensor.shape)}, expected {list(self._shapes[name])}")
+                raise WeightsError(
+                    f"{name}: got shape {list(tensor.shape)}, expected {list(self._shapes[name])}"
+                )
             # NaN and infinities show in the smallest and largest number: one pass, and no mask as large as the tensor.
             if not torch.stack(tensor.aminmax()).isfinite().all():
                 bad = int((~tensor.isfinite()).sum())
@@ -171,7 +184,9 @@ class Skeleton:
         if self._towers and is_text_alone and not self._has_told_of_towers:
             self._has_told_of_towers = True
             names = _list(sorted(self._towers))
-            logger.warning("vllm_kl: the state dict holds the language model alone; these stay as they are: %s", names)
+            logger.warning(
+                "vllm_kl: the state dict holds the language model alone; these stay as they are: %s", names
+            )
         return given
 
     def _refuse_if_quantized(self) -> None:
@@ -188,7 +203,9 @@ class Skeleton:
         for name, tensor in given.items():
             ours = name if name in self._shapes else self._by_text_name.get(_text_name(name), name)
             if ours in renamed:
-                raise WeightsError(f"{name}: the state dict has {ours} of the engine's model twice, under two names")
+                raise WeightsError(
+                    f"{name}: the state dict has {ours} of the engine's model twice, under two names"
+                )
             renamed[ours] = tensor
         return renamed
 
@@ -208,12 +225,18 @@ class Skeleton:
                     refuse_another_model(self._model.config, config, os.fspath(source))
                 auto_class = _auto_class(config)
                 model, found = auto_class.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                    source,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **options,
                 )
         except WeightsError:
             raise
         except Exception as error:  # SafetensorError, RuntimeError, ImportError: each reader raises its own
-            raise WeightsError(f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}") from error
+            raise WeightsError(
+                f"{os.fspath(source)!r} is no checkpoint that transformers can read: {error}"
+            ) from error
         for name, here, expected in sorted(found["mismatched_keys"]):
             raise WeightsError(
                 f"{os.fspath(source)!r}: {name} has shape {list(here)}, its configuration says {list(expected)}"
@@ -232,7 +255,9 @@ class Skeleton:
         checkpoint = Checkpoint(folder, is_ours=True)  # deletes it, too, when writing fails
         try:
             with _no_bars():
-                self._model.save_pretrained(folder, state_dict=_each_its_own(state), max_shard_size=size_bytes + 1)
+                self._model.save_pretrained(
+                    folder, state_dict=_each_its_own(state), max_shard_size=size_bytes + 1
+                )
         except (OSError, SafetensorError) as error:
             checkpoint.delete()
             raise WeightsError(
@@ -246,7 +271,9 @@ def _each_its_own(state: StateDict) -> dict[str, torch.Tensor]:
     """Return tensors of which no two overlap: what a trainer shares, or keeps interleaved, is written under all its names."""
     ends: dict[tuple[torch.device, int], int] = {}
     own = {}
-    for name, tensor in sorted(state.items(), key=lambda item: item[1].storage_offset() * item[1].element_size()):
+    for name, tensor in sorted(
+        state.items(), key=lambda item: item[1].storage_offset() * item[1].element_size()
+    ):
         start = tensor.storage_offset() * tensor.element_size()
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         where = (tensor.device, tensor.untyped_storage().data_ptr())

@@ -26,7 +26,9 @@ def follow(collector: Any, *others: Any) -> None:
     if getattr(collector, "_thread", None) is not thread:
         return
     _hook_threads()
-    _FOLLOWED.setdefault(thread, weakref.WeakSet()).update([collector, *(it for it in others if it is not None)])
+    _FOLLOWED.setdefault(thread, weakref.WeakSet()).update(
+        [collector, *(it for it in others if it is not None)]
+    )
 
 
 def check_collector(collector: Any) -> None:

@@ -109,7 +109,9 @@ def _take(llm_engine: Any) -> None:
 
 _RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, EngineLock] = weakref.WeakKeyDictionary()
-_TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()  # of an AsyncLLM, in its loop
+_TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = (
+    weakref.WeakKeyDictionary()
+)  # of an AsyncLLM, in its loop
 _TASKS: set[asyncio.Task[int]] = set()
 
 
@@ -134,7 +136,9 @@ class LiveWeights:
     @property
     def version(self) -> int | None:
         with lock_of(self._engine).if_free() as is_free:
-            if not is_free:  # whoever has it generates, scores or pushes: until that ends, what served before serves
+            if (
+                not is_free
+            ):  # whoever has it generates, scores or pushes: until that ends, what served before serves
                 return self._record.last
             return run_sync(self._record.version(self._call))
 
@@ -206,7 +210,9 @@ class LiveWeights:
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_of(self._engine).replacing())
             self._engine.sleep(level=1)
-            self._asleep = stack.pop_all()  # until it wakes: a sleeping engine takes requests and never answers them
+            self._asleep = (
+                stack.pop_all()
+            )  # until it wakes: a sleeping engine takes requests and never answers them
         return True
 
     def wake_up(self) -> None:

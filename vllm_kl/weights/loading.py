@@ -112,7 +112,9 @@ class Record:
         if engine.hf_overrides or not (folder / "config.json").exists():
             return
         read = type(engine.hf_config).from_pretrained
-        ours = read(self._start.model, revision=engine.revision or "main")  # engine.model is what vLLM reloaded last
+        ours = read(
+            self._start.model, revision=engine.revision or "main"
+        )  # engine.model is what vLLM reloaded last
         refuse_another_model(ours, read(folder), str(folder))
 
     async def load(self, call: Call, checkpoint: Checkpoint, version: int | None) -> int:
@@ -152,7 +154,9 @@ class Record:
         await call("set_weight_version", _UNKNOWN)  # until all of it is done
         loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
         if None in loads or len(set(loads)) > 1:
-            raise WeightsError(f"weights were loaded into the engine, and nothing says which: {_NAME_THE_SOURCE}")
+            raise WeightsError(
+                f"weights were loaded into the engine, and nothing says which: {_NAME_THE_SOURCE}"
+            )
         if loads:
             checkpoint = Checkpoint(Path(loads[0]))
             self.refuse_another_model(checkpoint.folder)
@@ -279,7 +283,9 @@ def as_version(weight_version: str) -> int:
     if weight_version == INITIAL:
         return 0
     if weight_version == _UNKNOWN:
-        raise WeightsError("which weights serve is not known since a push failed: push again, or make a new engine")
+        raise WeightsError(
+            "which weights serve is not known since a push failed: push again, or make a new engine"
+        )
     if not weight_version.isdigit():
         raise WeightsError(
             f"the engine's weight version is {weight_version!r}, expected a number: versions are compared. Give one to "

@@ -61,7 +61,9 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
             raise WeightsError(
                 "push_weights would block the event loop that the AsyncLLM needs: await push_weights_async()"
             )
-        return asyncio.run_coroutine_threadsafe(push_weights_async(engine, state_dict, version=version), loop).result()
+        return asyncio.run_coroutine_threadsafe(
+            push_weights_async(engine, state_dict, version=version), loop
+        ).result()
     weights = weights_of(engine)
     check_collector(followed(engine))
     state = weights.skeleton.checked(state_dict)
@@ -142,7 +144,9 @@ def _engine_behind(engine: Any) -> Any:
     """Return the engine behind TorchRL's wrappers."""
     for name in ("scorer", "model"):  # VLLMReference, vLLMWrapper
         inner = getattr(engine, name, None)
-        if inner is not None and (hasattr(inner, "weights") or hasattr(inner, "llm_engine") or _is_async(inner)):
+        if inner is not None and (
+            hasattr(inner, "weights") or hasattr(inner, "llm_engine") or _is_async(inner)
+        ):
             return inner
     return engine
 

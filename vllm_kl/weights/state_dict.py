@@ -29,10 +29,10 @@ from vllm_kl.errors import WeightsError
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COUNTS = (torch.int64, torch.int32, torch.bool)  # buffers
-_UNMERGED = (
-    "Call merge_adapter() on the PEFT model before the push and unmerge_adapter() after it, or push merge_and_unload()"
+_UNMERGED = "Call merge_adapter() on the PEFT model before the push and unmerge_adapter() after it, or push merge_and_unload()"
+_DEQUANTIZE = (
+    "Push weights in float32, bfloat16 or float16: those of an unquantised copy, or of model.dequantize()"
 )
-_DEQUANTIZE = "Push weights in float32, bfloat16 or float16: those of an unquantised copy, or of model.dequantize()"
 _GATHER = (
     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
     "torch.distributed.checkpoint.state_dict, called on every rank, gives them whole to rank 0: push there"
@@ -54,7 +54,9 @@ def as_state_dict(source: Any, names: Collection[str]) -> dict[str, torch.Tensor
     is_module = isinstance(source, torch.nn.Module) and not isinstance(source, TensorDictBase)
     given = _of_module(source, names) if is_module else _of_mapping(source)
     if not given:
-        raise WeightsError(f"there are no weights in this {type(source).__name__}. If they are sharded: {_GATHER}")
+        raise WeightsError(
+            f"there are no weights in this {type(source).__name__}. If they are sharded: {_GATHER}"
+        )
     return {name: _plain(name, tensor) for name, tensor in _of_the_model(given, names)}
 
 
@@ -65,7 +67,9 @@ def _of_mapping(source: Any) -> Mapping[str, Any]:
         raise WeightsError(f"expected a state dict, a tensordict or a module, got {type(source).__name__}")
     plain = {_without_wrappers(str(name)): tensor for name, tensor in given.items()}
     if len(plain) < len(given):
-        raise WeightsError("the state dict holds the same weights twice: with and without the name of a wrapper")
+        raise WeightsError(
+            "the state dict holds the same weights twice: with and without the name of a wrapper"
+        )
     for name in plain:
         if name.startswith("base_model.model.") or ".base_layer." in name or ".lora_" in name:
             raise WeightsError(
@@ -82,7 +86,9 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
     if len(states) > 1:
         states = {p: state for p, state in states.items() if _has_head(holders[p]) and _has_all(state, names)}
         if len(states) != 1:
-            found = ", ".join(f"{path} ({type(_inside(holder)).__name__})" for path, holder in holders.items())
+            found = ", ".join(
+                f"{path} ({type(_inside(holder)).__name__})" for path, holder in holders.items()
+            )
             raise WeightsError(
                 f"{type(source).__name__} holds {len(holders)} models, of which {len(states)} have the names of the engine's "
                 f"model: {found}. Push the one that is meant"
@@ -107,7 +113,10 @@ def _holders(
         return
     seen.add(id(module))
     is_sharded = isinstance(module, FullyShardedDataParallel)
-    if any(isinstance(part, transformers.PreTrainedModel) for part in (module.modules() if is_sharded else [module])):
+    if any(
+        isinstance(part, transformers.PreTrainedModel)
+        for part in (module.modules() if is_sharded else [module])
+    ):
         yield path, module
         return
     for name, child in module.named_children():
@@ -154,7 +163,9 @@ def _served_child(module: torch.nn.Module | None) -> list[str]:
         return ["token_adapter"]
     if "modules_to_save" in children and "original_module" in children:
         active = [adapter for adapter in module.active_adapters if adapter in children["modules_to_save"]]
-        return ["original_module"] if module.disable_adapters or not active else ["modules_to_save", active[0]]
+        return (
+            ["original_module"] if module.disable_adapters or not active else ["modules_to_save", active[0]]
+        )
     return []
 
 
@@ -174,9 +185,13 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
             )
     for name, module in holder.named_modules():
         if _served_child(module) == ["base_layer"] and (state := _unserved_state(module)):
-            raise WeightsError(f"{name}: its adapter (PEFT's {type(module).__name__}) is {state}. {_UNMERGED}")
+            raise WeightsError(
+                f"{name}: its adapter (PEFT's {type(module).__name__}) is {state}. {_UNMERGED}"
+            )
         if (quantizer := getattr(module, "hf_quantizer", None)) is not None:
-            raise WeightsError(f"{type(module).__name__} is quantised ({type(quantizer).__name__}). {_DEQUANTIZE}")
+            raise WeightsError(
+                f"{type(module).__name__} is quantised ({type(quantizer).__name__}). {_DEQUANTIZE}"
+            )
     for name, parameter in holder.named_parameters():
         if hasattr(parameter, "ds_id") and not parameter.numel():
             raise WeightsError(
@@ -203,7 +218,11 @@ def _prefixes(given: Collection[str], names: Collection[str]) -> list[str]:
     for name in given:
         starts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
         count.update(name[:start] for start in starts if name[start:] in names)
-    return [prefix for prefix, n in count.items() if n == len(names)] or [p for p, _ in count.most_common(1)] or [""]
+    return (
+        [prefix for prefix, n in count.items() if n == len(names)]
+        or [p for p, _ in count.most_common(1)]
+        or [""]
+    )
 
 
 def _has_all(given: Collection[str], names: Collection[str]) -> bool:
@@ -219,10 +238,14 @@ def _of_the_model(given: Mapping[str, Any], names: Collection[str]) -> list[tupl
             "Push the one that is meant"
         )
     (prefix,) = prefixes
-    inside = [(name.removeprefix(prefix), tensor) for name, tensor in given.items() if name.startswith(prefix)]
+    inside = [
+        (name.removeprefix(prefix), tensor) for name, tensor in given.items() if name.startswith(prefix)
+    ]
     # trl's AutoModelForCausalLMWithValueHead.state_dict() puts its head beside the model's own names; a module's
     # get_extra_state() is no weight.
-    return [(n, tensor) for n, tensor in inside if not (n.startswith("v_head.") or n.endswith("_extra_state"))]
+    return [
+        (n, tensor) for n, tensor in inside if not (n.startswith("v_head.") or n.endswith("_extra_state"))
+    ]
 
 
 def _plain(name: str, tensor: Any) -> torch.Tensor:

@@ -119,7 +119,9 @@ def ref_range(versions: list[int]) -> dict[str, float]:
     return figures | ({"ref_version_max": float(max(versions))} if len(set(versions)) > 1 else {})
 
 
-def two_references(one: Any, version: Any, other: Any, other_version: Any, on_two_references: OnStale) -> None:
+def two_references(
+    one: Any, version: Any, other: Any, other_version: Any, on_two_references: OnStale
+) -> None:
     """Refuse a batch with scores of two versions of one reference, or warn.
 
     Raises:
