@@ -19,7 +19,7 @@ test: .venv/installed
 
 # The long table: every architecture that was tried, and its figures in docs/architectures.md.
 nightly: .venv/installed
-	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md tests/test_pushes.py tests/test_concurrency.py $(ARGS)
+	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md tests/weights/test_pushes.py tests/test_concurrency.py $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

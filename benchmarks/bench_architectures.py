@@ -3,10 +3,11 @@
     python benchmarks/bench_architectures.py                              # every architecture of the tests
     python benchmarks/bench_architectures.py --names llama gemma2
 
-Two-layer models with random weights, the requests of tests/test_architectures.py: groups that share prefixes, pads inside, steps
-that are three batches long. In float32 with the prefix cache and without; in bfloat16 against float64 on the same rounded weights,
-beside vLLM's own prompt log-probs on the same engine options ("flat"). Engines start in one process; where it ends, or an engine
-fails, the table says so, and another process goes on.
+Two-layer models with random weights, the requests of tests/engines/test_architectures.py: groups that
+share prefixes, pads inside, steps that are three batches long. In float32 with the prefix cache and
+without; in bfloat16 against float64 on the same rounded weights, beside vLLM's own prompt log-probs on
+the same engine options ("flat"). Engines start in one process; where it ends, or an engine fails, the
+table says so, and another process goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 from common import Report, machine_line, make_table
 
 from tests import tiny
-from tests.test_architectures import REQUESTS, Run, log_probs_in_float64, run_engine
+from tests.engines.test_architectures import REQUESTS, Run, log_probs_in_float64, run_engine
 
 NAMES = list(tiny.ARCHITECTURES)
 # Nats. Other kernels than the CPU's, and no TF32; and two layers in 16 bits.

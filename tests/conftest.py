@@ -38,7 +38,7 @@ set_list_to_stack(True).set()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--table", metavar="FILE", help="where tests/test_pushes.py writes its table of architectures"
+        "--table", metavar="FILE", help="where tests/weights/test_pushes.py writes its table of architectures"
     )
 
 

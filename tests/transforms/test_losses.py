@@ -17,8 +17,8 @@ from torchrl.modules.llm.policies import ChatHistory
 from torchrl.objectives.llm import DistillationLoss, GRPOLoss
 
 from tests.batches import CHATS
-from tests.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
-from tests.test_turns import in_pieces
+from tests.transforms.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
+from tests.transforms.test_retokenized_turns import in_pieces
 from vllm_kl import RetrieveKL, RetrieveLogProb
 
 TOLERANCE = 2e-5  # a mean of KLs, each the difference of two log-probs; through a trainer's model in float32
@@ -109,7 +109,7 @@ def test_distillation_loss_reads_a_vllm_teacher(
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.parameters())
 
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "losses.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "losses.py"
 LAYOUTS = {"ragged": [], "padded": ["--pad-output"]}
 
 

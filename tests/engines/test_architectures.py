@@ -97,9 +97,7 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
 @pytest.fixture(scope="module")
 def start_engine():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(
-            Path(__file__).parent.parent
-        )  # the child imports this file, and inherits the path
+        patch.syspath_prepend(Path(__file__).parents[2])  # the child imports this file, and inherits the path
         pool = multiprocessing.get_context("spawn").Pool(1)
     with pool:
 

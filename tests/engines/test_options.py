@@ -744,7 +744,7 @@ def sides_in_one_process(model, max_model_lens):
 def child():
     """Calls a function in the one process that has all engines."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent)
+        patch.syspath_prepend(Path(__file__).parents[2])
         pool = multiprocessing.get_context("spawn").Pool(1)
     with pool:
         yield lambda function, *args: pool.apply_async(function, args).get(timeout=200)

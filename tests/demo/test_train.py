@@ -122,7 +122,7 @@ def test_what_cannot_be_trained_is_refused_at_once(arguments, message):
 
 @pytest.mark.timeout(600)
 def test_the_example_trains_any_model(policy_path):
-    example = Path(__file__).parents[1] / "examples" / "grpo.py"
+    example = Path(__file__).parents[2] / "examples" / "grpo.py"
     arguments = ["--model", policy_path, "--updates", "2", "--prompts", "2", "--group", "2"]
     done = subprocess.run([sys.executable, example, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

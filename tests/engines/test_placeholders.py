@@ -261,13 +261,15 @@ def test_a_package_that_a_models_module_wants_is_named(monkeypatch: pytest.Monke
     monkeypatch.setitem(ModelRegistry.models, "Seeing", SimpleNamespace(load_model_cls=load))
     given = {"language_model_only": False} if serves_images else {}
     cure = ", or pass language_model_only=True to serve its text" if serves_images else ""
-    with pytest.raises(
-        OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"
-    ):  # noqa: SIM117
-        with naming_what_is_missing(given):
-            raise ValueError(
-                "Value error, Model architectures ['Seeing'] failed to be inspected. Please check the logs"
-            )
+    with (
+        pytest.raises(
+            OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"
+        ),
+        naming_what_is_missing(given),
+    ):
+        raise ValueError(
+            "Value error, Model architectures ['Seeing'] failed to be inspected. Please check the logs"
+        )
     with pytest.raises(ValueError, match="too long"), naming_what_is_missing(given):
         raise ValueError("max_model_len is too long")
 

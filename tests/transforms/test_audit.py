@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrl.envs import Transform
 
-from tests.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
+from tests.transforms.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import FromCollector, RetrieveKL, mismatch
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import CollectorError, DriftError, MissingLogProbError, OptionError

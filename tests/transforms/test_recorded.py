@@ -19,7 +19,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests import batches
 from tests.oracle import KL_TOLERANCE
-from tests.test_from_collector import NUM_ENVS, check, collect, make_env  # noqa: F401
+from tests.transforms.test_from_collector import NUM_ENVS, check, collect, make_env  # noqa: F401
 from vllm_kl import (
     FromCollector,
     KLComputation,
@@ -794,9 +794,10 @@ class TestNumbersThatAreNone:
 
     def test_new_weights_that_give_nan_are_refused_and_can_be_replaced(self):
         now = [[-1.0, -2.0]]
-        scores = lambda request: ScoreResult(
-            values=np.array(now[0], np.float32)[:, None], weight_version=len(now)
-        )  # noqa: E731
+
+        def scores(request):
+            return ScoreResult(values=np.array(now[0], np.float32)[:, None], weight_version=len(now))
+
         canary = Canary(scores, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
         canary.remember()
         with pytest.raises(FrozenError, match="gives NaN"), canary.replacing():

@@ -18,7 +18,7 @@ from torchrl.envs import RewardSum
 from torchrl.modules.llm import vLLMWrapper
 
 from tests.batches import ids_batch
-from tests.test_from_collector import NUM_ENVS, check, make_env, make_policy  # noqa: F401  # fixtures
+from tests.transforms.test_from_collector import NUM_ENVS, check, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import FromCollector, RetrieveKL, fill_deferred
 from vllm_kl.errors import CollectorError, InputError, OptionError, WeightsError
 from vllm_kl.transforms.deferred import PENDING

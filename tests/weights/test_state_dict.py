@@ -393,7 +393,7 @@ def test_a_model_in_fsdp_is_gathered_on_every_rank_and_torchs_own_state_dict_com
     command = [sys.executable, "-m", "tests.sharded"]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), "2", str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+            [*command, str(rank), "2", str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
         )
         for rank in range(2)
     ]

@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from tests import tiny
 from tests.batches import ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from tests.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
+from tests.transforms.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
 from vllm_kl import (
     EnginePolicyVersion,
     LoRAWrapper,

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.engines.test_architectures import OPTIONS, random_ids
 from tests.oracle import LOG_PROB_TOLERANCE
-from tests.test_architectures import OPTIONS, random_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.errors import WeightsError
 from vllm_kl.types import ScoreRequest
@@ -224,7 +224,7 @@ class Case:
 @pytest.fixture(scope="module")
 def child():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent)
+        patch.syspath_prepend(Path(__file__).parents[2])
         patch.setenv("OMP_NUM_THREADS", "1")  # products are tiny here: threads would wait for each other
         pool = multiprocessing.get_context("spawn").Pool(1)
     with pool:

@@ -573,7 +573,7 @@ class TestCommand:
 def test_the_page_travels_with_the_package():
     import tomllib
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "vllm_kl"
     ]
