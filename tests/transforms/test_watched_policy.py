@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import cloudpickle
 import pytest
 import torch
 from tensordict import TensorDict, lazy_stack
@@ -161,13 +163,24 @@ def test_a_copy_of_a_policy_is_watched_as_itself(llm, make_policy, batching):
     twin = copy.copy(policy)
     twin.model = Other()
     llm.update_weight_version("default")
-    unseen = copy.copy(policy)  # no transform has seen it, and it generates with its own engine all the same
-    unseen.model = twin.model
-    assert generated_by(unseen(prompts("tokens"))) == [Origin(None), Origin(None)]
+    assert type(twin) is vLLMWrapper
+    assert (
+        generated_by(twin(prompts("tokens"))) is None
+    )  # no transform has seen it, and its engine is its own
     assert watch(twin) is not watch(policy)
     assert generated_by(twin(prompts("tokens"))) == [Origin(None), Origin(None)]
     assert generated_by(policy(prompts("tokens"))) == [Origin(0), Origin(0)]
     assert watch(twin) is watch(twin)
+
+
+@pytest.mark.parametrize("library", [pickle, cloudpickle])
+def test_a_watched_policy_travels_as_what_it_is(llm, make_policy, library):
+    policy = make_policy(llm)
+    policy.model, policy.tokenizer = "an actor's handle", None
+    twin = pickle.loads(library.dumps(policy))
+    assert type(twin) is vLLMWrapper
+    assert twin.model == "an actor's handle"
+    assert watch(twin) is not watch(policy)
 
 
 def test_rows_tell_the_adapter_of_their_own_request(lora_llm, lora_paths, make_policy, monkeypatch):

@@ -83,6 +83,11 @@ class _Watched(vLLMWrapper):
 
     _vllm_kl_watch: Watch
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies, and policies that travel to another process, are of the policy's own class: watched where they are used."""
+        state = {name: value for name, value in vars(self).items() if name != "_vllm_kl_watch"}
+        return _new, (type(self).__bases__[1],), state
+
     def forward(self, *args: Any, **kwargs: Any) -> TensorDictBase:
         with watch(self).asking() if self.batching else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
@@ -123,6 +128,10 @@ def _telling(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictB
     return out
 
 
+def _new(policy_type: type[vLLMWrapper]) -> vLLMWrapper:
+    return policy_type.__new__(policy_type)
+
+
 @functools.cache
 def _watched(policy_type: type[vLLMWrapper]) -> type[vLLMWrapper]:
     return type(policy_type.__name__, (_Watched, policy_type), {"__doc__": policy_type.__doc__})
@@ -134,12 +143,10 @@ def watch(policy: Any) -> Watch | None:
         return None
     if not isinstance(policy, _Watched):
         policy.__class__ = _watched(type(policy))
-    watched = vars(policy).get("_vllm_kl_watch")
-    if watched is None or watched.policy is not policy:  # a copy has calls of its own
-        vars(policy)["_vllm_kl_watch"] = watched = Watch(policy)
+        policy._vllm_kl_watch = Watch(policy)
         if GENERATED_BY not in policy.out_keys:
             policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
-    return watched
+    return policy._vllm_kl_watch
 
 
 def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
