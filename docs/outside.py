@@ -32,7 +32,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links lead to the page of a file. A file of the repository that has no page is named, not linked."""
+    """Let links lead to the page of a file. A file that has no page is named, not linked."""
     source = {to: of for of, to in OUTSIDE.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def mended(link: re.Match[str]) -> str:

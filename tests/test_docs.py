@@ -1,4 +1,4 @@
-"""Documentation says what is so: examples in docstrings and pages run, links lead somewhere, names and places exist."""
+"""Examples in docstrings and pages run; links lead somewhere; the names and files that pages name exist."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ PUSHING = {"weights.md"}
 
 
 class Runner:
-    """Runs the blocks of pages, each page once. Engines are shared: those of the run, and those that pages start."""
+    """Runs the blocks of pages, each page once. Pages share engines, also those that they start."""
 
     def __init__(self, home, models, llm_of):
         self.home, self._models, self._llm_of = home, models, llm_of
