@@ -1,5 +1,6 @@
 # make demo | test | nightly | lint: each makes .venv first if it is not there; a second run installs nothing.
 # make gpu-check: on a machine with a GPU, every check that needs one; in .venv-gpu, or in yours: make gpu-check GPU_PYTHON=python
+# make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
@@ -7,9 +8,9 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 GPU_PYTHON ?= .venv-gpu/bin/python
-EXTRAS := cpu,ray,plot,test
+EXTRAS := cpu,ray,plot,docs,test
 
-.PHONY: demo test nightly lint gpu-check lock clean
+.PHONY: demo test nightly lint docs gpu-check lock clean
 
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
@@ -24,6 +25,9 @@ nightly: .venv/installed
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+docs: .venv/installed
+	.venv/bin/mkdocs build --strict
 
 gpu-check: $(filter .venv-gpu/installed,$(GPU_PYTHON:bin/python=installed))
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
@@ -52,4 +56,4 @@ lock: .venv/installed
 	sed -i "/sys_platform == 'never'/d" requirements.lock
 
 clean:
-	rm -rf .venv .venv-gpu build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu build site *.egg-info .pytest_cache .ruff_cache .hypothesis
