@@ -186,10 +186,13 @@ class FromCollector:
             raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
         return cls(gen_log_probs, **options)
 
-    def expecting(self, *, log_probs_full_key: NestedKey, pad_output: bool | None) -> FromCollector:
+    def expecting(
+        self, *, log_probs_full_key: NestedKey | None = None, pad_output: bool | None = None
+    ) -> FromCollector:
         """Return a copy that knows where recorded log-probs lie when no policy tells, and the ``pad_output`` to expect."""
         twin = copy.copy(self)
-        twin._key, twin._pad_output = log_probs_full_key, pad_output
+        twin._key = self._key if log_probs_full_key is None else log_probs_full_key
+        twin._pad_output = self._pad_output if pad_output is None else pad_output
         twin.audit = copy.deepcopy(self.audit)  # each transform audits for itself
         twin._said, twin._scorer_of = set(), ScorerOf(self._placeholders)
         return twin

@@ -18,7 +18,7 @@ from vllm_kl.batch.inputs import read_rows
 from vllm_kl.batch.outputs import check_distinct
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import Direction, Estimator
-from vllm_kl.transforms.kl_transform import KLTransform, Penalty
+from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
 from vllm_kl.transforms.recorded import OnZero, check_on_zero, check_recorded, check_zeros
 from vllm_kl.transforms.sides import is_same_temperature
 from vllm_kl.types import Rows, end_to_end, pack, place_of, widths_of
@@ -94,17 +94,8 @@ class KLComputation(KLTransform):
         on_zero: OnZero = "raise",
     ) -> None:
         check_on_zero(on_zero)
-        penalty = Penalty(
-            kl_key=kl_key,
-            mask_key=None,
-            add_to_reward=add_to_reward,
-            coeff=coeff,
-            estimator=estimator,
-            extra_estimators=extra_estimators,
-            clamp_log_ratio=clamp_log_ratio,
-            clamp_output=clamp_output,
-            direction=direction,
-        )
+        estimation = Estimation(estimator, extra_estimators, clamp_log_ratio, clamp_output, direction)
+        penalty = Penalty(estimation, kl_key, None, add_to_reward, coeff)  # writes no mask
         sides = [gen_log_probs_full_key, ref_log_probs_full_key]
         check_distinct([*sides, *([] if mask_key is None else [mask_key]), *penalty.keys, "reward"])
         super().__init__(penalty, in_keys=sides, out_keys=[])

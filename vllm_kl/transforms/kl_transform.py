@@ -10,6 +10,7 @@ import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,6 +93,45 @@ class Coefficient:
         return float(value)
 
 
+@dataclass(frozen=True)
+class Estimation:
+    """How the KL is estimated. The fields are those of :class:`~vllm_kl.RetrieveKL`.
+
+    Raises:
+        OptionError: an estimator does not exist, or an option does not fit it.
+    """
+
+    estimator: Estimator
+    extra_estimators: Sequence[Estimator]
+    clamp_log_ratio: float | None
+    clamp_output: float | None
+    direction: Direction
+
+    def __post_init__(self) -> None:
+        if isinstance(self.extra_estimators, str):
+            raise OptionError(
+                f"extra_estimators must be a sequence of names, such as ({self.extra_estimators!r},)"
+            )
+        for name in (self.estimator, *self.extra_estimators):
+            check_estimator(
+                name, self.direction, self.clamp_log_ratio, self.clamp_output, known=TOKEN_ESTIMATORS
+            )
+
+    def estimate(
+        self, name: Estimator, gen: torch.Tensor, ref: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        """Return the KL of each token by one of the estimators, ``[N]``, nats."""
+        return estimate(
+            gen,
+            ref,
+            lengths,
+            estimator=name,
+            clamp_log_ratio=self.clamp_log_ratio,
+            clamp_output=self.clamp_output,
+            direction=self.direction,
+        )
+
+
 class Penalty:
     """Estimates the KL, writes it, and subtracts it from the reward.
 
@@ -104,24 +144,16 @@ class Penalty:
 
     def __init__(
         self,
-        *,
+        estimation: Estimation,
         kl_key: NestedKey,
         mask_key: NestedKey | None,
         add_to_reward: bool,
         coeff: Any,
-        estimator: Estimator,
-        extra_estimators: Sequence[Estimator],
-        clamp_log_ratio: float | None,
-        clamp_output: float | None,
-        direction: Direction,
     ) -> None:
-        if isinstance(extra_estimators, str):
-            raise OptionError(
-                f"extra_estimators must be a sequence of names, such as ({extra_estimators!r},)"
-            )
-        for name in (estimator, *extra_estimators):
-            check_estimator(name, direction, clamp_log_ratio, clamp_output, known=TOKEN_ESTIMATORS)
-        names = [(kl_key, estimator), *((_beside(kl_key, f"kl_{name}"), name) for name in extra_estimators)]
+        names = [
+            (kl_key, estimation.estimator),
+            *((_beside(kl_key, f"kl_{name}"), name) for name in estimation.extra_estimators),
+        ]
         check_distinct([key for key, _ in names])
         self._estimators = dict(names)
         self.kl_key = kl_key
@@ -131,7 +163,7 @@ class Penalty:
         self.add_to_reward = add_to_reward
         self.coefficient = Coefficient(coeff)
         self.metrics: dict[str, float] = {}
-        self._how = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output, "direction": direction}
+        self._estimation = estimation
 
     @property
     def keys(self) -> list[NestedKey]:
@@ -161,8 +193,7 @@ class Penalty:
             is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
         """
         kl = {
-            key: estimate(gen, ref, lengths, estimator=name, **self._how)
-            for key, name in self._estimators.items()
+            key: self._estimation.estimate(name, gen, ref, lengths) for key, name in self._estimators.items()
         }
         coeff = self.coefficient.value() if self.add_to_reward else None
         sums = {self._estimators[key]: sums_of(values.detach(), lengths).cpu() for key, values in kl.items()}

@@ -24,83 +24,34 @@ from torchrl.modules.llm.policies import LogProbs
 from vllm_kl.batch.alignment import PaddingSide, to_layout
 from vllm_kl.batch.inputs import InputKeys, keys_of
 from vllm_kl.batch.outputs import declare
-from vllm_kl.errors import InputError, OptionError
+from vllm_kl.errors import OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
 from vllm_kl.transforms.base import TokensTransform, scores, to_device
 from vllm_kl.transforms.deferred import Deferral, Deferred
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.kl_computation import KLComputation
-from vllm_kl.transforms.kl_transform import KLTransform, Penalty
+from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.recorded import OnZero, has_zeros
 from vllm_kl.transforms.retrieve_log_prob import RetrieveLogProb
-from vllm_kl.transforms.sides import (
-    ModelSide,
-    Side,
-    check_side,
-    check_two_models,
-    one_of,
-    warn_of_two_lengths,
-    warn_unless_full,
-)
-from vllm_kl.transforms.vllm_reference import remote_reference
+from vllm_kl.transforms.sides import Side, check_two_models, warn_of_two_lengths, warn_unless_full
+from vllm_kl.transforms.two_sides import collector_side_of, gen_model_of, ref_model_of, two_sides
 from vllm_kl.types import Rows, Scored, TokenBatch
 from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale, check_versions, policy_range
 
 __all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
 
-def _check_keys(gen_key: NestedKey, ref_key: NestedKey) -> None:
+def _check_options(
+    on_stale: OnStale, on_two_references: OnStale, gen_key: NestedKey, ref_key: NestedKey
+) -> None:
+    check_on_stale(on_stale)
+    check_on_stale(on_two_references, "on_two_references")
     for key in (gen_key, ref_key):
-        warn_unless_full(key)
+        warn_unless_full(key, stacklevel=4)  # the caller of RetrieveKL
     if gen_key == ref_key:
         raise OptionError(f"both sides would be written to {gen_key}: give each a key of its own")
-
-
-def _reference_here(
-    ref_model: Any, factory: Callable[[], Any] | None, actor_name: str | None, **options: Any
-) -> Any:
-    if given := [*(["actor_name"] if actor_name is not None else []), *options]:
-        raise OptionError(
-            f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
-        )
-    return one_of("ref", ref_model, factory)
-
-
-def _model_side(gen_model: Any, ref_side: ModelSide) -> ModelSide:
-    side = ModelSide(gen_model)
-    side.check_temperature(ref_side.temperature)
-    return side
-
-
-def _shared_pad_output(models: dict[str, Any]) -> bool:
-    pads = {name: model.pad_output for name, model in models.items()}
-    if len(set(pads.values())) > 1:
-        found = ", ".join(f"{name}.pad_output={pad}" for name, pad in pads.items())
-        raise InputError(f"pad_output mismatch: {found}. Both sides of a KL share one value.")
-    return pads["ref_model"]
-
-
-def _from_collector(
-    gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[str, Any]
-) -> FromCollector | None:
-    """Return the generation side where a collector gives it; ``None``: ``gen_model`` is a model.
-
-    Raises:
-        OptionError: an option has no effect with what ``gen_model`` is.
-    """
-    if isinstance(gen_model, (str, FromCollector)):
-        return FromCollector.of(gen_model, gen_log_probs, **reusing)
-    if gen_log_probs == "reuse":
-        raise OptionError(
-            "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
-        )
-    if reusing:
-        raise OptionError(
-            f"{next(iter(reusing))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
-        )
-    return None
 
 
 class RetrieveKL(TokensTransform, KLTransform):
@@ -187,6 +138,11 @@ class RetrieveKL(TokensTransform, KLTransform):
     (True, [0.0, 0.0])
     """
 
+    _versions: dict[str, float]  # figures of the last batch
+    _rescored: dict[str, float]
+    on_stale: OnStale
+    on_two_references: OnStale
+
     def __init__(
         self,
         gen_model: Any = "from_collector",
@@ -225,77 +181,26 @@ class RetrieveKL(TokensTransform, KLTransform):
         deferred: Deferred = False,
         **kwargs: Any,
     ) -> None:
-        check_on_stale(on_stale)
-        check_on_stale(on_two_references, "on_two_references")
-        reusing = {
-            "audit": audit,
-            "audit_tolerance": audit_tolerance,
-            "on_drift": on_drift,
-            "on_zero": on_zero,
-        }
-        reusing = {name: value for name, value in reusing.items() if value is not None}
-        penalty = Penalty(
-            kl_key=kl_key,
-            mask_key=mask_key,
-            add_to_reward=add_to_reward,
-            coeff=coeff,
-            estimator=estimator,
-            extra_estimators=extra_estimators,
-            clamp_log_ratio=clamp_log_ratio,
-            clamp_output=clamp_output,
-            direction=direction,
-        )
-        _check_keys(gen_log_probs_full_key, ref_log_probs_full_key)
-        if gen_model_factory is not None and gen_model == "from_collector":
-            gen_model = None  # the default gives way to a factory
-        gen_model = one_of("gen", gen_model, gen_model_factory)
-        reference = partial(remote_reference, device=device) if use_ray_service else _reference_here
-        models = {"ref_model": reference(ref_model, ref_model_factory, actor_name=actor_name, **kwargs)}
-        from_collector = _from_collector(gen_model, gen_log_probs, reusing)
-        if from_collector is None:
-            models["gen_model"] = gen_model
-        for name, model in models.items():
-            check_side(model, assistant_only, name)
-        pad_output = _shared_pad_output(models)
-        if device is not None:
-            models = {name: model.to(device) for name, model in models.items()}
-        if "gen_model" in models:
-            warn_of_two_lengths(models["gen_model"], models["ref_model"])
-        ref_side = ModelSide(models["ref_model"])
-        self.ref_version_key = ref_version_key if ref_side.has_versions else None
-        in_keys = list(
-            dict.fromkeys(keys_of(model, history_key=history_key).key for model in models.values())
-        )
-        written = [gen_log_probs_full_key, ref_log_probs_full_key, self.ref_version_key]
-        super().__init__(penalty, in_keys=in_keys, out_keys=[key for key in written if key is not None])
-        self.ref_model = models["ref_model"]
-        self.gen_model = models.get("gen_model", gen_model)
-        self.pad_output = pad_output
-        self._ref = ref_side
-        self._gen = (
-            _model_side(self.gen_model, ref_side)
-            if from_collector is None
-            else from_collector.expecting(
-                log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output
-            )
-        )
-        self._deferral = Deferral.of(
-            deferred, self.ref_model, detach=detach, on_two_references=on_two_references
-        )
-        if self._deferral is not None:
-            self.out_keys = []  # what a step writes is no result
-        self.on_stale: OnStale = on_stale
-        self.on_two_references: OnStale = on_two_references
-        self._versions: dict[str, float] = {}
-        self._rescored: dict[str, float] = {}
-        self.assistant_only = assistant_only
+        _check_options(on_stale, on_two_references, gen_log_probs_full_key, ref_log_probs_full_key)
+        estimation = Estimation(estimator, extra_estimators, clamp_log_ratio, clamp_output, direction)
+        penalty = Penalty(estimation, kl_key, mask_key, add_to_reward, coeff)
+        gen_model = gen_model_of(gen_model, gen_model_factory)
+        ref_model = ref_model_of(ref_model, ref_model_factory, use_ray_service, device, actor_name, **kwargs)
+        reuse = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
+        collector_side = collector_side_of(gen_model, gen_log_probs, gen_log_probs_full_key, reuse)
+        sides = two_sides(gen_model, collector_side, ref_model, assistant_only=assistant_only, device=device)
+        ref_version_key = ref_version_key if sides.ref.has_versions else None
+        written = [gen_log_probs_full_key, ref_log_probs_full_key, *filter(None, [ref_version_key])]
+        super().__init__(penalty, in_keys=sides.in_keys(history_key), out_keys=written)
+        self.gen_model, self._gen, self.ref_model, self._ref, self.pad_output = sides
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
-        self.history_key = history_key
-        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self.detach = detach
-        self.tokenizer = tokenizer
-        self.padding_side = padding_side
+        self.history_key, self.ref_version_key = history_key, ref_version_key
+        self.assistant_only, self.padding_side, self.detach = assistant_only, padding_side, detach
+        self.tokenizer, self.tokenizer_kwargs = tokenizer, dict(tokenizer_kwargs or {})
+        self.on_stale, self.on_two_references = on_stale, on_two_references
+        self._versions, self._rescored = {}, {}
+        self._defer(deferred)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -397,6 +302,12 @@ class RetrieveKL(TokensTransform, KLTransform):
             on_two_references=self.on_two_references,
         )
         return td
+
+    def _defer(self, deferred: Deferred) -> None:
+        how = {"detach": self.detach, "on_two_references": self.on_two_references}
+        self._deferral = Deferral.of(deferred, self.ref_model, **how)
+        if self._deferral is not None:
+            self.out_keys = []  # a step writes handles, no results
 
     def _policy_side(self) -> Side:
         return self._gen

@@ -134,10 +134,10 @@ def check_two_models(gen_model: Any, ref_model: Any) -> None:
         )
 
 
-def warn_of_two_lengths(gen_model: Any, ref_model: Any) -> None:
+def warn_of_two_lengths(gen_model: Any, ref_model: Any, stacklevel: int = 3) -> None:
     """Warn where two sides lie on two sides of a length that changes a model's numbers; see :mod:`vllm_kl.engines.lengths`."""
     if why := why_two_lengths(_length_side(gen_model), _length_side(ref_model)):
-        warnings.warn(why, stacklevel=3)
+        warnings.warn(why, stacklevel=stacklevel)
 
 
 def _length_side(model: Any) -> LengthSide | None:
@@ -295,12 +295,12 @@ def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:
         )
 
 
-def warn_unless_full(key: NestedKey) -> None:
+def warn_unless_full(key: NestedKey, stacklevel: int = 3) -> None:
     """Warn of a key that TorchRL's losses would not find."""
     if not isinstance(key, tuple) or key[-1] != "full":
         warnings.warn(
             f"The log-probs key {key!r} is not a tuple that ends with 'full': TorchRL's losses will not find it by default.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
