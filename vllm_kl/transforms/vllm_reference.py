@@ -117,28 +117,14 @@ class VLLMReference(LLMWrapperBase):
         **engine_options: Any,
     ) -> None:
         super().__init__()
-        if generate or not return_log_probs:
-            raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
-        if input_mode not in ("history", "text", "tokens"):
-            raise OptionError(
-                f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'"
-            )
-        if not isinstance(pad_output, bool):
-            raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
+        _check_options(input_mode, pad_output, generate, return_log_probs)
         # vllm.LLM has a method named score as well: what generates is an engine.
         is_model = isinstance(scorer_or_model, (str, os.PathLike)) or hasattr(scorer_or_model, "generate")
         if isinstance(scorer_or_model, (str, os.PathLike)):
             scorer_or_model = checked_path(scorer_or_model, engine_options)
         self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)  # before an engine is started
         self._owns_scorer = is_model or not hasattr(scorer_or_model, "score")
-        if self._owns_scorer:
-            self.scorer: Scorer = VLLMScorer(scorer_or_model, **engine_options)
-        elif engine_options:
-            raise OptionError(
-                f"unknown argument, or engine option for a scorer that already runs: {', '.join(engine_options)}"
-            )
-        else:
-            self.scorer = scorer_or_model
+        self.scorer = _scorer(scorer_or_model, self._owns_scorer, engine_options)
         self.input_mode = input_mode
         self.pad_output = pad_output
         self.padding_side = padding_side
@@ -252,6 +238,26 @@ class VLLMReference(LLMWrapperBase):
             padding_side=self.padding_side,
             padding_value=padding_value,
         )
+
+
+def _check_options(input_mode: str, pad_output: bool, generate: bool, return_log_probs: bool) -> None:
+    if generate or not return_log_probs:
+        raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
+    if input_mode not in ("history", "text", "tokens"):
+        raise OptionError(f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'")
+    if not isinstance(pad_output, bool):
+        raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
+
+
+def _scorer(scorer_or_model: Any, is_made_here: bool, engine_options: dict[str, Any]) -> Scorer:
+    """Return the scorer that a caller gave, or one that is made of the caller's model."""
+    if is_made_here:
+        return VLLMScorer(scorer_or_model, **engine_options)
+    if engine_options:
+        raise OptionError(
+            f"unknown argument, or engine option for a scorer that already runs: {', '.join(engine_options)}"
+        )
+    return scorer_or_model
 
 
 # What a file of a tokenizer is called, by its library.
