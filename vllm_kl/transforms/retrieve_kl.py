@@ -1,11 +1,11 @@
-"""TorchRL transforms: log-probs of one model, the KL of two, the whole way from tokens to a shaped reward.
+"""``RetrieveKL`` writes the log-probs of policy and reference, their KL, and the reward minus the KL.
 
-Drop-in for the classes of the same names in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same
-defaults, the same keys. The data's way through a step:
+The class is a drop-in for TorchRL's ``RetrieveKL`` (``torchrl.envs.llm.transforms``, 0.14): it has the same
+arguments, defaults and keys. A batch passes these stages:
 
-    inputs.read_batch -> one side, or two (resolver) -> kl.estimate -> alignment.to_layout -> outputs.set_rows
+    read_batch -> log-probs of both sides -> KL -> to_layout -> write
 
-Nothing is written before everything is computed: after an error the tensordict is as it was.
+The transform writes after all stages have succeeded: an error leaves the tensordict as it was.
 """
 
 from __future__ import annotations
@@ -55,77 +55,91 @@ def _check_options(
 
 
 class RetrieveKL(TokensTransform, KLTransform):
-    """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
+    """Writes the log-probs of policy and reference, the KL of each token, and the reward minus the KL.
 
     Args:
-        gen_model: the model that generated, with ``generate=False``; or ``"from_collector"`` (or a
-            :class:`FromCollector`): the policy of the collector, looked up at each step. The transform can be appended
-            to an env before the collector exists.
+        gen_model: the model that generated the tokens, with ``generate=False``. Or ``"from_collector"`` (or a
+            :class:`FromCollector`): the collector's policy. The transform looks the policy up at each step,
+            so the transform can be appended to an env before the collector exists.
         ref_model: the reference, with ``generate=False``: a ``VLLMReference``, ``vLLMWrapper``,
             ``TransformersWrapper`` or another ``LLMWrapperBase``.
 
     Keyword Args:
-        gen_model_factory, ref_model_factory: called once instead of passing a model.
-        assistant_only: keep the assistant's tokens (both sides need ``input_mode="history"``), the one that ends a turn included;
-            else every token but the first.
-        gen_log_probs_full_key, ref_log_probs_full_key: where log-probs are written.
-        history_key: where the history lies, if there are no ids.
-        tokenizer_kwargs: passed to the chat template where a history must be tokenized.
-        detach: no graph on the results.
-        device: where to place transformers models; vLLM engines stay where they run. Results lie on the tensordict's
-            device.
-        tokenizer: used where the tensordict has no ids; default the reference's, else the gen model's.
-        padding_side: where rows of different length are padded.
+        gen_model_factory, ref_model_factory: make the model, instead of passing it; each is called once.
+        assistant_only: ``True`` keeps the assistant's tokens, including the token that ends a turn; both
+            models need ``input_mode="history"``. ``False`` keeps every token but the first.
+        gen_log_probs_full_key, ref_log_probs_full_key: where the log-probs are written.
+        history_key: where the history is. The history is read only if the tensordict has no ids.
+        tokenizer_kwargs: passed to the chat template when a history is tokenized.
+        detach: ``True`` writes results without a graph.
+        device: where to move transformers models; vLLM engines stay where they run. Results are on the device
+            of the tensordict.
+        tokenizer: used if the tensordict has no ids; default: the reference's, else the gen model's.
+        padding_side: where rows of different lengths are padded.
         kl_key: where the KL is written.
-        add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
-        coeff: the KL's coefficient: a number, a schedule (called with the number of batches, or of an env's steps, so far)
-            or a controller such as ``torchrl.data.AdaptiveKLController``, see
+        add_to_reward: ``True`` also writes ``reward - coeff * kl``; a reward per sequence becomes one per
+            token.
+        coeff: the KL's coefficient: a number, a schedule (called with the number of earlier batches, or env
+            steps) or a controller such as ``torchrl.data.AdaptiveKLController``; see
             :class:`~vllm_kl.transforms.kl_transform.Coefficient`.
-        use_ray_service: keep the reference in a Ray actor, made there by ``ref_model_factory``; everything else stays
-            in the caller.
-        actor_name: name of that actor; one that exists is used again.
-        estimator: of the KL that is written and subtracted: ``"k1"`` (the log-ratio: unbiased, may be negative), ``"k2"`` (half its
-            square: low variance, biased), ``"k3"`` (unbiased, never negative) or ``"abs"`` (its absolute value: a distance, not
-            a KL); see :func:`vllm_kl.kl_estimate`.
-        extra_estimators: estimated in the same pass and written as ``kl_<name>``, but not subtracted: ``("k3",)`` to log k3
-            while k1 is in the reward.
-        clamp_log_ratio, clamp_output, direction: as :func:`vllm_kl.kl_estimate` takes them.
-        mask_key: where the mask is written, bool: the tokens that count, for losses and averages; ``None``: nowhere.
-        gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see :class:`FromCollector`.
-        on_stale: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where the gen side scores again samples that other weights
-            generated, or where that is not known: a version is missing or no number, on either side, or adapters differ. Samples
-            are stamped with ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))``; TorchRL's own tracker says nothing
-            of adapters. Not asked: of a ``gen_model`` whose weights nobody counts; where no sample has a version and the engine's
-            weights never moved; and at an env's step, of tokens that were generated just now.
-        on_two_references: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where a batch that leaves the collector has scores
-            of two versions of the reference, which was refreshed meanwhile. Each is right, of the version that it carries.
-        ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: nowhere. Only a
-            reference whose scorer knows one has it.
-        audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
-            the policy's engine and compared.
-        audit_tolerance: largest healthy mean difference, nats; default 0.05.
-        on_drift: ``"raise"`` (the default) or ``"warn"`` beyond it; see :class:`~vllm_kl.transforms.audit.Audit`.
-        on_zero: with ``"from_collector"``: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where a recorded log-prob is
-            exactly 0.0, the reference is not sure of the token, and the policy cannot be asked; see :class:`FromCollector`.
-        deferred: inside an env: ask for the reference's log-probs at each step, and go on generating while they are computed.
-            ``True``: results are there when the batch leaves the collector, for you or for its replay buffer; the last step of a
-            batch is waited for. ``"buffer"``: batches leave as they are, until :func:`vllm_kl.fill_deferred`, on a replay buffer or
-            by hand. Until then results are absent and the reward that will change is NaN. See :mod:`vllm_kl.transforms.deferred`.
+        use_ray_service: ``True`` keeps the reference in a Ray actor, where ``ref_model_factory`` makes it.
+            Everything else stays in the calling process.
+        actor_name: the name of that actor. An actor that already has this name is used again.
+        estimator: of the KL that is written and subtracted: ``"k1"`` (the log-ratio: unbiased, may be
+            negative), ``"k2"`` (half the square of the log-ratio: low variance, biased), ``"k3"`` (unbiased,
+            never negative) or ``"abs"`` (the absolute log-ratio: a distance, not a KL); see
+            :func:`vllm_kl.kl_estimate`.
+        extra_estimators: more estimators, written to ``kl_<name>`` and not subtracted. Example: ``("k3",)``
+            logs k3 while the reward uses k1.
+        clamp_log_ratio, clamp_output, direction: as in :func:`vllm_kl.kl_estimate`.
+        mask_key: where the mask is written, bool, for losses and averages: ``True`` at kept tokens. ``None``:
+            no mask is written.
+        gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see
+            :class:`FromCollector`.
+        on_stale: what to do if the policy is asked to score samples again and its weights are not known to be
+            the weights that sampled them: ``"raise"`` (the default), ``"warn"`` or ``"allow"``. "Not known"
+            means that the versions or the adapters differ, or that a version is missing or no number.
+            ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))`` stamps samples with version and
+            adapter; TorchRL's own tracker stamps no adapter. There is no check for a ``gen_model`` whose
+            weights have no version, nor if no sample has a version and the engine still serves its first
+            weights, nor at an env's step unless the engine told which weights generated the tokens.
+        on_two_references: what to do if one batch leaves the collector with scores of two versions of the
+            reference, because the reference was refreshed meanwhile: ``"raise"`` (the default), ``"warn"`` or
+            ``"allow"``. Each score is right for the version that its sample carries.
+        ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: it
+            is not written. A reference whose scorer counts no versions writes none.
+        audit: with ``"from_collector"``: the fraction of the samples with reused log-probs that the policy's
+            engine scores again, to compare.
+        audit_tolerance: the largest healthy mean difference, nats; default 0.05.
+        on_drift: what to do beyond ``audit_tolerance``: ``"raise"`` (the default) or ``"warn"``; see
+            :class:`~vllm_kl.transforms.audit.Audit`.
+        on_zero: with ``"from_collector"``: what to do if a recorded log-prob is exactly 0.0, the reference is
+            not sure of the token, and no policy can be asked: ``"raise"`` (the default), ``"warn"`` or
+            ``"allow"``; see :class:`FromCollector`.
+        deferred: inside an env: each step only submits the reference's work, and generation goes on
+            meanwhile. ``True``: the collector fills the results in when a batch leaves it, and waits for the
+            batch's last step. ``"buffer"``: batches leave without results, and you call
+            :func:`vllm_kl.fill_deferred`, on a replay buffer or by hand. Until then results are missing and a
+            reward that the KL will change is NaN. See :mod:`vllm_kl.transforms.deferred`.
         num_cpus, num_gpus: resources of the Ray actor.
 
-    Writes ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``. Outside the mask log-probs, KL
-    and the KL's share of the reward are exactly 0.0. ``metrics`` holds figures of the last batch for a logger.
+    Writes log-probs and KL as ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``.
+    Outside the mask log-probs and KL are exactly 0.0 and the KL changes no reward. ``metrics`` holds figures
+    of the last batch.
 
     Raises:
-        ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
-        OptionError: when called: with ``from_collector``, reference and policy are one engine with one adapter, or none.
-        DriftError: when called: an audit found other numbers than the recorded ones.
-        CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
+        ValueError: a model generates, the models disagree on ``pad_output``, or a model cannot tell the
+            assistant's tokens.
+        OptionError: when called: with ``from_collector``, reference and policy are one engine with the same
+            adapter, or with none.
+        DriftError: when called: the audit measured a larger difference than ``audit_tolerance``.
+        CollectorError: when called: ``from_collector`` has no log-probs to reuse and no policy to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
-        StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the weights that score them again.
-        WeightsError: from the collector: scores of two versions of the reference would leave it in one batch, and
-            ``on_two_references="raise"``. What ends a collector that was started is told by :func:`~vllm_kl.check_collector`,
-            and by the next push or refresh.
+        StaleError: when called: ``on_stale="raise"``, and the policy's weights are not known to have sampled
+            the tokens.
+        WeightsError: in the collector: ``on_two_references="raise"``, and a batch has scores of two versions
+            of the reference. If the collector was started, :func:`~vllm_kl.check_collector` raises the error
+            in your thread; so does the next push or refresh.
 
     >>> td = TensorDict(
     ...     tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1),
@@ -138,7 +152,7 @@ class RetrieveKL(TokensTransform, KLTransform):
     (True, [0.0, 0.0])
     """
 
-    _versions: dict[str, float]  # figures of the last batch
+    _versions: dict[str, float]
     _rescored: dict[str, float]
     on_stale: OnStale
     on_two_references: OnStale
@@ -204,17 +218,20 @@ class RetrieveKL(TokensTransform, KLTransform):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch, see :class:`~vllm_kl.transforms.kl_transform.Penalty`; and
+        """Figures of the last batch: those of :attr:`Penalty.metrics`, and
 
-        - ``gen_rescored_samples``: with ``"from_collector"``, how many of its samples were scored again instead of reused;
-        - ``audit_...``: of the last audit; ``audit_skipped_samples`` were drawn for it and not compared, because the policy's
-          weights had been replaced since they were sampled;
-        - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
-          an update; ``ref_version``: of the reference's weights. In an env: of the last batch that left the collector, see
+        - ``gen_rescored_samples``: with ``"from_collector"``, how many samples were scored again instead of
+          reused;
+        - ``audit_...``: figures of the last audit. ``audit_skipped_samples`` were drawn but not compared,
+          because the policy had new weights since they were sampled;
+        - ``policy_version_min``, ``policy_version_max``: the versions that the samples carry, if they do.
+          They differ if weights were updated while the batch was collected. ``ref_version``: the version of
+          the reference's weights. In an env these describe the last batch that left the collector, see
           :func:`~vllm_kl.check_versions`;
-        - ``template_...``: of a batch whose History was tokenized here: ``cut_chars`` of its ``content_chars`` are not in what the
-          chat template rendered, of ``cut_messages`` of its ``messages``; ``moved_messages`` stand elsewhere in the dialog;
-          ``inserted_chars`` are marked as the assistant's though no message says them, ``unmarked_chars`` are said and not marked.
+        - ``template_...``: if a History was tokenized here. The chat template did not render ``cut_chars`` of
+          the ``content_chars``, in ``cut_messages`` of the ``messages``. It rendered ``moved_messages`` at
+          another place of the dialog. It marked ``inserted_chars`` as the assistant's although no message has
+          them, and left ``unmarked_chars`` of the assistant's messages unmarked.
         """
         audit = self._gen.audit.metrics if isinstance(self._gen, FromCollector) else {}
         return {**self.penalty.metrics, **self._rescored, **audit, **self._versions, **self._texts.metrics}
@@ -260,7 +277,7 @@ class RetrieveKL(TokensTransform, KLTransform):
         if is_counted and not gen.is_recorded:
             check_stale(sampled, gen.origin, self.on_stale)
         if self._is_step and not (gen.is_recorded and has_zeros(gen.values, batch.packed_keep)):
-            self._close_step()  # the policy is not asked any more: weights may be replaced while the reference is
+            self._close_step()  # the policy is done: its weights may be replaced while the reference scores
         ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)
         are_zeros_settled, num_rescored = True, len(batch)
         if gen.is_recorded:
@@ -271,7 +288,7 @@ class RetrieveKL(TokensTransform, KLTransform):
                 check_stale([sampled[i] for i in rescored], gen.origin, self.on_stale)
         if isinstance(self._gen, FromCollector):
             self._rescored = {"gen_rescored_samples": float(num_rescored)}
-        # A step of a collector is part of a batch, whose versions are read when it leaves.
+        # The versions of a collector's batch are read when the batch leaves the collector.
         versions = None if self._is_step and collector is not None else policy_range(sampled)
         keeps_recorded = gen.is_recorded and next_td is td
         write = partial(
@@ -292,7 +309,7 @@ class RetrieveKL(TokensTransform, KLTransform):
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         written = super()._step(tensordict, next_tensordict)
-        on_leaving(self._collector(), self._check_batch)  # a step does not see the batch that it will be in
+        on_leaving(self._collector(), self._check_batch)  # a step does not see its whole batch
         return written
 
     def _check_batch(self, td: TensorDictBase) -> TensorDictBase:
@@ -326,7 +343,7 @@ class RetrieveKL(TokensTransform, KLTransform):
         next_td: TensorDictBase,
         scored: Scored,
     ) -> TensorDictBase:
-        """Write the results, all or none; return the tensordict that has them."""
+        """Write all results, or none; return the tensordict that has them."""
         ref, ref_version = scored.values, scored.origin.version
         if not are_zeros_settled:
             self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
@@ -338,7 +355,7 @@ class RetrieveKL(TokensTransform, KLTransform):
 
         log_probs = {self.ref_log_probs_full_key: to_rows(ref)}
         if not keeps_recorded:
-            # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
+            # Recorded log-probs stay: a later call must not take our zeros outside the mask for recorded ones.
             log_probs[self.gen_log_probs_full_key] = to_rows(gen)
         written = self.penalty.write(
             next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs

@@ -1,4 +1,4 @@
-"""Makes the two sides of :class:`~vllm_kl.RetrieveKL` from its arguments, and refuses two that do not fit each other."""
+"""Makes the two sides of ``RetrieveKL`` from its arguments, and checks that they fit each other."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def two_sides(
     assistant_only: bool,
     device: torch.device | None,
 ) -> TwoSides:
-    """Return the two sides of a KL, checked one by one and against each other.
+    """Return the two sides of a KL, after checking each of them and both together.
 
     Args:
-        gen_model: the model that generated; not read where a ``collector_side`` is given.
-        collector_side: the generation side that a collector gives; ``None``: ``gen_model`` is the side.
+        gen_model: the model that generated; not used if there is a ``collector_side``.
+        collector_side: the side that takes its log-probs from a collector; ``None``: ``gen_model`` scores.
         ref_model: the reference.
-        assistant_only: both models must tell the assistant's tokens.
+        assistant_only: both models must be able to tell the assistant's tokens.
         device: where to move the models; ``None``: leave them.
 
     Raises:
@@ -67,7 +67,7 @@ def two_sides(
 
 
 def gen_model_of(gen_model: Any, factory: Callable[[], Any] | None) -> Any:
-    """Return the model, or ``"from_collector"``, that a caller gave; make the model if the caller gave a factory."""
+    """Return the model or ``"from_collector"``, as the caller gave it; call the factory if there is one."""
     if factory is not None and gen_model == "from_collector":
         gen_model = None  # the default gives way to a factory
     return one_of("gen", gen_model, factory)
@@ -81,7 +81,7 @@ def ref_model_of(
     actor_name: str | None,
     **options: Any,
 ) -> Any:
-    """Return the reference that a caller gave; make it, here or in a Ray actor, if the caller gave a factory.
+    """Return the reference that the caller gave; call the factory, here or in a Ray actor, if there is one.
 
     Raises:
         OptionError: an option has no effect without a Ray actor.
@@ -98,13 +98,13 @@ def ref_model_of(
 def collector_side_of(
     gen_model: Any, gen_log_probs: GenLogProbs, log_probs_full_key: NestedKey, reuse: dict[str, Any]
 ) -> FromCollector | None:
-    """Return the generation side that a collector gives; ``None``: ``gen_model`` is a model.
+    """Return the side that takes its log-probs from a collector; ``None``: ``gen_model`` is a model.
 
     Args:
         gen_model: a model, ``"from_collector"`` or a :class:`FromCollector`.
         gen_log_probs: see :class:`FromCollector`.
-        log_probs_full_key: where recorded log-probs lie if no policy tells.
-        reuse: options of :class:`FromCollector`; ``None``: not given.
+        log_probs_full_key: where recorded log-probs are if no policy tells.
+        reuse: options of :class:`FromCollector`; an option that is ``None`` was not given.
 
     Raises:
         OptionError: an option has no effect with this ``gen_model``.
@@ -119,7 +119,8 @@ def collector_side_of(
         )
     if reuse:
         raise OptionError(
-            f"{next(iter(reuse))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
+            f"{next(iter(reuse))} has no effect with a gen_model, whose log-probs are never reused; "
+            "pass gen_model='from_collector'"
         )
     return None
 
