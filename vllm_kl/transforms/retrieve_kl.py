@@ -355,7 +355,7 @@ class RetrieveKL(TokensTransform, KLTransform):
 
         log_probs = {self.ref_log_probs_full_key: to_rows(ref)}
         if not keeps_recorded:
-            # Recorded log-probs stay: a later call must not take our zeros outside the mask for recorded ones.
+            # Recorded log-probs stay: a later call must not take our zeros outside the mask for them.
             log_probs[self.gen_log_probs_full_key] = to_rows(gen)
         written = self.penalty.write(
             next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs
