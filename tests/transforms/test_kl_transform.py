@@ -227,7 +227,7 @@ class TestMask:
         second = RetrieveLogProb(ref, assistant_only=wider != "reference")
         batch = first(ids_batch(self.IDS, self.PROMPTS))
         verb = "leaves out" if wider == "reference" else "keeps"
-        with pytest.raises(InputError, match=f"sample 0, token 1: kl_mask is there already and {verb} it"):
+        with pytest.raises(InputError, match=f"sample 0, token 1: the tensordict's kl_mask {verb} the token"):
             second(batch)
         assert "ref_log_probs" not in batch.keys()
 
