@@ -130,8 +130,8 @@ def check_two_models(gen_model: Any, ref_model: Any) -> None:
         engine, adapter = one
         what = f"adapter {adapter} on one engine" if adapter else f"one {type(engine).__name__}"
         raise OptionError(
-            f"both sides are {what}, so the KL would be 0 at every update. Give the reference an engine of "
-            "its own (VLLMReference(path)). If the policy is an adapter, give lora_request to the policy only"
+            f"both sides are {what}: the KL would be 0 at every update. Give the reference an engine of its "
+            "own (VLLMReference(path)). If the policy is an adapter, give lora_request to the policy only"
         )
 
 
@@ -273,7 +273,7 @@ class ModelSide:
             raise OptionError(
                 f"one side's log-probs are those of softmax(logits / {self.temperature:g}), the other's of "
                 f"softmax(logits / {temperature:g}), so the KL of equal weights would not be 0. Give both "
-                "sides one temperature"
+                "one temperature"
             )
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:

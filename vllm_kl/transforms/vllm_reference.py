@@ -330,7 +330,7 @@ def remote_reference(
         num_cpus, num_gpus: the actor's resources.
 
     Raises:
-        InputError: ``ref_model`` and ``ref_model_factory`` are both given, or there is nothing to make or find.
+        InputError: ``ref_model`` and ``ref_model_factory`` are both given, or nothing is.
         OptionError: ``ref_model`` holds a running engine.
     """
     from vllm_kl.transforms.ray_scorer import RayScorer
