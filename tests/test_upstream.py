@@ -327,7 +327,7 @@ class TestTorchRL:
 
         for collector in (Renamed(), Renamed(), None):
             assert not on_leaving(collector, print)
-        assert caplog.text.count("a Renamed has no postproc: nobody looks at the batches that leave it") == 1
+        assert caplog.text.count("a Renamed has no postproc, so its batches are not checked") == 1
 
     def test_a_started_collector_runs_in_a_thread_of_this_name(self):
         """weights/collector_errors.py tells a trainer what ended it."""
