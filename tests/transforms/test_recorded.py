@@ -488,7 +488,7 @@ class TestWhatWasUsed:
 
         _, said, _ = run("processed", {}, equal("processed"), wrap=with_forward(forward))
         assert len(said) == 1
-        assert "nobody saw it" in said[0]
+        assert "nobody saw which parameters" in said[0]
         assert "logprobs_mode='processed_logprobs'" in said[0]
 
     def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
