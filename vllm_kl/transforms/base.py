@@ -75,7 +75,7 @@ class NextTransform(Transform):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.set_counts(state)
 
-    def scored_at(self, key: NestedKey) -> float | None:
+    def temperature_at(self, key: NestedKey) -> float | None:
         """Return the temperature of the log-probs that this writes to ``key``; ``None``: it writes none."""
         return None
 
@@ -133,27 +133,27 @@ class TokensTransform(NextTransform):
         collector = self._collector()
         policy = policy_of(collector)
         watch(policy)  # remembers sampling parameters from the policy's first call on
-        if (engine := self._asked_engine()) is not None:
+        if (engine := self._policy_engine()) is not None:
             lock_of(engine).score_here()
         follow(collector, engine_of(policy), getattr(self._model(), "scorer", None))
         return super()._reset_env_preprocess(tensordict)
 
-    def _asks_policy(self) -> bool:
+    def _scores_with_policy(self) -> bool:
         side = self._policy_side()
-        return side is not None and side.asks(policy_of(self._collector()))
+        return side is not None and side.scores_with(policy_of(self._collector()))
 
-    def _asked_engine(self) -> Any:
+    def _policy_engine(self) -> Any:
         """Return the policy's ``LLMEngine`` if this transform asks it to score; else ``None``."""
-        return engine_of(policy_of(self._collector())) if self._asks_policy() else None
+        return engine_of(policy_of(self._collector())) if self._scores_with_policy() else None
 
     def _close_step(self, is_last: bool = False) -> None:
         """Allow new weights, unless a later transform of this env still asks the same engine."""
-        if (engine := self._asked_engine()) is None:
+        if (engine := self._policy_engine()) is None:
             return
         asking = [
             it
             for it in self._neighbours()
-            if isinstance(it, TokensTransform) and it._asked_engine() is engine
+            if isinstance(it, TokensTransform) and it._policy_engine() is engine
         ]
         if is_last or asking[-1] is self:
             lock_of(engine).close_step()
@@ -165,7 +165,7 @@ class TokensTransform(NextTransform):
         """
         if not self._is_step:
             return origins(td)
-        return (generated_by(td) or []) if self._asks_policy() else []
+        return (generated_by(td) or []) if self._scores_with_policy() else []
 
     def clone(self) -> Self:
         twin = super().clone()
@@ -194,7 +194,7 @@ def _container(transform: Transform) -> Any:
     return None if reference is None else reference()
 
 
-def scores(
+def side_log_probs(
     side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
 ) -> Scored:
     """Return a side's log-probs at a temperature."""

@@ -44,7 +44,7 @@ from vllm_kl.batch.inputs import rows_of
 from vllm_kl.batch.outputs import set_rows
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
-from vllm_kl.transforms.base import TokensTransform, scores
+from vllm_kl.transforms.base import TokensTransform, side_log_probs
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.sides import Side, is_same_temperature, scorer_for
 from vllm_kl.types import Scored, TokenBatch
@@ -383,7 +383,7 @@ def _score_step(side: Side, batch: TokenBatch, temperature: float, expected_vers
             f"the reference's temperature was changed from {temperature:g} to {now:g} after this step was "
             "submitted and before it was scored. Fill batches in (fill_deferred) before you change it"
         )
-    scored = scores(side, batch, TensorDict(), None, temperature=temperature, detach=True)
+    scored = side_log_probs(side, batch, TensorDict(), None, temperature=temperature, detach=True)
     if expected_version is not None and scored.origin.version != expected_version:
         raise WeightsError(
             f"the reference was refreshed after this step was submitted for version {expected_version}: it "

@@ -74,7 +74,7 @@ def policy_of(collector: Any) -> Any:
     return policy
 
 
-def what_records(policy: Any) -> Recorded | None:
+def recorded_distribution(policy: Any) -> Recorded | None:
     """Return the distribution of a policy's recorded log-probs; ``None``: not known.
 
     The sampling parameters are those of the policy's last call.
@@ -92,7 +92,7 @@ def _is_unseen(policy: Any) -> bool:
     return watched is not None and watched.last is None
 
 
-def why_unlike(found: Recorded | None, temperature: float) -> str:
+def why_not_at_temperature(found: Recorded | None, temperature: float) -> str:
     """Return why recorded log-probs are not those of ``softmax(logits / temperature)``.
 
     The text is empty if they are, or if nothing is known.
@@ -244,7 +244,7 @@ class FromCollector:
             )
         return policy
 
-    def asks(self, policy: Any) -> bool:
+    def scores_with(self, policy: Any) -> bool:
         return True
 
     def log_probs(
@@ -262,11 +262,11 @@ class FromCollector:
         """
         policy, why = self.policy(collector), ""
         if self.gen_log_probs != "rescore":
-            unlike = self._unlike(batch, td, policy, temperature)
+            unlike = self._why_not_comparable(batch, td, policy, temperature)
             recorded, why_not = (None, unlike) if unlike else self._recorded(batch, td, policy)
             if recorded is not None:
                 if policy is None and collector is not None:
-                    self._say(
+                    self._warn_once(
                         "nothing is known of how the collector's policy, a "
                         f"{type(collector.policy).__name__}, samples: its recorded log-probs are assumed to "
                         f"be those of softmax(logits / {temperature:g}).\nGive the collector the "
@@ -288,9 +288,9 @@ class FromCollector:
             if self._can_score(policy, temperature):
                 again = "They are scored again (gen_log_probs='auto')"
                 if unlike:
-                    self._say(f"{unlike}. {again}. {TEMPERATURES}")
+                    self._warn_once(f"{unlike}. {again}. {TEMPERATURES}")
                 else:
-                    self._note(
+                    self._log_once(
                         f"nothing is reused: {why_not}. {again}, which costs another pass over every sample"
                     )
         if policy is None and collector is not None:
@@ -368,7 +368,7 @@ class FromCollector:
                 self.on_zero,
             )
             return settled, []
-        self._say(f"{text}. Such samples are scored again (gen_log_probs='auto')")
+        self._warn_once(f"{text}. Such samples are scored again (gen_log_probs='auto')")
         rows = [scored[i].cpu() if i in false else row for i, row in enumerate(recorded.split(batch.lengths))]
         return dataclasses.replace(settled, values=torch.cat(rows), origin=again.origin), list(false)
 
@@ -402,14 +402,16 @@ class FromCollector:
         adapter = adapter_id(policy.lora_request) if hasattr(policy, "lora_request") else None
         return score_batch(self._scorer_of(policy), batch, adapter)
 
-    def _unlike(self, batch: TokenBatch, td: TensorDictBase, policy: Any, temperature: float) -> str | None:
+    def _why_not_comparable(
+        self, batch: TokenBatch, td: TensorDictBase, policy: Any, temperature: float
+    ) -> str | None:
         """Return why recorded log-probs cannot be compared with the reference's; ``None``: not known."""
         if policy is None or not policy.return_log_probs:
             return None
-        found = what_records(policy)
+        found = recorded_distribution(policy)
         if found is None:
             return None
-        if why := why_unlike(found, temperature):
+        if why := why_not_at_temperature(found, temperature):
             return why
         if found.temperature != 1.0 and any(kept.any() for kept in self._kept_prompts(batch, td, policy)):
             return (
@@ -425,7 +427,7 @@ class FromCollector:
         mode = getattr(config_of(getattr(policy, "model", None)), "logprobs_mode", None)
         if is_sure or mode == "raw_logprobs" or isinstance(policy, TransformersWrapper):
             return
-        self._say(
+        self._warn_once(
             "nobody saw which parameters the log-probs were sampled with: they are assumed to be those of "
             f"the policy's last call, or those that the policy has. Its engine has logprobs_mode={mode!r}, "
             "so another temperature or top_p makes the KL wrong.\nPass gen_log_probs='rescore', or make the "
@@ -501,12 +503,12 @@ class FromCollector:
             temperature_of(self._scorer_of(policy)), temperature
         )
 
-    def _say(self, message: str) -> None:
+    def _warn_once(self, message: str) -> None:
         """Warn once for each cause."""
         if self._is_new(message):
             warnings.warn(message, MismatchWarning, stacklevel=2)
 
-    def _note(self, message: str) -> None:
+    def _log_once(self, message: str) -> None:
         """Log once for each cause; nothing is wrong."""
         if self._is_new(message):
             logger.warning("vllm_kl: from_collector: %s", message)

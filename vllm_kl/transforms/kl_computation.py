@@ -124,7 +124,7 @@ class KLComputation(KLTransform):
         _check_shapes(*rows)
         lengths = widths_of(rows[0])
         gen, ref = (end_to_end(side) for side in rows)
-        mask = _scored(gen.detach().cpu(), ref.detach().cpu())
+        mask = _default_mask(gen.detach().cpu(), ref.detach().cpu())
         stored = None if self.mask_key is None else read_rows(next_td, self.mask_key)
         if stored is not None:
             self._check_mask(rows[0], stored)
@@ -148,7 +148,10 @@ class KLComputation(KLTransform):
         """Refuse values that are no log-probs, and sides of different temperatures."""
         keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
         neighbours = self._neighbours()
-        at = {key: next((t for n in neighbours if (t := n.scored_at(key)) is not None), None) for key in keys}
+        at = {
+            key: next((t for n in neighbours if (t := n.temperature_at(key)) is not None), None)
+            for key in keys
+        }
         if None not in at.values() and not is_same_temperature(*at.values()):
             found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
             raise OptionError(
@@ -195,7 +198,7 @@ def _check_shapes(gen: Rows, ref: Rows) -> None:
             )
 
 
-def _scored(gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+def _default_mask(gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
     """Return the positions that count: both sides have a log-prob, or one side lacks the other's."""
     unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
     return ~unscored

@@ -27,7 +27,7 @@ from vllm_kl.batch.outputs import declare
 from vllm_kl.errors import OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
-from vllm_kl.transforms.base import TokensTransform, scores, to_device
+from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.deferred import Deferral, Deferred
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.kl_computation import KLComputation
@@ -236,7 +236,7 @@ class RetrieveKL(TokensTransform, KLTransform):
         audit = self._gen.audit.metrics if isinstance(self._gen, FromCollector) else {}
         return {**self.penalty.metrics, **self._rescored, **audit, **self._versions, **self._texts.metrics}
 
-    def scored_at(self, key: NestedKey) -> float | None:
+    def temperature_at(self, key: NestedKey) -> float | None:
         return (
             self._ref.temperature
             if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
@@ -271,14 +271,14 @@ class RetrieveKL(TokensTransform, KLTransform):
         batch = self._read(td)
         temperature = self._ref.temperature
         how = {"temperature": temperature, "detach": self.detach}
-        gen = scores(self._gen, batch, td, collector, **how)
+        gen = side_log_probs(self._gen, batch, td, collector, **how)
         sampled = self._sampled(td)
         is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
         if is_counted and not gen.is_recorded:
             check_stale(sampled, gen.origin, self.on_stale)
         if self._is_step and not (gen.is_recorded and has_zeros(gen.values, batch.packed_keep)):
             self._close_step()  # the policy is done: its weights may be replaced while the reference scores
-        ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)
+        ref = None if self._deferral is not None else side_log_probs(self._ref, batch, td, collector, **how)
         are_zeros_settled, num_rescored = True, len(batch)
         if gen.is_recorded:
             of_ref = None if ref is None else ref.values

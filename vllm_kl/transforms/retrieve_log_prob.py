@@ -20,8 +20,13 @@ from vllm_kl.batch.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.batch.outputs import check_distinct, declare, set_rows
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
-from vllm_kl.transforms.base import TokensTransform, scores, to_device
-from vllm_kl.transforms.from_collector import TEMPERATURES, policy_of, what_records, why_unlike
+from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
+from vllm_kl.transforms.from_collector import (
+    TEMPERATURES,
+    policy_of,
+    recorded_distribution,
+    why_not_at_temperature,
+)
 from vllm_kl.transforms.sides import ModelSide, Side, check_side, warn_unless_full
 from vllm_kl.transforms.vllm_reference import VLLMReference
 from vllm_kl.types import Rows
@@ -122,7 +127,7 @@ class RetrieveLogProb(TokensTransform):
         """Figures of the chat template, ``template_...``, as in :attr:`RetrieveKL.metrics`."""
         return self._texts.metrics
 
-    def scored_at(self, key: NestedKey) -> float | None:
+    def temperature_at(self, key: NestedKey) -> float | None:
         return self._side.temperature if key == self.log_probs_full_key else None
 
     def _keys(self) -> InputKeys:
@@ -140,17 +145,19 @@ class RetrieveLogProb(TokensTransform):
         if self._has_warned or not isinstance(policy, LLMWrapperBase) or not policy.return_log_probs:
             return
         key = nested(policy.log_probs_key, "full")
-        is_scored = any(transform.scored_at(key) is not None for transform in self._neighbours())
+        is_scored = any(transform.temperature_at(key) is not None for transform in self._neighbours())
         if is_scored or rows_of(td, key) is None:
             return
-        if why := why_unlike(what_records(policy), self._side.temperature):
+        if why := why_not_at_temperature(recorded_distribution(policy), self._side.temperature):
             self._has_warned = True
             warnings.warn(f"{why}. {TEMPERATURES}", MismatchWarning, stacklevel=2)
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         self._warn_of_recorded(td)
         batch = self._read(td)
-        scored = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
+        scored = side_log_probs(
+            self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach
+        )
         if self._is_policy and scored.origin.version is not None:
             check_stale(self._sampled(td), scored.origin, self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}

@@ -44,7 +44,7 @@ def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> S
     if sent:
         ids, starts = [batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent]
         try:
-            results, version = _score(scorer, ids, starts)
+            results, version = _call_scorer(scorer, ids, starts)
         except (InputError, MissingLogProbError) as error:
             raise _of_samples(error, sent) from error
     else:
@@ -55,7 +55,7 @@ def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> S
     return Scored(values=spread(scored, spans, batch, what="log-probs"), origin=Origin(version, adapter))
 
 
-def _score(
+def _call_scorer(
     scorer: Scorer, token_ids: list[torch.Tensor], starts: list[int]
 ) -> tuple[list[torch.Tensor], int | None]:
     if hasattr(scorer, "score_and_tell"):
@@ -227,7 +227,7 @@ class Side(Protocol):
         """
         ...
 
-    def asks(self, policy: Any) -> bool:
+    def scores_with(self, policy: Any) -> bool:
         """Tell whether this side scores with the engine of the given policy."""
         ...
 
@@ -283,7 +283,7 @@ class ModelSide:
             scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None))
         )
 
-    def asks(self, policy: Any) -> bool:
+    def scores_with(self, policy: Any) -> bool:
         engine = getattr(getattr(self._scorer_of(self._model), "_engine", None), "_llm_engine", None)
         return engine is not None and engine is engine_of(policy)
 

@@ -111,16 +111,16 @@ class _Watched(vLLMWrapper):
         return outputs
 
     def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
-        return _telling(super()._from_vllm_generate_history, *args)
+        return _with_origins(super()._from_vllm_generate_history, *args)
 
     def _from_vllm_generate_text(self, *args: Any) -> TensorDictBase:
-        return _telling(super()._from_vllm_generate_text, *args)
+        return _with_origins(super()._from_vllm_generate_text, *args)
 
     def _from_vllm_generate_tokens(self, *args: Any) -> TensorDictBase:
-        return _telling(super()._from_vllm_generate_tokens, *args)
+        return _with_origins(super()._from_vllm_generate_tokens, *args)
 
 
-def _telling(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictBase:
+def _with_origins(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictBase:
     """Call a generating method of a policy; return its rows with the origin of each."""
     origins: list[Origin] = []
     before = _made.set(origins)
