@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
-from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
+from torchrl.modules.llm.policies import LLMWrapperBase
 
 from vllm_kl.batch.alignment import scored_spans, spread
-from vllm_kl.batch.inputs import nested, rows_of
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.placeholders import Placeholders
@@ -28,6 +27,7 @@ from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLE
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.transforms.watched_policy import adapter_id, engine_of, unwatched_call
+from vllm_kl.transforms.wrapper_scorer import WrapperScorer
 from vllm_kl.types import Origin, Scored, Scorer, TokenBatch
 
 
@@ -172,45 +172,6 @@ def _weights_behind(model: Any) -> tuple[Any, int] | None:
     else:
         return None
     return (engine, adapter) if adapter or not takes_adapters else None
-
-
-class WrapperScorer:
-    """Scores with any :class:`~torchrl.modules.llm.policies.LLMWrapperBase`, in its own ``tokens`` mode.
-
-    The wrapper must return one value per id. A wrapper that drops ids (TorchRL's drop pad ids) is refused.
-    """
-
-    def __init__(self, model: LLMWrapperBase) -> None:
-        self._model = model.get_new_version(
-            generate=False, return_log_probs=True, input_mode="tokens", pad_output=False, inplace=False
-        )
-        self._lengths = Lengths(getattr(model, "model", None))
-
-    def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
-        """Return B float32 tensors ``[L - start]``, nats."""
-        out: dict[int, torch.Tensor] = {}
-        for samples in self._lengths.alike([len(ids) for ids in token_ids]):
-            self._lengths.forget()
-            rows = self._score_together(samples, [token_ids[i] for i in samples])
-            out.update(zip(samples, rows, strict=True))
-        return [out[i][s:].float() for i, s in enumerate(start)]
-
-    def _score_together(self, samples: list[int], token_ids: list[torch.Tensor]) -> list[torch.Tensor]:
-        td = lazy_stack(
-            [
-                TensorDict(tokens=Tokens(full=ids), masks=TensorDict(all_attention_mask=ids >= 0))
-                for ids in token_ids
-            ]
-        )
-        rows = rows_of(self._model(td), nested(self._model.log_probs_key, "full")) or []
-        for i, row, ids in zip(samples, rows, token_ids, strict=True):
-            if len(row) != len(ids):
-                raise MissingLogProbError(
-                    f"{type(self._model).__name__} returned {len(row)} log-probs for the {len(ids)} tokens "
-                    f"of sample {i}, because it drops pad ids. Give its tokenizer a pad token that no "
-                    "sequence contains."
-                )
-        return rows
 
 
 class Side(Protocol):

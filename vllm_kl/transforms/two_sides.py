@@ -11,8 +11,8 @@ from tensordict.utils import NestedKey
 from vllm_kl.batch.inputs import keys_of
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
+from vllm_kl.transforms.remote_reference import remote_reference
 from vllm_kl.transforms.sides import ModelSide, Side, check_side, one_of, warn_of_two_lengths
-from vllm_kl.transforms.vllm_reference import remote_reference
 
 
 class TwoSides(NamedTuple):
