@@ -120,7 +120,7 @@ class Audit:
             found = mismatch(*sides, part.keep, token_ids=part.token_ids, tokenizer=tokenizer, limits={})
         except MissingLogProbError as error:
             raise MissingLogProbError(
-                f"in the audit of samples {drawn}, counted among these from 0: {error}"
+                f"in the audit of samples {drawn}, counted from 0 in this list: {error}"
             ) from error
         # mismatch() counted the compared samples only.
         worst = [dataclasses.replace(token, sample=compared[token.sample]) for token in found.worst]

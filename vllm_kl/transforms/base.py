@@ -161,7 +161,7 @@ class TokensTransform(NextTransform):
     def _sampled(self, td: TensorDictBase) -> list[Origin]:
         """Return the weights that sampled each row, as far as they are known.
 
-        At an env's step the rows are told apart only if the policy is asked again.
+        At an env's step they are only read if this transform scores with the policy's engine.
         """
         if not self._is_step:
             return origins(td)

@@ -52,12 +52,10 @@ from vllm_kl.weights.versions import OnStale, place, two_references
 
 Deferred = Literal[False, True, "buffer"]
 
-# Where the handles are in ``next`` until they are filled in. The specs leave them out: handles are no input
-# of the next step.
+# Where ``next`` has the handles. The specs leave them out: handles are no input of the next step.
 PENDING = "kl_pending"
 
-# Writes a step's results into a tensordict ``[B]``, from the reference's log-probs and their version; returns
-# it.
+# Writes a step's results, from the reference's scores, into a tensordict ``[B]``; returns it.
 Write = Callable[[TensorDictBase, Scored], TensorDictBase]
 
 
@@ -171,8 +169,7 @@ class Deferral:
             raise OptionError("deferred results have no graph: pass detach=True, or deferred=False")
         engine = getattr(scorer_for(ref_model), "_engine", None)
         if isinstance(engine, GenerateEngine) and engine.weights is not None:
-            # vLLM 0.32: two threads must not call LLM.generate at once, and each process has one forward
-            # context.
+            # vLLM 0.32: LLM.generate is not safe in two threads, and a process has one forward context.
             raise OptionError(
                 "deferred has no effect with a reference on a vllm.LLM of this process: it cannot score "
                 "while this or another vllm.LLM here generates.\nGive the reference an engine of its own "

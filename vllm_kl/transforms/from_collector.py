@@ -206,7 +206,7 @@ class FromCollector:
             if gen_log_probs not in ("auto", gen_model.gen_log_probs):
                 raise OptionError(f"gen_log_probs={gen_log_probs!r} contradicts {gen_model!r}: give it once")
             if options:
-                raise OptionError(f"give {', '.join(options)} to {gen_model!r}, once")
+                raise OptionError(f"give {', '.join(options)} to {gen_model!r} only")
             return gen_model
         if gen_model != "from_collector":
             raise OptionError(f"gen_model must be a model or 'from_collector', got {gen_model!r}")
@@ -277,7 +277,7 @@ class FromCollector:
                 self._audit(recorded, batch, td, policy, temperature)
                 return Scored(values=recorded, origin=Origin(None, None), is_recorded=True)
             if unlike and self.audit.fraction:
-                self.audit.complain(f"{unlike}. {TEMPERATURES}; or audit=0")
+                self.audit.complain(f"{unlike}. {TEMPERATURES}; or pass audit=0")
             if self.gen_log_probs == "reuse":
                 cure = TEMPERATURES if unlike else "Let the policy record log-probs (return_log_probs=True)"
                 raise CollectorError(
@@ -466,8 +466,7 @@ class FromCollector:
             return None, str(error)
         kept_prompts = self._kept_prompts(batch, td, policy) if has_zeros(values, batch.packed_keep) else []
         for i, (row, kept) in enumerate(zip(values.split(batch.lengths), kept_prompts, strict=False)):
-            # While it generates, TorchRL 0.14's vLLMWrapper writes 0.0 for a prompt token without a log-prob
-            # from vLLM.
+            # TorchRL 0.14's vLLMWrapper writes 0.0 for a prompt token that got no log-prob from vLLM.
             at = (kept & (row == 0)).nonzero()
             if len(at):
                 return (

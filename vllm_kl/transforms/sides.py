@@ -208,7 +208,7 @@ class ScorerOf:
         return made[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}  # an engine cannot be pickled
+        return {**self.__dict__, "_made": None}  # a copy makes its own scorer
 
 
 class ModelSide:

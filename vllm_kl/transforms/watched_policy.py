@@ -32,8 +32,7 @@ from vllm_kl.weights.live import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
 from vllm_kl.weights.lock import EngineLock
 
-# The list that collects the origins of this thread's completions, in vLLM's order; None: the thread is not
-# generating.
+# The origins of this thread's completions, in vLLM's order; None: the thread is not generating.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
 
 

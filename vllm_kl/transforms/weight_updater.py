@@ -43,8 +43,7 @@ with warnings.catch_warnings():
             self._pusher.register(collector)
 
         def __call__(self, policy_or_weights: Any = None, worker_ids: Any = None) -> None:
-            # collector.update_policy_weights_() calls this, and then adds 1 to the collector's version
-            # (TorchRL 0.14).
+            # TorchRL 0.14: update_policy_weights_() calls this, and then adds 1 to the collector's version.
             weights = self._get_server_weights() if policy_or_weights is None else policy_or_weights
             self._pusher.push(weights, collector_counts=True)
             self._call_post_hooks()
