@@ -132,9 +132,9 @@ class Audit:
             f"the recorded log-probs are not those of the policy's engine: over {int(figures['num_tokens'])} "
             f"tokens of {len(compared)} of {len(batch)} samples they differ by "
             f"{figures['log_prob_diff_mean_nats']:.4g} nats on average (tolerance {self.tolerance:g}), "
-            f"{figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}.\nWere its weights updated "
-            "since it sampled, or did it sample at a temperature? gen_log_probs='rescore' takes the engine's "
-            "log-probs."
+            f"{figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}.\nWere the engine's weights "
+            "updated since the policy sampled, or did the policy sample at another temperature? "
+            "gen_log_probs='rescore' takes the engine's log-probs."
         )
         self.complain(message)
 
