@@ -77,7 +77,7 @@ def policy_of(collector: Any) -> Any:
 def recorded_distribution(policy: Any) -> Recorded | None:
     """Return the distribution of a policy's recorded log-probs; ``None``: not known.
 
-    The sampling parameters are those of the policy's last call.
+    The sampling parameters are those of the policy's last call; without a call, those that the policy has.
     """
     watched = watch(policy)
     return recorded_by(policy, None if watched is None else watched.last)

@@ -70,9 +70,9 @@ NEUTRAL = frozenset(
 )
 
 # A recorded zero is believed if the reference gives the token at least this log-prob, nats: a probability of
-# 0.9. A zero that is wrong then costs at most this much KL. Each token is checked alone: the sum over a long
-# answer of a deterministic policy is far below this bound, and the mean would hide an end token that was not
-# sampled.
+# 0.9. A zero that is wrong then costs at most this much KL. Tokens are checked one by one: the sum over a
+# long answer of a deterministic policy is far below this bound, and the mean would hide an end token that was
+# not sampled.
 SURE = -0.1
 
 # The largest log-prob that rounding explains: bfloat16 numbers below 64 are at most 0.25 apart, so a

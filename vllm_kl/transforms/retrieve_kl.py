@@ -134,8 +134,8 @@ class RetrieveKL(TokensTransform, KLTransform):
         StaleError: when called: ``on_stale="raise"``, and the policy's weights are not known to have sampled
             the tokens.
         WeightsError: in the collector: ``on_two_references="raise"``, and a batch has scores of two versions
-            of the reference. If the collector was started, :func:`~vllm_kl.check_collector` raises the error
-            in your thread; so does the next push or refresh.
+            of the reference. An error ends the thread of a collector that was started:
+            :func:`~vllm_kl.check_collector`, and the next push or refresh, raise and tell it.
 
     >>> td = TensorDict(
     ...     tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1),
