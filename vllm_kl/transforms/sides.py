@@ -1,4 +1,4 @@
-"""Chooses the scorer of each side of a KL: that of a given model, or that of the collector's policy.
+"""Chooses the scorer of a side of a KL: a side is a given model, or the policy of the collector.
 
 A side implements ``log_probs(batch, td, collector, temperature)``. Both sides score the same ids through this
 package's own code; a model only provides its weights. So the sides cannot disagree about tokens, masks or
