@@ -43,7 +43,7 @@ from vllm_kl.errors import (
     OptionError,
     ReadoutUnavailableError,
 )
-from vllm_kl.transforms.deferred import _score
+from vllm_kl.transforms.deferred import _score_step
 from vllm_kl.transforms.recorded import NEUTRAL, doubtful_zeros, recorded_by
 from vllm_kl.transforms.sides import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
@@ -541,7 +541,7 @@ class TestTwoModels:
         try:
             message = r"changed from 1 to 0.5 after this step was submitted.*\(fill_deferred\) before"
             with pytest.raises(OptionError, match=message):
-                _score(side, batch, 1.0, None)
+                _score_step(side, batch, 1.0, None)
         finally:
             ref_scorer.temperature = 1.0
 
