@@ -327,7 +327,7 @@ class TestTorchRL:
 
         for collector in (Renamed(), Renamed(), None):
             assert not on_leaving(collector, print)
-        assert caplog.text.count("a Renamed has no postproc: nobody looks at the batches that leave it") == 1
+        assert caplog.text.count("a Renamed has no postproc, so its batches are not checked") == 1
 
     def test_a_started_collector_runs_in_a_thread_of_this_name(self):
         """weights/collector_errors.py tells a trainer what ended it."""
@@ -338,7 +338,7 @@ class TestTorchRL:
         assert "self._run_iterator" in start
 
     def test_a_collector_keeps_its_tracker_of_versions_under_this_name(self):
-        """transforms/sync.py sets its version."""
+        """transforms/pusher.py sets its version."""
         from torchrl.collectors.llm import LLMCollector
         from torchrl.envs.llm.transforms import PolicyVersion
 
@@ -366,7 +366,7 @@ class TestTorchRL:
         assert "_inv_call" in source(transforms.Transform.inv)
 
     def test_an_updater_counts_after_it_was_called(self):
-        """transforms/sync.py pushes one version less, where the collector counts another itself."""
+        """transforms/pusher.py sets one version less, where the collector counts another itself."""
         from torchrl.collectors.llm import LLMCollector
 
         update = source(LLMCollector.update_policy_weights_)

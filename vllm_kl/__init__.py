@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from vllm_kl.transforms.kl_computation import KLComputation
     from vllm_kl.transforms.lora_wrapper import LoRAWrapper
     from vllm_kl.transforms.retokenized_turns import RetokenizedTurns
-    from vllm_kl.transforms.retrieve_kl import RetrieveKL, RetrieveLogProb
+    from vllm_kl.transforms.retrieve_kl import RetrieveKL
+    from vllm_kl.transforms.retrieve_log_prob import RetrieveLogProb
     from vllm_kl.transforms.sync_scheme import VLLMSyncScheme
     from vllm_kl.transforms.vllm_reference import VLLMReference
     from vllm_kl.transforms.weight_updater import VLLMWeightUpdater
@@ -64,7 +65,7 @@ _HOME = {
     "LoRAWrapper": "transforms.lora_wrapper",
     "RetokenizedTurns": "transforms.retokenized_turns",
     "RetrieveKL": "transforms.retrieve_kl",
-    "RetrieveLogProb": "transforms.retrieve_kl",
+    "RetrieveLogProb": "transforms.retrieve_log_prob",
     "Sample": "view.samples",
     "VLLMReference": "transforms.vllm_reference",
     "VLLMScorer": "scorer",

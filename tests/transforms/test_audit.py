@@ -173,7 +173,9 @@ class TestInACollector:
         with move.put_back():
             env = make_env().append_transform(move)
             env.append_transform(RetrieveKL(FromCollector(audit=1.0, on_drift="warn"), make_reference()))
-            with pytest.warns(MismatchWarning, match="Were its weights updated since it sampled"):
+            with pytest.warns(
+                MismatchWarning, match="Were the engine's weights updated since the policy sampled"
+            ):
                 collect(env, make_policy(), turns=4)
 
     def test_without_the_policys_engine_it_says_so(self, make_reference):
@@ -188,7 +190,7 @@ class TestInACollector:
             RetrieveKL(make_gen("vllm"), make_reference(), audit=0.1)
         with pytest.raises(OptionError, match="audit has no effect with gen_log_probs='rescore'"):
             RetrieveKL("from_collector", make_reference(), gen_log_probs="rescore", audit=0.1)
-        with pytest.raises(OptionError, match=r"give on_drift to FromCollector\('auto'\), once"):
+        with pytest.raises(OptionError, match=r"give on_drift to FromCollector\('auto'\) only"):
             RetrieveKL(FromCollector(audit=0.1), make_reference(), on_drift="warn")
 
     def test_each_transform_audits_for_itself(self, make_reference):

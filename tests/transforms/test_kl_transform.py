@@ -227,7 +227,7 @@ class TestMask:
         second = RetrieveLogProb(ref, assistant_only=wider != "reference")
         batch = first(ids_batch(self.IDS, self.PROMPTS))
         verb = "leaves out" if wider == "reference" else "keeps"
-        with pytest.raises(InputError, match=f"sample 0, token 1: kl_mask is there already and {verb} it"):
+        with pytest.raises(InputError, match=f"sample 0, token 1: the tensordict's kl_mask {verb} the token"):
             second(batch)
         assert "ref_log_probs" not in batch.keys()
 
@@ -264,13 +264,16 @@ class TestMask:
         batch = step()
         batch[0]["kl_mask"] = torch.tensor([False, True, False, True])
         with pytest.raises(
-            InputError, match="sample 0, token 2: both sides have a log-prob, but kl_mask leaves it out"
+            InputError,
+            match="sample 0, token 2: both sides have a log-prob, but kl_mask leaves the token out",
         ):
             compute()(batch)
         assert compute(mask_key=None)(batch).get("kl_penalty", as_list=True)[0][2] == -1.0
         batch = step()
         batch[1]["kl_mask"] = torch.tensor([True])
-        with pytest.raises(InputError, match=r"sample 1: kl_mask has shape \[1\], its log-probs \[3\]"):
+        with pytest.raises(
+            InputError, match=r"sample 1: kl_mask has shape \[1\], but its log-probs have shape \[3\]"
+        ):
             compute()(batch)
 
     def test_no_key_no_mask(self):

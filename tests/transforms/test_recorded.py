@@ -43,7 +43,7 @@ from vllm_kl.errors import (
     OptionError,
     ReadoutUnavailableError,
 )
-from vllm_kl.transforms.deferred import _score
+from vllm_kl.transforms.deferred import _score_step
 from vllm_kl.transforms.recorded import NEUTRAL, doubtful_zeros, recorded_by
 from vllm_kl.transforms.sides import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
@@ -273,10 +273,14 @@ NOT_COMPARABLE = [
         {"temperature": 0.5},
         r"softmax\(logits / 0.5\), the reference's of softmax\(logits / 1\).*temperature=0.5",
     ),
-    ("processed", {"top_p": 0.5}, "not those of softmax.*that top_p left.*top_p=0.5.*processed_logprobs"),
+    (
+        "processed",
+        {"top_p": 0.5},
+        "not those of softmax.*top_p changed the logits.*top_p=0.5.*processed_logprobs",
+    ),
     ("processed", {"repetition_penalty": 1.5}, "repetition_penalty=1.5"),
     ("processed", {"logit_bias": {40: 5.0}}, "logit_bias"),
-    ("raw", {"structured_outputs": choice}, "structured_outputs left, in any logprobs_mode"),
+    ("raw", {"structured_outputs": choice}, "structured_outputs masked the logits .*in any logprobs_mode"),
 ]
 NAMES = [f"{mode}-{'-'.join(params)}" for mode, params, _ in NOT_COMPARABLE]
 
@@ -295,7 +299,7 @@ class TestInACollector:
     @pytest.mark.parametrize(("mode", "params", "message"), NOT_COMPARABLE, ids=NAMES)
     def test_reuse_refuses_and_names_the_cure(self, run, equal, mode, params, message):
         with pytest.raises(
-            CollectorError, match=f"'reuse', but .*{message}.*VLLMReference.*temperature=T.*rescore"
+            CollectorError, match=f"(?s)'reuse', but .*{message}.*VLLMReference.*temperature=T.*rescore"
         ):
             run(mode, params, equal(mode), gen_log_probs="reuse")
 
@@ -356,7 +360,7 @@ class TestInACollector:
     @pytest.mark.parametrize("mode", ["raw_logits", "processed_logits"])
     def test_logits_are_no_log_probs(self, run, engines, make_reference, monkeypatch, mode):
         monkeypatch.setattr(engines["raw"].llm_engine.model_config, "logprobs_mode", mode)
-        with pytest.raises(CollectorError, match=f"they are logits, no log-probs: .*logprobs_mode='{mode}'"):
+        with pytest.raises(CollectorError, match=f"they are logits, not log-probs: .*logprobs_mode='{mode}'"):
             run("raw", {}, make_reference(), gen_log_probs="reuse")
         with pytest.raises(ReadoutUnavailableError, match="returns logits instead of log-probs"):
             run("raw", {}, make_reference())
@@ -484,7 +488,7 @@ class TestWhatWasUsed:
 
         _, said, _ = run("processed", {}, equal("processed"), wrap=with_forward(forward))
         assert len(said) == 1
-        assert "nobody saw it" in said[0]
+        assert "nobody saw which parameters" in said[0]
         assert "logprobs_mode='processed_logprobs'" in said[0]
 
     def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
@@ -516,7 +520,7 @@ class TestWhatWasUsed:
             warnings.simplefilter("always")
             for _ in range(2):
                 transform(data.clone())
-        said = [w for w in caught if "do not tell what they were sampled with" in str(w.message)]
+        said = [w for w in caught if "nobody saw which parameters" in str(w.message)]
         assert len(said) == (0 if is_seen else 1)
 
 
@@ -537,7 +541,7 @@ class TestTwoModels:
         try:
             message = r"changed from 1 to 0.5 after this step was submitted.*\(fill_deferred\) before"
             with pytest.raises(OptionError, match=message):
-                _score(side, batch, 1.0, None)
+                _score_step(side, batch, 1.0, None)
         finally:
             ref_scorer.temperature = 1.0
 
@@ -585,7 +589,7 @@ class TestZerosInACollector:
 
     @pytest.mark.parametrize("deferred", [False, True])
     def test_reuse_refuses_them_by_name(self, run, make_reference, deferred):
-        message = r"sample 0, token \d+ is exactly 0.0.*the policy's engine gives it -.* such tokens in 4 samples.*'auto'"
+        message = r"(?s)sample 0, token \d+ is exactly 0.0.*the policy's engine gives it -.* such tokens in 4 samples.*'auto'"
         with pytest.raises(MissingLogProbError, match=message):
             run("raw", {}, make_reference(), before=[EndToken()], gen_log_probs="reuse", deferred=deferred)
 
@@ -596,7 +600,7 @@ class TestZerosInACollector:
         env = request.getfixturevalue("make_env")().append_transform(EndToken()).append_transform(transform)
         data = env.rollout(1, make_policy(engines["raw"]), return_contiguous=False)
         with pytest.raises(
-            MissingLogProbError, match=r"env step 0, .* exactly 0.0.*the reference gives it -.*on_zero"
+            MissingLogProbError, match=r"(?s)env step 0, .* exactly 0.0.*the reference gives it -.*on_zero"
         ):
             fill_deferred(data)
 
@@ -648,7 +652,9 @@ class TestZerosInABatch:
     @pytest.mark.parametrize("mode", ["auto", "reuse"])
     def test_one_that_the_reference_is_not_sure_of_is_refused_by_name(self, make_reference, mode):
         td = recorded(self.VALUES)
-        message = r"sample 0, token 3 is exactly 0.0.*the reference gives it -.*gen_model=.*on_zero='allow'"
+        message = (
+            r"(?s)sample 0, token 3 is exactly 0.0.*the reference gives it -.*gen_model=.*on_zero='allow'"
+        )
         with pytest.raises(MissingLogProbError, match=message):
             RetrieveKL("from_collector", make_reference(), gen_log_probs=mode)(td)
         assert "kl_penalty" not in td.keys()
@@ -706,10 +712,10 @@ class TestZerosInABatch:
 
     def test_where_no_engine_can_be_asked_at_a_temperature_the_cure_is_another(self, half):
         with pytest.raises(
-            MissingLogProbError, match="cannot be asked about .* / 0.5.*raw_logprobs.*on_zero"
+            MissingLogProbError, match="(?s)cannot be asked about .* / 0.5.*raw_logprobs.*on_zero"
         ) as found:
             RetrieveKL("from_collector", half)(recorded([0.0, 0.0, -2.0, 0.0, -1.5]))
-        assert "append the transform" not in str(found.value)
+        assert "Append the transform" not in str(found.value)
 
     def test_rounding_above_zero_is_a_probability_of_1(self, ref_oracle, make_reference):
         """bfloat16 has 0.0625 and the like."""
@@ -745,7 +751,7 @@ class TestKLComputation:
         sides = [[0.0, -1.0, 0.0], [0.0, -1.2, -3.0]]
         td = self.data(*(sides if side == "gen" else sides[::-1]))
         other = "ref" if side == "gen" else "gen"
-        message = rf"\('{side}', 'full'\): sample 0, token 2 is exactly 0.0.*\('{other}', 'full'\) gives it -3.0000.*on_zero"
+        message = rf"(?s)\('{side}', 'full'\): sample 0, token 2 is exactly 0.0.*\('{other}', 'full'\) gives it -3.0000.*on_zero"
         with pytest.raises(MissingLogProbError, match=message):
             self.transform()(td)
         with pytest.warns(MismatchWarning, match="sample 0, token 2"):

@@ -186,7 +186,7 @@ class TestWhereTorchRLsRecipesPutIt:
     def test_without_a_collector_it_says_what_is_missing_and_what_to_pass(self, make_reference):
         td = batches.ids_batch(SEQUENCES, PROMPTS)
         with pytest.raises(
-            CollectorError, match=r"no \('log_probs', 'full'\), and there is no collector.*gen_model="
+            CollectorError, match=r"(?s)no \('log_probs', 'full'\), and there is no collector.*gen_model="
         ):
             RetrieveKL("from_collector", make_reference())(td)
         with pytest.raises(CollectorError, match="gen_log_probs='reuse', but the batch has no"):

@@ -181,7 +181,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_an_engine_is_starte
 
     monkeypatch.setattr(vllm_reference, "VLLMScorer", lambda model: pytest.fail("an engine was started"))
     with pytest.raises(
-        OptionError, match=r"the tokenizer of '/no/such' could not be loaded: .*Pass tokenizer="
+        OptionError, match=r"(?s)the tokenizer of '/no/such' could not be loaded: .*Pass tokenizer="
     ):
         VLLMReference(ref_path, "/no/such")
     shutil.copytree(ref_path, tmp_path, dirs_exist_ok=True)

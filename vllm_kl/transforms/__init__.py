@@ -1,1 +1,1 @@
-"""What TorchRL calls: transforms, modules of log-probs, and the seams of its collectors and weight updates."""
+"""Holds the classes that TorchRL calls: transforms, modules that return log-probs, weight update hooks."""

@@ -1,7 +1,7 @@
-"""Log-probs that are reused are trusted, but a few are checked: scored again by the engine that is said to have made them.
+"""``Audit`` lets the policy's engine score a few samples again, and compares with the recorded log-probs.
 
-A policy that was updated between sampling and scoring, another temperature, ids that are not those of the log-probs: all of them
-show as a difference beyond rounding, on any sample. So a small fraction of the samples is enough.
+New weights between sampling and scoring, another temperature, or ids that do not belong to the log-probs:
+each of them makes a difference beyond rounding in every sample. So a small fraction of the samples is enough.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ OnDrift = Literal["raise", "warn"]
 
 
 class Audit:
-    """Checks recorded log-probs against those of an engine.
+    """Compares recorded log-probs with those of an engine.
 
     Args:
-        fraction: of the samples, drawn one by one from a generator of its own: the same in every run, and nobody else's random
-            numbers change.
-        tolerance: largest healthy mean difference over the tokens of the drawn samples, nats. Rounding in bfloat16 makes
-            one hundredth or two, in float32 a millionth.
-        on_drift: ``"raise"``, or ``"warn"`` of each such batch, beyond it.
+        fraction: of the samples that are checked. The audit draws each sample with its own random generator,
+            which gives the same numbers in every run and does not disturb other generators.
+        tolerance: the largest healthy mean difference over the tokens of the drawn samples, nats. Rounding in
+            bfloat16 makes 0.01 or 0.02, in float32 a millionth.
+        on_drift: what to do beyond the tolerance: ``"raise"``, or ``"warn"`` for each such batch.
 
     Attributes:
         found: the last comparison, or ``None``; see :func:`vllm_kl.mismatch`.
-        num_skipped: samples that were drawn for the last audit and not compared: other weights had sampled them.
+        num_skipped: samples of the last audit that were drawn but not compared, because other weights sampled
+            them.
+
+    Raises:
+        OptionError: an option has no valid value.
     """
 
     def __init__(self, fraction: float, *, tolerance: float = 0.05, on_drift: OnDrift = "raise") -> None:
@@ -56,7 +60,7 @@ class Audit:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the last audit, for a logger."""
+        """Figures of the last audit."""
         found = (
             {}
             if self.found is None
@@ -66,7 +70,7 @@ class Audit:
 
     @property
     def state(self) -> torch.Tensor:
-        """Which samples will be drawn next."""
+        """State of the random generator: it determines which samples will be drawn next."""
         return self._generator.get_state()
 
     @state.setter
@@ -74,7 +78,7 @@ class Audit:
         self._generator.set_state(state)
 
     def draw(self, batch: TokenBatch) -> list[int]:
-        """Return the samples to check: none that keeps no token."""
+        """Return the samples to check. A sample without a kept token is never drawn."""
         drawn = torch.rand(len(batch), generator=self._generator) < self.fraction
         return [i for i in drawn.nonzero()[:, 0].tolist() if batch.keep[i].any()]
 
@@ -86,18 +90,18 @@ class Audit:
         score: Callable[[TokenBatch], Scored],
         tokenizer: Any = None,
     ) -> None:
-        """Score the drawn samples and compare. Those that are known to be of other weights are skipped, and counted.
+        """Score the drawn samples again and compare. Samples of other weights are skipped and counted.
 
         Args:
-            recorded: ``[N]``, nats.
-            batch: the tokens that they belong to.
-            sampled: what sampled each of the B samples, as far as it is known.
+            recorded: recorded log-probs, ``[N]``, nats.
+            batch: the tokens of the log-probs.
+            sampled: the weights that sampled each of the B samples, as far as they are known.
             score: returns the engine's log-probs of a batch, and the weights that made them.
-            tokenizer: gives the message a context.
+            tokenizer: decodes the context of the worst token for the message.
 
         Raises:
-            DriftError: the mean difference is beyond the tolerance and ``on_drift="raise"``.
-            MissingLogProbError: the engine has no number for a token.
+            DriftError: the mean difference is beyond the tolerance, and ``on_drift="raise"``.
+            MissingLogProbError: the engine returned no log-prob for a token.
         """
         self.num_skipped = 0
         drawn = self.draw(batch)
@@ -116,19 +120,21 @@ class Audit:
             found = mismatch(*sides, part.keep, token_ids=part.token_ids, tokenizer=tokenizer, limits={})
         except MissingLogProbError as error:
             raise MissingLogProbError(
-                f"in the audit of samples {drawn}, counted among these from 0: {error}"
+                f"in the audit of samples {drawn}, counted from 0 in this list: {error}"
             ) from error
-        # Samples are counted as in the batch.
+        # mismatch() counted the compared samples only.
         worst = [dataclasses.replace(token, sample=compared[token.sample]) for token in found.worst]
         self.found = dataclasses.replace(found, worst=worst)
         figures = found.metrics
         if figures["log_prob_diff_mean_nats"] <= self.tolerance:
             return
         message = (
-            f"the recorded log-probs are not those of the policy's engine: over {int(figures['num_tokens'])} tokens of "
-            f"{len(compared)} of {len(batch)} samples they differ by {figures['log_prob_diff_mean_nats']:.4g} nats on average "
-            f"(tolerance {self.tolerance:g}), {figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}. Were its weights "
-            "updated since it sampled, or did it sample at a temperature? gen_log_probs='rescore' takes the engine's."
+            f"the recorded log-probs are not those of the policy's engine: over {int(figures['num_tokens'])} "
+            f"tokens of {len(compared)} of {len(batch)} samples they differ by "
+            f"{figures['log_prob_diff_mean_nats']:.4g} nats on average (tolerance {self.tolerance:g}), "
+            f"{figures['log_prob_diff_max_nats']:.4g} at most. Worst: {worst[0]}.\nWere the engine's weights "
+            "updated since the policy sampled, or did the policy sample at another temperature? "
+            "gen_log_probs='rescore' takes the engine's log-probs."
         )
         self.complain(message)
 

@@ -1,4 +1,4 @@
-"""What all transforms share: a step, or a batch, as a one-dimensional batch; its tokens; devices; the reward's spec."""
+"""Holds the base classes: ``NextTransform`` writes into ``next``, ``TokensTransform`` also reads tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllm_kl.weights.live import lock_of
 
 
 class NextTransform(Transform):
-    """A transform that reads a step's root tensordict and writes into its ``next`` (or into the root without one)."""
+    """Reads the root tensordict of a step and writes into its ``next``, or into the root without one."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         next_td = tensordict.get("next", default=None)
@@ -34,7 +34,7 @@ class NextTransform(Transform):
         return tensordict.set("next", self._flat_write(tensordict, next_td))
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        # Only an env comes here; batches come through forward.
+        # Only an env calls _step; batches come through forward.
         return self._flat_write(tensordict, next_tensordict)
 
     @set_list_to_stack(True)
@@ -52,22 +52,22 @@ class NextTransform(Transform):
 
     @abstractmethod
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        """Do the work on a one-dimensional batch; return the tensordict that holds the results."""
+        """Read a one-dimensional batch and write the results; return the tensordict that holds them."""
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        # A replay buffer with invert=True comes here with the whole batch (torchrl 0.14: _InvertTransform._inv_call).
+        # A replay buffer with invert=True passes its whole batch (torchrl 0.14: _InvertTransform._inv_call).
         return self.forward(next_tensordict)
 
     def _collector(self) -> Any:
-        """The collector of the env this belongs to, or ``None``."""
+        """The collector whose env holds this transform, or ``None``."""
         return collector_of(self)
 
     def counts(self) -> dict[str, Any]:
-        """Return what this transform has counted, for a run that is resumed: part of its ``state_dict()``."""
+        """Return the counters that ``state_dict()`` saves, so that a resumed run continues them."""
         return {}
 
     def set_counts(self, counts: dict[str, Any]) -> None:
-        """Go on from what :meth:`counts` returned."""
+        """Continue from the counters that :meth:`counts` returned."""
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.counts()
@@ -75,19 +75,21 @@ class NextTransform(Transform):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.set_counts(state)
 
-    def scored_at(self, key: NestedKey) -> float | None:
-        """Return the temperature of the log-probs that this transform writes to ``key``; ``None``: it writes none there."""
+    def temperature_at(self, key: NestedKey) -> float | None:
+        """Return the temperature of the log-probs that this writes to ``key``; ``None``: it writes none."""
         return None
 
     def _neighbours(self) -> list[NextTransform]:
-        """Return this package's transforms of the same env, or of the same composition."""
+        """Return all transforms of this package in the same env, or in the same composition."""
         return [module for module in _outermost(self).modules() if isinstance(module, NextTransform)]
 
 
 class TokensTransform(NextTransform):
-    """A transform that reads tokens, tells what was found in their texts, and knows whether they were generated just now.
+    """Reads tokens and lets a model score them.
 
-    Where it asks the policy's engine again for what that generated, weights stay until it has (:mod:`vllm_kl.weights.lock`).
+    The transform reports what it finds in the texts, and knows whether the policy generated the tokens just
+    now. If it asks the policy's engine to score a step, the engine keeps its weights until the step is scored
+    (:mod:`vllm_kl.weights.lock`).
     """
 
     assistant_only: bool
@@ -95,15 +97,15 @@ class TokensTransform(NextTransform):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._texts = TextWatch()
-        self._is_step = False  # what is written was generated just now, by the policy as it is
+        self._is_step = False  # True while an env's step is written: the policy has just generated it
 
     @abstractmethod
     def _keys(self) -> InputKeys:
-        """Return where ids and masks lie."""
+        """Return where the ids and masks are."""
 
     @abstractmethod
     def _policy_side(self) -> Side | None:
-        """Return the side whose log-probs are taken for those that the samples were drawn with, if there is one."""
+        """Return the side whose log-probs stand for those of the policy that sampled, if there is one."""
 
     @abstractmethod
     def _model(self) -> Any:
@@ -130,37 +132,40 @@ class TokensTransform(NextTransform):
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
         collector = self._collector()
         policy = policy_of(collector)
-        watch(policy)  # so that it remembers what it samples with, from its first call on
-        if (engine := self._asked_engine()) is not None:
+        watch(policy)  # remembers sampling parameters from the policy's first call on
+        if (engine := self._policy_engine()) is not None:
             lock_of(engine).score_here()
         follow(collector, engine_of(policy), getattr(self._model(), "scorer", None))
         return super()._reset_env_preprocess(tensordict)
 
-    def _asks_policy(self) -> bool:
+    def _scores_with_policy(self) -> bool:
         side = self._policy_side()
-        return side is not None and side.asks(policy_of(self._collector()))
+        return side is not None and side.scores_with(policy_of(self._collector()))
 
-    def _asked_engine(self) -> Any:
-        """Return the ``LLMEngine`` of the policy, where this asks it again; or ``None``."""
-        return engine_of(policy_of(self._collector())) if self._asks_policy() else None
+    def _policy_engine(self) -> Any:
+        """Return the policy's ``LLMEngine`` if this transform asks it to score; else ``None``."""
+        return engine_of(policy_of(self._collector())) if self._scores_with_policy() else None
 
     def _close_step(self, is_last: bool = False) -> None:
-        """Let the policy's weights be replaced, unless another transform of this env asks for them yet."""
-        if (engine := self._asked_engine()) is None:
+        """Allow new weights, unless a later transform of this env still asks the same engine."""
+        if (engine := self._policy_engine()) is None:
             return
         asking = [
             it
             for it in self._neighbours()
-            if isinstance(it, TokensTransform) and it._asked_engine() is engine
+            if isinstance(it, TokensTransform) and it._policy_engine() is engine
         ]
         if is_last or asking[-1] is self:
             lock_of(engine).close_step()
 
     def _sampled(self, td: TensorDictBase) -> list[Origin]:
-        """Return what sampled each row, as far as it is known; of a step only where the policy is asked again."""
+        """Return the weights that sampled each row, as far as they are known.
+
+        At an env's step they are only read if this transform scores with the policy's engine.
+        """
         if not self._is_step:
             return origins(td)
-        return (generated_by(td) or []) if self._asks_policy() else []
+        return (generated_by(td) or []) if self._scores_with_policy() else []
 
     def clone(self) -> Self:
         twin = super().clone()
@@ -169,24 +174,27 @@ class TokensTransform(NextTransform):
 
 
 def collector_of(transform: Transform) -> Any:
-    """Return the collector of the env that a transform belongs to, or ``None``."""
+    """Return the collector whose env holds a transform, or ``None``."""
     return getattr(_container(_outermost(transform)), "collector", None)
 
 
 def _outermost(transform: Transform) -> Transform:
-    """Return the composition that a transform belongs to, the outermost of several, or itself."""
+    """Return the outermost composition that holds a transform, or the transform itself."""
     while isinstance(parent := _container(transform), Transform):
         transform = parent
     return transform
 
 
 def _container(transform: Transform) -> Any:
-    """Return what a transform is appended to, or ``None``. torchrl 0.14's own property raises where that is no env."""
+    """Return the env or composition that holds a transform, or ``None``.
+
+    TorchRL 0.14's own property raises where that is no env.
+    """
     reference = transform.__dict__.get("_container")
     return None if reference is None else reference()
 
 
-def scores(
+def side_log_probs(
     side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
 ) -> Scored:
     """Return a side's log-probs at a temperature."""
@@ -196,14 +204,14 @@ def scores(
 
 
 def to_device(rows: Rows, device: torch.device | None) -> Rows:
-    """Move rows to a tensordict's device, if it has one."""
+    """Move rows to the device of a tensordict, if it has one."""
     if device is None:
         return rows
     return rows.to(device) if isinstance(rows, torch.Tensor) else [row.to(device) for row in rows]
 
 
 def per_token_reward(reward_spec: Composite) -> Composite:
-    """Announce a reward per token: ``[*batch, T, 1]``."""
+    """Declare in the spec a reward per token: ``[*batch, T, 1]``."""
     if "reward" in reward_spec.keys():
         declare(reward_spec, "reward", trailing=(-1, 1))
     return reward_spec

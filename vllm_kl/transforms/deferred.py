@@ -1,26 +1,29 @@
-"""Reference log-probs that are asked for at an env's step and filled in later: scoring hides behind the next generation.
+"""Scores a step with the reference in a thread, while the policy already generates the next step.
 
-    env step: gen side, mask, reward -> Deferral.submit -> one thread scores, step after step
-        next: a handle for each sample, and a reward of NaN where the KL will be subtracted
-    batch leaves the collector, or enters a replay buffer -> fill_deferred -> what the step would have written
+    env step: gen side, mask, reward -> Deferral.submit -> the thread scores one step after another
+        next: a handle for each sample, and a reward of NaN if the KL will be subtracted
+    batch leaves the collector, or enters a replay buffer -> fill_deferred -> results instead of handles
 
-A thread of its own scores one step at a time, in order: the engine gets the same calls in the same order as without it, so the
-numbers are the same bit for bit. A step is finished as a whole, oldest first, by the code that an immediate step runs, so layout,
-schedules of the coefficient and metrics are the same too.
+The thread scores one step at a time, in order. So the reference's engine gets the same calls in the same
+order as without deferring, and the numbers are the same bit for bit. ``fill_deferred`` finishes whole steps,
+oldest first, with the code of an immediate step. So layout, coefficient schedules and metrics are the same
+too.
 
-Handles hold their step. What nobody holds any more, because a batch was dropped or a collector shut down with half a batch, is not
-scored; what somebody holds can be filled in after a shutdown. The thread ends when nothing is left to score.
+A handle keeps its step alive. A step without handles is not scored: somebody dropped its batch, or shut the
+collector down in the middle of a batch. A step with handles can be filled in after a shutdown. The thread
+ends when no step is left.
 
-It knows nothing of KLs, masks or layouts.
+The module knows nothing of KLs, masks or layouts.
 
-Where it gains: engines with cores, or a GPU, of their own, and batches of several steps. Where generating a step takes G
-seconds and scoring it S, a step of a batch of K takes about max(G, S) + min(G, S) / K instead of G + S; with ``"buffer"``,
-filled in when the next batch was collected, about max(G, S). Measured on a CPU at K=4: 1.39 and 1.59 times as fast as
-without.
+Deferring is faster if both engines have cores, or a GPU, of their own and a batch has several steps. If the
+policy generates a step in G seconds and the reference scores it in S, a step of a batch of K steps takes
+about max(G, S) + min(G, S) / K instead of G + S. With ``"buffer"``, filled in after the next batch was
+collected, it takes about max(G, S). Measured on a CPU at K=4: 1.39 times as fast as without deferring, and
+1.59 times with ``"buffer"``.
 
-Where it loses: batches of one step gain nothing (1.01 times), and two engines that share their cores get into each other's
-way: at K=4 0.76 times as fast as without, and with ``"buffer"`` 0.64 to 0.70. Figures and how they were measured:
-``benchmarks/README.md``.
+Deferring gains nothing in batches of one step (1.01 times as fast). It loses if both engines share their
+cores: at K=4 0.76 times as fast as without, and 0.64 to 0.70 times with ``"buffer"``.
+``benchmarks/README.md`` has the figures and tells how they were measured.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from vllm_kl.batch.inputs import rows_of
 from vllm_kl.batch.outputs import set_rows
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
-from vllm_kl.transforms.base import TokensTransform, scores
+from vllm_kl.transforms.base import TokensTransform, side_log_probs
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.sides import Side, is_same_temperature, scorer_for
 from vllm_kl.types import Scored, TokenBatch
@@ -49,15 +52,15 @@ from vllm_kl.weights.versions import OnStale, place, two_references
 
 Deferred = Literal[False, True, "buffer"]
 
-# Where the handles lie in ``next`` until they are filled in. Not in the specs: a step's handles are not the next step's input.
+# Where ``next`` has the handles. The specs leave them out: handles are no input of the next step.
 PENDING = "kl_pending"
 
-# Writes a step's results, given the reference's log-probs and their version, into a tensordict ``[B]``; returns it.
+# Writes a step's results, from the reference's scores, into a tensordict ``[B]``; returns it.
 Write = Callable[[TensorDictBase, Scored], TensorDictBase]
 
 
 class Step:
-    """One env step whose reference log-probs were asked for. Finished oldest first, each once."""
+    """One env step whose reference log-probs were requested. Steps finish oldest first, each once."""
 
     def __init__(
         self,
@@ -68,26 +71,25 @@ class Step:
         previous: Step | None,
     ) -> None:
         self.number = number
-        self.owner = owner  # of all steps of one transform the same
+        self.owner = owner  # the same for all steps of a transform
         self.version: int | None = None  # of the reference's weights
         self._future: Future | None = future
         self._write = write
-        self._previous = (
-            previous  # not finished yet; held even if its batch is not, because a schedule of coeff counts it
-        )
+        # The unfinished step before. It is kept even if its batch is gone: a coefficient schedule counts it.
+        self._previous = previous
         self._outcome: list[TensorDictBase] | Exception = []
-        weakref.finalize(self, future.cancel)  # without effect on one that is being scored
+        weakref.finalize(self, future.cancel)  # no effect while the thread scores the step
 
     @property
     def is_finished(self) -> bool:
-        """Whether results, or an error, are there."""
+        """Whether the step has its results, or an error."""
         return self._future is None
 
     def results(self) -> list[TensorDictBase]:
-        """Return what each sample of the step gets; wait for it.
+        """Wait for the step; return the results of each sample.
 
         Raises:
-            Exception: the step could not be scored.
+            Exception: scoring the step failed.
         """
         with self.owner.finishing:
             unfinished: list[Step] = []
@@ -122,27 +124,27 @@ class Handle:
         return f"<row {self.row} of env step {self.step.number}, not filled in>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        return self  # a copied batch waits for the same scores
+        return self  # a copied batch shares the scores
 
     def __reduce__(self) -> Any:
         raise OptionError(
-            f"this batch waits for scores of this process ({self!r}) and cannot be pickled or sent to another: "
-            "vllm_kl.fill_deferred(batch) first"
+            f"this batch waits for scores of this process ({self!r}) and cannot be pickled or sent to "
+            "another process: call vllm_kl.fill_deferred(batch) first"
         )
 
 
 class Deferral:
-    """Submits the steps of one transform. Copied or unpickled it begins anew.
+    """Submits the steps of one transform to a thread. A copied or unpickled one starts empty.
 
     Args:
-        until: ``True``: until the batch leaves the collector, which is made to fill it in; ``"buffer"``: until somebody
-            calls :func:`fill_deferred`.
+        until: ``True``: the collector fills a batch in when the batch leaves it. ``"buffer"``: the user calls
+            :func:`fill_deferred`.
         on_two_references: see :class:`~vllm_kl.RetrieveKL`.
     """
 
     def __init__(self, until: Literal[True, "buffer"], on_two_references: OnStale) -> None:
         self.on_two_references = on_two_references
-        self.finishing = threading.Lock()  # batches may be filled in by several threads
+        self.finishing = threading.Lock()  # several threads may fill batches in
         self._until = until
         self._worker = _Worker()
         self._last: Callable[[], Step | None] = lambda: None
@@ -152,10 +154,11 @@ class Deferral:
     def of(
         cls, deferred: Deferred, ref_model: Any, *, detach: bool, on_two_references: OnStale
     ) -> Deferral | None:
-        """Return what ``RetrieveKL(deferred=...)`` stands for; ``None`` for ``False``.
+        """Return the deferral that ``RetrieveKL(deferred=...)`` asks for; ``None`` for ``False``.
 
         Raises:
-            OptionError: it would have no effect: the reference shares the interpreter's one ``vllm.LLM``, or a graph is wanted.
+            OptionError: ``deferred`` does not exist or would have no effect: the reference uses a
+                ``vllm.LLM`` of this process, or the user wants a graph.
         """
         if not any(deferred is choice for choice in (True, False)) and deferred != "buffer":
             choices = ", ".join(map(repr, get_args(Deferred)))
@@ -163,13 +166,14 @@ class Deferral:
         if deferred is False:
             return None
         if not detach:
-            raise OptionError("deferred has no graph to give: pass detach=True, or deferred=False")
+            raise OptionError("deferred results have no graph: pass detach=True, or deferred=False")
         engine = getattr(scorer_for(ref_model), "_engine", None)
         if isinstance(engine, GenerateEngine) and engine.weights is not None:
-            # vLLM 0.32: LLM.generate is not safe to call from two threads, and the forward context is one per process.
+            # vLLM 0.32: LLM.generate is not safe in two threads, and a process has one forward context.
             raise OptionError(
-                "deferred has no effect with a reference on a vllm.LLM of this process: it cannot score while that, or another "
-                "one here, generates. Give the reference an engine of its own (VLLMReference(path)), or pass deferred=False"
+                "deferred has no effect with a reference on a vllm.LLM of this process: it cannot score "
+                "while this or another vllm.LLM here generates.\nGive the reference an engine of its own "
+                "(VLLMReference(path)), or pass deferred=False"
             )
         return cls(deferred, on_two_references)
 
@@ -188,22 +192,28 @@ class Deferral:
         reward_waits: bool,
         write: Write,
     ) -> TensorDictBase:
-        """Have a step scored; return ``next_td``, ``[B]``, with handles instead of results.
+        """Let the thread score a step; return ``next_td``, ``[B]``, with handles instead of results.
 
         Args:
-            side, batch: who scores what.
+            transform: whose step it is.
+            next_td: the step's ``next``.
+            side: the reference.
+            batch: the tokens.
             temperature: of the log-probs.
-            expected_version: of the weights that must score it: those that serve now; ``None``: not known.
-            reward_waits: the KL will be subtracted from the reward: until then that is NaN.
+            expected_version: the version of the reference's weights now. The thread refuses another version
+                when it scores. ``None``: not known.
+            reward_waits: the KL will be subtracted from the reward, so the reward is NaN until then.
             write: writes the results into a tensordict that has the reward, if there is one.
 
         Raises:
-            CollectorError: there is no collector that could be made to fill the batch in.
-            OptionError: this is no env's step; or a later transform of the env would read the reward too early.
+            CollectorError: no collector could fill the batch in.
+            OptionError: this is no env's step, or a later transform of the env would read the reward too
+                early.
         """
         if not transform._is_step:
             raise OptionError(
-                "deferred has an effect at an env's steps only: fill their batches in with vllm_kl.fill_deferred(batch)"
+                "deferred has an effect at an env's steps only: a batch is filled in by "
+                "vllm_kl.fill_deferred(batch)"
             )
         collector = transform._collector()
         if self._until is True and not on_leaving(collector, fill_deferred):
@@ -213,8 +223,9 @@ class Deferral:
                 else f"a {type(collector).__name__} has no postproc"
             )
             raise CollectorError(
-                f"deferred=True fills in what leaves a collector, but {what}. Append the transform to the env of an LLMCollector; "
-                "or pass deferred='buffer' and call vllm_kl.fill_deferred(batch), or deferred=False"
+                f"deferred=True fills in the batches that leave a collector, but {what}.\nAppend the "
+                "transform to the env of an LLMCollector; or pass deferred='buffer' and call "
+                "vllm_kl.fill_deferred(batch); or pass deferred=False"
             )
         if reward_waits:
             _check_later(transform)
@@ -225,7 +236,7 @@ class Deferral:
             self,
             self._worker.submit(
                 functools.partial(
-                    _score,
+                    _score_step,
                     side,
                     batch,
                     temperature,
@@ -248,7 +259,7 @@ class Deferral:
 
 
 class _Worker:
-    """Does what it is given in one thread, in order. The thread lasts as long as there is something to do."""
+    """Runs tasks in one thread, in order. The thread ends when no task is left."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -274,26 +285,31 @@ class _Worker:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(work())
-                except BaseException as error:  # whatever it is, somebody waits for it
+                except BaseException as error:  # the caller that waits must get any error
                     future.set_exception(error)
-            del future, work  # not until the next one comes
+            del future, work  # else they live until the next task comes
 
 
 def fill_deferred(td: TensorDictBase) -> TensorDictBase:
-    """Return a batch with the results of ``RetrieveKL(..., deferred=...)`` instead of their handles; wait for them.
+    """Wait for the results of ``RetrieveKL(..., deferred=...)`` and put them in the place of the handles.
 
-    With ``deferred=True`` a collector does it to every batch. With ``deferred="buffer"`` call it, or append it to a replay buffer:
-    ``buffer.append_transform(fill_deferred, invert=True)``. Samples that wait for nothing stay as they are.
+    With ``deferred=True`` the collector calls this for every batch. With ``deferred="buffer"`` call it
+    yourself, or append it to a replay buffer: ``buffer.append_transform(fill_deferred, invert=True)``.
+    Samples without handles stay as they are.
 
     Args:
-        td: a batch of any shape, as a collector or ``env.rollout`` gives it.
+        td: a batch of any shape, from a collector or ``env.rollout``.
+
+    Returns:
+        The batch with results.
 
     Raises:
-        VLLMKLError: what scoring raised, of the same type; says which sample, and of which env step. ``td`` is as it was.
-        WeightsError: two versions of the reference would meet in this batch, or the reference was refreshed after a step was
-            submitted and before it was scored.
+        VLLMKLError: scoring failed; the error has its original type and names the sample and the env step.
+            ``td`` is as it was.
+        WeightsError: the batch would have scores of two versions of the reference, or the reference was
+            refreshed between submitting a step and scoring it.
 
-    >>> fill_deferred(TensorDict(tokens=[[5, 6]], batch_size=1))["tokens"]  # waits for nothing
+    >>> fill_deferred(TensorDict(tokens=[[5, 6]], batch_size=1))["tokens"]  # has no handles
     tensor([[5, 6]])
     """
     next_td = td.get("next", default=None)
@@ -302,7 +318,7 @@ def fill_deferred(td: TensorDictBase) -> TensorDictBase:
 
 
 def _fill(td: TensorDictBase) -> TensorDictBase:
-    """Fill in the tensordict that holds the handles."""
+    """Fill in the tensordict that has the handles."""
     shape = td.batch_size
     samples = list((td.reshape(-1) if shape else lazy_stack([td])).unbind(0))
     waiting: list[tuple[Handle, ...]] = [sample.get_non_tensor(PENDING, default=()) for sample in samples]
@@ -311,7 +327,7 @@ def _fill(td: TensorDictBase) -> TensorDictBase:
     results = [
         [_result(handle, i, shape, waiting) for handle in handles] for i, handles in enumerate(waiting)
     ]
-    _check_versions(waiting, shape)
+    _check_one_version(waiting, shape)
     for i, entries in enumerate(results):
         if entries:
             samples[i] = samples[i].exclude(PENDING)
@@ -321,6 +337,7 @@ def _fill(td: TensorDictBase) -> TensorDictBase:
 
 
 def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handle, ...]]) -> TensorDictBase:
+    """Return the results of one sample; an error names the sample and the env step."""
     try:
         return handle.step.results()[handle.row]
     except Exception as error:
@@ -339,8 +356,8 @@ def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handl
         raise error from None
 
 
-def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> None:
-    """Refuse scores of two versions of one reference."""
+def _check_one_version(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> None:
+    """Refuse a batch with scores of two versions of one reference."""
     first: dict[object, tuple[int, int | None]] = {}
     for i, handle in ((i, handle) for i, handles in enumerate(waiting) for handle in handles):
         before, version = first.setdefault(handle.step.owner, (i, handle.step.version))
@@ -352,19 +369,22 @@ def _check_versions(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> Non
             return
 
 
-def _score(side: Side, batch: TokenBatch, temperature: float, expected_version: int | None) -> Scored:
-    """Score a step, in the thread. Holds no transform and no env, so that none of them ends here."""
+def _score_step(side: Side, batch: TokenBatch, temperature: float, expected_version: int | None) -> Scored:
+    """Score a step, in the thread.
+
+    The function gets no transform and no env, so that none of them is deleted in the thread.
+    """
     now = getattr(side, "temperature", temperature)
     if not is_same_temperature(now, temperature):
         raise OptionError(
-            f"the reference's temperature was changed from {temperature:g} to {now:g} after this step was submitted and before it "
-            "was scored. Fill batches in (fill_deferred) before it is changed"
+            f"the reference's temperature was changed from {temperature:g} to {now:g} after this step was "
+            "submitted and before it was scored. Fill batches in (fill_deferred) before you change it"
         )
-    scored = scores(side, batch, TensorDict(), None, temperature=temperature, detach=True)
+    scored = side_log_probs(side, batch, TensorDict(), None, temperature=temperature, detach=True)
     if expected_version is not None and scored.origin.version != expected_version:
         raise WeightsError(
-            f"the reference was refreshed after this step was submitted for version {expected_version} and before it was scored, "
-            f"by version {scored.origin.version}. Fill batches in (fill_deferred) before a refresh"
+            f"the reference was refreshed after this step was submitted for version {expected_version}: it "
+            f"was scored by version {scored.origin.version}. Fill batches in (fill_deferred) before a refresh"
         )
     return scored
 
@@ -376,19 +396,20 @@ def _write_apart(
     device: torch.device | None,
     scored: Scored,
 ) -> TensorDictBase:
-    """Write a step's results into a tensordict of their own, with the reward that the step had."""
+    """Write a step's results into a new tensordict that has the step's reward."""
     rows = [{} if reward is None else {"reward": reward[i]} for i in range(num_samples)]
     return write(lazy_stack([TensorDict(row, device=device) for row in rows]), scored)
 
 
 def _check_later(transform: Transform) -> None:
-    """Refuse an env whose later transforms read or write the reward: they would do it before the KL is subtracted."""
+    """Refuse an env whose later transforms use the reward: they would see it without the KL."""
     transforms = [
         module for module in transform.container.transform.modules() if isinstance(module, Transform)
     ]
     for other in transforms[transforms.index(transform) + 1 :]:
         if "reward" in (*other.in_keys, *other.out_keys):
             raise OptionError(
-                f"{type(other).__name__} comes after a deferred KL that changes the reward, and uses the reward: it would see it "
-                "without the KL. Append it before, make it the collector's postproc, or pass add_to_reward=False or deferred=False"
+                f"{type(other).__name__} uses the reward and comes after a deferred KL that changes the "
+                "reward: it would see the reward without the KL.\nAppend it before the KL, make it the "
+                "collector's postproc, or pass add_to_reward=False or deferred=False"
             )

@@ -1,4 +1,7 @@
-"""``EnginePolicyVersion``: stamps each sample with the version of the weights that sampled it, as the policy's engine says."""
+"""``EnginePolicyVersion`` stamps each sample with the version of the weights that sampled it.
+
+The policy's engine tells the version.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,20 @@ from vllm_kl.weights.push import followed, weights_of
 
 
 class EnginePolicyVersion(PolicyVersion):
-    """TorchRL's ``PolicyVersion`` that counts nothing: the policy's version is the one that its engine serves.
+    """TorchRL's ``PolicyVersion``, with the version that the policy's engine serves instead of a counter.
 
-    Whoever pushes, and however often, before the collector exists or beside it: samples are stamped with the weights that made
-    them, and with their adapter's id (``"policy_adapter"``, 0: the base model). TorchRL's own tracker
-    (``track_policy_version=True``) begins at 0 and counts what goes through its collector.
+    Samples get the version of the weights that made them and the id of their adapter (``"policy_adapter"``,
+    0: the base model). So the stamps are right whoever pushes weights, however often, and even before the
+    collector exists. TorchRL's own tracker (``track_policy_version=True``) begins at 0 and counts only the
+    updates of its collector.
 
     Args:
-        engine: the policy's: a ``vllm.LLM``, or a ``vLLMWrapper`` of one. Where the collector's policy is a ``vLLMWrapper``, each
-            sample's version is what vLLM's output says of it; else the one that serves when its step ends.
+        engine: the policy's engine: a ``vllm.LLM``, or a ``vLLMWrapper`` of one. If the collector's policy is
+            a ``vLLMWrapper``, vLLM's output tells the version of each sample. Else a sample gets the version
+            that the engine serves when its step ends.
 
     Raises:
-        WeightsError: nothing is known of the engine's weights, or which version serves.
+        WeightsError: the engine's weights, or the version that serves, are not known.
 
     >>> # LLMCollector(env, policy_factory=policy, track_policy_version=EnginePolicyVersion(llm))
     """
@@ -45,17 +50,21 @@ class EnginePolicyVersion(PolicyVersion):
 
     @property
     def version(self) -> int:
-        """The version that the engine serves now. A run that is resumed sets it: its engine began again at 0.
+        """The version that the engine serves now.
+
+        A resumed run sets it, because its new engine begins at 0.
 
         Raises:
-            WeightsError: others loaded weights into the engine and gave them no version. When set: to less than the engine's, or
-                the engine's weights are not those it was started with or that were pushed last.
+            WeightsError: others loaded weights into the engine and gave them no version. When set: the
+                value is less than the engine's version, or the engine serves neither its first weights nor
+                those of the last push.
         """
         version = self._weights.version
         if version is None:
             raise WeightsError(
-                "others loaded weights into this engine and gave them no version: which one serves is not known. Call "
-                "finish_update(engine) after each such load: it loads them again and counts them"
+                "others loaded weights into this engine and gave them no version, so the version that serves "
+                "is not known.\nCall finish_update(engine) after each such load: it loads the weights again "
+                "and counts them"
             )
         return version
 
@@ -65,16 +74,18 @@ class EnginePolicyVersion(PolicyVersion):
             return
         if not isinstance(self._weights, LiveWeights):
             raise WeightsError(
-                "the engine of a scorer counts for itself: push the resumed weights under their version"
+                "the engine of a scorer counts its versions itself: push the resumed weights with their "
+                "version"
             )
         self._weights.take_over(version=version)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnginePolicyVersion:
-        return self  # a copied env asks the same engine
+        return self  # a copied env uses the same engine
 
     def __reduce__(self) -> Any:
         raise OptionError(
-            "an EnginePolicyVersion asks an engine of this process, and cannot go to another: use track_policy_version=True there"
+            "an EnginePolicyVersion uses an engine of this process and cannot go to another process: use "
+            "track_policy_version=True there"
         )
 
     def _increment_version(self, init: bool = False) -> int:

@@ -1,7 +1,7 @@
-"""The KL of two entries of log-probs that are already in the tensordict.
+"""``KLComputation`` computes the KL of two entries of log-probs that the tensordict already has.
 
-Drop-in for the class of the same name in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same defaults, the
-same keys.
+The class is a drop-in for TorchRL's ``KLComputation`` (``torchrl.envs.llm.transforms``, 0.14): it has the
+same arguments, defaults and keys.
 """
 
 from __future__ import annotations
@@ -18,45 +18,54 @@ from vllm_kl.batch.inputs import read_rows
 from vllm_kl.batch.outputs import check_distinct
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import Direction, Estimator
-from vllm_kl.transforms.kl_transform import KLTransform, Penalty
+from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
 from vllm_kl.transforms.recorded import OnZero, check_on_zero, check_recorded, check_zeros
 from vllm_kl.transforms.sides import is_same_temperature
 from vllm_kl.types import Rows, end_to_end, pack, place_of, widths_of
 
 _CURE = (
-    "It is never taken for a log-prob: score the batch again (RetrieveLogProb), leave the token out of the mask, or, where the "
-    "model is that sure, pass on_zero='allow'"
+    "Score the batch again (RetrieveLogProb), leave the token out of the mask, or, if the model is that "
+    "sure, pass on_zero='allow'"
 )
 
 
 class KLComputation(KLTransform):
-    """Turns two entries of log-probs into a per-token KL, and subtracts it from the reward.
+    """Computes the KL of each token from two entries of log-probs, and subtracts it from the reward.
 
     Args:
         gen_log_probs_full_key: log-probs of the model that generated.
         ref_log_probs_full_key: log-probs of the reference.
 
     Keyword Args:
-        kl_key: where to write the KL.
-        add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
-        coeff, estimator, extra_estimators, clamp_log_ratio, clamp_output, direction: as :class:`RetrieveKL` takes them.
-        padding_side: accepted as TorchRL's class does; rows are read and written as they are.
-        mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask: the tokens that count, bool. Read, never
-            written; without it ``metrics`` holds no means over tokens.
-        on_zero: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where one side's log-prob is exactly 0.0 (probability 1) and
-            the other side is not sure of the token (less than 0.9): many write 0.0 where a log-prob is
-            missing. Not asked of an entry that a :class:`RetrieveLogProb` or :class:`RetrieveKL` of the same env, or
-            composition, writes.
+        kl_key: where the KL is written.
+        add_to_reward: ``True`` also writes ``reward - coeff * kl``; a reward per sequence becomes one per
+            token.
+        coeff, estimator, extra_estimators, clamp_log_ratio, clamp_output, direction: as in
+            :class:`RetrieveKL`.
+        padding_side: accepted as in TorchRL's class, without effect: rows are read and written as they are.
+        mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask of kept tokens, bool.
+            It is read and never written; without a mask ``metrics`` has no means over tokens.
+        on_zero: what to do if one side's log-prob is exactly 0.0 (probability 1) and the other side is not
+            sure of the token (probability below 0.9): ``"raise"`` (the default), ``"warn"`` or ``"allow"``.
+            Many programs write 0.0 where a log-prob is missing. An entry that a :class:`RetrieveLogProb` or
+            :class:`RetrieveKL` of the same env, or composition, writes is not checked.
 
-    Log-probs do not tell their temperature: both entries must be those of one ``softmax(logits / T)``. Where transforms of the
-    same env, or composition, write both, it is checked. What a policy recorded, and what was stored, is taken as it is: a policy
-    whose engine has ``logprobs_mode="processed_logprobs"`` and that samples at ``temperature=0.5`` gives a KL of about a nat a
-    token to a reference of equal weights at temperature 1. ``RetrieveKL(FromCollector(policy=...), reference)`` knows, and scores
-    again or refuses.
+    Log-probs do not tell their temperature: both entries must be those of one ``softmax(logits / T)``. This
+    is checked if transforms of the same env, or composition, write both entries. Entries that a policy
+    recorded, or that were stored, are not checked. Example: the policy's engine has
+    ``logprobs_mode="processed_logprobs"`` and samples at ``temperature=0.5``, and the reference has equal
+    weights at temperature 1. Then the KL is about one nat a token. ``RetrieveKL(FromCollector(policy=...),
+    reference)`` knows the temperatures, and scores again or refuses.
 
-    Without a stored mask NaN marks a position without a score (TorchRL's generate path writes it on prompts). Where the
-    other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside its mask) the KL is 0.0; where
-    it has one, a log-prob is missing, which is an error and never 0.0.
+    Without a stored mask NaN marks a position without a log-prob (TorchRL's generate path writes it on
+    prompts). If the other side has none either (NaN, or the 0.0 that :class:`RetrieveLogProb` writes outside
+    its mask), the KL is 0.0. If the other side has a log-prob, this side's is missing: that is an error and
+    never 0.0.
+
+    Raises:
+        InputError: when called: an entry is missing, shapes differ, or the mask does not fit the log-probs.
+        MissingLogProbError: when called: a log-prob is missing, or is a doubtful 0.0 and ``on_zero="raise"``.
+        OptionError: when called: the entries have different temperatures.
 
     >>> data = TensorDict(
     ...     next=TensorDict(
@@ -94,17 +103,8 @@ class KLComputation(KLTransform):
         on_zero: OnZero = "raise",
     ) -> None:
         check_on_zero(on_zero)
-        penalty = Penalty(
-            kl_key=kl_key,
-            mask_key=None,
-            add_to_reward=add_to_reward,
-            coeff=coeff,
-            estimator=estimator,
-            extra_estimators=extra_estimators,
-            clamp_log_ratio=clamp_log_ratio,
-            clamp_output=clamp_output,
-            direction=direction,
-        )
+        estimation = Estimation(estimator, extra_estimators, clamp_log_ratio, clamp_output, direction)
+        penalty = Penalty(estimation, kl_key, None, add_to_reward, coeff)  # writes no mask
         sides = [gen_log_probs_full_key, ref_log_probs_full_key]
         check_distinct([*sides, *([] if mask_key is None else [mask_key]), *penalty.keys, "reward"])
         super().__init__(penalty, in_keys=sides, out_keys=[])
@@ -118,13 +118,13 @@ class KLComputation(KLTransform):
         rows = [read_rows(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
         if rows[0] is None or rows[1] is None:
             raise InputError(
-                f"Log-probs not found: expected {self.gen_log_probs_full_key} and {self.ref_log_probs_full_key}, the "
-                f"tensordict has {sorted(map(str, next_td.keys()))}"
+                f"Log-probs not found: expected {self.gen_log_probs_full_key} and "
+                f"{self.ref_log_probs_full_key}, the tensordict has {sorted(map(str, next_td.keys()))}"
             )
         _check_shapes(*rows)
         lengths = widths_of(rows[0])
         gen, ref = (end_to_end(side) for side in rows)
-        mask = _scored(gen.detach().cpu(), ref.detach().cpu())
+        mask = _default_mask(gen.detach().cpu(), ref.detach().cpu())
         stored = None if self.mask_key is None else read_rows(next_td, self.mask_key)
         if stored is not None:
             self._check_mask(rows[0], stored)
@@ -145,10 +145,13 @@ class KLComputation(KLTransform):
     def _check_sides(
         self, gen: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor, lengths: list[int]
     ) -> None:
-        """Refuse log-probs that are none, or none of the other side's temperature."""
+        """Refuse values that are no log-probs, and sides of different temperatures."""
         keys = (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
         neighbours = self._neighbours()
-        at = {key: next((t for n in neighbours if (t := n.scored_at(key)) is not None), None) for key in keys}
+        at = {
+            key: next((t for n in neighbours if (t := n.temperature_at(key)) is not None), None)
+            for key in keys
+        }
         if None not in at.values() and not is_same_temperature(*at.values()):
             found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
             raise OptionError(
@@ -161,25 +164,27 @@ class KLComputation(KLTransform):
                 check_zeros(side, other, mask, lengths, on_zero=self.on_zero, **names)
 
     def _check_mask(self, log_probs: Rows, masks: Rows) -> None:
-        """Refuse a mask of another shape than its log-probs, or one that keeps a token that has none."""
+        """Refuse a mask of another shape than its log-probs, or one that keeps token 0."""
         for i, (row, mask) in enumerate(zip(log_probs, masks, strict=True)):
             if mask.shape != row.shape:
                 raise InputError(
-                    f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, its log-probs {list(row.shape)}"
+                    f"sample {i}: {self.mask_key} has shape {list(mask.shape)}, but its log-probs have shape "
+                    f"{list(row.shape)}"
                 )
             if len(mask) and mask[0]:
                 raise InputError(
-                    f"sample {i}: {self.mask_key} keeps token 0, which has no log-prob. Both sides of {self.mask_key} begin with "
-                    "the sequence's first token, or with padding"
+                    f"sample {i}: {self.mask_key} keeps token 0, which has no log-prob. The rows of the "
+                    f"log-probs and of {self.mask_key} must begin with the sequence's first token, or with "
+                    "padding"
                 )
 
     def _check_hidden(self, hidden: torch.Tensor, lengths: list[int]) -> None:
-        """Refuse a mask of other log-probs: it would hide a token that both sides scored."""
+        """Refuse a mask that leaves out a token that both sides scored: it belongs to other log-probs."""
         if hidden.any():
             i, t = place_of(hidden, lengths)
             raise InputError(
-                f"sample {i}, token {t}: both sides have a log-prob, but {self.mask_key} leaves it out. "
-                "The mask is of other log-probs: remove it, or pass mask_key=None."
+                f"sample {i}, token {t}: both sides have a log-prob, but {self.mask_key} leaves the token "
+                "out, so the mask belongs to other log-probs. Remove the mask, or pass mask_key=None."
             )
 
 
@@ -187,12 +192,13 @@ def _check_shapes(gen: Rows, ref: Rows) -> None:
     for i, (of_gen, of_ref) in enumerate(zip(gen, ref, strict=True)):
         if of_gen.shape != of_ref.shape:
             raise InputError(
-                f"Sample {i} has different shapes: gen log-probs {list(of_gen.shape)}, ref log-probs {list(of_ref.shape)}. "
-                "Both sides of a KL must score the same tokens with the same pad_output."
+                f"Sample {i} has different shapes: gen log-probs {list(of_gen.shape)}, ref log-probs "
+                f"{list(of_ref.shape)}. Both sides of a KL must score the same tokens with the same "
+                "pad_output."
             )
 
 
-def _scored(gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """Return where both sides have a log-prob, or one of them lacks what the other has."""
+def _default_mask(gen: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """Return the positions that count: both sides have a log-prob, or one side lacks the other's."""
     unscored = (torch.isnan(gen) & (torch.isnan(ref) | (ref == 0))) | (torch.isnan(ref) & (gen == 0))
     return ~unscored

@@ -1,7 +1,8 @@
-"""Both sides' log-probs -> the KL's entries, the mask's, and the reward minus the KL; and figures of them for a logger.
+"""Estimates a KL and subtracts it from the reward, for ``KLComputation`` and ``RetrieveKL``.
 
-What :class:`~vllm_kl.KLComputation` and :class:`~vllm_kl.RetrieveKL` share. The KL that is subtracted and those that are only
-logged are estimated in one pass over the same log-probs. It does not know where log-probs come from.
+``Penalty`` takes both sides' log-probs, writes the KL and the mask, subtracts the KL from the reward, and
+computes figures for a logger. One pass over the log-probs gives the KL that is subtracted and those that are
+only logged. The module does not know where the log-probs come from.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +27,16 @@ from vllm_kl.types import Rows
 
 
 class Coefficient:
-    """How much of the KL is subtracted from the reward.
+    """The factor of the KL that is subtracted from the reward.
 
     Args:
-        coeff: a number; or a schedule, called with the number of times a KL was written before (batches; inside an env
-            its steps); or a controller such as ``torchrl.data.AdaptiveKLController(init_kl_coef=0.1, target=6.0,
-            horizon=10_000)``, told every batch's KL, summed over each sequence, which is what PPO's target is a target of.
+        coeff: a number; a schedule, called with the number of earlier batches (inside an env: of earlier
+            steps); or a controller such as ``torchrl.data.AdaptiveKLController(init_kl_coef=0.1, target=6.0,
+            horizon=10_000)``. A controller gets the KL of every batch, summed over each sequence, as PPO's
+            target means it.
 
     Raises:
-        OptionError: a number that is negative, NaN or infinite, or nothing of these.
+        OptionError: ``coeff`` is a negative, NaN or infinite number, or none of these.
 
     >>> warm_up = Coefficient(lambda batch: min(1.0, batch / 10))
     >>> warm_up.observe(torch.ones(4))
@@ -46,7 +49,7 @@ class Coefficient:
         self._num_batches = 0
         self._is_controller = hasattr(coeff, "coef") and callable(getattr(coeff, "update", None))
         if self._is_controller and not self._checked(coeff.coef):
-            raise OptionError("a controller changes its coefficient by a factor: it cannot begin at 0")
+            raise OptionError("a controller multiplies its coefficient, so it cannot begin at 0")
         if not self._is_controller and not callable(coeff):
             self._checked(coeff)
 
@@ -57,15 +60,15 @@ class Coefficient:
         return self._checked(self.given(self._num_batches) if callable(self.given) else self.given)
 
     def observe(self, kl_B: torch.Tensor) -> None:
-        """Take the KL of a batch that was written, ``[B]`` nats per sequence."""
+        """Take the KL of a batch that was written, ``[B]``, nats per sequence."""
         self._num_batches += 1
         if self._is_controller and len(kl_B):
-            # TorchRL's controllers are told the KL's share of the reward, and divide it by -coef again (0.14).
+            # TorchRL's controllers (0.14) get the KL's share of the reward, and divide it by -coef.
             self.given.update((-self.given.coef * kl_B.double()).tolist())
 
     @property
     def state(self) -> dict[str, Any]:
-        """What it has counted, and a controller's coefficient."""
+        """The number of batches, and a controller's coefficient."""
         own = self.given.state_dict() if hasattr(self.given, "state_dict") else None
         return {
             "batches": self._num_batches,
@@ -87,41 +90,76 @@ class Coefficient:
         if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             where = f" for batch {self._num_batches}" if callable(self.given) else ""
             raise OptionError(
-                f"coeff must be a number of at least 0, a schedule or a controller with .coef and .update; got {value!r}{where}"
+                "coeff must be a number of at least 0, a schedule or a controller with .coef and .update; "
+                f"got {value!r}{where}"
             )
         return float(value)
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """The estimators of the KL and their options, as in :class:`~vllm_kl.RetrieveKL`.
+
+    Raises:
+        OptionError: an estimator does not exist, or an option does not fit it.
+    """
+
+    estimator: Estimator
+    extra_estimators: Sequence[Estimator]
+    clamp_log_ratio: float | None
+    clamp_output: float | None
+    direction: Direction
+
+    def __post_init__(self) -> None:
+        if isinstance(self.extra_estimators, str):
+            raise OptionError(
+                f"extra_estimators must be a sequence of names, such as ({self.extra_estimators!r},)"
+            )
+        for name in (self.estimator, *self.extra_estimators):
+            check_estimator(
+                name, self.direction, self.clamp_log_ratio, self.clamp_output, known=TOKEN_ESTIMATORS
+            )
+
+    def estimate(
+        self, name: Estimator, gen: torch.Tensor, ref: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor:
+        """Return the KL of each token by the named estimator, ``[N]``, nats."""
+        return estimate(
+            gen,
+            ref,
+            lengths,
+            estimator=name,
+            clamp_log_ratio=self.clamp_log_ratio,
+            clamp_output=self.clamp_output,
+            direction=self.direction,
+        )
 
 
 class Penalty:
     """Estimates the KL, writes it, and subtracts it from the reward.
 
-    Args: those of :class:`~vllm_kl.RetrieveKL`.
+    Args:
+        estimation: the estimators.
+        kl_key, mask_key, add_to_reward, coeff: as in :class:`~vllm_kl.RetrieveKL`.
 
     Attributes:
-        metrics: figures of the last batch by name, the last word the unit: for each estimator the mean over its tokens and the mean
-            over its sequences' sums, the coefficient, the number of tokens. Empty before the first.
+        metrics: figures of the last batch; the last word of a name is its unit. For each estimator the mean
+            over tokens and the mean over the sequences' sums, the coefficient, and the number of tokens.
+            Empty before the first batch.
     """
 
     def __init__(
         self,
-        *,
+        estimation: Estimation,
         kl_key: NestedKey,
         mask_key: NestedKey | None,
         add_to_reward: bool,
         coeff: Any,
-        estimator: Estimator,
-        extra_estimators: Sequence[Estimator],
-        clamp_log_ratio: float | None,
-        clamp_output: float | None,
-        direction: Direction,
     ) -> None:
-        if isinstance(extra_estimators, str):
-            raise OptionError(
-                f"extra_estimators must be a sequence of names, such as ({extra_estimators!r},)"
-            )
-        for name in (estimator, *extra_estimators):
-            check_estimator(name, direction, clamp_log_ratio, clamp_output, known=TOKEN_ESTIMATORS)
-        names = [(kl_key, estimator), *((_beside(kl_key, f"kl_{name}"), name) for name in extra_estimators)]
+        names = [
+            (kl_key, estimation.estimator),
+            *((_beside(kl_key, f"kl_{name}"), name) for name in estimation.extra_estimators),
+        ]
         check_distinct([key for key, _ in names])
         self._estimators = dict(names)
         self.kl_key = kl_key
@@ -131,11 +169,11 @@ class Penalty:
         self.add_to_reward = add_to_reward
         self.coefficient = Coefficient(coeff)
         self.metrics: dict[str, float] = {}
-        self._how = {"clamp_log_ratio": clamp_log_ratio, "clamp_output": clamp_output, "direction": direction}
+        self._estimation = estimation
 
     @property
     def keys(self) -> list[NestedKey]:
-        """Where KL and mask are written."""
+        """The keys of the KL and the mask."""
         return [*self._estimators, *([] if self.mask_key is None else [self.mask_key])]
 
     def write(
@@ -150,19 +188,20 @@ class Penalty:
         log_probs: dict[NestedKey, Rows] | None = None,
         is_mask_known: bool = True,
     ) -> TensorDictBase:
-        """Write everything, or nothing if anything is wrong; return the tensordict that has it.
+        """Write all entries, or none if there is an error; return the tensordict that has them.
 
         Args:
-            next_td: the reward is read there, if there is one.
-            gen, ref, keep: log-probs of both sides, 0.0 outside the mask, and the mask; of all samples laid end to end, ``[N]``.
+            next_td: the tensordict to write into; its reward is read, if there is one.
+            gen, ref: log-probs of both sides, of all samples laid end to end, ``[N]``: 0.0 outside the mask.
+            keep: the mask, ``[N]`` bool.
             lengths: of the samples.
-            to_rows: gives a packed tensor ``[N]`` the layout in which it is written.
-            log_probs: entries to write beside the KL, laid out.
-            is_mask_known: ``keep`` is the mask, not only where there are values: tokens can be counted.
+            to_rows: turns a packed tensor ``[N]`` into the layout of the entries.
+            log_probs: entries to write beside the KL, in that layout.
+            is_mask_known: ``keep`` is the mask, and not only the positions that have values. Then tokens can
+                be counted.
         """
         kl = {
-            key: estimate(gen, ref, lengths, estimator=name, **self._how)
-            for key, name in self._estimators.items()
+            key: self._estimation.estimate(name, gen, ref, lengths) for key, name in self._estimators.items()
         }
         coeff = self.coefficient.value() if self.add_to_reward else None
         sums = {self._estimators[key]: sums_of(values.detach(), lengths).cpu() for key, values in kl.items()}
@@ -184,7 +223,7 @@ class Penalty:
 
 
 class KLTransform(NextTransform):
-    """A transform with a :class:`Penalty`: reads and writes its keys, and the reward's, beside its own."""
+    """A transform with a :class:`Penalty`, whose keys it reads and writes beside its own."""
 
     def __init__(
         self, penalty: Penalty, *, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]
@@ -208,7 +247,7 @@ class KLTransform(NextTransform):
 
     @property
     def coeff(self) -> Any:
-        """The KL's coefficient, as it was given. Set it to change it."""
+        """The KL's coefficient, as it was given. Set it to change the coefficient."""
         return self.penalty.coefficient.given
 
     @coeff.setter
@@ -232,7 +271,7 @@ class KLTransform(NextTransform):
 
 
 def _beside(key: NestedKey, name: str) -> NestedKey:
-    """Return the key of an entry in the same place.
+    """Return ``key`` with its last part replaced by ``name``.
 
     >>> _beside("kl_penalty", "kl_k3"), _beside(("kl", "full"), "kl_k3")
     ('kl_k3', ('kl', 'kl_k3'))

@@ -1,7 +1,7 @@
-"""``LoRAWrapper``: a TorchRL policy that is a LoRA adapter on a vLLM engine.
+"""``LoRAWrapper``: a TorchRL policy that generates and scores with a LoRA adapter on a vLLM engine.
 
-TorchRL 0.14's ``vLLMWrapper`` has no way to name an adapter: ``generate_kwargs={"lora_request": ...}`` is dropped without a
-word, and the base model generates. Here every request of the wrapper, to generate or to score, names it.
+TorchRL 0.14's ``vLLMWrapper`` cannot name an adapter: it drops ``generate_kwargs={"lora_request": ...}``
+without a warning, and the base model generates. ``LoRAWrapper`` names the adapter in every request.
 
 Source: ``vLLMWrapper._call_generate``, ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14.1.
 """
@@ -17,25 +17,27 @@ from vllm_kl.weights.adapters import check_adapter
 
 
 class LoRAWrapper(vLLMWrapper):
-    """A ``vLLMWrapper`` whose requests are those of an adapter.
+    """A ``vLLMWrapper`` that names an adapter in every request.
 
     Args:
-        model: as ``vLLMWrapper`` takes it; made with ``enable_lora=True``.
+        model: as in ``vLLMWrapper``; it must be made with ``enable_lora=True``.
 
     Keyword Args:
-        lora_request: a ``vllm.lora.request.LoRARequest``; ``None`` is the base model. May be set later, between two
-            calls: ``policy.lora_request = LoRARequest("step-7", 7, "adapters/7")``. A path of its own for each step keeps
-            vLLM from reading the KV of the one before.
-        **kwargs: ``vLLMWrapper``'s own.
+        lora_request: a ``vllm.lora.request.LoRARequest``; ``None``: the base model. It may be set between two
+            calls: ``policy.lora_request = LoRARequest("step-7", 7, "adapters/7")``. Give each step a path of
+            its own, else vLLM may read KV of the adapter of an earlier step.
+        **kwargs: as in ``vLLMWrapper``.
 
     Raises:
-        OptionError: ``lora_request`` is none, or has ``load_inplace=True``.
-        ReadoutUnavailableError: a ``vllm.LLM`` takes no adapters, or its LM head is wrapped for them.
-        WeightsError: the adapter cannot be loaded, or would not be served as it is written. A request that is the first to
-            ask for such an adapter would end the engine.
+        OptionError: ``lora_request`` is no ``LoRARequest``, or has ``load_inplace=True``.
+        ReadoutUnavailableError: a ``vllm.LLM`` takes no adapters, or wraps its LM head for them.
+        WeightsError: the engine cannot load the adapter, or would not serve it as its files say. Without this
+            check the first request for such an adapter would end the engine.
 
-    >>> # policy = LoRAWrapper(LLM("base", enable_lora=True), lora_request=LoRARequest("policy", 1, "adapters/policy"))
-    >>> # RetrieveKL("from_collector", VLLMReference(policy.model, tokenizer)): the base model, on the same engine
+    >>> # adapter = LoRARequest("policy", 1, "adapters/policy")
+    >>> # policy = LoRAWrapper(LLM("base", enable_lora=True), lora_request=adapter)
+    >>> # The reference is the base model on the same engine:
+    >>> # RetrieveKL("from_collector", VLLMReference(policy.model, tokenizer))
     """
 
     def __init__(self, model: Any, *, lora_request: Any = None, **kwargs: Any) -> None:
@@ -44,18 +46,18 @@ class LoRAWrapper(vLLMWrapper):
 
     @property
     def lora_request(self) -> Any:
-        """The adapter that is asked for; ``None``: the base model."""
+        """The adapter of all requests; ``None``: the base model."""
         return self._lora_request
 
     @lora_request.setter
     def lora_request(self, lora_request: Any) -> None:
         check_lora_request(lora_request)
-        if hasattr(self.model, "llm_engine"):  # the workers of TorchRL's AsyncVLLM cannot be asked from here
+        if hasattr(self.model, "llm_engine"):  # the workers of TorchRL's AsyncVLLM are out of reach
             check_adapter(self.model.llm_engine, lora_request)
         self._lora_request = lora_request
 
     def get_new_version(self, **kwargs: Any) -> LoRAWrapper:
-        """Return a twin with other arguments; with the same adapter, unless another is named."""
+        """Return a copy with other arguments. The copy keeps the adapter unless ``lora_request`` is given."""
         lora_request = kwargs.pop("lora_request", self.lora_request)
         twin = super().get_new_version(**kwargs)
         twin.lora_request = lora_request

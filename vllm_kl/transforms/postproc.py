@@ -1,4 +1,7 @@
-"""What is done to every batch that leaves a collector: torchrl 0.14's call ``postproc`` on each, before a replay buffer too."""
+"""Hooks into ``collector.postproc``, which TorchRL 0.14 calls on every finished batch.
+
+TorchRL calls it before the batch enters a replay buffer.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,40 @@ from tensordict import TensorDictBase
 
 logger = logging.getLogger("vllm_kl")
 
-Work = Callable[[TensorDictBase], TensorDictBase]
+Hook = Callable[[TensorDictBase], TensorDictBase]
 
 
-class _Leaving:
-    """A collector's ``postproc`` that does its work before the one that the user gave, if any, sees the batch."""
+class _Postproc:
+    """A collector's ``postproc`` that calls this package's hooks, and then the user's own ``postproc``."""
 
-    def __init__(self, postproc: Work | None) -> None:
+    def __init__(self, postproc: Hook | None) -> None:
         self._postproc = postproc
-        self.works: list[Work] = []
+        self.hooks: list[Hook] = []
 
     def __call__(self, td: TensorDictBase) -> TensorDictBase:
-        for work in self.works:
-            td = work(td)
+        for hook in self.hooks:
+            td = hook(td)
         return td if self._postproc is None else self._postproc(td)
 
 
-def on_leaving(collector: Any, work: Work) -> bool:
-    """Have work done on every batch that leaves a collector, once; return whether it has a ``postproc``.
+def on_leaving(collector: Any, hook: Hook) -> bool:
+    """Call ``hook`` on every batch that leaves a collector; return whether the collector has a ``postproc``.
 
-    ``None``, which is no collector, has none; that another has none is said once.
+    A hook that is already there is not added again. If a collector has no ``postproc``, a log line says so,
+    once for each class. ``None`` is no collector.
     """
     if not hasattr(collector, "postproc"):
         if collector is not None:
-            _say_that_it_has_none(type(collector))
+            _log_missing_postproc(type(collector))
         return False
-    if not isinstance(
-        collector.postproc, _Leaving
-    ):  # looked at every step: a postproc may be set at any time
-        collector.postproc = _Leaving(collector.postproc)
-    if work not in collector.postproc.works:
-        collector.postproc.works.append(work)
+    # Checked at every step, because the user may set a postproc at any time.
+    if not isinstance(collector.postproc, _Postproc):
+        collector.postproc = _Postproc(collector.postproc)
+    if hook not in collector.postproc.hooks:
+        collector.postproc.hooks.append(hook)
     return True
 
 
 @functools.cache
-def _say_that_it_has_none(kind: type) -> None:
-    logger.warning("vllm_kl: a %s has no postproc: nobody looks at the batches that leave it", kind.__name__)
+def _log_missing_postproc(kind: type) -> None:
+    logger.warning("vllm_kl: a %s has no postproc, so its batches are not checked", kind.__name__)

@@ -1,4 +1,4 @@
-"""Pushes for TorchRL's two ways to update weights, which tell collectors the version that then serves."""
+"""``Pusher`` pushes weights for TorchRL's two ways to update them, and tells collectors the new version."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from vllm_kl.weights.push import push_weights, weights_of
 
 
 class Pusher:
-    """Pushes to one engine, and keeps the versions of collectors that count for themselves in step with it."""
+    """Pushes weights to one engine, and sets the version counters of registered collectors.
+
+    A collector with an :class:`~vllm_kl.EnginePolicyVersion` needs no setting: it reads the version from the
+    engine.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._collectors: list[weakref.ref[Any]] = []
 
     def register(self, collector: Any) -> None:
+        """Set the version counter of a collector now and after each push."""
         self._collectors.append(weakref.ref(collector))
         watch(policy_of(collector))
         version = weights_of(self._engine).version
@@ -28,12 +33,19 @@ class Pusher:
             tracker.version = version
 
     def push(self, weights: Any, *, collector_counts: bool = False) -> int:
+        """Push weights; return the version that serves now.
+
+        Args:
+            weights: as in :func:`push_weights`.
+            collector_counts: the collector adds 1 to its version after this call.
+        """
         version = push_weights(self._engine, weights)
         for tracker in self._counting():
             tracker.version = version - collector_counts
         return version
 
     def _counting(self) -> list[PolicyVersion]:
+        """Return the version counters that do not read the engine."""
         trackers = [getattr(reference(), "policy_version_tracker", None) for reference in self._collectors]
         return [
             t

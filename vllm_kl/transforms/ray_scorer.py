@@ -1,6 +1,6 @@
-"""A scorer in a Ray actor: the reference's engine lives there, the caller holds a handle.
+"""``RayScorer`` scores through a Ray actor, which holds the reference's engine.
 
-Ray places, restarts and names the actor; token ids go there and log-probs come back. Nothing else moves.
+Ray places, restarts and names the actor. The caller sends token ids and gets log-probs back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Build = Callable[[], tuple[Scorer, dict[str, Any]]]
 
 
 class _ScorerActor:
-    """Runs in the actor's process."""
+    """Runs in the actor's process and holds the scorer."""
 
     def __init__(self, build: Build) -> None:
         self._scorer, self._attributes = build()
@@ -46,14 +46,15 @@ class RayScorer:
     """Scores through a Ray actor.
 
     Args:
-        build: called in the actor; returns the scorer and the attributes that :attr:`attributes` gives. ``None`` only
-            finds an actor that exists.
-        actor_name: the actor's name. One that exists is used as it is; a new one is detached, and lives until
-            :meth:`close` or the end of the cluster. Without a name the actor ends with its last handle.
+        build: makes the scorer, in the actor; returns the scorer and the values of :attr:`attributes`.
+            ``None``: use an actor that exists.
+        actor_name: the actor's name. An actor that already has this name is used as it is. A new actor is
+            detached: it lives until :meth:`close` or the end of the cluster. An actor without a name ends
+            with its last handle.
         num_cpus, num_gpus: the actor's resources.
 
     Raises:
-        EngineError: no such actor, or it failed to start.
+        EngineError: there is no such actor, or the actor failed to start.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RayScorer:
 
     @property
     def weight_version(self) -> int | None:
-        """Version of the weights that serve in the actor; ``None``: not known."""
+        """The version of the weights that the actor serves; ``None``: not known."""
         return self._get(self._actor.of_the_scorer.remote("weight_version", None))
 
     @property
@@ -90,20 +91,20 @@ class RayScorer:
         return self._get(self._actor.of_the_scorer.remote("temperature", 1.0))
 
     def score(self, token_ids: list[Any], start: list[int]) -> list[torch.Tensor]:
-        """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the scorer in the actor."""
+        """Return B float32 CPU tensors ``[L - start]``, nats. Errors are those of the actor's scorer."""
         return self.score_and_tell(token_ids, start)[0]
 
     def score_and_tell(
         self, token_ids: list[Any], start: list[int]
     ) -> tuple[list[torch.Tensor], ScoreStats | None]:
-        """As :meth:`score`; also return the figures of this very call, ``None`` where the actor's scorer has none."""
+        """As :meth:`score`; also return this call's figures, or ``None`` if the actor's scorer has none."""
         arrays = [np.asarray(ids) for ids in token_ids]
         scored, stats = self._get(self._actor.score.remote(arrays, list(start)))
-        self.stats = stats  # for people: other threads replace it
+        self.stats = stats  # for display only: other threads replace it
         return [torch.from_numpy(array.copy()) for array in scored], stats
 
     def close(self) -> None:
-        """End the actor and its engine, for every handle."""
+        """End the actor and its engine, for all callers."""
         ray.kill(self._actor)
 
     @staticmethod

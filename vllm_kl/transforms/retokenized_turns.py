@@ -1,11 +1,12 @@
-"""Dialogs of several turns: do later turns still begin with the ids that earlier turns generated?
+"""Finds turns of a dialog that do not begin with the ids that the earlier turns generated.
 
-A policy in history mode renders and tokenizes the whole dialog again at every turn. Text that was generated need not come
-back as the ids that were sampled (two merges of the same letters, bytes that are no text), and then the later turns were
-conditioned on other tokens than the earlier turns produced. Every turn is scored on the ids that it saw, so each log-prob is
-right; but who trains on the dialog as one sequence should know.
+A policy in history mode renders and tokenizes the whole dialog again at every turn. Generated text need not
+come back as the ids that were sampled (different merges give the same letters; some bytes are no text). Then
+the policy sampled later turns after other tokens than the earlier turns generated. Each log-prob is right,
+because every turn is scored on the ids that it saw. But whoever trains on the dialog as one sequence should
+know.
 
-It compares ids only. Nothing is rendered or tokenized here.
+The module compares ids only; it renders and tokenizes nothing.
 """
 
 from __future__ import annotations
@@ -29,23 +30,24 @@ class Retokenized:
     dialog: int
     turn: int  # the later of the two
     position: int  # of the first token that differs, among the real tokens
-    was: int | None  # the token as it was generated or seen before; None: the turn is shorter
-    now: int | None
+    was: int | None  # the token in the earlier turn; None: the earlier turn is shorter
+    now: int | None  # the token in the later turn; None: the later turn is shorter
 
     def __str__(self) -> str:
         return f"dialog {self.dialog}, turn {self.turn}, token {self.position}: {self.was} became {self.now}"
 
 
 def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
-    """Return the turns of a batch ``[dialogs, turns]`` that were tokenized to other ids than the turn before them had.
+    """Return the turns of a batch ``[dialogs, turns]`` that do not begin with the ids of the turn before.
 
     Args:
-        td: as a collector yields it: ids and attention masks of every turn, and ``("next", "done")``, which tells where a
-            dialog ended; without it rows may be anything (a group's responses), and nothing is reported.
-        keys: where they lie.
+        td: a batch from a collector, with the ids and attention masks of every turn, and with ``("next",
+            "done")``, which tells where a dialog ended. Without ``done`` the rows may be anything (a group's
+            responses), and nothing is reported.
+        keys: where the ids and masks are.
 
     Raises:
-        InputError: an attention mask does not fit its ids, or some turns lack what others have.
+        InputError: an attention mask does not fit its ids, or only some turns have an entry.
     """
     if not td.numel():
         return []
@@ -58,29 +60,30 @@ def find_retokenized(td: TensorDictBase, keys: InputKeys) -> list[Retokenized]:
     for i in range(num_dialogs):
         for t in range(1, num_turns):
             last = i * num_turns + t - 1
-            if not done[last].any():  # else a new dialog begins
+            if not done[last].any():  # else the next row begins a new dialog
                 found += _difference(i, t, ids[last], ids[last + 1])
     return found
 
 
 class RetokenizedTurns(NextTransform):
-    """Counts the turns that do not begin with the ids of the turn before them, and warns of the first. It changes nothing.
+    """Counts the turns that do not begin with the ids of the turn before; changes nothing.
 
-    Append it to an env, which tells once; or use it as a collector's ``postproc``, on a replay buffer or on a batch, where it
-    tells of each batch ``[dialogs, turns]`` in which there are some.
+    Append it to an env, where it warns once. Or use it as a collector's ``postproc``, on a replay buffer or
+    on a batch, where it warns of each batch ``[dialogs, turns]`` that has such turns.
 
     Keyword Args:
-        tokens_key, masks_key: where ``"full"`` and ``"all_attention_mask"`` lie.
+        tokens_key, masks_key: where ``"full"`` and ``"all_attention_mask"`` are.
 
     Attributes:
-        metrics: ``retokenized_turns`` of the last batch or step, and in an env ``retokenized_turns_total`` of
-            ``later_turns_total``, all turns but each dialog's first. The totals are part of its ``state_dict()``.
+        metrics: ``retokenized_turns`` of the last batch or step. In an env also ``retokenized_turns_total``
+            and ``later_turns_total``, the number of all turns but each dialog's first. ``state_dict()`` has
+            the totals.
 
     Raises:
         InputError: when called: as :func:`find_retokenized`.
 
-    >>> turns = TensorDict(full=torch.tensor([[[5, 6, 7], [5, 6, 7], [5, 6, 7]]]), batch_size=(1, 3))  # of one dialog
-    >>> done = TensorDict(done=torch.tensor([[[False], [False], [True]]]), batch_size=(1, 3))
+    >>> turns = TensorDict(full=torch.tensor([[[5, 6, 7], [5, 6, 7], [5, 6, 7]]]), batch_size=(1, 3))
+    >>> done = TensorDict(done=torch.tensor([[[False], [False], [True]]]), batch_size=(1, 3))  # one dialog
     >>> transform = RetokenizedTurns()
     >>> td = transform(TensorDict(tokens=turns, next=done, batch_size=(1, 3)))
     >>> transform.metrics
@@ -92,9 +95,8 @@ class RetokenizedTurns(NextTransform):
         super().__init__(in_keys=[full], out_keys=[])
         self.metrics: dict[str, float] = {}
         self._keys = InputKeys(input_mode="tokens", key=full, tokens_key=tokens_key, masks_key=masks_key)
-        self._last: list[
-            tuple[int, torch.Tensor] | None
-        ] = []  # by row of the env: number and ids [L] of its last turn
+        # For each row of the env: the number and the ids [L] of its last turn.
+        self._last: list[tuple[int, torch.Tensor] | None] = []
         self._num_later = self._num_retokenized = 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -107,21 +109,21 @@ class RetokenizedTurns(NextTransform):
         return tensordict
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        """See one step of an env: row for row the turn after the one that was seen before, if there was one."""
+        """Compare one step of an env with the step before, row by row."""
         rows = _real_ids(td, self._keys)
-        if rows is None:  # nothing was generated as ids, nothing could change
+        if rows is None:  # the policy generated no ids to compare
             self._last, self.metrics = [], {}
             return next_td
-        # Where a part of the env's rows was stepped, torchrl 0.14 does not say which part.
+        # If only some rows of the env were stepped, torchrl 0.14 does not tell which.
         last = self._last if len(self._last) == len(rows) else [None] * len(rows)
         turns = [0 if before is None else before[0] + 1 for before in last]
-        # A copy: what others do to their batch afterwards does not count.
+        # Copies: others may change their batch afterwards.
         self._last = [(turn, ids.clone()) for turn, ids in zip(turns, rows, strict=True)]
         later = [i for i, turn in enumerate(turns) if turn]
         found = [difference for i in later for difference in _difference(i, turns[i], last[i][1], rows[i])]
         if found and not self._num_retokenized:
             what = f"{len(found)} of the {len(later)} later turns of this step do not begin"
-            _warn(what, found[0], " Said once; counted on.")
+            _warn(what, found[0], " This warning comes once; the metrics count all such turns.")
         self._num_later += len(later)
         self._num_retokenized += len(found)
         self.metrics = {
@@ -132,7 +134,7 @@ class RetokenizedTurns(NextTransform):
         return next_td
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
-        # Not in _reset: a data loader's primer takes the mask of a partial reset away before (torchrl 0.14).
+        # Not in _reset: before it, a data loader's primer removes the mask of a partial reset (torchrl 0.14).
         mask = None if tensordict is None else tensordict.get("_reset", default=None)
         is_partial = mask is not None and mask.numel() == len(self._last)
         begins = mask.flatten().tolist() if is_partial else [True] * len(self._last)
@@ -140,7 +142,7 @@ class RetokenizedTurns(NextTransform):
         return super()._reset_env_preprocess(tensordict)
 
     def set_container(self, container: Any) -> None:
-        self._last = []  # a copy goes to another env, whose dialogs are others
+        self._last = []  # another env has other dialogs
         super().set_container(container)
 
     def counts(self) -> dict[str, Any]:
@@ -153,14 +155,15 @@ class RetokenizedTurns(NextTransform):
 
 def _warn(what: str, first: Retokenized, note: str = "") -> None:
     warnings.warn(
-        f"{what} with the ids of the turn before them: its text was tokenized again, to other ids. Each turn is scored on the ids "
-        f"that it saw; train on the turns one by one, not on a dialog's last ids as one sequence. The first: {first}.{note}",
+        f"{what} with the ids of the turn before them: its text was tokenized again, to other ids. The "
+        f"first: {first}.{note}\nEach turn is scored on the ids that it saw: train on the turns one by one, "
+        "not on a dialog's last ids as one sequence.",
         stacklevel=4,
     )
 
 
 def _difference(dialog: int, turn: int, before: torch.Tensor, after: torch.Tensor) -> list[Retokenized]:
-    """Return where ``after`` does not begin with all of ``before``, both ``[L]``; nothing where it does."""
+    """Return the first difference of two turns, ``[L]``; empty: ``after`` begins with all of ``before``."""
     n = min(len(before), len(after))
     if n == len(before) and torch.equal(before, after[:n]):
         return []
@@ -171,7 +174,7 @@ def _difference(dialog: int, turn: int, before: torch.Tensor, after: torch.Tenso
 
 
 def _real_ids(samples: TensorDictBase, keys: InputKeys) -> list[torch.Tensor] | None:
-    """Return the ids of each sample without padding, ``[L]`` on the CPU; ``None``: it has none."""
+    """Return the ids of each sample without padding, ``[L]``, on the CPU; ``None``: there are no ids."""
     ids = rows_of(samples, nested(keys.tokens_key, "full"))
     name = nested(keys.masks_key, "all_attention_mask")
     attention = None if ids is None else rows_of(samples, name)

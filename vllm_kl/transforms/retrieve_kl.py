@@ -1,11 +1,11 @@
-"""TorchRL transforms: log-probs of one model, the KL of two, the whole way from tokens to a shaped reward.
+"""``RetrieveKL`` writes the log-probs of policy and reference, their KL, and the reward minus the KL.
 
-Drop-in for the classes of the same names in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same
-defaults, the same keys. The data's way through a step:
+The class is a drop-in for TorchRL's ``RetrieveKL`` (``torchrl.envs.llm.transforms``, 0.14): it has the same
+arguments, defaults and keys. A batch passes these stages:
 
-    inputs.read_batch -> one side, or two (resolver) -> kl.estimate -> alignment.to_layout -> outputs.set_rows
+    read_batch -> log-probs of both sides -> KL -> to_layout -> write
 
-Nothing is written before everything is computed: after an error the tensordict is as it was.
+The transform writes after all stages have succeeded: an error leaves the tensordict as it was.
 """
 
 from __future__ import annotations
@@ -24,157 +24,118 @@ from torchrl.modules.llm.policies import LogProbs
 from vllm_kl.batch.alignment import PaddingSide, to_layout
 from vllm_kl.batch.inputs import InputKeys, keys_of
 from vllm_kl.batch.outputs import declare
-from vllm_kl.errors import InputError, OptionError
+from vllm_kl.errors import OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
-from vllm_kl.transforms.base import TokensTransform, scores, to_device
+from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.deferred import Deferral, Deferred
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
-from vllm_kl.transforms.kl_computation import KLComputation
-from vllm_kl.transforms.kl_transform import KLTransform, Penalty
+from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.recorded import OnZero, has_zeros
-from vllm_kl.transforms.retrieve_log_prob import RetrieveLogProb
-from vllm_kl.transforms.sides import (
-    ModelSide,
-    Side,
-    check_side,
-    check_two_models,
-    one_of,
-    warn_of_two_lengths,
-    warn_unless_full,
-)
-from vllm_kl.transforms.vllm_reference import remote_reference
+from vllm_kl.transforms.sides import Side, check_two_models, warn_of_two_lengths, warn_unless_full
+from vllm_kl.transforms.two_sides import collector_side_of, gen_model_of, ref_model_of, two_sides
 from vllm_kl.types import Rows, Scored, TokenBatch
 from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale, check_versions, policy_range
 
-__all__ = ["KLComputation", "RetrieveKL", "RetrieveLogProb"]
 
-
-def _check_keys(gen_key: NestedKey, ref_key: NestedKey) -> None:
+def _check_options(
+    on_stale: OnStale, on_two_references: OnStale, gen_key: NestedKey, ref_key: NestedKey
+) -> None:
+    check_on_stale(on_stale)
+    check_on_stale(on_two_references, "on_two_references")
     for key in (gen_key, ref_key):
-        warn_unless_full(key)
+        warn_unless_full(key, stacklevel=4)  # the caller of RetrieveKL
     if gen_key == ref_key:
         raise OptionError(f"both sides would be written to {gen_key}: give each a key of its own")
 
 
-def _reference_here(
-    ref_model: Any, factory: Callable[[], Any] | None, actor_name: str | None, **options: Any
-) -> Any:
-    if given := [*(["actor_name"] if actor_name is not None else []), *options]:
-        raise OptionError(
-            f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
-        )
-    return one_of("ref", ref_model, factory)
-
-
-def _model_side(gen_model: Any, ref_side: ModelSide) -> ModelSide:
-    side = ModelSide(gen_model)
-    side.check_temperature(ref_side.temperature)
-    return side
-
-
-def _shared_pad_output(models: dict[str, Any]) -> bool:
-    pads = {name: model.pad_output for name, model in models.items()}
-    if len(set(pads.values())) > 1:
-        found = ", ".join(f"{name}.pad_output={pad}" for name, pad in pads.items())
-        raise InputError(f"pad_output mismatch: {found}. Both sides of a KL share one value.")
-    return pads["ref_model"]
-
-
-def _from_collector(
-    gen_model: Any, gen_log_probs: GenLogProbs, reusing: dict[str, Any]
-) -> FromCollector | None:
-    """Return the generation side where a collector gives it; ``None``: ``gen_model`` is a model.
-
-    Raises:
-        OptionError: an option has no effect with what ``gen_model`` is.
-    """
-    if isinstance(gen_model, (str, FromCollector)):
-        return FromCollector.of(gen_model, gen_log_probs, **reusing)
-    if gen_log_probs == "reuse":
-        raise OptionError(
-            "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
-        )
-    if reusing:
-        raise OptionError(
-            f"{next(iter(reusing))} has no effect with a gen_model: nothing is reused; pass gen_model='from_collector'"
-        )
-    return None
-
-
 class RetrieveKL(TokensTransform, KLTransform):
-    """Writes both sides' log-probs, their per-token KL, and the reward minus the KL.
+    """Writes the log-probs of policy and reference, the KL of each token, and the reward minus the KL.
 
     Args:
-        gen_model: the model that generated, with ``generate=False``; or ``"from_collector"`` (or a
-            :class:`FromCollector`): the policy of the collector, looked up at each step. The transform can be appended
-            to an env before the collector exists.
+        gen_model: the model that generated the tokens, with ``generate=False``. Or ``"from_collector"`` (or a
+            :class:`FromCollector`): the collector's policy. The transform looks the policy up at each step,
+            so the transform can be appended to an env before the collector exists.
         ref_model: the reference, with ``generate=False``: a ``VLLMReference``, ``vLLMWrapper``,
             ``TransformersWrapper`` or another ``LLMWrapperBase``.
 
     Keyword Args:
-        gen_model_factory, ref_model_factory: called once instead of passing a model.
-        assistant_only: keep the assistant's tokens (both sides need ``input_mode="history"``), the one that ends a turn included;
-            else every token but the first.
-        gen_log_probs_full_key, ref_log_probs_full_key: where log-probs are written.
-        history_key: where the history lies, if there are no ids.
-        tokenizer_kwargs: passed to the chat template where a history must be tokenized.
-        detach: no graph on the results.
-        device: where to place transformers models; vLLM engines stay where they run. Results lie on the tensordict's
-            device.
-        tokenizer: used where the tensordict has no ids; default the reference's, else the gen model's.
-        padding_side: where rows of different length are padded.
+        gen_model_factory, ref_model_factory: make the model, instead of passing it; each is called once.
+        assistant_only: ``True`` keeps the assistant's tokens, including the token that ends a turn; both
+            models need ``input_mode="history"``. ``False`` keeps every token but the first.
+        gen_log_probs_full_key, ref_log_probs_full_key: where the log-probs are written.
+        history_key: where the history is. The history is read only if the tensordict has no ids.
+        tokenizer_kwargs: passed to the chat template when a history is tokenized.
+        detach: ``True`` writes results without a graph.
+        device: where to move transformers models; vLLM engines stay where they run. Results are on the device
+            of the tensordict.
+        tokenizer: used if the tensordict has no ids; default: the reference's, else the gen model's.
+        padding_side: where rows of different lengths are padded.
         kl_key: where the KL is written.
-        add_to_reward: also write ``reward - coeff * kl``; a reward per sequence becomes one per token.
-        coeff: the KL's coefficient: a number, a schedule (called with the number of batches, or of an env's steps, so far)
-            or a controller such as ``torchrl.data.AdaptiveKLController``, see
+        add_to_reward: ``True`` also writes ``reward - coeff * kl``; a reward per sequence becomes one per
+            token.
+        coeff: the KL's coefficient: a number, a schedule (called with the number of earlier batches, or env
+            steps) or a controller such as ``torchrl.data.AdaptiveKLController``; see
             :class:`~vllm_kl.transforms.kl_transform.Coefficient`.
-        use_ray_service: keep the reference in a Ray actor, made there by ``ref_model_factory``; everything else stays
-            in the caller.
-        actor_name: name of that actor; one that exists is used again.
-        estimator: of the KL that is written and subtracted: ``"k1"`` (the log-ratio: unbiased, may be negative), ``"k2"`` (half its
-            square: low variance, biased), ``"k3"`` (unbiased, never negative) or ``"abs"`` (its absolute value: a distance, not
-            a KL); see :func:`vllm_kl.kl_estimate`.
-        extra_estimators: estimated in the same pass and written as ``kl_<name>``, but not subtracted: ``("k3",)`` to log k3
-            while k1 is in the reward.
-        clamp_log_ratio, clamp_output, direction: as :func:`vllm_kl.kl_estimate` takes them.
-        mask_key: where the mask is written, bool: the tokens that count, for losses and averages; ``None``: nowhere.
-        gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see :class:`FromCollector`.
-        on_stale: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where the gen side scores again samples that other weights
-            generated, or where that is not known: a version is missing or no number, on either side, or adapters differ. Samples
-            are stamped with ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))``; TorchRL's own tracker says nothing
-            of adapters. Not asked: of a ``gen_model`` whose weights nobody counts; where no sample has a version and the engine's
-            weights never moved; and at an env's step, of tokens that were generated just now.
-        on_two_references: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where a batch that leaves the collector has scores
-            of two versions of the reference, which was refreshed meanwhile. Each is right, of the version that it carries.
-        ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: nowhere. Only a
-            reference whose scorer knows one has it.
-        audit: with ``"from_collector"``: of the samples whose recorded log-probs are reused, this fraction is scored again by
-            the policy's engine and compared.
-        audit_tolerance: largest healthy mean difference, nats; default 0.05.
-        on_drift: ``"raise"`` (the default) or ``"warn"`` beyond it; see :class:`~vllm_kl.transforms.audit.Audit`.
-        on_zero: with ``"from_collector"``: ``"raise"`` (the default), ``"warn"`` or ``"allow"`` where a recorded log-prob is
-            exactly 0.0, the reference is not sure of the token, and the policy cannot be asked; see :class:`FromCollector`.
-        deferred: inside an env: ask for the reference's log-probs at each step, and go on generating while they are computed.
-            ``True``: results are there when the batch leaves the collector, for you or for its replay buffer; the last step of a
-            batch is waited for. ``"buffer"``: batches leave as they are, until :func:`vllm_kl.fill_deferred`, on a replay buffer or
-            by hand. Until then results are absent and the reward that will change is NaN. See :mod:`vllm_kl.transforms.deferred`.
+        use_ray_service: ``True`` keeps the reference in a Ray actor, where ``ref_model_factory`` makes it.
+            Everything else stays in the calling process.
+        actor_name: the name of that actor. An actor that already has this name is used again.
+        estimator: of the KL that is written and subtracted: ``"k1"`` (the log-ratio: unbiased, may be
+            negative), ``"k2"`` (half the square of the log-ratio: low variance, biased), ``"k3"`` (unbiased,
+            never negative) or ``"abs"`` (the absolute log-ratio: a distance, not a KL); see
+            :func:`vllm_kl.kl_estimate`.
+        extra_estimators: more estimators, written to ``kl_<name>`` and not subtracted. Example: ``("k3",)``
+            logs k3 while the reward uses k1.
+        clamp_log_ratio, clamp_output, direction: as in :func:`vllm_kl.kl_estimate`.
+        mask_key: where the mask is written, bool, for losses and averages: ``True`` at kept tokens. ``None``:
+            no mask is written.
+        gen_log_probs: with ``"from_collector"``: ``"reuse"``, ``"rescore"`` or ``"auto"``; see
+            :class:`FromCollector`.
+        on_stale: what to do if the policy is asked to score samples again and its weights are not known to be
+            the weights that sampled them: ``"raise"`` (the default), ``"warn"`` or ``"allow"``. "Not known"
+            means that the versions or the adapters differ, or that a version is missing or no number.
+            ``LLMCollector(track_policy_version=EnginePolicyVersion(engine))`` stamps samples with version and
+            adapter; TorchRL's own tracker stamps no adapter. There is no check for a ``gen_model`` whose
+            weights have no version, nor if no sample has a version and the engine still serves its first
+            weights, nor at an env's step unless the engine told which weights generated the tokens.
+        on_two_references: what to do if one batch leaves the collector with scores of two versions of the
+            reference, because the reference was refreshed meanwhile: ``"raise"`` (the default), ``"warn"`` or
+            ``"allow"``. Each score is right for the version that its sample carries.
+        ref_version_key: where the version of the reference's weights is written, int64 ``[B]``; ``None``: it
+            is not written. A reference whose scorer counts no versions writes none.
+        audit: with ``"from_collector"``: the fraction of the samples with reused log-probs that the policy's
+            engine scores again, to compare.
+        audit_tolerance: the largest healthy mean difference, nats; default 0.05.
+        on_drift: what to do beyond ``audit_tolerance``: ``"raise"`` (the default) or ``"warn"``; see
+            :class:`~vllm_kl.transforms.audit.Audit`.
+        on_zero: with ``"from_collector"``: what to do if a recorded log-prob is exactly 0.0, the reference is
+            not sure of the token, and no policy can be asked: ``"raise"`` (the default), ``"warn"`` or
+            ``"allow"``; see :class:`FromCollector`.
+        deferred: inside an env: each step only submits the reference's work, and generation goes on
+            meanwhile. ``True``: the collector fills the results in when a batch leaves it, and waits for the
+            batch's last step. ``"buffer"``: batches leave without results, and you call
+            :func:`vllm_kl.fill_deferred`, on a replay buffer or by hand. Until then results are missing and a
+            reward that the KL will change is NaN. See :mod:`vllm_kl.transforms.deferred`.
         num_cpus, num_gpus: resources of the Ray actor.
 
-    Writes ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``. Outside the mask log-probs, KL
-    and the KL's share of the reward are exactly 0.0. ``metrics`` holds figures of the last batch for a logger.
+    Writes log-probs and KL as ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``.
+    Outside the mask log-probs and KL are exactly 0.0 and the KL changes no reward. ``metrics`` holds figures
+    of the last batch.
 
     Raises:
-        ValueError: models that generate, disagree on ``pad_output``, or cannot tell the assistant's tokens.
-        OptionError: when called: with ``from_collector``, reference and policy are one engine with one adapter, or none.
-        DriftError: when called: an audit found other numbers than the recorded ones.
-        CollectorError: when called: ``from_collector`` has nothing to reuse and nobody to ask.
+        ValueError: a model generates, the models disagree on ``pad_output``, or a model cannot tell the
+            assistant's tokens.
+        OptionError: when called: with ``from_collector``, reference and policy are one engine with the same
+            adapter, or with none.
+        DriftError: when called: the audit measured a larger difference than ``audit_tolerance``.
+        CollectorError: when called: ``from_collector`` has no log-probs to reuse and no policy to ask.
         InputError, MissingLogProbError: when called: as :class:`RetrieveLogProb`.
-        StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the weights that score them again.
-        WeightsError: from the collector: scores of two versions of the reference would leave it in one batch, and
-            ``on_two_references="raise"``. What ends a collector that was started is told by :func:`~vllm_kl.check_collector`,
-            and by the next push or refresh.
+        StaleError: when called: ``on_stale="raise"``, and the policy's weights are not known to have sampled
+            the tokens.
+        WeightsError: in the collector: ``on_two_references="raise"``, and a batch has scores of two versions
+            of the reference. An error ends the thread of a collector that was started:
+            :func:`~vllm_kl.check_collector`, and the next push or refresh, raise and tell it.
 
     >>> td = TensorDict(
     ...     tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1),
@@ -186,6 +147,11 @@ class RetrieveKL(TokensTransform, KLTransform):
     >>> torch.equal(td["kl_penalty"], kl), td["kl_penalty"][0, :2].tolist()
     (True, [0.0, 0.0])
     """
+
+    _versions: dict[str, float]
+    _rescored: dict[str, float]
+    on_stale: OnStale
+    on_two_references: OnStale
 
     def __init__(
         self,
@@ -225,96 +191,48 @@ class RetrieveKL(TokensTransform, KLTransform):
         deferred: Deferred = False,
         **kwargs: Any,
     ) -> None:
-        check_on_stale(on_stale)
-        check_on_stale(on_two_references, "on_two_references")
-        reusing = {
-            "audit": audit,
-            "audit_tolerance": audit_tolerance,
-            "on_drift": on_drift,
-            "on_zero": on_zero,
-        }
-        reusing = {name: value for name, value in reusing.items() if value is not None}
-        penalty = Penalty(
-            kl_key=kl_key,
-            mask_key=mask_key,
-            add_to_reward=add_to_reward,
-            coeff=coeff,
-            estimator=estimator,
-            extra_estimators=extra_estimators,
-            clamp_log_ratio=clamp_log_ratio,
-            clamp_output=clamp_output,
-            direction=direction,
-        )
-        _check_keys(gen_log_probs_full_key, ref_log_probs_full_key)
-        if gen_model_factory is not None and gen_model == "from_collector":
-            gen_model = None  # the default gives way to a factory
-        gen_model = one_of("gen", gen_model, gen_model_factory)
-        reference = partial(remote_reference, device=device) if use_ray_service else _reference_here
-        models = {"ref_model": reference(ref_model, ref_model_factory, actor_name=actor_name, **kwargs)}
-        from_collector = _from_collector(gen_model, gen_log_probs, reusing)
-        if from_collector is None:
-            models["gen_model"] = gen_model
-        for name, model in models.items():
-            check_side(model, assistant_only, name)
-        pad_output = _shared_pad_output(models)
-        if device is not None:
-            models = {name: model.to(device) for name, model in models.items()}
-        if "gen_model" in models:
-            warn_of_two_lengths(models["gen_model"], models["ref_model"])
-        ref_side = ModelSide(models["ref_model"])
-        self.ref_version_key = ref_version_key if ref_side.has_versions else None
-        in_keys = list(
-            dict.fromkeys(keys_of(model, history_key=history_key).key for model in models.values())
-        )
-        written = [gen_log_probs_full_key, ref_log_probs_full_key, self.ref_version_key]
-        super().__init__(penalty, in_keys=in_keys, out_keys=[key for key in written if key is not None])
-        self.ref_model = models["ref_model"]
-        self.gen_model = models.get("gen_model", gen_model)
-        self.pad_output = pad_output
-        self._ref = ref_side
-        self._gen = (
-            _model_side(self.gen_model, ref_side)
-            if from_collector is None
-            else from_collector.expecting(
-                log_probs_full_key=gen_log_probs_full_key, pad_output=self.pad_output
-            )
-        )
-        self._deferral = Deferral.of(
-            deferred, self.ref_model, detach=detach, on_two_references=on_two_references
-        )
-        if self._deferral is not None:
-            self.out_keys = []  # what a step writes is no result
-        self.on_stale: OnStale = on_stale
-        self.on_two_references: OnStale = on_two_references
-        self._versions: dict[str, float] = {}
-        self._rescored: dict[str, float] = {}
-        self.assistant_only = assistant_only
+        _check_options(on_stale, on_two_references, gen_log_probs_full_key, ref_log_probs_full_key)
+        estimation = Estimation(estimator, extra_estimators, clamp_log_ratio, clamp_output, direction)
+        penalty = Penalty(estimation, kl_key, mask_key, add_to_reward, coeff)
+        gen_model = gen_model_of(gen_model, gen_model_factory)
+        ref_model = ref_model_of(ref_model, ref_model_factory, use_ray_service, device, actor_name, **kwargs)
+        reuse = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
+        collector_side = collector_side_of(gen_model, gen_log_probs, gen_log_probs_full_key, reuse)
+        sides = two_sides(gen_model, collector_side, ref_model, assistant_only=assistant_only, device=device)
+        ref_version_key = ref_version_key if sides.ref.has_versions else None
+        written = [gen_log_probs_full_key, ref_log_probs_full_key, *filter(None, [ref_version_key])]
+        super().__init__(penalty, in_keys=sides.in_keys(history_key), out_keys=written)
+        self.gen_model, self._gen, self.ref_model, self._ref, self.pad_output = sides
         self.gen_log_probs_full_key = gen_log_probs_full_key
         self.ref_log_probs_full_key = ref_log_probs_full_key
-        self.history_key = history_key
-        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self.detach = detach
-        self.tokenizer = tokenizer
-        self.padding_side = padding_side
+        self.history_key, self.ref_version_key = history_key, ref_version_key
+        self.assistant_only, self.padding_side, self.detach = assistant_only, padding_side, detach
+        self.tokenizer, self.tokenizer_kwargs = tokenizer, dict(tokenizer_kwargs or {})
+        self.on_stale, self.on_two_references = on_stale, on_two_references
+        self._versions, self._rescored = {}, {}
+        self._defer(deferred)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch, see :class:`~vllm_kl.transforms.kl_transform.Penalty`; and
+        """Figures of the last batch: those of :attr:`Penalty.metrics`, and
 
-        - ``gen_rescored_samples``: with ``"from_collector"``, how many of its samples were scored again instead of reused;
-        - ``audit_...``: of the last audit; ``audit_skipped_samples`` were drawn for it and not compared, because the policy's
-          weights had been replaced since they were sampled;
-        - ``policy_version_min`` and ``policy_version_max``: of a batch whose samples carry one: they differ where it straddles
-          an update; ``ref_version``: of the reference's weights. In an env: of the last batch that left the collector, see
+        - ``gen_rescored_samples``: with ``"from_collector"``, how many samples were scored again instead of
+          reused;
+        - ``audit_...``: figures of the last audit. ``audit_skipped_samples`` were drawn but not compared,
+          because the policy had new weights since they were sampled;
+        - ``policy_version_min``, ``policy_version_max``: the versions that the samples carry, if they do.
+          They differ if weights were updated while the batch was collected. ``ref_version``: the version of
+          the reference's weights. In an env these describe the last batch that left the collector, see
           :func:`~vllm_kl.check_versions`;
-        - ``template_...``: of a batch whose History was tokenized here: ``cut_chars`` of its ``content_chars`` are not in what the
-          chat template rendered, of ``cut_messages`` of its ``messages``; ``moved_messages`` stand elsewhere in the dialog;
-          ``inserted_chars`` are marked as the assistant's though no message says them, ``unmarked_chars`` are said and not marked.
+        - ``template_...``: if a History was tokenized here. The chat template did not render ``cut_chars`` of
+          the ``content_chars``, in ``cut_messages`` of the ``messages``. It rendered ``moved_messages`` at
+          another place of the dialog. It marked ``inserted_chars`` as the assistant's although no message has
+          them, and left ``unmarked_chars`` of the assistant's messages unmarked.
         """
         audit = self._gen.audit.metrics if isinstance(self._gen, FromCollector) else {}
         return {**self.penalty.metrics, **self._rescored, **audit, **self._versions, **self._texts.metrics}
 
-    def scored_at(self, key: NestedKey) -> float | None:
+    def temperature_at(self, key: NestedKey) -> float | None:
         return (
             self._ref.temperature
             if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
@@ -349,14 +267,14 @@ class RetrieveKL(TokensTransform, KLTransform):
         batch = self._read(td)
         temperature = self._ref.temperature
         how = {"temperature": temperature, "detach": self.detach}
-        gen = scores(self._gen, batch, td, collector, **how)
+        gen = side_log_probs(self._gen, batch, td, collector, **how)
         sampled = self._sampled(td)
         is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
         if is_counted and not gen.is_recorded:
             check_stale(sampled, gen.origin, self.on_stale)
         if self._is_step and not (gen.is_recorded and has_zeros(gen.values, batch.packed_keep)):
-            self._close_step()  # the policy is not asked any more: weights may be replaced while the reference is
-        ref = None if self._deferral is not None else scores(self._ref, batch, td, collector, **how)
+            self._close_step()  # the policy is done: its weights may be replaced while the reference scores
+        ref = None if self._deferral is not None else side_log_probs(self._ref, batch, td, collector, **how)
         are_zeros_settled, num_rescored = True, len(batch)
         if gen.is_recorded:
             of_ref = None if ref is None else ref.values
@@ -366,7 +284,7 @@ class RetrieveKL(TokensTransform, KLTransform):
                 check_stale([sampled[i] for i in rescored], gen.origin, self.on_stale)
         if isinstance(self._gen, FromCollector):
             self._rescored = {"gen_rescored_samples": float(num_rescored)}
-        # A step of a collector is part of a batch, whose versions are read when it leaves.
+        # The versions of a collector's batch are read when the batch leaves the collector.
         versions = None if self._is_step and collector is not None else policy_range(sampled)
         keeps_recorded = gen.is_recorded and next_td is td
         write = partial(
@@ -387,7 +305,7 @@ class RetrieveKL(TokensTransform, KLTransform):
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         written = super()._step(tensordict, next_tensordict)
-        on_leaving(self._collector(), self._check_batch)  # a step does not see the batch that it will be in
+        on_leaving(self._collector(), self._check_batch)  # a step does not see its whole batch
         return written
 
     def _check_batch(self, td: TensorDictBase) -> TensorDictBase:
@@ -397,6 +315,12 @@ class RetrieveKL(TokensTransform, KLTransform):
             on_two_references=self.on_two_references,
         )
         return td
+
+    def _defer(self, deferred: Deferred) -> None:
+        how = {"detach": self.detach, "on_two_references": self.on_two_references}
+        self._deferral = Deferral.of(deferred, self.ref_model, **how)
+        if self._deferral is not None:
+            self.out_keys = []  # a step writes handles, no results
 
     def _policy_side(self) -> Side:
         return self._gen
@@ -415,7 +339,7 @@ class RetrieveKL(TokensTransform, KLTransform):
         next_td: TensorDictBase,
         scored: Scored,
     ) -> TensorDictBase:
-        """Write the results, all or none; return the tensordict that has them."""
+        """Write all results, or none; return the tensordict that has them."""
         ref, ref_version = scored.values, scored.origin.version
         if not are_zeros_settled:
             self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
@@ -427,7 +351,7 @@ class RetrieveKL(TokensTransform, KLTransform):
 
         log_probs = {self.ref_log_probs_full_key: to_rows(ref)}
         if not keeps_recorded:
-            # What the policy recorded stays: our zeros outside the mask must not pass for its log-probs another time.
+            # Recorded log-probs stay: a later call must not take our zeros outside the mask for them.
             log_probs[self.gen_log_probs_full_key] = to_rows(gen)
         written = self.penalty.write(
             next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs

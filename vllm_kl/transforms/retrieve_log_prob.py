@@ -1,7 +1,7 @@
-"""``RetrieveLogProb``: tokens -> the log-probs of one model.
+"""``RetrieveLogProb`` writes the log-probs that one model gives to the tokens of a batch.
 
-Drop-in for the class of the same name in ``torchrl.envs.llm.transforms`` (0.14): the same arguments, the same defaults, the
-same keys.
+The class is a drop-in for TorchRL's ``RetrieveLogProb`` (``torchrl.envs.llm.transforms``, 0.14): it has the
+same arguments, defaults and keys.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from vllm_kl.batch.inputs import InputKeys, keys_of, nested, rows_of
 from vllm_kl.batch.outputs import check_distinct, declare, set_rows
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
-from vllm_kl.transforms.base import TokensTransform, scores, to_device
-from vllm_kl.transforms.from_collector import TEMPERATURES, policy_of, what_records, why_unlike
+from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
+from vllm_kl.transforms.from_collector import (
+    TEMPERATURES,
+    policy_of,
+    recorded_distribution,
+    why_not_at_temperature,
+)
 from vllm_kl.transforms.sides import ModelSide, Side, check_side, warn_unless_full
 from vllm_kl.transforms.vllm_reference import VLLMReference
 from vllm_kl.types import Rows
@@ -32,34 +37,41 @@ class RetrieveLogProb(TokensTransform):
     """Writes the log-probs of one model: of the assistant's tokens, or of every token but the first.
 
     Args:
-        model: a ``VLLMReference``, ``vLLMWrapper``, ``TransformersWrapper`` or another ``LLMWrapperBase`` with
-            ``generate=False``.
+        model: a ``VLLMReference``, ``vLLMWrapper``, ``TransformersWrapper`` or another ``LLMWrapperBase``,
+            with ``generate=False``.
 
     Keyword Args:
-        log_probs_full_key: where to write; default ``(model.log_probs_key, "full")``.
-        assistant_only: keep the assistant's tokens (needs ``input_mode="history"``), the one that ends a turn included.
-        tokenizer_kwargs: passed to the chat template where a history must be tokenized (``chat_template_name``, ...).
-        detach: no graph on the result.
-        device: where to place a transformers model; a vLLM engine stays where it runs. Results lie on the tensordict's
-            device.
-        tokenizer: used where the tensordict has no ids; default the model's.
-        padding_side: where rows of different length are padded when ``model.pad_output``.
-        mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages; ``None``: nowhere.
-        on_stale: as :class:`RetrieveKL` takes it, where a batch's log-probs are written to ``("log_probs", "full")`` by a model
-            whose weights are counted and that is no ``VLLMReference``: they are taken for those of the policy that sampled.
-        ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``; ``None``: nowhere.
+        log_probs_full_key: where the log-probs are written; default ``(model.log_probs_key, "full")``.
+        assistant_only: ``True`` keeps the assistant's tokens, including the token that ends a turn; the model
+            needs ``input_mode="history"``. ``False`` keeps every token but the first.
+        tokenizer_kwargs: passed to the chat template (``chat_template_name``, ...) when a history is
+            tokenized.
+        detach: ``True`` writes log-probs without a graph.
+        device: where to move a transformers model; a vLLM engine stays where it runs. Results are on the
+            device of the tensordict.
+        tokenizer: used if the tensordict has no ids; default: the model's.
+        padding_side: where rows of different lengths are padded, if ``model.pad_output``.
+        mask_key: where the mask is written, bool, for :class:`KLComputation`, losses and averages: ``True``
+            at kept tokens. ``None``: no mask is written.
+        on_stale: as in :class:`RetrieveKL`. It has an effect if the log-probs go to ``("log_probs",
+            "full")``, the model is no ``VLLMReference`` and its weights have versions: then readers take the
+            log-probs for those of the policy that sampled.
+        ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``;
+            ``None``: it is not written.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
 
-    In the env of a collector it warns, once, where the policy records log-probs of another temperature, or after a ``top_p`` or
-    penalties: the difference between those and these is no KL. Of a stored batch nobody knows how it was sampled.
+    In the env of a collector the transform warns once if the policy records log-probs at another temperature
+    than the model's, or after a ``top_p`` or penalties: the difference of the two is no KL. In a stored batch
+    nothing tells how the samples were drawn, so there is no warning.
 
     Raises:
-        ValueError: the model generates, records no log-probs, or cannot tell the assistant's tokens.
-        InputError: when called: nothing to score, or masks that do not fit.
-            Or another side's mask, which keeps other tokens, is at ``mask_key``.
+        ValueError: the model generates, returns no log-probs, or cannot tell the assistant's tokens.
+        InputError: when called: there is nothing to score, a mask does not fit the ids, or ``mask_key``
+            already holds a mask that keeps other tokens.
         MissingLogProbError: when called: a kept token has no finite log-prob.
-        StaleError: when called: ``on_stale="raise"``, and the tokens are not known to be of the model's weights.
+        StaleError: when called: ``on_stale="raise"``, and the model's weights are not known to have sampled
+            the tokens.
 
     >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
     >>> td = RetrieveLogProb(reference)(td)
@@ -98,7 +110,7 @@ class RetrieveLogProb(TokensTransform):
         self.model = model
         self._side = side
         self._has_warned = False
-        # Its log-probs are taken for those that the samples were drawn with; under another key they are a second opinion.
+        # Under this key readers take log-probs for those of the policy that sampled.
         self._is_policy = not is_reference and log_probs_full_key == ("log_probs", "full")
         self.on_stale: OnStale = on_stale
         self.ref_version_key = ref_version_key
@@ -112,10 +124,10 @@ class RetrieveLogProb(TokensTransform):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of chat templates, as :attr:`RetrieveKL.metrics` has them."""
+        """Figures of the chat template, ``template_...``, as in :attr:`RetrieveKL.metrics`."""
         return self._texts.metrics
 
-    def scored_at(self, key: NestedKey) -> float | None:
+    def temperature_at(self, key: NestedKey) -> float | None:
         return self._side.temperature if key == self.log_probs_full_key else None
 
     def _keys(self) -> InputKeys:
@@ -128,22 +140,24 @@ class RetrieveLogProb(TokensTransform):
         return self.model
 
     def _warn_of_recorded(self, td: TensorDictBase) -> None:
-        """Warn of what the collector's policy records beside these log-probs, where the two are of two distributions."""
+        """Warn if the collector's policy records log-probs of another distribution than the model's."""
         policy = policy_of(self._collector())
         if self._has_warned or not isinstance(policy, LLMWrapperBase) or not policy.return_log_probs:
             return
         key = nested(policy.log_probs_key, "full")
-        is_scored = any(transform.scored_at(key) is not None for transform in self._neighbours())
+        is_scored = any(transform.temperature_at(key) is not None for transform in self._neighbours())
         if is_scored or rows_of(td, key) is None:
             return
-        if why := why_unlike(what_records(policy), self._side.temperature):
+        if why := why_not_at_temperature(recorded_distribution(policy), self._side.temperature):
             self._has_warned = True
             warnings.warn(f"{why}. {TEMPERATURES}", MismatchWarning, stacklevel=2)
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         self._warn_of_recorded(td)
         batch = self._read(td)
-        scored = scores(self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach)
+        scored = side_log_probs(
+            self._side, batch, td, None, temperature=self._side.temperature, detach=self.detach
+        )
         if self._is_policy and scored.origin.version is not None:
             check_stale(self._sampled(td), scored.origin, self.on_stale)
         layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
@@ -163,20 +177,22 @@ class RetrieveLogProb(TokensTransform):
         return next_td
 
     def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:
-        """Refuse to replace another side's mask: its tokens would be read where this side has none, or the other way round."""
+        """Refuse to replace a stored mask that keeps other tokens than this one."""
         for i, (stored, mask) in enumerate(zip(rows_of(next_td, self.mask_key) or masks, masks, strict=True)):
             stored, mask = stored.cpu().bool(), mask.cpu()
             if stored.shape != mask.shape:
                 raise InputError(
-                    f"sample {i}: {self.mask_key} is there already and has shape {list(stored.shape)}, these log-probs have "
-                    f"{list(mask.shape)}: give both sides one pad_output and one padding_side"
+                    f"sample {i}: the tensordict has a {self.mask_key} of shape {list(stored.shape)}, but "
+                    f"these log-probs have shape {list(mask.shape)}. Give both sides one pad_output and one "
+                    "padding_side"
                 )
             if (differs := (stored != mask).nonzero()).numel():
                 t = int(differs[0])
                 raise InputError(
-                    f"sample {i}, token {t}: {self.mask_key} is there already and {'keeps' if stored[t] else 'leaves out'} it, the "
-                    f"mask of these log-probs {'keeps' if mask[t] else 'leaves out'} it. Give both sides one assistant_only, or "
-                    f"each side a mask_key of its own"
+                    f"sample {i}, token {t}: the tensordict's {self.mask_key} "
+                    f"{'keeps' if stored[t] else 'leaves out'} the token, but the mask of these log-probs "
+                    f"{'keeps' if mask[t] else 'leaves out'} it. Give both sides one assistant_only, or each "
+                    "side a mask_key of its own"
                 )
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:

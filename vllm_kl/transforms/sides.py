@@ -1,7 +1,8 @@
-"""Which scorer stands behind a side of a KL: a given model, or the policy of the collector.
+"""Chooses the scorer of a side of a KL: a side is a given model, or the policy of the collector.
 
-A side is anything with ``log_probs(batch, td)``. Models are only the carriers of weights here: every side scores the
-same ids, at the same rows, by our own path, so two sides cannot disagree about tokens, masks or padding.
+A side implements ``log_probs(batch, td, collector, temperature)``. Both sides score the same ids through this
+package's own code; a model only provides its weights. So the sides cannot disagree about tokens, masks or
+padding.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase, lazy_stack
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
-from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
+from torchrl.modules.llm.policies import LLMWrapperBase
 
 from vllm_kl.batch.alignment import scored_spans, spread
-from vllm_kl.batch.inputs import nested, rows_of
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.placeholders import Placeholders
@@ -27,14 +27,15 @@ from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLE
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.transforms.watched_policy import adapter_id, engine_of, unwatched_call
+from vllm_kl.transforms.wrapper_scorer import WrapperScorer
 from vllm_kl.types import Origin, Scored, Scorer, TokenBatch
 
 
 def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> Scored:
     """Return the log-probs of the kept tokens, 0.0 elsewhere, and the weights that made them.
 
-    Only what is needed is sent: nothing before the first kept row is read out, nothing after the last kept token is
-    prefilled, and a sample that keeps no token is not sent at all.
+    The scorer reads out no row before the first kept token, prefills no token after the last kept one, and
+    does not get a sample that keeps no token.
     """
     spans = scored_spans(batch.packed_keep, batch.lengths)
     sent = [i for i, (start, stop) in enumerate(spans) if start < stop]
@@ -43,7 +44,7 @@ def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> S
     if sent:
         ids, starts = [batch.token_ids[i][: spans[i][1]] for i in sent], [spans[i][0] for i in sent]
         try:
-            results, version = _score(scorer, ids, starts)
+            results, version = _call_scorer(scorer, ids, starts)
         except (InputError, MissingLogProbError) as error:
             raise _of_samples(error, sent) from error
     else:
@@ -54,7 +55,7 @@ def score_batch(scorer: Scorer, batch: TokenBatch, adapter: int | None = 0) -> S
     return Scored(values=spread(scored, spans, batch, what="log-probs"), origin=Origin(version, adapter))
 
 
-def _score(
+def _call_scorer(
     scorer: Scorer, token_ids: list[torch.Tensor], starts: list[int]
 ) -> tuple[list[torch.Tensor], int | None]:
     if hasattr(scorer, "score_and_tell"):
@@ -64,7 +65,7 @@ def _score(
 
 
 def _of_samples(error: VLLMKLError, sent: list[int]) -> VLLMKLError:
-    """Return an error that names the batch's sample in the place of the sequence that a scorer was sent."""
+    """Return the scorer's error with the batch's sample number instead of the scorer's own."""
     text = str(error)
     found = re.search(r"\b(?:sequence|sample) (\d+)", text)
     if found is None or int(found[1]) >= len(sent):
@@ -76,17 +77,17 @@ def _of_samples(error: VLLMKLError, sent: list[int]) -> VLLMKLError:
 
 
 def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
-    """Return what scores with the weights of a TorchRL wrapper.
+    """Return a scorer with the weights of a TorchRL wrapper.
 
-    A ``VLLMReference`` brings its own; a ``vLLMWrapper`` lends its engine, a ``TransformersWrapper`` its model; any
-    other wrapper is asked in its ``tokens`` mode.
+    A ``VLLMReference`` has a scorer; a ``vLLMWrapper`` gives its engine, a ``TransformersWrapper`` its model;
+    any other wrapper scores in its own ``tokens`` mode.
     """
     scorer = getattr(model, "scorer", None)
     if scorer is not None:
         return scorer
     if isinstance(model, vLLMWrapper):
-        # _call_generate reaches all three kinds of engine that the wrapper takes: LLM, AsyncVLLM, Ray actor. It names the
-        # policy's adapter, if it has one: what generated is what scores.
+        # _call_generate works with all three kinds of engine of the wrapper: LLM, AsyncVLLM, Ray actor. It
+        # also names the policy's adapter, so the same weights generate and score.
         return VLLMScorer(
             GenerateEngine(
                 model.model, unwatched_call(model), lora_request=getattr(model, "lora_request", None)
@@ -98,46 +99,46 @@ def scorer_for(model: Any, placeholders: Placeholders = "refuse") -> Scorer:
     if isinstance(model, LLMWrapperBase):
         return WrapperScorer(model)
     raise OptionError(
-        f"a side of a KL must be a VLLMReference, vLLMWrapper, TransformersWrapper or another LLMWrapperBase, got "
-        f"{type(model).__name__}"
+        "a side of a KL must be a VLLMReference, vLLMWrapper, TransformersWrapper or another LLMWrapperBase, "
+        f"got {type(model).__name__}"
     )
 
 
 def serving_version(scorer: Scorer) -> int | None:
-    """Return the version of the weights that serve now; ``None``: not known."""
+    """Return the version of the weights that the scorer serves now; ``None``: not known."""
     return getattr(scorer, "weight_version", None)
 
 
 def temperature_of(scorer: Scorer) -> float:
-    """Return the temperature whose log-probs a scorer returns; 1.0 where it has none to set."""
+    """Return the temperature of a scorer's log-probs; 1.0 if the scorer has no such setting."""
     return getattr(scorer, "temperature", 1.0)
 
 
 def is_same_temperature(one: float, other: float) -> bool:
-    """Tell whether two temperatures differ by rounding at most."""
+    """Tell whether two temperatures are equal, up to rounding."""
     return math.isclose(one, other, rel_tol=1e-6)
 
 
 def check_two_models(gen_model: Any, ref_model: Any) -> None:
-    """Refuse a reference that is the policy itself: their KL is 0, and stays it whatever the policy learns.
+    """Refuse a reference that is the policy itself: their KL would stay 0 whatever the policy learns.
 
     Raises:
-        OptionError: both are one engine, or one model, with one adapter or none.
+        OptionError: both sides use one engine or one model, with the same adapter or with none.
     """
     one, other = _weights_behind(gen_model), _weights_behind(ref_model)
     if one is not None and other is not None and one[0] is other[0] and one[1] == other[1]:
         engine, adapter = one
         what = f"adapter {adapter} on one engine" if adapter else f"one {type(engine).__name__}"
         raise OptionError(
-            f"both sides are {what}: the KL would be 0 at every update. Give the reference an engine of its own "
-            "(VLLMReference(path)), or, where the policy is an adapter, let only the policy name it (lora_request)"
+            f"both sides are {what}: the KL would be 0 at every update. Give the reference an engine of its "
+            "own (VLLMReference(path)). If the policy is an adapter, give lora_request to the policy only"
         )
 
 
-def warn_of_two_lengths(gen_model: Any, ref_model: Any) -> None:
-    """Warn where two sides lie on two sides of a length that changes a model's numbers; see :mod:`vllm_kl.engines.lengths`."""
+def warn_of_two_lengths(gen_model: Any, ref_model: Any, stacklevel: int = 3) -> None:
+    """Warn if the sides compute differently because of their lengths; see :mod:`vllm_kl.engines.lengths`."""
     if why := why_two_lengths(_length_side(gen_model), _length_side(ref_model)):
-        warnings.warn(why, stacklevel=3)
+        warnings.warn(why, stacklevel=stacklevel)
 
 
 def _length_side(model: Any) -> LengthSide | None:
@@ -150,7 +151,10 @@ def _length_side(model: Any) -> LengthSide | None:
 
 
 def _weights_behind(model: Any) -> tuple[Any, int] | None:
-    """Return what holds a model's weights, and the id of its adapter; ``None``: an adapter may come in otherwise, or later."""
+    """Return the engine or model that holds a wrapper's weights, and its adapter's id.
+
+    ``None``: not known, because an adapter may be loaded in another way, or later.
+    """
     engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
     if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
         if not isinstance(scorer._engine, GenerateEngine) or scorer._engine.weights is None:
@@ -170,62 +174,27 @@ def _weights_behind(model: Any) -> tuple[Any, int] | None:
     return (engine, adapter) if adapter or not takes_adapters else None
 
 
-class WrapperScorer:
-    """Scores with any :class:`~torchrl.modules.llm.policies.LLMWrapperBase`, through its own ``tokens`` mode.
-
-    The wrapper must return one value per id; a wrapper that drops ids (TorchRL's drop pad ids) is refused, not padded.
-    """
-
-    def __init__(self, model: LLMWrapperBase) -> None:
-        self._model = model.get_new_version(
-            generate=False, return_log_probs=True, input_mode="tokens", pad_output=False, inplace=False
-        )
-        self._lengths = Lengths(getattr(model, "model", None))
-
-    def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
-        """Return B float32 tensors ``[L - start]``, nats."""
-        out: dict[int, torch.Tensor] = {}
-        for samples in self._lengths.alike([len(ids) for ids in token_ids]):
-            self._lengths.forget()
-            rows = self._score_together(samples, [token_ids[i] for i in samples])
-            out.update(zip(samples, rows, strict=True))
-        return [out[i][s:].float() for i, s in enumerate(start)]
-
-    def _score_together(self, samples: list[int], token_ids: list[torch.Tensor]) -> list[torch.Tensor]:
-        td = lazy_stack(
-            [
-                TensorDict(tokens=Tokens(full=ids), masks=TensorDict(all_attention_mask=ids >= 0))
-                for ids in token_ids
-            ]
-        )
-        rows = rows_of(self._model(td), nested(self._model.log_probs_key, "full")) or []
-        for i, row, ids in zip(samples, rows, token_ids, strict=True):
-            if len(row) != len(ids):
-                raise MissingLogProbError(
-                    f"{type(self._model).__name__} returned {len(row)} log-probs for the {len(ids)} tokens of sample {i}. "
-                    "It drops pad ids: give its tokenizer a pad token that no sequence contains."
-                )
-        return rows
-
-
 class Side(Protocol):
-    """One side of a KL. It keeps nothing of a call: threads may share it."""
+    """One side of a KL. It stores nothing of a call, so threads may share it."""
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:
         """Return the log-probs of a batch.
 
         Args:
-            temperature: they must be those of ``softmax(logits / temperature)``.
+            batch: the tokens.
+            td: the tensordict of the batch, which may hold recorded log-probs.
+            collector: the collector whose policy may be asked, or ``None``.
+            temperature: the log-probs must be those of ``softmax(logits / temperature)``.
         """
         ...
 
-    def asks(self, policy: Any) -> bool:
-        """Tell whether it is the engine of this policy that scores."""
+    def scores_with(self, policy: Any) -> bool:
+        """Tell whether this side scores with the engine of the given policy."""
         ...
 
 
 class ScorerOf:
-    """The scorer of a wrapper, made again when the wrapper has another engine, or another adapter."""
+    """Caches the scorer of a wrapper until the wrapper gets another engine or another adapter."""
 
     def __init__(self, placeholders: Placeholders = "refuse") -> None:
         self._placeholders = placeholders
@@ -239,11 +208,11 @@ class ScorerOf:
         return made[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}  # an engine stays where it runs
+        return {**self.__dict__, "_made": None}  # a copy makes its own scorer
 
 
 class ModelSide:
-    """The side whose weights are a given model's."""
+    """The side that a given model scores."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -252,19 +221,20 @@ class ModelSide:
 
     @property
     def temperature(self) -> float:
-        """Its log-probs are those of ``softmax(logits / temperature)``."""
+        """The side's log-probs are those of ``softmax(logits / temperature)``."""
         return temperature_of(self._scorer_of(self._model))
 
     def check_temperature(self, temperature: float) -> None:
-        """Refuse to stand beside a side of another temperature.
+        """Refuse a temperature that is not this side's.
 
         Raises:
-            OptionError: with both temperatures.
+            OptionError: names both temperatures.
         """
         if not is_same_temperature(self.temperature, temperature):
             raise OptionError(
-                f"one side's log-probs are those of softmax(logits / {self.temperature:g}), the other's of softmax(logits / "
-                f"{temperature:g}): the KL of equal weights would not be 0. Give both one temperature"
+                f"one side's log-probs are those of softmax(logits / {self.temperature:g}), the other's of "
+                f"softmax(logits / {temperature:g}), so the KL of equal weights would not be 0. Give both "
+                "one temperature"
             )
 
     def log_probs(self, batch: TokenBatch, td: TensorDictBase, collector: Any, temperature: float) -> Scored:
@@ -274,38 +244,44 @@ class ModelSide:
             scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None))
         )
 
-    def asks(self, policy: Any) -> bool:
+    def scores_with(self, policy: Any) -> bool:
         engine = getattr(getattr(self._scorer_of(self._model), "_engine", None), "_llm_engine", None)
         return engine is not None and engine is engine_of(policy)
 
 
 def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:
-    """Refuse a model that cannot be a side; messages begin as TorchRL's do."""
+    """Refuse a model that cannot be a side. The messages begin as TorchRL's do.
+
+    Raises:
+        InputError: the model generates, returns no log-probs, or has the wrong ``input_mode``.
+    """
     if not getattr(model, "return_log_probs", True):
         raise InputError(f"The {name} must have `return_log_probs=True`: it has to compute log-probs.")
     if getattr(model, "generate", True) is not False:
         raise InputError(
-            f"The {name} must have `generate=False`: use {name}.get_new_version(generate=False, return_log_probs=True)."
+            f"The {name} must have `generate=False`: use {name}.get_new_version(generate=False, "
+            "return_log_probs=True)."
         )
     input_mode = getattr(model, "input_mode", "history")
     if assistant_only and input_mode != "history":
         raise InputError(
-            f"The model must have `input_mode='history'` when `assistant_only=True`; {name} has {input_mode!r}. To use it, "
-            "set `assistant_only=False`."
+            f"The model must have `input_mode='history'` when `assistant_only=True`, but {name} has "
+            f"{input_mode!r}. To use it, set `assistant_only=False`."
         )
 
 
-def warn_unless_full(key: NestedKey) -> None:
-    """Warn of a key that TorchRL's losses would not find."""
+def warn_unless_full(key: NestedKey, stacklevel: int = 3) -> None:
+    """Warn of a key that TorchRL's losses do not find by default."""
     if not isinstance(key, tuple) or key[-1] != "full":
         warnings.warn(
-            f"The log-probs key {key!r} is not a tuple that ends with 'full': TorchRL's losses will not find it by default.",
-            stacklevel=3,
+            f"The log-probs key {key!r} is not a tuple that ends with 'full': TorchRL's losses will not find "
+            "it by default.",
+            stacklevel=stacklevel,
         )
 
 
 def one_of(side: str, model: Any, factory: Callable[[], Any] | None) -> Any:
-    """Return the model of a side, made now if it was given as a factory."""
+    """Return the model of a side, or the model that its factory makes."""
     if (model is None) == (factory is None):
         raise InputError(
             f"Cannot build the {side} side: pass exactly one of '{side}_model' and '{side}_model_factory'."

@@ -12,13 +12,14 @@ from vllm_kl.weights.push import push_weights
 
 
 class VLLMSyncScheme(WeightSyncScheme):
-    """TorchRL's weight sync scheme for a vLLM engine of this machine: sender and receiver are one process.
+    """TorchRL's weight sync scheme for a vLLM engine of this machine. Sender and receiver are in one process.
 
     Args:
-        engine: as :func:`push_weights` takes it.
+        engine: as in :func:`push_weights`.
 
     >>> sender = VLLMSyncScheme(scorer).create_sender()
-    >>> # sender.register_model(trainer); sender.register_collector(collector); each step: sender.update_weights()
+    >>> # sender.register_model(trainer); sender.register_collector(collector)
+    >>> # At each step: sender.update_weights()
     """
 
     def __init__(self, engine: Any) -> None:
@@ -26,16 +27,16 @@ class VLLMSyncScheme(WeightSyncScheme):
         self._engine = engine
 
     def create_sender(self) -> VLLMSender:
-        """Return the trainer's side."""
+        """Return the trainer's side of the scheme."""
         return VLLMSender(self._engine)
 
     def create_transport(self, **kwargs: Any) -> _Transport:
-        """Return what carries weights: a push."""
+        """Return the transport: it pushes the weights."""
         return _Transport(self._engine)
 
 
 class _Transport:
-    """TorchRL's seam for carrying weights; blocks until they serve."""
+    """Transports weights for TorchRL by a push, which returns when the engine serves them."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -52,15 +53,19 @@ class VLLMSender:
         self._model: Any = None
 
     def register_model(self, model: Any) -> None:
-        """Take the model whose weights are sent."""
+        """Store the model whose weights are sent."""
         self._model = model
 
     def register_collector(self, collector: Any) -> None:
-        """Keep a collector's ``policy_version`` in step with the engine."""
+        """Set a collector's ``policy_version`` to the engine's version, now and after each push."""
         self._pusher.register(collector)
 
     def update_weights(self, weights: Any = None) -> int:
-        """Push ``weights``, or the registered model's; return the version that serves now."""
+        """Push ``weights``, or those of the registered model; return the version that serves now.
+
+        Raises:
+            OptionError: there are no weights and no registered model.
+        """
         if weights is None and self._model is None:
             raise OptionError("no weights: pass them, or register_model() first")
         return self._pusher.push(self._model if weights is None else weights)

@@ -1,16 +1,14 @@
-"""``VLLMReference``: a scorer as a TorchRL module, with TorchRL's keys and TensorClasses.
+"""``VLLMReference`` makes a scorer a TorchRL module, with TorchRL's keys and TensorClasses.
 
-It works in this package's transforms and in TorchRL's own, wherever an ``LLMWrapperBase`` with ``generate=False`` does.
-It knows keys and layouts; the scorer does the scoring.
+The module works in the transforms of this package and of TorchRL, wherever they take an ``LLMWrapperBase``
+with ``generate=False``. The module reads and writes entries; its scorer computes the log-probs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +22,13 @@ from vllm_kl.batch.inputs import InputMode, keys_of, nested, read_batch, rows_of
 from vllm_kl.batch.outputs import set_rows
 from vllm_kl.batch.texts import TextWatch
 from vllm_kl.engines.make import checked_path
-from vllm_kl.errors import InputError, OptionError
+from vllm_kl.errors import OptionError
 from vllm_kl.scorer import VLLMScorer
-from vllm_kl.transforms.sides import score_batch, scorer_for
+from vllm_kl.transforms.sides import score_batch
 from vllm_kl.types import Rows, Scorer, TokenBatch
 
-# What a caller must know of a wrapper to use its weights from elsewhere.
-_DESCRIPTION = (
+# The attributes of a wrapper that a reference in another process needs.
+DESCRIPTION = (
     "input_mode",
     "pad_output",
     "log_probs_key",
@@ -48,29 +46,37 @@ _DESCRIPTION = (
 
 
 class VLLMReference(LLMWrapperBase):
-    """A frozen model behind a :class:`~vllm_kl.VLLMScorer`, as a TorchRL wrapper that scores and never generates.
+    """Scores with a frozen model, as a TorchRL wrapper that never generates.
 
     Args:
-        scorer_or_model: a ``VLLMScorer`` (shared), or what one is made from: a path, a name, or a live ``vllm.LLM``.
-        tokenizer: a transformers tokenizer, or a path or name; ``None`` loads the model's own where the model is a
-            path. Only used where the tensordict has no ids.
+        scorer_or_model: a ``VLLMScorer``, which others may share. Or the model that a new scorer takes: a
+            path, a name, or a live ``vllm.LLM``.
+        tokenizer: a transformers tokenizer, or a path or name. ``None`` loads the model's own, if the model
+            is a path. It is only used if the tensordict has no ids.
 
     Keyword Args:
-        input_mode: ``"history"``, ``"text"`` or ``"tokens"``: what is tokenized where there are no ids.
+        input_mode: ``"history"``, ``"text"`` or ``"tokens"``: the entry that is tokenized if there are no
+            ids.
         input_key: the entry to read; default ``(input_mode, "full")``.
-        pad_output: ``True`` writes dense ``[B, T]`` entries, ``False`` ragged ones (``.get(key, as_list=True)``).
-        padding_side: where rows of different length are padded; rows stored dense keep their columns.
-        log_probs_key, tokens_key, masks_key, text_key, history_key: where entries lie.
+        pad_output: ``True`` writes dense ``[B, T]`` entries, ``False`` ragged ones (``.get(key,
+            as_list=True)``).
+        padding_side: where rows of different lengths are padded; rows that are stored dense keep their
+            columns.
+        log_probs_key, tokens_key, masks_key, text_key, history_key: where the entries are.
         chat_template_name, chat_template: as in TorchRL's wrappers.
-        tokenizer_kwargs: passed to the tokenizer in text mode. Without ``add_special_tokens`` a text that begins with BOS has one.
-        inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the same kind.
-        layout: read by TorchRL's own ``RetrieveLogProb`` when it makes nested tensors; ours makes none.
-        **engine_options: ``placeholders`` and vLLM's engine options, where this makes the scorer.
+        tokenizer_kwargs: passed to the tokenizer in text mode. Without ``add_special_tokens`` a text that
+            begins with BOS gets no second BOS.
+        inplace: ``True`` writes into the input, ``False`` returns a new tensordict, ``"empty"`` one of the
+            same kind.
+        layout: TorchRL's own ``RetrieveLogProb`` reads it when it makes nested tensors; this package makes
+            none.
+        **engine_options: ``placeholders`` and vLLM's engine options, for a scorer that is made here.
 
-    Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding, finite
-    elsewhere; ``(tokens_key, "full")`` and the masks beside it. The assistant's mask of a History is what the chat template marks;
-    the token that ends a turn counts, wherever the template's tags close, as in ids whose prompt is stored. What a template cuts,
-    moves or adds is warned of once and counted in :attr:`metrics`.
+    Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding,
+    finite elsewhere. Also writes ``(tokens_key, "full")`` and the masks. The assistant's mask of a History
+    keeps the tokens that the chat template marks, and the token that ends a turn, wherever the template's
+    tags close. The module warns once of text that the template cuts, moves or adds, and counts it in
+    :attr:`metrics`.
 
     Raises:
         OptionError: an argument has no effect here (``generate=True``, engine options for a running scorer).
@@ -117,28 +123,14 @@ class VLLMReference(LLMWrapperBase):
         **engine_options: Any,
     ) -> None:
         super().__init__()
-        if generate or not return_log_probs:
-            raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
-        if input_mode not in ("history", "text", "tokens"):
-            raise OptionError(
-                f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'"
-            )
-        if not isinstance(pad_output, bool):
-            raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
-        # vllm.LLM has a method named score as well: what generates is an engine.
+        _check_options(input_mode, pad_output, generate, return_log_probs)
+        # vllm.LLM has a method named score too, but only engines have generate.
         is_model = isinstance(scorer_or_model, (str, os.PathLike)) or hasattr(scorer_or_model, "generate")
         if isinstance(scorer_or_model, (str, os.PathLike)):
             scorer_or_model = checked_path(scorer_or_model, engine_options)
-        self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)  # before an engine is started
+        self.tokenizer = _load_tokenizer(tokenizer, scorer_or_model)  # fails before an engine starts
         self._owns_scorer = is_model or not hasattr(scorer_or_model, "score")
-        if self._owns_scorer:
-            self.scorer: Scorer = VLLMScorer(scorer_or_model, **engine_options)
-        elif engine_options:
-            raise OptionError(
-                f"unknown argument, or engine option for a scorer that already runs: {', '.join(engine_options)}"
-            )
-        else:
-            self.scorer = scorer_or_model
+        self.scorer = _scorer(scorer_or_model, self._owns_scorer, engine_options)
         self.input_mode = input_mode
         self.pad_output = pad_output
         self.padding_side = padding_side
@@ -160,8 +152,8 @@ class VLLMReference(LLMWrapperBase):
         self.out_keys = [masks_key, tokens_key, log_probs_key]
 
     def get_new_version(self, **kwargs: Any) -> VLLMReference:
-        """Return a twin with other arguments on the same scorer."""
-        current = {name: getattr(self, name) for name in (*_DESCRIPTION, "inplace") if name != "input_key"}
+        """Return a copy with other arguments and the same scorer."""
+        current = {name: getattr(self, name) for name in (*DESCRIPTION, "inplace") if name != "input_key"}
         if "input_mode" not in kwargs:
             current["input_key"] = self.input_key
         if "pad_output" not in kwargs:
@@ -170,37 +162,38 @@ class VLLMReference(LLMWrapperBase):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures of the last batch whose texts were tokenized here, ``template_...`` as :attr:`RetrieveKL.metrics` has them."""
+        """Figures of the last batch tokenized here, ``template_...``, as in :attr:`RetrieveKL.metrics`."""
         return self._texts.metrics
 
     @property
     def weight_version(self) -> int | None:
-        """Version of the weights that serve; ``None`` where the scorer does not know."""
+        """The version of the weights that serve; ``None``: the scorer does not know."""
         return getattr(self.scorer, "weight_version", None)
 
     def refresh(
         self, source: Any, *, ema: float | None = None, version: int | None = None, tolerance: float = 0.0
     ) -> int:
-        """Replace the weights on purpose; see :meth:`VLLMScorer.refresh`."""
+        """Replace the reference's weights; see :meth:`VLLMScorer.refresh`."""
         return self._vllm_scorer("refresh").refresh(source, ema=ema, version=version, tolerance=tolerance)
 
     def check_frozen(self, tolerance: float = 0.0) -> float:
-        """Prove that the weights have not moved; see :meth:`VLLMScorer.check_frozen`."""
+        """Check that the weights have not changed; see :meth:`VLLMScorer.check_frozen`."""
         return self._vllm_scorer("check_frozen").check_frozen(tolerance)
 
     def asleep(self) -> contextlib.AbstractContextManager[None]:
-        """Give the engine's GPU memory to others for a while; see :meth:`VLLMScorer.asleep`."""
+        """Free the engine's GPU memory inside a ``with`` block; see :meth:`VLLMScorer.asleep`."""
         return self._vllm_scorer("asleep").asleep()
 
     def _vllm_scorer(self, method: str) -> VLLMScorer:
         if not hasattr(self.scorer, method):
             raise OptionError(
-                f"{method} needs a VLLMScorer in this process, this reference has a {type(self.scorer).__name__}"
+                f"{method} needs a VLLMScorer in this process, but this reference has a "
+                f"{type(self.scorer).__name__}"
             )
         return self.scorer  # type: ignore[return-value]
 
     def close(self) -> None:
-        """End the engine if this made it; a scorer that was passed in is left to its owner."""
+        """End the engine if the reference made it; a scorer that was passed in goes on running."""
         if self._owns_scorer:
             self.scorer.close()  # type: ignore[attr-defined]
 
@@ -232,7 +225,7 @@ class VLLMReference(LLMWrapperBase):
         set_rows(out, nested(self.log_probs_key, "full"), self._lay_out(values, batch), LogProbs)
 
     def _write_tokens(self, td: TensorDictBase, out: TensorDictBase, batch: TokenBatch) -> None:
-        """Write ids and masks in the layout that the log-probs will have. Ids that have it already are left alone."""
+        """Write ids and masks in the layout of the log-probs. Ids that already have this layout stay."""
         ids = self._lay_out(
             batch.packed_ids, batch, padding_value=getattr(self.tokenizer, "pad_token_id", None) or 0
         )
@@ -254,12 +247,32 @@ class VLLMReference(LLMWrapperBase):
         )
 
 
-# What a file of a tokenizer is called, by its library.
+def _check_options(input_mode: str, pad_output: bool, generate: bool, return_log_probs: bool) -> None:
+    if generate or not return_log_probs:
+        raise OptionError("VLLMReference only scores: generate must be False and return_log_probs True")
+    if input_mode not in ("history", "text", "tokens"):
+        raise OptionError(f"input_mode={input_mode!r} does not exist; choose 'history', 'text' or 'tokens'")
+    if not isinstance(pad_output, bool):
+        raise OptionError(f"pad_output must be True or False, got {pad_output!r}")
+
+
+def _scorer(scorer_or_model: Any, is_made_here: bool, engine_options: dict[str, Any]) -> Scorer:
+    """Return the given scorer, or a new scorer of the given model."""
+    if is_made_here:
+        return VLLMScorer(scorer_or_model, **engine_options)
+    if engine_options:
+        raise OptionError(
+            f"unknown argument, or engine option for a scorer that already runs: {', '.join(engine_options)}"
+        )
+    return scorer_or_model
+
+
+# Matches the file names of the tokenizer libraries.
 _TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|tekken|tiktoken|spiece|spm|\.model$")
 
 
 def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """Return the tokenizer, loaded if it is named; ``None`` where a checkpoint has none and none was asked for.
+    """Return the tokenizer, loaded if it was named; ``None``: nobody named one and the checkpoint has none.
 
     Raises:
         OptionError: it cannot be loaded.
@@ -272,63 +285,13 @@ def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
     name = os.fspath(model if tokenizer is None else tokenizer)
     files = [file.name for file in Path(name).glob("*")]
     if tokenizer is None and files and not any(map(_TOKENIZER_FILE.search, files)):
-        return None  # ids need none; what is made of text says that it is missing
+        return None  # scoring ids needs none; tokenizing a text raises
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of transformers, tokenizers, huggingface_hub, json, jinja
         raise OptionError(
-            f"the tokenizer of {name!r} could not be loaded: {type(error).__name__}: {error}. Pass tokenizer=, a "
-            "transformers tokenizer or the path of one"
+            f"the tokenizer of {name!r} could not be loaded: {type(error).__name__}: {error}.\nPass "
+            "tokenizer=, a transformers tokenizer or the path of one"
         ) from error
-
-
-def _build_there(
-    ref_model: Any, factory: Callable[[], Any] | None, device: Any
-) -> tuple[Scorer, dict[str, Any]]:
-    """Return what scores with a model, and how it wants to be called. Runs in the actor, where the model will live."""
-    model = ref_model if factory is None else factory()
-    if device is not None:
-        model = model.to(device)
-    if model.generate:
-        raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
-    return scorer_for(model), {name: getattr(model, name) for name in _DESCRIPTION if hasattr(model, name)}
-
-
-def remote_reference(
-    ref_model: Any,
-    ref_model_factory: Callable[[], Any] | None,
-    *,
-    actor_name: str | None,
-    device: torch.device | None = None,
-    num_cpus: float = 1,
-    num_gpus: float = 0,
-) -> VLLMReference:
-    """Return a reference whose weights live in a Ray actor.
-
-    Args:
-        ref_model: ``None``, or a wrapper that can be pickled (a ``TransformersWrapper``).
-        ref_model_factory: makes the wrapper in the actor. With neither, the actor ``actor_name`` must exist.
-        actor_name: see :class:`~vllm_kl.transforms.ray_scorer.RayScorer`.
-        device: where the actor places the model, if it is one of transformers.
-        num_cpus, num_gpus: the actor's resources.
-    """
-    from vllm_kl.transforms.ray_scorer import RayScorer
-
-    if ref_model is not None and ref_model_factory is not None:
-        raise InputError("Cannot provide both 'ref_model' and 'ref_model_factory'. Choose one.")
-    if isinstance(ref_model, VLLMReference):
-        raise OptionError(
-            "a VLLMReference holds a running engine and cannot move into a Ray actor: pass ref_model_factory, which makes "
-            "it there"
-        )
-    build = None
-    if ref_model is not None or ref_model_factory is not None:
-        build = functools.partial(_build_there, ref_model, ref_model_factory, device)
-    elif actor_name is None:
-        raise InputError(
-            "use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists"
-        )
-    scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
-    return VLLMReference(scorer, **scorer.attributes)

@@ -1,13 +1,15 @@
-"""Which weights generated what, by the engine's own answer: a policy's ``vLLMWrapper`` whose outputs say it.
+"""Makes a policy's ``vLLMWrapper`` tell which weights generated each row, as the engine itself reports it.
 
     vLLMWrapper._call_generate -> vLLM's outputs, each with its weight_versions and its adapter
         -> ("generated_by", ...) of each row that the wrapper returns -> EnginePolicyVersion, RetrieveKL
 
-The rows carry it, so it is theirs whichever thread generated them (``vLLMWrapper(batching=True)``), and whatever was pushed
-since. The call also remembers its sampling parameters: a caller may give it parameters of its own, and a policy may change its
-own after a call. And it takes turns with pushes, see :mod:`vllm_kl.weights.lock`.
+Each row carries its own origin. So the origin is right whichever thread generated the row
+(``vLLMWrapper(batching=True)``), and whatever was pushed since. A watched policy also remembers the sampling
+parameters of its calls, because a call may have parameters of its own and a policy may change its parameters
+later. And it takes turns with pushes, see :mod:`vllm_kl.weights.lock`.
 
-Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``CompletionOutput.weight_versions``, vLLM 0.32.
+Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``CompletionOutput.weight_versions``,
+vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -30,28 +32,28 @@ from vllm_kl.weights.live import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
 from vllm_kl.weights.lock import EngineLock
 
-# Where the generation that this thread is in notes the origins of its completions, in vLLM's order; None: it is in none.
+# The origins of this thread's completions, in vLLM's order; None: the thread is not generating.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
 
 
 class Watch:
-    """What is remembered of a policy's calls. Use :func:`watch`."""
+    """Remembers a policy's calls. Use :func:`watch`."""
 
     def __init__(self, policy: vLLMWrapper) -> None:
         self.policy = policy
         self._latest: Any = None
-        self._by_thread: dict[int, Any] = {}  # of threads that share the policy, each has its own
+        self._by_thread: dict[int, Any] = {}  # the last parameters of each thread that uses the policy
         self.has_varied = False
-        self._asking: set[threading.Thread] = set()
+        self._asking: set[threading.Thread] = set()  # threads that wait for the policy's rows
 
     @property
     def last(self) -> Any:
-        """The sampling parameters of this thread's last call, or else of any thread's; ``None``: nothing yet."""
+        """The sampling parameters of this thread's last call, else of any thread's; ``None``: no call yet."""
         return self._by_thread.get(threading.get_ident(), self._latest)
 
     @contextlib.contextmanager
     def generating(self, params: Any) -> Iterator[Any]:
-        """In the block, this thread has the engine; remember what it samples with."""
+        """Give this thread the engine inside the block, and remember the sampling parameters."""
         params = copy.copy(params)
         self.has_varied |= self._latest is not None and params != self._latest
         self._latest = self._by_thread[threading.get_ident()] = params
@@ -60,7 +62,10 @@ class Watch:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """In the block, this thread waits for what it, or another thread for it, generates (``batching=True``)."""
+        """Mark this thread as waiting for rows inside the block.
+
+        With ``batching=True`` this or another thread generates the rows.
+        """
         thread, lock = threading.current_thread(), self._lock()
         lock.close_step()
         self._asking.add(thread)
@@ -73,18 +78,22 @@ class Watch:
             self._asking.discard(thread)
 
     def _lock(self) -> EngineLock:
-        """Return the lock of the policy's engine; one of nobody's where TorchRL's AsyncVLLM, or an actor, takes turns itself."""
+        """Return the lock of the policy's engine.
+
+        TorchRL's AsyncVLLM, or an actor, takes turns itself: for them the lock is a new one that nobody
+        shares.
+        """
         llm_engine = engine_of(self.policy)
         return EngineLock() if llm_engine is None else lock_of(llm_engine)
 
 
 class _Watched(vLLMWrapper):
-    """What a watched policy does otherwise than its class: its rows tell which weights made them."""
+    """Overrides the methods of a watched policy, so that its rows tell which weights made them."""
 
     _vllm_kl_watch: Watch
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies, and policies that travel to another process, are of the policy's own class: watched where they are used."""
+        """Give copies and pickles the policy's own class: whoever uses them watches them anew."""
         state = {name: value for name, value in vars(self).items() if name != "_vllm_kl_watch"}
         return _new, (type(self).__bases__[1],), state
 
@@ -106,17 +115,17 @@ class _Watched(vLLMWrapper):
         return outputs
 
     def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
-        return _telling(super()._from_vllm_generate_history, *args)
+        return _with_origins(super()._from_vllm_generate_history, *args)
 
     def _from_vllm_generate_text(self, *args: Any) -> TensorDictBase:
-        return _telling(super()._from_vllm_generate_text, *args)
+        return _with_origins(super()._from_vllm_generate_text, *args)
 
     def _from_vllm_generate_tokens(self, *args: Any) -> TensorDictBase:
-        return _telling(super()._from_vllm_generate_tokens, *args)
+        return _with_origins(super()._from_vllm_generate_tokens, *args)
 
 
-def _telling(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictBase:
-    """Return the rows that one of a policy's methods generates, with which weights made each."""
+def _with_origins(generate: Callable[..., TensorDictBase], *args: Any) -> TensorDictBase:
+    """Call a generating method of a policy; return its rows with the origin of each."""
     origins: list[Origin] = []
     before = _made.set(origins)
     try:
@@ -138,24 +147,30 @@ def _watched(policy_type: type[vLLMWrapper]) -> type[vLLMWrapper]:
 
 
 def watch(policy: Any) -> Watch | None:
-    """Make a policy's rows tell what generated them, once; ``None`` for what is no ``vLLMWrapper``."""
+    """Make a policy's rows tell which weights generated them; return its :class:`Watch`.
+
+    A second call changes nothing. ``None``: the policy is no ``vLLMWrapper``.
+    """
     if not isinstance(policy, vLLMWrapper):
         return None
     if not isinstance(policy, _Watched):
         policy.__class__ = _watched(type(policy))
         policy._vllm_kl_watch = Watch(policy)
         if GENERATED_BY not in policy.out_keys:
-            policy.out_keys = [*policy.out_keys, GENERATED_BY]  # what a call that writes in place copies
+            policy.out_keys = [*policy.out_keys, GENERATED_BY]  # a call with inplace copies out_keys only
     return policy._vllm_kl_watch
 
 
 def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
-    """Return the method by which a policy asks its engine, for calls that sample nothing: they are not remembered."""
+    """Return the policy's method that asks its engine, for scoring: those calls are not remembered."""
     return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
 
 
 def _origin_of(output: Any, completion: Any, uncounted: str | None) -> Origin:
-    """Return what vLLM says of one completion. One that straddles an update is of two versions."""
+    """Return the origin of one completion, as vLLM reports it.
+
+    A completion that ran during an update has two versions.
+    """
     first, last = versions_told(completion, uncounted=uncounted)
     adapter = adapter_id(output.lora_request)
     if first == last or None in (first, last):
@@ -164,10 +179,13 @@ def _origin_of(output: Any, completion: Any, uncounted: str | None) -> Origin:
 
 
 def engine_of(policy: Any) -> Any:
-    """Return the ``LLMEngine`` of a policy's ``vllm.LLM``; ``None`` of what has none."""
+    """Return the ``LLMEngine`` of a policy's ``vllm.LLM``, or ``None`` if it has none."""
     return getattr(getattr(policy, "model", None), "llm_engine", None)
 
 
 def adapter_id(lora_request: Any) -> int:
-    """Return the id of an adapter; 0 for the base model. An engine has one adapter under an id (weights/adapters.py)."""
+    """Return the id of an adapter; 0: the base model.
+
+    An engine has one adapter for each id (``weights/adapters.py``).
+    """
     return getattr(lora_request, "lora_int_id", 0)

@@ -1,4 +1,7 @@
-"""``VLLMWeightUpdater``: TorchRL's ``collector.update_policy_weights_()`` for a policy that is a vLLM engine of this machine."""
+"""``VLLMWeightUpdater``: lets ``collector.update_policy_weights_()`` push weights into a vLLM engine.
+
+The engine is the collector's policy and runs on this machine.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,24 @@ from vllm_kl.errors import OptionError
 from vllm_kl.transforms.pusher import Pusher
 
 with warnings.catch_warnings():
-    # TorchRL 0.14 deprecates the class, and its LLMCollector takes nothing else.
+    # TorchRL 0.14 deprecates WeightUpdaterBase, but its LLMCollector takes nothing else.
     warnings.simplefilter("ignore", DeprecationWarning)
 
     class VLLMWeightUpdater(WeightUpdaterBase):
         """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine of this machine.
 
         ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict. With
-        :class:`EnginePolicyVersion` the collector's ``policy_version`` is the engine's version, always; with
-        ``track_policy_version=True`` it is after that call, if no other collector shares the updater.
+        :class:`EnginePolicyVersion` the collector's ``policy_version`` is always the engine's version. With
+        ``track_policy_version=True`` it is the engine's version after that call, if no other collector shares
+        the updater.
 
         Args:
-            engine: as :func:`push_weights` takes it.
-            model: pushed where ``update_policy_weights_()`` is given nothing.
+            engine: as in :func:`push_weights`.
+            model: pushed if ``update_policy_weights_()`` gets no weights.
 
         >>> updater = VLLMWeightUpdater(scorer)
-        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=EnginePolicyVersion(llm))
+        >>> # tracker = EnginePolicyVersion(llm)
+        >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=tracker)
         """
 
         def __init__(self, engine: Any, model: Any = None) -> None:
@@ -38,7 +43,7 @@ with warnings.catch_warnings():
             self._pusher.register(collector)
 
         def __call__(self, policy_or_weights: Any = None, worker_ids: Any = None) -> None:
-            # collector.update_policy_weights_() comes here, and counts one version further itself (TorchRL 0.14).
+            # TorchRL 0.14: update_policy_weights_() calls this, and then adds 1 to the collector's version.
             weights = self._get_server_weights() if policy_or_weights is None else policy_or_weights
             self._pusher.push(weights, collector_counts=True)
             self._call_post_hooks()
