@@ -20,7 +20,7 @@ import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,62 +70,16 @@ class GenerateEngine:
         self._generate = generate or engine.generate
         self._names_adapter = generate is None
         self._lora_request = lora_request
-        llm_engine = getattr(engine, "llm_engine", None)
-        self._llm_engine = llm_engine
-        reason = _why_not_token_ids(llm_engine)
-        if readout == "pooling":
-            raise ReadoutUnavailableError(
-                "readout='pooling' is not available on an engine that generates: its model has no pooler. Pass a path to "
-                "VLLMScorer, or use 'auto'"
-            )
-        if readout == "token_ids" and reason:
-            raise ReadoutUnavailableError(
-                f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'"
-            )
-        config = getattr(llm_engine, "model_config", None)
-        mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
-        if not mode.endswith("logprobs"):
-            raise ReadoutUnavailableError(
-                f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
-                "'raw_logprobs', vLLM's default"
-            )
-        # V1's runner (0.32) asserts that nobody asks for prompt log-probs there, which ends the engine.
-        if _made_with(engine, "cache_config", "kv_sharing_fast_prefill"):
-            raise ReadoutUnavailableError(
-                "this engine was made with kv_sharing_fast_prefill=True: it computes the last row of a prompt only, and would end "
-                "where more are asked for. Make it without"
-            )
-        if llm_engine is not None:
-            check_adapter(llm_engine, lora_request)
-        elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
-            check_engine_args(engine.engine_args, lora_request)
+        self._llm_engine = llm_engine = getattr(engine, "llm_engine", None)
+        name = _choose_readout(llm_engine, readout)
+        self._readout = _TokenIds() if name == "token_ids" else _Flat()
+        _check_returns_log_probs(engine)
+        _check_adapter(engine, lora_request)
         # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
         # each other's results.
         self._lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
         self.weights = None if llm_engine is None else LiveWeights(llm_engine)
-        max_logprobs = getattr(config, "max_logprobs", -1)
-        is_token_ids = readout != "flat" and not reason
-        placeholders = placeholder_ids(_hf_config(engine))
-        text = getattr(config, "hf_text_config", None)
-        side = None if config is None else side_in(llm_engine)
-        notes = () if side is None else (note_on(text, config.max_model_len, side),)
-        if _made_with(engine, "load_config", "load_format") == "dummy":
-            notes = (*notes, DUMMY)
-        self.info = EngineInfo(
-            readout="token_ids" if is_token_ids else "flat",
-            vocab_size=None if config is None else config.get_vocab_size(),
-            # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
-            max_sequence_len=None
-            if config is None
-            # Beyond "dynamic" RoPE's length vLLM has no positions (see engines/local.py).
-            else min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len),
-            can=frozenset({"ids"}) if is_token_ids else frozenset(),
-            max_ids=None if max_logprobs < 0 else max_logprobs - 1,  # the token itself is one of vLLM's limit
-            placeholders=placeholders,
-            notes=(*notes_on(config, placeholders), *notes),
-            length_side=side,
-        )
-        self._readout = _TokenIds() if is_token_ids else _Flat()
+        self.info = _info(engine, name)
 
     def score(
         self,
@@ -312,6 +266,87 @@ class _Flat:
         return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
 
 
+def _choose_readout(llm_engine: Any, readout: str) -> Literal["token_ids", "flat"]:
+    """Return the read-out that an engine uses.
+
+    Raises:
+        ReadoutUnavailableError: the engine cannot do ``readout``.
+    """
+    if readout == "pooling":
+        raise ReadoutUnavailableError(
+            "readout='pooling' is not available on an engine that generates: its model has no pooler. Pass a path to "
+            "VLLMScorer, or use 'auto'"
+        )
+    reason = _why_not_token_ids(llm_engine)
+    if readout == "token_ids" and reason:
+        raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
+    return "flat" if readout == "flat" or reason else "token_ids"
+
+
+def _why_not_token_ids(llm_engine: Any) -> str:
+    """Return why an engine cannot return log-probs of given ids; empty if it can."""
+    if llm_engine is None:
+        return "only a vllm.LLM takes parameters for each request"
+    if not llm_engine.vllm_config.use_v2_model_runner:
+        return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
+    return ""
+
+
+def _check_returns_log_probs(engine: Any) -> None:
+    """Refuse an engine that returns logits, or computes the last row of a prompt only."""
+    mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
+    if not mode.endswith("logprobs"):
+        raise ReadoutUnavailableError(
+            f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
+            "'raw_logprobs', vLLM's default"
+        )
+    # V1's runner (0.32) asserts that nobody asks for prompt log-probs there, which ends the engine.
+    if _made_with(engine, "cache_config", "kv_sharing_fast_prefill"):
+        raise ReadoutUnavailableError(
+            "this engine was made with kv_sharing_fast_prefill=True: it computes the last row of a prompt only, and would end "
+            "where more are asked for. Make it without"
+        )
+
+
+def _check_adapter(engine: Any, lora_request: Any) -> None:
+    """Refuse an adapter that the engine would not serve as it is written."""
+    llm_engine = getattr(engine, "llm_engine", None)
+    if llm_engine is not None:
+        check_adapter(llm_engine, lora_request)
+    elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
+        check_engine_args(engine.engine_args, lora_request)
+
+
+def _info(engine: Any, readout: Literal["token_ids", "flat"]) -> EngineInfo:
+    """Return what is known of an engine: all of a ``vllm.LLM``, little of one in an actor."""
+    llm_engine = getattr(engine, "llm_engine", None)
+    config = getattr(llm_engine, "model_config", None)
+    placeholders = placeholder_ids(_hf_config(engine))
+    notes = [*notes_on(config, placeholders)]
+    side = max_sequence_len = vocab_size = max_ids = None
+    if config is not None:
+        text, side, vocab_size = config.hf_text_config, side_in(llm_engine), config.get_vocab_size()
+        # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
+        # Beyond "dynamic" RoPE's length vLLM has no positions (see engines/local.py).
+        max_sequence_len = min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len)
+        if side is not None:
+            notes.append(note_on(text, config.max_model_len, side))
+        if config.max_logprobs >= 0:
+            max_ids = config.max_logprobs - 1  # the token itself is one of vLLM's limit
+    if _made_with(engine, "load_config", "load_format") == "dummy":
+        notes.append(DUMMY)
+    return EngineInfo(
+        readout=readout,
+        vocab_size=vocab_size,
+        max_sequence_len=max_sequence_len,
+        can=frozenset({"ids"}) if readout == "token_ids" else frozenset(),
+        max_ids=max_ids,
+        placeholders=placeholders,
+        notes=tuple(notes),
+        length_side=side,
+    )
+
+
 def _hf_config(engine: Any) -> Any:
     """Return the config of an engine's model; ``None``: it is out of reach, in an actor."""
     if hasattr(engine, "llm_engine"):
@@ -322,12 +357,3 @@ def _hf_config(engine: Any) -> Any:
     from vllm.transformers_utils.config import get_config
 
     return get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
-
-
-def _why_not_token_ids(llm_engine: Any) -> str:
-    """Return why an engine cannot return log-probs of given ids; empty if it can."""
-    if llm_engine is None:
-        return "only a vllm.LLM takes parameters for each request"
-    if not llm_engine.vllm_config.use_v2_model_runner:
-        return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
-    return ""
