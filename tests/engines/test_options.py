@@ -307,12 +307,15 @@ class TestFailures:
         raised.value.args = ()  # pytest's own text
         told = str(explain(raised.value, model="m", options={}))
         assert "AssertionError: assert rows == 301 (test_options.py, load_weights)" in told
-        assert "its weights are not those that its config describes" in told
+        assert "its weights do not match its config" in told
 
     @pytest.mark.parametrize(
         ("raised", "message"),
         [
-            (OSError("We couldn't connect to 'https://hub'"), "neither a folder here nor in the hub's cache"),
+            (
+                OSError("We couldn't connect to 'https://hub'"),
+                "it is no folder here, it is not in the hub's cache",
+            ),
             (
                 ValueError("Model architectures ['X'] are not supported for now"),
                 "cannot load the architecture",

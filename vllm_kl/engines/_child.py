@@ -45,7 +45,7 @@ def _kill_group() -> None:
 
 
 def _as_answer(error: Exception) -> Exception:
-    """Return the error as one that the owner can unpickle; write the traceback of a foreign error to the log."""
+    """Return the error as one that the owner can unpickle; log the traceback of a foreign error."""
     if isinstance(error, VLLMKLError):
         return error
     text = "".join(traceback.format_exception_only(error)).strip()
