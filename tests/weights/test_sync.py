@@ -997,9 +997,7 @@ def test_requests_that_others_left_in_a_shared_engine_are_told_of(llm):
     scorer = VLLMScorer(llm)
     llm.llm_engine.add_request("left", {"prompt_token_ids": IDS}, SamplingParams(max_tokens=3))
     try:
-        with pytest.raises(
-            EngineError, match="has 1 unfinished requests, left by a call of generate.*interrupted"
-        ):
+        with pytest.raises(EngineError, match="has 1 unfinished requests of an interrupted generate"):
             scorer.score([IDS])
     finally:
         llm.llm_engine.abort_request(["left"])
