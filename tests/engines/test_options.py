@@ -665,7 +665,7 @@ class TestLengths:
         assert lengths.switch_length(SimpleNamespace(model_type="llama4_text")) == 32768
 
     def test_two_sides_of_a_switch_are_told_apart(self):
-        assert "Give both engines one max_model_len" in lengths.why_two_lengths("short", "long")
+        assert "Give both engines the same max_model_len" in lengths.why_two_lengths("short", "long")
         assert "transformers" in lengths.why_two_lengths("row", "long")
         for one, other in (("long", "long"), ("short", "row"), (None, "long"), (None, None)):
             assert lengths.why_two_lengths(one, other) == ""
@@ -682,7 +682,10 @@ class TestLengths:
         policy = TransformersWrapper(
             AutoModelForCausalLM.from_pretrained(path("phi3")), tokenizer=make_tokenizer(), generate=False
         )
-        with pytest.warns(UserWarning, match="two sides of the switch.*Give both engines one max_model_len"):
+        with pytest.warns(
+            UserWarning,
+            match="above the model's original length(.|\n)*Give both engines the same max_model_len",
+        ):
             RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("long")), make_tokenizer()))
         RetrieveKL(
             policy, VLLMReference(VLLMScorer(Engine("short")), make_tokenizer())
@@ -794,7 +797,7 @@ class TestEngines:
                 path("phi3"), [short, long], dtype="float32", readout=readout, max_model_len=128
             )
             assert (info.max_sequence_len, info.length_side) == (128, "long")
-            assert any("differ from transformers'" in note for note in info.notes)
+            assert any("differ from those of transformers" in note for note in info.notes)
             both.append(scored[1])
             long_row = torch.from_numpy(scored[1][1]).double()
             torch.testing.assert_close(long_row, truth(path("phi3"), long), rtol=0, atol=LOG_PROB_TOLERANCE)
@@ -840,7 +843,7 @@ class TestEngines:
                 {"hf_overrides": {"rope_theta": 500.0}},
                 "'rope_theta': 500.0} has no effect: .*rope_theta=10000.0",
             ),
-            ("llama", {"max_model_len": 1}, "max_model_len=1 leaves nothing to score"),
+            ("llama", {"max_model_len": 1}, "max_model_len=1 leaves no token to score"),
         ],
     )
     def test_what_would_be_wrong_or_without_effect_for_this_model_is_refused(
@@ -867,6 +870,6 @@ class TestEngines:
         infos = [start_engine(path("llama"), [], readout=readout)[0] for readout in ("pooling", "flat")]
         for info in infos:  # one dtype: of its own accord vLLM takes float16 for one, bfloat16 for the other
             assert any(
-                "is float32 and is served in bfloat16" in note and "dtype='float32'" in note
+                "is float32, and vLLM chose to serve it in bfloat16" in note and "dtype='float32'" in note
                 for note in info.notes
             )

@@ -278,7 +278,7 @@ class _Flat:
         return True  # read() raises if rows are missing
 
     def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
-        """Return the last rows. V1 returns a row per prompt token after the first, V2 only rows after a hit."""
+        """Return the last rows. V1 returns a row per token after the first, V2 only rows after a hit."""
         flat, want = output.prompt_logprobs, request.token_ids[request.start :].tolist()
         if flat is None or len(flat.logprobs) < len(want):
             got = 0 if flat is None else len(flat.logprobs)
@@ -346,7 +346,7 @@ def _check_adapter(engine: Any, lora_request: Any) -> None:
 
 
 def _info(engine: Any, readout: Literal["token_ids", "flat"]) -> EngineInfo:
-    """Return what is known of an engine. Most fields are known only of a ``vllm.LLM``, not of one in an actor."""
+    """Return what is known of an engine. Most fields are known of a ``vllm.LLM`` only."""
     llm_engine = getattr(engine, "llm_engine", None)
     config = getattr(llm_engine, "model_config", None)
     placeholders = placeholder_ids(_hf_config(engine))
