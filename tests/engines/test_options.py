@@ -144,16 +144,14 @@ class TestRefusedBeforeAnEngineIsStarted:
         (tmp_path / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
         )
-        with pytest.raises(
-            OptionError, match=r"lacks 1 of 2 files of its weights, model-2\.safetensors first"
-        ):
+        with pytest.raises(OptionError, match=r"lacks 1 of 2 weights files, model-2\.safetensors first"):
             VLLMScorer(tmp_path)
 
     @pytest.mark.parametrize(
         ("file", "text", "message"),
         [
             ("config.json", '{"a": ', "is not valid JSON"),
-            ("config.json", "[1]", "no object: expected {...}, got list"),
+            ("config.json", "[1]", "holds no JSON object: expected {...}, got list"),
             ("config.json", "{}", "names no model_type"),
             ("model.safetensors.index.json", "{", "is not valid JSON"),
             ("model.safetensors.index.json", "{}", "has no weight_map"),
@@ -162,12 +160,12 @@ class TestRefusedBeforeAnEngineIsStarted:
     def test_a_checkpoint_whose_files_cannot_be_read(self, ref_path, tmp_path, file, text, message):
         shutil.copytree(ref_path, tmp_path, dirs_exist_ok=True)
         (tmp_path / file).write_text(text)
-        with pytest.raises(OptionError, match=f"{file}' {message}|{file}' is JSON, but {message}"):
+        with pytest.raises(OptionError, match=f"{file}' {message}"):
             VLLMScorer(tmp_path)
 
     def test_a_function_that_the_engines_process_cannot_have(self, ref_path, monkeypatch):
         with pytest.raises(
-            OptionError, match="hf_overrides=<function .* cannot be pickled .*Define it in a module"
+            OptionError, match="hf_overrides=<function .* cannot be pickled .*Define it at the top"
         ):
             VLLMScorer(ref_path, hf_overrides=lambda config: config)
         monkeypatch.setattr(truth, "__module__", "__main__")
@@ -386,9 +384,7 @@ class TestMemory:
         config = model_config(max_model_len=1_000_000)
         with pytest.raises(OptionError) as refused:
             memory.kv_cache_bytes(folder, config, BATCHES, is_cuda=False)
-        assert "max_model_len=1000000, the model's own since none was given, needs 3.8 GiB" in str(
-            refused.value
-        )
+        assert "max_model_len=1000000, the model's own length, needs 3.8 GiB" in str(refused.value)
         assert "1,024 MiB are available" in str(refused.value)
         fits = int(str(refused.value).split("Pass max_model_len=")[1].split()[0])
         assert 200_000 < fits < 262_144

@@ -1,5 +1,4 @@
-"""Turns an error that vLLM, pydantic or transformers raised at an engine's start into an error of this
-package.
+"""Turns an error at an engine's start, of vLLM, pydantic or transformers, into this package's error.
 
 The message begins with the option that caused the error, if one did. It says the cure, if the error has a
 known one. The end of the engine's log follows.

@@ -218,8 +218,7 @@ def _check_overrides(config: Any, overrides: Any) -> None:
 
 
 def _check_model(config: Any) -> None:
-    """Refuse a model without log-probs of a token given the earlier tokens, or whose rows depend on other
-    rows.
+    """Refuse a model that has no log-probs, or whose rows depend on the other rows of a batch.
 
     Raises:
         OptionError: the model's length does not work; or, in vLLM's transformers backend, rows would depend
@@ -309,7 +308,7 @@ def _notes(
             "times as fast, with twice the memory"
         )
     if "auto" != (kept := str(given.get("kv_cache_dtype", "auto"))) != dtype:
-        yield f"kv_cache_dtype={kept!r} rounds keys and values, and changes log-probs: serve the policy with it, too"
+        yield f"kv_cache_dtype={kept!r} rounds keys and values, so log-probs change: serve the policy with it"
     if why_not := _why_not_shared(config, is_cpu=is_cpu):
         yield f"prefixes are not shared: {why_not}"
     elif config.is_hybrid:

@@ -1,12 +1,12 @@
 """Every name of vLLM's ``EngineArgs``: what this package does with it.
 
-    OURS       set here where the caller says nothing; the caller's value wins
-    PASSED_ON  left to vLLM: it changes speed, memory, precision or where weights come from, or does not matter for prefill
-    REFUSED    it changes which rows are computed, what the head returns, or how many processes there are, or has no effect
+    OURS       set here where the caller says nothing; the caller's value wins PASSED_ON  left to vLLM: it
+    changes speed, memory, precision or where weights come from, or does not matter for prefill REFUSED    it
+    changes which rows are computed, what the head returns, or how many processes there are, or has no effect
                on scoring; with the reason and what works
 
-Plain data: the caller's process reads it, which never imports vLLM. So a value that cannot work is refused before an engine is
-started. A test compares the names with those of the vLLM that is installed.
+Plain data: the caller's process reads it, which never imports vLLM. So a value that cannot work is refused
+before an engine is started. A test compares the names with those of the vLLM that is installed.
 
 Source: ``EngineArgs``, ``engine/arg_utils.py``, vLLM 0.26, 0.28, 0.30, 0.32 and 0.33.
 """
@@ -90,13 +90,14 @@ OURS = frozenset(_OURS.split())
 PASSED_ON = frozenset(_PASSED_ON.split())
 
 _ONE_ENGINE = (
-    "a scorer drives one engine, and vLLM waits for ever for the other data-parallel ranks. Make one VLLMScorer per device or "
-    "process and give each a part of the sequences; one model on several devices is tensor_parallel_size"
+    "a scorer drives one engine, and vLLM waits for ever for the other data-parallel ranks. Make one "
+    "VLLMScorer per device or process and give each a part of the sequences; one model on several devices "
+    "is tensor_parallel_size"
 )
 _ONE_MACHINE = "an owned engine lives on one machine, and would wait for the other nodes for ever. Make one VLLMScorer on each"
 _CONNECTOR = (
-    "a KV connector adds cached tokens after vllm_kl has bounded the cache hit, so rows that must be scored are not computed. "
-    "Leave it out; share_prefix=True shares the KV of common prefixes"
+    "a KV connector adds cached tokens after vllm_kl has bounded the cache hit, so rows that must be scored "
+    "are not computed. Leave it out; share_prefix=True shares the KV of common prefixes"
 )
 _GENERATES = "it shapes how tokens are generated, and a scorer generates none. Leave it out"
 _READS_OUT = "a scorer returns log-probs and nothing else, so it has no effect. Leave it out"
@@ -113,8 +114,8 @@ REFUSED: dict[str, Refused] = {
     ),
     # Which rows are computed.
     "kv_sharing_fast_prefill": Refused(
-        "layers that share KV would compute the last row of a prompt only, and every row before it would score wrongly. "
-        "Leave it out"
+        "layers that share KV would compute the last row of a prompt only, and every row before it would "
+        "score wrongly. Leave it out"
     ),
     "kv_transfer_config": Refused(_CONNECTOR),
     "kv_offloading_size": Refused(_CONNECTOR, unless=(0,)),
@@ -123,7 +124,8 @@ REFUSED: dict[str, Refused] = {
         "it moves the outputs of vision encoders between engines, and a scorer is sent none. Leave it out"
     ),
     "prefill_context_parallel_size": Refused(
-        "it splits the rows of a prompt among processes, and the read-out expects all of them in one. Use tensor_parallel_size",
+        "it splits the rows of a prompt among processes, and the read-out expects all of them in one. Use "
+        "tensor_parallel_size",
         unless=(1,),
     ),
     "enable_prompt_embeds": Refused("sequences are sent as token ids, never as embeddings. Leave it out"),
@@ -135,8 +137,8 @@ REFUSED: dict[str, Refused] = {
     ),
     # What the head returns.
     "logprobs_mode": Refused(
-        "a scorer returns the log-probs of the model's own distribution. Pass temperature= where tokens were sampled at another "
-        "temperature",
+        "a scorer returns the log-probs of the model's own distribution. Pass temperature= where tokens "
+        "were sampled at another temperature",
         unless=("raw_logprobs",),
     ),
     "logits_processors": Refused(
@@ -144,8 +146,8 @@ REFUSED: dict[str, Refused] = {
     ),
     "pooler_config": Refused("the read-out is the engine's pooler. Pass readout= to choose another"),
     "calculate_kv_scales": Refused(
-        "the first batch would decide the scales of the KV cache, and with them every later log-prob. Use a checkpoint that has "
-        "them"
+        "the first batch would decide the scales of the KV cache, and with them every later log-prob. Use a "
+        "checkpoint that has them"
     ),
     "enable_mamba_cache_stochastic_rounding": Refused(
         "it rounds states at random, so one sequence would score differently each time. Leave it out"
@@ -177,15 +179,18 @@ REFUSED: dict[str, Refused] = {
     "master_addr": Refused(_ONE_MACHINE, unless=("127.0.0.1", "localhost")),
     "master_port": Refused(_ONE_MACHINE, unless=(29501,)),
     "distributed_executor_backend": Refused(
-        "an owned engine starts its own workers, which find vllm_kl through their environment: Ray's workers and those of "
-        "torchrun do not. Leave it out, or use 'mp'. RetrieveKL(..., use_ray_service=True) puts a whole scorer into a Ray actor",
+        "an owned engine starts its own workers, which find vllm_kl through their environment: Ray's "
+        "workers and those of torchrun do not. Leave it out, or use 'mp'. RetrieveKL(..., "
+        "use_ray_service=True) puts a whole scorer into a Ray actor",
         only=("ray", "external_launcher"),
     ),
     "enable_eplb": Refused(
-        "vLLM would move experts between processes while the engine runs, so what serves could not be checked. Leave it out"
+        "vLLM would move experts between processes while the engine runs, so what serves could not be "
+        "checked. Leave it out"
     ),
     "eplb_config": Refused(
-        "vLLM would move experts between processes while the engine runs, so what serves could not be checked. Leave it out"
+        "vLLM would move experts between processes while the engine runs, so what serves could not be "
+        "checked. Leave it out"
     ),
     "fault_tolerance_config": Refused(f"it is for data-parallel engines: {_ONE_ENGINE}"),
     "enable_fault_tolerance": Refused(f"it is for data-parallel engines: {_ONE_ENGINE}"),
@@ -206,7 +211,8 @@ REFUSED: dict[str, Refused] = {
 NAMES = OURS | PASSED_ON | REFUSED.keys()
 
 
-# Variables of vLLM's that it reads beside its options: why they are refused, and the values that leave it as it is.
+# Variables of vLLM's that it reads beside its options: why they are refused, and the values that leave it as
+# it is.
 ENVIRONMENT: dict[str, Refused] = {
     "VLLM_DP_SIZE": Refused(
         _ONE_ENGINE, unless=(1,)
@@ -228,12 +234,12 @@ _WHOLE_NUMBERS |= {"tensor_parallel_size", "pipeline_parallel_size"}
 def check_options(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return what is to be given to vLLM, or refuse what cannot work, before an engine is started.
 
-    An option that is None was not given. Nor is one given that would be refused but for its value, which leaves vLLM as it is.
-    Names that are not in the table are left to :func:`check_names`.
+    An option that is None was not given. Nor is one given that would be refused but for its value, which
+    leaves vLLM as it is. Names that are not in the table are left to :func:`check_names`.
 
     Raises:
-        OptionError: an option, or a variable of the environment, is refused; with the reason and what works. Or it is no whole
-            number.
+        OptionError: an option, or a variable of the environment, is refused; with the reason and what works.
+            Or it is no whole number.
     """
     for name, refused in ENVIRONMENT.items():
         value = environment.get(name, "").strip()

@@ -1,13 +1,14 @@
 """An engine that the scorer owns, in a process of its own.
 
-The caller's process never imports vLLM: its start-up, its threads and its side effects stay in the child, and the
-caller's interpreter is free while the engine works. The child is started by command, not forked and not spawned by
-``multiprocessing``, so a script needs no ``if __name__ == "__main__"``.
+The caller's process never imports vLLM: its start-up, its threads and its side effects stay in the child, and
+the caller's interpreter is free while the engine works. The child is started by command, not forked and not
+spawned by ``multiprocessing``, so a script needs no ``if __name__ == "__main__"``.
 
-Life and death: the child leads a process group of its own, which holds every process vLLM starts. The group ends
+Life and death: the child leads a process group of its own, which holds every process vLLM starts. The group
+ends
 
-- when :meth:`ProcessEngine.close` is called, or the owner exits or raises (``weakref.finalize``);
-- when the owner is killed, SIGKILL included: the child notices within a second that its parent changed and kills its
+- when :meth:`ProcessEngine.close` is called, or the owner exits or raises (``weakref.finalize``); - when the
+owner is killed, SIGKILL included: the child notices within a second that its parent changed and kills its
   group (:mod:`vllm_kl.engines._child`);
 - when the child dies while the owner lives: the owner kills the group.
 """
@@ -63,8 +64,9 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
             "1"  # PyTorch's, read when it is imported: huge pages for what is large
         )
     if is_cpu and options.get("enforce_eager", True):
-        # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++ compiler
-        # (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is imported.
+        # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++
+        # compiler (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is
+        # imported.
         environment["TORCH_COMPILE_DISABLE"] = "1"
     num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     if is_cpu and num_workers > 1:
@@ -80,9 +82,11 @@ def _shows_log() -> bool:
 
 
 class ProcessEngine:
-    """A vLLM engine in a child process. Safe to call from several threads: concurrent calls share its batches.
+    """A vLLM engine in a child process. Safe to call from several threads: concurrent calls share its
+    batches.
 
-    What it takes and raises is what :class:`~vllm_kl.VLLMScorer` does; the child decides what ``readout="auto"`` is.
+    What it takes and raises is what :class:`~vllm_kl.VLLMScorer` does; the child decides what
+    ``readout="auto"`` is.
     """
 
     info: EngineInfo
@@ -247,9 +251,11 @@ class _Child:
 
 
 class _OwnedWeights:
-    """The weights of the engine in the child. What was pushed is kept, in shared memory: a push that fails is taken back.
+    """The weights of the engine in the child. What was pushed is kept, in shared memory: a push that fails is
+    taken back.
 
-    The child knows what serves. Its last answer is good until a push fails, or is interrupted here while the child goes on.
+    The child knows what serves. Its last answer is good until a push fails, or is interrupted here while the
+    child goes on.
     """
 
     def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any], start: Start) -> None:
@@ -307,12 +313,12 @@ class _OwnedWeights:
                 self._engine.start_anew(checkpoint, self._model, version)
             except VLLMKLError as second:
                 raise WeightsError(
-                    f"the running engine cannot take these weights over ({error.reason}), and none starts with them ({second}). "
-                    "The old weights go on serving"
+                    f"the running engine cannot take these weights over ({error.reason}), and none starts "
+                    f"with them ({second}). The old weights go on serving"
                 ) from second
             logger.warning(
-                "vllm_kl: version %d is served by an engine that was started for it, in %.1f s. The running one could not take the "
-                "weights over: %s",
+                "vllm_kl: version %d is served by an engine that was started for it, in %.1f s. The running "
+                "one could not take the weights over: %s",
                 version,
                 time.perf_counter() - began,
                 error.reason,
@@ -361,10 +367,11 @@ class _SilentError(Exception):
 
 
 class _Calls:
-    """Many callers' calls over one connection. One thread sends, another reads the answers; each caller waits for its own.
+    """Many callers' calls over one connection. One thread sends, another reads the answers; each caller waits
+    for its own.
 
-    A caller that is interrupted (Ctrl-C) interrupts no message. While the child works it says so every second, so a caller whose
-    answer takes long is told apart from one that waits in vain.
+    A caller that is interrupted (Ctrl-C) interrupts no message. While the child works it says so every
+    second, so a caller whose answer takes long is told apart from one that waits in vain.
     """
 
     def __init__(self, connection: Connection, timeout_s: float | None) -> None:
