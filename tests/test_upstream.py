@@ -54,7 +54,7 @@ class TestNamesOfProcesses:
         monkeypatch.setattr("multiprocessing.current_process", lambda: threading.Thread(name="Renamed"))
         monkeypatch.setattr(taken, "logger", logging.getLogger("tests"))  # vLLM's keeps its lines to itself
         taken._end_with(os.getppid())
-        assert "Renamed is no process of vLLM's that is known" in caplog.text
+        assert "the process Renamed of vLLM is not known" in caplog.text
         caplog.clear()
         taken._end_with(os.getpid())  # an engine in its owner's process
         assert not caplog.text

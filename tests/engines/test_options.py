@@ -859,7 +859,9 @@ class TestEngines:
         del tensors[lost]
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         served = lost.replace("q_proj", "qkv_proj")
-        with pytest.raises(ValueError, match=f"no weights for {served}: they are missing there, or NaN"):
+        with pytest.raises(
+            ValueError, match=f"no weights for {served}: the checkpoint lacks them, or they are NaN"
+        ):
             start_engine(tmp_path, [], dtype="float32", readout=readout)
 
     def test_a_float32_checkpoint_in_16_bits_says_so_whatever_reads_it_out(self, start_engine, path):

@@ -419,7 +419,7 @@ def test_a_tensor_that_the_model_does_not_take_is_an_error_whatever_names_it_ret
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "load_weights", lose_one)
         with pytest.raises(
-            WeightsError, match=rf"no weights for {fused}: they are missing.*Nothing was touched"
+            WeightsError, match=rf"no weights for {fused}: the checkpoint lacks them.*Nothing was touched"
         ):
             push_weights(llm, states[1])
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
@@ -1064,7 +1064,7 @@ def test_pushes_that_fail_pile_nothing_up(owned, states, folders, tmp_path):
         ),
         (
             lambda t: {**t, V: t[V] * math.nan},
-            r"no weights for .*qkv_proj\.weight: they are missing there, or NaN",
+            r"no weights for .*qkv_proj\.weight: the checkpoint lacks them, or they are NaN",
         ),
     ],
 )

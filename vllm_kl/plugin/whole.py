@@ -1,12 +1,16 @@
-"""Every parameter of a model gets its weights when it is loaded, or the load is refused by the parameters' names.
+"""Refuses a load that leaves a parameter of the model without weights, and names the parameter.
 
-That is seen, not believed: parameters are marked with NaN before the load, and no mark may be left. The names that
-``load_weights`` returns are not looked at: a packed parameter (``qkv_proj``) counts as loaded when one of its parts is, and vLLM
-(0.32) exempts every linear layer, the embeddings and the head from its own check of them, so that a checkpoint that lacks
-``lm_head.weight`` is served with whatever was in memory. Buffers and the parameters of quantized models are not marked: those that
-a checkpoint lacks are filled by other means.
+Before the load the parameters are filled with NaN marks. After the load no mark may be left.
 
-Source: ``DefaultModelLoader.track_weights_loading``, ``model_executor/model_loader/default_loader.py``, vLLM 0.32.
+The names that ``load_weights`` returns do not suffice. A packed parameter (``qkv_proj``) counts as loaded
+when one of its parts is. vLLM (0.32) exempts every linear layer, the embeddings and the head from its own
+check, so it serves a checkpoint that lacks ``lm_head.weight`` with the numbers that were in memory.
+
+Buffers and the parameters of quantised models get no marks: if a checkpoint lacks them, vLLM fills them
+otherwise.
+
+Source: ``DefaultModelLoader.track_weights_loading``, ``model_executor/model_loader/default_loader.py``, vLLM
+0.32.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ from typing import Any
 
 import torch
 
-# Parameters of more numbers than this are marked at so many places. Each part that a checkpoint fills is hit: the most parts have
-# the experts' parameters, two for each of at most some hundred experts.
+# Parameters with more than _MARK_ALL numbers get about _NUM_MARKS marks. Every part that a checkpoint fills
+# gets some: parameters of experts have the most parts, two for each of at most some hundred experts.
 _MARK_ALL = 1 << 16
 _NUM_MARKS = 1 << 11
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,7 +31,7 @@ LoadWeights = Callable[[Any, torch.nn.Module, Any], None]
 
 
 def seen_to_be_whole(load_weights: LoadWeights) -> LoadWeights:
-    """Return a loader's ``load_weights`` that raises ``ValueError`` where a parameter is left without weights, with the names."""
+    """Return a ``load_weights`` that raises ``ValueError`` with the names of parameters without weights."""
     if hasattr(load_weights, "is_seen"):
         return load_weights
 
@@ -37,20 +41,20 @@ def seen_to_be_whole(load_weights: LoadWeights) -> LoadWeights:
         load_weights(loader, model, model_config)
         if missing := [name for name, is_missing in _unmark(marks) if is_missing]:
             names = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
-            raise ValueError(f"no weights for {names}: they are missing there, or NaN")
+            raise ValueError(f"no weights for {names}: the checkpoint lacks them, or they are NaN")
 
     load.is_seen = True
     return load
 
 
 def install() -> None:
-    """Look at the models that this process loads from files from here on. Idempotent."""
+    """Check every later load from files in this process. Idempotent."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     DefaultModelLoader.load_weights = seen_to_be_whole(DefaultModelLoader.load_weights)
 
 
-Mark = tuple[str, torch.nn.Parameter, torch.Tensor]  # name, parameter, what stood at its marked places
+Mark = tuple[str, torch.nn.Parameter, torch.Tensor]  # name, parameter, the numbers that the marks replaced
 
 
 def _mark(model: torch.nn.Module) -> Iterator[Mark]:
@@ -62,7 +66,7 @@ def _mark(model: torch.nn.Module) -> Iterator[Mark]:
 
 
 def _unmark(marks: list[Mark]) -> Iterator[tuple[str, bool]]:
-    """Yield every parameter's name, and whether more of it is unwritten than its padding; put back what stood there."""
+    """Yield each parameter's name and whether weights are missing; put the old numbers back into marks."""
     for name, parameter, before in marks:
         places = _places(parameter)
         unwritten = places.isnan()
@@ -73,15 +77,14 @@ def _unmark(marks: list[Mark]) -> Iterator[tuple[str, bool]]:
 
 
 def _places(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return a view of the numbers of a parameter that are marked."""
+    """Return a view of the numbers of a parameter that get marks."""
     data = parameter.data
     if data.numel() <= _MARK_ALL or not data.is_contiguous() or _num_padding(parameter):
         return data
-    return data.view(-1)[
-        :: data.numel() // _NUM_MARKS | 1
-    ]  # odd: rows have even lengths, and all columns are hit
+    step = data.numel() // _NUM_MARKS | 1  # odd: rows have even lengths, so every column gets marks
+    return data.view(-1)[::step]
 
 
 def _num_padding(parameter: torch.nn.Parameter) -> int:
-    """Return how many numbers no checkpoint fills: vLLM's layers of experts say how many it does."""
+    """Return how many numbers of a parameter are padding. vLLM's layers of experts tell how many are not."""
     return parameter.numel() - getattr(parameter, "weight_loader_numel", parameter.numel())
