@@ -678,7 +678,7 @@ def test_an_engine_that_cannot_take_weights_over_is_started_anew_on_them(
         scoring.result(timeout=60)
         assert scorer._engine.pid != first
         assert "served by a new engine" in caplog.text
-        assert "compiled code holds what can only be put in its place" in caplog.text
+        assert "compiled code holds values that can only be replaced, not copied" in caplog.text
         wrong = {**states[1], NORM: torch.full_like(states[1][NORM], torch.nan)}
         with pytest.raises(WeightsError, match="not finite"):
             push_weights(scorer, wrong)
