@@ -119,7 +119,9 @@ def test_a_folder_that_is_not_quantised_as_the_engines_checkpoint_is_refused(
     quantised, policy_path, tmp_path
 ):
     second_model._check_format(quantised, str(quantised))
-    with pytest.raises(ValueError, match=rf"not quantised as it is: {UP} is I8 there, and a float here"):
+    with pytest.raises(
+        ValueError, match=rf"not quantised in the same way: {UP} is I8 there, and a float here"
+    ):
         second_model._check_format(policy_path, str(quantised))
     tensors = load_file(quantised / "model.safetensors")
     del tensors[f"{UP}_scale"]
