@@ -120,13 +120,16 @@ def test_a_folder_that_is_not_quantised_as_the_engines_checkpoint_is_refused(
 ):
     second_model._check_format(quantised, str(quantised))
     with pytest.raises(
-        ValueError, match=rf"not quantised in the same way: {UP} is I8 there, and a float here"
+        ValueError,
+        match=rf"not quantised in the same way: {UP} is I8 in the engine's checkpoint, and a float here",
     ):
         second_model._check_format(policy_path, str(quantised))
     tensors = load_file(quantised / "model.safetensors")
     del tensors[f"{UP}_scale"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{UP}_scale is a float there, and missing here"):
+    with pytest.raises(
+        ValueError, match=rf"{UP}_scale is a float in the engine's checkpoint, and missing here"
+    ):
         second_model._check_format(tmp_path, str(quantised))
 
 

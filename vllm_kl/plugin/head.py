@@ -53,8 +53,8 @@ class Head(Protocol):
     ) -> torch.Tensor:
         """Return ``[N, K + 2 * top_k]`` float32: log-probs of K tokens, then ids and log-probs of the best.
 
-        Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below 2 **
-        24, which float32 holds exactly.
+        Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below
+        2 ** 24, which float32 holds exactly.
         """
         ...
 
