@@ -1,4 +1,4 @@
-"""Which GPUs an engine sees, decided without a GPU and without CUDA; the machine is a fake, the decisions are not."""
+"""Tests which GPUs an engine sees, on a fake machine without a GPU and without CUDA."""
 
 from __future__ import annotations
 

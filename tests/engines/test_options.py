@@ -1,4 +1,4 @@
-"""Engine options, and what a model's config decides: refused before an engine is started, or right against float64."""
+"""Tests engine options and models' configs: each is refused before a start, or right against float64."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ONLY_ELSEWHERE = {
 
 class TestTheTable:
     def test_knows_every_option_of_this_vllm(self):
-        """Fails when vLLM has a new option: read what it does to a prompt's rows, then put it where it belongs."""
+        """Fails when vLLM has a new option. Read what it does to a prompt's rows, then add it to a table."""
         from vllm import EngineArgs
 
         known = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -182,7 +182,7 @@ class TestRefusedBeforeAnEngineIsStarted:
 
 
 class TestValues:
-    """A value counts as what vLLM's pydantic makes of it, and one that changes nothing is not given to vLLM."""
+    """pydantic decides what a value means. A value that changes nothing is not passed to vLLM."""
 
     @pytest.mark.parametrize(
         ("name", "values"),
@@ -348,7 +348,7 @@ class TestFailures:
 
 
 def model_config(**text):
-    """A config as far as memory is concerned: 4 layers of 2 KV heads of 64 in 16 bits, 1 KiB a token and layer."""
+    """A config for memory: 4 layers with 2 KV heads of size 64 in 16 bits, so 1 KiB per token and layer."""
     return SimpleNamespace(
         is_hybrid=False,
         is_attention_free=False,
@@ -499,7 +499,7 @@ class TestWeightsOfTheHub:
         return config
 
     def download(self, *names, cache=None, num_bytes=NUM_BYTES // 2, indexed=SHARDS):
-        """Put files into the cache, as huggingface_hub does: names of a folder for each revision. They hold nothing."""
+        """Put empty files into the cache as huggingface_hub does: one folder for each revision."""
         repository = (cache or self.cache) / f"models--{self.NAME.replace('/', '--')}"
         snapshot = repository / "snapshots" / self.REVISION
         snapshot.mkdir(parents=True, exist_ok=True)
@@ -707,7 +707,7 @@ ALIVE = []  # the child's engines: an engine starts ten times faster beside anot
 
 
 def run_engine(model, given, sequences):
-    """Start an engine; return what it says of itself, and log-probs with the cache and without. Runs in the child."""
+    """Start an engine; return its info, and log-probs with the cache and without it. Runs in the child."""
     from vllm.model_executor.models import registry
 
     from vllm_kl.engines.local import start
@@ -760,7 +760,8 @@ def start_engine(child):
 def assert_right(scored, want):
     for values in scored:
         for got, expected in zip(values, [*want, *[w[-4:] for w in want]], strict=True):
-            # A state adds up its rounding over the whole sequence: Mamba 2's is off by 2e-5 in float32, in transformers too.
+            # A state adds up its rounding over the whole sequence: Mamba 2's is off by 2e-5 in float32, in
+            # transformers too.
             torch.testing.assert_close(
                 torch.from_numpy(got).double(), expected, rtol=0, atol=8 * LOG_PROB_TOLERANCE
             )

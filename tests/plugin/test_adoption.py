@@ -1,4 +1,4 @@
-"""One model takes over from another whatever holds its weights, or was made of them: tensors, numbers, what is made later."""
+"""Tests that a model adopts all weights of another model: tensors, floats, tensors that it makes later."""
 
 from __future__ import annotations
 

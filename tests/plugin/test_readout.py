@@ -237,7 +237,7 @@ class TestPlugin:
 
     @pytest.mark.parametrize("is_known", [False, True])
     def test_an_unknown_vllm_is_left_alone(self, monkeypatch, is_known):
-        """Puts vLLM's own methods back, then loads the plugin: a known vLLM gets hooks, an unknown one gets none."""
+        """Restores vLLM's own methods, then loads the plugin: a known vLLM gets hooks, an unknown none."""
         from vllm import ModelRegistry
         from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
         from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
