@@ -24,7 +24,7 @@ from vllm_kl import VLLMScorer, push_weights
 from vllm_kl.checks import check_requests
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import InputError, OptionError, WeightsError
-from vllm_kl.plugin.text_only import naming_what_is_missing
+from vllm_kl.plugin.text_only import naming_missing_package
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.types import EngineInfo
 from vllm_kl.weights.checkpoint import Skeleton, _auto_class, _names_of_text, _text_name
@@ -268,12 +268,12 @@ def test_a_package_that_a_models_module_wants_is_named(monkeypatch: pytest.Monke
         pytest.raises(
             OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"
         ),
-        naming_what_is_missing(given),
+        naming_missing_package(given),
     ):
         raise ValueError(
             "Value error, Model architectures ['Seeing'] failed to be inspected. Please check the logs"
         )
-    with pytest.raises(ValueError, match="too long"), naming_what_is_missing(given):
+    with pytest.raises(ValueError, match="too long"), naming_missing_package(given):
         raise ValueError("max_model_len is too long")
 
 

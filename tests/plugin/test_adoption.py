@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import adoption, second_model, whole
+from vllm_kl.plugin import adoption, missing_weights, second_model
 from vllm_kl.weights.checkpoint import Skeleton
 
 
@@ -148,10 +148,10 @@ def test_a_part_that_no_checkpoint_fills_is_noticed_wherever_it_lies(shape):
     for axis in range(len(shape)):
         length = max(1, shape[axis] // 512)
         for first in (0, shape[axis] // 2, shape[axis] - length):
-            marks = list(whole._mark(model))
+            marks = list(missing_weights._mark(model))
             data = model.weight.data
             kept = data.narrow(axis, first, length).clone()
             data.zero_()
             data.narrow(axis, first, length).copy_(kept)
-            assert [is_missing for _, is_missing in whole._unmark(marks)] == [True], (axis, first)
+            assert [is_missing for _, is_missing in missing_weights._unmark(marks)] == [True], (axis, first)
             assert not data.isnan().any()

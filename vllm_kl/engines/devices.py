@@ -34,7 +34,7 @@ def has_gpu() -> bool:
             os.environ[_ASK_NVML] = before
 
 
-def seeing(devices: Devices | None, options: dict[str, Any]) -> dict[str, str]:
+def device_environment(devices: Devices | None, options: dict[str, Any]) -> dict[str, str]:
     """Return the environment variables of a process that sees these devices and no others.
 
     Args:
@@ -45,7 +45,7 @@ def seeing(devices: Devices | None, options: dict[str, Any]) -> dict[str, str]:
     Raises:
         OptionError: a device does not exist, or the engine uses another number of devices.
 
-    >>> seeing(None, {})
+    >>> device_environment(None, {})
     {}
     """
     if devices is None:

@@ -34,7 +34,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     from vllm.platforms import current_platform
 
     from vllm_kl.engines.memory import kv_cache_bytes
-    from vllm_kl.plugin.text_only import naming_what_is_missing, text_options
+    from vllm_kl.plugin.text_only import naming_missing_package, text_options
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     options = check_options(options)
@@ -50,7 +50,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     # length.
     _ROPE_DICT.clear()
     given = {**text_options(options), **lora_options(lora_request, options)}
-    with naming_what_is_missing(given):
+    with naming_missing_package(given):
         # vLLM refuses a max_model_len that is too long, and a folder without a model.
         config = EngineArgs(model=model, **{"skip_tokenizer_init": True, **given}).create_model_config()
     _check_model(config)

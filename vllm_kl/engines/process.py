@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.engines.base import OnDone
-from vllm_kl.engines.devices import Devices, has_gpu, seeing
+from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.failures import with_log
 from vllm_kl.engines.packed import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
@@ -102,7 +102,7 @@ class ProcessEngine:
         self._child_options = {
             "start": start,
             "timeout_s": timeout_s,
-            "environment": seeing(devices, options),
+            "environment": device_environment(devices, options),
         }
         self._child = _Child(model, **self._child_options)
         self.info = self._child.info

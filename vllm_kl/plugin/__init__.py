@@ -1,23 +1,23 @@
 """The vLLM plugin: code that runs in every process of a vLLM engine, loaded by ``vllm.general_plugins``.
 
-    register      the entry point: installs the hooks below (this module)
-    allowed       the known versions of vLLM, and the variable that turns the plugin off
-    request       packs what a request asks for into vLLM's parameters
-    models        makes a pooling subclass of any architecture
-    pooler        finds the rows to score in a step's hidden states, and returns one tensor per request
-    head          computes log-probs of rows, by the LM head's matrix or by the model's own ``compute_logits``
-    kernel        sums over the vocabulary without ever making all logits
-    native        the kernel's inner loops on a CPU, compiled if there is a compiler
-    best          keeps the best tokens of each row
-    cap           limits prefix-cache hits of scoring requests
-    weights       loads new weights into a live model, in every worker
-    second_model  loads a second model beside the one that serves
-    adoption      copies the second model's tensors into the one that serves
-    whole         refuses a checkpoint that lacks weights
-    taken         what the plugin does only in engines that this package made or was given
-    cpu           corrects what vLLM's CPU backend computes wrong
-    text_only     loads vision-language models without torchvision
-    adapters      tells which modules a worker wrapped for LoRA
+    register        the entry point: installs the hooks below (this module)
+    allowed         the known versions of vLLM, and the variable that turns the plugin off
+    request         packs what a request asks for into vLLM's parameters
+    models          makes a pooling subclass of any architecture
+    pooler          finds the rows to score in a step's hidden states, and returns one tensor per request
+    head            computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
+    kernel          sums over the vocabulary without ever making all logits
+    native          the kernel's inner loops on a CPU, compiled if there is a compiler
+    best            keeps the best tokens of each row
+    cap             limits prefix-cache hits of scoring requests
+    weights         loads new weights into a live model, in every worker
+    second_model    loads a second model beside the one that serves
+    adoption        copies the second model's tensors into the one that serves
+    missing_weights refuses a checkpoint that lacks weights
+    taken           what the plugin does only in engines that this package made or was given
+    cpu             corrects what vLLM's CPU backend computes wrong
+    text_only       loads vision-language models without torchvision
+    adapters        tells which modules a worker wrapped for LoRA
 
 The plugin changes no engine that this package neither made nor was given, and no request of others.
 """
@@ -42,7 +42,7 @@ def register() -> None:
         return
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, models, taken, text_only, weights, whole
+    from vllm_kl.plugin import adapters, cap, cpu, missing_weights, models, taken, text_only, weights
 
     # An unknown vLLM gets no hook, unless somebody asks for scoring: then enable(), below, warns of its
     # version.
@@ -55,7 +55,7 @@ def register() -> None:
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
         cpu.install()
-        whole.install()
+        missing_weights.install()
 
 
 def enable(base_architecture: str) -> str:
@@ -72,7 +72,7 @@ def enable(base_architecture: str) -> str:
         )
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, models, taken, weights, whole
+    from vllm_kl.plugin import adapters, cap, cpu, missing_weights, models, taken, weights
 
     if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -88,5 +88,5 @@ def enable(base_architecture: str) -> str:
     adapters.install()
     taken.install()
     cpu.install()
-    whole.install()
+    missing_weights.install()
     return models.register(base_architecture)

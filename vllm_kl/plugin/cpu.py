@@ -77,18 +77,18 @@ def install() -> bool:
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     changed = False
-    for owner, name, mended in (
+    for owner, name, corrected in (
         (RotaryEmbedding, "forward_cpu", flattened),
         (CPURouter, "_compute_routing", biased),
     ):
         method = getattr(owner, name)
         if inspect.unwrap(method) is method:
-            setattr(owner, name, mended(method))
+            setattr(owner, name, corrected(method))
             changed = True
     return changed
 
 
-def mend(worker: Any) -> bool:
+def correct(worker: Any) -> bool:
     """Correct a worker's model that exists already; return whether it may have computed wrong KV."""
     changed = install()
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding

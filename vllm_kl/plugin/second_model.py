@@ -6,9 +6,9 @@ a model writes with ``copy_``. It does not update tensors that were made of a we
 product of a tied head, MLA's ``W_UK_T``). A new model has none of these errors, and its load does not change
 the serving model.
 
-:mod:`vllm_kl.plugin.whole` checks that every parameter got weights. A checkpoint for a quantised engine must
-have the tensors of the engine's own checkpoint, with the same kinds of numbers. Otherwise vLLM would copy
-numbers that were never quantised into 8 bits, and keep old scales where the new ones are missing.
+:mod:`vllm_kl.plugin.missing_weights` checks that every parameter got weights. A checkpoint for a quantised
+engine must have the tensors of the engine's own checkpoint, with the same kinds of numbers. Otherwise vLLM
+would copy numbers that were never quantised into 8 bits, and keep old scales where the new ones are missing.
 
 Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loader.py``, vLLM 0.32.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_kl.plugin.whole import seen_to_be_whole
+from vllm_kl.plugin.missing_weights import refusing_missing_weights
 
 
 class CannotLoadBesideError(RuntimeError):
@@ -54,7 +54,7 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     config = _config_of_a_second_model(worker.vllm_config, folder)
     _choose_device(config, worker)
     loader = get_model_loader(config.load_config)
-    load_weights = seen_to_be_whole(type(loader).load_weights)
+    load_weights = refusing_missing_weights(type(loader).load_weights)
 
     def load_or_explain(model: torch.nn.Module, model_config: Any) -> None:
         try:

@@ -46,7 +46,7 @@ def take(worker: Any, owner_pid: int) -> bool:
         return False
     setattr(worker, _IS_TAKEN, True)
     _end_with(owner_pid)
-    return cpu.mend(worker)
+    return cpu.correct(worker)
 
 
 def is_taken(worker: Any) -> bool:

@@ -43,7 +43,7 @@ def text_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def naming_what_is_missing(given: dict[str, Any]) -> Iterator[None]:
+def naming_missing_package(given: dict[str, Any]) -> Iterator[None]:
     """Turn vLLM's error about a model into one that names the missing package: vLLM names it in its log only.
 
     Raises:

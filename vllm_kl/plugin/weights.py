@@ -127,8 +127,8 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
             weights_iterator: Any = None, weights_path: str | None = None, **options: Any
         ) -> Any:
             is_folder = weights_iterator is None and options.get("is_checkpoint_format", True)
-            # If _load_whole() refuses the folder, it has changed nothing.
-            if is_folder and _is_mended(worker) and _load_whole(worker, weights_path):
+            # If _load_as_push() refuses the folder, it has changed nothing.
+            if is_folder and _is_corrected(worker) and _load_as_push(worker, weights_path):
                 loads.append(worker.vllm_config.model_config.model)
                 return None
             loads.append(None)  # now: a load that fails halfway counts, too
@@ -149,11 +149,11 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
     return with_notes
 
 
-def _is_mended(worker: Any) -> bool:
+def _is_corrected(worker: Any) -> bool:
     return worker.device.type == "cpu" and is_taken(worker)
 
 
-def _load_whole(worker: Any, folder: str | None) -> bool:
+def _load_as_push(worker: Any, folder: str | None) -> bool:
     """Load a folder as a push does; return whether that was possible."""
     if prepare(worker, folder):
         discard(worker)

@@ -30,9 +30,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LoadWeights = Callable[[Any, torch.nn.Module, Any], None]
 
 
-def seen_to_be_whole(load_weights: LoadWeights) -> LoadWeights:
+def refusing_missing_weights(load_weights: LoadWeights) -> LoadWeights:
     """Return a ``load_weights`` that raises ``ValueError`` with the names of parameters without weights."""
-    if hasattr(load_weights, "is_seen"):
+    if hasattr(load_weights, "refuses_missing_weights"):
         return load_weights
 
     @functools.wraps(load_weights)
@@ -43,7 +43,7 @@ def seen_to_be_whole(load_weights: LoadWeights) -> LoadWeights:
             names = ", ".join(missing[:5]) + (" and others" if len(missing) > 5 else "")
             raise ValueError(f"no weights for {names}: the checkpoint lacks them, or they are NaN")
 
-    load.is_seen = True
+    load.refuses_missing_weights = True
     return load
 
 
@@ -51,7 +51,7 @@ def install() -> None:
     """Check every later load from files in this process. Idempotent."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    DefaultModelLoader.load_weights = seen_to_be_whole(DefaultModelLoader.load_weights)
+    DefaultModelLoader.load_weights = refusing_missing_weights(DefaultModelLoader.load_weights)
 
 
 Mark = tuple[str, torch.nn.Parameter, torch.Tensor]  # name, parameter, the numbers that the marks replaced
