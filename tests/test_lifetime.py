@@ -276,5 +276,7 @@ def test_an_engine_that_is_nobodys_of_ours_is_left_alone(ref_path, tmp_path):
 
 def test_turned_off_it_cannot_give_an_engine_of_its_own(ref_path, monkeypatch):
     monkeypatch.setenv("VLLMKL_PLUGIN", "0")
-    with pytest.raises(OptionError, match="VLLMKL_PLUGIN=0 turns off what an engine of this package needs"):
+    with pytest.raises(
+        OptionError, match="VLLMKL_PLUGIN=0 turns off the plugin, which an engine of this package needs"
+    ):
         VLLMScorer(str(ref_path), dtype="float32", max_model_len=64)

@@ -54,7 +54,7 @@ class TestNamesOfProcesses:
         monkeypatch.setattr("multiprocessing.current_process", lambda: threading.Thread(name="Renamed"))
         monkeypatch.setattr(taken, "logger", logging.getLogger("tests"))  # vLLM's keeps its lines to itself
         taken._end_with(os.getppid())
-        assert "Renamed is no process of vLLM's that is known" in caplog.text
+        assert "the process Renamed of vLLM is not known" in caplog.text
         caplog.clear()
         taken._end_with(os.getpid())  # an engine in its owner's process
         assert not caplog.text
@@ -206,7 +206,7 @@ class TestTheModel:
 
 class TestLoading:
     def test_the_loader_of_files_loads_through_load_weights(self):
-        """plugin/whole.py puts itself around it. What the model's own ``load_weights`` returns is not looked at there."""
+        """plugin/missing_weights.py puts itself around it. What the model's own ``load_weights`` returns is not looked at there."""
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -218,13 +218,13 @@ class TestLoading:
         assert "self.load_weights(model, model_config)" in source(BaseModelLoader.load_model)
 
     def test_a_model_that_returns_nothing_of_what_it_loaded_is_not_checked_by_vllm(self):
-        """So plugin/whole.py sees to it by marks."""
+        """So plugin/missing_weights.py sees to it by marks."""
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
         assert "loaded_weights is not None" in source(DefaultModelLoader.load_weights)
 
     def test_experts_say_how_much_of_a_parameter_is_padding(self):
-        """plugin/whole.py would take padding for weights that are missing."""
+        """plugin/missing_weights.py would take padding for weights that are missing."""
         from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as experts
 
         assert "w13_weight.weight_loader_numel = " in source(experts.UnquantizedFusedMoEMethod.create_weights)

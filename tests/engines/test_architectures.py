@@ -1,7 +1,8 @@
 """The in-engine read-out against float64, on architectures with all kinds of heads.
 
-All engines start in one child process and end with it. vLLM's transformers backend changes transformers' classes where it
-runs, and an engine that ends destroys its process's groups, also under the engine that other tests share.
+All engines start in one child process and end with it. vLLM's transformers backend changes transformers'
+classes where it runs, and an engine that ends destroys its process's groups, also under the engine that other
+tests share.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ PROMPT = random_ids(0, 64)  # two blocks
 FIRST, SECOND, THIRD = (random_ids(seed, 50) for seed in (1, 2, 3))
 ALIKE = FIRST[:40] + random_ids(4, 10)
 
-# What is scored, from which token on, and how many tokens of it the cache may give: whole blocks before token start - 1.
+# What is scored, from which token on, and how many tokens of it the cache may give: whole blocks before token
+# start - 1.
 BATCH = {
     "first of the group": (PROMPT + FIRST, 64, 0),
     "second": (PROMPT + SECOND, 64, 32),

@@ -1,4 +1,4 @@
-"""Which GPUs an engine sees, decided without a GPU and without CUDA; the machine is a fake, the decisions are not."""
+"""Tests which GPUs an engine sees, on a fake machine without a GPU and without CUDA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from vllm_kl import VLLMScorer
 from vllm_kl.engines import devices, process
-from vllm_kl.engines.devices import has_gpu, seeing
+from vllm_kl.engines.devices import device_environment, has_gpu
 from vllm_kl.errors import OptionError
 
 
@@ -57,7 +57,7 @@ def test_what_the_user_set_is_left_as_it_was(machine, monkeypatch):
 def test_an_engine_sees_the_devices_that_were_named(machine, monkeypatch, given, visible, options, seen):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert seeing(given, options) == {"CUDA_VISIBLE_DEVICES": seen}
+    assert device_environment(given, options) == {"CUDA_VISIBLE_DEVICES": seen}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_engine_sees_the_devices_that_were_named(machine, monkeypatch, given,
 )
 def test_devices_that_are_not_there_or_not_as_many_are_refused(machine, given, options, message):
     with pytest.raises(OptionError, match=message):
-        seeing(given, options)
+        device_environment(given, options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""The in-engine read-out in the ways that vLLM can be run: three processes, preempted requests, quantized weights."""
+"""Tests the pooling read-out with several processes, preempted requests and quantised weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_tensor_parallel_ranks_share_a_head_that_is_more_than_a_matrix(tmp_path)
 
 
 def score_preempted(model: str) -> tuple[int, list[np.ndarray]]:
-    """Preempt every request between its chunks; return how many were, and the values. Runs in a child process."""
+    """Preempt every request between its chunks; return how many were, and the values. Runs in a child."""
     from vllm_kl.engines.local import start
 
     options = {"dtype": "float32", "max_num_batched_tokens": 96, "block_size": 32, **OPTIONS}
@@ -75,7 +75,10 @@ def test_preempted_requests_lose_no_row(ref_path, ref_oracle):
 
 
 def score_after_cancelling(model: str) -> tuple[int, int, list[np.ndarray]]:
-    """Cancel a call in the middle; return what vLLM still has of it, what it still answers, and the next call's values."""
+    """Cancel a call in the middle.
+
+    Returns the requests that vLLM still has, the results that it still returns, and the next call's values.
+    """
     from vllm_kl.engines.local import start
 
     driver = start(
@@ -99,7 +102,7 @@ def test_cancelled_requests_leave_nothing_behind(ref_path, ref_oracle):
 
 
 def peak_of_scoring(model: str, reads: bool) -> int:
-    """Return the peak of this process's memory over a call of 16k scored rows, in bytes; without the read-out if told so."""
+    """Return the peak memory of this process in bytes in a call of 16k rows, with or without read-out."""
     from vllm_kl.engines.local import start
     from vllm_kl.plugin import pooler
 
@@ -133,7 +136,7 @@ def test_the_read_out_adds_less_than_64_mib_to_an_engine(tmp_path):
 
 @pytest.fixture(scope="module")
 def quantized_path(ref_path, tmp_path_factory):
-    """The reference with int8 weights and activations, as compressed-tensors stores them; the LM head stays bfloat16."""
+    """The reference with int8 weights and activations (compressed-tensors), and a bfloat16 LM head."""
     path = tmp_path_factory.mktemp("models") / "int8"
     path.mkdir()
     config = json.loads((ref_path / "config.json").read_text())

@@ -1,7 +1,7 @@
-"""Ids that stand for an image, a video or audio are refused, and a vision-language checkpoint serves its text.
+"""Tests that placeholder ids are refused, and that a vision-language checkpoint serves its text.
 
-The model is a tiny Gemma 3 with its vision tower, in an engine of its own, where no torchvision is installed; the oracle is the
-whole model of transformers in float64.
+The model is a tiny Gemma 3 with its vision tower. torchvision is not installed. The oracle is the whole
+model of transformers in float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_kl import VLLMScorer, push_weights
 from vllm_kl.checks import check_requests
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import InputError, OptionError, WeightsError
-from vllm_kl.plugin.text_only import naming_what_is_missing
+from vllm_kl.plugin.text_only import naming_missing_package
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.types import EngineInfo
 from vllm_kl.weights.checkpoint import Skeleton, _auto_class, _names_of_text, _text_name
@@ -55,7 +55,10 @@ def test_a_vision_language_checkpoint_scores_text_as_the_whole_model_does(scorer
 
 
 def test_an_id_that_stands_for_an_image_is_refused_wherever_it_lies(scorer: VLLMScorer):
-    expected = r"sequence 1, token 3: id 5 is the model's placeholder for an image \(image_token_index\).*2 such tokens"
+    expected = (
+        r"sequence 1, token 3: id 5 is the model's placeholder for an image "
+        r"\(image_token_index\).*2 such tokens"
+    )
     with pytest.raises(InputError, match=expected):
         scorer.score([SEQUENCES[0], WITH_IMAGE], start=[1, 6])
     with pytest.raises(InputError, match=r"sequence 0, token 2: id 5 .*placeholders='as_text'"):
@@ -265,12 +268,12 @@ def test_a_package_that_a_models_module_wants_is_named(monkeypatch: pytest.Monke
         pytest.raises(
             OptionError, match=f"vLLM's Seeing needs timm, which is not installed. Install it{cure}$"
         ),
-        naming_what_is_missing(given),
+        naming_missing_package(given),
     ):
         raise ValueError(
             "Value error, Model architectures ['Seeing'] failed to be inspected. Please check the logs"
         )
-    with pytest.raises(ValueError, match="too long"), naming_what_is_missing(given):
+    with pytest.raises(ValueError, match="too long"), naming_missing_package(given):
         raise ValueError("max_model_len is too long")
 
 
@@ -287,8 +290,9 @@ def test_vllm_imports_its_vision_models_where_torchvision_is_missing():
         "import sys\n"
         "from vllm_kl.plugin import text_only; text_only.enable()\n"
         "from vllm import ModelRegistry\n"
-        "for name in ('Gemma3ForConditionalGeneration', 'Qwen2_5_VLForConditionalGeneration', 'LlavaForConditionalGeneration',\n"
-        "             'Llama4ForConditionalGeneration', 'InternVLChatModel', 'Mistral3ForConditionalGeneration'):\n"
+        "for name in ('Gemma3ForConditionalGeneration', 'Qwen2_5_VLForConditionalGeneration',\n"
+        "             'LlavaForConditionalGeneration', 'Llama4ForConditionalGeneration',\n"
+        "             'InternVLChatModel', 'Mistral3ForConditionalGeneration'):\n"
         "    ModelRegistry.models[name].load_model_cls()\n"
         "import transformers\n"
         "print('torchvision:', transformers.utils.is_torchvision_available())\n"

@@ -1,4 +1,4 @@
-"""One model takes over from another whatever holds its weights, or was made of them: tensors, numbers, what is made later."""
+"""Tests that a model adopts all weights of another model: tensors, floats, tensors that it makes later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import adoption, second_model, whole
+from vllm_kl.plugin import adoption, missing_weights, second_model
 from vllm_kl.weights.checkpoint import Skeleton
 
 
@@ -119,12 +119,17 @@ def test_a_folder_that_is_not_quantised_as_the_engines_checkpoint_is_refused(
     quantised, policy_path, tmp_path
 ):
     second_model._check_format(quantised, str(quantised))
-    with pytest.raises(ValueError, match=rf"not quantised as it is: {UP} is I8 there, and a float here"):
+    with pytest.raises(
+        ValueError,
+        match=rf"not quantised in the same way: {UP} is I8 in the engine's checkpoint, and a float here",
+    ):
         second_model._check_format(policy_path, str(quantised))
     tensors = load_file(quantised / "model.safetensors")
     del tensors[f"{UP}_scale"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"{UP}_scale is a float there, and missing here"):
+    with pytest.raises(
+        ValueError, match=rf"{UP}_scale is a float in the engine's checkpoint, and missing here"
+    ):
         second_model._check_format(tmp_path, str(quantised))
 
 
@@ -143,10 +148,10 @@ def test_a_part_that_no_checkpoint_fills_is_noticed_wherever_it_lies(shape):
     for axis in range(len(shape)):
         length = max(1, shape[axis] // 512)
         for first in (0, shape[axis] // 2, shape[axis] - length):
-            marks = list(whole._mark(model))
+            marks = list(missing_weights._mark(model))
             data = model.weight.data
             kept = data.narrow(axis, first, length).clone()
             data.zero_()
             data.narrow(axis, first, length).copy_(kept)
-            assert [is_missing for _, is_missing in whole._unmark(marks)] == [True], (axis, first)
+            assert [is_missing for _, is_missing in missing_weights._unmark(marks)] == [True], (axis, first)
             assert not data.isnan().any()

@@ -1,4 +1,4 @@
-"""What vLLM's CPU backend computes wrong, and that it is mended where an engine is ours. Fails when upstream has mended it."""
+"""Tests the corrections of vLLM's CPU backend in taken engines. Fails when upstream has corrected one."""
 
 from __future__ import annotations
 

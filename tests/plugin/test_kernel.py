@@ -16,7 +16,7 @@ from vllm_kl.plugin.best import Best
 
 @pytest.fixture(params=["own", "widened", "gpu"])
 def products(request, monkeypatch):
-    """How 16-bit matrices are multiplied: as they are, where oneDNN can; widened, where it cannot; or the code of a GPU."""
+    """Multiplies 16-bit matrices directly (oneDNN), or widened to float32, or with the code for a GPU."""
     monkeypatch.setattr(
         kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32
     )
@@ -26,7 +26,7 @@ def products(request, monkeypatch):
 
 
 def run_the_code_of_a_gpu(monkeypatch):
-    """With cuBLAS's product of 16-bit matrices, which sums in float32, as a product of widened ones; in small slices."""
+    """Runs the GPU's code with small slices. A product of widened matrices stands for cuBLAS's."""
     monkeypatch.setattr(kernel, "_CUDA_TILE", 1 << 14)
     monkeypatch.setattr(kernel, "_mm_float32", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
     monkeypatch.setattr(
@@ -269,7 +269,8 @@ from vllm_kl.plugin.best import Best
 kernel._CUDA_TILE = 1 << 11
 torch._dynamo.config.error_on_recompile = True
 with torch.inference_mode():
-    for num_rows, vocab_size, scale in [(512, 5000, 1.4), (300, 3000, 2.0), (2, 1025, 1.0), (1, 3000, 1.4), (40, 7, 14.0)]:
+    shapes = [(512, 5000, 1.4), (300, 3000, 2.0), (2, 1025, 1.0), (1, 3000, 1.4), (40, 7, 14.0)]
+    for num_rows, vocab_size, scale in shapes:
         hidden, weight = torch.randn(num_rows, 32), torch.randn(vocab_size, 32) / 4
         want = (hidden.double() @ weight.double().T * scale).exp2().sum(1).log2()
         for best in (None, Best.of(num_rows, 7, hidden.device)):
@@ -297,7 +298,7 @@ class TestMemory:
         [(64, 152_000, "[4096] * 4"), (512, 20_000, "kernel._HEIGHTS"), (4096, 4_000, "[64, 512, 500]")],
     )
     def test_a_read_out_takes_less_than_64_mib(self, products, hidden_size, vocab_size, heights):
-        """At a vocabulary of 152k, at every height of a block, at every size of a model; best tokens and padding too."""
+        """Covers a vocabulary of 152k, all heights of a block, best tokens and padding."""
         if products == "own" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             pytest.skip("this CPU widens bfloat16 matrices: needs AVX-512 or AMX")
         script = f"""
@@ -307,7 +308,8 @@ def peak_kib():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 hidden = torch.randn(4096, {hidden_size}).bfloat16()
 weight = torch.randn({vocab_size}, {hidden_size}).bfloat16() * {3 / hidden_size**0.5}
-torch.mm(hidden[:64], weight[:64].T), torch.mm(hidden[:64].float(), weight[:64].float().T)  # the libraries' own memory
+# The libraries' own memory.
+torch.mm(hidden[:64], weight[:64].T), torch.mm(hidden[:64].float(), weight[:64].float().T)
 kernel.product_dtype = lambda dtype: {"dtype" if products == "own" else "torch.float32"}
 native.token_logits(hidden[:1], weight, torch.zeros(1, 1, dtype=torch.long))
 open("/proc/self/clear_refs", "w").write("5")  # the peak is what is used now

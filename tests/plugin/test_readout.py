@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from vllm_kl import VLLMScorer, errors, plugin
 from vllm_kl.checks import check_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.local import _Blocking
-from vllm_kl.plugin import cap, models
+from vllm_kl.plugin import allowed, cap, models, text_only
 from vllm_kl.plugin.request import KEY, Readout, pack, unpack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
@@ -233,12 +235,43 @@ class TestPlugin:
         assert [lookup(None, ours), lookup(None, ours, 99), lookup(None, ours, 20)] == [39, 39, 20]
         assert [lookup(None, theirs), lookup(None, theirs, 20)] == [99, 20]
 
-    def test_an_unknown_vllm_is_left_alone(self, monkeypatch):
-        from vllm_kl.plugin import allowed
+    @pytest.mark.parametrize("is_known", [False, True])
+    def test_an_unknown_vllm_is_left_alone(self, monkeypatch, is_known):
+        """Restores vLLM's own methods, then loads the plugin: a known vLLM gets hooks, an unknown none."""
+        from vllm import ModelRegistry
+        from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+        from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+        from vllm.v1.worker.worker_base import WorkerBase
 
-        monkeypatch.setattr(allowed, "KNOWN_VLLM", allowed.SpecifierSet("<0.1"))
-        monkeypatch.setattr(cap, "install", lambda: pytest.fail("patched"))
+        hooked = {
+            KVCacheManager: "get_computed_blocks",
+            WorkerBase: "__init__",
+            DefaultModelLoader: "load_weights",
+            RotaryEmbedding: "forward_cpu",
+            CPURouter: "_compute_routing",
+        }
+        for owner, name in hooked.items():
+            monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+        for name in [name for name in vars(WorkerBase) if name.startswith("vllm_kl")]:
+            monkeypatch.delattr(WorkerBase, name)
+        for variable in (plugin.ARCHITECTURES, text_only.TEXT_ONLY):  # no owner of an engine asks for more
+            monkeypatch.delenv(variable, raising=False)
+        if not is_known:
+            monkeypatch.setattr(allowed, "KNOWN_VLLM", allowed.SpecifierSet("<0.1"))
+
+        def state():
+            return (
+                [dict(vars(owner)) for owner in hooked],
+                ModelRegistry.get_supported_archs(),
+                sys.meta_path[:],
+            )
+
+        before = state()
         plugin.register()
+        assert (state() != before) == is_known
+        assert cap.is_installed() == is_known
 
     def test_an_unknown_name_is_no_scoring_class(self):
         with pytest.raises(AttributeError):

@@ -243,7 +243,7 @@ class TestWhatIsRecorded:
         )
         for engine in (elsewhere, engines["raw"]):
             with pytest.raises(
-                ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make it without"
+                ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make the engine without"
             ):
                 GenerateEngine(engine, generate=lambda: None)
 

@@ -1,10 +1,17 @@
 """The main program of an owned engine's process: ``python -m vllm_kl.engines._child FD OWNER_PID``.
 
-Reads ``(call_id, kind, body)`` from the connection: "start" once, then "score" and "cancel", and the exclusive calls "load",
-"sleep", "wake_up" and "score alone", which begin when all calls before them are finished and let no later one overtake them;
-"started with", and the questions "weights" and "next version".
-Answers with the same triple: "info", "results" of every step that finished some, "done", or "error"; and says "alive" where
-steps finish nothing for a second. It ends with its owner; see :mod:`vllm_kl.engines.process`.
+The child reads calls ``(call_id, kind, body)`` from the connection:
+
+    start                     once, first
+    score, cancel             requests of several "score" calls share batches
+    load, sleep, wake_up      exclusive: starts when all earlier calls are finished, and blocks all later ones
+    score alone               exclusive, too
+    started with              names the checkpoint and the version that the engine was started with
+    weights, next version     questions about the weights
+
+The child answers with the same triple: "info"; "results" after every step that finished requests; "done";
+"error". It sends "alive" when it has sent nothing for a second. It ends with its owner: see
+:mod:`vllm_kl.engines.process`.
 """
 
 from __future__ import annotations
@@ -29,16 +36,16 @@ from vllm_kl.types import ScoreRequest
 from vllm_kl.weights.checkpoint import Checkpoint
 
 _SIGN_OF_LIFE_S = 1.0
-_NOBODY = -1  # no call's id
+_NO_CALL = -1  # the id in messages that answer no call
 _EXCLUSIVE = frozenset({"start", "load", "sleep", "wake_up", "score alone"})
 
 
 def _kill_group() -> None:
-    os.killpg(0, signal.SIGKILL)  # vLLM's own processes, if it started any, are in this group
+    os.killpg(0, signal.SIGKILL)  # the group of this process holds every process that vLLM started
 
 
 def _as_answer(error: Exception) -> Exception:
-    """Return an exception that the owner can unpickle and that tells what happened."""
+    """Return the error as one that the owner can unpickle; log the traceback of a foreign error."""
     if isinstance(error, VLLMKLError):
         return error
     text = "".join(traceback.format_exception_only(error)).strip()
@@ -47,34 +54,32 @@ def _as_answer(error: Exception) -> Exception:
 
 
 class _Server:
-    """Serves one connection: takes calls between the steps of the engine, so that concurrent callers share batches."""
+    """Serves one connection. It reads calls between two engine steps, so concurrent callers share batches."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._driver: Any = None
-        self._calls: dict[int, set[int]] = {}  # call -> its requests that are not finished
-        self._held: deque[tuple[int, str, Any]] = (
-            deque()
-        )  # calls that wait behind an exclusive one, itself first
-        self._said = time.monotonic()
+        self._calls: dict[int, set[int]] = {}  # call id -> its unfinished requests
+        self._held: deque[tuple[int, str, Any]] = deque()  # an exclusive call that waits, and all later calls
+        self._last_sent = time.monotonic()
 
     def run(self) -> None:
         while True:
-            self._take_held()  # first: what an exclusive call held back must not wait for the next message
+            self._dispatch_held()  # first: a held call must not wait until the next message comes
             while self._connection.poll(0 if self._calls else None):
                 call = self._connection.recv()
                 if call[1] == "cancel":
-                    self._take(*call)
+                    self._dispatch(*call)
                 else:
                     self._held.append(call)
-                self._take_held()
+                self._dispatch_held()
             self._step()
 
-    def _take_held(self) -> None:
+    def _dispatch_held(self) -> None:
         while self._held and not (self._calls and self._held[0][1] in _EXCLUSIVE):
-            self._take(*self._held.popleft())
+            self._dispatch(*self._held.popleft())
 
-    def _take(self, call_id: int, kind: str, body: Any) -> None:
+    def _dispatch(self, call_id: int, kind: str, body: Any) -> None:
         if kind not in ("score", "cancel"):
             try:
                 answer = getattr(self, "_" + kind.replace(" ", "_"))(**body)
@@ -132,16 +137,16 @@ class _Server:
         try:
             for (call_id, n), result in self._driver.step():
                 if call_id not in self._calls:
-                    continue  # failed, by another of its requests
+                    continue  # another request of this call failed
                 if isinstance(result, Exception):
                     self._answer(call_id, "error", result)
-                    self._take(call_id, "cancel", None)
+                    self._dispatch(call_id, "cancel", None)
                     finished.pop(call_id, None)
                     continue
                 finished[call_id].append((n, result))
                 self._calls[call_id].remove(n)
         except Exception as error:
-            # The engine's state is unknown: nobody may use it again.
+            # The engine's state is unknown, so the process ends.
             for call_id in self._calls:
                 self._answer(call_id, "error", _as_answer(error))
             raise
@@ -150,11 +155,11 @@ class _Server:
             self._answer(call_id, "results", (numbers, pack(carriers)))
             if not self._calls[call_id]:
                 del self._calls[call_id]
-        if time.monotonic() > self._said + _SIGN_OF_LIFE_S:
-            self._answer(_NOBODY, "alive", None)
+        if time.monotonic() > self._last_sent + _SIGN_OF_LIFE_S:
+            self._answer(_NO_CALL, "alive", None)
 
     def _answer(self, call_id: int, kind: str, body: Any) -> None:
-        self._said = time.monotonic()
+        self._last_sent = time.monotonic()
         self._connection.send_bytes(pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL))
 
 
@@ -163,11 +168,10 @@ def main(fd: int, owner_pid: int) -> None:
     try:
         _Server(Connection(fd)).run()
     except (EOFError, OSError):
-        time.sleep(
-            0.2
-        )  # the owner closed the connection: if it was killed, its other files are closed by then
+        # The owner closed the connection. If it was killed, its other files are closed a moment later.
+        time.sleep(0.2)
     except BaseException:
-        traceback.print_exc()  # below, nothing is left that could
+        traceback.print_exc()  # now: this process is killed below
     finally:
         sys.stderr.flush()
         remove_orphans()

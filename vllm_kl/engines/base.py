@@ -1,7 +1,8 @@
-"""The seams between :class:`~vllm_kl.VLLMScorer` and whatever computes the log-probs.
+"""Defines the two interfaces between :class:`~vllm_kl.VLLMScorer` and the engines that compute log-probs.
 
-An engine gets requests that were already checked, and returns one result per request, in their order. It knows
-nothing of batches, masks or tensordicts. A new read-out is a new class here, nothing else.
+The scorer checks the requests. An engine returns one result per request, in the order of the requests. An
+engine knows nothing of batches, masks or tensordicts: a new read-out needs one new class with one of these
+interfaces.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Protocol
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.live import Weights
 
-OnDone = Callable[[int], None]  # told how many more requests are done
+OnDone = Callable[[int], None]  # gets the number of requests that finished since its last call
 
 
 class Engine(Protocol):
-    """What the scorer asks of an engine."""
+    """An engine as the scorer sees it."""
 
     info: EngineInfo
-    weights: Weights | None  # None: nothing is known of them, and they cannot be changed from here
+    weights: Weights | None  # None: the engine's weights can be neither asked for nor changed
 
     def score(
         self,
@@ -29,40 +30,44 @@ class Engine(Protocol):
         on_done: OnDone | None = None,
         alone: bool = False,
     ) -> list[ScoreResult]:
-        """Return one result per request, in their order.
+        """Return one result per request, in the order of the requests. A row without a log-prob is NaN.
 
-        ``share_prefix`` allows reading the prefix cache; results must not depend on it beyond rounding. ``alone`` keeps
-        other callers' requests out of the batches: the same requests then give the same bits.
-        A row the engine has no number for is NaN.
+        Args:
+            share_prefix: the engine may read its prefix cache. This changes log-probs by rounding only.
+            on_done: see :data:`OnDone`.
+            alone: no batch holds requests of other callers, so equal calls give equal bits.
         """
         ...
 
     def close(self) -> None:
-        """Give everything back; safe to call twice. An engine that somebody else owns is left running."""
+        """End an engine that the scorer owns; leave any other engine running. Safe to call twice."""
         ...
 
 
 class Driver(Protocol):
-    """An engine that is fed and stepped: what runs in an owned engine's process. Callers share its batches."""
+    """An engine as its own process sees it: a loop submits requests and runs steps. Callers share batches."""
 
     info: EngineInfo
     weights: Weights
 
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:
-        """Take a request. Nothing is computed yet."""
+        """Queue a request. Nothing is computed yet."""
         ...
 
     def step(self) -> list[tuple[Hashable, ScoreResult | Exception]]:
-        """Compute one batch; return what it finished, and what failed alone. What raises leaves no engine to use."""
+        """Compute one batch; return its finished requests, each with a result or an error.
+
+        An exception that this raises means that the whole engine failed.
+        """
         ...
 
     def cancel(self, keys: Sequence[Hashable]) -> None:
-        """Drop requests that nobody waits for; those already finished are ignored."""
+        """Drop requests. Requests that are already finished are ignored."""
         ...
 
 
 def drive(driver: Driver, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
-    """Score with a driver that nobody else feeds: one result per request, in their order."""
+    """Return one result per request, in order, from a driver that nothing else uses."""
     for n, request in enumerate(requests):
         driver.submit(n, request, share_prefix=share_prefix)
     results: dict[Hashable, ScoreResult] = {}

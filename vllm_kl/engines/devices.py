@@ -1,7 +1,8 @@
-"""Which GPUs an engine's process sees.
+"""Chooses the GPUs that an engine's process sees.
 
-Nothing here makes the caller initialise CUDA: vLLM starts the processes of a ``vllm.LLM`` by fork where it can, and a fork of a
-process that has initialised CUDA cannot use it. So NVML is asked, the driver's own library.
+Nothing here initialises CUDA in the caller's process. vLLM forks to start the processes of a ``vllm.LLM``
+where it can, and a fork of a process that has initialised CUDA cannot use CUDA. So torch asks NVML, the
+driver's own library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vllm_kl.errors import OptionError
 
 Devices = int | str | Sequence[int | str]
 
-_ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch's
+_ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # read by torch
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -33,17 +34,18 @@ def has_gpu() -> bool:
             os.environ[_ASK_NVML] = before
 
 
-def seeing(devices: Devices | None, options: dict[str, Any]) -> dict[str, str]:
+def device_environment(devices: Devices | None, options: dict[str, Any]) -> dict[str, str]:
     """Return the environment variables of a process that sees these devices and no others.
 
     Args:
-        devices: indices among those that this process sees (``CUDA_VISIBLE_DEVICES``, which Ray sets), or UUIDs; ``None``: all.
-        options: of the engine: how many devices it uses.
+        devices: indices among the devices that this process sees (Ray sets ``CUDA_VISIBLE_DEVICES``), or
+            UUIDs; ``None``: all.
+        options: the engine's options, which say how many devices it uses.
 
     Raises:
-        OptionError: there is no such device, or the engine uses another number of them.
+        OptionError: a device does not exist, or the engine uses another number of devices.
 
-    >>> seeing(None, {})
+    >>> device_environment(None, {})
     {}
     """
     if devices is None:
@@ -54,8 +56,8 @@ def seeing(devices: Devices | None, options: dict[str, Any]) -> dict[str, str]:
     num_used = int(options.get("tensor_parallel_size") or 1) * int(options.get("pipeline_parallel_size") or 1)
     if len(set(named)) != len(named) or len(named) != num_used:
         raise OptionError(
-            f"devices={devices!r} must name {num_used} different devices, as many as the engine uses: tensor_parallel_size times "
-            "pipeline_parallel_size"
+            f"devices={devices!r} must name {num_used} different devices, as many as the engine uses: "
+            "tensor_parallel_size times pipeline_parallel_size"
         )
     ours = os.environ.get(_VISIBLE)
     mine = list(map(str, range(torch.cuda.device_count()))) if ours is None else ours.split(",")
@@ -67,6 +69,7 @@ def _name(device: int | str, mine: list[str]) -> str:
         return device
     if not 0 <= int(device) < len(mine):
         raise OptionError(
-            f"devices names device {device}, but this process sees {len(mine)} ({_VISIBLE}={','.join(mine)}), counted from 0"
+            f"devices names device {device}, but this process sees {len(mine)} "
+            f"({_VISIBLE}={','.join(mine)}), counted from 0"
         )
     return mine[int(device)]

@@ -1,17 +1,21 @@
-"""The read-outs of an engine that generates, through vLLM's public API: ``token_ids`` and ``flat``.
+"""Scores with an engine that generates, through vLLM's public API. There are two read-outs.
 
-``token_ids`` asks for the log-probs of given tokens at given rows (``prompt_logprob_token_ids``): a tensor per request,
-and the LM head on those rows only. It needs vLLM's V2 model runner, which needs a GPU.
+``token_ids`` asks for the log-probs of given tokens at given rows (``prompt_logprob_token_ids``). vLLM
+returns one tensor per request and computes the LM head on those rows only. It needs vLLM's V2 model runner,
+which needs a GPU.
 
-``flat`` works with every engine on every platform. It asks for ``prompt_logprobs=0`` (the token itself, no ranks),
-``flat_logprobs=True`` (no object per token) and ``detokenize=False``.
+``flat`` works with every engine on every platform. It asks for ``prompt_logprobs=0`` (the log-prob of the
+token itself, no ranks), ``flat_logprobs=True`` (no Python object per token) and ``detokenize=False``.
 
-A cache hit that reaches past row ``start - 1`` hides rows. With the plugin's cap in the engine's process there is none;
-where there is no cap, ``token_ids`` returns ``None``, and ``flat`` has rows without a value: uninitialised memory on the V1
-runner (``v1/worker/gpu_model_runner.py``, 0.32), left out on V2. So a result is accepted only if its hit ends at or before
-row ``start - 1``; other requests are sent again without the cache. A salt per call keeps hits inside the call: the cache of
-an engine that also generates holds whole responses, and may hold KV of older weights, or of an adapter that was loaded in the
-place of another (vLLM hashes an adapter's name and path, not its weights).
+A prefix-cache hit that reaches past row ``start - 1`` hides rows that must be scored. The plugin's cap
+prevents such hits. An engine without the cap returns ``None`` for ``token_ids``. For ``flat`` it returns
+uninitialised memory in the hidden rows on the V1 runner (``v1/worker/gpu_model_runner.py``, 0.32), and leaves
+these rows out on the V2 runner. So a result is accepted only if its hit ends at or before row ``start - 1``.
+Every other request is sent again without the cache.
+
+Each call has its own cache salt, so a call hits only KV that it computed itself. The cache of an engine that
+also generates holds whole responses. It may also hold KV of older weights, or of an adapter that was
+replaced: vLLM hashes an adapter's name and path, not its weights.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,24 +43,27 @@ from vllm_kl.weights.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.weights.live import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
 
-DUMMY = "load_format='dummy': the weights are random numbers"  # what a user must know of it
+DUMMY = "load_format='dummy': the weights are random numbers"  # a note for the user
 
 
 class GenerateEngine:
     """Scores with ``generate(prompts, sampling_params)`` of a live engine.
 
     Args:
-        engine: a ``vllm.LLM``, or anything whose ``generate`` takes token prompts and sampling parameters and returns
-            vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``). Threads that score with one ``vllm.LLM`` take
-            turns; vLLM itself does not allow generating with it at the same time.
-        generate: used instead of ``engine.generate`` (a policy's own call, which names the policy's adapter itself).
+        engine: a ``vllm.LLM``, or an object whose ``generate`` takes token prompts and sampling parameters
+            and returns vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``). Threads that score with
+            one ``vllm.LLM`` take turns. vLLM itself does not allow another thread to generate with it at that
+            time.
+        generate: is called instead of ``engine.generate``: a policy's own call, which passes the policy's
+            adapter.
         readout: ``"token_ids"``, ``"flat"`` or ``"auto"``.
-        lora_request: the adapter whose log-probs these are, a ``vllm.lora.request.LoRARequest``; ``None`` is the base
-            model, or, where ``generate`` is given, whatever that asks for.
+        lora_request: the adapter to score with, a ``vllm.lora.request.LoRARequest``. ``None`` is the base
+            model, or the adapter that ``generate`` passes.
 
     Raises:
-        ReadoutUnavailableError: this engine cannot do ``readout``, takes no adapters, or has an LM head wrapped for them.
-        WeightsError: the engine would not serve the adapter as it is written.
+        ReadoutUnavailableError: the engine cannot do ``readout``, takes no adapters, or wrapped its LM head
+            for them.
+        WeightsError: the engine would serve the adapter otherwise than it is written.
     """
 
     def __init__(
@@ -70,62 +77,16 @@ class GenerateEngine:
         self._generate = generate or engine.generate
         self._names_adapter = generate is None
         self._lora_request = lora_request
-        llm_engine = getattr(engine, "llm_engine", None)
-        self._llm_engine = llm_engine
-        reason = _why_not_token_ids(llm_engine)
-        if readout == "pooling":
-            raise ReadoutUnavailableError(
-                "readout='pooling' is not available on an engine that generates: its model has no pooler. Pass a path to "
-                "VLLMScorer, or use 'auto'"
-            )
-        if readout == "token_ids" and reason:
-            raise ReadoutUnavailableError(
-                f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'"
-            )
-        config = getattr(llm_engine, "model_config", None)
-        mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
-        if not mode.endswith("logprobs"):
-            raise ReadoutUnavailableError(
-                f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. Make it with "
-                "'raw_logprobs', vLLM's default"
-            )
-        # V1's runner (0.32) asserts that nobody asks for prompt log-probs there, which ends the engine.
-        if _made_with(engine, "cache_config", "kv_sharing_fast_prefill"):
-            raise ReadoutUnavailableError(
-                "this engine was made with kv_sharing_fast_prefill=True: it computes the last row of a prompt only, and would end "
-                "where more are asked for. Make it without"
-            )
-        if llm_engine is not None:
-            check_adapter(llm_engine, lora_request)
-        elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
-            check_engine_args(engine.engine_args, lora_request)
-        # ``vllm.LLM.generate`` steps until its engine is idle and returns whatever finished: two threads at a time would get
-        # each other's results.
+        self._llm_engine = llm_engine = getattr(engine, "llm_engine", None)
+        name = _choose_readout(llm_engine, readout)
+        self._readout = _TokenIds() if name == "token_ids" else _Flat()
+        _check_returns_log_probs(engine)
+        _check_adapter(engine, lora_request)
+        # ``vllm.LLM.generate`` steps until its engine is idle, and returns all finished requests. Two threads
+        # that call it at the same time would get each other's results.
         self._lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
         self.weights = None if llm_engine is None else LiveWeights(llm_engine)
-        max_logprobs = getattr(config, "max_logprobs", -1)
-        is_token_ids = readout != "flat" and not reason
-        placeholders = placeholder_ids(_hf_config(engine))
-        text = getattr(config, "hf_text_config", None)
-        side = None if config is None else side_in(llm_engine)
-        notes = () if side is None else (note_on(text, config.max_model_len, side),)
-        if _made_with(engine, "load_config", "load_format") == "dummy":
-            notes = (*notes, DUMMY)
-        self.info = EngineInfo(
-            readout="token_ids" if is_token_ids else "flat",
-            vocab_size=None if config is None else config.get_vocab_size(),
-            # An engine that generates refuses a prompt of max_model_len: it must have room for one more token.
-            max_sequence_len=None
-            if config is None
-            # Beyond "dynamic" RoPE's length vLLM has no positions (see engines/local.py).
-            else min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len),
-            can=frozenset({"ids"}) if is_token_ids else frozenset(),
-            max_ids=None if max_logprobs < 0 else max_logprobs - 1,  # the token itself is one of vLLM's limit
-            placeholders=placeholders,
-            notes=(*notes_on(config, placeholders), *notes),
-            length_side=side,
-        )
-        self._readout = _TokenIds() if is_token_ids else _Flat()
+        self.info = _info(engine, name)
 
     def score(
         self,
@@ -135,7 +96,7 @@ class GenerateEngine:
         on_done: OnDone | None = None,
         alone: bool = False,
     ) -> list[ScoreResult]:
-        with self._lock, self._leaving_nothing():  # always alone
+        with self._lock, self._without_leftovers():  # a call is always alone
             results = self._score(requests, share_prefix, on_done)
             if self.weights is None:
                 return results
@@ -166,19 +127,22 @@ class GenerateEngine:
         return ScoreResult(values=self._readout.read(output, request), weight_version=version, **figures)
 
     @contextlib.contextmanager
-    def _leaving_nothing(self) -> Iterator[None]:
-        """Take back what an interrupted call (Ctrl-C) added: ``vllm.LLM`` gives its next caller the outputs of all requests.
+    def _without_leftovers(self) -> Iterator[None]:
+        """Abort the requests of a call that is interrupted (Ctrl-C).
+
+        Otherwise ``vllm.LLM`` would return their outputs to its next caller.
 
         Raises:
-            EngineError: somebody else's interrupted call left requests.
+            EngineError: the engine has unfinished requests of another call.
         """
         if self._llm_engine is None:
             yield
             return
         if num := self._llm_engine.get_num_unfinished_requests():
             raise EngineError(
-                f"the vllm.LLM has {num} unfinished requests, left by a call of generate() that was interrupted, or of another "
-                "thread: its next call returns their outputs too. End them (llm.llm_engine.abort_request), or make a new engine"
+                f"the vllm.LLM has {num} unfinished requests of an interrupted generate() call or of "
+                "another thread. Its next call would return their outputs, too.\nAbort them "
+                "(llm.llm_engine.abort_request), or make a new engine"
             )
         try:
             yield
@@ -189,17 +153,17 @@ class GenerateEngine:
             raise
 
     def close(self) -> None:
-        """Nothing to give back: the engine belongs to somebody else."""
+        """Do nothing: the caller owns the engine."""
 
     def _send(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
         try:
-            return self._of_the_adapter(self._ask(requests, read_cache))
-        except ValueError as error:  # what vLLM refuses; its engine goes on
+            return self._checked_adapter(self._generate_once(requests, read_cache))
+        except ValueError as error:  # vLLM refuses a request; the engine goes on
             if isinstance(error, VLLMKLError):
                 raise
             raise EngineError(f"vLLM refused: {error}") from error
 
-    def _ask(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
+    def _generate_once(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -214,40 +178,57 @@ class GenerateEngine:
         salt = uuid.uuid4().hex
         prompts = [TokensPrompt(prompt_token_ids=r.token_ids.tolist(), cache_salt=salt) for r in requests]
         adapter = {"lora_request": self._lora_request} if self._names_adapter else {}
-        if self._llm_engine is None:  # takes one set of parameters for all
+        if self._llm_engine is None:  # it takes one set of parameters for all prompts
             adapter = adapter if self._lora_request is not None else {}
             return self._generate(prompts, SamplingParams(**common, **self._readout.params(None)), **adapter)
         params = [
             SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
             for r in requests
         ]
-        # Without use_tqdm=False a vllm.LLM shows a progress bar. None is passed, too: somebody may have bound another.
+        # use_tqdm=False: no progress bar. lora_request=None is passed, too: ``generate`` may be a partial
+        # with another.
         return self._generate(prompts, params, use_tqdm=False, **adapter)
 
-    def _of_the_adapter(self, outputs: list[Any]) -> list[Any]:
-        """Return the outputs, or refuse those of other weights: each tells the adapter that made it."""
+    def _checked_adapter(self, outputs: list[Any]) -> list[Any]:
+        """Return the outputs if each names the adapter that the caller asked for.
+
+        Raises:
+            WeightsError: an output names another adapter.
+        """
         if self._names_adapter or self._lora_request is not None:
             want = identity(self._lora_request)
             for output in outputs:
                 got = identity(getattr(output, "lora_request", None))
                 if got != want:
                     raise WeightsError(
-                        f"the engine scored with adapter {got}, expected {want} (name, id, path; None: the base model). Whatever "
-                        "wraps its generate() must pass lora_request on"
+                        f"the engine scored with adapter {got}, expected {want} (name, id, path; None: the "
+                        "base model). A function that wraps the engine's generate() must pass lora_request "
+                        "on"
                     )
         return outputs
 
 
 def config_of(engine: Any) -> Any:
-    """Return what tells how an engine records log-probs: the config of a ``vllm.LLM``'s model, the arguments of TorchRL's
-    ``AsyncVLLM``; ``None`` of what cannot be asked."""
+    """Return the object with an engine's ``logprobs_mode``; ``None``: not known.
+
+    It is the model config of a ``vllm.LLM``, or the engine arguments of TorchRL's ``AsyncVLLM``.
+    """
     return getattr(getattr(engine, "llm_engine", None), "model_config", None) or getattr(
         engine, "engine_args", None
     )
 
 
 def _made_with(engine: Any, config: str, name: str) -> Any:
-    """Return an option that an engine was made with, in one of vLLM's configs; ``None`` of what cannot be asked."""
+    """Return an option's value in an engine.
+
+    Args:
+        engine: the engine.
+        config: the part of ``VllmConfig`` that holds the option.
+        name: the option.
+
+    Returns:
+        The value; ``None``: not known.
+    """
     llm_engine = getattr(engine, "llm_engine", None)
     made_with = (
         getattr(engine, "engine_args", None)
@@ -258,15 +239,15 @@ def _made_with(engine: Any, config: str, name: str) -> Any:
 
 
 def versions_told(completion: Any, *, uncounted: str | None) -> tuple[int | None, int | None]:
-    """Return the versions of the weights that made a completion's first and last token, as vLLM's output says.
+    """Return the versions of the weights that made a completion's first and last token, by vLLM's output.
 
     Args:
-        uncounted: the stamp that says nothing, if one does (``LiveWeights.uncounted``).
+        uncounted: a label that stands for no known version, if there is one (``LiveWeights.uncounted``).
     """
-    told = [span.version for span in completion.weight_versions or ()] or [""]
+    labels = [span.version for span in completion.weight_versions or ()] or [""]
     numbers = {INITIAL: 0, uncounted: None}
     first, last = (
-        numbers.get(label, int(label) if label.isdigit() else None) for label in (told[0], told[-1])
+        numbers.get(label, int(label) if label.isdigit() else None) for label in (labels[0], labels[-1])
     )
     return first, last
 
@@ -279,7 +260,7 @@ class _TokenIds:
         return {"prompt_logprob_token_ids": wanted, "prompt_logprob_start": request.start - 1}
 
     def is_there(self, output: Any) -> bool:
-        """A preempted request that hits more when it resumes has no log-probs."""
+        """Whether the output has log-probs. A request that was preempted and then hit more KV has none."""
         return output.prompt_token_id_logprobs is not None
 
     def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
@@ -294,10 +275,10 @@ class _Flat:
         return {"prompt_logprobs": 0, "flat_logprobs": True}
 
     def is_there(self, output: Any) -> bool:
-        return True  # read() says what is missing
+        return True  # read() raises if rows are missing
 
     def read(self, output: Any, request: ScoreRequest) -> np.ndarray:
-        """Take the last rows: V1 returns one per prompt token but the first, V2 those after a hit."""
+        """Return the last rows. V1 returns a row per token after the first, V2 only rows after a hit."""
         flat, want = output.prompt_logprobs, request.token_ids[request.start :].tolist()
         if flat is None or len(flat.logprobs) < len(want):
             got = 0 if flat is None else len(flat.logprobs)
@@ -306,14 +287,96 @@ class _Flat:
             )
         if flat.token_ids[-len(want) :] != want:
             raise MissingLogProbError(
-                "the engine returned prompt log-probs of other tokens than those sent: this vLLM orders them in a way "
-                "that vllm_kl does not know"
+                "the engine returned prompt log-probs of other tokens than the prompt's: this vLLM orders "
+                "the log-probs in a way that vllm_kl does not know"
             )
         return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
 
 
+def _choose_readout(llm_engine: Any, readout: str) -> Literal["token_ids", "flat"]:
+    """Return the read-out that an engine uses.
+
+    Raises:
+        ReadoutUnavailableError: the engine cannot do ``readout``.
+    """
+    if readout == "pooling":
+        raise ReadoutUnavailableError(
+            "readout='pooling' is not available on an engine that generates: its model has no pooler. Pass "
+            "a path to VLLMScorer, or use 'auto'"
+        )
+    reason = _why_not_token_ids(llm_engine)
+    if readout == "token_ids" and reason:
+        raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
+    return "flat" if readout == "flat" or reason else "token_ids"
+
+
+def _why_not_token_ids(llm_engine: Any) -> str:
+    """Return why an engine cannot return log-probs of given ids; empty if it can."""
+    if llm_engine is None:
+        return "only a vllm.LLM takes other parameters for each request"
+    if not llm_engine.vllm_config.use_v2_model_runner:
+        return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
+    return ""
+
+
+def _check_returns_log_probs(engine: Any) -> None:
+    """Refuse an engine that returns logits, or computes the last row of a prompt only."""
+    mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
+    if not mode.endswith("logprobs"):
+        raise ReadoutUnavailableError(
+            f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. "
+            "Make it with 'raw_logprobs', vLLM's default"
+        )
+    # With this option the V1 runner (0.32) asserts that no request asks for prompt log-probs. That ends the
+    # engine.
+    if _made_with(engine, "cache_config", "kv_sharing_fast_prefill"):
+        raise ReadoutUnavailableError(
+            "this engine was made with kv_sharing_fast_prefill=True: it computes only the last row of a "
+            "prompt, and a request for more rows ends it. Make the engine without this option"
+        )
+
+
+def _check_adapter(engine: Any, lora_request: Any) -> None:
+    """Refuse an engine, or an adapter on it, whose prompt log-probs would be wrong."""
+    llm_engine = getattr(engine, "llm_engine", None)
+    if llm_engine is not None:
+        check_adapter(llm_engine, lora_request)
+    elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
+        check_engine_args(engine.engine_args, lora_request)
+
+
+def _info(engine: Any, readout: Literal["token_ids", "flat"]) -> EngineInfo:
+    """Return what is known of an engine. Most fields are known of a ``vllm.LLM`` only."""
+    llm_engine = getattr(engine, "llm_engine", None)
+    config = getattr(llm_engine, "model_config", None)
+    placeholders = placeholder_ids(_hf_config(engine))
+    notes = [*notes_on(config, placeholders)]
+    side = max_sequence_len = vocab_size = max_ids = None
+    if config is not None:
+        text, side, vocab_size = config.hf_text_config, side_in(llm_engine), config.get_vocab_size()
+        # An engine that generates refuses a prompt of max_model_len tokens: it needs room for one more token.
+        # Beyond the length of "dynamic" RoPE vLLM has no positions (see engines/local.py).
+        max_sequence_len = min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len)
+        if side is not None:
+            notes.append(note_on(text, config.max_model_len, side))
+        if config.max_logprobs >= 0:
+            max_ids = config.max_logprobs - 1  # vLLM's limit counts the prompt's own token
+    if _made_with(engine, "load_config", "load_format") == "dummy":
+        notes.append(DUMMY)
+    return EngineInfo(
+        readout=readout,
+        vocab_size=vocab_size,
+        max_sequence_len=max_sequence_len,
+        can=frozenset({"ids"}) if readout == "token_ids" else frozenset(),
+        max_ids=max_ids,
+        placeholders=placeholders,
+        notes=tuple(notes),
+        length_side=side,
+    )
+
+
 def _hf_config(engine: Any) -> Any:
-    """Return the config of an engine's model; ``None``: it is out of reach, in an actor."""
+    """Return the config of an engine's model; ``None``: not known."""
     if hasattr(engine, "llm_engine"):
         return engine.llm_engine.model_config.hf_config
     args = getattr(engine, "engine_args", None)  # TorchRL's AsyncVLLM
@@ -322,12 +385,3 @@ def _hf_config(engine: Any) -> Any:
     from vllm.transformers_utils.config import get_config
 
     return get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)
-
-
-def _why_not_token_ids(llm_engine: Any) -> str:
-    """Return why an engine cannot return log-probs of given ids; empty if it can."""
-    if llm_engine is None:
-        return "only a vllm.LLM takes parameters for each request"
-    if not llm_engine.vllm_config.use_v2_model_runner:
-        return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
-    return ""

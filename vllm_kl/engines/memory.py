@@ -1,7 +1,7 @@
-"""How much memory an engine's KV cache gets, and whether it fits, before any weight is loaded.
+"""Chooses the size of an engine's KV cache, and checks before any weight is loaded that it fits.
 
-vLLM's own default takes most of the machine, which a scorer that never decodes has no use for; and vLLM does not check whether
-what it is told to take is there.
+vLLM's default takes most of the machine's memory. A scorer never decodes, so it needs much less. And vLLM
+does not check that the memory it is told to take is free.
 """
 
 from __future__ import annotations
@@ -18,66 +18,67 @@ from safetensors import safe_open
 
 from vllm_kl.errors import OptionError
 
-_MARGIN = 16 << 20  # rounding to blocks
-# Text models all of whose layers keep KV, of one size, for all tokens or for a window's. Others share it among layers, have
-# layers without, or layers of several sizes.
+_MARGIN = 16 << 20  # for rounding to blocks
+# Text models in which every layer keeps KV of the same size, for all tokens or for those of a window. In
+# other models layers share KV, some have none, or their KV has several sizes.
 _EQUAL = """
-    llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
-    qwen3_vl_moe_text gemma gemma2 gemma3_text phi phi3 granite granitemoe cohere cohere2 olmo olmo2 olmo3 olmoe starcoder2
-    stablelm glm glm4 glm4_moe smollm3 seed_oss gpt_oss gpt_neox deepseek_v2 deepseek_v3
+    llama mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen2_vl_text qwen2_5_vl_text
+    qwen3_vl_text qwen3_vl_moe_text gemma gemma2 gemma3_text phi phi3 granite granitemoe cohere cohere2 olmo
+    olmo2 olmo3 olmoe starcoder2 stablelm glm glm4 glm4_moe smollm3 seed_oss gpt_oss gpt_neox deepseek_v2
+    deepseek_v3
 """
 _EQUAL_LAYERS = frozenset(_EQUAL.split())
 _ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_TIMEOUT_S = 10.0
-_STATES = 4 << 30  # of models whose layers keep a state: vLLM sizes their blocks by it
+# For models whose layers keep a state, which decides the size of vLLM's blocks.
+_BYTES_WITH_STATES = 4 << 30
 
 
 def kv_cache_bytes(model: str, config: Any, options: dict[str, Any], *, is_cuda: bool) -> int | None:
-    """Return the KV memory that prefill needs: the longest sequence, and a few batches with their prompts.
+    """Return the bytes of KV that prefill needs: the longest sequence, and a few batches with their prompts.
 
-    ``None`` leaves it to vLLM.
+    ``None`` leaves the choice to vLLM.
 
     Raises:
-        OptionError: the KV of one sequence of ``max_model_len`` does not fit; with both numbers, and the length that does.
+        OptionError: the KV of one sequence of ``max_model_len`` tokens does not fit. The message has the
+            longest length that fits.
     """
     if config.is_hybrid or config.is_attention_free:
-        return None if is_cuda else _STATES
+        return None if is_cuda else _BYTES_WITH_STATES
     known = _weight_bytes(model, config, options)
     weights, ranks = known or 0, options.get("tensor_parallel_size", 1)
-    if is_cuda:  # one device's, as its memory and its KV are
+    if is_cuda:  # per device, as free memory and KV are
         weights //= ranks * options.get("pipeline_parallel_size", 1)
         weights, ranks = max(0, weights - int(options.get("cpu_offload_gb", 0) * 2**30)), 1
     free = max(0, _available_bytes(is_cuda) - weights)
     least = lambda n: ranks * _sequence_bytes(config, options, n)  # noqa: E731
     if least(config.max_model_len) > free:
         fits = bisect.bisect_right(range(config.max_model_len), free, key=least) - 1
-        own = (
-            ""
-            if options.get("max_model_len") not in (None, -1)
-            else ", the model's own since none was given,"
-        )
+        own = "" if options.get("max_model_len") not in (None, -1) else ", the model's own length,"
         cure = f"Pass max_model_len={_round_down(fits)} or less" if fits >= 1 else "The weights alone fill it"
         raise OptionError(
-            f"max_model_len={config.max_model_len}{own} needs {_gib(least(config.max_model_len))} of memory for the KV of one "
-            f"sequence, but {_gib(free)} are available beside {_gib(weights)} of weights. {cure}"
+            f"max_model_len={config.max_model_len}{own} needs {_gib(least(config.max_model_len))} of memory "
+            f"for the KV of one sequence, but {_gib(free)} are available beside {_gib(weights)} of weights. "
+            f"{cure}"
         )
     longest = _roomy_bytes(config, options, config.max_model_len)
-    # Where nobody knows what the weights will take, nothing more is taken from them.
+    # If the size of the weights is not known, take no spare memory.
     num_spare = 0 if known is None else 8 * options["max_num_batched_tokens"]
     roomy = _roomy_bytes(config, options, config.max_model_len + num_spare)
     return int(min(max(longest, min(roomy, 0.4 * free / ranks)), free / ranks))
 
 
 def _roomy_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> int:
-    """Return KV for that many tokens as if every layer kept all of them; a tenth more, for rounding to blocks."""
+    """Return the bytes of KV if every layer kept all tokens, with a tenth more for rounding to blocks."""
     return int(1.1 * num_tokens * _num_layers(config, options) * _token_bytes(config, options)) + _MARGIN
 
 
 def _sequence_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> int:
-    """Return the least that one sequence's KV takes: layers with a window keep no more than that, and a batch.
+    """Return the fewest bytes that one sequence's KV takes.
 
-    0 where nobody knows before vLLM has made the model; vLLM refuses then, when it has loaded it.
+    0 if the size is known only after vLLM has made the model. Then vLLM itself refuses a length that does not
+    fit.
     """
     layers, text = _num_layers(config, options), config.hf_text_config
     if text.model_type not in _EQUAL_LAYERS or not _element_bytes(config, options):
@@ -89,8 +90,9 @@ def _sequence_bytes(config: Any, options: dict[str, Any], num_tokens: int) -> in
     )
     if not window:
         windowed = 0
+    # A layer with a window keeps one window and one batch.
     kept = min(num_tokens, (window or 0) + options["max_num_batched_tokens"])
-    # MLA keeps one vector for keys and values.
+    # MLA keeps one vector for key and value.
     per_layer = _token_bytes(config, options) // (2 if config.use_mla else 1)
     return per_layer * ((layers - windowed) * num_tokens + windowed * kept)
 
@@ -104,7 +106,7 @@ def _token_bytes(config: Any, options: dict[str, Any]) -> int:
 
 
 def _element_bytes(config: Any, options: dict[str, Any]) -> int:
-    """Return what a number of the KV cache takes; 0: not known, the numbers are packed or the checkpoint says how."""
+    """Return the bytes of one number in the KV cache; 0: not known (packed, or the checkpoint decides)."""
     kind = options.get("kv_cache_dtype", "auto")
     if kind == "auto":
         return 0 if getattr(config.hf_config, "quantization_config", None) else config.dtype.itemsize
@@ -118,9 +120,9 @@ def _num_layers(config: Any, options: dict[str, Any]) -> int:
 
 
 def _weight_bytes(model: str, config: Any, options: dict[str, Any]) -> int | None:
-    """Return what a model's weights take when they are loaded; ``None``: nobody knows before they are."""
+    """Return the bytes of a model's weights in memory; ``None``: not known before they are loaded."""
     is_quantised = getattr(config.hf_config, "quantization_config", None) is not None
-    if options.get("quantization") and not is_quantised:  # by vLLM, as it loads them
+    if options.get("quantization") and not is_quantised:  # vLLM quantises the weights as it loads them
         return None
     if Path(model).is_file():  # .gguf
         return Path(model).stat().st_size
@@ -138,10 +140,8 @@ def _weight_bytes(model: str, config: Any, options: dict[str, Any]) -> int | Non
 
 
 def _file_bytes(folder: Path) -> int:
-    """Return the size of the files with the weights; 0: there are none, or not all (a download that was interrupted)."""
-    index = (
-        folder / "model.safetensors.index.json"
-    )  # a folder may hold the same weights in other files beside these
+    """Return the size of the weights files; 0: all or some are missing (an interrupted download)."""
+    index = folder / "model.safetensors.index.json"  # the folder may hold other files with the same weights
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ()
     files = (
         [folder / name for name in names] or list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
@@ -150,7 +150,7 @@ def _file_bytes(folder: Path) -> int:
 
 
 def _snapshot(model: str, config: Any, download_dir: str | None) -> str | None:
-    """Return the folder of a model of the hub, as far as it was downloaded; ``None``: nothing was, or it is no name of the hub."""
+    """Return the folder of a hub model, even if its download is incomplete; ``None``: no such folder."""
     try:
         return snapshot_download(
             model, revision=config.revision, cache_dir=download_dir, local_files_only=True
@@ -160,7 +160,7 @@ def _snapshot(model: str, config: Any, download_dir: str | None) -> str | None:
 
 
 def _bytes_on_the_hub(model: str, config: Any) -> int:
-    """Return the size of a model's weights as the hub tells it; 0: it cannot be asked, or does not know."""
+    """Return the size of a model's weights by the hub; 0: the hub cannot be reached, or does not know."""
     if constants.HF_HUB_OFFLINE:
         return 0
     try:
@@ -171,21 +171,21 @@ def _bytes_on_the_hub(model: str, config: Any) -> int:
             token=config.hf_token,
             timeout=_HUB_TIMEOUT_S,
         )
-    except Exception:  # of huggingface_hub and httpx. What stands in the way stops vLLM, too, which says so
+    except Exception:  # of huggingface_hub or httpx. vLLM meets the same problem later, and reports it
         return 0
-    if info.safetensors is not None:  # without files that hold the same weights again
+    if info.safetensors is not None:  # counts no file that holds the same weights again
         return sum(num * _bits(kind) for kind, num in info.safetensors.parameters.items()) // 8
     return sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".bin"))
 
 
 def _bits(kind: str) -> int:
-    """Return what a number of a safetensors dtype takes: "BF16", "F8_E4M3", "BOOL"."""
+    """Return the bits of one number of a safetensors dtype ("BF16", "F8_E4M3", "BOOL")."""
     found = re.search(r"\d+", kind)
     return int(found[0]) if found else 8
 
 
 def stored_dtype(model: str, config: Any) -> torch.dtype | None:
-    """Return the dtype of a checkpoint's weights: what its config says, else that of the first tensor; ``None``: not known."""
+    """Return the dtype of a checkpoint's weights, by its config or its first tensor; ``None``: not known."""
     stored = getattr(config.hf_text_config, "dtype", None) or getattr(config.hf_config, "dtype", None)
     file = next(iter(sorted(Path(model).glob("*.safetensors"))), None)
     if stored is not None or file is None:
@@ -195,7 +195,7 @@ def stored_dtype(model: str, config: Any) -> torch.dtype | None:
 
 
 def _available_bytes(is_cuda: bool) -> int:
-    """Return the memory that an engine could take now: the device's, or the machine's within this process's limit."""
+    """Return the free memory: of the GPU, or of the machine within the limit of this process's cgroup."""
     if is_cuda:
         return torch.cuda.mem_get_info()[0]
     found = []
@@ -216,7 +216,7 @@ def _read(path: str) -> str:
 
 
 def _round_down(num_tokens: int) -> int:
-    """Return a number that leaves a little room, and that a person would choose."""
+    """Return a slightly smaller, round number."""
     roomy = max(1, int(0.9 * num_tokens))
     return roomy if roomy < 1024 else roomy // 1024 * 1024
 

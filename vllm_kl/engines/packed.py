@@ -1,4 +1,7 @@
-"""Requests and results on their way between processes: one array for all, because pickle takes microseconds for each."""
+"""Packs requests and results for the way between processes.
+
+All arrays are joined to one, because pickle takes microseconds for each array.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ import numpy as np
 from vllm_kl.types import ScoreRequest, ScoreResult
 
 Carrier = TypeVar("Carrier", ScoreRequest, ScoreResult)
-# The arrays laid end to end, the shape of each, and the other fields of each carrier, in their order.
+# The arrays joined end to end; the shape of each; the other fields of each carrier, in the order of its
+# fields.
 Packed = tuple[np.ndarray, list[tuple[int, ...]], list[tuple[Any, ...]]]
 
 _ARRAY = {ScoreRequest: "token_ids", ScoreResult: "values"}
 
 
 def pack(carriers: Sequence[Carrier]) -> Packed:
-    """Return what :func:`unpack` takes; of one carrier at least."""
+    """Return the packed form of at least one carrier, for :func:`unpack`."""
     name, others = _fields(type(carriers[0]))
     arrays = [getattr(carrier, name) for carrier in carriers]
     end_to_end = np.concatenate([array.ravel() for array in arrays])
@@ -40,5 +44,5 @@ def unpack(kind: type[Carrier], packed: Packed) -> list[Carrier]:
 
 
 def _fields(kind: type[Carrier]) -> tuple[str, list[str]]:
-    """Return the name of a carrier's array, and those of its other fields."""
+    """Return the name of a carrier's array field, and the names of its other fields."""
     return _ARRAY[kind], [field.name for field in dataclasses.fields(kind) if field.name != _ARRAY[kind]]

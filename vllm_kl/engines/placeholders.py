@@ -1,8 +1,8 @@
-"""Ids that stand for something else than text: a model's image, video and audio placeholders, found in its config.
+"""Finds a multimodal model's placeholder ids (of images, videos, audio) in the model's config.
 
-A multimodal model puts features of an image in the place of such a token. Where only ids are sent it would embed the token
-itself, which it never saw in training, and the log-probs of everything after it would be of nothing that was sampled.
-The tokens around them (begin and end of an image) are embedded as they are: they are ordinary.
+In training such a model replaces a placeholder's embedding by features of the image. A scorer sends ids only,
+so the model would embed the placeholder itself, and all later log-probs would be wrong. The tokens that begin
+and end an image are ordinary tokens: the model embeds them as they are.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from vllm_kl.errors import OptionError
 
 Placeholders = Literal["refuse", "as_text"]
 
-# In transformers 5.19 and vLLM 0.32: image_token_id, image_token_index, media_placeholder_token_id, visual_indicator_token_ids,
-# im_patch_id ... What begins or ends an image has another name: image_start_token_id, boi_token_id, vision_end_token_id, im_end_id.
+# Placeholders in transformers 5.19 and vLLM 0.32: image_token_id, image_token_index,
+# media_placeholder_token_id, visual_indicator_token_ids, im_patch_id ... Tokens that begin or end an image
+# have other names: image_start_token_id, boi_token_id, vision_end_token_id, im_end_id.
 _NAME = re.compile(
     r"(?P<what>image|img|im|video|vision|visual|audio|speech|sound|media|patch)"
     r"(_token|(_(soft|pad|patch|placeholder|context|frame|indicator))+(_token)?)_(id|index)(e?s)?"
@@ -37,10 +38,10 @@ _WHAT = {
 
 
 def placeholder_ids(config: Any) -> dict[int, str]:
-    """Return the ids of a model's placeholders, and what each stands for; nothing for a model of text.
+    """Return a model's placeholder ids, each with what it stands for; empty for a text model.
 
     Args:
-        config: of transformers, with its sub-configs.
+        config: the model's transformers config, with its sub-configs.
 
     >>> import transformers
     >>> placeholder_ids(transformers.Gemma3Config())
@@ -58,34 +59,36 @@ def placeholder_ids(config: Any) -> dict[int, str]:
 
 
 def notes_on(model_config: Any, placeholders: Mapping[int, str]) -> tuple[str, ...]:
-    """Return what a user must know of an engine's multimodal model whose config names no placeholder.
+    """Return notes for the user of a multimodal model whose config names no placeholder.
 
     Args:
-        model_config: vLLM's; ``None``: not known.
+        model_config: vLLM's model config; ``None``: not known.
+        placeholders: the ids that :func:`placeholder_ids` found.
     """
     if placeholders or not getattr(model_config, "is_multimodal_model", False):
         return ()
     return (
-        f"the config of {model_config.architecture} does not name the ids that stand for an image, a video or audio: such an id "
-        "in a sequence would be scored as an ordinary token",
+        f"the config of {model_config.architecture} does not name the ids that stand for an image, a video "
+        "or audio: such an id in a sequence would be scored as an ordinary token",
     )
 
 
 def check_placeholders(placeholders: Any) -> Placeholders:
-    """Return it if it says what to do with placeholders.
+    """Return the value of the option ``placeholders``.
 
     Raises:
-        OptionError: it does not.
+        OptionError: there is no such value.
     """
     if placeholders not in get_args(Placeholders):
         raise OptionError(
-            f"placeholders={placeholders!r} does not exist; choose 'refuse', or 'as_text' to score them as ordinary tokens"
+            f"placeholders={placeholders!r} does not exist; choose 'refuse', or 'as_text' to score "
+            "placeholders as ordinary tokens"
         )
     return placeholders
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the entries of a config, or of a part of one; nothing of what is no config."""
+    """Yield the entries of a config or a sub-config; none of another value."""
     if isinstance(config, Mapping):
         yield from ((name, value) for name, value in config.items() if isinstance(name, str))
     elif hasattr(config, "to_dict"):

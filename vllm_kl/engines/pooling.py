@@ -1,8 +1,8 @@
-"""The ``pooling`` read-out: a vLLM engine that returns log-probs as tensors, fed and stepped directly.
+"""Scores with the ``pooling`` read-out: sends requests to vLLM's engine core, and gets log-probs as tensors.
 
-The plugin's scoring class (:mod:`vllm_kl.plugin`) makes the numbers; this module brings requests to it. vLLM's front end
-(``LLM.encode``) renders, validates, copies and sorts per request what is already checked here, so requests go straight to
-the engine core, and its outputs are read from there.
+The plugin's scoring class (:mod:`vllm_kl.plugin`) computes the log-probs inside the engine. vLLM's front end
+(``LLM.encode``) would render, validate, copy and sort every request. The scorer has checked the requests
+already, so this module bypasses the front end.
 
 Source: ``LLMEngine.add_request`` and ``step``, ``v1/engine/llm_engine.py``, vLLM 0.32.
 """
@@ -37,15 +37,15 @@ class _Job(NamedTuple):
 
 
 class PoolingEngine:
-    """Drives an engine whose model is a scoring class. Not thread-safe: one thread feeds and steps it.
+    """Drives an engine whose model is a scoring class. Only one thread may use it.
 
     Args:
         engine: the engine.
-        lora_request: the adapter whose log-probs these are; ``None`` is the base model. An LM head that is wrapped for
-            adapters does no harm here: rows go through the base model's (:mod:`vllm_kl.plugin.head`).
+        lora_request: the adapter to score with; ``None`` is the base model. The engine may wrap its LM head
+            for adapters: the read-out uses the base model's head (:mod:`vllm_kl.plugin.head`).
 
     Raises:
-        WeightsError: the engine would not serve the adapter as it is written.
+        WeightsError: the engine would serve the adapter otherwise than it is written.
     """
 
     def __init__(self, engine: LLMEngine, lora_request: Any = None) -> None:
@@ -55,7 +55,7 @@ class PoolingEngine:
         self._core = engine.engine_core
         self.weights = LiveWeights(engine)
         config = engine.vllm_config
-        # More would only wait in the scheduler; what is hashed early keeps the first batch waiting.
+        # More requests would only wait in the scheduler, and hashing them would delay the first batch.
         self._max_in_core = 2 * config.scheduler_config.max_num_seqs
         self._ids = itertools.count()
         self._waiting: deque[_Job] = deque()
@@ -77,7 +77,7 @@ class PoolingEngine:
         finished: list[tuple[Hashable, ScoreResult | Exception]] = []
         try:
             version = self.weights.version
-        except WeightsError as error:  # of the weights, not of the engine: it goes on when it has others
+        except WeightsError as error:  # the engine works again when it gets other weights
             keys = [job.key for job in (*self._waiting, *self._in_core.values())]
             self.cancel(keys)
             return [(key, error) for key in keys]
@@ -90,11 +90,12 @@ class PoolingEngine:
                 continue
             job = self._in_core.pop(output.request_id)
             if output.pooling_output is None:
-                finished.append((job.key, EngineError(f"vLLM gave a request up: {output.finish_reason}")))
+                finished.append((job.key, EngineError(f"vLLM ended a request: {output.finish_reason}")))
                 continue
             values = output.pooling_output.numpy()
             if job.share_prefix and np.isnan(values[:, 0]).any():
-                # Without the cap, or after a preemption, a hit can reach past row start - 1: those rows were not computed.
+                # Without the cap, or after a preemption, a hit can reach past row start - 1. Its rows were
+                # not computed.
                 self._send(job._replace(share_prefix=False, rescored=True), version)
                 continue
             num_cached = 0 if output.prefill_stats is None else output.prefill_stats.num_cached_tokens
@@ -131,7 +132,7 @@ class PoolingEngine:
             pooling_params=params,
             arrival_time=time.time(),
             lora_request=self._lora_request,
-            cache_salt=str(version),  # KV of other weights cannot be hit
+            cache_salt=str(version),  # a hit never returns KV of other weights
             data_parallel_rank=None,
         )
         self._core.add_request(core_request)

@@ -1,15 +1,15 @@
-"""An engine that the scorer owns, in a process of its own.
+"""Runs an engine that the scorer owns in a child process.
 
-The caller's process never imports vLLM: its start-up, its threads and its side effects stay in the child, and the
-caller's interpreter is free while the engine works. The child is started by command, not forked and not spawned by
-``multiprocessing``, so a script needs no ``if __name__ == "__main__"``.
+The caller's process never imports vLLM: vLLM's start-up, threads and side effects stay in the child, and the
+caller's interpreter is free while the engine works. The child is started as a command. It is neither forked
+nor spawned by ``multiprocessing``, so a script needs no ``if __name__ == "__main__"``.
 
-Life and death: the child leads a process group of its own, which holds every process vLLM starts. The group ends
+The child leads its own process group, which holds every process that vLLM starts. The group ends
 
-- when :meth:`ProcessEngine.close` is called, or the owner exits or raises (``weakref.finalize``);
-- when the owner is killed, SIGKILL included: the child notices within a second that its parent changed and kills its
-  group (:mod:`vllm_kl.engines._child`);
-- when the child dies while the owner lives: the owner kills the group.
+- when :meth:`ProcessEngine.close` is called, or the owner exits or raises (``weakref.finalize``); - when the
+owner is killed, also by SIGKILL: within a second the child notices that its parent has changed, and kills
+  its group (:mod:`vllm_kl.engines._child`);
+- when the child dies: the owner kills the group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.engines.base import OnDone
-from vllm_kl.engines.devices import Devices, has_gpu, seeing
+from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.failures import with_log
 from vllm_kl.engines.packed import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
@@ -45,44 +45,44 @@ from vllm_kl.weights.loading import NeedsNewEngineError
 
 logger = logging.getLogger("vllm_kl")
 
-# A start reads a checkpoint, perhaps over a network; nothing else is silent for so long.
+# The child is silent longest while it starts: it reads a checkpoint, perhaps over a network.
 TIMEOUT_S = 3600.0
 
 
 def _environment(options: dict[str, Any]) -> dict[str, str]:
-    """Defaults of the child's environment; whatever the caller's environment sets wins."""
+    """Return the defaults of the child's environment. Variables of the caller's environment win over them."""
     environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the child is the process of its own: no second and third one
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the child itself, not in another process
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
     }
     is_cpu = not has_gpu()
     if is_cpu:
-        environment["THP_MEM_ALLOC_ENABLE"] = (
-            "1"  # PyTorch's, read when it is imported: huge pages for what is large
-        )
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # PyTorch reads it at import: huge pages for large tensors
     if is_cpu and options.get("enforce_eager", True):
-        # vLLM compiles its rank count even in eager mode: 20 s at the first request, and only with a C++ compiler
-        # (v1/sample/ops/logprobs.py, 0.32). Ranks are not used here. torch reads this when it is imported.
+        # vLLM compiles its computation of ranks even in eager mode: this takes 20 s at the first request, and
+        # needs a C++ compiler (v1/sample/ops/logprobs.py, 0.32). A scorer uses no ranks. PyTorch reads the
+        # variable at import.
         environment["TORCH_COMPILE_DISABLE"] = "1"
     num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     if is_cpu and num_workers > 1:
-        # vLLM's own binding keeps cores back, which on a small machine leaves workers without any.
+        # vLLM's own binding reserves cores. On a small machine some workers would have none.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_workers))
     return environment
 
 
 def _shows_log() -> bool:
-    """Whether the engine's log was asked for: vLLM's own variable, at a level that says more than its default here."""
+    """Whether the user wants to see the engine's log: vLLM's own variable sets a level below WARNING."""
     return os.environ.get("VLLM_LOGGING_LEVEL", "").upper() in ("DEBUG", "INFO")
 
 
 class ProcessEngine:
-    """A vLLM engine in a child process. Safe to call from several threads: concurrent calls share its batches.
+    """A vLLM engine in a child process. Several threads may call it at a time; their requests share batches.
 
-    What it takes and raises is what :class:`~vllm_kl.VLLMScorer` does; the child decides what ``readout="auto"`` is.
+    The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`. The child chooses the read-out for
+    "auto".
     """
 
     info: EngineInfo
@@ -99,14 +99,18 @@ class ProcessEngine:
     ) -> None:
         checkpoint = Start(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request}
-        self._how = {"start": start, "timeout_s": timeout_s, "environment": seeing(devices, options)}
-        self._child = _Child(model, **self._how)
+        self._child_options = {
+            "start": start,
+            "timeout_s": timeout_s,
+            "environment": device_environment(devices, options),
+        }
+        self._child = _Child(model, **self._child_options)
         self.info = self._child.info
         self.weights = _OwnedWeights(self, model, options, checkpoint)
 
     @property
     def pid(self) -> int:
-        """The child's process id, and the id of the process group that holds all of vLLM's processes."""
+        """The process id of the child, and the id of the group with all of vLLM's processes."""
         return self._child.process.pid
 
     def score(
@@ -137,34 +141,35 @@ class ProcessEngine:
         self.weights.release()
 
     def ask(self, kind: str, **body: Any) -> Any:
-        """Make a call that the child answers once."""
+        """Make a call that has one answer; return the answer."""
         with self._child.call(kind, body) as answers:
             return next(answers)
 
     def start_anew(self, checkpoint: Checkpoint, model: str, version: int) -> None:
-        """Serve a checkpoint by a new child, started with it; what the old one was asked it still answers.
+        """Start a new child with a checkpoint, and let it serve.
 
-        Until the new child is ready the old one serves, so both need their memory for a moment.
+        The old child serves until the new one is ready, so for a moment both need their memory. The old child
+        finishes its running calls.
 
         Raises:
-            WeightsError, EngineError: the new child did not start; the old one goes on.
+            WeightsError, EngineError: the new child did not start. The old child goes on serving.
         """
-        child = _Child(str(complete(checkpoint.folder, model)), **self._how)
+        child = _Child(str(complete(checkpoint.folder, model)), **self._child_options)
         try:
             with child.call("started with", {"folder": checkpoint.folder, "version": version}) as answers:
                 next(answers)
         except BaseException:
             child.end()
             raise
-        # The old one ends when the last call that it still answers has ended.
+        # The old child ends with its last running call, which holds the last reference to it.
         self._child, self.info = child, child.info
 
 
 class _Child:
-    """A child process with an engine, and the calls to it. It ends when nobody holds this object any more.
+    """A child process with an engine, and its calls. It ends when this object is garbage-collected.
 
     Raises:
-        EngineError and others: the engine did not start; see :class:`ProcessEngine`.
+        EngineError, OptionError, ...: the engine did not start; see :class:`ProcessEngine`.
     """
 
     def __init__(
@@ -186,7 +191,7 @@ class _Child:
                 stdout=2 if _shows_log() else log,
                 stderr=2 if _shows_log() else log,
                 env={**_environment(start["options"]), **os.environ, **environment},
-                start_new_session=True,  # the group; and Ctrl-C in a terminal stays with the caller
+                start_new_session=True,  # its own process group, which Ctrl-C in a terminal does not reach
             )
             undo.pop_all()
         self._calls = _Calls(Connection(os.dup(ours.fileno())), timeout_s)
@@ -213,10 +218,11 @@ class _Child:
 
     @contextlib.contextmanager
     def call(self, kind: str, body: Any) -> Iterator[Iterator[Any]]:
-        """Send a call; give its answers as they come. A call that is left early is cancelled."""
+        """Send a call; yield an iterator of its answers. A call that raises is cancelled."""
         if os.getpid() != self._owner_pid:
             raise EngineError(
-                "the engine belongs to the process that started it, not to a fork: make one here"
+                "the engine belongs to the process that started it, not to a fork: make a new VLLMScorer in "
+                "the fork"
             )
         if not self._finalizer.alive:
             raise EngineError("the engine is closed: make a new VLLMScorer")
@@ -247,9 +253,13 @@ class _Child:
 
 
 class _OwnedWeights:
-    """The weights of the engine in the child. What was pushed is kept, in shared memory: a push that fails is taken back.
+    """The weights of the engine in the child.
 
-    The child knows what serves. Its last answer is good until a push fails, or is interrupted here while the child goes on.
+    The checkpoint that was pushed last stays in shared memory: if the next push fails, the child loads it
+    again.
+
+    The child knows which weights serve. ``_served`` is the child's last answer. It is forgotten when a push
+    fails, or is interrupted in this process while the child goes on.
     """
 
     def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any], start: Start) -> None:
@@ -257,12 +267,11 @@ class _OwnedWeights:
         self._model = model
         self._start = start
         self._options = options
-        self._kept: list[Checkpoint] = []  # each may be what the child serves
-        self._last = 0
-        self._served: tuple[int, str | None] | None = (
-            0,
-            None,
-        )  # version and folder; None: the child must be asked
+        self._kept: list[Checkpoint] = []  # the child may serve any of these
+        self._last = 0  # the last version that was known to serve
+        # Version and folder of the weights that serve (folder None: the model's own); None: the child must be
+        # asked.
+        self._served: tuple[int, str | None] | None = (0, None)
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -293,7 +302,7 @@ class _OwnedWeights:
             except BaseException as error:
                 self._served = None
                 if isinstance(error, WeightsError):
-                    with contextlib.suppress(WeightsError):  # not known: then either may be what serves
+                    with contextlib.suppress(WeightsError):  # if no answer comes, both checkpoints are kept
                         self._settle(self._ask("weights"))
                 raise
 
@@ -307,12 +316,12 @@ class _OwnedWeights:
                 self._engine.start_anew(checkpoint, self._model, version)
             except VLLMKLError as second:
                 raise WeightsError(
-                    f"the running engine cannot take these weights over ({error.reason}), and none starts with them ({second}). "
-                    "The old weights go on serving"
+                    f"the running engine cannot load these weights ({error.reason}), and a new engine does "
+                    f"not start with them ({second}). The old weights go on serving"
                 ) from second
             logger.warning(
-                "vllm_kl: version %d is served by an engine that was started for it, in %.1f s. The running one could not take the "
-                "weights over: %s",
+                "vllm_kl: version %d is served by a new engine, which started in %.1f s. The running engine "
+                "could not load the weights: %s",
                 version,
                 time.perf_counter() - began,
                 error.reason,
@@ -337,11 +346,11 @@ class _OwnedWeights:
             if self._engine.is_open:
                 raise
             raise EngineError(
-                f"{error}\nNothing serves any more; the last that did was version {self._last}"
+                f"{error}\nNo engine serves any more; version {self._last} was the last that served"
             ) from error
 
     def release(self) -> None:
-        """Give back the memory of what was pushed."""
+        """Free the memory of the pushed checkpoints."""
         for checkpoint in self._kept:
             checkpoint.delete()
 
@@ -353,18 +362,19 @@ class _OwnedWeights:
 
 
 class _OverError(Exception):
-    """The connection is closed, at this end or at the other."""
+    """The connection is closed, by this process or by the child."""
 
 
 class _SilentError(Exception):
-    """The child has not been heard of for too long; how long, in seconds."""
+    """The child has sent nothing for too long. The argument is the limit in seconds."""
 
 
 class _Calls:
-    """Many callers' calls over one connection. One thread sends, another reads the answers; each caller waits for its own.
+    """The calls of all threads over one connection.
 
-    A caller that is interrupted (Ctrl-C) interrupts no message. While the child works it says so every second, so a caller whose
-    answer takes long is told apart from one that waits in vain.
+    One thread writes all messages to the child, so Ctrl-C in a caller never breaks a message. Another thread
+    reads the answers into one queue per call; each caller waits for its own queue. The child sends a sign of
+    life every second while it works, so a caller can tell a slow answer from a dead child.
     """
 
     def __init__(self, connection: Connection, timeout_s: float | None) -> None:
@@ -375,7 +385,7 @@ class _Calls:
         self._queues: dict[int, queue.SimpleQueue] = {}
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._is_over = False
-        # They hold no reference to the engine, so an engine that is dropped is ended.
+        # The threads hold no reference to the engine, so it ends when the last user drops it.
         threading.Thread(target=self._write, name="vllm_kl-calls", daemon=True).start()
         threading.Thread(target=self._read, name="vllm_kl-answers", daemon=True).start()
 
@@ -384,12 +394,12 @@ class _Calls:
         self._queues[call_id] = queue.SimpleQueue()
         if self._is_over:
             raise _OverError
-        self._heard = time.monotonic()  # an idle child says nothing
+        self._heard = time.monotonic()  # begin the timeout anew: an idle child sends nothing
         self._send(call_id, kind, body)
         return call_id
 
     def answers(self, call_id: int) -> Iterator[Any]:
-        """Yield the bodies of the call's answers; raise the error among them."""
+        """Yield the bodies of the call's answers; raise an answer that is an error."""
         while True:
             kind, body = self._answer(call_id)
             if kind == "over":
@@ -417,7 +427,7 @@ class _Calls:
         self._outbox.put(pickle.dumps((call_id, kind, body), protocol=pickle.HIGHEST_PROTOCOL))
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # the child is gone: who reads tells all callers
+        with contextlib.suppress(OSError):  # the child is gone: the reading thread tells all callers
             while (data := self._outbox.get()) is not None:
                 self._connection.send_bytes(data)
 
@@ -427,7 +437,7 @@ class _Calls:
                 call_id, *answer = self._connection.recv()
                 self._heard = time.monotonic()
                 waiting = self._queues.get(call_id)
-                if waiting is not None:  # else nobody waits for it any more
+                if waiting is not None:  # None: the caller has left
                     waiting.put(answer)
         except (EOFError, OSError):
             pass
@@ -439,20 +449,20 @@ class _Calls:
 
 
 def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: int) -> None:
-    """End the engine's whole process group: politely, then by force. A fork of the owner leaves it alone."""
+    """End the engine's process group, if need be by SIGKILL. Does nothing in a fork of the owner."""
     if os.getpid() != owner_pid:
         return
     _shut_down(ours)
     ours.close()
     _wait(process, timeout=3.0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # whatever is left of the group, the child included
+        os.killpg(process.pid, signal.SIGKILL)  # all processes that are left in the group
     _wait(process, timeout=5.0)
     log.unlink(missing_ok=True)
 
 
 def _shut_down(ours: socket.socket) -> None:
-    """Both ends see the end of their input: the child exits, waiting callers are told."""
+    """Shut the connection down: the child exits, and callers that wait get an error."""
     with contextlib.suppress(OSError):
         ours.shutdown(socket.SHUT_RDWR)
 

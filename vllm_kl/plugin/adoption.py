@@ -1,17 +1,22 @@
-"""One model takes over the tensors of another, in place.
+"""Copies all tensors of a newly loaded model into the serving model, in place.
 
-Two models of one architecture, one that serves and one that was loaded just now, hold the same tensors at the same places: in
-parameters, in buffers, in attributes of layers, and inside the objects that layers compute with (vLLM's quantization methods and
-kernels). :func:`compare` walks through both at once and pairs them; :func:`adopt` copies, so that whoever holds a tensor of the
-serving model (a kernel, a captured CUDA graph, an attention that was given its sinks) sees the new numbers.
+Both models have the same architecture. So they hold the same tensors at the same places: in parameters, in
+buffers, in attributes of layers, and inside objects that layers compute with (vLLM's quantization methods and
+kernels). :func:`compare` walks through both models and pairs the tensors. :func:`adopt` copies them, so
+everything that holds a tensor of the serving model (a kernel, a captured CUDA graph, an attention with sinks)
+sees the new numbers.
 
-What cannot be copied is moved: on a CPU a linear layer's product is a function over weights that oneDNN has packed, which Python
-cannot look into; a number that a layer took out of a weight with ``item()`` is a float. What a layer made of its weights in its
-first forward (``_combined_gate_weight``, ``fused_moe/runner/moe_runner.py``, vLLM 0.32) is ``None`` in a model that was loaded
-just now: the serving model forgets it, and makes it again. What has no counterpart, or another shape, is reported, and nothing is
-adopted.
+Some values cannot be copied. :func:`adopt` moves them, which means that it replaces the serving model's
+value:
 
-It knows no architecture. KV caches belong to the engine, not to its weights, and stay.
+- a linear layer's product on a CPU: a function over weights that oneDNN has packed, which Python cannot read;
+- a float that a layer read from a weight with ``item()``;
+- ``None``, where a layer makes a tensor of its weights in its first forward (``_combined_gate_weight``,
+  ``fused_moe/runner/moe_runner.py``, vLLM 0.32). The serving model drops its tensor and makes it again.
+
+A tensor without a counterpart, or with another shape, is an obstacle: :func:`compare` reports it.
+
+The module knows no architecture. KV caches are no weights: they are not copied.
 """
 
 from __future__ import annotations
@@ -25,31 +30,31 @@ from typing import Any
 
 import torch
 
-# Attributes that the engine fills when it makes its KV cache.
+# Attributes that the engine fills with its KV cache.
 _NOT_WEIGHTS = frozenset({"kv_cache"})
-# Where classes live whose objects may hold tensors of weights.
+# The packages of classes whose objects may hold tensors of weights.
 _PACKAGES = ("vllm.", "vllm_kl.")
 _CONFIGS = "vllm.config."
-# What a layer may cast to another of.
+# The dtypes between which a layer may cast.
 _CAST = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass
 class Differences:
-    """What one model must take over from another, and what it cannot."""
+    """What the serving model must take from the loaded model, and what it cannot take."""
 
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # into, from
-    # Of these, the numbers of a checkpoint as they are.
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (target, source)
+    # The copies of tensors that equal those of the checkpoint.
     plain: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # into, under which name, what
+    moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # (target, key, value)
     moved: list[str] = field(
         default_factory=list
-    )  # where to; code that was compiled does not look there again
-    obstacles: list[str] = field(default_factory=list)  # places that do not match, as sentences
+    )  # the places of the moves, which compiled code does not read again
+    obstacles: list[str] = field(default_factory=list)  # sentences about places that do not match
 
 
 def compare(serving: torch.nn.Module, loaded: torch.nn.Module) -> Differences:
-    """Pair everything that the loaded model holds with what the serving model holds at the same place."""
+    """Pair every value of the loaded model with the serving model's value at the same place."""
     walk = _Walk()
     modules = dict(_named_modules(serving))
     for name, module in loaded.named_modules():
@@ -62,7 +67,7 @@ def compare(serving: torch.nn.Module, loaded: torch.nn.Module) -> Differences:
 
 @torch.no_grad()
 def adopt(found: Differences) -> None:
-    """Copy and move. Whatever interrupts it, it ends with all of it done: half a model must not serve."""
+    """Copy and move all values. If it is interrupted it starts again, because half a model must not serve."""
     try:
         _adopt(found)
     except BaseException:
@@ -78,7 +83,7 @@ def _adopt(found: Differences) -> None:
 
 
 def _named_modules(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Module]]:
-    """Yield modules under the names they have without LoRA, which puts each adapted layer inside another."""
+    """Yield modules by their names without LoRA, which wraps each adapted layer in another layer."""
     from vllm.lora.layers import BaseLayerWithLoRA
 
     for name, module in model.named_modules():
@@ -121,17 +126,16 @@ class _Walk:
             self.found.obstacles.append(f"{place} is a {type(value).__name__} that cannot be looked into")
 
     def _value(self, path: str, ours: Any, theirs: Any) -> bool:
-        """Pair two values; return False for what can be neither copied nor looked into."""
+        """Pair two values; return False for a value that can be neither copied nor read."""
         if theirs is ours or isinstance(theirs, torch.nn.Module):  # modules are visited by name
             return True
         if isinstance(theirs, torch.Tensor):
             self._tensor(path, ours, theirs)
             return True
         if isinstance(theirs, float):
-            return isinstance(ours, float) and struct.pack("d", ours) == struct.pack(
-                "d", theirs
-            )  # NaN is NaN
-        if theirs is None:  # what is of whole numbers depends on the texts, not on the weights
+            # By bits: NaN equals NaN.
+            return isinstance(ours, float) and struct.pack("d", ours) == struct.pack("d", theirs)
+        if theirs is None:  # an integer tensor depends on the requests, not on the weights
             return not (isinstance(ours, torch.Tensor) and ours.is_floating_point())
         if isinstance(theirs, (Mapping, list, tuple)):
             return self._items(path, ours, theirs)
@@ -139,7 +143,7 @@ class _Walk:
             return self._function(path, ours, theirs)
         if isinstance(theirs, functools.partial):
             return self._object(path, ours, theirs, ("args", "keywords"))
-        if hasattr(type(theirs), "__del__"):  # it owns something outside of Python
+        if hasattr(type(theirs), "__del__"):  # it owns a resource outside of Python
             return False
         if _is_vllms(theirs) and id(theirs) not in self._seen:
             self._seen.add(id(theirs))
@@ -151,7 +155,8 @@ class _Walk:
             self.found.obstacles.append(f"{path} is no tensor in the serving model")
         elif ours.shape != theirs.shape or not _is_cast_of(ours.dtype, theirs.dtype):
             self.found.obstacles.append(
-                f"{path} is {theirs.dtype} {list(theirs.shape)}, and {ours.dtype} {list(ours.shape)} in the serving model"
+                f"{path} is {theirs.dtype} {list(theirs.shape)}, and {ours.dtype} {list(ours.shape)} in the "
+                "serving model"
             )
         elif not theirs.is_meta:
             self.found.copies.append((ours.data, theirs.data))
@@ -185,21 +190,23 @@ class _Walk:
                 )
             return True
         holder: Mapping[str, Any] = vars(ours)
-        if isinstance(ours, functools.partial):  # nothing can be put into one
+        if isinstance(ours, functools.partial):  # its values cannot be replaced
             holder = MappingProxyType({name: getattr(ours, name) for name in names})
         self._mapping(path, holder, {name: getattr(theirs, name) for name in names})
         return True
 
 
 def _plain_methods() -> tuple[type, ...]:
-    """Return how layers compute that take their weights as a checkpoint has them, or not at all."""
+    """Return the quantization methods of layers that use a checkpoint's weights unchanged, or have none."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     return type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 
 
-_EMPTY = torch.nn.Module()  # what every module has is no place for weights, but _parameters and _buffers
+_EMPTY = (
+    torch.nn.Module()
+)  # attributes that every module has hold no weights, except _parameters and _buffers
 
 
 def _is_vllms(value: Any) -> bool:
@@ -208,12 +215,12 @@ def _is_vllms(value: Any) -> bool:
 
 
 def _is_cast_of(ours: torch.dtype, theirs: torch.dtype) -> bool:
-    """Whether a layer has cast what it had, if anything: to the dtype of its first input (rotary embeddings, vLLM 0.32)."""
+    """Whether the dtypes are equal, or ``ours`` is a cast to a smaller one (rotary embeddings, vLLM 0.32)."""
     return ours == theirs or ({ours, theirs} < _CAST and torch.promote_types(ours, theirs) == theirs)
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    """Whether a tensor can be reached from a value within a few steps."""
+    """Whether a tensor can be reached from a value in at most ``depth`` steps."""
     if isinstance(value, torch.Tensor):
         return value.numel() > 0
     if isinstance(value, torch.nn.Module):

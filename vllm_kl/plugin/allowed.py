@@ -1,4 +1,4 @@
-"""Whether an engine's processes may use the plugin: known versions of vLLM, and the variables that decide."""
+"""Decides whether a process may use the plugin, by vLLM's version and by environment variables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 from packaging.specifiers import SpecifierSet
 
-# The versions whose sources were read and whose engines were run.
+# The versions of vLLM that this package was written for and tested with.
 KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
-# "0" turns all of it off.
+# The value "0" turns the plugin off.
 SWITCH = "VLLMKL_PLUGIN"
 
 
@@ -17,8 +17,8 @@ def is_on() -> bool:
     return os.environ.get(SWITCH) != "0"
 
 
-def be_named() -> None:
-    """Let vLLM load this plugin in processes that are started from here, also where its list of plugins names only others."""
+def add_to_vllm_plugins() -> None:
+    """Add the plugin to ``VLLM_PLUGINS``, if this is set: vLLM loads only plugins that it names."""
     if "VLLM_PLUGINS" in os.environ:
         names = os.environ["VLLM_PLUGINS"].split(",")
         os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "vllm_kl"]))

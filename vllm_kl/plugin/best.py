@@ -1,7 +1,7 @@
-"""The best tokens of each row over the slices of the vocabulary seen so far.
+"""Keeps the best tokens of each row while the kernel walks over the vocabulary.
 
-N rows, C candidates per row: more than are wanted, since rounding may misplace a few (:mod:`vllm_kl.plugin.kernel` ranks
-them again).
+There are C candidates for each of N rows. C is above the number of tokens that were asked for, because
+rounding may misplace a few: :mod:`vllm_kl.plugin.kernel` ranks the candidates again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 class Best:
     """``C`` candidates per row, changed in place."""
 
-    values: (
-        torch.Tensor
-    )  # [N, C] float32, in the unit of the logits; the order is the business of whoever fills it
+    values: torch.Tensor  # [N, C] float32, logits; the function that fills it decides the order
     ids: torch.Tensor  # [N, C] int64
 
     @classmethod
@@ -30,20 +28,23 @@ class Best:
         return Best(self.values[rows], self.ids[rows])
 
     def forget(self) -> None:
-        """Begin again."""
+        """Forget all candidates."""
         self.values.fill_(-torch.inf)
 
     def take(self, logits_N_S: torch.Tensor, shift_N: torch.Tensor | None, first_id: int) -> None:
-        """Take a slice of the vocabulary, from token ``first_id`` on: logits, less the row's shift if there is one.
+        """Add the tokens of a slice of the vocabulary. Each row stays sorted, best first.
 
-        Keeps each row sorted, best first.
+        Args:
+            logits_N_S: the logits of S tokens, minus the row's shift.
+            shift_N: the shifts; ``None``: no shift.
+            first_id: the id of the slice's first token.
         """
         worst_N_1 = self.values[:, -1:] if shift_N is None else self.values[:, -1:] - shift_N[:, None]
         (rows,) = torch.where(logits_N_S.amax(1).float() > worst_N_1[:, 0])
         if not len(rows):
             return
         logits = logits_N_S[rows]
-        # Few get in after the first slices, and few are quick to find.
+        # After the first slices few tokens are among the best, and a small top-k is fast.
         most = int((logits > worst_N_1[rows]).sum(1, dtype=torch.int32).max())
         num_candidates = self.ids.shape[1]
         new, places = logits.topk(min(num_candidates, most), dim=1)

@@ -1,10 +1,11 @@
-"""Prefix-cache hits of a scoring request end before the first row it needs.
+"""Limits the prefix-cache hits of a scoring request, so that vLLM computes every row that must be scored.
 
-A row whose KV came from the cache has no hidden state, so it cannot be scored. vLLM bounds a hit by the request's length
-less one token, so that the last row is always computed. Here the bound is ``start - 1`` tokens: row ``start - 1``, which
-scores the first token, and all rows after it are always computed. Sharing is exact, and nothing is ever sent twice.
+A row whose KV came from the cache has no hidden state, so it has no log-prob. vLLM limits a hit to the
+request's length minus one token, so that it always computes the last row. For scoring requests the limit is
+``start - 1`` tokens: vLLM always computes row ``start - 1``, which scores the first token, and all later
+rows. So no request must be sent twice.
 
-Requests that are not ours keep vLLM's bound.
+Requests that are not from this package keep vLLM's limit.
 
 Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32 and 0.33.
 """
@@ -20,7 +21,7 @@ from vllm_kl.plugin.request import unpack
 
 
 class _Shortened:
-    """A request that claims to have ``num_tokens`` tokens, and is the original in everything else."""
+    """A request with another ``num_tokens``. All other attributes are the original request's."""
 
     def __init__(self, request: Any, num_tokens: int) -> None:
         self._request = request
@@ -31,7 +32,7 @@ class _Shortened:
 
 
 def first_scored_token(request: Any) -> int | None:
-    """Return ``start`` of a scheduler's request, or ``None`` if it is not ours."""
+    """Return ``start`` of a scheduler's request; ``None``: it is not a scoring request."""
     pooling, sampling = request.pooling_params, request.sampling_params
     readout = (
         unpack(pooling.extra_kwargs) if pooling is not None else unpack(getattr(sampling, "extra_args", None))
@@ -40,19 +41,19 @@ def first_scored_token(request: Any) -> int | None:
 
 
 def capped(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
-    """Return vLLM's lookup with the bound of scoring requests lowered."""
+    """Return vLLM's cache lookup with a lower limit for scoring requests."""
 
     @functools.wraps(get_computed_blocks)
-    def lookup(self: Any, request: Any, *bound: Any, **kwargs: Any) -> Any:
+    def lookup(self: Any, request: Any, *limit: Any, **kwargs: Any) -> Any:
         start = first_scored_token(request)
         if start is not None:
-            # Without a bound vLLM looks for a hit of at most num_tokens - 1 tokens.
+            # Without a limit from the caller, vLLM looks for a hit of at most num_tokens - 1 tokens.
             request = _Shortened(request, start)
-            # vLLM 0.33: the caller may pass the bound.
-            bound = tuple(b if b is None else min(b, start - 1) for b in bound)
+            # vLLM 0.33: the caller may pass a limit.
+            limit = tuple(n if n is None else min(n, start - 1) for n in limit)
             if kwargs.get("max_cache_hit_length") is not None:
                 kwargs["max_cache_hit_length"] = min(kwargs["max_cache_hit_length"], start - 1)
-        return get_computed_blocks(self, request, *bound, **kwargs)
+        return get_computed_blocks(self, request, *limit, **kwargs)
 
     return lookup
 
@@ -66,7 +67,7 @@ def install() -> None:
 
 
 def is_installed() -> bool:
-    """Whether scheduling in this process is capped."""
+    """Whether the cap is installed in this process."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     return inspect.unwrap(KVCacheManager.get_computed_blocks) is not KVCacheManager.get_computed_blocks

@@ -1,13 +1,15 @@
-"""What vLLM's CPU backend (0.32) computes wrong without a word, and how it is mended in engines that are ours or were given to us.
+"""Corrects two silent errors of vLLM's CPU backend (0.32), in engines that this package made or was given.
 
-- **Rotary embeddings of heads that are kept apart.** The kernel takes ``query`` and ``key`` as ``[N, heads * size]``. Given
-  ``[N, heads, size]`` it takes heads for tokens, and rotates by the wrong angles: models that hand it such tensors (MLA with plain
-  rotary embeddings) are off by 0.1 nats and more. Here such tensors are made flat before the kernel.
-- **The bias of a router that has no groups of experts** (ERNIE 4.5) is left out, so that other experts are chosen than the model
-  would. Here all experts are one group, for which vLLM has the code.
+- **Rotary embeddings of 3-D tensors.** The kernel expects ``query`` and ``key`` as ``[N, heads * size]``. Of
+a tensor
+  ``[N, heads, size]`` (MLA with plain rotary embeddings) it takes the heads for tokens, and rotates by wrong
+  angles: log-probs are off by 0.1 nats and more. The correction flattens such tensors before the kernel.
+- **The bias of a router without groups of experts** (ERNIE 4.5). vLLM ignores it, and so chooses other
+experts than
+  the model would. The correction makes one group of all experts, for which vLLM applies the bias.
 
-Source: ``RotaryEmbedding.forward_cpu``, ``model_executor/layers/rotary_embedding/base.py``; ``CPURouter._compute_routing``,
-``model_executor/layers/fused_moe/router/cpu_router.py``; vLLM 0.32.
+Source: ``RotaryEmbedding.forward_cpu``, ``model_executor/layers/rotary_embedding/base.py``;
+``CPURouter._compute_routing``, ``model_executor/layers/fused_moe/router/cpu_router.py``; vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 
 
 def flattened(forward_cpu: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``RotaryEmbedding.forward_cpu`` for tensors ``[N, heads, size]`` too."""
+    """Return ``RotaryEmbedding.forward_cpu`` that is right for tensors ``[N, heads, size]``, too."""
 
     @functools.wraps(forward_cpu)
     def forward(
@@ -37,7 +39,7 @@ def flattened(forward_cpu: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def biased(compute_routing: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``CPURouter._compute_routing`` that chooses experts by their biased scores wherever there is a bias."""
+    """Return ``CPURouter._compute_routing`` that applies the bias of every router that has one."""
     from vllm.model_executor.layers.fused_moe.router.cpu_router import _grouped_topk
 
     @functools.wraps(compute_routing)
@@ -66,7 +68,7 @@ def biased(compute_routing: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> bool:
-    """Mend the models that this process makes from here on; return whether they were not yet. Nothing on a GPU."""
+    """Correct all later models of this process, on a CPU; return whether this changed anything."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -75,25 +77,25 @@ def install() -> bool:
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     changed = False
-    for owner, name, mended in (
+    for owner, name, corrected in (
         (RotaryEmbedding, "forward_cpu", flattened),
         (CPURouter, "_compute_routing", biased),
     ):
         method = getattr(owner, name)
         if inspect.unwrap(method) is method:
-            setattr(owner, name, mended(method))
+            setattr(owner, name, corrected(method))
             changed = True
     return changed
 
 
-def mend(worker: Any) -> bool:
-    """Mend the model of a worker that was made before :func:`install`; return whether there may have been something to mend."""
+def correct(worker: Any) -> bool:
+    """Correct a worker's model that exists already; return whether it may have computed wrong KV."""
     changed = install()
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
     upstream = inspect.unwrap(RotaryEmbedding.forward_cpu)
     for module in worker.model_runner.get_model().modules():
-        # It took the method from its class when it was made.
+        # The module has kept the method of its class since it was made.
         if (
             isinstance(module, RotaryEmbedding)
             and getattr(module._forward_method, "__func__", None) is upstream

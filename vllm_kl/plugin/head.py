@@ -1,9 +1,10 @@
-"""Hidden rows -> log-probs, the way the model itself would, without its logits where that is possible.
+"""Computes log-probs of hidden rows as the model itself would, without the model's logits if possible.
 
-Most heads are a matrix and a factor: those go through the kernel. All others (soft cap, bias, quantized or adapted
-weights, code of the model's own) go through the model's ``compute_logits``, a few rows at a time. Which one it is, is not
-looked up by architecture: the call that ``compute_logits`` makes is watched once, and the kernel is used only if it
-returns the same numbers.
+Most LM heads are a matrix and a factor. For these the kernel computes the log-probs. For all other heads
+(soft cap, bias, quantised or adapted weights, the model's own code) the model's ``compute_logits`` does, a
+few rows at a time. There is no list of architectures: :func:`find_head` records the call that
+``compute_logits`` makes to vLLM's ``LogitsProcessor``, and chooses the kernel only if it returns the same
+numbers.
 
 N rows, H hidden size, V vocabulary of this rank's shard, K tokens per row, k best tokens.
 
@@ -34,38 +35,41 @@ from vllm_kl.plugin import kernel
 
 logger = init_logger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
 
-# Bytes of the logits that exist at one time where the model computes them.
+# The most bytes of logits that ModelHead makes at a time.
 _MAX_LOGITS_BYTES = 48 << 20
-# A probability is at most 1; rounding may say otherwise, by so many nats.
+# Rounding may make a log-prob positive. Up to so many nats it becomes 0, above it becomes NaN.
 _ROUNDING = 0.05
 
 
-# LoRA's wrappers of a model's LogitsProcessors, by the name of their module.
+# LoRA's wrappers of a model's LogitsProcessors, each with its module's name.
 Adapters = list[tuple[str, torch.nn.Module]]
 
 
 class Head(Protocol):
-    """What the pooler asks of a head."""
+    """An LM head as the pooler sees it."""
 
     def read(
         self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
     ) -> torch.Tensor:
-        """Return ``[N, K + 2 * top_k]`` float32: log-probs of K tokens, then the best tokens' ids and log-probs.
+        """Return ``[N, K + 2 * top_k]`` float32: log-probs of K tokens, then ids and log-probs of the best.
 
-        Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below 2 ** 24, which
-        float32 holds exactly.
+        Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below
+        2 ** 24, which float32 holds exactly.
         """
         ...
 
 
 @dataclass(frozen=True)
 class MatrixHead:
-    """``logits = scale * hidden @ weight.T``. Under tensor parallelism each rank sums over its share of the vocabulary."""
+    """A head with ``logits = scale * hidden @ weight.T``.
 
-    lm_head: torch.nn.Module  # asked for its weight every time: weights may be updated
+    Each tensor-parallel rank sums over its shard of the vocabulary.
+    """
+
+    lm_head: torch.nn.Module  # the module, not its weight, because a push may replace the weight
     scale: float
-    num_tokens: int  # of this rank's shard: the matrix has rows of padding after them
-    first_token: int
+    num_tokens: int  # tokens of this rank's shard; the matrix's further rows are padding
+    first_token: int  # id of the shard's first token
 
     def read(
         self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
@@ -75,7 +79,7 @@ class MatrixHead:
         is_sharded = get_tensor_model_parallel_world_size() > 1
         if is_sharded:
             logits = torch.zeros(ids_N_K.shape, dtype=torch.float32, device=ids_N_K.device)
-            if self.num_tokens:  # a small vocabulary may leave a rank without any
+            if self.num_tokens:  # 0: the vocabulary is so small that this rank's shard is empty
                 local = ids_N_K - self.first_token
                 is_here = (local >= 0) & (local < self.num_tokens)
                 logits = (
@@ -96,7 +100,7 @@ class MatrixHead:
         if top_k:
             if is_sharded:
                 mine = torch.stack([(top_ids + self.first_token).float(), top_logits], dim=1)
-                # Ranks gather as many columns each; a share of the vocabulary may hold fewer tokens than that.
+                # All ranks gather top_k columns. A shard of the vocabulary may have fewer tokens.
                 mine = F.pad(mine, (0, top_k - mine.shape[-1]), value=-torch.inf)
                 top_ids, top_logits = tensor_model_parallel_all_gather(mine, dim=-1).unbind(1)
                 top_logits, order = top_logits.topk(top_k, dim=-1)
@@ -106,7 +110,7 @@ class MatrixHead:
 
 
 def _log_probs(logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-    """Return ``logits - normalizer``, NaN (which the scorer refuses) where no rounding explains what comes out."""
+    """Return ``logits - normalizer``; NaN, which the scorer refuses, where a log-prob is impossible."""
     log_probs = logits - normalizer
     is_sound = normalizer.isfinite() & (log_probs <= _ROUNDING)
     return torch.where(is_sound, log_probs.clamp_(max=0), torch.nan)
@@ -114,7 +118,7 @@ def _log_probs(logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ModelHead:
-    """The model's own ``compute_logits``, in slices of rows."""
+    """A head that calls the model's own ``compute_logits``, in slices of rows."""
 
     model: torch.nn.Module
     vocab_size: int
@@ -126,13 +130,13 @@ class ModelHead:
         values = hidden_N_H.new_full(
             (len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32
         )
-        bytes_per_row = 12 * self.vocab_size  # the model's logits, a float32 copy, its log-softmax
+        bytes_per_row = 12 * self.vocab_size  # the model's logits, a float32 copy, the log-softmax
         step = max(16, _MAX_LOGITS_BYTES // bytes_per_row // 16 * 16)
         for low in range(0, len(ids_N_K), step):
             rows = slice(low, low + step)
             hidden = hidden_N_H[rows]
             num_rows = len(hidden)
-            # Products of few different heights: oneDNN compiles each.
+            # Pad the rows to a few different heights: oneDNN compiles every height.
             with _base_weights(self.model, self.adapters):
                 logits = self.model.compute_logits(F.pad(hidden, (0, 0, 0, -num_rows % 16)))[:num_rows]
             log_probs = (logits.float() / temperature).log_softmax(-1)
@@ -171,9 +175,10 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
 
 @contextlib.contextmanager
 def _base_weights(model: torch.nn.Module, adapters: Adapters) -> Iterator[None]:
-    """Take LoRA's wrapper off the LogitsProcessor: requests here are the base model's.
+    """Take LoRA's wrapper off the LogitsProcessor, so that the head is the base model's.
 
-    The wrapper knows which adapter each *sampled* row belongs to (``sampler_indices``), one row a request; ours are many.
+    The wrapper knows the adapter of each *sampled* row (``sampler_indices``), one row per request. A scoring
+    request has many rows.
     """
     try:
         for name, module in adapters:
@@ -186,17 +191,17 @@ def _base_weights(model: torch.nn.Module, adapters: Adapters) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _LogitsCall:
-    """What ``compute_logits`` handed to vLLM's ``LogitsProcessor``."""
+    """A call of vLLM's ``LogitsProcessor`` by ``compute_logits``."""
 
     processor: Any
-    logits: torch.Tensor  # what it returned
-    arguments: dict[str, Any]  # by the names that LogitsProcessor.forward gives them
+    logits: torch.Tensor  # the result of the call
+    arguments: dict[str, Any]  # by the parameter names of LogitsProcessor.forward
 
 
 def _watch_logits(
     model: torch.nn.Module, probe: torch.Tensor, adapters: Adapters
 ) -> tuple[torch.Tensor, _LogitsCall | None]:
-    """Run ``compute_logits``; return its logits and the one call it made."""
+    """Run ``compute_logits``; return its logits, and its call of a ``LogitsProcessor`` if there is one."""
     calls: list[_LogitsCall] = []
 
     def note(processor: Any, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
@@ -215,7 +220,7 @@ def _watch_logits(
 
 
 def _as_matrix(call: _LogitsCall | None, probe: torch.Tensor) -> tuple[str, MatrixHead | None]:
-    """Return the matrix head behind a call, or why there is none."""
+    """Return the matrix head behind a call; or the reason why there is none, and ``None``."""
     if call is None:
         return "it does not call vLLM's LogitsProcessor exactly once", None
     processor, lm_head = call.processor, call.arguments.get("lm_head")

@@ -1,6 +1,6 @@
-// What follows the LM head's product on a CPU: one pass over a tile of logits, and the logits of single tokens.
+// Runs after the LM head's product on a CPU: one pass over a tile of logits. And computes the logits of single tokens.
 //
-// Numbers are in base 2, less the row's shift; see kernel.py.
+// The logits of a tile are in base 2, minus the row's shift; see kernel.py.
 
 #include <algorithm>
 #include <cstdint>
@@ -31,13 +31,14 @@ inline float widen(float x) { return x; }
 
 inline bfloat16 narrow(float x) { return bfloat16(to_bits(x) >> 16); }  // exact for what bfloat16 holds
 
-// 2 ** x = 2 ** n * 2 ** f with n = round(x), |f| <= 1/2: a polynomial for 2 ** f, relative minimax, times the float whose
-// exponent is n. Relative error: 3e-6 for bfloat16, a thousandth of its own; 1e-7 for float. Below 2 ** -126 nothing is
-// lost that a sum could hold; above 2 ** 127 the result is at least that large. NaN and infinities make NaN.
+// Returns 2 ** x = 2 ** n * 2 ** f with n = round(x), |f| <= 1/2: a polynomial for 2 ** f (minimax of the relative
+// error), times the float with exponent n. The relative error is 3e-6 for bfloat16, a thousandth of bfloat16's own
+// rounding, and 1e-7 for float. Results below 2 ** -126 are too small to change a sum. For x above 127 the result is
+// at least 2 ** 127. The result for NaN and infinities is NaN.
 template <typename T>
 inline float power_of_two(float x) {
-    const float to_integer = 12582912.0f + 127.0f;  // 1.5 * 2 ** 23: what is added to it loses its fraction
-    const float n = x + to_integer;                 // its last bits are round(x) + 127, a float's exponent
+    const float to_integer = 12582912.0f + 127.0f;  // 1.5 * 2 ** 23: a number that is added to it loses its fraction
+    const float n = x + to_integer;                 // the last bits of n are round(x) + 127, a float's exponent
     const float f = x - (n - to_integer);
     float p;
     if (sizeof(T) == 2) {
@@ -59,7 +60,7 @@ inline float power_of_two(float x) {
     return p * from_bits(std::uint32_t(exponent) << 23);
 }
 
-// Return the sum of 2 ** x over a row, which is then filled for the product that comes next.
+// Returns the sum of 2 ** x over a row, and fills the row for the next product.
 inline float sum_row(bfloat16* row, int64_t num_columns, float fill) {
     const bfloat16 narrow_fill = narrow(fill);
     float low = 0.0f, high = 0.0f;
@@ -67,7 +68,7 @@ inline float sum_row(bfloat16* row, int64_t num_columns, float fill) {
         low += power_of_two<bfloat16>(widen(row[i]));
         row[i] = narrow_fill;
     };
-    // Two to a word: cheaper to widen.
+    // Two numbers in a word are cheaper to widen.
     const int64_t start = reinterpret_cast<std::uintptr_t>(row) % 4 != 0, num_pairs = (num_columns - start) / 2;
     if (start) take_one(0);
     if (start + 2 * num_pairs < num_columns) take_one(num_columns - 1);
@@ -93,7 +94,7 @@ inline float sum_row(float* row, int64_t num_columns, float fill) {
     return sum;
 }
 
-// The best tokens of a row so far: a heap whose root, entry 0, is the worst of them.
+// The best tokens of a row so far, in a heap. Its root, entry 0, is the worst of them.
 struct Best {
     float* values;
     int64_t* ids;
@@ -133,7 +134,7 @@ struct Best {
     }
 };
 
-// Each thread takes its rows from the last to the first: the last are what the product has left in the core's cache.
+// Each thread goes from its last row to its first: the product has left the last rows in the core's cache.
 template <typename T>
 void reduce(T* tile, int64_t stride, const float* shift, float* sums, int64_t num_rows, int64_t num_columns,
             float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id) {
@@ -169,7 +170,7 @@ void token_logits(const T* hidden, const T* weight, const int64_t* ids, float* l
 
 }  // namespace
 
-// tile: rows of num_columns logits in base 2, less shift, `stride` apart; filled with -shift. sums, shift: [num_rows].
+// tile: rows of num_columns logits in base 2, minus shift, `stride` apart; is filled with -shift. sums, shift: [num_rows].
 // best_values, best_ids: [num_rows, num_best], or num_best = 0.
 #define REDUCE(NAME, T)                                                                                                  \
     extern "C" void NAME(T* tile, int64_t stride, const float* shift, float* sums, int64_t num_rows,                     \
@@ -180,7 +181,7 @@ void token_logits(const T* hidden, const T* weight, const int64_t* ids, float* l
 REDUCE(reduce_bfloat16, bfloat16)
 REDUCE(reduce_float32, float)
 
-// hidden: [num_rows, hidden_size]; weight: [V, hidden_size]; ids, logits: [num_rows, num_ids]. Summed in double.
+// hidden: [num_rows, hidden_size]; weight: [V, hidden_size]; ids, logits: [num_rows, num_ids]. The sums are doubles.
 #define TOKEN_LOGITS(NAME, T)                                                                                            \
     extern "C" void NAME(const T* hidden, const T* weight, const int64_t* ids, float* logits, int64_t num_rows,          \
                          int64_t num_ids, int64_t hidden_size) {                                                         \

@@ -1,23 +1,27 @@
-"""Hidden rows and an LM head's matrix -> log-normalizers, logits of given tokens, best tokens.
+"""Computes log-normalizers, logits of given tokens and best tokens of hidden rows, by an LM head's matrix.
 
-The ``[N, V]`` logits never exist. The vocabulary is walked in slices that stay in the cache, with one running sum per row:
+The ``[N, V]`` logits never exist. The kernel walks over the vocabulary in slices that stay in the cache, with
+one running sum per row:
 
-    logits of a slice = scale * hidden @ weight[a:b].T                     one product, at the product's own best speed
-    total            += sum(2 ** (log2(e) * logits - shift))               shift: close to log2 of what the total will be
+    logits of a slice = scale * hidden @ weight[a:b].T             one matrix product
+    total            += sum(2 ** (log2(e) * logits - shift))       shift: close to log2 of the final total
 
-All sums are kept in base 2, because ``exp2`` is cheaper than ``exp`` on a CPU.
+All sums are in base 2, because ``exp2`` is cheaper than ``exp`` on a CPU.
 
-Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift
-is subtracted inside the product, before it is rounded: the logits that decide the sum come out near 0, where bfloat16 is
-fine. A slice that outweighs what its shift expected was rounded too coarsely, and is computed again for its row, in float32.
-The logits of single tokens are summed in float64. On a GPU the product is accumulated and returned in float32; on a CPU that
-multiplies 16-bit matrices one number at a time (one without AVX-512, say) both matrices are widened, slice by slice.
+Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size.
+So the shift is subtracted inside the product, before the rounding: the logits that decide the sum are then
+near 0, where bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too
+coarsely. The kernel then computes the slice again for this row, in float32. Logits of single tokens are
+summed in float64. On a GPU the product is accumulated and returned in float32. On a CPU that multiplies
+16-bit matrices one number at a time (for example without AVX-512) the kernel widens both matrices to float32,
+slice by slice.
 
-Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps up to 2 MiB of it. So these products
-are made of few tiles: rows are padded, and what is narrower or of any height is computed in float32.
+Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps up to 2 MiB for it. So
+16-bit products have few shapes: their rows are padded. Narrow products, and those of other heights, are
+computed in float32.
 
-Memory. Less than 64 MiB in all, at any number of rows and any vocabulary: on a CPU whatever is large lives in a workspace,
-made once and bounded by the constants below.
+Memory. The kernel takes less than 64 MiB, for any number of rows and any vocabulary. On a CPU all large
+tensors lie in a workspace, which is made once and limited by the constants below.
 
 N rows, H hidden size, V vocabulary (of this shard, under tensor parallelism), K tokens per row, C candidates.
 
@@ -39,43 +43,43 @@ from vllm_kl.plugin.native import reducer, token_logits
 
 LOG2_E = math.log2(math.e)
 
-# Rows of one block, at most, and elements of its hidden states: 8 MiB in float32. Sizes here were found by measurement
-# (benchmarks/LOG.md).
+# The most rows of a block, and the most elements of its hidden states: 8 MiB in float32. The sizes here were
+# measured (benchmarks/LOG.md).
 _MAX_ROWS = 4096
 _MAX_HIDDEN = 1 << 21
-# Heights of a 16-bit product's tiles.
+# Heights of the tiles of 16-bit products.
 _HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
-# Width of a float32 product's tile, and elements of the slice of weights that is widened for it: 8 MiB.
+# Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
 _FLOAT32_WIDTH = 512
 _MAX_WIDENED = 1 << 21
 # Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
 _CUDA_TILE = 1 << 23
-# Bytes of each part of the workspace: what the limits above allow. The system gives pages only when they are used.
+# Bytes of each part of the workspace, by the limits above. The system gives pages only when they are used.
 _WORKSPACE_BYTES = 8 << 20
-# Columns that are computed in float32 before anything is known that could be subtracted.
+# Columns that are computed first, in float32: they give the first shift.
 _FIRST_COLUMNS = 64
-# Rows that are computed in float32 at a time, and elements of their hidden states: 4 MiB.
+# The most rows that are computed in float32 at a time, and elements of their hidden states: 4 MiB.
 _MAX_EXACT_ROWS = 512
 _MAX_EXACT_HIDDEN = 1 << 20
-# Candidates of a block, 12 bytes each.
+# The most candidates of a block, 12 bytes each.
 _MAX_CANDIDATES = 1 << 20
-# A shift further from 0 than this is too coarse in 16 bits: above 2 ** 12 it is off by up to 8 in bfloat16.
+# The largest shift in 16 bits: above 2 ** 12 bfloat16 rounds it by up to 8.
 _MAX_SHIFT = 2.0**12
-# Slices between two looks at the shift: a look costs as much as a pass over a tile.
+# The most slices between two checks of the shift: a check costs as much as a pass over a tile.
 _MAX_STRETCH = 32
-# A slice with more than this many times the total that was expected is computed again with a new shift.
+# A slice whose sum is above this many times the expected total is computed again, with a new shift.
 _OUTWEIGHS = 4.0
-# An expected total above this, in units of 2 ** shift, gets a new shift for the slices to come.
+# An expected total above this, in units of 2 ** shift, gets a new shift for the next slices.
 _GROWN = 4.0
-# Candidates beyond k that are ranked again in float32: rounding may have misplaced them.
+# Further candidates beside the k best, because rounding may misplace some; float32 logits rank them again.
 _SPARE_CANDIDATES = 8
 
 
 def row_blocks(num_rows: int, hidden_size: int, top_k: int = 0) -> Iterator[slice]:
-    """Yield the blocks of rows that are computed together: large enough for the product, small enough for the memory.
+    """Yield blocks of rows: large enough for a fast product, small enough for the memory.
 
-    They are of one size, since the product is slow on the few rows that a division by the largest size would leave, and
-    all but the last need no padding.
+    All blocks have equal size: blocks of the largest size could leave a last block of few rows, on which the
+    product is slow. Only the last block needs padding.
     """
     limit = min(_MAX_ROWS, _MAX_HIDDEN // hidden_size)
     if top_k:
@@ -90,8 +94,8 @@ def log_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, *, scale:
 
     Args:
         hidden_N_H: at most :data:`_MAX_ROWS` rows, see :func:`row_blocks`.
-        weight_V_H: the head's matrix, same dtype.
-        scale: factor of every logit: the head's own, divided by the temperature.
+        weight_V_H: the head's matrix, in the same dtype.
+        scale: factor of every logit: the head's scale divided by the temperature.
 
     >>> hidden, weight = torch.randn(3, 8), torch.randn(1000, 8)
     >>> want = (hidden @ weight.T).logsumexp(-1)
@@ -103,9 +107,10 @@ def log_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, *, scale:
 def top_tokens(
     hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, k: int, *, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the ids ``[N, k]`` int64 of the best tokens, their unscaled logits ``[N, k]``, and the log-normalizer ``[N]``.
+    """Return the best tokens' ids ``[N, k]`` int64 and logits ``[N, k]``, and the log-normalizer ``[N]``.
 
-    Best first. Candidates are ranked by float32 logits; two tokens closer than the dtype's rounding may change places.
+    The best token is first. The logits are unscaled. Float32 logits rank the candidates. Two tokens that
+    differ by less than the dtype's rounding may change places.
     """
     best = Best.of(len(hidden_N_H), min(k + _SPARE_CANDIDATES, len(weight_V_H)), hidden_N_H.device)
     normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best) / LOG2_E
@@ -116,7 +121,7 @@ def top_tokens(
 
 def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None) -> torch.Tensor:
     """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
-    if not len(weight):  # of this shard
+    if not len(weight):  # an empty shard of a tensor-parallel rank
         return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
     if hidden.is_cuda:
         return _walk_float32_products(hidden, weight, scale2, best)
@@ -131,9 +136,9 @@ def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best 
 def _walk_shifted_products(
     hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
-    """On a CPU: the shift is subtracted inside the product; one pass over its results.
+    """Walk on a CPU: subtract the shift inside the product; then pass over its results once.
 
-    ``None`` if the logits are too large for products in ``dtype``: a temperature near 0.
+    Returns ``None`` if the logits are too large for products in ``dtype``, as with a temperature near 0.
     """
     num_rows, vocab_size, hidden_size = len(hidden), len(weight), hidden.shape[1]
     reduce = reducer(dtype)
@@ -158,7 +163,7 @@ def _walk_shifted_products(
         slices = [
             slice(low, min(low + width, vocab_size)) for low in range(done, vocab_size, width)[:stretch]
         ]
-        # What the total will be after this stretch, if its columns are like those done.
+        # The total after this stretch, if its columns are like the earlier ones.
         expected = total * (slices[-1].stop / done)
         if (expected > _GROWN).any():
             old, shift = shift, _representable(shift + expected.log2().float(), dtype)
@@ -169,11 +174,11 @@ def _walk_shifted_products(
         masses = torch.empty(len(slices), num_rows, dtype=torch.float32)
         tile[:num_rows] = -shift[:, None]
         for columns, mass in zip(slices, masses, strict=True):
-            # The last slice is as wide as the others, and begins among columns that are done.
+            # The last slice is as wide as the others, so it begins among columns that are done.
             first = columns.stop - width
             tile.addmm_(padded, _widened(weight[first : columns.stop], dtype).T, alpha=scale2)
             reduce(tile[:num_rows, columns.start - first :], shift, mass, best, columns.start)
-        outweighs = ~(masses <= _OUTWEIGHS * expected)  # NaN and inf too
+        outweighs = ~(masses <= _OUTWEIGHS * expected)  # so written that NaN and inf count, too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             for rows in torch.where(outweighs[i])[0].split(num_exact):
                 exact = _float32_logits(hidden[rows], weight[slices[i]], scale2)
@@ -194,9 +199,10 @@ _buffers = threading.local()
 
 
 def _workspace(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory that this thread keeps for one purpose. It holds what was left in it.
+    """Return uninitialised memory that this thread keeps under a name.
 
-    Freed memory of many sizes would stay with the process in pieces, and be cleared by the system every time it is new.
+    Tensors of many sizes would leave the process with fragmented memory, and the system clears all new
+    memory.
     """
     size_bytes = math.prod(shape) * dtype.itemsize
     buffer = getattr(_buffers, name, None)
@@ -207,7 +213,7 @@ def _workspace(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.T
 
 
 def _padded(hidden: torch.Tensor, height: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the rows in the product's dtype and, after them, rows of zeros."""
+    """Return the rows in the product's dtype, followed by rows of zeros."""
     if len(hidden) == height and hidden.dtype == dtype:
         return hidden
     padded = _workspace("hidden", (height, hidden.shape[1]), dtype)
@@ -229,7 +235,7 @@ def _float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -
 
 
 def _representable(shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return whole numbers that the dtype holds: what changes with them is multiplied by a power of two, exactly."""
+    """Return the shift rounded to whole numbers that the dtype holds: ``2 ** shift`` is then exact."""
     return shift.round().to(dtype).float()
 
 
@@ -238,7 +244,7 @@ def _slices(number: int, step: int) -> Iterator[slice]:
 
 
 def _height(num_rows: int) -> int:
-    """Return the height of the tile of so many rows."""
+    """Return the height of a tile for this number of rows."""
     return _HEIGHTS[min(bisect.bisect_left(_HEIGHTS, num_rows), len(_HEIGHTS) - 1)]
 
 
@@ -250,7 +256,7 @@ def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.d
 
 @functools.cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what matrices of a dtype are multiplied in: itself, if oneDNN multiplies it."""
+    """Return the dtype in which matrices of a dtype are multiplied: the same, if oneDNN supports it."""
     is_fast = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -261,9 +267,10 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def _walk_float32_products(
     hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None
 ) -> torch.Tensor:
-    """On a GPU: products with float32 results; maximum and sum in one fused kernel per slice."""
+    """Walk on a GPU: products with float32 results; one fused kernel per slice for maximum and sum."""
     num_rows, vocab_size = len(hidden), len(weight)
-    # Ranking makes copies of the tile. Slices of one size: a last one of a single column would be compiled by itself.
+    # Ranking copies the tile, so it gets a smaller one. All slices have equal size: torch.compile would
+    # compile a last slice of a single column separately.
     num_slices = math.ceil(
         vocab_size / max(1024, (_CUDA_TILE if best is None else _CUDA_TILE // 2) // num_rows)
     )
@@ -271,9 +278,8 @@ def _walk_float32_products(
     tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
     top = torch.full((num_rows, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
     total = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden.device)
-    update = (
-        _fused_update() if num_rows > 1 else _update
-    )  # torch.compile makes a graph of its own for a single row
+    # torch.compile would make a separate graph for a single row.
+    update = _fused_update() if num_rows > 1 else _update
     for low in range(0, vocab_size, columns):
         high = min(vocab_size, low + columns)
         logits = tile[: num_rows * (high - low)].view(num_rows, high - low)
@@ -302,5 +308,5 @@ def _update(
 
 @functools.cache
 def _fused_update() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """One pass over the tile instead of four. Compiled by vLLM's profile run, never by a request."""
+    """Return :func:`_update` with one pass over the tile instead of four. vLLM's profile run compiles it."""
     return torch.compile(_update, dynamic=True)

@@ -1,9 +1,10 @@
-"""Scoring classes: any decoder-only architecture that vLLM can load, with a pooler that returns log-probs.
+"""Makes scoring classes: subclasses of vLLM's decoder-only models with a pooler that returns log-probs.
 
-``LogProb<Arch>`` is a subclass of vLLM's ``<Arch>`` under a name of its own, so a policy of the same architecture in the
-same process is loaded as ever. It is built when vLLM asks this module for it.
+``LogProb<Arch>`` is a subclass of vLLM's ``<Arch>``. It has its own name, so vLLM still loads a policy of the
+same architecture in the same process as ``<Arch>``. The class is made when vLLM asks this module for it.
 
-Source: out-of-tree models, ``model_executor/models/registry.py``; pooling models, ``interfaces_base.py``; vLLM 0.32.
+Source: out-of-tree models, ``model_executor/models/registry.py``; pooling models, ``interfaces_base.py``;
+vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -12,23 +13,22 @@ import functools
 from typing import Any
 
 PREFIX = "LogProb"
-# Key of the model's config that holds its own architectures, while ``architectures`` names the scoring class.
+# The config's key for the model's own architectures. Its ``architectures`` names the scoring class instead.
 BASE_ARCHITECTURES = "base_architectures"
 
 
 def register(base_architecture: str) -> str:
-    """Make ``LogProb<base>`` known to vLLM in this process; return the name. Idempotent; imports no model."""
+    """Register ``LogProb<base>`` with vLLM in this process; return the name. Idempotent; imports no model."""
     import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     name = PREFIX + base_architecture
     if name not in ModelRegistry.get_supported_archs():
-        # vLLM keeps a class's properties on disk, by this file's hash and the name: another vLLM must not find them.
+        # vLLM caches a class's properties on disk, by this file's hash and this name. Another vLLM must not
+        # read them.
         ModelRegistry.register_model(name, f"{__name__}:{name}@{vllm.__version__}")
-        if (
-            base_architecture in MODELS_CONFIG_MAP
-        ):  # adjustments that vLLM makes to an architecture, by its name
+        if base_architecture in MODELS_CONFIG_MAP:  # vLLM's adjustments of the config, by architecture
             MODELS_CONFIG_MAP[name] = MODELS_CONFIG_MAP[base_architecture]
     return name
 
@@ -51,7 +51,7 @@ def _scoring_class(base_architecture: str) -> type:
         is_pooling_model = True
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:  # vLLM looks for these two names
-            # Models look at their architecture's name: the transformers backend renames weights by it.
+            # Models read their architecture's name: vLLM's transformers backend renames weights by it.
             config = vllm_config.model_config.hf_config
             ours, config.architectures = (
                 config.architectures,

@@ -1,7 +1,7 @@
-"""What surrounds the LM head's product on a CPU: compiled loops, or operations of PyTorch's where there is no compiler.
+"""Runs the kernel's inner loops on a CPU: compiled C++, or PyTorch operations if there is no compiler.
 
-Compiled once per machine, in a second, and kept in vLLM's cache: by the request with which an engine is warmed up, never by
-a caller's.
+The compilation takes a second, once per machine. vLLM's cache folder keeps the library. An engine's warm-up
+request compiles it, so no caller waits for it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vllm_kl.plugin.best import Best
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 _FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-trapping-math -fno-strict-aliasing -fopenmp -shared -fPIC"
-# Named, not "native": a cache may be shared by machines.
+# Explicit flags instead of -march=native: several machines may share the cache.
 _FLAGS_OF = {
     "AVX512": "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
     "AVX2": "-mfma -mavx2",
 }
 _NAME_OF = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-# Rows that PyTorch's operations take at a time, and bytes of what they gather: their copies stay small.
+# Rows that a PyTorch operation takes at a time, and bytes that it gathers: so its copies stay small.
 _ROWS = 512
 _MAX_GATHERED_BYTES = 8 << 20
 
@@ -39,14 +39,16 @@ Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Best | None", int]
 
 
 def reducer(dtype: torch.dtype) -> Reduce:
-    """Return ``reduce(tile_N_S, shift_N, sums_N, best, first_id)`` for a walk over the vocabulary whose products are ``dtype``.
+    """Return the function ``reduce(tile_N_S, shift_N, sums_N, best, first_id)`` for products in ``dtype``.
 
-    It writes the sums of ``2 ** tile`` over each row, and fills the tile with ``-shift`` for the next product:
+    ``reduce`` writes the sum of ``2 ** tile`` over each row, and fills the tile with ``-shift`` for the next
+    product.
 
-    - ``tile_N_S``: logits in base 2, less ``shift``; ``dtype`` or float32. Rows may lie further apart than they are long.
-    - ``shift_N``: float32, whole numbers that ``dtype`` holds. ``sums_N``: float32, written.
-    - ``best``: takes the best tokens of the slice, whose first column is token ``first_id``; or ``None``. One walk, one
-      reducer: each keeps candidates in an order of its own.
+    - ``tile_N_S``: logits in base 2, minus ``shift``; ``dtype`` or float32. The rows need not be contiguous.
+    - ``shift_N``: float32, whole numbers that ``dtype`` holds. - ``sums_N``: float32, the output. - ``best``:
+    gets the best tokens of the slice; or ``None``. A walk over the vocabulary must use one reducer only,
+      because each keeps the candidates in its own order.
+    - ``first_id``: the id of the slice's first token.
     """
     return _reduce_compiled if dtype in _NAME_OF and _library()[0] is not None else _reduce
 
@@ -85,7 +87,7 @@ def _reduce(
 
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
-    """Return ``[N, K]`` float32 logits of K tokens per row, summed in float64, or pairwise in float32."""
+    """Return ``[N, K]`` float32, the logits of K tokens per row, summed in float64 or pairwise in float32."""
     num_rows, num_ids = ids_N_K.shape
     hidden_size = hidden_N_H.shape[1]
     logits = torch.empty(num_rows, num_ids, dtype=torch.float32, device=hidden_N_H.device)
@@ -105,13 +107,13 @@ def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: to
     step = max(1, _MAX_GATHERED_BYTES // (4 * max(1, num_ids) * hidden_size))
     for low in range(0, num_rows, step):
         rows = slice(low, low + step)
-        # Multiplied, then summed pairwise: more exact than a product of matrices, which sums in order.
+        # Multiply, then sum pairwise: this is more exact than a matrix product, which sums in order.
         logits[rows] = weight_V_H[ids_N_K[rows]].float().mul_(hidden_N_H[rows, None].float()).sum(-1)
     return logits
 
 
 def missing_compiler() -> str:
-    """Return what a user must know of a read-out that runs without its compiled loops; empty if it has them."""
+    """Return a note for the user of a read-out without compiled loops; empty if it has them."""
     return _library()[1] if not torch.cuda.is_available() else ""
 
 
@@ -123,7 +125,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         reason = getattr(error, "stderr", None) or error
         return (
             None,
-            f"LM heads take up to twice as long without a C++ compiler (c++, or that of CXX): {reason}",
+            f"LM heads take up to twice as long without a C++ compiler (c++, or the one in CXX): {reason}",
         )
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in _NAME_OF.values():
@@ -146,7 +148,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _build() -> Path:
-    """Return the library, compiled unless the cache has it. Processes that do so at the same time do not meet."""
+    """Return the library; compile it if the cache lacks it. Several processes may do so at the same time."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     flags = _FLAGS, _FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), "")
     command = [*compiler, *" ".join(flags).split()]

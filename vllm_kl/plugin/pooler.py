@@ -1,10 +1,12 @@
-"""A step's hidden states -> one float32 tensor per finished request.
+"""Reads the log-probs out of a step's hidden states, and returns one float32 tensor per finished request.
 
-A step holds a chunk of each of its requests. Row r of a request scores its token r + 1, so of a chunk ``[low, high)`` the
-rows ``max(start - 1, low) .. min(high, L - 1)`` are read, and kept under their absolute number until the request's last
-chunk. A row that never came (its KV was read from the cache) is NaN, never a number.
+A step computes one chunk of each of its requests. Row r of a request scores token r + 1. So of a chunk
+``[low, high)`` the pooler reads the rows from ``max(start - 1, low)`` up to, but without, ``min(high, L -
+1)``. It keeps them by their index in the request until the last chunk. A row that no step computed, because
+its KV came from the cache, is NaN.
 
-Source: ``GPUModelRunner._pool``, ``v1/worker/gpu_model_runner.py``, and ``v1/worker/gpu/pool/pooling_runner.py``, vLLM 0.32.
+Source: ``GPUModelRunner._pool``, ``v1/worker/gpu_model_runner.py``, and
+``v1/worker/gpu/pool/pooling_runner.py``, vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ TASK = "token_classify"  # the pooling task that both model runners accept
 
 
 class _Span(NamedTuple):
-    """The rows of one request that this step computed and that are wanted."""
+    """The rows of one request that this step computed and that must be scored."""
 
-    request: int  # its place in the step
+    request: int  # index of the request in the step
     readout: Readout
-    low: int  # first of them, counted in the request
-    high: int
-    offset: int  # of the first of them in the step's hidden states
+    low: int  # index of the first row in the request
+    high: int  # index after the last row
+    offset: int  # index of the first row in the step's hidden states
 
 
 class LogProbPooler(Pooler):
@@ -38,7 +40,7 @@ class LogProbPooler(Pooler):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._model = [model]  # in a list: the model is not a submodule of its own pooler
+        self._model = [model]  # in a list, so that the model is no submodule of its own pooler
         self._head: Head | None = None
 
     def get_supported_tasks(self) -> set[str]:
@@ -51,7 +53,7 @@ class LogProbPooler(Pooler):
         if self._head is None:
             self._head = find_head(self._model[0], hidden_states)
         cursor, states = pooling_metadata.get_pooling_cursor(), pooling_metadata.pooling_states
-        # Requests that are not ours, vLLM's profile run among them, are scored from their second token on.
+        # Requests without a read-out of ours (vLLM's profile run) are scored from their second token on.
         readouts = [unpack(params.extra_kwargs) or Readout() for params in pooling_metadata.pooling_params]
         lengths = pooling_metadata.prompt_lens.tolist()
         highs, counts = cursor.seq_lens_cpu.tolist(), cursor.num_scheduled_tokens_cpu.tolist()
@@ -76,10 +78,12 @@ class LogProbPooler(Pooler):
         ]
 
     def _read(self, hidden_states: torch.Tensor, token_ids: torch.Tensor, spans: list[_Span]) -> torch.Tensor:
-        """Return ``[N, num_columns]`` float32 of all spans' rows. They ask for the same columns and temperature.
+        """Return ``[N, num_columns]`` float32, the rows of all spans.
 
         Args:
+            hidden_states: of the step.
             token_ids: ``[B, T]`` of the step's requests, on the CPU.
+            spans: spans with equal columns and temperature.
         """
         device = hidden_states.device
         readout = spans[0].readout
@@ -108,7 +112,7 @@ class LogProbPooler(Pooler):
 
 
 def _collect(state: Any, readout: Readout, length: int) -> torch.Tensor:
-    """Return ``[L - start, num_columns]``, and forget the request's chunks."""
+    """Return a finished request's ``[L - start, num_columns]``, and drop its chunks."""
     chunks = state.hidden_states_cache
     num_rows = max(length - readout.start, 0)
     if len(chunks) == 1 and len(chunks[0][1]) == num_rows:

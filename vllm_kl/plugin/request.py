@@ -1,7 +1,7 @@
-"""What one request asks of the read-out, as it travels through vLLM.
+"""Packs what a request asks of the read-out into vLLM's parameters.
 
-vLLM hands ``PoolingParams.extra_kwargs`` and ``SamplingParams.extra_args`` on as they are, to the scheduler and to the
-workers, in this process or serialized. So the request is a dict of plain values under one key.
+vLLM passes ``PoolingParams.extra_kwargs`` and ``SamplingParams.extra_args`` to the scheduler and the workers
+unchanged. They may be other processes, so the values are plain and serialisable, under one key.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ KEY = "vllm_kl"
 
 
 class Readout(NamedTuple):
-    """What to return for each row ``start - 1 .. L - 2``."""
+    """What the read-out returns for each of the rows ``start - 1 .. L - 2``."""
 
-    start: int = 1  # first token to score
+    start: int = 1  # index of the first token to score
     temperature: float = 1.0
-    top_k: int = 0  # best tokens per row
-    num_ids: int = 0  # chosen tokens per row ...
-    ids: bytes = b""  # ... int32, [L - start, num_ids]
+    top_k: int = 0  # number of best tokens per row
+    num_ids: int = 0  # number of chosen tokens per row
+    ids: bytes = b""  # the chosen tokens: int32, [L - start, num_ids]
 
     @property
     def num_columns(self) -> int:
-        """Columns of the result: the token's log-prob, those of the chosen ids, then ids and log-probs of the best."""
+        """The number of columns: the token, the chosen ids, then ids and log-probs of the best tokens."""
         return 1 + self.num_ids + 2 * self.top_k
 
     def chosen_ids(self) -> torch.Tensor:
@@ -38,6 +38,6 @@ def pack(readout: Readout) -> dict[str, Any]:
 
 
 def unpack(extra: dict[str, Any] | None) -> Readout | None:
-    """Return what :func:`pack` packed; ``None`` for a request that is not ours."""
+    """Return the read-out that :func:`pack` packed; ``None``: the request is not from this package."""
     values = (extra or {}).get(KEY)
     return None if values is None else Readout(*values)

@@ -1,14 +1,14 @@
-"""A second model in a worker, loaded from a checkpoint the way the engine loaded its first one when it started.
+"""Loads a second model in a worker, from a checkpoint, by the code that loads a model at an engine's start.
 
-vLLM's own ``reload_weights`` (0.32) loads into the live layers instead, and leaves some of them wrong without a word: experts
-come back in the checkpoint's layout where a CPU has packed them, tensors that a model writes with ``copy_`` are lost, and what
-is derived from a weight at the start (the packed product of a tied head, MLA's ``W_UK_T``) is not derived again. A model that is
-loaded from nothing goes through the code that every start of an engine goes through, so it has none of these faults, and until it
-is complete nothing that serves was touched.
+vLLM's own ``reload_weights`` (0.32) loads into the live layers instead, and silently leaves some of them
+wrong. On a CPU it leaves experts in the checkpoint's layout instead of the packed one. It loses tensors that
+a model writes with ``copy_``. It does not update tensors that were made of a weight at the start (the packed
+product of a tied head, MLA's ``W_UK_T``). A new model has none of these errors, and its load does not change
+the serving model.
 
-That every parameter got its weights is seen, not believed (:mod:`vllm_kl.plugin.whole`). Of a quantised checkpoint the tensors are
-compared with those of the engine's own, by name and kind: vLLM copies numbers that were never quantised into 8 bits, and leaves
-scales that are missing as they were.
+:mod:`vllm_kl.plugin.missing_weights` checks that every parameter got weights. A checkpoint for a quantised
+engine must have the tensors of the engine's own checkpoint, with the same kinds of numbers. Otherwise vLLM
+would copy numbers that were never quantised into 8 bits, and keep old scales where the new ones are missing.
 
 Source: ``BaseModelLoader.load_model``, ``model_executor/model_loader/base_loader.py``, vLLM 0.32.
 """
@@ -25,24 +25,25 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_kl.plugin.whole import seen_to_be_whole
+from vllm_kl.plugin.missing_weights import refusing_missing_weights
 
 
 class CannotLoadBesideError(RuntimeError):
-    """A second model cannot be made in this process; a new engine may do."""
+    """This process cannot make a second model. A new engine may be able to load the weights."""
 
 
 def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     """Return a model with the weights of a folder, in the layout that the worker's kernels use.
 
     Args:
-        worker: vLLM's; its model goes on serving, untouched.
-        folder: of safetensors files; ``None`` is the checkpoint that the engine was started with.
+        worker: vLLM's worker. Its model goes on serving unchanged.
+        folder: of safetensors files; ``None``: the checkpoint that the engine was started with.
 
     Raises:
-        CannotLoadBesideError: the model could not be made, or its weights not be brought into their layout.
-        ValueError: a parameter got no weights, or the engine's checkpoint is quantised and the folder is not quantised as it is;
-            names it.
+        CannotLoadBesideError: the model could not be made, or its weights could not be brought into the
+            layout.
+        ValueError: a parameter got no weights, or the folder is not quantised as the engine's checkpoint is.
+            The message names a parameter.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
@@ -53,16 +54,16 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     config = _config_of_a_second_model(worker.vllm_config, folder)
     _choose_device(config, worker)
     loader = get_model_loader(config.load_config)
-    load_weights = seen_to_be_whole(type(loader).load_weights)
+    load_weights = refusing_missing_weights(type(loader).load_weights)
 
-    def load_or_tell(model: torch.nn.Module, model_config: Any) -> None:
+    def load_or_explain(model: torch.nn.Module, model_config: Any) -> None:
         try:
             load_weights(loader, model, model_config)
         except Exception as error:
-            told = _explain(error, folder, first.model)
-            raise _LoadError(ValueError(told) if told else error) from error
+            reason = _explain(error, folder, first.model)
+            raise _LoadError(ValueError(reason) if reason else error) from error
 
-    loader.load_weights = load_or_tell
+    loader.load_weights = load_or_explain
     try:
         with set_current_vllm_config(config), _rotary_embeddings_of_its_own():
             return loader.load_model(vllm_config=config, model_config=config.model_config)
@@ -73,9 +74,12 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
 
 
 def quantization_of(config: Any) -> str:
-    """Return how a model's checkpoint is quantised; ``""``: it is not."""
+    """Return how a model's checkpoint is quantised; empty if it is not."""
     for part in (config, config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):  # compressed-tensors had the second
+        for name in (
+            "quantization_config",
+            "compression_config",
+        ):  # compression_config: older compressed-tensors
             if settings := getattr(part, name, None):
                 settings = settings if isinstance(settings, dict) else settings.to_dict()
                 return str(settings.get("quant_method") or "its configuration does not say how")
@@ -83,28 +87,29 @@ def quantization_of(config: Any) -> str:
 
 
 class _LoadError(Exception):
-    """Carries what ``load_weights`` raised past those who cannot tell it from an error of the model."""
+    """Marks an error of ``load_weights``, to tell it from an error while the model is made."""
 
 
 def _check_format(folder: Path, model: str) -> None:
     """Refuse a folder that lacks tensors of the engine's checkpoint, or has other kinds of numbers in them.
 
     Args:
-        model: path or name of the engine's model, which is on this machine.
+        folder: the new checkpoint.
+        model: path or name of the engine's model, whose files are on this machine.
     """
     found = _tensors(folder)
     for name, (kind, _) in _tensors(_folder_of(model)).items():
         here = found[name][0] if name in found else "missing"
         if here != kind:
             raise ValueError(
-                f"the engine's checkpoint is quantised, and these weights are not quantised as it is: {name} is {kind} there, and "
-                f"{here} here"
+                "the engine's checkpoint is quantised, and these weights are not quantised in the same way: "
+                f"{name} is {kind} in the engine's checkpoint, and {here} here"
             )
 
 
 def _explain(error: Exception, folder: str | None, model: str) -> str:
-    """Return what a loader's error does not say: vLLM asserts shapes without a word. ``""``: it says enough."""
-    with contextlib.suppress(Exception):  # of a damaged folder the first error is the one to tell
+    """Return a better message for a loader's error (vLLM asserts shapes without a text), or ""."""
+    with contextlib.suppress(Exception):  # if the folder is damaged, the first error says so
         own = {} if folder is None else _tensors(_folder_of(model))
         for name, (_, shape) in (_tensors(Path(folder)) if own else {}).items():
             if name in own and shape != own[name][1]:
@@ -119,7 +124,7 @@ def _folder_of(model: str) -> Path:
 
 
 def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of each tensor of a checkpoint; one word for all floating dtypes but the smallest."""
+    """Return dtype and shape of each tensor of a checkpoint; "a float" for dtypes of 16 bits and more."""
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -131,7 +136,7 @@ def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
-    """Return the engine's configuration with another folder, and with places of its own for layers to register in."""
+    """Return the engine's config with another folder, and with new, empty registers of layers."""
     config = copy.copy(first)
     config.compilation_config = copy.copy(first.compilation_config)
     config.compilation_config.static_forward_context = {}
@@ -151,7 +156,7 @@ def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
 
 @contextlib.contextmanager
 def _rotary_embeddings_of_its_own() -> Iterator[None]:
-    """Keep a model from taking another engine's: vLLM shares them by a key that leaves the engine's length out."""
+    """Make new rotary embeddings. vLLM shares them among engines, also among those of other lengths."""
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
     shared = dict(_ROPE_DICT)
@@ -164,7 +169,7 @@ def _rotary_embeddings_of_its_own() -> Iterator[None]:
 
 
 def _choose_device(config: Any, worker: Any) -> None:
-    """Load in the host's memory where the GPU has no room for the weights a second time."""
+    """Load into the host's memory if the GPU has no room for a second model."""
     if worker.device.type == "cpu" or config.load_config.device is not None:
         return
     size_bytes = sum(p.numel() * p.element_size() for p in worker.model_runner.get_model().parameters())

@@ -1,10 +1,12 @@
-"""Engines that one of our entry points was given, or made: from then on their processes do what is not vLLM's own.
+"""Takes an engine that this package made or was given.
 
-    cpu        what the CPU backend computes wrong is mended
-    reload     on a CPU, ``reload_weights`` of a folder leaves nothing behind (:mod:`.weights`)
-    owner      an engine's processes end when whoever made it is killed: vLLM's own go on, and hold their memory
+In the processes of a taken engine, and in no others,
 
-All else that the plugin installs waits for requests, or calls, of this package.
+- the errors of vLLM's CPU backend are corrected (:mod:`.cpu`);
+- on a CPU, ``reload_weights`` of a folder loads all weights right (:mod:`.weights`);
+- the processes end when their owner is killed. vLLM's own would go on, and hold their memory.
+
+All other hooks of the plugin act on requests or calls of this package only.
 """
 
 from __future__ import annotations
@@ -27,34 +29,35 @@ _IS_TAKEN = "_vllm_kl_is_taken"
 
 
 def install() -> None:
-    """Give every worker of this process the method. Idempotent."""
+    """Add the method :func:`take` to the workers of this process. Idempotent."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, TAKE, take)
 
 
 def take(worker: Any, owner_pid: int) -> bool:
-    """Take a worker's engine, once; return whether KV in its cache may be of numbers that were wrong until now.
+    """Take a worker's engine, once; return whether its cache may hold wrong KV, computed by vLLM's errors.
 
     Args:
-        owner_pid: of the process that has the engine.
+        worker: vLLM's worker.
+        owner_pid: the process id of the engine's owner.
     """
     if getattr(worker, _IS_TAKEN, False):
         return False
     setattr(worker, _IS_TAKEN, True)
     _end_with(owner_pid)
-    return cpu.mend(worker)
+    return cpu.correct(worker)
 
 
 def is_taken(worker: Any) -> bool:
-    """Whether a worker's engine is one of ours: it was taken, or a program that uses this package runs it in its own process."""
+    """Whether a worker's engine was taken, or runs in a process of a program that uses this package."""
     return getattr(worker, _IS_TAKEN, False) or not sys.modules.keys().isdisjoint(
         ("vllm_kl.scorer", "vllm_kl.weights.push")
     )
 
 
 def _end_with(owner_pid: int) -> None:
-    """End the engine's process when its owner is gone. vLLM's workers end with it; an engine in its owner's process has none."""
+    """End the engine's core process when its owner dies. vLLM's workers end with the core process."""
     if os.getpid() == owner_pid:
         return
     name = multiprocessing.current_process().name
@@ -64,8 +67,8 @@ def _end_with(owner_pid: int) -> None:
         core_pid = os.getppid()
     else:
         logger.warning(
-            "vllm_kl: %s is no process of vLLM's that is known: it goes on when its owner is killed", name
+            "vllm_kl: the process %s of vLLM is not known: it goes on when its owner is killed", name
         )
         return
-    if parent_of(core_pid) == owner_pid:  # not of a fork server, or seen from another pid namespace
+    if parent_of(core_pid) == owner_pid:  # False with a fork server, or in another pid namespace
         end_with_owner(owner_pid, lambda: os.kill(core_pid, signal.SIGKILL), owned_pid=core_pid)

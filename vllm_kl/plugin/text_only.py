@@ -1,10 +1,12 @@
-"""Lets vLLM load the language model of a vision-language checkpoint where torchvision is not installed.
+"""Lets vLLM load the language model of a vision-language checkpoint without torchvision.
 
-vLLM's module of such a model imports the model's image processor, and that imports torchvision, although an engine with
-``language_model_only=True`` makes neither (vLLM 0.32, transformers 5). Here the import finds names and nothing behind them.
-transformers goes on saying that torchvision is missing to whoever makes an image processor.
+vLLM's module of such a model imports the model's image processor, which imports torchvision. An engine with
+``language_model_only=True`` uses neither (vLLM 0.32, transformers 5). So this module lets the import of
+torchvision find an empty stand-in. transformers still reports that torchvision is missing when somebody makes
+an image processor.
 
-An engine's processes and the process in which vLLM inspects a class each need it, so they are told by an environment variable.
+The engine's processes need the stand-in, and so does the process in which vLLM inspects a class. An
+environment variable tells them.
 """
 
 from __future__ import annotations
@@ -20,30 +22,32 @@ from types import ModuleType
 from typing import Any
 
 from vllm_kl.errors import OptionError
-from vllm_kl.plugin.allowed import be_named
+from vllm_kl.plugin.allowed import add_to_vllm_plugins
 
 TEXT_ONLY = "VLLMKL_TEXT_ONLY"
 _PACKAGE = "torchvision"
 
 
 def text_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the engine options that make a vision-language model serve its text; a model of text does not look at them.
+    """Return the engine options that make a vision-language model serve text only.
+
+    They change nothing in a text model.
 
     Args:
-        given: the caller's own options, which say whether it is to.
+        given: the caller's options. ``language_model_only=False`` asks for the images, too.
     """
     if given.get("language_model_only") is False:
-        return {"skip_tokenizer_init": False}  # vLLM makes the processor of images, which wants a tokenizer
+        return {"skip_tokenizer_init": False}  # vLLM's image processor needs the tokenizer
     enable()
     return {"language_model_only": True, "skip_tokenizer_init": True}
 
 
 @contextlib.contextmanager
-def naming_what_is_missing(given: dict[str, Any]) -> Iterator[None]:
-    """Name the package that a model's module wants and that is not installed: vLLM writes it to its log alone.
+def naming_missing_package(given: dict[str, Any]) -> Iterator[None]:
+    """Turn vLLM's error about a model into one that names the missing package: vLLM names it in its log only.
 
     Raises:
-        OptionError: vLLM could not import the model's module.
+        OptionError: vLLM could not import the model's module, because a package is not installed.
     """
     try:
         yield
@@ -57,32 +61,33 @@ def naming_what_is_missing(given: dict[str, Any]) -> Iterator[None]:
                 ModelRegistry.models[architecture].load_model_cls()
             except ImportError as missing:
                 raise OptionError(
-                    f"vLLM's {architecture} needs {missing.name or missing}, which is not installed. Install it"
+                    f"vLLM's {architecture} needs {missing.name or missing}, which is not installed. "
+                    "Install it"
                     + (", or pass language_model_only=True to serve its text" if serves_images else "")
                 ) from error
         raise
 
 
 def enable() -> None:
-    """Let this process, and those that it starts, import vision models without torchvision. Idempotent."""
+    """Let this process and its children import vision models without torchvision. Idempotent."""
     os.environ[TEXT_ONLY] = "1"
-    be_named()
+    add_to_vllm_plugins()
     install()
 
 
 def install() -> None:
-    """Do so in this process, if an owner of an engine asked for it and torchvision is missing. Idempotent."""
+    """Install the stand-in, if :func:`enable` was called and torchvision is missing. Idempotent."""
     is_installed = any(isinstance(finder, _Finder) for finder in sys.meta_path)
     if os.environ.get(TEXT_ONLY) != "1" or is_installed:
         return
     from transformers.utils import is_torchvision_available
 
-    if not is_torchvision_available():  # transformers remembers the answer
+    if not is_torchvision_available():  # asked first: transformers keeps the answer
         sys.meta_path.append(_Finder())
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torchvision and its modules when nobody else does."""
+    """Finds a stand-in for torchvision and its modules, after all other finders."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> Any:
         if fullname.partition(".")[0] == _PACKAGE:
@@ -93,11 +98,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _Names(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run."""
+        """Do nothing: the module has no code."""
 
 
 class _Name(type):
-    """A class of which every attribute is such a class again: what annotations and defaults of functions need."""
+    """A class whose attributes are such classes again. Annotations and default arguments need no more."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -106,7 +111,7 @@ class _Name(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise ImportError(
-            f"{cls.__name__} is torchvision's, which is not installed: this engine serves text only"
+            f"{cls.__name__} is a part of torchvision, which is not installed: this engine serves text only"
         )
 
 

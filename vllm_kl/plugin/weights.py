@@ -1,12 +1,13 @@
-"""New weights for a live model, in each of an engine's workers: methods that the plugin gives to vLLM's ``WorkerBase``.
+"""Loads new weights into a live model, in each worker of an engine.
 
-``collective_rpc`` calls them by name, in whichever process a worker is, on the CPU and on a GPU. A load has two halves:
+The plugin adds methods to vLLM's ``WorkerBase``. ``collective_rpc`` calls them by name in the workers'
+processes, on a CPU and on a GPU. A load has two steps:
 
-    prepare   a second model is loaded beside the one that serves, and compared with it (:mod:`.second_model`, :mod:`.adoption`)
-    adopt     the serving model takes over its tensors
+    prepare   loads a second model and compares it with the serving model (:mod:`.second_model`,
+    :mod:`.adoption`) adopt     copies the second model's tensors into the serving model
 
-Whatever is wrong with the weights, or with this way of loading them, shows in the first half, in which nothing that serves is
-touched. All workers have finished it before the first begins the second.
+``prepare`` changes nothing in the serving model, and fails if anything is wrong with the weights. ``adopt``
+begins when all workers have prepared.
 """
 
 from __future__ import annotations
@@ -33,13 +34,12 @@ READY = "vllm_kl_can_load_weights"
 
 # Attributes of a worker.
 _PREPARED = "_vllm_kl_prepared"
-_LOADS = (
-    "_vllm_kl_loads"  # by others, since weights were adopted: the folder of each, None where it is not known
-)
+# The loads by others since the last adopt(): the folder of each; None: not known.
+_LOADS = "_vllm_kl_loads"
 
 
 def install() -> None:
-    """Give every worker of this process the methods. Idempotent; imports no model."""
+    """Add the methods to the workers of this process. Idempotent; imports no model."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, PREPARE, prepare)
@@ -53,16 +53,18 @@ def install() -> None:
 
 
 def prepare(worker: Any, folder: str | None) -> list[str]:
-    """Load a folder of safetensors files, named as in transformers' checkpoints, beside the weights that serve.
+    """Load a second model beside the serving model, and compare both.
 
     Args:
-        folder: ``None`` is the checkpoint that the engine was started with.
+        worker: vLLM's worker.
+        folder: of safetensors files, named as in transformers' checkpoints; ``None``: the checkpoint that the
+            engine was started with.
 
     Returns:
-        Why the serving model cannot take them over; empty if it can.
+        Reasons why the serving model cannot adopt the weights; empty if it can.
 
     Raises:
-        ValueError: a parameter got no weights; or what vLLM raises while it reads the checkpoint.
+        ValueError: a parameter got no weights. vLLM raises other errors while it reads the checkpoint.
     """
     _freeze_heap(worker)
     discard(worker)
@@ -72,39 +74,45 @@ def prepare(worker: Any, folder: str | None) -> list[str]:
     except CannotLoadBesideError as error:
         return [str(error)]
     if found.moved and _is_compiled(worker):
-        found.obstacles.append(f"compiled code holds what can only be put in its place ({found.moved[0]})")
+        found.obstacles.append(
+            f"compiled code holds values that can only be replaced, not copied ({found.moved[0]})"
+        )
     setattr(worker, _PREPARED, found)
     return found.obstacles
 
 
 def adopt(worker: Any) -> None:
-    """Let the serving model take over what was prepared."""
+    """Copy the prepared weights into the serving model."""
     found = getattr(worker, _PREPARED)
     discard(worker)
     adoption.adopt(found)
     getattr(worker, _LOADS, []).clear()
-    runner = worker.model_runner  # what vLLM's own reload_weights resets
+    runner = worker.model_runner  # vLLM's own reload_weights resets the same
     runner.reset_lora_state()
     runner.reset_encoder_cache()
     runner.reset_mm_cache()
 
 
 def discard(worker: Any) -> None:
-    """Forget what was prepared."""
+    """Drop the prepared weights."""
     setattr(worker, _PREPARED, None)
 
 
 def serves_what_is_prepared(worker: Any) -> bool:
-    """Whether the serving model's weights are, bit for bit, those that were prepared, where a load leaves them as they are read."""
+    """Whether the serving weights equal the prepared weights bit for bit.
+
+    It compares only weights that a load copies from the checkpoint unchanged.
+    """
     found: adoption.Differences = getattr(worker, _PREPARED)
     return all(torch.equal(serving, loaded.to(serving.device)) for serving, loaded in found.plain)
 
 
 def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
-    """Return ``WorkerBase.__init__`` of workers that remember what others loaded into them.
+    """Return a ``WorkerBase.__init__`` that makes workers note the loads of others.
 
-    On a CPU, in an engine that is ours (:mod:`.taken`), ``reload_weights`` of a whole checkpoint loads it as a push does: vLLM's
-    own (0.32) leaves experts and tied heads wrong there, by nats, without a word. All other loads are vLLM's own.
+    In a taken engine (:mod:`.taken`) on a CPU, ``reload_weights`` of a folder loads as a push does: there
+    vLLM's own ``reload_weights`` (0.32) silently leaves experts and tied heads wrong, by nats. All other
+    loads stay vLLM's own.
     """
 
     @functools.wraps(init)
@@ -119,11 +127,11 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
             weights_iterator: Any = None, weights_path: str | None = None, **options: Any
         ) -> Any:
             is_folder = weights_iterator is None and options.get("is_checkpoint_format", True)
-            # Refused, it has touched nothing.
-            if is_folder and _is_mended(worker) and _load_whole(worker, weights_path):
+            # If _load_as_push() refuses the folder, it has changed nothing.
+            if is_folder and _is_corrected(worker) and _load_as_push(worker, weights_path):
                 loads.append(worker.vllm_config.model_config.model)
                 return None
-            loads.append(None)  # also where it fails halfway
+            loads.append(None)  # now: a load that fails halfway counts, too
             result = reload_weights(weights_iterator=weights_iterator, weights_path=weights_path, **options)
             if is_folder:
                 loads[-1] = worker.vllm_config.model_config.model
@@ -141,24 +149,27 @@ def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
     return with_notes
 
 
-def _is_mended(worker: Any) -> bool:
+def _is_corrected(worker: Any) -> bool:
     return worker.device.type == "cpu" and is_taken(worker)
 
 
-def _load_whole(worker: Any, folder: str | None) -> bool:
-    """Load a folder as a push does; return whether that can be done."""
+def _load_as_push(worker: Any, folder: str | None) -> bool:
+    """Load a folder as a push does; return whether that was possible."""
     if prepare(worker, folder):
         discard(worker)
         return False
     adopt(worker)
-    if folder is not None:  # as vLLM does: where the next reload reads, unless it is told
+    if folder is not None:  # as vLLM does: the next reload reads from here by default
         config = worker.vllm_config.model_config
         config.model, config.model_weights, config.revision = folder, "", None
     return True
 
 
 def _freeze_heap(worker: Any) -> None:
-    """Keep the two collections of a load from taking a second: vLLM freezes the heap of its core, but not of its workers."""
+    """Freeze the heap of a worker's process, once: else the two garbage collections of a load take a second.
+
+    vLLM freezes the heap of its core process only.
+    """
     if multiprocessing.current_process().name.startswith("VllmWorker") and not hasattr(worker, _PREPARED):
         from vllm.utils.gc_utils import freeze_gc_heap
 
