@@ -292,6 +292,12 @@ with VLLMScorer({str(ref_path)!r}, dtype="float32", max_model_len=64, kv_cache_m
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert len(ref_scorer.score([[1, 2]])[0]) == 1
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU an engine gives its memory back")
+    def test_asleep_says_on_a_cpu_that_it_does_nothing(self, ref_scorer):
+        with pytest.warns(UserWarning, match="does nothing on a CPU"), ref_scorer.asleep():
+            pass
+        ref_scorer.score([[1, 2]])
+
     def test_errors_survive_pickling(self):
         for name in errors.__all__:
             error = getattr(errors, name)("what, got, expected")
