@@ -212,7 +212,7 @@ def _plugin() -> Iterator[Finding]:
     elif "vllm_kl" not in os.environ.get("VLLM_PLUGINS", "vllm_kl").split(","):
         yield _note(
             what,
-            "VLLM_PLUGINS does not name vllm_kl: a shared engine cannot limit its cache hits, so a scorer sends "
+            "VLLM_PLUGINS does not name vllm_kl: a shared engine cannot limit its cache hits, and scorers send "
             "some sequences twice",
             f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
         )
