@@ -413,7 +413,7 @@ def test_a_push_changes_the_base_and_adapters_apply_on_top(
             assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
             assert scorer.stats.weight_version == scorer.weight_version == version
             with pytest.raises(
-                FrozenError, match=f"version {version} of the weights serves, which no refresh"
+                FrozenError, match=f"the engine serves version {version} of the weights, which no refresh"
             ):
                 scorer.check_frozen()
     finally:
