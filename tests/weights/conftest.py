@@ -37,7 +37,7 @@ def llm(tied_llm):
 
 @pytest.fixture(scope="package")
 def owned(folders):
-    """A scorer that owns its engine. It has the weights of the last test: each test pushes or refreshes first."""
+    """A scorer that owns its engine. It has the weights of the last test: each test pushes first."""
     with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer:
         yield scorer
 

@@ -73,7 +73,7 @@ def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, state
     monkeypatch.delattr(WorkerBase, PREPARE)
     monkeypatch.delattr(WorkerBase, READY)
     with pytest.raises(
-        WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched.*VLLM_PLUGINS"
+        WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched(?s:.*)VLLM_PLUGINS"
     ):
         push_weights(llm, states[2])
     assert weights_of(llm).version == version
@@ -117,7 +117,7 @@ def test_a_load_that_fails_halfway_touches_nothing(llm, states, oracles, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "load_weights", fail)
         with pytest.raises(
-            WeightsError, match=rf"out of memory\)\. Nothing was touched: version {version} goes on serving"
+            WeightsError, match=rf"out of memory\)\. Nothing was touched: the engine keeps version {version}"
         ):
             push_weights(llm, states[2])
         assert weights_of(llm).version == version
@@ -172,7 +172,7 @@ def test_what_fails_after_workers_took_over_is_put_back(llm, states, oracles, mo
 
     monkeypatch.setattr(adoption, "adopt", fail_once)
     with pytest.raises(
-        WeightsError, match=rf"a worker died\)\. Version {version} was put back and goes on serving"
+        WeightsError, match=rf"a worker died\)\. Version {version} was put back"
     ):
         push_weights(llm, states[2])
     assert weights_of(llm).version == version
@@ -187,7 +187,7 @@ def test_weights_that_came_another_way_are_put_back_when_a_push_after_them_fails
     version = finish_update(llm)
     broken = {name: tensor for name, tensor in states[2].items() if name != NORM}
     monkeypatch.setattr(checkpoint.Skeleton, "checked", lambda self, state: dict(state))
-    with pytest.raises(WeightsError, match=f"{NORM}.*Nothing was touched: version {version}"):
+    with pytest.raises(WeightsError, match=f"{NORM}.*Nothing was touched: the engine keeps version {version}"):
         push_weights(llm, broken)
     assert weights_of(llm).version == version
     assert error_of(llm, oracles[1]) < LOG_PROB_TOLERANCE
@@ -203,7 +203,7 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
         patch.setattr(adoption, "adopt", fail)
         with pytest.raises(WeightsError, match="could not be put back"):
             push_weights(llm, states[2])
-    with pytest.raises(WeightsError, match="not known since a push failed"):
+    with pytest.raises(WeightsError, match="not known, because a push failed"):
         VLLMScorer(llm, canary=False).score([IDS])
     assert push_weights(llm, states[0]) == version + 1  # what the error says
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
@@ -251,12 +251,12 @@ def test_an_owned_engine_whose_weights_are_not_known_says_so_and_lives(
     (tmp_path / "sitecustomize.py").write_text(BUSY)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with VLLMScorer(str(folders[0]), canary=False, **tiny.ENGINE_OPTIONS) as scorer:
-        with pytest.raises(WeightsError, match="which weights serve is not known"):
+        with pytest.raises(WeightsError, match="version of the engine.s weights is not known"):
             push_weights(scorer, states[1])
         for _ in range(2):
-            with pytest.raises(WeightsError, match="push again"):
+            with pytest.raises(WeightsError, match="(?i:push again)"):
                 scorer.weight_version  # noqa: B018
-            with pytest.raises(WeightsError, match="push again"):
+            with pytest.raises(WeightsError, match="(?i:push again)"):
                 scorer.score([IDS, IDS[:-1]])
         assert push_weights(scorer, states[2]) == 1
         assert scorer.weight_version == 1

@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_loaded_is_refused_by_its_tensor(
     version = push_weights(llm, states[0])
     folder = shutil.copytree(folders[1], tmp_path / "damaged")
     save_file(damage(tensors_in(folder)), folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=rf"{message}.*Nothing was touched: version {version} goes on"):
+    with pytest.raises(WeightsError, match=rf"{message}.*Nothing was touched: the engine keeps version {version}"):
         finish_update(llm, source=folder)
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
@@ -120,13 +120,13 @@ def test_weights_in_bin_files_are_loaded(llm, folders, states, oracles, tmp_path
 
 
 def test_weights_that_nobody_named_are_refused_with_what_to_pass(llm, folders, states, oracles):
-    """A transfer leaves no trace of where weights came from: here, a folder that vLLM was told before another load."""
+    """A transfer leaves no trace of where the weights came from."""
     version = push_weights(llm, states[0])
     worker = llm.llm_engine.model_executor.driver_worker.worker
     worker.reload_weights(weights_iterator=iter(states[2].items()))
-    with pytest.raises(WeightsError, match=r"nothing says which: pass finish_update\(source=...\)"):
+    with pytest.raises(WeightsError, match=r"the engine does not know which: pass finish_update\(source=...\)"):
         finish_update(llm)
-    with pytest.raises(WeightsError, match="which weights serve is not known"):
+    with pytest.raises(WeightsError, match="version of the engine.s weights is not known"):
         VLLMScorer(llm)
     assert finish_update(llm, source=states[2]) == version + 1
     assert error_of(llm, oracles[2]) < LOG_PROB_TOLERANCE
@@ -144,7 +144,7 @@ def test_a_folder_that_is_gone_or_of_another_model_is_refused_after_vllms_own_re
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(gone)})
     shutil.rmtree(gone)
     with pytest.raises(
-        WeightsError, match=r"gone', which reload_weights was told, could not be loaded again .*source="
+        WeightsError, match=r"gone', the folder that reload_weights loaded, could not be loaded again (?s:.*)source="
     ):
         finish_update(llm)
     push_weights(llm, states[0])
@@ -167,11 +167,11 @@ def test_a_load_of_some_layers_alone_is_not_taken_for_what_was_pushed_before(llm
     worker = llm.llm_engine.model_executor.driver_worker.worker
     some = {name: states[1][name] if "proj" in name else tensor for name, tensor in states[0].items()}
     worker.reload_weights(weights_iterator=iter(some.items()))
-    with pytest.raises(WeightsError, match=r"nothing says which: pass finish_update\(source=...\)"):
+    with pytest.raises(WeightsError, match=r"the engine does not know which: pass finish_update\(source=...\)"):
         finish_update(llm)
     push_weights(llm, states[0])
     worker.get_model().model.norm.weight.data.mul_(2)
-    with pytest.raises(WeightsError, match=r"neither those that were pushed last nor its own"):
+    with pytest.raises(WeightsError, match=r"neither those of the last push nor those of the engine.s start"):
         finish_update(llm)
     push_weights(llm, states[0])
 
@@ -204,7 +204,7 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
 
         patch.setattr(adoption, "adopt", fail)
         with pytest.raises(
-            WeightsError, match="could not be put back .others loaded it, and from where is not known"
+            WeightsError, match="could not be put back .another program loaded it, and its source is not known"
         ):
             push_weights(llm, states[2])
     assert (push_weights(llm, states[1]) if is_pushed else finish_update(llm, source=folders[1])) == 1

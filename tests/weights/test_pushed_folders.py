@@ -33,8 +33,8 @@ def test_weights_that_do_not_fit_in_memory_say_how_much_they_need_and_leave_noth
 
 def test_what_a_killed_process_left_in_shared_memory_is_removed(states, folders):
     code = (
-        "import os; from vllm_kl import lifetime; print(lifetime.new_folder(lifetime.SHARED_MEMORY), flush=True);"
-        "input(); os.kill(os.getpid(), 9)"
+        "import os; from vllm_kl import lifetime; folder = lifetime.new_folder(lifetime.SHARED_MEMORY);"
+        "print(folder, flush=True); input(); os.kill(os.getpid(), 9)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -293,12 +293,12 @@ def test_every_tensor_arrives(case):
 
 def test_a_refused_push_leaves_the_old_bits(case):
     assert re.search("no weights for|not initialized", case.pushed.refusal)
-    assert "Nothing was touched: version 2 goes on serving" in case.pushed.refusal
+    assert "Nothing was touched: the engine keeps version 2" in case.pushed.refusal
     assert torch.equal(case.pushed.after_refusal, case.pushed.after_change)
 
 
 def test_what_fails_halfway_is_put_back_bit_for_bit(case):
-    assert "Version 2 was put back and goes on serving" in case.pushed.failure
+    assert "Version 2 was put back" in case.pushed.failure
     assert torch.equal(case.pushed.after_failure, case.pushed.after_change)
 
 

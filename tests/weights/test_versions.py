@@ -157,7 +157,7 @@ def test_a_run_that_is_resumed_goes_on_where_it_was(
 def test_a_version_is_not_taken_by_weights_that_nobody_knows(policy_engine, steps):
     tracker = EnginePolicyVersion(policy_engine)
     policy_engine.llm_engine.model_executor.driver_worker.worker.get_model().model.norm.weight.data.mul_(2)
-    with pytest.raises(WeightsError, match="neither those that were pushed last nor its own"):
+    with pytest.raises(WeightsError, match="neither those of the last push nor those of the engine.s start"):
         tracker.version = 7
     push_weights(policy_engine, AutoModelForCausalLM.from_pretrained(steps[0]), version=9)
     with pytest.raises(WeightsError, match="expected an int above 9"):
