@@ -251,5 +251,5 @@ def test_weights_that_others_load_later_have_no_version_until_they_are_counted(
 
 
 def test_a_scorers_own_engine_is_reached_by_nobody_else(owned):
-    with pytest.raises(WeightsError, match=r"nobody but push_weights\(\) and refresh\(\)"):
+    with pytest.raises(WeightsError, match=r"only push_weights\(\) and refresh\(\)"):
         finish_update(owned)
