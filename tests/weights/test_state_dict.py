@@ -347,7 +347,7 @@ OFFERED = {
     ),
     "DDP, one missing": (
         lambda m: {f"module.{name}": t for name, t in m.state_dict().items() if name != NORM},
-        rf"missing {NORM}, unknown nothing",
+        rf"missing {NORM}\. Expected",
     ),
     "another value head": (
         lambda m: {**m.state_dict(), "value_head.weight": torch.zeros(1, 64)},
