@@ -1,8 +1,8 @@
 """Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.
 
-Start with :class:`VLLMScorer` (token ids -> log-probs), :class:`VLLMReference` (the same as a TorchRL module) and
-:class:`RetrieveKL` (the transform). ``import vllm_kl`` loads neither vLLM nor Ray nor TorchRL: a public name is imported from
-its module when it is first used.
+Start with :class:`VLLMScorer` (token ids -> log-probs), :class:`VLLMReference` (the same as a TorchRL module)
+and :class:`RetrieveKL` (the transform). ``import vllm_kl`` loads neither vLLM nor Ray nor TorchRL: a public
+name is imported from its module when it is first used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Type checkers and editors read this block; ``import X as X`` tells them that X is public. Python reads _PUBLIC.
+# Type checkers and editors read this block; ``import X as X`` tells them that X is public. Python reads
+# _PUBLIC.
 if TYPE_CHECKING:
     from vllm_kl.diagnostics import Mismatch as Mismatch
     from vllm_kl.diagnostics import MismatchWarning as MismatchWarning

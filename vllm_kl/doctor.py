@@ -212,8 +212,8 @@ def _plugin() -> Iterator[Finding]:
     elif "vllm_kl" not in os.environ.get("VLLM_PLUGINS", "vllm_kl").split(","):
         yield _note(
             what,
-            "VLLM_PLUGINS does not name vllm_kl: a shared engine cannot limit its cache hits, and scorers send "
-            "some sequences twice",
+            "VLLM_PLUGINS does not name vllm_kl: a shared engine cannot limit its cache hits, so scorers "
+            "send some sequences twice",
             f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
         )
     else:
