@@ -571,10 +571,14 @@ class TestBackground:
             push_weights(policy_engine, model)  # said once
 
     def test_a_scorer_on_the_policys_engine_neither_waits_for_itself_nor_claims_to_have_generated(
-        self, run, policy_engine, tokenizer, steps
+        self, run, policy_engine, tokenizer, steps, caplog
     ):
         shared = RetrieveLogProb(VLLMReference(VLLMScorer(policy_engine), tokenizer))
-        assert len(set(run(shared, num_updates=3)["next", "policy_version"].tolist())) > 1
+        data = run(shared, num_updates=3)
+        assert len(self.check(data, steps, ("log_probs", "full"))) > 1  # generated_by names the policy's weights
+        assert (data["generated_by", "adapter"] == 0).all()
+        # No push waited until the lock gave up a step that the scorer had left open.
+        assert "has not scored in" not in caplog.text
 
 
 def test_weights_stay_until_the_last_transform_has_scored_a_step_with_them(
