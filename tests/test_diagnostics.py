@@ -1,4 +1,4 @@
-"""Sampler against scorer: every figure against plain loops in float64, and the warning that people will read."""
+"""``mismatch``: every metric equals that of plain float64 loops, and the warning is readable."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from vllm_kl.kl import ESTIMATORS, TOKEN_ESTIMATORS
 
 
 def whole_vocabulary(seed=0, vocab=50):
-    """Two distributions as one 'sequence' that visits every token once, and the weights that make a mean of it."""
+    """Return two distributions, as one 'sequence' that has every token once, and their KL."""
     generator = torch.Generator().manual_seed(seed)
     p, q = (torch.randn(1, vocab, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     return p, q, (p.exp() * (p - q)).sum()

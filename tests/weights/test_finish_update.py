@@ -88,7 +88,9 @@ def test_a_folder_that_cannot_be_loaded_is_refused_by_its_tensor(
     version = push_weights(llm, states[0])
     folder = shutil.copytree(folders[1], tmp_path / "damaged")
     save_file(damage(tensors_in(folder)), folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=rf"{message}.*Nothing was touched: the engine keeps version {version}"):
+    with pytest.raises(
+        WeightsError, match=rf"{message}.*Nothing was touched: the engine keeps version {version}"
+    ):
         finish_update(llm, source=folder)
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
@@ -124,7 +126,9 @@ def test_weights_that_nobody_named_are_refused_with_what_to_pass(llm, folders, s
     version = push_weights(llm, states[0])
     worker = llm.llm_engine.model_executor.driver_worker.worker
     worker.reload_weights(weights_iterator=iter(states[2].items()))
-    with pytest.raises(WeightsError, match=r"the engine does not know which: pass finish_update\(source=...\)"):
+    with pytest.raises(
+        WeightsError, match=r"the engine does not know which: pass finish_update\(source=...\)"
+    ):
         finish_update(llm)
     with pytest.raises(WeightsError, match="version of the engine.s weights is not known"):
         VLLMScorer(llm)
@@ -144,7 +148,8 @@ def test_a_folder_that_is_gone_or_of_another_model_is_refused_after_vllms_own_re
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(gone)})
     shutil.rmtree(gone)
     with pytest.raises(
-        WeightsError, match=r"gone', the folder that reload_weights loaded, could not be loaded again (?s:.*)source="
+        WeightsError,
+        match=r"gone', the folder that reload_weights loaded, could not be loaded again (?s:.*)source=",
     ):
         finish_update(llm)
     push_weights(llm, states[0])
@@ -167,7 +172,9 @@ def test_a_load_of_some_layers_alone_is_not_taken_for_what_was_pushed_before(llm
     worker = llm.llm_engine.model_executor.driver_worker.worker
     some = {name: states[1][name] if "proj" in name else tensor for name, tensor in states[0].items()}
     worker.reload_weights(weights_iterator=iter(some.items()))
-    with pytest.raises(WeightsError, match=r"the engine does not know which: pass finish_update\(source=...\)"):
+    with pytest.raises(
+        WeightsError, match=r"the engine does not know which: pass finish_update\(source=...\)"
+    ):
         finish_update(llm)
     push_weights(llm, states[0])
     worker.get_model().model.norm.weight.data.mul_(2)
@@ -204,7 +211,8 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
 
         patch.setattr(adoption, "adopt", fail)
         with pytest.raises(
-            WeightsError, match="could not be put back .another program loaded it, and its source is not known"
+            WeightsError,
+            match="could not be put back .another program loaded it, and its source is not known",
         ):
             push_weights(llm, states[2])
     assert (push_weights(llm, states[1]) if is_pushed else finish_update(llm, source=folders[1])) == 1

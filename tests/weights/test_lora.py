@@ -1,4 +1,4 @@
-"""LoRA: base model and adapters on one engine. Each score is of the weights that were named, or is refused."""
+"""LoRA: one engine scores with the base model and its adapters; each score uses the named weights."""
 
 from __future__ import annotations
 

@@ -398,7 +398,9 @@ def test_a_model_in_fsdp_is_gathered_on_every_rank_and_torchs_own_state_dict_com
         for rank in range(2)
     ]
     first, second = (json.loads(rank.communicate(timeout=200)[0].splitlines()[-1]) for rank in ranks)
-    assert "called on every rank, gives rank 0 the whole weights" in second.pop("FSDP2, torch's whole state dict")
+    assert "called on every rank, gives rank 0 the whole weights" in second.pop(
+        "FSDP2, torch's whole state dict"
+    )
     assert first.pop("FSDP2, torch's whole state dict") == "the same"
     for results in (first, second):
         assert "the shards of one rank only" in results.pop("FSDP1, its sharded state dict")

@@ -1,4 +1,4 @@
-"""Versions through a real collector whose policy is updated while it collects: what was sampled, what scored it, and when."""
+"""A real collector whose policy is updated: the versions that sampled and scored each sample."""
 
 from __future__ import annotations
 
@@ -412,7 +412,7 @@ class EndFirst(Transform):
 
 @pytest.fixture
 def complete_dialogs(make_collector, make_reference):
-    """A collector of dialogs as they complete, those of a batch begun at different times; and its transform."""
+    """A collector that yields complete dialogs, begun at different times; and its transform."""
     kl = RetrieveKL("from_collector", make_reference())
     kwargs = {"yield_completed_trajectories": True, "num_batches": 10}
     return iter(make_collector(EndFirst(), kl, max_steps=2, **kwargs)), kl
@@ -452,7 +452,10 @@ class TestBackground:
 
     @pytest.fixture
     def run(self, make_collector, steps, policy_engine):
-        """Push the models in turn while a collector fills a buffer; return the samples, and which model each version is."""
+        """Push the models in turn while a collector fills a buffer; return the samples.
+
+        Version v has the weights of ``steps[v % len(steps)]``.
+        """
 
         def run(*transforms, num_updates=6, then=lambda i: None, **options):
             buffer = ReplayBuffer(storage=LazyStackStorage(10_000))
@@ -473,7 +476,7 @@ class TestBackground:
         return run
 
     def check(self, data, steps, key):
-        """Compare every sample's log-probs with float64, of the weights whose version it carries; return the versions."""
+        """Check that every sample's log-probs are those of its version's weights; return the versions."""
         oracles = [Oracle(path) for path in steps]
         versions = data["next", "policy_version"].tolist()
         assert data["generated_by", "version"].tolist() == versions == sorted(versions)
@@ -564,7 +567,8 @@ class TestBackground:
             collector.start()
             collector._thread.join(60)
             with pytest.raises(
-                CollectorError, match="ended the background thread of a collector.*ValueError: the judge is offline"
+                CollectorError,
+                match="ended the background thread of a collector.*ValueError: the judge is offline",
             ):
                 ask(collector)
             assert weights_of(policy_engine).version == version
@@ -575,7 +579,9 @@ class TestBackground:
     ):
         shared = RetrieveLogProb(VLLMReference(VLLMScorer(policy_engine), tokenizer))
         data = run(shared, num_updates=3)
-        assert len(self.check(data, steps, ("log_probs", "full"))) > 1  # generated_by names the policy's weights
+        assert (
+            len(self.check(data, steps, ("log_probs", "full"))) > 1
+        )  # generated_by names the policy's weights
         assert (data["generated_by", "adapter"] == 0).all()
         # No push waited until the lock gave up a step that the scorer had left open.
         assert "has not scored in" not in caplog.text
