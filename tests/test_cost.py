@@ -57,7 +57,7 @@ def collected(num_samples, is_dense):
 @pytest.mark.parametrize("is_dense", [True, False])
 @pytest.mark.parametrize("extra", [(), ("k2", "k3")])
 def test_a_sample_more_costs_a_few_operations(is_dense, extra):
-    """Checks and estimates are made on all samples at once; left are a sample's own rows, sent to the engine and written."""
+    """Checks and estimates run on all samples at once; only rows to send and write are per sample."""
     reference = VLLMReference(VLLMScorer(InstantEngine(), canary=False), pad_output=is_dense)
     transform = RetrieveKL("from_collector", reference, gen_log_probs="reuse", extra_estimators=extra)
     counts = {}

@@ -1,4 +1,4 @@
-"""Sampler against scorer: every figure against plain loops in float64, and the warning that people will read."""
+"""``mismatch``: every metric equals that of plain float64 loops, and the warning is readable."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_bad_input_is_refused_by_name():
         mismatch(sampled, scored[1:], masks)
     with pytest.raises(MissingLogProbError, match="scorer_log_probs: sample 2, token"):
         mismatch(sampled, [*scored[:2], scored[2] * torch.nan, *scored[3:]], masks)
-    with pytest.raises(InputError, match=r"token_ids have lengths \[1, 1, 1, 1, 1\], the mask \[40,"):
+    with pytest.raises(InputError, match=r"token_ids have lengths \[1, 1, 1, 1, 1\], the mask has \[40,"):
         mismatch(sampled, scored, masks, token_ids=[torch.zeros(1)] * 5)
-    with pytest.raises(OptionError, match="limits on kl, but the figures are num_tokens"):
+    with pytest.raises(OptionError, match="limits on kl, but the metrics are num_tokens"):
         mismatch(sampled, scored, masks, limits={"kl": (0, 1)})

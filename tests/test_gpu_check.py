@@ -47,7 +47,10 @@ def run(gpu_check, tmp_path, script, timeout_s=60.0):
 
 
 def test_a_part_that_fails_keeps_its_tables_and_tells_the_end_of_its_log(gpu_check, tmp_path):
-    script = "import sys; open(sys.argv[2], 'w').write('| a table |'); print('before'); raise MemoryError('of the GPU')"
+    script = (
+        "import sys; open(sys.argv[2], 'w').write('| a table |'); print('before'); "
+        "raise MemoryError('of the GPU')"
+    )
     outcome = run(gpu_check, tmp_path, script)
     assert outcome.markdown == "| a table |"
     assert outcome.error.startswith("exit status 1\nbefore\n")

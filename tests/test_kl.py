@@ -9,11 +9,11 @@ import torch
 
 from vllm_kl import kl_estimate
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError
-from vllm_kl.kl import TOKEN_ESTIMATORS
+from vllm_kl.kl import ESTIMATORS, TOKEN_ESTIMATORS
 
 
 def whole_vocabulary(seed=0, vocab=50):
-    """Two distributions as one 'sequence' that visits every token once, and the weights that make a mean of it."""
+    """Return two distributions, as one 'sequence' that has every token once, and their KL."""
     generator = torch.Generator().manual_seed(seed)
     p, q = (torch.randn(1, vocab, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     return p, q, (p.exp() * (p - q)).sum()
@@ -129,10 +129,16 @@ def test_each_estimator_is_its_formula():
     assert {name: value.item() for name, value in got.items()} == pytest.approx(want)
 
 
-@pytest.mark.parametrize("estimator", TOKEN_ESTIMATORS)
-def test_identical_models_give_zero(estimator):
-    p, _, _ = whole_vocabulary()
-    assert (kl_estimate(p, p, torch.ones_like(p, dtype=torch.bool), estimator=estimator) == 0).all()
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_identical_models_give_zero_and_others_do_not(estimator, direction):
+    p, q, _ = whole_vocabulary()
+    mask = torch.ones_like(p, dtype=torch.bool)
+    if estimator == "topk":
+        p, q, mask = p[..., :8].unsqueeze(0), q[..., :8].unsqueeze(0), torch.ones(1, 1, dtype=torch.bool)
+    options = {"estimator": estimator, "direction": direction}
+    assert (kl_estimate(p, p, mask, **options) == 0).all()
+    assert (kl_estimate(p, q, mask, **options) != 0).all()
 
 
 def test_k3_keeps_its_digits_where_models_are_close():

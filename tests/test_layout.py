@@ -1,4 +1,7 @@
-"""Who may import whom. A room is a file or folder directly in ``vllm_kl/``; its floor is one above all that it imports."""
+"""Which room may import which. A room is a file or folder directly in ``vllm_kl/``.
+
+The floor of a room is one above all rooms that it imports.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,10 @@ def test_importing_the_package_loads_neither_vllm_nor_ray_nor_torchrl():
 
 
 def test_the_owner_never_imports_vllm():
-    code = "import sys; from vllm_kl import VLLMScorer; print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
+    code = (
+        "import sys; from vllm_kl import VLLMScorer; "
+        "print([m for m in ('vllm', 'ray', 'torchrl') if m in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -151,7 +154,8 @@ from vllm import LLM
 from vllm_kl import push_weights
 if __name__ == "__main__":
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-    llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=64, kv_cache_memory_bytes=16 << 20)
+    options = {"dtype": "float32", "max_model_len": 64, "kv_cache_memory_bytes": 16 << 20}
+    llm = LLM(sys.argv[1], enforce_eager=True, **options)
     push_weights(llm, model)
     print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
     while True:
@@ -237,25 +241,29 @@ def threads(worker):
     return [thread.name for thread in threading.enumerate()]
 
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=128, kv_cache_memory_bytes=16 << 20,
-              max_num_batched_tokens=96, max_num_seqs=4, skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=False)
+    llm = LLM(sys.argv[1], enforce_eager=True, dtype="float32", max_model_len=128,
+              kv_cache_memory_bytes=16 << 20, max_num_batched_tokens=96, max_num_seqs=4,
+              skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=False)
     prompts = [{"prompt_token_ids": list(range(5, 75)) + [80 + n % 3, 9]} for n in range(9)]
-    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=2, prompt_logprobs=0, detokenize=False,
+                            ignore_eos=True)
     found = []
     for skip in (False, True):
         params.skip_reading_prefix_cache = skip
         for output in llm.generate(prompts, params, use_tqdm=False):
             (sample,) = output.outputs
-            log_probs = [[(t, e.logprob.hex()) for t, e in row.items()] for row in (*output.prompt_logprobs[1:], *sample.logprobs)]
+            rows = (*output.prompt_logprobs[1:], *sample.logprobs)
+            log_probs = [[(t, e.logprob.hex()) for t, e in row.items()] for row in rows]
             found.append([output.num_cached_tokens, list(sample.token_ids), log_probs])
     steps = {m.name: m.count for m in llm.get_metrics() if m.name == "vllm:iteration_tokens_total"}
-    print(json.dumps({"found": found, "steps": steps, "threads": [t for w in llm.collective_rpc(threads) for t in w]}), flush=True)
+    names = [t for w in llm.collective_rpc(threads) for t in w]
+    print(json.dumps({"found": found, "steps": steps, "threads": names}), flush=True)
     llm.llm_engine.engine_core.shutdown()
 """
 
 
 def test_an_engine_that_is_nobodys_of_ours_is_left_alone(ref_path, tmp_path):
-    """The same bits, the same cache hits, the same steps, with the package, without it, and with it turned off."""
+    """An engine gives the same bits, cache hits and steps with the package, without it, and with it off."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     runs = []

@@ -1,4 +1,4 @@
-"""What the transforms refuse, when they are built and when they are called: by name, with the cure, nothing half-written."""
+"""Transforms refuse wrong arguments and batches by name, with the cure, and write nothing."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class TestAgainstFloat64:
 class TestPrefixSharing:
     @pytest.fixture
     def group(self):
-        """Responses to one prompt of exactly two blocks; two begin alike for more than a block; one comes twice."""
+        """Responses to a prompt of two blocks; two share more than a block, and one comes twice."""
         prompt = random_ids(100, 64)
         responses = [random_ids(101 + i, 50) for i in range(3)]
         alike = responses[0][:40] + random_ids(110, 10)
@@ -118,7 +118,8 @@ class TestPrefixSharing:
         )
         for got, sequence in zip(shared_scorer.score(*group), group[0], strict=True):
             assert_close_to(policy_oracle, got, sequence, 64)
-        # The prompt ends at a block's edge, so every sibling's hit covers row start - 1. The duplicate is sent once.
+        # The prompt ends at a block's edge, so every sibling's hit covers row start - 1. The duplicate is
+        # sent once.
         assert shared_scorer.stats.num_rescored == 3
 
     def test_share_prefix_false_reads_no_cache(self, policy_llm, policy_oracle, group):
@@ -265,11 +266,12 @@ class TestEngines:
             VLLMScorer(policy_llm)
 
     def test_an_owned_engine_keeps_to_itself_and_compiles_nothing_later(self, ref_path, tmp_path):
-        """With nothing set in the environment: no log on the owner's streams, and vLLM's compilation is off."""
+        """No log reaches the owner's streams, and vLLM's compilation is off, without any variable set."""
         script = f"""
 from pathlib import Path
 from vllm_kl import VLLMScorer
-with VLLMScorer({str(ref_path)!r}, dtype="float32", max_model_len=64, kv_cache_memory_bytes=8 << 20) as scorer:
+options = dict(dtype="float32", max_model_len=64, kv_cache_memory_bytes=8 << 20)
+with VLLMScorer({str(ref_path)!r}, **options) as scorer:
     environment = Path(f"/proc/{{scorer._engine.pid}}/environ").read_text().split(chr(0))
     assert "TORCH_COMPILE_DISABLE=1" in environment and "VLLM_ENABLE_V1_MULTIPROCESSING=0" in environment
     print(scorer.readout, len(scorer.score([[1, 2, 3]])[0]))
@@ -291,6 +293,12 @@ with VLLMScorer({str(ref_path)!r}, dtype="float32", max_model_len=64, kv_cache_m
             os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert len(ref_scorer.score([[1, 2]])[0]) == 1
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU an engine gives its memory back")
+    def test_asleep_says_on_a_cpu_that_it_does_nothing(self, ref_scorer):
+        with pytest.warns(UserWarning, match="does nothing on a CPU"), ref_scorer.asleep():
+            pass
+        ref_scorer.score([[1, 2]])
 
     def test_errors_survive_pickling(self):
         for name in errors.__all__:

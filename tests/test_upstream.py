@@ -1,8 +1,9 @@
-"""What vllm_kl takes for granted of vLLM, TorchRL and torch, fact by fact: what would break without a word when they move.
+"""Checks the facts of vLLM, TorchRL and torch that vllm_kl relies on.
 
-A test that fails here names a fact that is no longer so: read the new version, then change whoever relies on it, which the test's
-docstring names, and the test. What upstream computes wrong, and vllm_kl mends, is told where the cure is tested:
-test_plugin_cpu.py, test_pushes.py, test_lora.py. Engine options are compared in test_options.py.
+A test that fails here names a fact that is no longer so: read the new version, then change whoever relies on
+it, which the test's docstring names, and the test. What upstream computes wrong, and vllm_kl mends, is told
+where the cure is tested: test_plugin_cpu.py, test_pushes.py, test_lora.py. Engine options are compared in
+test_options.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def fields(thing):
 
 
 class TestNamesOfProcesses:
-    """plugin/taken.py: which process ends when its owner is killed. plugin/weights.py: which one freezes its heap."""
+    """plugin/taken.py: which process ends with its owner. plugin/weights.py: which one freezes its heap."""
 
     def test_the_core_of_an_engine_is_named_engine_core(self):
         from vllm.v1.engine.utils import CoreEngineProcManager
@@ -92,7 +93,7 @@ class TestRequests:
         assert engine.get_num_unfinished_requests() == 0
 
     def test_a_completion_tells_the_versions_that_made_it(self):
-        """engines/generate.py, transforms/watched_policy.py: the version of a sample is the engine's own answer."""
+        """engines/generate.py, transforms/watched_policy.py: the engine itself tells a sample's version."""
         from vllm.outputs import CompletionOutput, WeightVersionSpan
 
         assert (
@@ -156,7 +157,7 @@ class TestTheModel:
         assert [*inspect.signature(LogitsProcessor.forward).parameters][1:4] == wanted
 
     def test_lora_wraps_a_logits_processor_in_a_layer_with_a_base_layer(self, policy_llm):
-        """plugin/head.py takes the wrapper off, since it knows one row a request. test_architectures.py starts such engines."""
+        """plugin/head.py removes the wrapper: it knows one row per request."""
         from vllm.config import set_current_vllm_config
         from vllm.lora.layers import LogitsProcessorWithLoRA
         from vllm.lora.model_manager import LoRAModelManager
@@ -206,7 +207,7 @@ class TestTheModel:
 
 class TestLoading:
     def test_the_loader_of_files_loads_through_load_weights(self):
-        """plugin/missing_weights.py puts itself around it. What the model's own ``load_weights`` returns is not looked at there."""
+        """plugin/missing_weights.py wraps it, and ignores what the model's own ``load_weights`` returns."""
         from vllm.model_executor.model_loader.base_loader import BaseModelLoader
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -274,7 +275,7 @@ class TestTheEnvironment:
         assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
 
     def test_vllm_reads_these_variables(self):
-        """engines/process.py, engines/local.py, engines/options.py, plugin/__init__.py, doctor.py set or read them."""
+        """engines/process.py, local.py and options.py, plugin/__init__.py and doctor.py set or read them."""
         package = Path(vllm_kl.__file__).parent
         used = {
             name
@@ -310,7 +311,7 @@ class TestTorchRL:
         assert source(vLLMWrapper).count("= self._call_generate(") == 4
 
     def test_what_postproc_returns_is_the_batch_that_leaves_a_collector(self):
-        """transforms/postproc.py puts itself there, for batches that are checked and KLs that are filled in."""
+        """transforms/postproc.py hooks in there, to check batches and to fill in deferred KLs."""
         from torchrl.collectors.llm import LLMCollector
 
         class Fake:
@@ -346,7 +347,7 @@ class TestTorchRL:
         assert PolicyVersion().version == 0
 
     def test_a_controller_divides_by_its_coefficient_and_changes_its_sign(self):
-        """transforms/kl_transform.py hands it the KL's share of the reward, so that its target is one of nats a sequence."""
+        """transforms/kl_transform.py gives it the KL's share of the reward: its target is in nats."""
         from torchrl.data import AdaptiveKLController
 
         for nats, factor in (

@@ -1,8 +1,8 @@
 """Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.
 
-Start with :class:`VLLMScorer` (token ids -> log-probs), :class:`VLLMReference` (the same as a TorchRL module) and
-:class:`RetrieveKL` (the transform). Importing this package loads neither vLLM nor Ray, and TorchRL only when one of
-its classes is asked for.
+Start with :class:`VLLMScorer` (token ids -> log-probs), :class:`VLLMReference` (the same as a TorchRL module)
+and :class:`RetrieveKL` (the transform). ``import vllm_kl`` loads neither vLLM nor Ray nor TorchRL: a public
+name is imported from its module when it is first used.
 """
 
 from __future__ import annotations
@@ -10,86 +10,97 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Type checkers and editors read this block; ``import X as X`` tells them that X is public. Python reads
+# _PUBLIC.
 if TYPE_CHECKING:
-    from vllm_kl.diagnostics import mismatch
-    from vllm_kl.kl import kl_estimate
-    from vllm_kl.scorer import VLLMScorer
-    from vllm_kl.transforms.deferred import fill_deferred
-    from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
-    from vllm_kl.transforms.from_collector import FromCollector
-    from vllm_kl.transforms.kl_computation import KLComputation
-    from vllm_kl.transforms.lora_wrapper import LoRAWrapper
-    from vllm_kl.transforms.retokenized_turns import RetokenizedTurns
-    from vllm_kl.transforms.retrieve_kl import RetrieveKL
-    from vllm_kl.transforms.retrieve_log_prob import RetrieveLogProb
-    from vllm_kl.transforms.sync_scheme import VLLMSyncScheme
-    from vllm_kl.transforms.vllm_reference import VLLMReference
-    from vllm_kl.transforms.weight_updater import VLLMWeightUpdater
-    from vllm_kl.view.samples import Sample, read_samples, samples_from_batch, write_samples
-    from vllm_kl.weights.collector_errors import check_collector
-    from vllm_kl.weights.push import finish_update, push_weights, push_weights_async
-    from vllm_kl.weights.versions import check_versions
+    from vllm_kl.diagnostics import Mismatch as Mismatch
+    from vllm_kl.diagnostics import MismatchWarning as MismatchWarning
+    from vllm_kl.diagnostics import WorstToken as WorstToken
+    from vllm_kl.diagnostics import mismatch as mismatch
+    from vllm_kl.engines.base import Engine as Engine
+    from vllm_kl.errors import CollectorError as CollectorError
+    from vllm_kl.errors import DriftError as DriftError
+    from vllm_kl.errors import EngineError as EngineError
+    from vllm_kl.errors import FrozenError as FrozenError
+    from vllm_kl.errors import InputError as InputError
+    from vllm_kl.errors import MissingLogProbError as MissingLogProbError
+    from vllm_kl.errors import OptionError as OptionError
+    from vllm_kl.errors import ReadoutUnavailableError as ReadoutUnavailableError
+    from vllm_kl.errors import StaleError as StaleError
+    from vllm_kl.errors import VLLMKLError as VLLMKLError
+    from vllm_kl.errors import WeightsError as WeightsError
+    from vllm_kl.kl import kl_estimate as kl_estimate
+    from vllm_kl.scorer import VLLMScorer as VLLMScorer
+    from vllm_kl.transforms.audit import Audit as Audit
+    from vllm_kl.transforms.deferred import fill_deferred as fill_deferred
+    from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion as EnginePolicyVersion
+    from vllm_kl.transforms.from_collector import FromCollector as FromCollector
+    from vllm_kl.transforms.kl_computation import KLComputation as KLComputation
+    from vllm_kl.transforms.kl_transform import Coefficient as Coefficient
+    from vllm_kl.transforms.kl_transform import Penalty as Penalty
+    from vllm_kl.transforms.lora_wrapper import LoRAWrapper as LoRAWrapper
+    from vllm_kl.transforms.retokenized_turns import RetokenizedTurns as RetokenizedTurns
+    from vllm_kl.transforms.retrieve_kl import RetrieveKL as RetrieveKL
+    from vllm_kl.transforms.retrieve_log_prob import RetrieveLogProb as RetrieveLogProb
+    from vllm_kl.transforms.sync_scheme import VLLMSyncScheme as VLLMSyncScheme
+    from vllm_kl.transforms.vllm_reference import VLLMReference as VLLMReference
+    from vllm_kl.transforms.weight_updater import VLLMWeightUpdater as VLLMWeightUpdater
+    from vllm_kl.types import EngineInfo as EngineInfo
+    from vllm_kl.types import ScoreRequest as ScoreRequest
+    from vllm_kl.types import ScoreResult as ScoreResult
+    from vllm_kl.types import ScoreStats as ScoreStats
+    from vllm_kl.types import TopK as TopK
+    from vllm_kl.view.samples import Sample as Sample
+    from vllm_kl.view.samples import read_samples as read_samples
+    from vllm_kl.view.samples import samples_from_batch as samples_from_batch
+    from vllm_kl.view.samples import write_samples as write_samples
+    from vllm_kl.weights.collector_errors import check_collector as check_collector
+    from vllm_kl.weights.live import Weights as Weights
+    from vllm_kl.weights.push import finish_update as finish_update
+    from vllm_kl.weights.push import push_weights as push_weights
+    from vllm_kl.weights.push import push_weights_async as push_weights_async
+    from vllm_kl.weights.versions import StaleWarning as StaleWarning
+    from vllm_kl.weights.versions import check_versions as check_versions
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "EnginePolicyVersion",
-    "FromCollector",
-    "KLComputation",
-    "LoRAWrapper",
-    "RetokenizedTurns",
-    "RetrieveKL",
-    "RetrieveLogProb",
-    "Sample",
-    "VLLMReference",
-    "VLLMScorer",
-    "VLLMSyncScheme",
-    "VLLMWeightUpdater",
-    "check_collector",
-    "check_versions",
-    "fill_deferred",
-    "finish_update",
-    "kl_estimate",
-    "mismatch",
-    "push_weights",
-    "push_weights_async",
-    "read_samples",
-    "samples_from_batch",
-    "write_samples",
-]
-
-_HOME = {
-    "EnginePolicyVersion": "transforms.engine_policy_version",
-    "FromCollector": "transforms.from_collector",
-    "KLComputation": "transforms.kl_computation",
-    "LoRAWrapper": "transforms.lora_wrapper",
-    "RetokenizedTurns": "transforms.retokenized_turns",
-    "RetrieveKL": "transforms.retrieve_kl",
-    "RetrieveLogProb": "transforms.retrieve_log_prob",
-    "Sample": "view.samples",
-    "VLLMReference": "transforms.vllm_reference",
-    "VLLMScorer": "scorer",
-    "VLLMSyncScheme": "transforms.sync_scheme",
-    "VLLMWeightUpdater": "transforms.weight_updater",
-    "check_collector": "weights.collector_errors",
-    "check_versions": "weights.versions",
-    "fill_deferred": "transforms.deferred",
-    "finish_update": "weights.push",
-    "kl_estimate": "kl",
-    "mismatch": "diagnostics",
-    "push_weights": "weights.push",
-    "push_weights_async": "weights.push",
-    "read_samples": "view.samples",
-    "samples_from_batch": "view.samples",
-    "write_samples": "view.samples",
+_PUBLIC = {
+    "diagnostics": "Mismatch MismatchWarning WorstToken mismatch",
+    "engines.base": "Engine",
+    "errors": "CollectorError DriftError EngineError FrozenError InputError MissingLogProbError OptionError "
+    "ReadoutUnavailableError StaleError VLLMKLError WeightsError",
+    "kl": "kl_estimate",
+    "scorer": "VLLMScorer",
+    "transforms.audit": "Audit",
+    "transforms.deferred": "fill_deferred",
+    "transforms.engine_policy_version": "EnginePolicyVersion",
+    "transforms.from_collector": "FromCollector",
+    "transforms.kl_computation": "KLComputation",
+    "transforms.kl_transform": "Coefficient Penalty",
+    "transforms.lora_wrapper": "LoRAWrapper",
+    "transforms.retokenized_turns": "RetokenizedTurns",
+    "transforms.retrieve_kl": "RetrieveKL",
+    "transforms.retrieve_log_prob": "RetrieveLogProb",
+    "transforms.sync_scheme": "VLLMSyncScheme",
+    "transforms.vllm_reference": "VLLMReference",
+    "transforms.weight_updater": "VLLMWeightUpdater",
+    "types": "EngineInfo ScoreRequest ScoreResult ScoreStats TopK",
+    "view.samples": "Sample read_samples samples_from_batch write_samples",
+    "weights.collector_errors": "check_collector",
+    "weights.live": "Weights",
+    "weights.push": "finish_update push_weights push_weights_async",
+    "weights.versions": "StaleWarning check_versions",
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'vllm_kl' has no attribute {name!r}")
-    return getattr(import_module(f"vllm_kl.{_HOME[name]}"), name)
+    return getattr(import_module(f"vllm_kl.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return [*__all__, "__version__"]

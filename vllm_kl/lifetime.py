@@ -1,10 +1,11 @@
-"""What a killed process leaves behind, and how it goes: folders of weights in shared memory, and engines.
+"""Cleans up after killed processes: their folders of weights in shared memory, and their engines.
 
-A folder belongs to the process that holds its lock (``flock`` on the folder itself). The lock ends with the process, however
-that ends, and holds across containers that share ``/dev/shm`` and not their process ids. A folder gets the name by which
-orphans are found when it is locked, not before. An engine's process watches its owner (:func:`end_with_owner`).
+A folder belongs to the process that holds its lock (``flock`` on the folder itself). The operating system
+releases the lock when the process ends, for any reason. The lock also works between containers that share
+``/dev/shm`` but have separate process ids. A folder is locked before it gets the name by which
+:func:`remove_orphans` finds it. A process of an engine watches its owner (:func:`end_with_owner`).
 
-Imports nothing heavy: it is loaded in every process of every vLLM engine.
+This module imports nothing heavy, because every process of every vLLM engine loads it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _WATCH = "vllm_kl-owner-watch"
 _LOOK_EVERY_S = 0.5
 _LOOK_AGAIN_S = 5.0
 
-_HELD: dict[Path, int] = {}  # folder -> the descriptor that holds its lock
+_HELD: dict[Path, int] = {}  # folder -> the file descriptor that holds its lock
 
 
 def _let_go() -> None:
-    """A fork owns nothing, and must not keep locks beyond the life of the owner."""
+    """Give up all locks in a fork: it owns no folder, and must not hold locks longer than the owner lives."""
     for lock in _HELD.values():
         os.close(lock)
     _HELD.clear()
@@ -39,27 +40,29 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def new_folder(parent: Path) -> Path:
-    """Return an empty folder that is this process's until :func:`remove`."""
+    """Make an empty folder that belongs to this process until :func:`remove`; return it."""
     unlocked = Path(tempfile.mkdtemp(prefix=".", dir=parent))
     folder = parent / f"{PREFIX}_{os.getpid()}_{unlocked.name[1:]}"
     lock = os.open(unlocked, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks: nobody can take it either
+    with contextlib.suppress(
+        OSError
+    ):  # a file system without locks: no other process can lock the folder either
         fcntl.flock(lock, fcntl.LOCK_EX)
     _HELD[folder] = lock
     return unlocked.rename(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder that is this process's."""
+    """Remove a folder of this process; do nothing with a folder of another."""
     if (lock := _HELD.pop(folder, None)) is not None:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
 def remove_orphans() -> None:
-    """Remove the folders of processes that were killed: they hold memory until somebody does."""
+    """Remove the folders of killed processes, which would fill the shared memory."""
     for folder in SHARED_MEMORY.glob(f"{PREFIX}_*"):
-        with contextlib.suppress(OSError):  # another's, or gone by now
+        with contextlib.suppress(OSError):  # a living process holds the lock, or the folder is gone by now
             lock = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +72,7 @@ def remove_orphans() -> None:
 
 
 def parent_of(pid: int) -> int:
-    """Return the parent of a process; 0: there is no such process."""
+    """Return the id of a process's parent; 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, IndexError):
@@ -77,13 +80,15 @@ def parent_of(pid: int) -> int:
 
 
 def end_with_owner(owner_pid: int, kill: Callable[[], None], *, owned_pid: int | None = None) -> None:
-    """Start a thread that kills as soon as the owner is gone, however it went, and removes what it left.
+    """Start a thread that waits for the end of the owner, removes the owner's folders, and calls ``kill``.
 
-    Polls the parent's id: it needs no file descriptor that a fork of the owner could keep open, and unlike
-    ``PR_SET_PDEATHSIG`` it does not fire when only the owner's starting thread ends.
+    The thread polls the id of a process's parent. This needs no file descriptor, which a fork of the owner
+    could keep open. ``PR_SET_PDEATHSIG`` would also fire when only the owner's starting thread ends.
 
     Args:
-        owned_pid: the process whose parent the owner is; ``None``: this one.
+        owner_pid: the process to watch.
+        kill: ends the process or processes that the owner has left.
+        owned_pid: the process whose parent the owner is; ``None`` is this process.
     """
 
     def watch() -> None:
@@ -92,7 +97,7 @@ def end_with_owner(owner_pid: int, kill: Callable[[], None], *, owned_pid: int |
         until = time.monotonic() + _LOOK_AGAIN_S
         with contextlib.suppress(Exception):
             remove_orphans()
-            # A process that is killed ends thread by thread; its locks go with the last.
+            # A killed process ends thread by thread; its locks are released with the last thread.
             while any(SHARED_MEMORY.glob(f"{PREFIX}_{owner_pid}_*")) and time.monotonic() < until:
                 time.sleep(_LOOK_EVERY_S / 10)
                 remove_orphans()

@@ -1,7 +1,7 @@
-"""The requests of one call -> the requests an engine sees: each once, members of a group next to each other.
+"""Orders the requests of one call for an engine, and drops duplicates.
 
-Siblings share the KV of their prompt only while it is in the cache, so they are sent in a row. Sequences that begin alike
-are neighbours when sorted by their bytes, whatever order and groups the caller had.
+Sequences with a common beginning share its KV only while that KV is in the prefix cache, so they must follow
+each other. Sorting by the bytes of the token ids puts them next to each other, whatever order the caller had.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from vllm_kl.types import ScoreRequest, ScoreResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Which request an engine gets, and which of its results belongs to which of the caller's."""
+    """The requests for an engine, and where the caller's requests are among them."""
 
-    requests: list[ScoreRequest]  # distinct, neighbours share prefixes
-    result_of: list[int]  # per request of the caller: index into ``requests``
+    requests: list[ScoreRequest]  # distinct and sorted
+    result_of: list[int]  # for each request of the caller: its index in ``requests``
 
     def restore(self, results: Sequence[ScoreResult]) -> list[ScoreResult]:
-        """Return a result per request of the caller, in the caller's order."""
+        """Return one result per request of the caller, in the caller's order."""
         return [results[i] for i in self.result_of]
 
 
 def plan(requests: Sequence[ScoreRequest]) -> Plan:
-    """Order and de-duplicate.
+    """Sort the requests and drop duplicates.
 
     >>> import numpy as np
     >>> a, b = (ScoreRequest(token_ids=np.array(ids, np.int32), start=1) for ids in ([7, 8, 9], [7, 8]))

@@ -1,4 +1,4 @@
-"""A bar for long calls."""
+"""Shows a progress bar during a long call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def show_progress(num_requests: int, *, enabled: bool) -> Iterator[Callable[[int], None] | None]:
-    """Give a function to be told how many more requests are done; ``None`` if no bar is wanted."""
+    """Show a bar while the block runs; yield the function that takes how many more requests are done.
+
+    Without ``enabled`` there is no bar, and ``None`` is yielded.
+    """
     if not enabled:
         yield None
         return

@@ -1,11 +1,13 @@
-"""Token ids in, reference log-probs out: read this file first.
+"""Scores token ids with a vLLM engine: one log-prob per token. Read this file first.
 
-``VLLMScorer.score`` checks the input, sends what must be computed to its engine, and checks what comes back:
+``VLLMScorer.score`` checks the input, sends requests to its engine, and checks the results:
 
-    token_ids, start -> ScoreRequest -> ordered, each once (plan.py) -> engine (engines/) -> ScoreResult
-        -> every row there, finite -> float32 tensors, in the caller's order
+    token_ids, start
+        -> checks.py: ids and starts are valid      -> one ScoreRequest per sequence
+        -> plan.py:   duplicates dropped, sorted    -> the engine (engines/) -> one ScoreResult per request
+        -> checks.py: every row is there, no NaN    -> float32 tensors, in the caller's order
 
-It knows nothing of tensordicts, chat templates, masks or padding; those are in ``batch/``.
+This module handles plain token ids only. ``batch/`` handles tensordicts, chat templates, masks and padding.
 """
 
 from __future__ import annotations
@@ -50,45 +52,54 @@ logger = logging.getLogger("vllm_kl")
 
 
 class VLLMScorer:
-    """Scores sequences with a vLLM engine: log-probs of given tokens, nothing generated.
+    """Returns the log-probs of tokens that the caller gives. It generates nothing.
 
     Args:
-        model: path or name of a model: the scorer owns an engine, in a process of its own that ends with this one.
-            Or a live ``vllm.LLM``: it is shared, and left running. Or an :class:`~vllm_kl.engines.base.Engine`.
-        readout: how log-probs leave the engine. ``"pooling"`` (an owned engine) reads them inside the engine, at prefill
-            speed; ``"token_ids"`` (a shared engine on a GPU) asks vLLM for the rows and tokens that are needed;
-            ``"flat"`` works with every engine. ``"auto"`` takes the first of these that the engine supports, and says
-            which in the log.
-        canary: remember what a fixed sequence scores now, so that :meth:`check_frozen` can prove that the weights did not move;
-            ``None``: unless ``model`` is an :class:`~vllm_kl.engines.base.Engine`.
-        share_prefix: let sequences share the KV of a common prefix. Always exact: a cache hit ends before the first
-            row that is scored.
-        temperature: log-probs are those of ``softmax(logits / temperature)``, as sampled at that temperature. vLLM's own
-            prompt log-probs ignore it; read-outs that cannot apply it refuse.
-        lora_request: a ``vllm.lora.request.LoRARequest``: the adapter whose log-probs these are; ``None`` is the base model.
-            A shared engine must have been made with ``enable_lora=True``. Any number of scorers may share it: one of the base
-            model, one of each adapter. ``weight_version`` is the base model's; the canary is scored with the adapter.
-        placeholders: what happens to ids that stand for an image, a video or audio in a multimodal model: ``"refuse"``, or
-            ``"as_text"``, which scores them as the ordinary tokens that they are not.
-        timeout_s: of an owned engine: the longest time, in seconds, that a start, a score, a push or a refresh waits without a
-            sign of life; then the engine is ended, and the error has its log. While it computes, an engine gives one every second;
-            while it starts, or loads weights, none. ``None`` waits for ever.
-        devices: of an owned engine: the GPUs that it runs on, as many as ``tensor_parallel_size`` times ``pipeline_parallel_size``:
-            indices among those that this process sees (``CUDA_VISIBLE_DEVICES``, which Ray sets for its actors), or UUIDs;
-            ``None``: the first. ``devices=1`` keeps a reference off the GPU of the policy.
-        **engine_options: vLLM's engine options under their own names, for an owned engine. A vision-language model serves text
-            only (``language_model_only=True``), unless they say otherwise.
+        model: the path or name of a model, a live ``vllm.LLM``, or an :class:`~vllm_kl.engines.base.Engine`.
+            For a path or name, the scorer starts its own engine in a child process, which ends when this
+            process ends. A ``vllm.LLM`` is shared: :meth:`close` leaves it running.
+        readout: how the engine returns log-probs. ``"pooling"`` (own engines only) computes them inside the
+            engine, at prefill speed. ``"token_ids"`` (shared engines on a GPU) asks vLLM for the needed rows
+            and tokens only. ``"flat"`` works with every engine. ``"auto"`` takes the first of the three that
+            the engine supports, and logs which one it took.
+        canary: score a fixed sequence now and remember its log-probs, so that :meth:`check_frozen` can prove
+            later that the weights have not changed. ``None`` means yes, unless ``model`` is an
+            :class:`~vllm_kl.engines.base.Engine`.
+        share_prefix: let sequences with the same beginning share its KV. The log-probs stay exact: a cache
+            hit ends before the first scored row.
+        temperature: the log-probs are those of ``softmax(logits / temperature)``. Give the temperature that
+            the tokens were sampled at. vLLM's own prompt log-probs ignore it, so a read-out that cannot apply
+            it refuses it.
+        lora_request: a ``vllm.lora.request.LoRARequest``: the adapter to score with. ``None`` scores with the
+            base model. A shared engine must have been made with ``enable_lora=True``; several scorers with
+            different adapters may share it. :attr:`weight_version` is always the version of the base model.
+            The canary is scored with the adapter.
+        placeholders: what to do with an id that stands for an image, a video or audio in a multimodal model.
+            ``"refuse"`` raises an error. ``"as_text"`` scores the id as an ordinary token.
+        timeout_s: for own engines: how many seconds a start, a score, a push or a refresh may pass without a
+            sign of life from the engine. After that the scorer ends the engine and raises an error with the
+            engine's log. The engine gives a sign every second while it computes, and none while it starts or
+            loads weights. ``None`` waits for ever.
+        devices: for own engines: the GPUs to run on, ``tensor_parallel_size * pipeline_parallel_size`` of
+            them. Give UUIDs, or indices among the GPUs that this process sees (``CUDA_VISIBLE_DEVICES``,
+            which Ray sets for its actors). ``None`` takes the first GPUs. ``devices=1`` keeps a reference off
+            the policy's GPU, if the policy runs on GPU 0.
+        **engine_options: for own engines: vLLM's engine options, under vLLM's names. A vision-language model
+            serves text only (``language_model_only=True``), unless an option says otherwise.
 
     Raises:
-        OptionError: an engine option does not exist, cannot work (see :mod:`vllm_kl.engines.options`), or was given for an engine
-            that already runs; a folder that does not exist, or is no checkpoint; a ``max_model_len`` whose KV does not fit.
-        ReadoutUnavailableError: the engine cannot do this read-out, or the read-out this temperature; the engine takes no
-            adapters, or its LM head is wrapped for them, which spoils prompt log-probs; says why.
-        WeightsError: the adapter cannot be loaded, or would not be served as it is written.
-        EngineError: the engine did not start; with the end of its log.
+        OptionError: an engine option does not exist, cannot work (see :mod:`vllm_kl.engines.options`), or was
+            given for an engine that already runs; ``model`` is a folder that does not exist or holds no
+            checkpoint; or the KV cache is too small for ``max_model_len``.
+        ReadoutUnavailableError: the engine cannot do this read-out; the read-out cannot apply this
+            temperature; the engine takes no adapters; or vLLM has wrapped the LM head for adapters, which
+            makes prompt log-probs wrong.
+        WeightsError: the adapter cannot be loaded, or the engine would leave out a part of it.
+        EngineError: the engine did not start. The message ends with the engine's log.
 
     Attributes:
-        stats: figures of the last call, of whichever thread, or ``None``.
+        stats: :class:`~vllm_kl.types.ScoreStats` of the last call of any thread; ``None`` before the first
+            call.
 
     >>> # scorer = VLLMScorer("my-model", dtype="float32")
     >>> log_probs = scorer.score([[5, 6, 7, 8], [5, 6, 9]], start=2)
@@ -148,22 +159,22 @@ class VLLMScorer:
 
     @property
     def weights(self) -> Weights:
-        """What the engine's weights can be asked, and told; see :mod:`vllm_kl.weights.live`.
+        """The weights of the engine: reads their version and replaces them.
 
         Raises:
-            WeightsError: the engine is one whose weights are not known here.
+            WeightsError: the scorer cannot read or replace the weights of this kind of engine.
         """
         weights = getattr(self._engine, "weights", None)
         if weights is None:
             raise WeightsError(
-                f"nothing is known of the weights of a {type(self._engine).__name__} on this engine: an engine that the scorer "
-                "owns, or a vllm.LLM, can be asked"
+                f"the weights of a {type(self._engine).__name__} cannot be read or replaced here: make the "
+                "scorer with a model's path or with a vllm.LLM"
             )
         return weights
 
     @property
     def weight_version(self) -> int | None:
-        """Version of the weights that serve now. 0: those that the engine was started with; ``None``: not known."""
+        """The version of the engine's weights. 0: those that it started with. ``None``: not known."""
         weights = getattr(self._engine, "weights", None)
         return None if weights is None else weights.version
 
@@ -179,19 +190,20 @@ class VLLMScorer:
 
         Args:
             token_ids: B sequences of ints (lists, arrays or 1-D tensors), of any lengths.
-            start: index of the first token to score, one for all or one each, ``1 <= start <= len``; ``None`` is 1.
-                ``start == len`` scores nothing and costs nothing.
-            temperature: of this call, instead of the scorer's.
-            progress: show a bar on standard error while the engine works.
+            start: the index of the first token to score, one for all sequences or one for each;
+                ``1 <= start <= len``. ``None`` is 1. ``start == len`` scores nothing and costs nothing.
+            temperature: replaces the scorer's temperature in this call.
+            progress: show a progress bar on standard error.
 
         Returns:
             B float32 CPU tensors; element j of tensor i is
             ``log p(token_ids[i][start + j] | token_ids[i][:start + j])`` in nats, shape ``[len - start]``.
 
         Raises:
-            InputError: an empty sequence, a start out of range, an id outside the vocabulary, one that stands for an image, a
-                sequence longer than the engine takes, a temperature that is not positive. Names the sequence. Nothing was sent.
-            ReadoutUnavailableError: a temperature that the read-out cannot apply.
+            InputError: a sequence is empty or longer than the engine takes; a start is out of range; an id is
+                outside the vocabulary, or stands for an image; the temperature is not positive. The message
+                names the sequence. Nothing was sent.
+            ReadoutUnavailableError: the read-out cannot apply this temperature.
             MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token.
             EngineError: the engine died.
         """
@@ -201,7 +213,11 @@ class VLLMScorer:
     def score_and_tell(
         self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None = None
     ) -> tuple[list[torch.Tensor], ScoreStats]:
-        """As :meth:`score`; also return the figures of this very call, with the version of the weights that it scored with."""
+        """Score as :meth:`score` does; return the log-probs, and the figures of this call.
+
+        ``weight_version`` of the figures is the version of the weights that made these log-probs.
+        :attr:`stats` may already be of a later call, of another thread.
+        """
         values, stats = self._read(token_ids, start, None, False)
         return [row[:, 0].clone() for row in values], stats
 
@@ -217,18 +233,18 @@ class VLLMScorer:
         """Return the log-probs of chosen tokens at every position from ``start`` on.
 
         Args:
-            token_ids: as :meth:`score` takes them.
-            ids: per sequence the tokens to score: ``[len - start, K]`` ints (tensor, array or nested lists), row j for the
-                position of token ``start + j``. K is the same for all sequences.
-            start, temperature, progress: as :meth:`score` takes them.
+            token_ids, start, temperature, progress: as in :meth:`score`.
+            ids: for each sequence the tokens to score, ``[len - start, K]`` ints (a tensor, an array or
+                nested lists). Row j belongs to the position of token ``start + j``. K is the same for all
+                sequences.
 
         Returns:
             B float32 CPU tensors ``[len - start, K]``; element (j, n) of tensor i is
             ``log p(ids[i][j][n] | token_ids[i][:start + j])`` in nats.
 
         Raises:
-            InputError: as :meth:`score`; ids of another shape, or outside the vocabulary.
-            ReadoutUnavailableError: the read-out returns the sequence's own tokens only.
+            InputError: as in :meth:`score`; or ``ids`` has another shape, or an id outside the vocabulary.
+            ReadoutUnavailableError: the read-out returns log-probs of the sequence's own tokens only.
 
         >>> chosen, = scorer.score_ids([[5, 6, 7]], [[[6, 9], [7, 9]]])
         >>> torch.equal(chosen[:, 0], scorer.score([[5, 6, 7]])[0])
@@ -246,20 +262,21 @@ class VLLMScorer:
         temperature: float | None = None,
         progress: bool = False,
     ) -> list[TopK]:
-        """Return the k best tokens at every position from ``start`` on, and the log-probs of the sequence's own.
+        """Return the k most likely tokens at every position from ``start`` on, with their log-probs.
 
         Args:
-            token_ids, start, temperature, progress: as :meth:`score` takes them.
-            k: how many, ``1 <= k <=`` the vocabulary.
+            token_ids, start, temperature, progress: as in :meth:`score`.
+            k: how many tokens per position, from 1 to the size of the vocabulary.
 
         Returns:
-            B :class:`~vllm_kl.types.TopK`: ids and log-probs ``[len - start, k]``, best first, and ``[len - start]`` of the
-            sequence's own tokens; float32 CPU tensors, nats. Two tokens whose logits differ by less than the model's
-            dtype resolves may change places.
+            B :class:`~vllm_kl.types.TopK`: ids and log-probs of the k tokens, ``[len - start, k]``, most
+            likely first; and log-probs of the sequence's own tokens, ``[len - start]``. Log-probs are float32
+            CPU tensors, in nats. Two tokens may change places if their logits differ by less than the model's
+            dtype resolves.
 
         Raises:
-            InputError: as :meth:`score`; k out of range.
-            ReadoutUnavailableError: the read-out returns the sequence's own tokens only.
+            InputError: as in :meth:`score`; or k is out of range.
+            ReadoutUnavailableError: the read-out returns log-probs of the sequence's own tokens only.
 
         >>> best, = scorer.score_topk([[5, 6, 7]], k=3)
         >>> best.token_ids.shape, bool((best.log_probs.diff() <= 0).all())
@@ -289,7 +306,10 @@ class VLLMScorer:
         ids: Sequence[Any] | None = None,
         top_k: int = 0,
     ) -> tuple[list[torch.Tensor], ScoreStats]:
-        """Return B float32 tensors ``[len - start, 1 + K + 2 * top_k]``, see :class:`~vllm_kl.types.ScoreResult`; and figures."""
+        """Score B sequences; return the values of each, and the figures of the call.
+
+        Values are ``[len - start, 1 + K + 2 * top_k]`` float32, with the columns of ``ScoreResult.values``.
+        """
         began = time.perf_counter()
         self._check_awake()
         info = self._engine.info
@@ -315,7 +335,8 @@ class VLLMScorer:
         if len(versions) > 1:
             found = sorted(map(str, versions))
             raise WeightsError(
-                f"the engine's weights changed during the call: versions {found}. push_weights() waits for it"
+                f"the engine's weights changed during the call: versions {found}. Push with push_weights(), "
+                "which waits until the call has ended"
             )
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
@@ -329,22 +350,25 @@ class VLLMScorer:
             wall_s=time.perf_counter() - began,
             weight_version=versions.pop() if versions else None,
         )
-        self.stats = stats  # for people: other threads replace it
+        self.stats = stats
         return values, stats
 
     def check_frozen(self, tolerance: float = 0.0) -> float:
-        """Prove that the weights are those that the scorer started with, or that a refresh made.
+        """Prove that the engine's weights are those of its start, or of the last :meth:`refresh`.
 
-        A fixed sequence is scored alone and uncached, and compared with what it scored at the start or after the refresh.
+        The engine scores a fixed sequence, alone and without the prefix cache. Its log-probs are compared
+        with those that the same sequence had at the start or after the refresh.
 
         Args:
-            tolerance: nats that a log-prob may differ. 0.0 asks for the same bits, which the same kernels give.
+            tolerance: how far a log-prob may move, in nats. 0.0 asks for the same bits, which the same
+                kernels give.
 
         Returns:
-            The largest difference, nats.
+            The largest distance of a log-prob from the remembered one, in nats.
 
         Raises:
-            FrozenError: the numbers moved; other weights were pushed; or nothing was remembered (``canary=False``).
+            FrozenError: a log-prob moved; weights were pushed; or the scorer remembers nothing
+                (``canary=False``).
 
         >>> scorer.check_frozen()
         0.0
@@ -354,32 +378,33 @@ class VLLMScorer:
     def refresh(
         self, source: Any, *, ema: float | None = None, version: int | None = None, tolerance: float = 0.0
     ) -> int:
-        """Replace the reference's weights on purpose.
+        """Replace the reference's weights on purpose; return the new :attr:`weight_version`.
 
-        In this order: the new weights are checked, the old ones prove that they are the old ones, what is being scored is
-        finished, the new ones are loaded and stamped with their version. Calls that come in the meantime wait. KV of the old
-        weights cannot be read: requests are salted with the version.
+        The steps: check the new weights; prove that the old weights have not changed (:meth:`check_frozen`);
+        let the engine finish its requests; load the new weights and give them their version. Calls of other
+        threads wait meanwhile. Afterwards no request reads KV of the old weights: each request's cache salt
+        has the version in it.
 
         Args:
             source: a state dict in transformers' names, a module that has one, or the folder of a checkpoint.
-            ema: ``ema * old + (1 - ema) * source``, averaged in float32 in this process; ``None`` takes ``source`` as it is.
-            version: of the new weights; ``None`` is the next.
-            tolerance: as :meth:`check_frozen` takes it, for the old weights' proof.
-
-        Returns:
-            The new :attr:`weight_version`.
+            ema: load ``ema * old + (1 - ema) * source``, averaged in float32 in this process. ``None`` loads
+                ``source``.
+            version: the version of the new weights; ``None`` takes the next number.
+            tolerance: as in :meth:`check_frozen`, for the proof of the old weights.
 
         Raises:
-            WeightsError: the source does not fit, or could not be loaded: the old weights go on being served. Or the engine
-                is shared with a policy.
-            FrozenError: the old weights had moved, and nothing was loaded; or the new ones give NaN.
-            CollectorError: an error has ended the thread of a collector that scores with this; nothing was loaded.
+            WeightsError: ``source`` is not of the engine's model, or could not be loaded: the engine keeps
+                the old weights. Or the engine is shared with a policy.
+            FrozenError: the old weights have changed: nothing was loaded. Or the new weights give NaN.
+            CollectorError: an error ended the thread of a collector that scores with this scorer. Nothing was
+                loaded.
         """
         check_collector(self)
         if isinstance(self._engine, GenerateEngine):
             raise WeightsError(
-                "this scorer shares its engine with whatever generates there: a refresh would change the policy as well. Use "
-                "push_weights(engine, ...) if that is what you want, or a scorer that owns its engine"
+                "this scorer shares its engine with a policy: a refresh would change the policy as well. "
+                "Call push_weights(engine, ...) if you want that, or make a scorer that owns its engine, "
+                "VLLMScorer(path)"
             )
         if ema is not None and not 0.0 < ema < 1.0:
             raise OptionError(f"ema must lie between 0 and 1, got {ema!r}")
@@ -388,20 +413,21 @@ class VLLMScorer:
         state = skeleton.read(source) if isinstance(source, (str, os.PathLike)) else skeleton.checked(source)
         if ema is not None:
             state = average(skeleton.read(weights.source), state, ema)
-        weights.next_version(version)  # refuses before anything is written; load() chooses
+        weights.next_version(version)  # refuse a version before anything is written; load() gives the version
         checkpoint = skeleton.write(state)
         with self._canary.replacing(tolerance):
             return weights.load(checkpoint, version=version)
 
     @contextlib.contextmanager
     def asleep(self) -> Iterator[None]:
-        """Give the engine's GPU memory to others while the block runs: ``with scorer.asleep(): train()``.
+        """Free the engine's GPU memory while the block runs: ``with scorer.asleep(): train()``.
 
-        Its weights wait in the host's memory, its KV is dropped. The engine must have been made with
-        ``enable_sleep_mode=True``. On a CPU there is nothing to give: a warning says so, once. Scoring in the block is refused.
+        The engine moves its weights to CPU memory and drops its KV cache. It must have been made with
+        ``enable_sleep_mode=True``. Scoring inside the block raises an error. On a CPU the block frees
+        nothing, and warns.
 
         Raises:
-            WeightsError: the engine cannot sleep.
+            WeightsError: the engine was made without ``enable_sleep_mode=True``.
         """
         self._is_asleep = self.weights.sleep()
         if not self._is_asleep:
@@ -421,10 +447,13 @@ class VLLMScorer:
 
     def _check_awake(self) -> None:
         if self._is_asleep:
-            raise WeightsError("the engine is asleep: score when the block of asleep() has ended")
+            raise WeightsError("the engine is asleep: score after the block of asleep()")
 
     def close(self) -> None:
-        """End the owned engine and its processes; a shared engine is left running. Safe to call twice."""
+        """End the scorer's own engine and its processes; leave a shared engine running.
+
+        A second call does nothing.
+        """
         self._engine.close()
 
     def __enter__(self) -> VLLMScorer:
@@ -434,10 +463,10 @@ class VLLMScorer:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VLLMScorer:
-        return self  # a copied transform scores with the same engine
+        return self  # TorchRL copies transforms: the copy scores with the same engine
 
     def __reduce__(self) -> Any:
         raise OptionError(
-            "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process (ref_model_factory), "
-            "or keep it in a Ray actor (RetrieveKL(..., use_ray_service=True))"
+            "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process "
+            "(ref_model_factory), or keep it in a Ray actor (RetrieveKL(..., use_ray_service=True))"
         )

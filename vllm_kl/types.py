@@ -1,6 +1,7 @@
-"""The carriers between the stages. Frozen; every field states its shape.
+"""Defines the frozen data classes that the modules pass to each other. Every field states its shape.
 
-B sequences, L tokens of one sequence, W columns of the row a sequence is stored in, N tokens of all sequences laid end to end.
+Letters in shapes: B sequences or samples; L tokens of one sequence; W columns of the stored row of a
+sequence; N tokens of all sequences laid end to end.
 """
 
 from __future__ import annotations
@@ -20,62 +21,62 @@ Rows = torch.Tensor | list[torch.Tensor]  # a dense [B, W], or B rows [W] of any
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreRequest:
-    """One sequence for an engine. It holds plain values and arrays: it crosses process borders."""
+    """One sequence for an engine to score. It holds plain values and arrays: it goes to another process."""
 
     token_ids: np.ndarray  # [L] int32, L >= 2
     start: int  # index of the first token to score, 1 <= start < L
     temperature: float = 1.0  # log-probs are those of softmax(logits / temperature)
     ids: np.ndarray | None = None  # [L - start, K] int32: tokens to score beside the sequence's own
-    top_k: int = 0  # best tokens to return per row
+    top_k: int = 0  # how many of the most likely tokens to return per row
 
     @property
     def num_ids(self) -> int:
-        """K, the chosen tokens of a row."""
+        """K, the number of chosen tokens of a row."""
         return 0 if self.ids is None else self.ids.shape[1]
 
     @property
     def num_columns(self) -> int:
-        """Columns of :attr:`ScoreResult.values`."""
+        """The number of columns of :attr:`ScoreResult.values`."""
         return 1 + self.num_ids + 2 * self.top_k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreResult:
-    """What an engine returns for one request. R = L - start rows; row j is of token start + j."""
+    """The answer of an engine to one request. R = L - start rows; row j belongs to token start + j."""
 
-    # [R, 1 + K + 2 k] float32: the token's log-prob, those of ids, then ids and log-probs of the best; nats; NaN where the
-    # engine gave none
+    # [R, 1 + K + 2 k] float32, in nats. Columns: the log-prob of the sequence's token; K log-probs of
+    # ``ids``; the ids of the k most likely tokens; their k log-probs. NaN: the engine returned no number.
     values: np.ndarray
-    num_cached_tokens: int = 0  # tokens whose KV was read from the prefix cache
+    num_cached_tokens: int = 0  # tokens whose KV came from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1
-    weight_version: int | None = None  # of the weights that made the values; None: not known
+    weight_version: int | None = None  # version of the weights that made the values; None: not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TopK:
-    """The best tokens of every scored row of one sequence, best first."""
+    """The k most likely tokens of every scored row of one sequence, most likely first."""
 
     token_ids: torch.Tensor  # [R, k] int64
     log_probs: torch.Tensor  # [R, k] float32, nats
-    target_log_probs: torch.Tensor  # [R] float32: of the sequence's own tokens
+    target_log_probs: torch.Tensor  # [R] float32, nats: of the sequence's own tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInfo:
-    """What a scorer must know of an engine before it sends anything."""
+    """The properties of an engine that a scorer must know before it sends requests."""
 
     readout: Literal["pooling", "token_ids", "flat", "logits"]  # "logits": a transformers model
-    vocab_size: int | None  # ids must be below; None: not known
+    vocab_size: int | None  # every id must be below it; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
-    can: frozenset[Literal["temperature", "ids", "top_k"]] = (
-        frozenset()
-    )  # what it can do beyond the tokens' log-probs
-    max_ids: int | None = None  # most chosen ids per row; None: no limit
-    # What makes it slower, or its numbers other, than expected; the scorer logs them as warnings.
+    # Features beyond the log-probs of the sequence's own tokens at temperature 1.
+    can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()
+    max_ids: int | None = None  # largest number of chosen ids per row; None: no limit
+    # Why the engine is slower than expected, or its log-probs are different. The scorer logs each note as a
+    # warning.
     notes: tuple[str, ...] = ()
-    # Ids that stand for an image, video or audio; for which.
+    # Ids that stand for an image, a video or audio -> the name of what they stand for.
     placeholders: Mapping[int, str] = field(default_factory=dict)
-    # Which numbers a model has whose numbers depend on a length, see engines/lengths.py; None: of most models they do not
+    # Only for models whose log-probs depend on a length, see engines/lengths.py; None: all other models.
     length_side: Literal["short", "long", "row"] | None = None
 
 
@@ -83,32 +84,30 @@ class EngineInfo:
 class ScoreStats:
     """Figures of one call of :class:`~vllm_kl.VLLMScorer`."""
 
-    num_requests: int  # sequences with a token to score
+    num_requests: int  # sequences with at least one token to score
     num_scored_tokens: int  # rows returned
-    num_prompt_tokens: int  # tokens of those sequences
-    num_cached_tokens: (
-        int  # of those, not computed: read from the prefix cache, or of a sequence that came twice
-    )
-    num_rescored: int  # sequences sent twice for exactness
+    num_prompt_tokens: int  # all tokens of these sequences
+    num_cached_tokens: int  # tokens of them that were not computed: from the prefix cache, or of a duplicate
+    num_rescored: int  # sequences sent twice, because the first cache hit reached too far
     readout: str
     wall_s: float
-    weight_version: int | None = (
-        None  # of the weights that made the log-probs; None: not known, or nothing was computed
-    )
+    # Version of the weights that made the log-probs; None: not known, or nothing was computed.
+    weight_version: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextReport:
-    """What was found in the texts of one batch."""
+    """Findings about the texts of one batch."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # figures for a logger
-    warnings: dict[str, str] = field(
+    # Kind of finding -> message: the log-probs are probably not those that the user expects.
+    warnings: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(
         default_factory=dict
-    )  # by kind: what makes the numbers others than one may think
-    notes: dict[str, str] = field(default_factory=dict)  # by kind: what is right, and good to know
+    )  # kind of finding -> message: correct, and good to know
 
     def joined(self, *others: TextReport) -> TextReport:
-        """Return a report that has what all of them have."""
+        """Return one report with the findings of this and all other reports."""
         all_of = [self, *others]
         return TextReport(
             metrics={name: value for report in all_of for name, value in report.metrics.items()},
@@ -119,42 +118,41 @@ class TextReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBatch:
-    """A batch of real tokens, laid end to end, with the place of each in the row it is stored in.
+    """The tokens of a batch without padding, laid end to end, with the place of each token in its stored row.
 
-    Made by :mod:`vllm_kl.batch.inputs`, consumed by :mod:`vllm_kl.batch.alignment`. Padding is gone; where it was is in
-    ``places`` and ``widths``, so results can be put back exactly where the tokens are. Everything per token is one packed tensor
-    ``[N]``, so a batch costs a few operations, not a few per sample; the properties give it sample by sample.
+    :mod:`vllm_kl.batch.inputs` makes it, and :mod:`vllm_kl.batch.alignment` uses it. ``places`` and
+    ``widths`` tell where the padding was, so that results can be written exactly where the tokens are. Each
+    value per token is in one packed tensor ``[N]``: a batch costs a few operations, not a few per sample. The
+    properties give the values sample by sample.
     """
 
     packed_ids: torch.Tensor  # [N] int64, CPU
-    packed_keep: torch.Tensor  # [N] bool, CPU: tokens whose log-prob is wanted; never token 0
-    packed_assistant: torch.Tensor | None  # [N] bool, CPU; None: not known
-    lengths: list[int]  # B: real tokens of each sample, together N
+    packed_keep: torch.Tensor  # [N] bool, CPU: tokens whose log-prob is wanted; never token 0 of a sample
+    packed_assistant: torch.Tensor | None  # [N] bool, CPU: the assistant's tokens; None: not known
+    lengths: list[int]  # B: tokens of each sample without padding; the sum is N
     places: (
         torch.Tensor | None
     )  # [N] int64: index in the stored rows laid end to end; None: they have no padding
     widths: list[int]  # B: columns of the stored row
-    stored: bool  # the ids were read from the tensordict, not tokenized here
-    report: TextReport = field(
-        default_factory=TextReport
-    )  # what was found in the texts, or at the ids' beginning
+    stored: bool  # True: the ids come from the tensordict; False: a text was tokenized
+    report: TextReport = field(default_factory=TextReport)  # findings about the texts, or about the first ids
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @cached_property
     def token_ids(self) -> list[torch.Tensor]:
-        """Ids, B x ``[L]``."""
+        """The ids of each sample, B x ``[L]``."""
         return list(self.packed_ids.split(self.lengths))
 
     @cached_property
     def keep(self) -> list[torch.Tensor]:
-        """The mask of the tokens that are wanted, B x ``[L]``."""
+        """For each sample the mask of the tokens whose log-prob is wanted, B x ``[L]``."""
         return list(self.packed_keep.split(self.lengths))
 
     @cached_property
     def assistant(self) -> list[torch.Tensor] | None:
-        """The mask of the assistant's tokens, B x ``[L]``, if it is known."""
+        """For each sample the mask of the assistant's tokens, B x ``[L]``; ``None``: not known."""
         return None if self.packed_assistant is None else list(self.packed_assistant.split(self.lengths))
 
     @cached_property
@@ -187,7 +185,7 @@ class TokenBatch:
         stored: bool,
         report: TextReport | None = None,
     ) -> TokenBatch:
-        """Return the batch of samples that are given one by one; without ``columns`` their rows have no padding."""
+        """Return the batch of the given samples; without ``widths`` their stored rows have no padding."""
         lengths = [len(ids) for ids in token_ids]
         widths = lengths if widths is None else widths
         places = None
@@ -207,7 +205,7 @@ class TokenBatch:
 
 
 def widths_of(rows: Rows) -> list[int]:
-    """Return how long each row is.
+    """Return the length of each row.
 
     >>> widths_of(torch.zeros(2, 3)), widths_of([torch.zeros(1), torch.zeros(2)])
     ([3, 3], [1, 2])
@@ -216,17 +214,19 @@ def widths_of(rows: Rows) -> list[int]:
 
 
 def end_to_end(rows: Rows) -> torch.Tensor:
-    """Return the values of all rows laid end to end; of a dense tensor without a copy."""
+    """Return the values of all rows laid end to end. A dense tensor is not copied."""
     if isinstance(rows, torch.Tensor):
         return rows.reshape(-1)
     return torch.cat(rows) if rows else torch.empty(0)
 
 
 def pack(rows: Rows, places_N: torch.Tensor | None = None) -> torch.Tensor:
-    """Return a copy of the values of all rows laid end to end, or of those at ``places_N``, on the CPU.
+    """Return a CPU copy of the values of all rows laid end to end, or only of the values at ``places_N``.
 
-    >>> pack([torch.tensor([1, 2]), torch.tensor([3])]), pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 3]))
-    (tensor([1, 2, 3]), tensor([1, 4]))
+    >>> pack([torch.tensor([1, 2]), torch.tensor([3])])
+    tensor([1, 2, 3])
+    >>> pack(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 3]))
+    tensor([1, 4])
     """
     values = end_to_end(rows).cpu()
     if places_N is not None:
@@ -243,7 +243,7 @@ def columns_of(places_N: torch.Tensor | None, lengths: list[int], widths: list[i
 
 
 def place_of(found_N: torch.Tensor, lengths: Sequence[int]) -> tuple[int, int]:
-    """Return the sample of the first token that is found, and its index there.
+    """Return the sample of the first True in ``found_N``, and the index in that sample.
 
     >>> place_of(torch.tensor([False, False, True, True]), [1, 3])
     (1, 1)
@@ -252,7 +252,7 @@ def place_of(found_N: torch.Tensor, lengths: Sequence[int]) -> tuple[int, int]:
 
 
 def sample_at(n: int, lengths: Sequence[int]) -> tuple[int, int]:
-    """Return the sample of token n of all samples laid end to end, and its index there.
+    """Return the sample of token n of all samples laid end to end, and the index in that sample.
 
     >>> sample_at(2, [1, 3])
     (1, 1)
@@ -263,11 +263,12 @@ def sample_at(n: int, lengths: Sequence[int]) -> tuple[int, int]:
 
 
 class Origin(NamedTuple):
-    """The weights that made something."""
+    """The weights that sampled or scored a sample."""
 
     version: int | str | None  # None: not known
-    adapter: int | None = 0  # its id on the engine; 0: the base model; None: not known
-    last_version: int | None = None  # a second one: weights were replaced meanwhile, or two records disagree
+    adapter: int | None = 0  # the adapter's id on the engine; 0: the base model; None: not known
+    # A second version: the weights were replaced while they sampled, or two records of the version disagree.
+    last_version: int | None = None
 
     def __str__(self) -> str:
         version = "an unknown version" if self.version is None else f"version {self.version}"
@@ -278,18 +279,18 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Scored:
-    """One side's log-probs of a batch, and where they come from."""
+    """The log-probs of a batch from the policy or from the reference, and the weights that made them."""
 
     values: torch.Tensor  # [N] float32, nats: finite inside the batch's mask, 0.0 outside
-    origin: Origin  # of what was scored just now; of recorded log-probs their samples tell
-    is_recorded: bool = False  # by the policy when it sampled, not scored now
+    origin: Origin  # of log-probs that were scored now; recorded log-probs have the origin of their sample
+    is_recorded: bool = False  # True: the policy recorded them when it sampled
 
 
 class Scorer(Protocol):
-    """Anything that turns token ids into log-probs: ``VLLMScorer`` and its stand-ins.
+    """Any object that returns the log-probs of token ids: ``VLLMScorer``, or an object that replaces it.
 
-    One whose log-probs have a version also has ``score_and_tell``, which returns it beside them: an attribute that is read
-    afterwards may be another call's.
+    A scorer whose weights have a version also has ``score_and_tell``, which returns the version with the
+    log-probs. An attribute that the caller reads after the call may be of a later call.
     """
 
     def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:

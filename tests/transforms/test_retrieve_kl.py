@@ -80,6 +80,10 @@ class TestRetrieveKL:
         ref = vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, log_probs_key="ref_log_probs")
         td = RetrieveKL(make_gen("vllm"), ref)(batches.ids_batch(SEQUENCES, PROMPTS))
         assert all((row == 0).all() for row in rows(td, "kl_penalty"))
+        sides = [rows(td, (key, "full")) for key in ("log_probs", "ref_log_probs")]
+        for sampled, scored, prompt in zip(*sides, PROMPTS, strict=True):
+            assert torch.equal(sampled, scored)
+            assert (sampled[prompt:] != 0).all()
 
     @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
     def test_all_tokens_keeps_every_token_but_the_first(

@@ -1,4 +1,4 @@
-"""LoRA: base model and adapters on one engine. Each score is of the weights that were named, or is refused."""
+"""LoRA: one engine scores with the base model and its adapters; each score uses the named weights."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_an_adapter_on_an_engine_that_takes_none_is_refused(policy_llm, requests
     [
         ({}, "cannot be read: FileNotFoundError"),
         ({"rank": 16}, "rank 16 .*greater than max_lora_rank 8"),
-        ({"modules": ("q_proj", "up_proj")}, r"leave out without a word: model\.layers\.0\.mlp\.up_proj"),
+        ({"modules": ("q_proj", "up_proj")}, r"leave out without an error: model\.layers\.0\.mlp\.up_proj"),
         ({"modules": ("q_proj", "lm_head")}, r"weights for the LM head \(lm_head\)"),
         ({"modules": ("nothing",)}, "has no weights"),
     ],
@@ -254,7 +254,7 @@ def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(
     weights.write_bytes(weights.read_bytes()[:100])
     messages = {
         "wide": "cannot be loaded: .*size of tensor",
-        "deep": r"leave out without a word: model\.layers\.2\.mlp\.down_proj",
+        "deep": r"leave out without an error: model\.layers\.2\.mlp\.down_proj",
         "dora": "cannot be loaded: .*DoRA",
         "cut": "cannot be read: SafetensorError",
     }
@@ -281,7 +281,7 @@ def test_an_owned_engine_refuses_an_adapter_of_the_lm_head(llama_path, tmp_path)
 def test_another_adapter_under_an_id_that_is_taken_is_refused(lora_llm, requests, lora_paths, scorers):
     """vLLM serves the first of them for both."""
     scorers[1].score([[1, 2, 3]])
-    with pytest.raises(WeightsError, match="is not what the engine serves under id 1"):
+    with pytest.raises(WeightsError, match="is not the adapter that the engine has under id 1"):
         VLLMScorer(lora_llm, lora_request=lora_request(lora_paths[1], "another", requests[1].lora_int_id))
 
 
@@ -309,7 +309,7 @@ def test_an_engine_without_the_plugin_is_refused(untouched, requests, wrapped_ll
     monkeypatch.delattr(WorkerBase, MODULES)
     for llm, request in ((untouched, requests[1]), (wrapped_llm, None)):
         with pytest.raises(
-            ReadoutUnavailableError, match="LM head is wrapped for LoRA, and what else, cannot be asked"
+            ReadoutUnavailableError, match="cannot say whether its LM head is wrapped for LoRA"
         ):
             VLLMScorer(llm, lora_request=request)
 
@@ -347,7 +347,9 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(
     assert scorer.check_frozen() == 0.0
     shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
     assert scorer.check_frozen() == 0.0  # vLLM serves what it loaded
-    with pytest.raises(WeightsError, match=r"is not what the engine serves under id 30.*remove_lora\(30\)"):
+    with pytest.raises(
+        WeightsError, match=r"is not the adapter that the engine has under id 30(?s:.*)remove_lora\(30\)"
+    ):
         VLLMScorer(lora_llm, lora_request=lora_request(path, "moving", 30))
     lora_llm.llm_engine.add_lora(lora_request(path, "moving", 30, load_inplace=True))
     with pytest.raises(FrozenError, match="moved"):
@@ -386,7 +388,8 @@ def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
     shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
     advice = rf"remove_lora\({31 + is_known}\); assert llm\.reset_prefix_cache\(\)"
     with pytest.raises(
-        WeightsError, match=("is not what" if is_known else "was not loaded here first.*") + f".*{advice}"
+        WeightsError,
+        match=("is not the adapter" if is_known else "was not loaded here first") + f"(?s:.*){advice}",
     ):
         VLLMScorer(lora_llm, lora_request=request)
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
@@ -413,7 +416,7 @@ def test_a_push_changes_the_base_and_adapters_apply_on_top(
             assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
             assert scorer.stats.weight_version == scorer.weight_version == version
             with pytest.raises(
-                FrozenError, match=f"version {version} of the weights serves, which no refresh"
+                FrozenError, match=f"the engine serves version {version} of the weights, which no refresh"
             ):
                 scorer.check_frozen()
     finally:

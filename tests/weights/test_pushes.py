@@ -1,7 +1,8 @@
-"""Pushes, architecture by architecture: what serves is what was sent, tensor by tensor; what is refused leaves the old bits.
+"""Pushes into engines of every architecture: each tensor arrives, and a failed push changes no bit.
 
-Engines that keep experts packed, derive matrices at their start, or write tensors themselves are those that a load can leave
-behind without a word. All of them start in one child process, as in test_architectures.py; the truth is computed here.
+Engines that keep experts packed, derive matrices at their start, or write tensors themselves are those that a
+load can leave behind without a word. All of them start in one child process, as in test_architectures.py; the
+truth is computed here.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ IN_CI = [*tiny.KERNEL_LAYOUTS, *(name for name in tiny.ARCHITECTURES if name not
 NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in tiny.MORE]
 
 TABLE = """\
-Written by `make nightly`. Largest error of a log-prob against float64, in nats, of two-layer models with random weights: as the
-engine started, prefixes shared or not; after a push of other weights. Pushing the same weights again, refused pushes and pushes
-that fail halfway left the same bits in every row; each tensor was pushed alone, too, and arrived.
+`make nightly` writes this file. Numbers are the largest error of a log-prob against float64, in nats, for
+two-layer models with random weights: at the engine's start, with and without shared prefixes, and after a push
+of other weights. A push of the same weights, a refused push and a push that failed halfway left the same bits
+in every row. Each tensor was also pushed alone, and arrived.
 
 | model | at the start | uncached | after a push | tensors |
 |---|---|---|---|---|
@@ -293,12 +295,12 @@ def test_every_tensor_arrives(case):
 
 def test_a_refused_push_leaves_the_old_bits(case):
     assert re.search("no weights for|not initialized", case.pushed.refusal)
-    assert "Nothing was touched: version 2 goes on serving" in case.pushed.refusal
+    assert "Nothing was touched: the engine keeps version 2" in case.pushed.refusal
     assert torch.equal(case.pushed.after_refusal, case.pushed.after_change)
 
 
 def test_what_fails_halfway_is_put_back_bit_for_bit(case):
-    assert "Version 2 was put back and goes on serving" in case.pushed.failure
+    assert "Version 2 was put back" in case.pushed.failure
     assert torch.equal(case.pushed.after_failure, case.pushed.after_change)
 
 

@@ -294,7 +294,7 @@ OFFERED = {
     "switched off while merged": (switched_off_while_merged, "switched off while merged"),
     "a state dict of LoRA": (
         lambda m: peft_of(m).state_dict(),
-        "does not say whether its adapters are merged",
+        "does not show whether its adapters are merged",
     ),
     "a merged state dict": (
         lambda m: merged(m).get_base_model().state_dict(),
@@ -304,11 +304,11 @@ OFFERED = {
     "ZeRO-3": (in_zero3, r"up_proj\.weight is empty here: DeepSpeed's ZeRO-3 .*GatheredParameters"),
     "ZeRO-3, a state dict": (
         lambda m: in_zero3(m).state_dict(),
-        r"up_proj\.weight is empty .*GatheredParameters",
+        r"up_proj\.weight is empty (?s:.*)GatheredParameters",
     ),
     "an empty state dict": (
         lambda m: {},
-        "no weights in this dict.*called on every rank.*to rank 0: push there",
+        "this dict has no weights.*called on every rank.*rank 0 the whole weights: push there",
     ),
     "two policies": (
         lambda m: Around(policy=m, reference=copy.deepcopy(m)),
@@ -339,7 +339,7 @@ OFFERED = {
     "offloaded": (lambda m: m.to("meta"), "on the meta device.*accelerate.*without offload"),
     "a file of torch.save": (
         lambda m: {"model": m.state_dict(), "step": 3},
-        "model: expected a tensor, got OrderedDict. Pass what lies under 'model'",
+        "model: expected a tensor, got OrderedDict. Pass the part under 'model'",
     ),
     "sparse": (
         lambda m: {**m.state_dict(), NORM: torch.zeros(64).to_sparse()},
@@ -347,7 +347,7 @@ OFFERED = {
     ),
     "DDP, one missing": (
         lambda m: {f"module.{name}": t for name, t in m.state_dict().items() if name != NORM},
-        rf"missing {NORM}, unknown nothing",
+        rf"missing {NORM}\. Expected",
     ),
     "another value head": (
         lambda m: {**m.state_dict(), "value_head.weight": torch.zeros(1, 64)},
@@ -398,8 +398,10 @@ def test_a_model_in_fsdp_is_gathered_on_every_rank_and_torchs_own_state_dict_com
         for rank in range(2)
     ]
     first, second = (json.loads(rank.communicate(timeout=200)[0].splitlines()[-1]) for rank in ranks)
-    assert "called on every rank, gives them whole to rank 0" in second.pop("FSDP2, torch's whole state dict")
+    assert "called on every rank, gives rank 0 the whole weights" in second.pop(
+        "FSDP2, torch's whole state dict"
+    )
     assert first.pop("FSDP2, torch's whole state dict") == "the same"
     for results in (first, second):
-        assert "the parts of one rank" in results.pop("FSDP1, its sharded state dict")
+        assert "the shards of one rank only" in results.pop("FSDP1, its sharded state dict")
         assert set(results.values()) == {"the same"}, results

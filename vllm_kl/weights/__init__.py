@@ -1,1 +1,1 @@
-"""Other weights for an engine: checkpoints, loads, pushes, refreshes, adapters, and the versions that scores carry."""
+"""Loads new weights and adapters into engines, and tracks the version of the weights."""

@@ -1,15 +1,19 @@
-"""LoRA adapters of a live engine: what would be scored wrongly without a sign of it is refused before anything is scored.
+"""Loads LoRA adapters into a live engine, and refuses those that the engine would score wrongly.
 
-vLLM 0.32 serves three things without a word, and other log-probs than those that were asked for:
+vLLM 0.32 returns wrong log-probs in three cases, without an error:
 
-- An LM head that is wrapped for LoRA applies one adapter slot per *sampled* row; prompt log-probs have many rows a request.
-- An adapter's weights for a module that the engine did not wrap (``lora_target_modules``) are left out.
-- Of two adapters with one ``lora_int_id`` the one that was loaded first serves for both. So does an adapter whose file was
-  written again.
+- The LM head is wrapped for LoRA. It then applies one adapter slot per *sampled* row, but prompt log-probs
+  have many rows per request.
+- The adapter has weights for a module that the engine did not wrap (``lora_target_modules``). vLLM leaves
+  them out.
+- Two adapters have the same ``lora_int_id``, or an adapter's file was written again. vLLM uses the weights
+  that it loaded first.
 
-Workers say which modules they wrapped (:mod:`vllm_kl.plugin.adapters`), an adapter's files which it has. It is loaded here, because
-one that cannot be loaded ends vLLM's engine if a request is the first to ask for it; from which files is kept for each engine and
-id. The weights in the engine are not compared with the files: what others load under an id later is not seen here.
+The workers say which modules they wrapped (:mod:`vllm_kl.plugin.adapters`), and the files of the adapter say
+which modules it has. This module loads the adapter before a request needs it, because a load that fails
+during a request ends vLLM's engine. It remembers for each engine and id which files it loaded. It does not
+compare the engine's weights with the files, so it does not notice a later load by another program under the
+same id.
 
 Source: ``lora/worker_manager.py``, ``lora/model_manager.py``, ``lora/layers/logits_processor.py``, vLLM 0.32.
 """
@@ -29,28 +33,28 @@ from vllm_kl.weights.live import lock_of
 
 
 class _Adapter(NamedTuple):
-    """What the files of an adapter tell."""
+    """The contents of an adapter's files."""
 
-    rank: int  # the largest
+    rank: int  # the largest rank of all modules
     modules: list[str]  # whole names
-    files: tuple[str, ...]  # folder, sizes and times: others when it was written again
+    files: tuple[str, ...]  # folder, sizes and times: they change when the adapter is written again
 
 
-# By engine and id: the files of what was loaded here.
+# Engine -> the adapter's id -> the files that were loaded here.
 _LOADED: weakref.WeakKeyDictionary[Any, dict[int, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def check_adapter(llm_engine: Any, lora_request: Any) -> None:
-    """Refuse an engine that generates, or an adapter on it, whose prompt log-probs would be wrong.
+    """Refuse a shared engine whose prompt log-probs would be wrong; load the adapter, if there is one.
 
     Args:
         llm_engine: an ``LLMEngine``.
         lora_request: a ``LoRARequest``, or ``None`` for the base model.
 
     Raises:
-        ReadoutUnavailableError: the engine takes no adapters, or cannot be asked; or its LM head is wrapped for them, which
-            spoils the base model's prompt log-probs too.
-        WeightsError: as :func:`load_adapter`.
+        ReadoutUnavailableError: the engine takes no adapters, or cannot be asked; or vLLM has wrapped its LM
+            head for adapters, which makes the prompt log-probs of the base model wrong too.
+        WeightsError: as in :func:`load_adapter`.
     """
     config = llm_engine.vllm_config.lora_config
     check_enabled(config is not None, lora_request)
@@ -65,11 +69,11 @@ def check_adapter(llm_engine: Any, lora_request: Any) -> None:
 
 
 def load_adapter(llm_engine: Any, lora_request: Any) -> None:
-    """Load an adapter, unless it is; refuse one that the engine would not serve as it is written.
+    """Load an adapter, unless it is loaded; refuse it if the engine would not use all of its weights.
 
     Raises:
-        WeightsError: it cannot be read or loaded; it has weights that the engine leaves out, or for the LM head; under its id
-            something else is loaded, or nobody knows what.
+        WeightsError: the adapter cannot be read or loaded; it has weights that the engine leaves out, or
+            weights for the LM head; or other weights, or unknown ones, are loaded under its id.
         ReadoutUnavailableError: the engine cannot be asked.
     """
     name, int_id = describe(lora_request), lora_request.lora_int_id
@@ -78,9 +82,10 @@ def load_adapter(llm_engine: Any, lora_request: Any) -> None:
     if left_out := [module for module in adapter.modules if _place(module) not in wrapped]:
         names = ", ".join(sorted({_last_name(module) for module in left_out}))
         raise WeightsError(
-            f"{name} has weights that the engine would leave out without a word: {left_out[0]}, {len(left_out)} in all ({names}). "
-            "Make the engine with lora_target_modules that name them, or without lora_target_modules if its LM head stays out; an "
-            "adapter of another model cannot be served"
+            f"{name} has weights that the engine would leave out without an error: {left_out[0]}, "
+            f"{len(left_out)} in all ({names}).\n"
+            "Make the engine with lora_target_modules that name these modules and not 'lm_head'. An adapter "
+            "of another model cannot be used"
         )
     with lock_of(llm_engine):
         loaded = _LOADED.setdefault(llm_engine, {})
@@ -90,9 +95,10 @@ def load_adapter(llm_engine: Any, lora_request: Any) -> None:
     if loaded.get(int_id) != adapter.files:
         is_not = "is not" if int_id in loaded else "was not loaded here first, and may not be"
         raise WeightsError(
-            f"{name} {is_not} what the engine serves under id {int_id}: vLLM keeps what was loaded first. Give each adapter a "
-            "lora_int_id of its own; where its file was written again, drop the old one and its KV: "
-            f"llm.llm_engine.remove_lora({int_id}); assert llm.reset_prefix_cache()"
+            f"{name} {is_not} the adapter that the engine has under id {int_id}: vLLM keeps the adapter that "
+            "was loaded first.\n"
+            "Give each adapter its own lora_int_id. If the adapter's file was written again, drop the old "
+            f"adapter and its KV: llm.llm_engine.remove_lora({int_id}); assert llm.reset_prefix_cache()"
         )
 
 
@@ -101,26 +107,32 @@ def _load(llm_engine: Any, lora_request: Any) -> None:
         llm_engine.add_lora(lora_request)
     except Exception as error:
         with contextlib.suppress(Exception):
-            llm_engine.remove_lora(lora_request.lora_int_id)  # what failed half-way counts as loaded
+            llm_engine.remove_lora(
+                lora_request.lora_int_id
+            )  # vLLM counts an adapter as loaded if its load failed halfway
         raise WeightsError(f"{describe(lora_request)} cannot be loaded: {error}") from error
 
 
 def check_enabled(is_enabled: bool, lora_request: Any) -> None:
-    """Refuse an adapter on an engine that takes none."""
+    """Refuse an adapter on an engine that takes no adapters.
+
+    Raises:
+        ReadoutUnavailableError: the engine was made without ``enable_lora=True``.
+    """
     if lora_request is not None and not is_enabled:
         raise ReadoutUnavailableError(
-            f"{describe(lora_request)} cannot be scored: the engine was made without enable_lora=True. Make it with "
-            "enable_lora=True, max_lora_rank=... and lora_target_modules=[...] without 'lm_head'"
+            f"{describe(lora_request)} cannot be scored: the engine was made without enable_lora=True. Make "
+            "it with enable_lora=True, max_lora_rank=... and lora_target_modules=[...] without 'lm_head'"
         )
 
 
 def is_head_targeted(target_modules: list[str] | None) -> bool:
-    """Return whether an LM head may be wrapped: all modules are, or it is named."""
+    """Return whether vLLM may wrap the LM head; ``None`` as ``target_modules`` means all modules."""
     return target_modules is None or any(name.rpartition(".")[2] == "lm_head" for name in target_modules)
 
 
 def check_engine_args(engine_args: Any, lora_request: Any) -> None:
-    """As :func:`check_adapter`, for an engine whose workers cannot be asked from here: what may be wrong is refused."""
+    """Check the options of an engine whose workers cannot be asked, as :func:`check_adapter` does."""
     check_enabled(engine_args.enable_lora, lora_request)
     if engine_args.enable_lora and is_head_targeted(engine_args.lora_target_modules):
         raise _head_error("may be", "[...] that does not name 'lm_head'")
@@ -128,8 +140,9 @@ def check_engine_args(engine_args: Any, lora_request: Any) -> None:
 
 def _head_error(is_wrapped: str, targets: str) -> ReadoutUnavailableError:
     return ReadoutUnavailableError(
-        f"this engine's LM head {is_wrapped} wrapped for LoRA: vLLM 0.32 then computes prompt log-probs with the adapters of "
-        f"other rows, or fails, for the base model too. Make the engine with enable_lora=True and lora_target_modules={targets}"
+        f"this engine's LM head {is_wrapped} wrapped for LoRA: vLLM 0.32 then computes prompt log-probs with "
+        "the adapters of other rows, or fails, also for the base model.\n"
+        f"Make the engine with enable_lora=True and lora_target_modules={targets}"
     )
 
 
@@ -139,7 +152,10 @@ def describe(lora_request: Any) -> str:
 
 
 def identity(lora_request: Any) -> tuple[str, int, str] | None:
-    """Return what makes two requests ask for one adapter. vLLM's own ``==`` looks at the name only."""
+    """Return the name, id and path of an adapter: equal for two requests of one adapter.
+
+    vLLM's own ``==`` compares the name only.
+    """
     return (
         None
         if lora_request is None
@@ -148,11 +164,11 @@ def identity(lora_request: Any) -> tuple[str, int, str] | None:
 
 
 def lora_options(lora_request: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return an owned engine's options with what this adapter needs: its rank, its modules, one slot.
+    """Complete the options of a scorer's own engine with the rank and modules of this adapter.
 
     Raises:
-        OptionError: ``enable_lora=False`` beside an adapter.
-        WeightsError: the adapter's files cannot be read; or hold no weights, or weights for the LM head.
+        OptionError: ``enable_lora=False`` together with an adapter.
+        WeightsError: the adapter's files cannot be read, have no weights, or have weights for the LM head.
     """
     from vllm.config.lora import MaxLoRARanks
 
@@ -171,10 +187,10 @@ def lora_options(lora_request: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(lora_request: Any) -> _Adapter:
-    """Return what the files of an adapter tell.
+    """Read the files of an adapter.
 
     Raises:
-        WeightsError: they cannot be read; or hold no weights, or weights for the LM head.
+        WeightsError: the files cannot be read, have no weights, or have weights for the LM head.
     """
     from vllm.lora.utils import (
         get_adapter_absolute_path,
@@ -191,17 +207,18 @@ def _read(lora_request: Any) -> _Adapter:
         weights_file, keys = _weights_in(folder)
         modules = {parse_fine_tuned_lora_name(key)[0] for key in keys if not is_base_embedding_weights(key)}
         stats = [file.stat() for file in (config_file, weights_file)]
-    except Exception as error:  # safetensors and pickles have errors of their own
+    except Exception as error:  # safetensors and pickle raise errors of their own
         raise WeightsError(
-            f"{name} cannot be read: {type(error).__name__}: {error}. Expected a folder with adapter_config.json and "
-            "adapter_model.safetensors"
+            f"{name} cannot be read: {type(error).__name__}: {error}. Expected a folder with "
+            "adapter_config.json and adapter_model.safetensors"
         ) from error
     if not modules:
         raise WeightsError(f"{name} has no weights")
     if heads := [module for module in sorted(modules) if _last_name(module) == "lm_head"]:
         raise WeightsError(
-            f"{name} has weights for the LM head ({', '.join(heads)}): vLLM 0.32 cannot apply them to prompt tokens. Train it "
-            "without lm_head in target_modules, or merge it (merge_and_unload) and score the merged checkpoint"
+            f"{name} has weights for the LM head ({', '.join(heads)}): vLLM 0.32 cannot apply them to prompt "
+            "tokens. Train the adapter without lm_head in target_modules, or merge it (merge_and_unload) "
+            "and score the merged checkpoint"
         )
     return _Adapter(
         rank, sorted(modules), (str(folder), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats))
@@ -209,7 +226,7 @@ def _read(lora_request: Any) -> _Adapter:
 
 
 def _weights_in(folder: Path) -> tuple[Path, list[str]]:
-    """Return an adapter's file of weights, and its tensors' names."""
+    """Return an adapter's file of weights, and the names of its tensors."""
     from safetensors import safe_open
 
     if (file := folder / "adapter_model.safetensors").exists():
@@ -220,28 +237,31 @@ def _weights_in(folder: Path) -> tuple[Path, list[str]]:
 
 
 def _last_name(module: str) -> str:
-    """Return what ``lora_target_modules`` calls a module; all experts of a layer are one."""
+    """Return a module's name in ``lora_target_modules``; all experts of a layer are one module."""
     return "experts" if ".experts" in module else module.rpartition(".")[2]
 
 
 def _place(module: str) -> tuple[str, str]:
-    """Return a module's layer and last name: what lies between is not the same in an adapter's file and in vLLM's model."""
+    """Return a module's layer and last name.
+
+    The rest of the name is not the same in an adapter's file and in vLLM's model.
+    """
     return next((part for part in module.split(".") if part.isdigit()), ""), _last_name(module)
 
 
 def _wrapped_modules(llm_engine: Any) -> list[str]:
-    """Return the modules that the engine wrapped for LoRA, under the names that adapters have for them."""
+    """Return the modules that the engine wrapped for LoRA, with the names that adapters use."""
     from vllm_kl.plugin.adapters import MODULES
 
     try:
         with lock_of(llm_engine):
             answers = llm_engine.collective_rpc(MODULES)
     except Exception as error:
-        # From a process of the engine's own the error comes as a text.
+        # An engine in another process sends its error as text.
         if f"Method {MODULES!r} is not implemented" not in str(error):
             raise
         raise ReadoutUnavailableError(
-            "whether this engine's LM head is wrapped for LoRA, and what else, cannot be asked: vllm_kl's plugin is not loaded in "
-            "the engine's processes. VLLM_PLUGINS, where it is set, must name vllm_kl"
+            "this engine cannot say whether its LM head is wrapped for LoRA: its processes have not loaded "
+            "the plugin vllm_kl. Make the engine where VLLM_PLUGINS is not set, or names vllm_kl"
         ) from error
     return [module for answer in answers for module in answer]

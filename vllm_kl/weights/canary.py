@@ -1,8 +1,8 @@
-"""A fixed sequence whose log-probs prove that weights have not moved.
+"""Proves that an engine's weights have not changed, by the log-probs of a fixed sequence: the canary.
 
-It is scored alone and without the prefix cache, so the same weights give the same bits; what other callers ask for in the
-meantime cannot change them. Versions that a refresh made are accepted on purpose; others, of a push, are not those of a
-reference that is frozen.
+The engine scores the sequence alone and without the prefix cache, so the same weights give the same bits,
+whatever other threads score meanwhile. A refresh accepts the version of the weights that it loads. A push
+does not: its version is not that of a frozen reference.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _LENGTH = 64
 
 
 class Canary:
-    """Remembers what each version of the weights answers.
+    """Remembers the log-probs of the sequence for each accepted version of the weights.
 
     Args:
         score: scores one request alone, without the prefix cache.
-        info: of the engine: the sequence fits it.
+        info: the engine's properties; the sequence is made to fit them.
     """
 
     def __init__(self, score: Callable[[ScoreRequest], ScoreResult], info: EngineInfo) -> None:
@@ -37,44 +37,49 @@ class Canary:
         self._turn = threading.Lock()
 
     def remember(self) -> None:
-        """Accept the weights that serve now.
+        """Accept the engine's weights.
 
         Raises:
-            FrozenError: they give NaN, which proves nothing.
+            FrozenError: the weights give NaN, which proves nothing.
         """
         with self._turn:
             self._accept(*self._look())
 
     def check(self, tolerance: float = 0.0) -> float:
-        """Score the sequence; return by how much a log-prob moved since this version was accepted, in nats.
+        """Score the sequence; return how far a log-prob moved since this version was accepted, in nats.
 
         Args:
-            tolerance: nats that it may.
+            tolerance: how far a log-prob may move, in nats.
 
         Raises:
-            FrozenError: it moved by more; the version is not one that was accepted; or nothing was ever remembered.
+            FrozenError: a log-prob moved further; the version was not accepted; or no version was ever
+                accepted.
         """
         with self._turn:
             if not self._known:
                 raise FrozenError(
-                    "nothing can be proved: what the engine answered at its start was not remembered. Make the scorer with "
-                    "canary=True"
+                    "nothing can be proved: the scorer does not remember log-probs of the engine's start. "
+                    "Make the scorer with canary=True"
                 )
             version, now = self._look()
             if version not in self._known:
                 raise FrozenError(
-                    f"version {version} of the weights serves, which no refresh() made: somebody pushed it, and KL against it is "
-                    f"not what it was (accepted: {', '.join(map(str, self._known))}). Replace a reference with refresh(); give it "
-                    "an engine of its own if a policy is pushed into this one"
+                    f"the engine serves version {version} of the weights, which no refresh() made, so the KL "
+                    "is against another reference than before (accepted versions: "
+                    f"{', '.join(map(str, self._known))}).\n"
+                    "Replace a reference with refresh(). Give the reference its own engine if a policy is "
+                    "pushed into this one"
                 )
             return self._compare(version, now, tolerance)
 
     @contextmanager
     def replacing(self, tolerance: float = 0.0) -> Iterator[None]:
-        """Prove the old weights, if they were accepted; let the block load new ones; accept those. Two threads take turns.
+        """Prove the old weights, if they were accepted; let the block load new weights; accept these.
+
+        Two threads take turns.
 
         Raises:
-            FrozenError: the old weights had moved, and nothing was loaded; or the new ones give NaN.
+            FrozenError: the old weights have changed, and the block did not run; or the new weights give NaN.
         """
         with self._turn:
             version, now = self._look()
@@ -88,26 +93,29 @@ class Canary:
         return result.weight_version, torch.from_numpy(result.values[:, 0].copy())
 
     def _accept(self, version: int | None, log_probs: torch.Tensor) -> None:
-        if (bad := log_probs.isnan()).any():  # NaN is no other NaN
+        if (bad := log_probs.isnan()).any():  # NaN is not equal to NaN
             raise FrozenError(
                 f"the model gives NaN for {int(bad.sum())} of the {len(bad)} tokens of the canary, token "
-                f"{int(bad.nonzero()[0]) + 1} first: nothing can be proved of its weights, and its log-probs are no numbers. Its "
-                "activations overflow in the engine's dtype (float16 where it was trained in bfloat16: pass dtype='bfloat16' or "
-                "'float32'), or its checkpoint has NaN"
+                f"{int(bad.nonzero()[0]) + 1} first: its activations overflow in the engine's dtype, or its "
+                "checkpoint has NaN.\n"
+                "For a model that was trained in bfloat16 and runs in float16, pass dtype='bfloat16' or "
+                "'float32'."
             )
         self._known[version] = log_probs
 
     def _compare(self, version: int | None, now: torch.Tensor, tolerance: float) -> float:
         before = self._known[version]
         moved = (now - before).abs()
-        # Equal infinities have not moved; NaN never compares as small.
+        # Equal infinities have not moved. NaN counts as infinitely far.
         moved[now == before] = 0.0
         worst = int(moved.nan_to_num(torch.inf).argmax())
         if not float(moved[worst]) <= tolerance:
             raise FrozenError(
-                f"the weights of version {version} moved: token {worst + 1} of the canary had log-prob {before[worst]:.6f}, now "
-                f"{now[worst]:.6f}, {float(moved[worst]):.2e} nats apart (tolerance {tolerance:g}). Somebody changed the engine's "
-                "weights without refresh() or push_weights(); KL against it is not what it was. Where kernels are not "
+                f"the weights of version {version} moved: token {worst + 1} of the canary had log-prob "
+                f"{before[worst]:.6f}, now {now[worst]:.6f}, {float(moved[worst]):.2e} nats apart (tolerance "
+                f"{tolerance:g}). The engine's weights were changed without refresh() or push_weights(), so "
+                "the KL is against another reference than before.\n"
+                "Load the reference's weights with refresh(). If the engine's kernels are not "
                 "deterministic, pass a tolerance"
             )
         return float(moved[worst])

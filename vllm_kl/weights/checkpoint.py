@@ -1,7 +1,8 @@
-"""A trainer's weights as a checkpoint that a vLLM engine can load: checked against the model, written to shared memory.
+"""Checks a trainer's weights against the engine's model, and writes them to shared memory as a checkpoint.
 
-transformers does the writing: its ``save_pretrained`` knows tied weights, shards, and the names that a checkpoint on disk
-has where the model's own differ. The skeleton of the model (no memory: the ``meta`` device) says which tensors there must be.
+transformers' ``save_pretrained`` writes the checkpoint. It handles tied weights, shards, and tensors whose
+names on disk differ from those in the model. A copy of the model on the ``meta`` device, which needs no
+memory, says which tensors a state dict must have.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from vllm_kl.weights.state_dict import as_state_dict
 logger = logging.getLogger("vllm_kl")
 
 StateDict = Mapping[str, torch.Tensor]
-# The language model inside a multimodal model: "model.language_model.layers.0" (transformers 5) and "language_model.model.layers.0"
-# (checkpoints before 4.52) are "model.layers.0" of the language model alone.
+# The language model inside a multimodal model: "model.language_model.layers.0" (transformers 5) and
+# "language_model.model.layers.0" (checkpoints before 4.52) are "model.layers.0" of the language model alone.
 _WHERE_TEXT_LIES = re.compile(r"^((model|language_model|text_model|thinker)\.)+")
 
-# Settings of a model that change what it computes with the same weights.
+# Settings of a model that change its log-probs with the same weights.
 _COMPUTED_WITH = re.compile(
     r"eps|rope|rotary|scal(e|ing)|softcap|multiplier|sliding_window$|^layer_types|hidden_act|activation_func|topk|per_tok|alibi|"
     r"num_(attention|key_value)_heads"
@@ -41,23 +42,23 @@ _COMPUTED_WITH = re.compile(
 
 
 class Checkpoint:
-    """A folder of weights. One that was made here is deleted when nobody holds it any more."""
+    """A folder of weights. With ``is_ours`` the folder is deleted with the last reference to this object."""
 
     def __init__(self, folder: Path, *, is_ours: bool = False) -> None:
         self.folder = folder
         self._delete = weakref.finalize(self, lifetime.remove, folder) if is_ours else None
 
     def delete(self) -> None:
-        """Delete the folder now, if it was made here."""
+        """Delete the folder now, if it is ours."""
         if self._delete is not None:
             self._delete()
 
 
 class Start:
-    """The checkpoint that an engine is started with: its weights of version 0, as long as nobody writes there.
+    """The checkpoint that an engine starts with: version 0, unless a program writes over the files.
 
     Args:
-        model: its path, or its name on the hub, where files do not change.
+        model: the path of the checkpoint, or its name on the hub, where files do not change.
     """
 
     def __init__(self, model: str) -> None:
@@ -65,16 +66,16 @@ class Start:
         self._files = self._stamps()
 
     def unchanged(self) -> str:
-        """Return path or name.
+        """Return the path or name.
 
         Raises:
-            WeightsError: the files are others than when this was made.
+            WeightsError: the files have changed since this object was made.
         """
         if self._stamps() != self._files:
             raise WeightsError(
-                f"the weight files in {self.model!r} have changed since the engine was started: they are not the weights of "
-                "version 0 any more. Keep the starting checkpoint apart from where a trainer saves; refresh(source) without "
-                "ema= needs no old weights"
+                f"the weight files in {self.model!r} have changed since the engine was started, so they are "
+                "not the weights of version 0.\n"
+                "Let the trainer save to another folder. refresh(source) without ema= needs no old weights"
             )
         return self.model
 
@@ -85,16 +86,17 @@ class Start:
 
 
 class Skeleton:
-    """What a model's state dict must hold.
+    """The names and shapes of the tensors of an engine's model; checks, reads and writes state dicts.
 
-    That of a multimodal model may hold the whole model, or its language model alone, under the names of either.
+    The state dict of a multimodal model may have the whole model or the language model alone, with the names
+    of either.
 
     Args:
         model: path or name of the engine's model.
-        revision, trust_remote_code, hf_overrides: as the engine has them.
+        revision, trust_remote_code, hf_overrides: the engine's options.
 
     Raises:
-        WeightsError: transformers has no causal language model for it.
+        WeightsError: transformers has no causal language model of this kind.
     """
 
     def __init__(
@@ -112,41 +114,39 @@ class Skeleton:
             config.update(hf_overrides if isinstance(hf_overrides, dict) else {})
             with torch.device("meta"):
                 self._model = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-        except (
-            AssertionError
-        ) as error:  # the backend's classes ask for the configuration of an engine (vLLM 0.32)
+        except AssertionError as error:  # the changed classes need the config of an engine (vLLM 0.32)
             raise WeightsError(
-                f"in this process vLLM's transformers backend has changed the classes of {model!r}, so transformers cannot say "
-                "which weights it has. Let the engine have a process of its own: VLLM_ENABLE_V1_MULTIPROCESSING=1, or "
-                "VLLMScorer(path)"
+                f"in this process vLLM's transformers backend has changed the classes of {model!r}, so "
+                "transformers cannot say which weights the model has. Run the engine in another process: "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=1, or VLLMScorer(path)"
             ) from error
         except (OSError, ValueError) as error:
             raise WeightsError(
-                f"transformers cannot say which weights {model!r} has ({error}): only models that AutoModelForCausalLM knows can "
-                "be updated from a state dict"
+                f"transformers cannot say which weights {model!r} has ({error}): only a model that "
+                "AutoModelForCausalLM knows can be updated from a state dict"
             ) from error
         self._quantization = quantization_of(config)
         self._is_overridden = bool(hf_overrides)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        # TensorDict.from_module gives these as well; no checkpoint holds them.
+        # TensorDict.from_module has these buffers as well; a checkpoint does not.
         self._computed = {name for name, _ in self._model.named_buffers()} - self._shapes.keys()
         self._tied: dict[str, str] = dict(self._model.all_tied_weights_keys)
-        self._towers = self._shapes.keys() - _names_of_text(
-            self._model
-        )  # and what joins them to the language model
+        # Vision and audio towers, and the layers between them and the language model.
+        self._towers = self._shapes.keys() - _names_of_text(self._model)
         self._by_text_name = {_text_name(name): name for name in self._shapes}
         self._has_told_of_towers = False
 
     def checked(self, source: Any) -> dict[str, torch.Tensor]:
-        """Return the tensors of a state dict, detached, or refuse it.
+        """Return the tensors of a state dict, detached.
 
         Args:
-            source: what a training loop holds, as :func:`vllm_kl.weights.state_dict.as_state_dict` takes it. Tied weights may
-                be left out.
+            source: an argument of :func:`vllm_kl.weights.state_dict.as_state_dict`. Tied weights may be left
+                out.
 
         Raises:
-            WeightsError: it cannot be made plain; missing, extra or misshapen tensors, numbers that are not finite, tied weights
-                that differ. Names them. Or the engine's checkpoint is quantised. Nothing was sent.
+            WeightsError: ``source`` cannot be made a plain state dict; tensors are missing, unknown, or have
+                another shape; numbers are not finite; or tied weights differ. The message names the tensors.
+                Or the engine's checkpoint is quantised. Nothing was sent.
         """
         self._refuse_if_quantized()
         required = self._shapes.keys() - self._tied.keys()
@@ -159,62 +159,71 @@ class Skeleton:
         missing = sorted(required - given.keys() - (self._towers if is_text_alone else set()))
         extra = sorted(given.keys() - self._shapes.keys())
         if missing or extra:
+            parts = {"missing": missing, "unknown": extra}
+            found = ", ".join(f"{what} {_list(names)}" for what, names in parts.items() if names)
             raise WeightsError(
-                f"the state dict is not that of the engine's model: missing {_list(missing)}, unknown {_list(extra)}. "
-                "Expected the names of transformers' state_dict()"
+                f"the state dict is not of the engine's model: {found}. Expected the names of transformers' "
+                "state_dict()"
             )
         for name, tensor in given.items():
             if tuple(tensor.shape) != self._shapes[name]:
                 raise WeightsError(
                     f"{name}: got shape {list(tensor.shape)}, expected {list(self._shapes[name])}"
                 )
-            # NaN and infinities show in the smallest and largest number: one pass, and no mask as large as the tensor.
+            # The smallest and largest number show NaN and infinities: one pass, without a mask of the
+            # tensor's size.
             if not torch.stack(tensor.aminmax()).isfinite().all():
                 bad = int((~tensor.isfinite()).sum())
                 raise WeightsError(
-                    f"{name}: {bad} of {tensor.numel()} numbers are not finite. Training has diverged; the engine was left alone"
+                    f"{name}: {bad} of {tensor.numel()} numbers are not finite. Training has diverged; "
+                    "nothing was touched"
                 )
         for name, other in self._tied.items():
             if name not in given:
                 continue
             same = given[name].data_ptr() == given[other].data_ptr()
             if not same and not torch.equal(given[name], given[other]):
-                raise WeightsError(f"{name} and {other} are tied in the engine's model, but differ here")
+                raise WeightsError(f"{name} and {other} are tied in the engine's model but differ here")
             given.pop(name)
         if self._towers and is_text_alone and not self._has_told_of_towers:
             self._has_told_of_towers = True
             names = _list(sorted(self._towers))
             logger.warning(
-                "vllm_kl: the state dict holds the language model alone; these stay as they are: %s", names
+                "vllm_kl: the state dict has the language model only; these weights stay as they are: %s",
+                names,
             )
         return given
 
     def _refuse_if_quantized(self) -> None:
         if self._quantization:
             raise WeightsError(
-                f"the checkpoint of {self._name!r} is quantised ({self._quantization}): an engine that was started with it has no "
-                "place for the weights of a state dict. Serve an unquantised checkpoint (with the engine option quantization=... "
-                "vLLM quantises it itself), or quantise the trained model as this one was and make a new engine on it"
+                f"the checkpoint of {self._name!r} is quantised ({self._quantization}): its engine has no "
+                "place for the weights of a state dict. Serve an unquantised checkpoint (vLLM quantises it "
+                "with the engine option quantization=...); or quantise the trained model in the same way, "
+                "and make a new engine with it"
             )
 
     def _of_the_whole_model(self, given: StateDict) -> dict[str, torch.Tensor]:
-        """Return the tensors under the names of the multimodal model, whichever part of it they were read from."""
+        """Return the tensors with the names that they have in the whole multimodal model."""
         renamed: dict[str, torch.Tensor] = {}
         for name, tensor in given.items():
             ours = name if name in self._shapes else self._by_text_name.get(_text_name(name), name)
             if ours in renamed:
                 raise WeightsError(
-                    f"{name}: the state dict has {ours} of the engine's model twice, under two names"
+                    f"{name}: the state dict has the tensor {ours} of the engine's model twice, under two "
+                    "names"
                 )
             renamed[ours] = tensor
         return renamed
 
     def read(self, source: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-        """Return the tensors of a checkpoint in float32, checked; the engine's own model in the engine's revision.
+        """Return the checked tensors of a checkpoint in float32.
+
+        The engine's own model is read in the engine's revision.
 
         Raises:
-            WeightsError: there is none that transformers can read, or it is another model's: other tensors, or the same in another
-                configuration.
+            WeightsError: transformers cannot read the checkpoint; or it is of another model: it has other
+                tensors, or another configuration.
         """
         self._refuse_if_quantized()
         options = self._source if os.fspath(source) == self._name else {**self._source, "revision": "main"}
@@ -239,20 +248,21 @@ class Skeleton:
             ) from error
         for name, here, expected in sorted(found["mismatched_keys"]):
             raise WeightsError(
-                f"{os.fspath(source)!r}: {name} has shape {list(here)}, its configuration says {list(expected)}"
+                f"{os.fspath(source)!r}: {name} has shape {list(here)}, its configuration says "
+                f"{list(expected)}"
             )
-        # transformers draws random numbers for what the checkpoint lacks.
+        # transformers fills tensors that the checkpoint lacks with random numbers.
         return self.checked({k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]})
 
     def write(self, state: StateDict) -> Checkpoint:
-        """Write checked tensors where every process of this machine can map them: shared memory, if they fit.
+        """Write checked tensors to shared memory, if they fit, and else to the folder of temporary files.
 
         Raises:
-            WeightsError: there was no room.
+            WeightsError: there is no room.
         """
         size_bytes = sum(t.numel() * t.element_size() for t in state.values())
         folder = _new_folder(size_bytes)
-        checkpoint = Checkpoint(folder, is_ours=True)  # deletes it, too, when writing fails
+        checkpoint = Checkpoint(folder, is_ours=True)  # also deletes the folder if an interrupt comes
         try:
             with _no_bars():
                 self._model.save_pretrained(
@@ -261,14 +271,15 @@ class Skeleton:
         except (OSError, SafetensorError) as error:
             checkpoint.delete()
             raise WeightsError(
-                f"{size_bytes:,} bytes of weights could not be written to {folder.parent} ({error}); the engine was left alone. "
-                "Make room there (a container's --shm-size), or set TMPDIR to where there is room"
+                f"{size_bytes:,} bytes of weights could not be written to {folder.parent} ({error}); nothing "
+                "was touched. Make room there (a container's --shm-size), or set TMPDIR to a folder with "
+                "room"
             ) from error
         return checkpoint
 
 
 def _each_its_own(state: StateDict) -> dict[str, torch.Tensor]:
-    """Return tensors of which no two overlap: what a trainer shares, or keeps interleaved, is written under all its names."""
+    """Return tensors that do not overlap in memory: those that the trainer shares are cloned."""
     ends: dict[tuple[torch.device, int], int] = {}
     own = {}
     for name, tensor in sorted(
@@ -286,10 +297,12 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def complete(folder: Path, model: str) -> Path:
-    """Give a folder of weights what else an engine reads from a model's: its configuration, its code; return the folder.
+    """Link a model's configuration and code into a folder of weights; return the folder.
 
     Args:
-        model: whose: its path, or its name on the hub, where the engine that was started with it has left a copy.
+        folder: the folder of weights.
+        model: the path of the model, or its name on the hub; the engine's start has left a copy of the files
+            here.
     """
     config = transformers.utils.cached_file(model, "config.json")
     for file in Path(config).parent.iterdir():
@@ -300,34 +313,35 @@ def complete(folder: Path, model: str) -> Path:
 
 
 def refuse_another_model(ours: Any, theirs: Any, source: str) -> None:
-    """Refuse a checkpoint whose configuration computes otherwise than the engine's, which weights do not change.
+    """Refuse a checkpoint whose configuration gives other log-probs than the engine's with the same weights.
 
     Args:
-        ours, theirs: configurations of the engine's model and of the checkpoint.
+        ours, theirs: the configurations of the engine's model and of the checkpoint.
         source: the checkpoint, for the message.
 
     Raises:
-        WeightsError: names the first setting that differs.
+        WeightsError: a setting differs. The message names the first one.
     """
     ours, theirs = (config.get_text_config().to_dict() for config in (ours, theirs))
     for name in sorted(ours.keys() & theirs.keys()):
         if _COMPUTED_WITH.search(name) and ours[name] != theirs[name]:
             raise WeightsError(
-                f"{source!r} is another model: its configuration has {name}={theirs[name]!r}, the engine's {ours[name]!r}, "
-                "which no weights change. Make a new engine on it"
+                f"{source!r} is another model: its configuration has {name}={theirs[name]!r}, the engine's "
+                f"{ours[name]!r}, and a load of weights does not change the configuration. Make a new engine "
+                "with this checkpoint"
             )
 
 
 def _auto_class(config: Any) -> Any:
-    """Return transformers' class for the whole of a model: its language model, and what sees or hears for it."""
+    """Return transformers' class for a whole model: the language model with its vision and audio towers."""
     is_multimodal = type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
     return transformers.AutoModelForMultimodalLM if is_multimodal else transformers.AutoModelForCausalLM
 
 
 def _names_of_text(model: torch.nn.Module) -> set[str]:
-    """Return the names of the language model's tensors: all of them, unless the model is multimodal."""
+    """Return the names of the language model's tensors: all names, unless the model is multimodal."""
     kind = type(model.config.get_text_config())
-    # The outermost such module comes first.
+    # modules() gives the outermost such module first.
     text = next(module for module in model.modules() if type(getattr(module, "config", None)) is kind)
     parts = {id(module) for module in (*text.modules(), model.get_output_embeddings())}
     return {
@@ -343,7 +357,7 @@ def _text_name(name: str) -> str:
 
 
 def average(old: StateDict, new: StateDict, decay: float) -> dict[str, torch.Tensor]:
-    """Return ``decay * old + (1 - decay) * new``, in float32; tensors that are not floating are the new ones."""
+    """Return ``decay * old + (1 - decay) * new`` in float32; of integer tensors the new ones."""
     return {
         name: old[name].float().lerp(tensor.to(old[name].device).float(), 1 - decay)
         if tensor.is_floating_point()
@@ -353,21 +367,20 @@ def average(old: StateDict, new: StateDict, decay: float) -> dict[str, torch.Ten
 
 
 def next_version(current: int, version: int | None) -> int:
-    """Return the version of new weights: the one that is asked for, or the next.
+    """Return the version of new weights: ``version``, or the number after the current version.
 
     Raises:
-        WeightsError: it is not above the one that serves: versions are compared to tell old tokens from new weights.
+        WeightsError: ``version`` is not above the current version. A comparison of versions tells which
+            tokens are old.
     """
     if version is None:
         return current + 1
     if isinstance(version, bool) or not isinstance(version, int) or version <= current:
-        raise WeightsError(f"version={version!r}: expected an int above {current}, the version that serves")
+        raise WeightsError(f"version={version!r}: expected an int above {current}, the engine's version")
     return version
 
 
 def _list(names: list[str]) -> str:
-    if not names:
-        return "nothing"
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -1,8 +1,9 @@
-"""Collectors that were started: what ends their thread is told to whoever trains, in the thread that trains.
+"""Raises an error that ended a collector's thread in the thread of the trainer.
 
-TorchRL 0.14's ``LLMCollector.start()`` collects in a thread. An error there ends the thread, and nobody is told: the buffer gets
-nothing more, and who waits for it waits for ever. So an error of such a thread is remembered, and raised by the next call that a
-trainer makes for the same collector: a push into its policy's engine, a refresh of its reference, or :func:`check_collector`.
+``LLMCollector.start()`` (TorchRL 0.14) collects in a background thread. An error there ends the thread
+without a message to the trainer: the replay buffer gets no more samples, and a trainer that waits for them
+waits for ever. This module remembers the error. The trainer's next push into the policy's engine, refresh of
+the reference, or :func:`check_collector` raises it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ from typing import Any
 from vllm_kl.errors import CollectorError
 
 _FOLLOWED: weakref.WeakKeyDictionary[threading.Thread, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
-# By collector, engine and scorer: what ended a thread, as text: the error itself holds frames, and they hold engines.
+# Collector, engine or scorer -> the error that ended the thread. As text, because an error holds frames, and
+# frames engines.
 _ENDED: weakref.WeakKeyDictionary[Any, traceback.TracebackException] = weakref.WeakKeyDictionary()
 
 
 def follow(collector: Any, *others: Any) -> None:
-    """Remember what ends a collector's thread, if this is it: for the collector, and for what a trainer has of it."""
+    """If this thread is the collector's background thread, remember an error that ends it.
+
+    Args:
+        collector: the collector that calls this.
+        others: the engine and the scorer that the collector uses. A call for one of them raises the error,
+            too.
+    """
     thread = threading.current_thread()
     if getattr(collector, "_thread", None) is not thread:
         return
@@ -32,10 +40,11 @@ def follow(collector: Any, *others: Any) -> None:
 
 
 def check_collector(collector: Any) -> None:
-    """Raise what ended the thread of a collector that was started, once. To be called where its samples are waited for.
+    """Raise the error that ended a collector's background thread, once. Call this while you wait for samples.
 
     Raises:
-        CollectorError: an error ended it, of a transform, the env or the policy; its traceback is a note of this one.
+        CollectorError: an error of a transform, the env or the policy ended the thread. Its traceback is a
+            note of the raised error.
 
     >>> # collector.start()
     >>> # while len(buffer) < 64: check_collector(collector); time.sleep(0.1)
@@ -45,8 +54,8 @@ def check_collector(collector: Any) -> None:
         for followed in [followed for followed, by in _ENDED.items() if by is ended]:
             del _ENDED[followed]
         error = CollectorError(
-            "an error ended the thread of a collector that was started, and its buffer gets nothing more: "
-            f"{ended.exc_type.__name__}: {ended}. Mend what it says, and call start() again"
+            "an error ended the background thread of a collector, so its buffer gets no more samples: "
+            f"{ended.exc_type.__name__}: {ended}. Mend the cause, and call start() again"
         )
         error.add_note("".join(ended.format()))
         raise error

@@ -1,6 +1,7 @@
-"""The weights of a live engine: which version serves (vLLM's own ``weight_version``), and how another takes its place.
+"""Reads and replaces the weights of a live engine: a ``vllm.LLM`` or an ``AsyncLLM``.
 
-The steps are in :mod:`vllm_kl.weights.loading`; here they are taken, one caller at a time, with a ``vllm.LLM`` and an ``AsyncLLM``.
+The version of the weights is vLLM's own ``weight_version``. :mod:`vllm_kl.weights.loading` has the steps of a
+load; the classes here run the steps for one caller at a time.
 """
 
 from __future__ import annotations
@@ -28,50 +29,57 @@ _LOOK_EVERY_S = 0.5
 
 
 class Weights(Protocol):
-    """What can be asked of an engine's weights."""
+    """Reads and replaces the weights of one engine."""
 
     @property
     def version(self) -> int | None:
-        """The version that serves; 0: those that the engine was started with; ``None``: what others loaded, and nobody counted."""
+        """The version of the weights. 0: those that the engine started with.
+
+        ``None``: another program loaded the weights and gave them no version.
+        """
         ...
 
     @property
     def skeleton(self) -> Skeleton:
-        """What a state dict for this engine must hold."""
+        """The names and shapes that a state dict for this engine must have."""
         ...
 
     @property
     def source(self) -> str:
-        """The checkpoint that serves: a folder, or the model's path or name.
+        """The checkpoint of the engine's weights: a folder, or the model's path or name.
 
         Raises:
-            WeightsError: the model's files are not those any more that the engine was started with.
+            WeightsError: the engine has the weights of its start, and the model's files have changed since
+                then.
         """
         ...
 
     def next_version(self, version: int | None = None) -> int:
-        """Return the version that a load would give now: ``version``, or the next.
+        """Return the version that a load would give now: ``version``, or the next number.
 
         Raises:
-            WeightsError: ``version`` is not above the one that serves.
+            WeightsError: ``version`` is not above the present version.
         """
         ...
 
     def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
-        """Serve a checkpoint instead, when what is being computed is done; return its version.
+        """Wait for the engine's requests, then load a checkpoint; return the version of the new weights.
 
         Raises:
-            WeightsError: it could not be loaded, or ``version`` is not above the one that serves by then; the old weights and
-                their version go on serving.
+            WeightsError: the checkpoint could not be loaded, or ``version`` is not above the present version.
+                The engine keeps the old weights and their version.
         """
         ...
 
     def sleep(self) -> bool:
-        """Give the engine's GPU memory back until :meth:`wake_up`, of the same thread; return whether there was any to give."""
+        """Free the engine's GPU memory until this thread calls :meth:`wake_up`; return False on a CPU.
+
+        On a CPU there is nothing to free.
+        """
         ...
 
     def wake_up(self) -> None:
-        """Take the memory again."""
+        """Take the GPU memory again and load the weights back into it."""
         ...
 
 
@@ -80,7 +88,7 @@ def _record_of(engine: Any) -> Record:
 
 
 def _take(llm_engine: Any) -> None:
-    """Make an engine one of ours (:mod:`vllm_kl.plugin.taken`), once."""
+    """Switch on the plugin in an engine's processes, once per engine (:mod:`vllm_kl.plugin.taken`)."""
     record = _record_of(llm_engine)
     if record.is_taken is not None:
         return
@@ -94,14 +102,14 @@ def _take(llm_engine: Any) -> None:
             if any(answers):
                 llm_engine.reset_prefix_cache()
             record.is_taken = True
-            with contextlib.suppress(WeightsError):  # a version that is no number
+            with contextlib.suppress(WeightsError):  # the engine's version is not a number
                 run_sync(record.version(call))
     except Exception as error:
         record.is_taken = False
         logger.warning(
-            "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s): they outlive whoever made them where that "
-            "is killed, and what vLLM's CPU backend computes wrong stays as it is. Make the engine where VLLM_PLUGINS is not set, "
-            "or names vllm_kl, and %s is not 0",
+            "vllm_kl: this engine's processes have not loaded the plugin vllm_kl (%s). They go on running "
+            "if the process that made them is killed, and errors of vLLM's CPU backend are not corrected.\n"
+            "Make the engine where VLLM_PLUGINS is not set, or names vllm_kl, and %s is not 0",
             error,
             SWITCH,
         )
@@ -109,22 +117,21 @@ def _take(llm_engine: Any) -> None:
 
 _RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, EngineLock] = weakref.WeakKeyDictionary()
-_TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = (
-    weakref.WeakKeyDictionary()
-)  # of an AsyncLLM, in its loop
+# AsyncLLM -> a lock of its event loop: one load at a time.
+_TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
 _TASKS: set[asyncio.Task[int]] = set()
 
 
 def lock_of(engine: Any) -> EngineLock:
-    """Return the lock of an engine: one thread at a time uses it, or changes its weights."""
+    """Return the lock of an engine: one thread at a time uses the engine or replaces its weights."""
     return _LOCKS.setdefault(engine, EngineLock())
 
 
 class LiveWeights:
-    """The weights of an ``LLMEngine``, on its own or inside a ``vllm.LLM``.
+    """The weights of an ``LLMEngine``, which may be inside a ``vllm.LLM``.
 
     Args:
-        llm_engine: the engine. Several of these may look at one engine.
+        llm_engine: the engine. One engine may have several ``LiveWeights``.
     """
 
     def __init__(self, llm_engine: Any) -> None:
@@ -138,13 +145,13 @@ class LiveWeights:
         with lock_of(self._engine).if_free() as is_free:
             if (
                 not is_free
-            ):  # whoever has it generates, scores or pushes: until that ends, what served before serves
+            ):  # another thread generates, scores or pushes: the weights are still those of before
                 return self._record.last
             return run_sync(self._record.version(self._call))
 
     @property
     def uncounted(self) -> str | None:
-        """The stamp that says nothing, if one does: others have loaded weights since it was given."""
+        """vLLM's ``weight_version``, if another program loaded weights after it was set; else ``None``."""
         return run_sync(self._record.uncounted(self._call))
 
     @property
@@ -153,7 +160,7 @@ class LiveWeights:
 
     @property
     def folder(self) -> str | None:
-        """The folder that serves; ``None``: the model's own."""
+        """The folder of the engine's weights; ``None``: the checkpoint of the engine's start."""
         return self._record.folder
 
     @property
@@ -168,32 +175,37 @@ class LiveWeights:
         with lock_of(self._engine).replacing():
             if self._engine.has_unfinished_requests():
                 raise WeightsError(
-                    "the engine has unfinished requests: their KV is of the old weights. Push between two calls of generate"
+                    "the engine has unfinished requests, with KV of the old weights: push between two calls "
+                    "of generate"
                 )
             return run_sync(self._record.load(self._call, checkpoint, version))
 
     def load_folder(self, folder: Path, *, version: int | None = None) -> int:
-        """Serve a folder that others wrote; return its version.
+        """Load the folder of a checkpoint that another program wrote; return the version of the new weights.
 
         Raises:
-            WeightsError: as :meth:`load`; or it is another model's.
+            WeightsError: as in :meth:`load`; or the folder is of another model.
         """
         if not folder.is_dir():
             raise WeightsError(
-                f"{str(folder)!r} is no folder: nothing was touched. Pass a checkpoint's, on the engine's machine"
+                f"{str(folder)!r} is no folder: nothing was touched. Pass the folder of a checkpoint on the "
+                "engine's machine"
             )
         self.next_version(version)
         self._record.refuse_another_model(folder)
         return self.load(Checkpoint(folder), version=version)
 
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
-        """Serve what others loaded, compared with the checkpoint it came from; return its version."""
+        """Give a version to weights that another program loaded; return the version.
+
+        With ``check`` the weights are first compared with the checkpoint that they came from.
+        """
         steps = self._record.take_over if check else self._record.believe
         with lock_of(self._engine).replacing():
             return run_sync(steps(self._call, version))
 
     def started_with(self, checkpoint: Checkpoint, version: int) -> None:
-        """Give the weights that this engine was started with the version that they have elsewhere."""
+        """Give a version to the weights that this engine started with, because it replaces another engine."""
         run_sync(self._record.started_with(self._call, checkpoint, version))
 
     async def _call(self, method: str, *args: Any) -> Any:
@@ -210,9 +222,8 @@ class LiveWeights:
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_of(self._engine).replacing())
             self._engine.sleep(level=1)
-            self._asleep = (
-                stack.pop_all()
-            )  # until it wakes: a sleeping engine takes requests and never answers them
+            # Hold the lock until wake_up(): a sleeping engine takes requests and never answers them.
+            self._asleep = stack.pop_all()
         return True
 
     def wake_up(self) -> None:
@@ -221,7 +232,7 @@ class LiveWeights:
 
 
 class AsyncWeights:
-    """The weights of an ``AsyncLLM``. Requests in flight finish with the old weights; new ones wait.
+    """The weights of an ``AsyncLLM``. Running requests finish with the old weights; new requests wait.
 
     Args:
         engine: a ``vllm.v1.engine.async_llm.AsyncLLM``.
@@ -243,9 +254,9 @@ class AsyncWeights:
         return self._record.next_version(await self._call("get_weight_version"), version)
 
     async def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
-        """As :meth:`Weights.load`. A caller that is cancelled leaves a load that goes on to its end."""
+        """Load as :meth:`Weights.load` does. A load that has begun goes on if the caller is cancelled."""
         task = asyncio.create_task(self._load(checkpoint, version))
-        _TASKS.add(task)  # the event loop itself would drop it
+        _TASKS.add(task)  # the event loop keeps only a weak reference
         task.add_done_callback(_TASKS.discard)
         return await asyncio.shield(task)
 
@@ -261,7 +272,7 @@ class AsyncWeights:
     async def _take(self) -> None:
         if self._record.is_taken is None:
             self._record.is_taken = False
-            with contextlib.suppress(Exception):  # load() tells of a plugin that is missing
+            with contextlib.suppress(Exception):  # load() raises an error if the plugin is missing
                 await self._call("collective_rpc", TAKE, None, (os.getpid(),))
                 self._record.is_taken = True
 
@@ -270,7 +281,7 @@ class AsyncWeights:
         with self._record.telling_of_death():
             call = asyncio.ensure_future(getattr(self._engine, name)(*args, **kwargs))
             while not (await asyncio.wait({call}, timeout=_LOOK_EVERY_S))[0]:
-                if self._engine.errored:  # vLLM 0.32 waits for ever for what a dead engine was asked
+                if self._engine.errored:  # vLLM 0.32 waits for ever for the answer of a dead engine
                     call.cancel()
                     raise self._engine.dead_error
             return call.result()
@@ -278,7 +289,10 @@ class AsyncWeights:
 
 @contextlib.contextmanager
 def _not_waiting_for_the_dead(core: Any) -> Iterator[None]:
-    """End a call to an engine's process when that dies: vLLM waits for ever (``SyncMPClient.call_utility``, 0.32)."""
+    """End a call in the block when the engine's process dies.
+
+    vLLM 0.32 would wait for its answer for ever (``SyncMPClient.call_utility``).
+    """
     from vllm.v1.engine.core_client import InprocClient
     from vllm.v1.engine.exceptions import EngineDeadError
 

@@ -1,11 +1,14 @@
-"""The steps by which an engine comes to serve other weights, and the record of what it serves.
+"""Defines the steps of a load of new weights into an engine, and records which weights the engine serves.
 
-    nothing stands in the way -> every worker loads beside what serves, and compares (plugin/weights.py)
-        -> every worker takes over -> prefix cache emptied -> version stamped
+    check that nothing prevents the load
+        -> every worker loads the new weights into other memory, and checks them (plugin/weights.py)
+        -> every worker adopts the new weights -> empty the prefix cache -> set the version
 
-Steps await their calls, so that one description serves an engine that is awaited and, with :func:`run_sync`, one that is called.
-What fails before the workers take over has touched nothing. What fails, or is interrupted, after it is taken back: the workers load
-what served before, and the version stays.
+An error before the workers adopt the weights leaves the engine as it was. After an error or an interrupt
+during or after that step, the workers load the old weights again, and the version stays as it was.
+
+The steps are coroutines, so that the same code works for an ``AsyncLLM`` and, with :func:`run_sync`, for an
+``LLMEngine``.
 """
 
 from __future__ import annotations
@@ -20,20 +23,21 @@ from vllm_kl.plugin.allowed import KNOWN_VLLM
 from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, next_version, refuse_another_model
 
-# vLLM's name for the weights that an engine was started with (v1/engine/core.py, 0.32).
+# vLLM's weight_version of an engine that has the weights of its start (v1/engine/core.py, 0.32).
 INITIAL = "default"
 _UNKNOWN = "unknown"
 
 _NAME_THE_SOURCE = (
-    "pass finish_update(source=...), a folder or a state dict of what was sent. check=False believes the load"
+    "pass finish_update(source=...), the folder or the state dict that was sent; or pass check=False to "
+    "skip the check"
 )
 
-# Calls a method of an engine by its name.
+# Calls a method of an engine by the method's name.
 Call = Callable[..., Awaitable[Any]]
 
 
 class NeedsNewEngineError(WeightsError):
-    """The weights can only be served by an engine that starts with them. Nothing was touched."""
+    """Only an engine that starts with these weights can serve them. Nothing was touched."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -41,48 +45,57 @@ class NeedsNewEngineError(WeightsError):
 
     def __str__(self) -> str:
         return (
-            f"the running engine cannot take these weights over: {self.reason}. Nothing was touched, the old weights go on "
-            "serving. Make a new engine on the checkpoint"
+            f"the running engine cannot take these weights: {self.reason}. Nothing was touched: the engine "
+            "keeps the old weights. Make a new engine with the checkpoint"
         )
 
 
 class Record:
-    """What was loaded into one engine: enough to load it again, and whose version that is."""
+    """Records which checkpoint one engine serves, and under which version, so that it can be loaded again."""
 
     def __init__(self, model_config: Any) -> None:
         self._model_config = model_config
         self._start = Start(model_config.model)
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
-        self.last: int | None = 0  # the last version that is known to have served; None: none is
-        self.is_taken: bool | None = None  # its workers have loaded the plugin; None: they were not asked
+        self.last: int | None = 0  # the last known version of the engine; None: not known
+        self.is_taken: bool | None = (
+            None  # True: the workers have loaded the plugin; None: they were not asked
+        )
 
     def next_version(self, stamp: str, version: int | None) -> int:
-        """Return the version after the engine's own or, where that is not known, after the last that was."""
+        """Return the version of a load: ``version``, or the number after the last known version."""
         is_number = stamp == INITIAL or stamp.isdigit()
         return next_version(as_version(stamp) if is_number else self.last or 0, version)
 
     async def version(self, call: Call) -> int | None:
-        """Return what the engine says as a number, and remember it; ``None``: it serves what others loaded and nobody counted."""
+        """Return and remember the engine's version.
+
+        ``None``: another program loaded the weights and gave them no version.
+        """
         stamp = await call("get_weight_version")
         self.last = None if stamp == await self.uncounted(call) else as_version(stamp)
         return self.last
 
     async def uncounted(self, call: Call) -> str | None:
-        """Return the stamp that says nothing: others have loaded weights since it was given, and gave none. ``None``: none is."""
+        """Return vLLM's ``weight_version`` if another program loaded weights after it was set; else ``None``.
+
+        Such a ``weight_version`` does not belong to the present weights.
+        """
         is_known = self.is_taken and not any(await call("collective_rpc", LAST_LOAD))
         return None if is_known else self._served[0]
 
     @contextlib.contextmanager
     def telling_of_death(self) -> Iterator[None]:
-        """Say which version served last, where vLLM says that its engine died."""
+        """Raise an error with the engine's last version when vLLM reports that its engine died."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
             yield
         except EngineDeadError as error:
             raise EngineError(
-                f"the engine died. Nothing serves any more; the last that did was version {self.last}. Its log says why"
+                f"the engine died. Nothing serves any more; the last that did was version {self.last}. Its "
+                "log says why"
             ) from error
 
     @property
@@ -107,18 +120,17 @@ class Record:
         return self.folder or self._start.unchanged()
 
     def refuse_another_model(self, folder: Path) -> None:
-        """Refuse a folder whose configuration, if it has one, computes otherwise than the engine's."""
+        """Refuse a folder if its configuration computes other log-probs from the same weights."""
         engine = self._model_config
         if engine.hf_overrides or not (folder / "config.json").exists():
             return
         read = type(engine.hf_config).from_pretrained
-        ours = read(
-            self._start.model, revision=engine.revision or "main"
-        )  # engine.model is what vLLM reloaded last
+        # Not engine.model: reload_weights changes it (vLLM 0.32).
+        ours = read(self._start.model, revision=engine.revision or "main")
         refuse_another_model(ours, read(folder), str(folder))
 
     async def load(self, call: Call, checkpoint: Checkpoint, version: int | None) -> int:
-        """Make an engine serve a checkpoint, or go on serving what it did; return the new version."""
+        """Load a checkpoint into the engine, completely or not at all; return the new version."""
         before = await call("get_weight_version")
         version = self.next_version(before, version)
         await _ask_for_the_plugin(call)
@@ -130,32 +142,35 @@ class Record:
             raise
         except Exception as error:
             raise WeightsError(
-                f"the weights could not be loaded ({error}). Nothing was touched: version {_name(before)} goes on serving"
+                f"the weights could not be loaded ({error}). Nothing was touched: the engine keeps version "
+                f"{_name(before)}"
             ) from error
         try:
             await self._adopt(call, checkpoint, version)
         except BaseException as error:
             await self._take_back(call, before, is_ours, error)
-            if not isinstance(error, Exception):  # Ctrl-C, an event loop that ends
+            if not isinstance(error, Exception):  # Ctrl-C, or the end of the event loop
                 raise
             raise WeightsError(
-                f"the weights could not be loaded ({error}). Version {_name(before)} was put back and goes on serving"
+                f"the weights could not be loaded ({error}). Version {_name(before)} was put back"
             ) from error
         return version
 
     async def take_over(self, call: Call, version: int | None) -> int:
-        """Make the engine serve what others loaded, whole, and under a version; return it.
+        """Check weights that another program loaded, and give them a version; return the version.
 
-        Workers note the folder that vLLM's ``reload_weights`` was told: it is loaded again, our way. Where nobody loaded anything,
-        the engine is compared with what was pushed last, as far as a load leaves weights as it reads them, and left alone.
+        The workers remember the folder that vLLM's ``reload_weights`` loaded. This method loads the folder
+        again, because vLLM's own load may be incomplete. If no program loaded anything, the method compares
+        the engine's weights with the last push, and changes only the version. Weights that the engine stores
+        in another layout are not compared.
         """
         version = self.next_version(await call("get_weight_version"), version)
         await _ask_for_the_plugin(call)
-        await call("set_weight_version", _UNKNOWN)  # until all of it is done
+        await call("set_weight_version", _UNKNOWN)  # until the last step
         loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
         if None in loads or len(set(loads)) > 1:
             raise WeightsError(
-                f"weights were loaded into the engine, and nothing says which: {_NAME_THE_SOURCE}"
+                f"weights were loaded into the engine, and the engine does not know which: {_NAME_THE_SOURCE}"
             )
         if loads:
             checkpoint = Checkpoint(Path(loads[0]))
@@ -166,7 +181,9 @@ class Record:
                 raise
             except Exception as error:
                 raise WeightsError(
-                    f"{loads[0]!r}, which reload_weights was told, could not be loaded again ({error}): {_NAME_THE_SOURCE}"
+                    f"{loads[0]!r}, the folder that reload_weights loaded, could not be loaded again "
+                    f"({error}).\n"
+                    f"Put the folder back; or {_NAME_THE_SOURCE}"
                 ) from error
             await self._adopt(call, checkpoint, version)
             return version
@@ -175,7 +192,8 @@ class Record:
         await call("collective_rpc", DISCARD)
         if not is_same:
             raise WeightsError(
-                f"the weights in the engine are neither those that were pushed last nor its own: {_NAME_THE_SOURCE}"
+                "the engine's weights are neither those of the last push nor those of the engine's start: "
+                f"{_NAME_THE_SOURCE}"
             )
         await _empty_the_cache(call)
         await call("set_weight_version", str(version))
@@ -183,7 +201,7 @@ class Record:
         return version
 
     async def believe(self, call: Call, version: int | None) -> int:
-        """Serve what others loaded, as it is; return its version."""
+        """Give a version to weights that another program loaded, without a check; return the version."""
         version = self.next_version(await call("get_weight_version"), version)
         await call("set_weight_version", _UNKNOWN)
         await _empty_the_cache(call)
@@ -192,7 +210,7 @@ class Record:
         return version
 
     async def started_with(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
-        """Give the weights that an engine was started with the version that they have elsewhere."""
+        """Give a version to the weights that the engine started with, because it replaces another engine."""
         await call("set_weight_version", str(version))
         self._served, self.last = (str(version), checkpoint), version
 
@@ -205,7 +223,7 @@ class Record:
     async def _take_back(self, call: Call, before: str, is_ours: bool, error: BaseException) -> None:
         try:
             if not is_ours:
-                raise WeightsError("others loaded it, and from where is not known")
+                raise WeightsError("another program loaded it, and its source is not known")
             if self.folder is None:
                 self._start.unchanged()
             await _prepare(call, self.folder)
@@ -218,16 +236,17 @@ class Record:
                 if not isinstance(interrupt, Exception):
                     raise interrupt from None
             raise WeightsError(
-                f"the weights could not be loaded ({error}), and version {before} could not be put back ({second}): which "
-                "weights serve is not known. Push again, or make a new engine"
+                f"the weights could not be loaded ({error}), and version {before} could not be put back "
+                f"({second}), so the version of the engine's weights is not known.\n"
+                "Push again, or make a new engine"
             ) from error
 
 
 async def _prepare(call: Call, folder: str | None) -> None:
-    """Let every worker load a folder beside what it serves; nothing that serves is touched.
+    """Let every worker load a folder into other memory than the present weights, which stay as they are.
 
     Raises:
-        NeedsNewEngineError: the serving model cannot take the weights over.
+        NeedsNewEngineError: the running model cannot adopt the weights.
     """
     try:
         answers = await call("collective_rpc", PREPARE, None, (folder,))
@@ -250,23 +269,27 @@ async def _ask_for_the_plugin(call: Call) -> None:
         raise
     except Exception as error:
         raise WeightsError(
-            "the engine's processes have not loaded the plugin vllm_kl, which loads weights there; nothing was touched. Make the "
-            f"engine where VLLM_PLUGINS is not set, or names vllm_kl; with vLLM{KNOWN_VLLM} ({error})"
+            f"the engine's processes have not loaded the plugin vllm_kl, which loads the weights ({error}); "
+            "nothing was touched.\n"
+            f"Make the engine with vLLM{KNOWN_VLLM}, and where VLLM_PLUGINS is not set or names vllm_kl"
         ) from error
 
 
 async def _empty_the_cache(call: Call) -> None:
-    """KV of other weights must not be read, nor that which a KV connector keeps (``kv_offloading_size``), which vLLM leaves alone
-    unless it is asked. It returns False and keeps it while a block is in use."""
+    """Drop all KV of the old weights, also that of a KV connector (``kv_offloading_size``).
+
+    vLLM drops a connector's KV only on request. It drops nothing, and returns False, while a block is in use.
+    """
     is_running_too, is_connector_too = False, True
     if not await call("reset_prefix_cache", is_running_too, is_connector_too):
         raise WeightsError(
-            "the prefix cache could not be emptied: blocks are in use. Push when every request is finished"
+            "the prefix cache could not be emptied, because blocks are in use. Push when every request is "
+            "finished"
         )
 
 
 def run_sync(steps: Coroutine[Any, Any, Any]) -> Any:
-    """Return what steps do whose calls never wait: an interrupt comes up inside of them, as everywhere else."""
+    """Run a coroutine that never waits; return its result. It gets a KeyboardInterrupt like any function."""
     try:
         steps.send(None)
     except StopIteration as end:
@@ -278,17 +301,19 @@ def as_version(weight_version: str) -> int:
     """Return vLLM's ``weight_version`` as a number.
 
     Raises:
-        WeightsError: it is none, or not known since a push failed.
+        WeightsError: it is not a number; or the version is not known, because a push failed.
     """
     if weight_version == INITIAL:
         return 0
     if weight_version == _UNKNOWN:
         raise WeightsError(
-            "which weights serve is not known since a push failed: push again, or make a new engine"
+            "the version of the engine's weights is not known, because a push failed: push again, or make a "
+            "new engine"
         )
     if not weight_version.isdigit():
         raise WeightsError(
-            f"the engine's weight version is {weight_version!r}, expected a number: versions are compared. Give one to "
-            "finish_update(), or to vLLM's finish_weight_update(weight_version=...)"
+            f"the engine's weight version is {weight_version!r}, expected a number, because versions are "
+            "compared. Pass a number to finish_update(), or to vLLM's "
+            "finish_weight_update(weight_version=...)"
         )
     return int(weight_version)

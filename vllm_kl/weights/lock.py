@@ -1,10 +1,10 @@
-"""Turns at a shared engine: one thread uses it at a time, and weights stay while a step that they generated is not scored.
+"""Locks a shared engine: one thread uses it at a time, and a push waits until every generated step is scored.
 
-    generate (a policy's call) -> the step is open -> scored -> closed
-    push                       -> waits for the open steps of other threads; generations that come meanwhile wait for it
+    a thread generates -> its step is open the thread scores -> its step is closed another thread pushes ->
+    waits until all open steps are closed; threads that want to generate wait for the push
 
-A collector generates in one call and scores in another. Without the wait a push between the two would score tokens with weights
-that did not sample them.
+A collector generates in one call and scores in another. If a push came between the two calls, the new weights
+would score tokens that the old weights sampled.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from collections.abc import Collection, Iterator
 
 logger = logging.getLogger("vllm_kl")
 
-# A step that nobody scores keeps nobody longer: its dialog failed in another transform, or is judged by something slow.
+# A push waits no longer for an open step: its dialog failed in another transform, or a slow reward model
+# judges it.
 AT_MOST_S = 60.0
 _LOOK_EVERY_S = 0.5
 
 
 class EngineLock:
-    """The lock of one engine. A thread that has it may take it again."""
+    """The lock of one engine. A thread that holds it may take it again."""
 
     def __init__(self) -> None:
         self._lock = threading.Condition(threading.RLock())
-        self._scorers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # who scores what it generates
-        self._open: dict[threading.Thread, float] = {}  # who generated what it has not scored yet, and when
-        self._replacing: set[threading.Thread] = set()  # who replaces weights, or waits for it
+        self._scorers: weakref.WeakSet[threading.Thread] = (
+            weakref.WeakSet()
+        )  # threads that score their own steps
+        self._open: dict[threading.Thread, float] = {}  # threads with an open step -> when they generated it
+        self._replacing: set[threading.Thread] = set()  # threads that replace the weights, or wait to do so
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -40,7 +43,7 @@ class EngineLock:
 
     @contextlib.contextmanager
     def if_free(self) -> Iterator[bool]:
-        """Have the lock in the block if nobody else has it; tell whether."""
+        """Hold the lock in the block if no other thread holds it; yield whether this thread has it."""
         is_mine = self._lock.acquire(blocking=False)
         try:
             yield is_mine
@@ -49,19 +52,20 @@ class EngineLock:
                 self._lock.release()
 
     def score_here(self) -> None:
-        """What this thread generates is a step, open until :meth:`close_step`."""
+        """Treat each generation of this thread as a step, which is open until :meth:`close_step`."""
         self._scorers.add(threading.current_thread())
 
     @contextlib.contextmanager
     def generating(self, asking: Collection[threading.Thread] = ()) -> Iterator[None]:
-        """Have the lock in the block, after whoever waits to replace weights.
+        """Wait for threads that replace the weights; hold the lock in the block, which generates.
 
         Args:
-            asking: other threads that wait for what is generated, or may: their steps are open too. Where one of them is open
-                already, nobody is waited for: it may wait for this one.
+            asking: other threads that wait, or may wait, for this generation. Their steps are open too. If
+                the step of one of them is open already, this thread waits for no push: the push would wait
+                for that step, and the step's thread may wait for this one.
         """
         with self._lock:
-            self.close_step()  # one that was generated before, and never scored
+            self.close_step()  # the step before, if it was never scored
             while self._replacing - {threading.current_thread()} and self._open.keys().isdisjoint(asking):
                 self._lock.wait()
             yield
@@ -69,14 +73,14 @@ class EngineLock:
                 self._open[thread] = time.monotonic()
 
     def close_step(self) -> None:
-        """Let weights be replaced: this thread has scored what it generated."""
+        """Close this thread's step, because it is scored: another thread may replace the weights."""
         with self._lock:
             self._open.pop(threading.current_thread(), None)
             self._lock.notify_all()
 
     @contextlib.contextmanager
     def replacing(self) -> Iterator[None]:
-        """Have the lock in the block, when no other thread has a step open."""
+        """Wait until no other thread has an open step; hold the lock in the block."""
         with self._lock:
             self._replacing.add(threading.current_thread())
             try:
@@ -92,8 +96,9 @@ class EngineLock:
                 if time.monotonic() > self._open[thread] + AT_MOST_S:
                     del self._open[thread]
                     logger.warning(
-                        "vllm_kl: weights are replaced though thread %s has generated a step that it has not scored in %g s; where "
-                        "it is scored again after all, it is refused",
+                        "vllm_kl: weights are replaced, although thread %s has generated a step that it "
+                        "has not scored in %g s. If the new weights score the step later, the samples are "
+                        "refused as stale",
                         thread.name,
                         AT_MOST_S,
                     )

@@ -1,10 +1,11 @@
-"""A trainer's weights into the engines that generate and score: the plain call, and TorchRL's two ways to make it.
+"""Pushes a trainer's weights into the engines that generate and score.
 
-    state dict -> checked against the engine's model -> shared memory -> every worker -> cache emptied -> version stamped
+    state dict -> check against the engine's model -> write to shared memory   (weights/checkpoint.py)
+        -> load in every worker -> empty the prefix cache -> set the version   (weights/live.py)
 
-See :mod:`vllm_kl.weights.checkpoint` for the first half and :mod:`vllm_kl.weights.live` for the second. Nothing here needs NCCL,
-a process group or a GPU. Where trainer and engine have GPUs of their own and a model is large, vLLM's and TorchRL's NCCL ways
-(``update_weights``, ``VLLMWeightSyncScheme``) are faster, and :func:`finish_update` after them does what they leave out.
+A push needs no NCCL, no process group and no GPU. For a large model whose trainer and engine have different
+GPUs, the NCCL transfers of vLLM and TorchRL are faster (``update_weights``, ``VLLMWeightSyncScheme``). Call
+:func:`finish_update` after such a transfer.
 """
 
 from __future__ import annotations
@@ -21,29 +22,32 @@ from vllm_kl.weights.live import AsyncWeights, LiveWeights, Weights
 
 
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
-    """Make a vLLM engine serve other weights; return their version.
+    """Load new weights into a vLLM engine; return their version.
 
-    Afterwards no KV of the old weights is left. All or nothing: whatever fails or is interrupted, the old weights and their version
-    serve. Pushes at the same time take turns, and get a version each.
+    The prefix cache has no KV of the old weights afterwards. If the push fails or is interrupted, the engine
+    keeps the old weights and their version. Pushes of several threads take turns, and each gets its own
+    version.
 
     Args:
-        engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``, a
-            ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
-        state_dict: tensors in transformers' names, on any device, in any floating dtype; or a module, or a tensordict. Wrappers
-            are seen through: ``torch.compile``, DDP, FSDP, checkpointing, value heads, a merged PEFT model, TorchRL's modules.
-            What is sharded is gathered, for which every rank must call; or call torch's ``get_model_state_dict`` on every
-            rank, with ``full_state_dict`` and ``cpu_offload``, and push on rank 0. Tied weights may be left out.
-        version: of the new weights, above the one that serves; ``None`` is the next.
+        engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``,
+            a ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
+        state_dict: a state dict with transformers' names, a module, or a tensordict; on any device, in any
+            floating dtype. Wrappers of the model are removed: ``torch.compile``, DDP, FSDP, checkpointing,
+            value heads, a merged PEFT model, TorchRL's modules. Sharded tensors are gathered, so every rank
+            must call this function; or call torch's ``get_model_state_dict`` on every rank, with
+            ``full_state_dict`` and ``cpu_offload``, and push on rank 0. Tied weights may be left out.
+        version: the version of the new weights, above the present one; ``None`` takes the next number.
 
     Returns:
-        The version that serves now.
+        The version of the new weights.
 
     Raises:
-        WeightsError: the state dict is not that of the engine's model, or cannot be made so (adapters that are not merged,
-            quantised weights, parts of weights that are on other ranks), there is no room for it, the engine has not loaded the
-            plugin or is busy (nothing was touched), or it could not be loaded (the old weights were put back).
-        EngineError: the engine died; says which version it served last.
-        CollectorError: an error has ended the thread of a collector that generates with the engine; nothing was pushed.
+        WeightsError: the weights are not of the engine's model, or are not plain (adapters that are not
+            merged, quantised weights, weights on other ranks); there is no room for them; the engine has not
+            loaded the plugin, or is busy; or the load failed. The engine keeps the old weights.
+        EngineError: the engine died. The message names its last version.
+        CollectorError: an error ended the thread of a collector that generates with the engine. Nothing was
+            pushed.
 
     >>> before = scorer.weight_version
     >>> push_weights(scorer, weights) == scorer.weight_version == before + 1
@@ -67,38 +71,39 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     weights = weights_of(engine)
     check_collector(followed(engine))
     state = weights.skeleton.checked(state_dict)
-    weights.next_version(version)  # refuses before anything is written; load() chooses
+    weights.next_version(version)  # refuse a version before anything is written; load() gives the version
     return weights.load(weights.skeleton.write(state), version=version)
 
 
 def finish_update(engine: Any, *, version: int | None = None, source: Any = None, check: bool = True) -> int:
-    """Let an engine serve weights that came another way: vLLM's weight transfer or ``reload_weights``, TorchRL's NCCL senders.
+    """Complete a load of weights by vLLM or TorchRL; return the version of the new weights.
 
-    Those leave KV of the old weights in the prefix cache, the version as it was and, in vLLM 0.32, some layers without
-    their new weights: experts and tied LM heads on a CPU, tensors that a model copies itself. Afterwards all of it is of the
-    new ones: what was sent is loaded again.
+    Call this after vLLM's weight transfer or ``reload_weights``, or after TorchRL's NCCL senders. They leave
+    KV of the old weights in the prefix cache, and do not set the version. In vLLM 0.32 they also leave old
+    weights in some layers: experts and tied LM heads on a CPU, and tensors that a model copies itself. This
+    function loads the same weights again, empties the cache and sets the version.
 
     Args:
         engine: a ``vllm.LLM``, or a TorchRL ``vLLMWrapper`` of one.
-        version: as :func:`push_weights` takes it.
-        source: what was sent: a checkpoint's folder, or what :func:`push_weights` takes. ``None``: the folder that vLLM's
-            ``reload_weights`` was told.
-        check: ``False`` compares nothing and mends nothing: it empties the cache, stamps the version, and believes the rest.
-
-    Returns:
-        The version that serves now.
+        version: as in :func:`push_weights`.
+        source: the weights that were sent: the folder of a checkpoint, or an argument of
+            :func:`push_weights`. ``None`` takes the folder that vLLM's ``reload_weights`` loaded.
+        check: ``False`` only empties the cache and sets the version; the weights are neither checked nor
+            loaded again.
 
     Raises:
-        WeightsError: the engine is none of these; requests are unfinished; the engine holds other weights than the folder, or what
-            was sent cannot be loaded.
+        WeightsError: the engine is none of these; it has unfinished requests; it has other weights than the
+            folder; or the weights that were sent cannot be loaded.
         EngineError: the engine died.
 
-    >>> # llm.collective_rpc("reload_weights", kwargs={"weights_path": "step-7"}); finish_update(llm, version=7)
+    >>> # llm.collective_rpc("reload_weights", kwargs={"weights_path": "step-7"})
+    >>> # finish_update(llm, version=7)
     """
     weights = weights_of(engine)
     if not isinstance(weights, LiveWeights):
         raise WeightsError(
-            "nobody but push_weights() and refresh() can load weights into the engine that a scorer owns"
+            "finish_update() has no effect on an engine that a scorer owns: only push_weights() and "
+            "refresh() load weights there"
         )
     if source is None:
         return weights.take_over(version=version, check=check)
@@ -110,10 +115,10 @@ def finish_update(engine: Any, *, version: int | None = None, source: Any = None
 
 
 async def push_weights_async(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
-    """As :func:`push_weights`, for an ``AsyncLLM``, in its event loop.
+    """Push weights as :func:`push_weights` does, into an ``AsyncLLM``, in its event loop.
 
-    Requests in flight finish with the old weights; requests that come in the meantime wait for the new ones. When it is cancelled,
-    a load that has begun goes on to its end: ask the engine for its version.
+    Running requests finish with the old weights; requests that come meanwhile wait for the new weights. If
+    this call is cancelled, a load that has begun goes on: ask the engine for its version.
     """
     weights = AsyncWeights(engine)
     state = await asyncio.to_thread(lambda: weights.skeleton.checked(state_dict))
@@ -122,10 +127,10 @@ async def push_weights_async(engine: Any, state_dict: Any, *, version: int | Non
 
 
 def weights_of(engine: Any) -> Weights:
-    """Return what is known of an engine's weights.
+    """Return the object that reads and replaces an engine's weights.
 
     Raises:
-        WeightsError: nothing is.
+        WeightsError: the engine is of another kind.
     """
     engine = _engine_behind(engine)
     weights = getattr(engine, "weights", None)  # a VLLMScorer
@@ -134,8 +139,8 @@ def weights_of(engine: Any) -> Weights:
     llm_engine = getattr(engine, "llm_engine", None)
     if llm_engine is None:
         raise WeightsError(
-            f"expected a vllm.LLM, an AsyncLLM or a VLLMScorer, got {type(engine).__name__}. TorchRL's AsyncVLLM and Ray actors "
-            "have their own way: vLLMUpdaterV2"
+            f"expected a vllm.LLM, an AsyncLLM or a VLLMScorer, got {type(engine).__name__}. TorchRL's "
+            "AsyncVLLM and Ray actors have their own updater: vLLMUpdaterV2"
         )
     return LiveWeights(llm_engine)
 
@@ -152,7 +157,7 @@ def _engine_behind(engine: Any) -> Any:
 
 
 def followed(engine: Any) -> Any:
-    """Return what stands for an engine where a collector's thread is followed."""
+    """Return the object by which :mod:`vllm_kl.weights.collector_errors` knows an engine."""
     engine = _engine_behind(engine)
     return getattr(engine, "llm_engine", engine)
 

@@ -1,13 +1,15 @@
-"""What a training loop holds, as plain tensors in the names of transformers' ``state_dict()``.
+"""Converts the model of a training loop to plain tensors with the names of transformers' ``state_dict()``.
 
-    module, tensordict or state dict -> names without wrappers -> tensors that are whole -> weights/checkpoint.py
+    module, tensordict or state dict -> remove wrappers from names -> gather sharded tensors ->
+    weights/checkpoint.py
 
-A training loop wraps its model: ``torch.compile``, DDP, FSDP, activation checkpointing, value heads, PEFT, Lightning and
-TorchRL modules. Everything here goes by structure: neither PEFT nor DeepSpeed nor bitsandbytes is imported. What cannot be made
-plain without loss is refused by what it is: quantised weights, adapters that are not merged, tensors that lie elsewhere.
+A training loop wraps its model: ``torch.compile``, DDP, FSDP, activation checkpointing, value heads, PEFT,
+Lightning and TorchRL modules. This module recognises wrappers by their structure, and imports neither PEFT
+nor DeepSpeed nor bitsandbytes. Weights that cannot be made plain without loss are refused: quantised weights,
+adapters that are not merged, and tensors on other ranks or devices.
 
-A tensor that is sharded over ranks (a ``DTensor``, a model in FSDP) is gathered. That is a collective: every rank must call, or
-none of them goes on.
+A tensor that is sharded over ranks (a ``DTensor``, or a model in FSDP) is gathered. The gathering is a
+collective operation: all ranks must call it, or those that do wait for ever.
 """
 
 from __future__ import annotations
@@ -25,62 +27,65 @@ from torch.distributed.tensor import DTensor
 
 from vllm_kl.errors import WeightsError
 
-# Modules that hold one other module under this name, and leave its name in the state dict.
+# A wrapper holds its module under one of these names, which then stands in the names of the state dict.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COUNTS = (torch.int64, torch.int32, torch.bool)  # buffers
-_UNMERGED = "Call merge_adapter() on the PEFT model before the push and unmerge_adapter() after it, or push merge_and_unload()"
+_UNMERGED = (
+    "Call merge_adapter() on the PEFT model before the push and unmerge_adapter() after it, or push "
+    "merge_and_unload()"
+)
 _DEQUANTIZE = (
-    "Push weights in float32, bfloat16 or float16: those of an unquantised copy, or of model.dequantize()"
+    "Push weights in float32, bfloat16 or float16: from an unquantised copy, or from model.dequantize()"
 )
 _GATHER = (
     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
-    "torch.distributed.checkpoint.state_dict, called on every rank, gives them whole to rank 0: push there"
+    "torch.distributed.checkpoint.state_dict, called on every rank, gives rank 0 the whole weights: push "
+    "there"
 )
 
 
 def as_state_dict(source: Any, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors that a source holds of a model: named as the model names them, detached, whole, unquantised.
+    """Return the tensors of a model: with the model's own names, detached, gathered and not quantised.
 
     Args:
-        source: a module, a tensordict or a state dict of the model, or of something around it. Of several models in one module
-            the one that has ``names`` is meant.
-        names: what the model must have, in transformers' names. Where ``source`` lacks some, the caller's checks will say so.
+        source: a module, a tensordict or a state dict of the model, or of a wrapper of the model. If a module
+            holds several models, the one with ``names`` is taken.
+        names: the names that the model must have, as in transformers. The caller checks for missing names.
 
     Raises:
-        WeightsError: ``source`` cannot be made plain; says which tensor or layer, what it is, and what to pass instead.
+        WeightsError: ``source`` cannot be made plain. The message names the tensor or layer, and says what to
+            pass instead.
     """
-    # tensordict's TensorDictParams is both.
+    # tensordict's TensorDictParams is a module and a tensordict.
     is_module = isinstance(source, torch.nn.Module) and not isinstance(source, TensorDictBase)
     given = _of_module(source, names) if is_module else _of_mapping(source)
     if not given:
-        raise WeightsError(
-            f"there are no weights in this {type(source).__name__}. If they are sharded: {_GATHER}"
-        )
+        raise WeightsError(f"this {type(source).__name__} has no weights. If they are sharded: {_GATHER}")
     return {name: _plain(name, tensor) for name, tensor in _of_the_model(given, names)}
 
 
 def _of_mapping(source: Any) -> Mapping[str, Any]:
-    """Return what a state dict or a tensordict holds, in names without wrappers."""
+    """Return the tensors of a state dict or a tensordict, with names without wrappers."""
     given = dict(source.flatten_keys(".").items()) if isinstance(source, TensorDictBase) else source
     if not isinstance(given, Mapping):
         raise WeightsError(f"expected a state dict, a tensordict or a module, got {type(source).__name__}")
     plain = {_without_wrappers(str(name)): tensor for name, tensor in given.items()}
     if len(plain) < len(given):
         raise WeightsError(
-            "the state dict holds the same weights twice: with and without the name of a wrapper"
+            "the state dict has the same weights twice: with and without the name of a wrapper"
         )
     for name in plain:
         if name.startswith("base_model.model.") or ".base_layer." in name or ".lora_" in name:
             raise WeightsError(
-                f"{name} is a name of a PEFT model: pass merge_and_unload().state_dict(), or the PEFT model itself after "
-                "merge_adapter(). A state dict does not say whether its adapters are merged"
+                f"{name} is a name of a PEFT model: pass merge_and_unload().state_dict(), or the PEFT model "
+                "itself after merge_adapter(). A state dict does not show whether its adapters are merged"
             )
     return plain
 
 
 def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, Any]:
-    """Return the state dict of the model inside, in names that may begin with a prefix."""
+    """Return the state dict of the model inside a module, with names that may begin with a prefix."""
     holders = dict(_holders(source)) or {"": source}
     states = {path: _named_tensors(holder) for path, holder in holders.items()}
     if len(states) > 1:
@@ -90,8 +95,8 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
                 f"{path} ({type(_inside(holder)).__name__})" for path, holder in holders.items()
             )
             raise WeightsError(
-                f"{type(source).__name__} holds {len(holders)} models, of which {len(states)} have the names of the engine's "
-                f"model: {found}. Push the one that is meant"
+                f"{type(source).__name__} holds {len(holders)} models, of which {len(states)} have the names "
+                f"of the engine's model: {found}. Push one of them"
             )
     ((path, state),) = states.items()
     _refuse_what_is_not_whole(source, holders[path])
@@ -100,14 +105,17 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
 
 def _has_head(holder: torch.nn.Module) -> bool:
     models = (module for module in holder.modules() if isinstance(module, transformers.PreTrainedModel))
-    # A critic with a tied policy's names has none.
+    # A critic may have the names of a policy with tied weights, but has no LM head.
     return any(model.get_output_embeddings() is not None for model in models)
 
 
 def _holders(
     module: torch.nn.Module, path: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Find each model of transformers inside, once; a model in FSDP1 with its outermost wrapper, which alone can gather."""
+    """Yield the path and module of each transformers model inside, once.
+
+    A model in FSDP1 comes with its outermost wrapper, because only this wrapper can gather the tensors.
+    """
     seen = set() if seen is None else seen
     if id(module) in seen:
         return
@@ -124,13 +132,15 @@ def _holders(
 
 
 def _named_tensors(holder: torch.nn.Module) -> dict[str, Any]:
-    """Return a module's state dict, in the names that its layers have without PEFT's wrappers."""
+    """Return a module's state dict, with the names that its layers have without PEFT's wrappers."""
     if shards := [module for module in holder.modules() if isinstance(module, FullyShardedDataParallel)]:
-        # Offloading what is on the CPU frees it before it is copied (torch 2.13: _unshard_fsdp_state_params).
+        # torch 2.13 offloads a CPU tensor wrongly: it frees the tensor before the copy
+        # (_unshard_fsdp_state_params).
         is_elsewhere = shards[0].compute_device.type != "cpu"
         whole = FullStateDictConfig(offload_to_cpu=is_elsewhere, rank0_only=False)
         with warnings.catch_warnings():
-            # torch 2.13 deprecates it for a helper that gathers on the device, or for rank 0 alone.
+            # torch 2.13 deprecates state_dict_type; its replacement gathers on the device, or for rank 0
+            # only.
             warnings.simplefilter("ignore", FutureWarning)
             with FullyShardedDataParallel.state_dict_type(holder, StateDictType.FULL_STATE_DICT, whole):
                 state = holder.state_dict()
@@ -141,7 +151,7 @@ def _named_tensors(holder: torch.nn.Module) -> dict[str, Any]:
 
 
 def _served_name(module: torch.nn.Module | None, name: str) -> str | None:
-    """Return the name of a tensor without PEFT's wrappers; ``None``: the model does not compute with it."""
+    """Return a tensor's name without PEFT's wrappers; ``None`` if the model does not use the tensor."""
     kept, due = [], []
     for part in name.split("."):
         module = None if module is None else _inside(module)
@@ -155,7 +165,7 @@ def _served_name(module: torch.nn.Module | None, name: str) -> str | None:
 
 
 def _served_child(module: torch.nn.Module | None) -> list[str]:
-    """Return where a layer of PEFT has the weights that it computes with, once merged; nothing: it is no layer of PEFT."""
+    """Return the path to the weights of a merged PEFT layer; empty if the module is no PEFT layer."""
     children = {} if module is None else module._modules
     if "base_layer" in children and hasattr(module, "merged"):
         return ["base_layer"]
@@ -180,8 +190,8 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
     for module in source.modules():
         if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
             raise WeightsError(
-                f"{type(module).__name__} puts learned prompts (PEFT) before every text: no weights of the model compute the same. "
-                "Use LoRA, or score with the model itself"
+                f"{type(module).__name__} puts learned prompts (PEFT) before every text, which weights alone "
+                "cannot do. Use LoRA, or score with the model itself"
             )
     for name, module in holder.named_modules():
         if _served_child(module) == ["base_layer"] and (state := _unserved_state(module)):
@@ -195,13 +205,13 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
     for name, parameter in holder.named_parameters():
         if hasattr(parameter, "ds_id") and not parameter.numel():
             raise WeightsError(
-                f"{name} is empty here: DeepSpeed's ZeRO-3 keeps it in parts on all ranks. Push inside "
-                "`with deepspeed.zero.GatheredParameters(list(model.parameters())):`, which every rank must enter"
+                f"{name} is empty here: DeepSpeed's ZeRO-3 splits it over all ranks. Push inside `with "
+                "deepspeed.zero.GatheredParameters(list(model.parameters())):`, which every rank must enter"
             )
 
 
 def _unserved_state(layer: Any) -> str:
-    """Return why a layer of PEFT computes other numbers than its base layer; ``""``: it does not."""
+    """Return why the output of a PEFT layer differs from that of its base layer; ``""`` if it does not."""
     if layer.merged:
         return "switched off while merged" if layer.disable_adapters else ""
     adapters = {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part)}
@@ -213,7 +223,10 @@ def _without_wrappers(name: str) -> str:
 
 
 def _prefixes(given: Collection[str], names: Collection[str]) -> list[str]:
-    """Return the prefixes under which all ``names`` are; where there are none, the one that has most of them, or ``""``."""
+    """Return the prefixes under which ``given`` has all ``names``.
+
+    If there is none: the prefix that has most of them, or ``""``.
+    """
     count: Counter[str] = Counter()
     for name in given:
         starts = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
@@ -230,50 +243,60 @@ def _has_all(given: Collection[str], names: Collection[str]) -> bool:
 
 
 def _of_the_model(given: Mapping[str, Any], names: Collection[str]) -> list[tuple[str, Any]]:
-    """Return what lies under the model's prefix (``module.`` of DDP), without it. Value heads and others lie outside."""
+    """Return the tensors under the model's prefix (for DDP ``module.``), with names without the prefix.
+
+    Other tensors, such as those of a value head, have another prefix.
+    """
     prefixes = _prefixes(given, names)
     if len(prefixes) > 1:
         raise WeightsError(
-            f"the weights of {len(prefixes)} models are here, under the names {', '.join(repr(p) for p in prefixes)}. "
-            "Push the one that is meant"
+            f"the state dict has the weights of {len(prefixes)} models, under "
+            f"{', '.join(repr(p) for p in prefixes)}. Push one of them"
         )
     (prefix,) = prefixes
     inside = [
         (name.removeprefix(prefix), tensor) for name, tensor in given.items() if name.startswith(prefix)
     ]
-    # trl's AutoModelForCausalLMWithValueHead.state_dict() puts its head beside the model's own names; a module's
-    # get_extra_state() is no weight.
+    # trl's AutoModelForCausalLMWithValueHead.state_dict() gives its head no other prefix. A module's
+    # get_extra_state() is not a weight.
     return [
         (n, tensor) for n, tensor in inside if not (n.startswith("v_head.") or n.endswith("_extra_state"))
     ]
 
 
 def _plain(name: str, tensor: Any) -> torch.Tensor:
-    """Return a tensor whole and detached, or refuse it by what it is."""
+    """Return a tensor gathered and detached.
+
+    Raises:
+        WeightsError: the tensor is quantised, empty, sharded in a way that cannot be gathered, or on the meta
+            device.
+    """
     if not isinstance(tensor, torch.Tensor):
-        cure = f". Pass what lies under {name!r}" if isinstance(tensor, Mapping) else ""
+        cure = f". Pass the part under {name!r}" if isinstance(tensor, Mapping) else ""
         raise WeightsError(f"{name}: expected a tensor, got {type(tensor).__name__}{cure}")
     if isinstance(tensor, DTensor):
-        # FSDP2's CPU offload keeps parts on the CPU that only the mesh's own backend can gather. The whole goes to the CPU: on the
-        # device there is room for a part of each tensor, not for all of the model.
+        # With CPU offload FSDP2 keeps the shards on the CPU, but only the mesh's own backend can gather them.
+        # The gathered tensor goes to the CPU: the device has room for a shard of each tensor, not for the
+        # whole model.
         tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
     kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
     if hasattr(tensor, "local_shards"):
-        raise WeightsError(f"{name} is a {kind}: the parts of one rank. {_GATHER}")
+        raise WeightsError(f"{name} is a {kind}: it has the shards of one rank only. {_GATHER}")
     if tensor.is_meta:
         raise WeightsError(
-            f"{name} is on the meta device: it has no numbers. accelerate keeps offloaded weights so (device_map): load the model "
-            "without offload"
+            f"{name} is on the meta device: it has no numbers. accelerate puts offloaded weights there "
+            "(device_map): load the model without offload"
         )
     if type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
-        raise WeightsError(f"{name} is a {kind}: no plain tensor, quantised as a rule. {_DEQUANTIZE}")
+        raise WeightsError(f"{name} is a {kind}: no plain tensor, and probably quantised. {_DEQUANTIZE}")
     if tensor.layout is not torch.strided:
         raise WeightsError(f"{name} is a tensor of layout {tensor.layout}: pass a dense one")
     if tensor.dtype not in _FLOATS + _COUNTS:
         raise WeightsError(f"{name} is quantised ({kind}, {tensor.dtype}). {_DEQUANTIZE}")
     if not tensor.numel():
         raise WeightsError(
-            f"{name} is empty (shape {list(tensor.shape)}): FSDP and DeepSpeed's ZeRO-3 leave that of a tensor whose numbers are "
-            f"on other ranks. FSDP: {_GATHER}. ZeRO-3: make the state dict inside deepspeed.zero.GatheredParameters"
+            f"{name} is empty (shape {list(tensor.shape)}): with FSDP and DeepSpeed's ZeRO-3 its numbers are "
+            "on other ranks.\n"
+            f"FSDP: {_GATHER}. ZeRO-3: make the state dict inside deepspeed.zero.GatheredParameters"
         )
     return tensor.detach()
