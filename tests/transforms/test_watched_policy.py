@@ -173,6 +173,13 @@ def test_a_copy_of_a_policy_is_watched_as_itself(llm, make_policy, batching):
     assert watch(twin) is watch(twin)
 
 
+def test_a_new_version_of_a_watched_policy_is_watched_as_itself(llm, make_policy):
+    policy = make_policy(llm)
+    new = policy.get_new_version(num_samples=None, generate_kwargs={"max_new_tokens": 2})
+    assert generated_by(new(prompts("tokens"))) == [Origin(3), Origin(3)]
+    assert watch(new) is not watch(policy)
+
+
 @pytest.mark.parametrize("library", [pickle, cloudpickle])
 def test_a_watched_policy_travels_as_what_it_is(llm, make_policy, library):
     policy = make_policy(llm)

@@ -155,6 +155,7 @@ def watch(policy: Any) -> Watch | None:
         return None
     if not isinstance(policy, _Watched):
         policy.__class__ = _watched(type(policy))
+    if "_vllm_kl_watch" not in vars(policy):  # get_new_version() of a watched policy makes one of its class
         policy._vllm_kl_watch = Watch(policy)
         if GENERATED_BY not in policy.out_keys:
             policy.out_keys = [*policy.out_keys, GENERATED_BY]  # a call with inplace copies out_keys only
