@@ -41,9 +41,9 @@ NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in tiny.MORE]
 
 TABLE = """\
 `make nightly` writes this file. Numbers are the largest error of a log-prob against float64, in nats, for
-two-layer models with random weights: at the engine's start, with and without shared prefixes, and after a push
-of other weights. A push of the same weights, a refused push and a push that failed halfway left the same bits
-in every row. Each tensor was also pushed alone, and arrived.
+two-layer models with random weights: at the engine's start, with and without shared prefixes, and after a
+push of other weights. A push of the same weights, a refused push and a push that failed halfway left the same
+bits in every row. Each tensor was also pushed alone, and arrived.
 
 | model | at the start | uncached | after a push | tensors |
 |---|---|---|---|---|
