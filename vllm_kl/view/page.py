@@ -170,6 +170,7 @@ def _script_json(data: Any) -> Markup:
 def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k1: bool) -> dict[str, Any]:
     """Return what ``page.js`` reads: a table of the tokens that occur, and the samples shown."""
     table: dict[tuple[int, str | None], int] = {}  # the same text is written once, not once per token
+    folds: dict[tuple[Any, ...], int] = {}
     entries = []
     for i in shown:
         sample = samples[i]
@@ -181,6 +182,7 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
         entries.append(
             {
                 "number": i + 1,
+                "fold": folds.setdefault(_fold_key(sample), len(folds)),
                 "tokens": [
                     table.setdefault(pair, len(table)) for pair in zip(sample.token_ids, texts, strict=True)
                 ],
@@ -198,6 +200,11 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
             }
         )
     return {"cap": cap, "vocabulary": list(table), "is_k1": is_k1, "samples": entries}
+
+
+def _fold_key(sample: Sample) -> tuple[Any, ...]:
+    """Return what equal samples share: prompt, response, and the versions of policy and reference."""
+    return tuple(sample.token_ids), tuple(sample.mask), sample.policy_version, sample.ref_version
 
 
 def _spans(mask: Sequence[bool]) -> list[list[int]]:
