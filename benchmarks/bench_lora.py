@@ -33,12 +33,13 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
+import models
 import numpy as np
 import psutil
 import torch
-from common import Report, machine_line, make_qwen2, make_table
+from common import Report, machine_line, make_table
 
-VOCAB, HIDDEN, LAYERS = 32_000, 1024, 12
+VOCAB = 32_000
 PROMPT, RESPONSE, GROUP, NUM_PROMPTS = 256, 32, 8, 2
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,18 +51,7 @@ SETUPS = ("one engine", "two engines", "engine and scorer", "one engine, no adap
 def build(home: Path) -> tuple[Path, Path]:
     from safetensors.torch import save_file
 
-    sizes = {
-        "hidden": HIDDEN,
-        "intermediate": 2816,
-        "layers": LAYERS,
-        "heads": 16,
-        "kv_heads": 4,
-        "vocab": VOCAB,
-    }
-    ends = {"bos_token_id": None, "eos_token_id": 0}
-    model = make_qwen2(
-        **sizes, **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True
-    )
+    model = models.size_168m(eos_token_id=0, max_position_embeddings=1024, initializer_range=0.04)
     model.save_pretrained(home / "base")
     tensors = {}
     for name, module in model.named_modules():

@@ -35,9 +35,10 @@ os.environ.update(
     RL_LOGGING_LEVEL="ERROR",
 )
 
+import models
 import torch
 import vllm
-from common import Report, machine_line, make_qwen2, make_table, median_ratio, p20_p50_p80
+from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
@@ -73,24 +74,8 @@ class Reward(Transform):
 
 
 def build(path: Path, tokenizer, *, hidden: int, layers: int) -> str:
-    heads = {"heads": hidden // 64, "kv_heads": hidden // 128}
-    ends = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    make_qwen2(
-        **{
-            "hidden": hidden,
-            "intermediate": 3 * hidden,
-            "layers": layers,
-            "vocab": len(tokenizer),
-            **heads,
-            **ends,
-        },
-        max_position_embeddings=1024,
-        initializer_range=0.06,
-    ).save_pretrained(path)
+    sizes = {"hidden": hidden, "layers": layers, "max_position_embeddings": 1024, "initializer_range": 0.06}
+    models.talker(tokenizer, **sizes).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 

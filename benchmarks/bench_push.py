@@ -40,16 +40,13 @@ os.environ.update(
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
+import models
 import torch
-from common import Report, machine_line, make_qwen2, make_table, median_ratio, p20_p50_p80
+from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 
-# The last is Qwen2.5-0.5B's shape. All with tied embeddings.
-SIZES = {
-    "5M": {"hidden": 256, "intermediate": 768, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 8_192},
-    "168M": {"hidden": 1024, "intermediate": 2816, "layers": 12, "heads": 16, "kv_heads": 4, "vocab": 32_000},
-    "494M": {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocab": 151_936},
-}
+# All with tied embeddings.
+SIZES = {"5M": models.size_5m, "168M": models.size_168m, "494M": models.qwen25_05b}
 PLACES = {"same process": "0", "own process": "1"}
 WAYS = ("push_weights", "shared memory, reload", "disk, reload", "RPC, reload", "backend")
 PROMPT = [1 + 37 * i % 8_000 for i in range(48)]
@@ -59,10 +56,7 @@ TOLERANCE = (
 
 
 def build(size: str) -> Any:
-    ends = {"bos_token_id": None, "eos_token_id": 0}
-    return make_qwen2(
-        **SIZES[size], **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True
-    )
+    return SIZES[size](eos_token_id=0, max_position_embeddings=1024, initializer_range=0.04)
 
 
 def register_backend() -> None:

@@ -47,18 +47,13 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count, which peers need: 20 s
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as in our engine's process: huge pages for all
 
+import models
 import numpy as np
 import torch
-from common import Report, machine_line, make_qwen2, make_table, median_ratio, on_a_gpu, p20_p50_p80
+from common import Report, machine_line, make_table, median_ratio, on_a_gpu, p20_p50_p80
 
 SHAPES = ["256x128x8", "1024x128x16", "64x512x4", "2048x64x32"]
-VOCAB = 151_936
-MODELS = {
-    "tiny": {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 1_000},
-    "96M": {"hidden": 512, "intermediate": 1536, "layers": 6, "heads": 8, "kv_heads": 2, "vocab": VOCAB},
-    "0.5B": {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocab": VOCAB},
-    "7B": {"hidden": 3584, "intermediate": 18_944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": VOCAB},
-}
+MODELS = {"tiny": models.tiny, "96M": models.size_96m, "0.5B": models.qwen25_05b, "7B": models.qwen25_7b}
 DEVICE = "cuda" if on_a_gpu() else "cpu"
 
 Shape = tuple[int, int, int]  # P, R, G
@@ -66,23 +61,18 @@ Sequences = list[torch.Tensor]
 Score = Callable[[Sequences, int], list[torch.Tensor]]
 
 
-def build(path: Path, name: str) -> int:
-    """Save a model and a tokenizer; return the number of parameters."""
+def build(path: Path, name: str) -> tuple[int, int]:
+    """Save a model and a tokenizer; return the number of parameters and the size of the vocabulary."""
     from vllm_kl.demo.task import make_tokenizer
 
-    settings = {
-        "max_position_embeddings": 8192,
-        "initializer_range": 0.06,
-        "tie_word_embeddings": name != "7B",
-    }
     with torch.device(DEVICE):  # a large model takes minutes on a CPU
-        model = make_qwen2(**MODELS[name], **settings).bfloat16()
+        model = MODELS[name](max_position_embeddings=8192, initializer_range=0.06).bfloat16()
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    num_parameters = model.num_parameters()
+    sizes = model.num_parameters(), model.config.vocab_size
     del model
     torch.cuda.empty_cache()
-    return num_parameters
+    return sizes
 
 
 def make_groups(shape: Shape, num_sequences: int, vocab: int, seed: int) -> Sequences:
@@ -384,8 +374,9 @@ def largest_error(scored: list[torch.Tensor], truth: list[torch.Tensor]) -> floa
 class Bench:
     """Providers, shapes, and what was found."""
 
-    def __init__(self, folder: str, num_parameters: int, args: argparse.Namespace) -> None:
-        self.folder, self.num_parameters, self.args = folder, num_parameters, args
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+        self.num_parameters, self.vocab_size = build(Path(folder), args.model)
         self.options = {"dtype": args.dtype, "max_model_len": max(256, *(p + r for p, r, _ in args.shapes))}
         self.seconds: dict[Shape, dict[str, list[float]]] = {shape: {} for shape in args.shapes}
         self.errors: dict[Shape, dict[str, float]] = {shape: {} for shape in args.shapes}
@@ -394,7 +385,7 @@ class Bench:
         self._running: dict[str, Provider] = {}
 
     def sequences(self, shape: Shape, seed: int) -> Sequences:
-        return make_groups(shape, self.args.sequences, MODELS[self.args.model]["vocab"], seed)
+        return make_groups(shape, self.args.sequences, self.vocab_size, seed)
 
     def few(self, shape: Shape) -> Sequences:
         return self.sequences(shape, 10_000)[:2]
@@ -539,7 +530,7 @@ def main() -> None:
     if any(args.sequences % group for _, _, group in args.shapes):
         parser.error("--sequences must be a multiple of every group")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(folder, build(Path(folder), args.model), args)
+        bench = Bench(folder, args)
         bench.run()
     bench.report(Report(args.markdown))
     sys.exit(bool(bench.failures))

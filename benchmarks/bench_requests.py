@@ -23,9 +23,10 @@ from pathlib import Path
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TORCH_COMPILE_DISABLE="1")
 os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
 
+import models
 import numpy as np
 import vllm
-from common import Report, machine_line, make_qwen2, make_table, median_ratio
+from common import Report, machine_line, make_table, median_ratio
 from vllm.inputs import TokensPrompt
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -42,12 +43,12 @@ from vllm_kl.plugin.pooler import TASK, LogProbPooler
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import ScoreRequest
 
+VOCAB = 259
 OPTIONS = {"dtype": "float32", "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20}
 
 
 def build(path: Path) -> None:
-    sizes = {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 259}
-    make_qwen2(**sizes, max_position_embeddings=128).save_pretrained(path)
+    models.tiny(vocab=VOCAB, max_position_embeddings=128, tie_word_embeddings=False).save_pretrained(path)
 
 
 def make_providers(folder: str):
@@ -133,7 +134,7 @@ def cpu_seconds(child_pid: int) -> float:
 def batch(seed: int, num_requests: int, shortest: int, longest: int):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(shortest, longest + 1, num_requests)
-    return [rng.integers(0, 259, length, dtype=np.int32) for length in lengths], (lengths // 2).tolist()
+    return [rng.integers(0, VOCAB, length, dtype=np.int32) for length in lengths], (lengths // 2).tolist()
 
 
 def main() -> None:

