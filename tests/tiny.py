@@ -56,7 +56,7 @@ def build_adapter(
     modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"),
     rank: int = 4,
 ) -> Path:
-    """Save a LoRA adapter in PEFT's format; return the folder. The adapter changes log-probs by about a nat."""
+    """Save a LoRA adapter in PEFT's format, large enough to change log-probs by a nat; return the folder."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: 0.15 * torch.randn(*shape, generator=generator)  # noqa: E731
     tensors = {}
@@ -111,7 +111,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "cohere": {"logit_scale": 0.7, "tie_word_embeddings": True},
     "phi": {"num_key_value_heads": 2},
-    "gpt_neox": {"num_key_value_heads": 2},  # its config has no such setting, but vLLM reads it
+    "gpt_neox": {"num_key_value_heads": 2},  # transformers ignores it here, vLLM reads it
     "opt": {"num_key_value_heads": 2, "init_std": 0.12, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "olmo2": {},
 }

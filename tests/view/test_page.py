@@ -198,7 +198,8 @@ class TestPage:
         driver = open_page()
         facts = [plain(f) for f in css(driver, "#list .facts")]
         assert facts[0] == (
-            "sum KL -0.5000 mean KL -0.1667 max |KL| 1.5000 scored 3 of 4 reward 0.5 policy version 3 reference version 1"
+            "sum KL -0.5000 mean KL -0.1667 max |KL| 1.5000 scored 3 of 4 reward 0.5 policy version 3 "
+            "reference version 1"
         )
         assert facts[1] == "sum KL +2.1235 mean KL +1.0617 max |KL| 2.0000 scored 2 of 5 reward -1"
         figures = plain(css(driver, ".figures")[0])

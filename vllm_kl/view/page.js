@@ -1,5 +1,5 @@
 "use strict";
-// Draws the samples that stand as JSON in #data. Texts are set as text only: no markup is ever made from them.
+// Draws the samples of the JSON in #data. Texts are inserted as text only, never as markup.
 (() => {
   const CHUNK = 20; // list entries drawn at once; more as the reader scrolls
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -26,7 +26,7 @@
     return p >= 99.95 && p < 100 ? ">99.9 %" : p < 0.01 ? "<0.01 %" : `${p.toPrecision(3)} %`;
   };
 
-  // Characters that cannot be seen, or that turn the direction of what stands beside them.
+  // Invisible characters, and characters that change the direction of their neighbours.
   const INVISIBLE = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\ud800-\udfff]/u;
   const NAMED = { "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
 
@@ -60,7 +60,7 @@
     for (const [start, stop] of sample.spans) for (let t = start; t < stop; t++) at[t] = n++;
     return at;
   }
-  // Above 0: the policy finds the token likelier. What is coloured, whatever estimator the stored KL is of.
+  // Above 0: the policy finds the token likelier. Colours show the log-ratio, whatever the estimator of the stored KL.
   const logRatio = (sample, n) => sample.policy[n] - sample.ref[n];
   const klName = data.is_k1 ? "KL" : "KL as stored";
 
@@ -105,7 +105,7 @@
     tokens.setAttribute("role", "listbox");
     tokens.setAttribute("aria-orientation", "horizontal");
     tokens.setAttribute("aria-label", `Tokens of sample ${sample.number}`);
-    // One stop for the Tab key per sample; arrows move inside.
+    // The Tab key stops once per sample; arrow keys move inside.
     const first = tokens.querySelector(".t:not(.unscored)") ?? tokens.firstChild;
     if (first) first.tabIndex = 0;
     const query = sample.query ? element("p", "query", sample.query) : null;
@@ -142,7 +142,7 @@
     drawn += chunk.length;
     more.hidden = drawn >= queue.length;
     more.textContent = `Show more (${counted(queue.slice(drawn).flat().length)} left)`;
-    // Seen again after every chunk: an observer tells of changes only, and the button may still be in view.
+    // An observer reports changes only, and the button may still be in view: observe it anew after every chunk.
     observer.unobserve(more);
     if (!more.hidden) observer.observe(more);
   }
@@ -180,7 +180,7 @@
   function arrange() {
     hideTip();
     const wanted = byId("filter").value.toLowerCase();
-    // Without rewards Infinity - Infinity is NaN: equal.
+    // Without rewards, Infinity - Infinity is NaN, which counts as equal.
     const order = orders[byId("order").value];
     const matching = data.samples.filter((sample) => !wanted || haystack(sample).includes(wanted));
     queue = foldEqual(matching.sort((a, b) => order(a, b) || a.number - b.number));
@@ -223,7 +223,7 @@
   }
 
   function placeTip(token) {
-    // A token that is broken over two lines has two boxes: the first.
+    // A token that is broken over two lines has two boxes: take the first.
     const box = token.getClientRects()[0];
     if (!box) return;
     const width = tip.offsetWidth, height = tip.offsetHeight;
