@@ -211,7 +211,7 @@ class TestPromptsWithoutAnAssistantMask:
     def test_a_pad_id_that_may_be_the_prompts_end_or_a_response_is_refused(self):
         td = apart([[5, 6, 0], [9, 8, 7]], [[5, 6, 0, 0], [9, 8, 7, 5]], [[1, 1, 1, 0], [1] * 4])
         with pytest.raises(
-            InputError, match=r"sample 0: .* with 2 tokens or with 3: .*Take the padding off.*all_assista"
+            InputError, match=r"sample 0: .* with 2 tokens or with 3: .*Remove the padding.*all_assista"
         ):
             kept(td)
 
