@@ -1,7 +1,7 @@
-"""Makes the models that the benchmarks run: Qwen2 of several sizes with random weights, the same weights in every run.
+"""Makes the models of the benchmarks: Qwen2 of several sizes, with the same random weights in every run.
 
-One function makes one model; its keyword arguments go to ``Qwen2Config``. The module imports nothing heavy at its top, because
-a script must set the environment variables of vLLM and torch before it imports them.
+One function makes one model; its keyword arguments go to ``Qwen2Config``. The module imports nothing heavy at
+its top, because a script must set the environment variables of vLLM and torch before it imports them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def qwen25_05b(**config: Any) -> Any:
 
 
 def qwen25_7b(**config: Any) -> Any:
-    """Return a model of the shape of Qwen2.5-7B, with the smaller models' vocabulary and without tied embeddings."""
+    """Return a model of the shape of Qwen2.5-7B, untied, but with the smaller models' vocabulary."""
     sizes = {"hidden": 3584, "intermediate": 18_944, "layers": 28, "heads": 28, "kv_heads": 4}
     return _qwen2(**sizes, vocab=QWEN2_VOCAB, tie_word_embeddings=False, **config)
 
 
 def talker(tokenizer: Any, *, hidden: int, layers: int, **config: Any) -> Any:
-    """Return a model for a tokenizer's own vocabulary, with heads of 64 and the tokenizer's ids of end and padding."""
+    """Return a model for a tokenizer's vocabulary, with its ids of EOS and padding, and heads of size 64."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"intermediate": 3 * hidden, "heads": hidden // 64, "kv_heads": hidden // 128}
     config = {"tie_word_embeddings": False, **ids, **config}
