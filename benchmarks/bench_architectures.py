@@ -3,11 +3,11 @@
     python benchmarks/bench_architectures.py                              # every architecture of the tests
     python benchmarks/bench_architectures.py --names llama gemma2
 
-Two-layer models with random weights, the requests of tests/engines/test_architectures.py: groups that
-share prefixes, pads inside, steps that are three batches long. In float32 with the prefix cache and
-without; in bfloat16 against float64 on the same rounded weights, beside vLLM's own prompt log-probs on
-the same engine options ("flat"). Engines start in one process; where it ends, or an engine fails, the
-table says so, and another process goes on.
+The models have two layers and random weights. The requests are those of tests/engines/test_architectures.py:
+groups that share prefixes, pad ids inside a sequence, a sequence of three engine steps. In float32, the
+benchmark scores with and without prefix cache. In bfloat16, it compares with float64 on the same rounded
+weights, and scores the same requests with vLLM's own prompt log-probs ("flat"). All engines start in one
+child process. If this process ends or an engine fails, the table tells it, and a new process continues.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from tests import tiny
 from tests.engines.test_architectures import REQUESTS, Run, log_probs_in_float64, run_engine
 
 NAMES = list(tiny.ARCHITECTURES)
-# Nats. Other kernels than the CPU's, and no TF32; and two layers in 16 bits.
+# In nats. The first allows for the GPU's other kernels without TF32, the second for two layers in 16 bits.
 FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.5
 
 
 class Engines:
-    """Starts engines in a process of its own, and in another one when that has ended."""
+    """Starts engines in a child process, and in a new child process if the first has ended."""
 
     def __init__(self) -> None:
         self._begin()
@@ -49,15 +49,16 @@ class Engines:
     def _begin(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # A daemon: killed when this process ends, since vLLM's own end takes seconds, and fails where an engine has failed.
+        # A daemon is killed when this process ends. vLLM's shutdown would take seconds, and fails after an
+        # engine has failed.
         context.Process(target=serve, args=(theirs,), daemon=True).start()
         theirs.close()
 
     def run(self, path: Path, dtype: str, readout: str = "pooling") -> Run:
-        """Return what an engine scored.
+        """Start an engine, score the requests, and return the results.
 
         Raises:
-            RuntimeError: whatever stopped it.
+            RuntimeError: the engine failed or its process died.
         """
         self._connection.send((str(path), readout, {"dtype": dtype, "enforce_eager": True}, REQUESTS))
         try:
@@ -74,7 +75,7 @@ def serve(connection: Connection) -> None:
     while True:
         try:
             connection.send(run_engine(*connection.recv()))
-        except Exception as error:  # whatever an engine raises
+        except Exception as error:  # an engine may raise anything
             traceback.print_exc()
             connection.send(f"{type(error).__name__}: {error}")
 
@@ -86,7 +87,7 @@ def errors(results: Sequence[Any], truth: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def measure(name: str, home: Path, engines: Engines) -> tuple[list[str], list[str]]:
-    """Return a row of the table, and what is wrong with it."""
+    """Return a row of the table, and a list of its faults."""
     path = tiny.build_architecture(home / name, name)
     truth = log_probs_in_float64(path, REQUESTS)
     run = engines.run(path, "float32")
@@ -108,7 +109,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where the table is written to, too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="file to append the table to")
     args = parser.parse_args()
     table = make_table(
         "distance to float64, nats",
@@ -120,7 +121,7 @@ def main() -> None:
         for name in args.names:
             try:
                 row, wrong = measure(name, Path(home), engines)
-            except RuntimeError as error:  # the table goes on without this model
+            except RuntimeError as error:  # continue with the next model
                 row, wrong = [name, "failed"], [str(error)]
             table.add_row(*row)
             failures |= {name: wrong} if wrong else {}

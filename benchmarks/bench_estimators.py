@@ -2,13 +2,14 @@
 
     python benchmarks/bench_estimators.py
 
-The demo's two models: the policy answers word problems, and at every position of its answers both distributions are known. So
-mean and standard deviation of an estimate over the token that is drawn are sums over the vocabulary, not samples: no noise.
-``topk`` is what the engines return: ``score_topk`` of the policy, ``score_ids`` of the reference on the same ids.
+The demo's policy answers word problems. At every position of the answers, the benchmark computes the whole
+distribution of policy and reference. Mean and standard deviation of an estimate over the sampled token are
+then sums over the vocabulary, without sampling noise. ``topk`` takes the engines' results: ``score_topk`` of
+the policy, and ``score_ids`` of the reference on the same ids.
 
-Shown per position, averaged over positions, in nats: the KL, the bias (mean of the estimate less the KL), the standard
-deviation, and how many tokens at one position must be averaged until their mean's error (bias and noise together) is within 10 %
-of the KL; "never" if the bias alone is more.
+The tables show averages over positions, in nats: the KL, the bias (mean of the estimate minus KL) and the
+standard deviation. The last column is the number of tokens at one position whose mean has an error (bias and
+noise together) within 10 % of the KL, or "never" if the bias alone is larger.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ WITHIN = 0.1
 
 @torch.no_grad()
 def sample(folder: str, prompts: list[list[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
-    """Return prompts and answers, drawn from the model."""
+    """Return the prompts with answers that the model samples."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     sequences = []
     for prompt in prompts:
@@ -54,7 +55,7 @@ def sample(folder: str, prompts: list[list[int]], max_new_tokens: int, eos: int)
 
 @torch.no_grad()
 def distributions(folder: str, sequences: list[list[int]], starts: list[int]) -> torch.Tensor:
-    """Return ``[positions, V]`` float64 log-probs of every token at every position of the answers."""
+    """Return ``[positions, V]`` float64 log-probs of all tokens at each position of the answers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     rows = [model(torch.tensor([s])).logits[0, n - 1 : -1] for s, n in zip(sequences, starts, strict=True)]
     return torch.cat(rows).log_softmax(-1)
@@ -98,7 +99,7 @@ def main() -> None:
             ).double()
             mean = (p.exp() * values).sum(-1)
             second = (p.exp() * values.square()).sum(-1)
-            # Of a token at a random position, about that position's mean.
+            # The standard deviation at a random position, about the mean of this position.
             row(
                 name, float((mean - exact).mean()), float((second - mean.square()).clamp(min=0).mean().sqrt())
             )
@@ -115,7 +116,7 @@ def main() -> None:
 def lumped(
     policy: str, reference: str, sequences: list[list[int]], starts: list[int], k: int, direction: str
 ) -> torch.Tensor:
-    """Return the ``topk`` estimates of all positions, from two engines."""
+    """Return the ``topk`` estimates of all positions, computed by two engines."""
     options = {"dtype": "float32", "max_model_len": 256}
     with VLLMScorer(policy, **options) as scorer:
         best = scorer.score_topk(sequences, k, starts)

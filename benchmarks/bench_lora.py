@@ -1,19 +1,23 @@
-"""A policy that is a LoRA adapter, and its base model as the reference: what does one engine for both save?
+"""How much memory does one engine save if the policy is a LoRA adapter and the reference is its base model?
 
     python benchmarks/bench_lora.py          # under four minutes, 5 GiB
 
-A Qwen2-type model (hidden 1024, 12 layers, vocabulary 32,000, tied: 168 M parameters), float32, random weights, and an adapter
-of rank 16 on all seven projections. The adapter generates, the base model scores what it generated: 16 sequences, 2 prompts of
-256 tokens with 8 responses of 32 each. Every setup has a process of its own; each of its engines has 256 MiB for KV.
+The base model is a float32 Qwen2 (hidden 1024, 12 layers, vocabulary 32,000, tied: 168 M parameters) with
+random weights. The adapter has rank 16 on all seven projections. The policy generates with the adapter, and
+the base model scores the 16 sequences: 2 prompts of 256 tokens with 8 responses of 32 tokens each. Each setup
+runs in its own process, and each engine has a KV cache of 256 MiB:
 
-one engine: VLLMScorer(llm) beside LoRAWrapper's requests, on one vllm.LLM. two engines: a second vllm.LLM in the same process.
-engine and scorer: VLLMScorer(path), which owns an engine in a process of its own. one engine, no adapters: what enable_lora costs.
+    one engine               VLLMScorer(llm) and the policy's requests share one vllm.LLM
+    two engines              the reference has a second vllm.LLM in the same process
+    engine and scorer        VLLMScorer(path), whose engine has its own process
+    one engine, no adapters  shows the cost of enable_lora
 
-Memory is the proportional set size (PSS) of all processes of the setup after a step, and their peak resident size. Both
-log-probs are compared with float64 first: base weights, and base weights + alpha / r * B @ A.
+Memory is the proportional set size (PSS) of all processes of the setup after a step, and their peak resident
+size. Before the tables, the benchmark compares both log-probs with float64: of the base weights, and of base
+weights + alpha / r * B @ A.
 
-Cost card, in MiB: weights 641, KV 256, an interpreter with torch and vLLM about 700, the adapter twice (as loaded, and in its
-slot) 40.
+Expected sizes in MiB: weights 641, KV cache 256, an interpreter with torch and vLLM about 700, the adapter 40
+(once as loaded, once in its slot).
 """
 
 from __future__ import annotations
@@ -33,12 +37,13 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
+import models
 import numpy as np
 import psutil
 import torch
-from common import Report, machine_line, make_qwen2, make_table
+from common import Report, machine_line, make_table
 
-VOCAB, HIDDEN, LAYERS = 32_000, 1024, 12
+VOCAB = 32_000
 PROMPT, RESPONSE, GROUP, NUM_PROMPTS = 256, 32, 8, 2
 RANK, ALPHA = 16, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,18 +55,7 @@ SETUPS = ("one engine", "two engines", "engine and scorer", "one engine, no adap
 def build(home: Path) -> tuple[Path, Path]:
     from safetensors.torch import save_file
 
-    sizes = {
-        "hidden": HIDDEN,
-        "intermediate": 2816,
-        "layers": LAYERS,
-        "heads": 16,
-        "kv_heads": 4,
-        "vocab": VOCAB,
-    }
-    ends = {"bos_token_id": None, "eos_token_id": 0}
-    model = make_qwen2(
-        **sizes, **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True
-    )
+    model = models.size_168m(eos_token_id=0, max_position_embeddings=1024, initializer_range=0.04)
     model.save_pretrained(home / "base")
     tensors = {}
     for name, module in model.named_modules():
@@ -139,7 +133,7 @@ def measure(setup: str, base: str, adapter: str, rounds: int, connection: Any) -
     )
     scorer.close()
     connection.close()
-    os._exit(0)  # two engines of one process share vLLM's process groups, which they would end twice
+    os._exit(0)  # two engines in one process share vLLM's process groups, and would destroy them twice
 
 
 def _peak_mib(pid: int) -> float:
@@ -187,7 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(SETUPS))
     parser.add_argument(
-        "--checked", type=int, default=4, help="sequences of each setup that float64 computes again"
+        "--checked", type=int, default=4, help="sequences of each setup to compare with float64"
     )
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
@@ -199,7 +193,7 @@ def main() -> None:
             child = spawn.Process(target=measure, args=(setup, str(base), str(adapter), args.rounds, theirs))
             child.start()
             theirs.close()
-            results[setup] = ours.recv()  # EOFError: the child's own error is above
+            results[setup] = ours.recv()  # EOFError: the child has failed and printed its error
             child.join()
         errors = check(results, base, adapter, args.checked)
         weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) / 2**20

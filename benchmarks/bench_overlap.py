@@ -1,18 +1,22 @@
 """How much of the reference's scoring hides behind the next generation?
 
-    python benchmarks/bench_overlap.py            # prints the tables of benchmarks/README.md, about six minutes
+    python benchmarks/bench_overlap.py            # the tables of benchmarks/README.md, about six minutes
 
-A policy (a live vllm.LLM) generates in an LLMCollector, a larger reference with an engine of its own scores every step. Each
-engine has one core for itself (--cores own), as each has a GPU elsewhere; or both use all cores (--cores shared). Every way
-collects the same batches of K steps and has all their results when the clock stops:
+A policy (a vllm.LLM) generates in an LLMCollector, and a larger reference scores every step with its own
+engine. With --cores own, each engine has its own core, as each engine would have its own GPU; with --cores
+shared, both use all cores. Every way collects the same batches of K steps, and the clock stops when all
+results are there:
 
     immediate        RetrieveKL(...)                     K (G + S)
-    deferred         RetrieveKL(..., deferred=True)      at best K max(G, S), and the last step of each batch: min(G, S) more
-    one batch later  RetrieveKL(..., deferred="buffer"), fill_deferred(the batch before)     at best K max(G, S)
+    deferred         RetrieveKL(..., deferred=True)      at best K max(G, S) + min(G, S), since nothing hides
+                                                         the scoring of a batch's last step
+    one batch later  RetrieveKL(..., deferred="buffer"),
+                     fill_deferred(previous batch)       at best K max(G, S)
     ideal            the longer of generating alone and scoring alone
 
-G and S are what a step takes to generate and to score. Before anything is timed the three ways' results are compared bit for bit,
-and the reference with float64. Prompts differ and no cache is read, so no way profits from what another has computed.
+G and S are the seconds that a step takes to generate and to score. Before timing, the benchmark compares the
+results of the three ways bit for bit, and the reference with float64. Prompts differ and the prefix caches
+are off, so no way profits from the computation of another.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import time
 import warnings
 from pathlib import Path
 
-# Read by vLLM, torch and torchrl at import; the reference's process inherits them.
+# vLLM, torch and torchrl read these variables at import. The reference's process inherits them.
 os.environ.update(
     OMP_NUM_THREADS=str(os.cpu_count()) if "shared" in sys.argv else "1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -35,9 +39,10 @@ os.environ.update(
     RL_LOGGING_LEVEL="ERROR",
 )
 
+import models
 import torch
 import vllm
-from common import Report, machine_line, make_qwen2, make_table, median_ratio, p20_p50_p80
+from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
@@ -73,30 +78,14 @@ class Reward(Transform):
 
 
 def build(path: Path, tokenizer, *, hidden: int, layers: int) -> str:
-    heads = {"heads": hidden // 64, "kv_heads": hidden // 128}
-    ends = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    make_qwen2(
-        **{
-            "hidden": hidden,
-            "intermediate": 3 * hidden,
-            "layers": layers,
-            "vocab": len(tokenizer),
-            **heads,
-            **ends,
-        },
-        max_position_embeddings=1024,
-        initializer_range=0.06,
-    ).save_pretrained(path)
+    sizes = {"hidden": hidden, "layers": layers, "max_position_embeddings": 1024, "initializer_range": 0.06}
+    models.talker(tokenizer, **sizes).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
 
 
 class Bench:
-    """Two engines, and collectors on them."""
+    """Two engines and the collectors that use them."""
 
     def __init__(self, folder: Path, tokenizer, args) -> None:
         self.args = args
@@ -105,7 +94,7 @@ class Bench:
         self.ref_path = build(folder / "reference", tokenizer, hidden=768, layers=args.layers)
         policy_path = build(folder / "policy", tokenizer, hidden=256, layers=4)
         if args.cores == "own":
-            os.sched_setaffinity(0, {CORES[1]})  # which the reference's process inherits
+            os.sched_setaffinity(0, {CORES[1]})  # the reference's process inherits the affinity
         self.reference = VLLMReference(self.ref_path, tokenizer, share_prefix=False, **options)
         if args.cores == "own":
             os.sched_setaffinity(0, {CORES[0]})
@@ -116,7 +105,7 @@ class Bench:
         self.llm.generate = lambda *a, **k: generate(*a, **{**k, "use_tqdm": False})
 
     def batches(self, steps: int, deferred=None):
-        """Yield batches of ``steps`` steps for ever; ``deferred=None``: nothing is scored."""
+        """Yield batches of ``steps`` steps without end; with ``deferred=None`` nothing is scored."""
         queries = [{"query": f"{i}: what is {i} and {7 * i}? " + "Think. " * 8} for i in range(64)]
         loader = DataLoader(
             queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
@@ -153,12 +142,12 @@ def rows(batch):
 
 
 def check(bench: Bench, ways: dict) -> None:
-    """The same numbers in all ways, and those of the model."""
+    """Check that all ways give the same results, and that these agree with float64."""
     found = {name: rows(fill_deferred(next(batches))) for name, batches in ways.items()}
     for name, got in found.items():
         for mine, theirs in zip(got, found["immediate"], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), (
-                f"{name} has other numbers"
+                f"the results of {name} differ from those of immediate"
             )
     oracle = AutoModelForCausalLM.from_pretrained(bench.ref_path, dtype=torch.float64)
     sample = next(ways["immediate"])[0, 0]
@@ -166,7 +155,7 @@ def check(bench: Bench, ways: dict) -> None:
     with torch.no_grad():
         want = oracle(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
     error = (sample["next", "ref_log_probs", "full"][1:] - want)[mask].abs().max().item()
-    assert error < 1e-3, "the reference returns other numbers than the model"
+    assert error < 1e-3, f"the reference is {error:.1e} nats from float64, expected below 1e-3"
     print(f"results equal bit for bit in all ways; largest error {error:.1e}")
 
 
@@ -222,11 +211,13 @@ def main() -> None:
     )
     parser.add_argument("--cores", choices=("own", "shared"), default="own")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=3, help="of the reference")
-    parser.add_argument("--tokens", type=int, default=96, help="that the policy generates")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the reference")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens that the policy generates per turn")
     args = parser.parse_args()
     set_list_to_stack(True).set()
-    warnings.simplefilter("ignore")  # upstream deprecations, and bytes of a random model that are no text
+    warnings.simplefilter(
+        "ignore"
+    )  # deprecations of other packages, and bytes of a random model that are no text
     report = Report(width=120)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), make_tokenizer(), args)
@@ -235,8 +226,9 @@ def main() -> None:
         bench.reference.close()
     report.line(
         machine_line(
-            f"cores {args.cores} of {len(CORES)}; float32, policy hidden 256, 4 layers, reference hidden 768, {args.layers} "
-            f"layers; {NUM_ENVS} envs, {args.tokens} tokens a turn, {args.rounds} rounds of {STEPS_PER_MEASUREMENT} steps"
+            f"cores {args.cores} of {len(CORES)}; float32, policy hidden 256, 4 layers, reference hidden "
+            f"768, {args.layers} layers; {NUM_ENVS} envs, {args.tokens} tokens a turn, {args.rounds} "
+            f"rounds of {STEPS_PER_MEASUREMENT} steps"
         )
     )
 

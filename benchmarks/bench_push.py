@@ -1,23 +1,24 @@
-"""How long until a trainer's weights serve, by which way, and do they?
+"""How long does each way take to push weights into an engine, and does the engine then serve them?
 
-    python benchmarks/bench_push.py                    # prints the tables of benchmarks/README.md, about twelve minutes, 12 GiB
-    python benchmarks/bench_push.py --sizes 5M         # a minute and a half
+    python benchmarks/bench_push.py               # the tables of benchmarks/README.md, twelve minutes, 12 GiB
+    python benchmarks/bench_push.py --sizes 5M    # a minute and a half
 
-A transformers model in this process's memory is the trainer; before every push its weights change. The engine is a vllm.LLM in the
-same process, or one whose core has a process of its own (vLLM's default). The clock runs from the trainer's state dict to an
-engine that answers with the new weights and an empty prefix cache:
+The trainer is a transformers model in this process, whose weights change before every push. The engine is a
+vllm.LLM whose core runs in the same process, or in its own process (vLLM's default). The clock starts with
+the trainer's state dict, and stops when the engine has the new weights and an empty prefix cache:
 
-    push_weights           ours: checked, written to shared memory, loaded, packed again, stamped; can be taken back
+    push_weights           ours: check, write to shared memory, load, pack, stamp a version;
+                           an error restores the old weights
     shared memory, reload  save_pretrained to shared memory, vLLM's reload_weights(weights_path)
     disk, reload           the same from a folder on disk, written through (fsync)
-    RPC, reload            the tensors themselves as arguments of collective_rpc: references within a process, pickled beyond it
-    backend                vLLM's weight transfer (start, update, finish) with a backend that reads the same shared memory;
-                           registered here, so only in the same process
+    RPC, reload            the tensors as arguments of collective_rpc: references in one process, else pickled
+    backend                vLLM's weight transfer (start, update, finish) with a backend that reads shared
+                           memory; only in the same process, because this script registers it
     new engine             save_pretrained to shared memory, and another vllm.LLM (timed once)
-    floor                  one copy of the bytes (torch.Tensor.copy_) into memory that is there
+    floor                  one copy of the bytes (torch.Tensor.copy_) into allocated memory
 
-After every push the log-probs of a prompt are compared with those of the trainer's own model in float64. push_weights must agree;
-where another way does not, the table says by how much: that is a result.
+After every push, the benchmark compares the log-probs of a prompt with the trainer's model in float64. It
+fails if push_weights does not agree. If another way does not agree, the table shows the error.
 """
 
 from __future__ import annotations
@@ -33,40 +34,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Read by vLLM and torch at import, in the children.
-os.environ.update(
-    VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1"
-)  # pickle, for "RPC, reload"
+# vLLM and torch read these variables at import, in the children. "RPC, reload" needs pickle.
+os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
+import models
 import torch
-from common import Report, machine_line, make_qwen2, make_table, median_ratio, p20_p50_p80
+from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 
-# The last is Qwen2.5-0.5B's shape. All with tied embeddings.
-SIZES = {
-    "5M": {"hidden": 256, "intermediate": 768, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 8_192},
-    "168M": {"hidden": 1024, "intermediate": 2816, "layers": 12, "heads": 16, "kv_heads": 4, "vocab": 32_000},
-    "494M": {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocab": 151_936},
-}
+# All with tied embeddings.
+SIZES = {"5M": models.size_5m, "168M": models.size_168m, "494M": models.qwen25_05b}
 PLACES = {"same process": "0", "own process": "1"}
 WAYS = ("push_weights", "shared memory, reload", "disk, reload", "RPC, reload", "backend")
 PROMPT = [1 + 37 * i % 8_000 for i in range(48)]
-TOLERANCE = (
-    5e-5  # nats; or four times what transformers' float32 is off, as trained weights become ill-conditioned
-)
+# In nats. Four times the error of transformers in float32 is allowed too, because trained weights become
+# ill-conditioned.
+TOLERANCE = 5e-5
 
 
 def build(size: str) -> Any:
-    ends = {"bos_token_id": None, "eos_token_id": 0}
-    return make_qwen2(
-        **SIZES[size], **ends, max_position_embeddings=1024, initializer_range=0.04, tie_word_embeddings=True
-    )
+    return SIZES[size](eos_token_id=0, max_position_embeddings=1024, initializer_range=0.04)
 
 
 def register_backend() -> None:
-    """Register "files": a weight transfer whose update names a folder."""
+    """Register the weight-transfer backend "files", whose update names a folder."""
     from dataclasses import dataclass
 
     from vllm.distributed.weight_transfer.base import (
@@ -97,9 +90,8 @@ def register_backend() -> None:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
-            self.receive_weights(
-                self.parse_update_info(update_info)
-            )  # the base class waits for an accelerator
+            # Overridden, because the base class waits for an accelerator.
+            self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: Update) -> None:
             with torch.device(self.device):
@@ -116,7 +108,7 @@ def register_backend() -> None:
 
 
 class Pickled:
-    """An iterable that vLLM's serializer leaves to pickle: lists of tensors do not come out of it as they went in."""
+    """An iterable that vLLM's serializer passes to pickle: it does not restore lists of tensors itself."""
 
     def __init__(self, items: list[tuple[str, torch.Tensor]]) -> None:
         self._items = items
@@ -126,13 +118,12 @@ class Pickled:
 
 
 def vllms_own_reload(worker: Any, folder: str) -> None:
-    worker.model_runner.reload_weights(
-        weights_path=folder
-    )  # the worker's own method is mended by the plugin on a CPU
+    # Not the worker's method, because on a CPU the plugin replaces that method.
+    worker.model_runner.reload_weights(weights_path=folder)
 
 
 class Pushes:
-    """The ways to push one trainer's weights into one engine."""
+    """The ways to push the weights of one trainer into one engine."""
 
     def __init__(self, model: Any, llm: Any, *, has_backend: bool) -> None:
         self.model = model
@@ -189,7 +180,7 @@ def log_probs(llm: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def error_of(llm: Any, model: Any, exact: Any) -> float:
-    """Return how far an engine is from the trainer's weights, computed in float64: nats."""
+    """Return the largest error of the engine's log-probs against the trainer's model in float64, nats."""
     exact.load_state_dict(model.state_dict())
     rows = exact(torch.tensor([PROMPT])).logits[0, :-1].log_softmax(-1)
     truth = rows.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
@@ -198,7 +189,7 @@ def error_of(llm: Any, model: Any, exact: Any) -> float:
 
 @torch.no_grad()
 def float32_error(model: Any, exact: Any) -> float:
-    """Return how far transformers in float32 is from float64, with the weights that :func:`error_of` compared last."""
+    """Return the largest error of transformers in float32, after :func:`error_of` set the weights, nats."""
     rows, truth = (m(torch.tensor([PROMPT])).logits[0, :-1].double().log_softmax(-1) for m in (model, exact))
     targets = torch.tensor(PROMPT[1:])[:, None]
     return float((rows - truth).gather(1, targets).abs().max())
@@ -206,14 +197,14 @@ def float32_error(model: Any, exact: Any) -> float:
 
 @torch.no_grad()
 def train(model: Any, shift: int) -> None:
-    """Change every matrix by a tenth of its size, and not its size."""
+    """Change every matrix by a tenth of its norm, and keep its norm."""
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.mul_(0.99**0.5).add_(parameter.roll(shift, dims=1), alpha=0.1)
 
 
 def measure(size: str, place: str, rounds: int, connection: Any) -> None:
-    """Send what one engine did: seconds and errors of every way, and the parts of ours."""
+    """Send seconds and errors of every way on one engine, and the seconds of the parts of push_weights."""
     from transformers.utils import logging
     from vllm import LLM
 
@@ -241,11 +232,11 @@ def measure(size: str, place: str, rounds: int, connection: Any) -> None:
             **options,
         )
         start_s = time.perf_counter() - began
-        _ = LiveWeights(llm.llm_engine).skeleton  # reads the folder
+        _ = LiveWeights(llm.llm_engine).skeleton  # reads the folder while it exists
     try:
         connection.send(take_turns(model, llm, start_s, rounds, has_backend=has_backend))
     finally:
-        llm.llm_engine.engine_core.shutdown()  # else this process waits at its end for the engine's
+        llm.llm_engine.engine_core.shutdown()  # else this process waits at exit for the engine's process
 
 
 def take_turns(model: Any, llm: Any, start_s: float, rounds: int, *, has_backend: bool) -> dict[str, Any]:
@@ -264,7 +255,7 @@ def take_turns(model: Any, llm: Any, start_s: float, rounds: int, *, has_backend
     for round_number in range(rounds + 1):  # the first warms up
         for number, (way, push) in enumerate(ways[::-1] if round_number % 2 else ways):
             train(model, 1 + len(ways) * round_number + number)
-            log_probs(llm)  # leaves KV in the prefix cache
+            log_probs(llm)  # fills the prefix cache
             began = time.perf_counter()
             push()
             seconds.setdefault(way, []).append(time.perf_counter() - began)
@@ -334,7 +325,7 @@ def main() -> None:
             try:
                 result = ours.recv()
             except EOFError:
-                raise SystemExit(f"{size}, {place}: not measured, see above") from None
+                raise SystemExit(f"{size}, {place}: not measured, see the error above") from None
             child.join()
             report.table(table(size, place, result))
     report.line(machine_line(f"{args.rounds} rounds"))

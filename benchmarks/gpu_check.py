@@ -1,16 +1,16 @@
-"""Everything that needs a GPU, as one Markdown file: does it pass, is it right, how fast is it, how much memory does it take?
+"""Runs all checks that need a GPU, and writes tests, errors, speed and memory to one Markdown file.
 
     make gpu-check                             # an hour on one H100; writes gpu-check.md
     make gpu-check ARGS="--parts tests readout-0.5B"
-    python benchmarks/gpu_check.py --small     # the same way with tiny models, on a CPU too: two minutes
+    python benchmarks/gpu_check.py --small     # with tiny models, also on a CPU: two minutes
 
     tests           pytest -m gpu
     architectures   bench_architectures.py: float32 and bfloat16 against float64
-    readout-0.5B    bench_readout.py: ours, TorchRL's way, vLLM's flat way, transformers, TRL's fused head where it is installed,
-    readout-7B      and the floor of prefill; with the peaks of memory
+    readout-0.5B    bench_readout.py: ours, TorchRL's way, vLLM's flat way, transformers, TRL's fused head if
+    readout-7B      installed, and the floor of prefill; with peak memory
 
-Each part is a command of its own. One that fails, or takes longer than --timeout, is written down with the end of its log, and the
-next one begins; the exit status is 1 then. The file is written again after every part.
+Each part runs as its own command. If a part fails or takes longer than --timeout, the file gets the end of
+its log, the next part starts, and the exit status becomes 1. The file is written anew after every part.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from common import as_markdown, machine, make_table, on_a_gpu
 from rich.markup import escape
 
 ROOT = Path(__file__).parents[1]
-_MOST_LINES = 30  # of a failed part's log
+_MOST_LINES = 30  # lines of a failed part's log
 
 
 def commands(small: bool) -> dict[str, list[str]]:
-    """Return the parts: their names, and the commands, to which each adds where it writes its tables."""
+    """Return names and commands of the parts, without the option that names the output file."""
     script = lambda name: [sys.executable, str(ROOT / "benchmarks" / name)]  # noqa: E731
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
     if small:
@@ -70,15 +70,15 @@ def commands(small: bool) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part."""
+    """The result of a part."""
 
-    markdown: str  # its tables
-    error: str  # empty: it passed
+    markdown: str  # tables of the part
+    error: str  # empty if the part passed
     wall_s: float
 
 
 def run(name: str, command: list[str], folder: Path, timeout_s: float) -> Outcome:
-    """Run a part, and everything that it starts, to its end."""
+    """Run a part; at its end, kill all processes that it started."""
     tables, log = folder / f"{name}.md", folder / f"{name}.log"
     is_pytest = "pytest" in command
     target = [f"--junitxml={tables}"] if is_pytest else ["--markdown", str(tables)]
@@ -111,13 +111,13 @@ def run(name: str, command: list[str], folder: Path, timeout_s: float) -> Outcom
 
 
 def end_group(pid: int) -> None:
-    """Kill what a part left: its engines would hold the GPU's memory."""
+    """Kill the processes that a part left, because its engines would hold GPU memory."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def tests_table(junit: str) -> str:
-    """Return what pytest's report says, test by test, as Markdown."""
+    """Return pytest's report as a Markdown table of one row per test."""
     table = make_table("", "test", "outcome", "s", "why", left=("outcome", "why"))
     for case in ElementTree.fromstring(junit).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
@@ -133,7 +133,7 @@ def tests_table(junit: str) -> str:
 
 
 def written(outcomes: dict[str, Outcome], num_parts: int) -> str:
-    """Return the file."""
+    """Return the text of the file."""
     summary = make_table("", "part", "outcome", "s", left=("outcome",))
     for name, outcome in outcomes.items():
         summary.add_row(name, "failed" if outcome.error else "passed", f"{outcome.wall_s:,.0f}")
@@ -156,9 +156,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="tiny models, few providers")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="some of them")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="run only these parts")
     parser.add_argument("--out", type=Path, default=Path("gpu-check.md"))
-    parser.add_argument("--timeout", type=float, default=3600, metavar="S", help="of each part; default 3600")
+    parser.add_argument(
+        "--timeout", type=float, default=3600, metavar="S", help="time limit of each part; default 3600"
+    )
     args = parser.parse_args()
     if not (args.small or on_a_gpu()):
         parser.error("there is no NVIDIA GPU here. --small runs the same way on a CPU")
@@ -166,7 +168,7 @@ def main() -> None:
     if unknown := set(args.parts or ()) - todo.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(todo)}")
     todo = {name: todo[name] for name in args.parts or todo}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a part is ended on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # SystemExit ends the running part
     outcomes: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, command in todo.items():

@@ -1,8 +1,9 @@
-"""Collect groups of responses with a vLLM policy, and their per-token KL to a vLLM reference.
+"""Collects groups of responses with a vLLM policy, and computes their per-token KL to a vLLM reference.
 
     python examples/collect.py --policy PATH_OR_NAME --reference PATH_OR_NAME --batches 2
 
-Both models must share one tokenizer. Without arguments the demo's small models are used (trained once, then cached).
+Both models must have the same tokenizer. Without arguments, the example uses the demo's small models, which
+are trained at the first run and cached.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 
-# One process for the policy's engine, and no compilation at the first request: right for a short run on a CPU.
+# For a short run on a CPU: the policy's engine runs in this process, and nothing is compiled at the first
+# request.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
@@ -38,7 +40,7 @@ QUESTIONS = [
 
 
 def main() -> None:
-    """Collect and print."""
+    """Collect batches and print their KL."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,11 +88,13 @@ def main() -> None:
             for row, kept in zip(batch.get(("next", "kl_penalty"), as_list=True), masks, strict=True)
         ]
         print(
-            f"batch {i}: {len(kl)} responses, {sum(map(len, kl))} tokens, mean KL {torch.cat(kl).mean():+.4f} nats per token"
+            f"batch {i}: {len(kl)} responses, {sum(map(len, kl))} tokens, "
+            f"mean KL {torch.cat(kl).mean():+.4f} nats per token"
         )
         worst = max(range(len(kl)), key=lambda j: kl[j].sum())
         print(
-            f"  furthest from the reference: {batch['text', 'response'][worst]!r}, {kl[worst].sum():+.2f} nats"
+            f"  furthest from the reference: {batch['text', 'response'][worst]!r}, {kl[worst].sum():+.2f} "
+            "nats"
         )
     collector.shutdown()
     reference.close()

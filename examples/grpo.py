@@ -1,10 +1,11 @@
-"""Train a policy with GRPO: vLLM samples, a vLLM reference scores, transformers learns, and each step's weights are pushed back.
+"""Trains a policy with GRPO: vLLM samples, a vLLM reference scores, and transformers trains.
 
     python examples/grpo.py --model PATH_OR_NAME --updates 10
 
-The reference is the model that the policy starts from, and stays it. The task is the demo's arithmetic: replace ``Problems`` and
-``Grade`` by yours. Without ``--model`` the demo's small model is used (trained once, then cached). ``vllm-kl demo --train 30``
-is this loop with every figure checked against float64, and a plot.
+After each update, the new weights are pushed to the policy's engine. The reference stays the model that the
+policy starts from. The task is the demo's arithmetic: replace ``Problems`` and ``Grade`` by your own. Without
+``--model``, the example uses the demo's small model, which is trained at the first run and cached. ``vllm-kl
+demo --train 30`` runs the same loop, checks every KL against float64, and draws a plot.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 
-# One process for the policy's engine, and no compilation at the first request: right for a short run on a CPU.
+# For a short run on a CPU: the policy's engine runs in this process, and nothing is compiled at the first
+# request.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
@@ -42,7 +44,7 @@ from vllm_kl.demo.train import checkpoints
 def make_collector(
     args: argparse.Namespace, engine: Any, reference: VLLMReference, trained: Any
 ) -> LLMCollector:
-    """Return a collector of groups of graded responses, with their log-probs under policy and reference."""
+    """Return a collector of groups of graded responses with log-probs under policy and reference."""
     num_envs = args.prompts * args.group
     env = ChatEnv.from_dataloader(
         DataLoader(Problems(seed=0), batch_size=1, collate_fn=collate),
@@ -51,7 +53,7 @@ def make_collector(
         tokenizer=reference.tokenizer,
     )
     env = env.append_transform(StepCounter(max_steps=1)).append_transform(Grade())
-    # The KL is a term of the loss, so it is not in the reward as well.
+    # The loss has the KL as a term, so the reward must not have it too.
     env = env.append_transform(RetrieveKL("from_collector", reference, add_to_reward=False))
     return LLMCollector(
         env,
@@ -69,15 +71,15 @@ def make_collector(
 
 
 def main() -> None:
-    """Collect, learn, push, and print one line per update."""
+    """Collect, train and push; print one line per update."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="where the policy starts, and the reference stays")
+    parser.add_argument("--model", help="the model that the policy starts from, and the reference")
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=8, help="prompts per update")
     parser.add_argument("--group", type=int, default=8, help="responses per prompt, at least 2")
-    parser.add_argument("--coeff", type=float, default=0.1, help="of the KL in the loss")
+    parser.add_argument("--coeff", type=float, default=0.1, help="coefficient of the KL in the loss")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     args = parser.parse_args()
     if args.group < 2:
@@ -85,15 +87,14 @@ def main() -> None:
     model = args.model or str(checkpoints(Console())[0])
 
     set_list_to_stack(True).set()
-    # One precision for engines and trainer: what differs is the weights, not the rounding.
+    # Engines and trainer use one precision, so that log-probs differ by weights and not by rounding.
     options = {"max_model_len": 256, "dtype": "float32"}
     if torch.cuda.is_available():
         options |= {"gpu_memory_utilization": 0.3}
     else:
         options |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
-    trained = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32
-    )  # in eval mode, as GRPOLoss wants it
+    # from_pretrained returns the model in eval mode, which GRPOLoss needs.
+    trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with closing(VLLMReference(model, model, **options)) as reference:
         collector = make_collector(args, LLM(model, **options), reference, trained)
         actor = TransformersWrapper(
@@ -104,7 +105,7 @@ def main() -> None:
         )
         optimizer = torch.optim.AdamW(trained.parameters(), lr=args.learning_rate)
         buffer = ReplayBuffer(
-            storage=LazyStackStorage(2 * args.prompts * args.group),  # this batch and the one before
+            storage=LazyStackStorage(2 * args.prompts * args.group),  # this batch and the previous one
             sampler=SamplerWithoutReplacement(),
             batch_size=args.group * args.prompts // 2,
         )
@@ -112,7 +113,8 @@ def main() -> None:
         for update, batch in enumerate(collector):
             batch = batch.reshape(-1)
             for sample in batch.unbind(0):
-                # The one mask of the KL becomes the loss's: "rlhf" reads it there. Log-probs outside it are 0.0.
+                # masking_strategy="rlhf" reads its mask here, so that loss and KL use one mask. Log-probs
+                # outside the mask are 0.0.
                 sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
             buffer.extend(batch)
             for minibatch in buffer:
@@ -121,7 +123,9 @@ def main() -> None:
                 (loss.loss_objective + loss.loss_kl_to_ref).backward()
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
                 optimizer.step()
-            collector.update_policy_weights_()  # pushed, cache emptied, version stamped; the next batch is sampled by it
+            # Pushes the weights, empties the prefix cache and stamps a new version, which samples the next
+            # batch.
+            collector.update_policy_weights_()
 
             reward = fmean(reward.sum().item() for reward in batch.get(("next", "reward"), as_list=True))
             rows = zip(
@@ -129,8 +133,9 @@ def main() -> None:
             )
             kl = torch.cat([row[mask] for row, mask in rows]).mean()
             print(
-                f"update {update}: sampled by version {int(batch[0]['next', 'policy_version'])}, reward {reward:.3f}, "
-                f"KL to version {int(batch[0]['next', 'ref_version'])} of the reference {kl:+.5f} nats per token"
+                f"update {update}: sampled by version {int(batch[0]['next', 'policy_version'])}, "
+                f"reward {reward:.3f}, KL to version {int(batch[0]['next', 'ref_version'])} of the reference "
+                f"{kl:+.5f} nats per token"
             )
         collector.shutdown()
         reference.check_frozen()

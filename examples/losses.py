@@ -1,9 +1,10 @@
-"""Train a model one step with TorchRL's GRPOLoss, and one with its DistillationLoss, on what the transforms here write.
+"""Trains one step with TorchRL's GRPOLoss and one with DistillationLoss, on the results of the transforms.
 
     python examples/losses.py --policy PATH_OR_NAME --reference PATH_OR_NAME --pad-output
 
-A vLLM policy answers in groups, a vLLM reference scores the answers, and a transformers model with the policy's weights is
-trained. Both models must share one tokenizer. Without arguments the demo's small models are used (trained once, then cached).
+A vLLM policy answers in groups, a vLLM reference scores the answers, and the steps train a transformers model
+with the policy's weights. Both models must have the same tokenizer. Without arguments, the example uses the
+demo's small models, which are trained at the first run and cached.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import os
 
-# One process for the policy's engine, and no compilation at the first request: right for a short run on a CPU.
+# For a short run on a CPU: the policy's engine runs in this process, and nothing is compiled at the first
+# request.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
@@ -35,7 +37,7 @@ from vllm import LLM
 from vllm_kl import RetrieveKL, RetrieveLogProb, VLLMReference, kl_estimate
 from vllm_kl.demo.train import checkpoints
 
-# The demo's models know what to say to the first, and ramble at the second.
+# The demo's models are trained on questions like the first, but not on the second.
 QUESTIONS = ["Tom has 3 apples and buys 4 more. How many now?", "Name a colour of the sea."]
 
 
@@ -55,7 +57,7 @@ class Brevity(Transform):
 
 
 def collect(args: argparse.Namespace, reference: VLLMReference, options: dict[str, Any]) -> TensorDictBase:
-    """Return one batch ``[questions * group]`` with both sides' log-probs, the mask and group-relative advantages."""
+    """Return one batch ``[questions * group]`` with both log-probs, the mask and advantages per group."""
     num_envs = len(QUESTIONS) * args.group
     loader = DataLoader(
         [{"query": question} for question in QUESTIONS],
@@ -65,7 +67,7 @@ def collect(args: argparse.Namespace, reference: VLLMReference, options: dict[st
         loader, batch_size=(num_envs,), repeats=args.group, tokenizer=reference.tokenizer
     )
     env = env.append_transform(StepCounter(max_steps=1)).append_transform(Brevity())
-    # The KL is a term of the loss here, so it is not in the reward as well.
+    # The loss has the KL as a term, so the reward must not have it too.
     env = env.append_transform(RetrieveKL("from_collector", reference, add_to_reward=False))
     collector = LLMCollector(
         env,
@@ -95,9 +97,10 @@ def step(model: torch.nn.Module, loss: torch.Tensor) -> None:
 
 
 def grpo(model: torch.nn.Module, data: TensorDictBase, tokenizer: Any, pad_output: bool) -> None:
-    """Take a step on a collected batch, and print the loss's KL beside ours."""
+    """Train one step on a collected batch; print TorchRL's KL and the KL of ``kl_estimate``."""
     for sample in data.unbind(0):
-        # The one mask of the KL becomes the loss's: "rlhf" reads it there. Log-probs outside it are 0.0.
+        # masking_strategy="rlhf" reads its mask here, so that loss and KL use one mask. Log-probs outside the
+        # mask are 0.0.
         sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
     actor = TransformersWrapper(
         model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=pad_output
@@ -110,20 +113,24 @@ def grpo(model: torch.nn.Module, data: TensorDictBase, tokenizer: Any, pad_outpu
     k3 = torch.cat(kl_estimate(list(policy), list(ref), list(masks), estimator="k3")).sum()
     num_tokens, num_columns = int(sum(mask.sum() for mask in masks)), len(masks) * max(map(len, masks))
     print(
-        f"GRPOLoss: objective {loss.loss_objective:+.6f}, kl_to_ref {loss.kl_to_ref:.8f} over {num_columns} columns"
+        f"GRPOLoss: objective {loss.loss_objective:+.6f}, "
+        f"kl_to_ref {loss.kl_to_ref:.8f} over {num_columns} columns"
     )
     print(f"  kl_estimate, k3: sum {k3:.6f} nats, {k3 / num_tokens:.6f} per token of {num_tokens}")
     print("  TorchRL averages over all columns, prompts and padding too: kl_to_ref * columns is that sum")
 
 
 def distill(model: torch.nn.Module, data: TensorDictBase, teacher: VLLMReference) -> None:
-    """Take a step towards the teacher on the dialogs of a batch, and print the loss's KL beside ours."""
-    # The loss reads dialogs and tokenizes them itself, so the teacher gets them without the ids that were sampled.
+    """Train one step towards the teacher; print TorchRL's KL and the KL of ``kl_estimate``."""
+    # The loss tokenizes the dialogs itself, so the teacher must score the dialogs too, and not the sampled
+    # ids.
     data = data.select("history", ("next", "done"))
     data = RetrieveLogProb(teacher, log_probs_full_key=("teacher_log_probs", "full"))(data)
     for sample in data.unbind(0):
         mask = sample["next", "kl_mask"]
-        sample["masks"] = Masks(all_assistant_mask=mask, all_attention_mask=mask)  # what is in both counts
+        sample["masks"] = Masks(
+            all_assistant_mask=mask, all_attention_mask=mask
+        )  # a token counts if both masks keep it
     student = TransformersWrapper(
         model, tokenizer=teacher.tokenizer, generate=False, pad_output=teacher.pad_output
     )
@@ -141,7 +148,7 @@ def distill(model: torch.nn.Module, data: TensorDictBase, teacher: VLLMReference
 
 
 def main() -> None:
-    """Collect, and take both steps."""
+    """Collect a batch and train both steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -155,7 +162,7 @@ def main() -> None:
         args.policy, args.reference = args.policy or policy_path, args.reference or reference_path
 
     set_list_to_stack(True).set()
-    # One precision for engines and trainer: what differs is the models, not the rounding.
+    # Engines and trainer use one precision, so that log-probs differ by models and not by rounding.
     options = {"max_model_len": 256, "dtype": "float32"}
     if not torch.cuda.is_available():
         options |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}

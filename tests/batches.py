@@ -1,4 +1,4 @@
-"""Batches as TorchRL users have them: chats, texts, ids; ragged or dense."""
+"""Makes batches as TorchRL users have them: chats, texts or ids, ragged or dense."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def text_batch():
 
 
 def ids_batch(sequences, prompt_lengths=None, *, assistant=None, extra=None):
-    """A ragged batch of ids as a policy writes it; optional prompts, assistant masks and other entries."""
+    """Return a ragged batch of ids as a policy writes it; prompts, masks and entries are optional."""
     samples = []
     for i, ids in enumerate(sequences):
         ids = torch.as_tensor(ids)
@@ -57,7 +57,7 @@ def ids_batch(sequences, prompt_lengths=None, *, assistant=None, extra=None):
 
 
 def dense_batch(sequences, prompt_lengths, pad_id):
-    """The same batch as TorchRL's padded policies write it: prompts padded on the left, responses on the right."""
+    """Return the batch as TorchRL's padded policies write it: prompts padded left, responses right."""
     prompts = [torch.as_tensor(s)[:p] for s, p in zip(sequences, prompt_lengths, strict=True)]
     responses = [torch.as_tensor(s)[p:] for s, p in zip(sequences, prompt_lengths, strict=True)]
 

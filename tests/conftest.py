@@ -1,11 +1,11 @@
-"""Shared parts: two tiny models, their float64 oracles, one engine of each. Engines start once for the whole run."""
+"""Provides fixtures: two tiny models, their float64 oracles, and engines that start once per run."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Read by vLLM, torch and torchrl at import.
+# vLLM, torch and torchrl read these variables at import.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="ERROR",
@@ -16,7 +16,8 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
 )
 if not Path("/dev/nvidiactl").exists():
-    # vLLM compiles its rank count for prompt log-probs: 20 s in the process of the tests. On a GPU the kernel is compiled.
+    # Without this, vLLM compiles its rank count for prompt log-probs in 20 s. On a GPU, the kernel needs
+    # compilation.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def policy_llm(policy_path: Path) -> Any:
-    """A live ``vllm.LLM`` in this process: the policy's engine."""
+    """The policy's engine: a ``vllm.LLM`` in this process."""
     from vllm import LLM
 
     return LLM(
@@ -95,7 +96,7 @@ def policy_llm(policy_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def processed_llm(policy_path: Path) -> Any:
-    """A live ``vllm.LLM`` of the policy's model that records log-probs after the sampling parameters had their effect."""
+    """A ``vllm.LLM`` of the policy's model that records processed log-probs."""
     from vllm import LLM
 
     options = {"enforce_eager": True, "use_tqdm_on_load": False, "logprobs_mode": "processed_logprobs"}
@@ -104,20 +105,23 @@ def processed_llm(policy_path: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def tied_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Checkpoints of a model that learns: tied embeddings, as most small models have."""
+    """Checkpoints of a trained model with tied embeddings, as most small models have."""
     home = tmp_path_factory.mktemp("tied")
     return [tiny.build(home / str(seed), seed=10 + seed, tie_word_embeddings=True) for seed in range(4)]
 
 
 @pytest.fixture(scope="session")
 def tied_llm(tied_paths: list[Path]) -> Any:
-    """A live ``vllm.LLM`` whose weights tests replace. For the whole run: one that ends takes vLLM's process groups along."""
+    """A ``vllm.LLM`` whose weights tests replace.
+
+    It lives for the whole run, because an engine that ends destroys vLLM's process groups.
+    """
     from vllm import LLM
 
     return LLM(str(tied_paths[0]), enforce_eager=True, use_tqdm_on_load=False, **tiny.ENGINE_OPTIONS)
 
 
-# The policy's engine takes these adapters, and leaves the others out without a word.
+# The policy's engine applies these modules of an adapter, and ignores the others silently.
 LORA_OPTIONS = {
     "enable_lora": True,
     "max_loras": 2,
@@ -128,7 +132,7 @@ LORA_OPTIONS = {
 
 @pytest.fixture(scope="session")
 def lora_llm(policy_path: Path) -> Any:
-    """A live ``vllm.LLM`` of the policy's model that takes LoRA adapters."""
+    """A ``vllm.LLM`` of the policy's model that takes LoRA adapters."""
     from vllm import LLM
 
     return LLM(
@@ -145,7 +149,7 @@ def lora_paths(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 
 @pytest.fixture(scope="session")
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
-    """A scorer that owns an engine in a process of its own: the reference's."""
+    """The reference's scorer, whose engine runs in its own process."""
     with VLLMScorer(
         str(ref_path),
         dtype="float32",
@@ -168,7 +172,7 @@ def make_reference(ref_scorer: VLLMScorer, tokenizer: Any):
 
 @pytest.fixture
 def make_gen(policy_model, policy_llm, tokenizer):
-    """Make the policy's side as one of the three wrappers."""
+    """Make the policy as one of the three wrappers."""
 
     def make(kind, **kwargs):
         if kind == "transformers":

@@ -1,4 +1,4 @@
-"""The truth, in float64: full softmax, plain loops, written for reading. No batching, no cache, no padding."""
+"""Computes log-probs and KL in float64 with plain loops: no batching, no cache, no padding."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from transformers import AutoModelForCausalLM
 
 # Largest error of a log-prob computed in float32, in nats.
 LOG_PROB_TOLERANCE = 5e-6
-# A KL is the difference of two log-probs, and a decoded token's log-prob went through other kernels than a prefill's.
+# A KL is the difference of two log-probs, and decoding uses other kernels than prefill.
 KL_TOLERANCE = 2e-5
 
 
 class Oracle:
-    """A model in float64."""
+    """Computes log-probs of a checkpoint in float64."""
 
     def __init__(self, path: Path) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Return ``[L, V]`` float64."""
+        """Return the logits, ``[L, V]`` float64."""
         return self._model(torch.tensor([list(map(int, token_ids))])).logits[0]
 
     def log_probs(self, token_ids: Sequence[int]) -> list[float]:
-        """Return L numbers, nats: entry t is log p(token t | tokens before it); entry 0 is NaN."""
+        """Return L log-probs, nats: entry t is log p(token t | tokens before it), entry 0 is NaN."""
         logits = self.logits(token_ids)
         result = [math.nan]
         for t in range(1, len(token_ids)):

@@ -1,4 +1,4 @@
-"""Tiny models, built here: random weights, scaled so that log-probs are far from uniform."""
+"""Builds tiny models with random weights, scaled so that log-probs are far from uniform."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build_adapter(
     modules: tuple[str, ...] = ("q_proj", "v_proj", "down_proj"),
     rank: int = 4,
 ) -> Path:
-    """Save a LoRA adapter of a model as PEFT does, large enough to move log-probs by a nat; return the folder."""
+    """Save a LoRA adapter in PEFT's format, large enough to change log-probs by a nat; return the folder."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: 0.15 * torch.randn(*shape, generator=generator)  # noqa: E731
     tensors = {}
@@ -73,7 +73,7 @@ def build_adapter(
 
 
 def merge(path: Path, base: Path, adapter: Path) -> Path:
-    """Save the model that an adapter makes of another, in float64: weight + alpha / r * B @ A; return the folder."""
+    """Save base model plus adapter as one float64 model: weight + alpha / r * B @ A; return the folder."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     tensors = load_file(adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -87,9 +87,9 @@ def merge(path: Path, base: Path, adapter: Path) -> Path:
     return path
 
 
-# What each needs beyond _SIZES: factors, caps and windows that matter in a model this small.
+# Settings beyond _SIZES: factors, caps and windows that change the log-probs of a model this small.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    # First: vLLM makes the group for experts with a process's first engine or never.
+    # First: vLLM makes the process group of experts when a process starts its first engine, or never.
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {},
     "qwen2-tied": {"tie_word_embeddings": True},
@@ -111,17 +111,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "cohere": {"logit_scale": 0.7, "tie_word_embeddings": True},
     "phi": {"num_key_value_heads": 2},
-    "gpt_neox": {"num_key_value_heads": 2},  # vLLM believes the config, which has none
+    "gpt_neox": {"num_key_value_heads": 2},  # transformers ignores it here, vLLM reads it
     "opt": {"num_key_value_heads": 2, "init_std": 0.12, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "olmo2": {},
 }
-# Whose engines keep weights in another layout than checkpoints, derive some, or write some themselves.
-_MLA = {
-    "num_key_value_heads": 2,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
+# Architectures whose engines change the layout of weights, derive weights, or write weights themselves.
+_SHARED_EXPERT = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
@@ -130,22 +125,21 @@ _MLA = {
     "n_group": 1,
     "topk_group": 1,
 }
+_MLA = {
+    **_SHARED_EXPERT,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
 _MAMBA2 = {"mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_head": 16, "mamba_chunk_size": 16}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 KERNEL_LAYOUTS: dict[str, dict[str, Any]] = {
     "mixtral": ARCHITECTURES["mixtral"],
     "mixtral-padded": {**ARCHITECTURES["mixtral"], "intermediate_size": 48},  # kernels take multiples of 32
     "qwen3_moe": {"head_dim": 32, **_EXPERTS, "norm_topk_prob": True},
-    "glm4_moe": {
-        "head_dim": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 64,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "glm4_moe": {**_SHARED_EXPERT, "head_dim": 32},
     "gpt_oss": {
         "head_dim": 32,
         "num_local_experts": 4,
@@ -175,7 +169,7 @@ KERNEL_LAYOUTS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 16,
         "conv_kernel": 4,
         "chunk_size": 16,
-        "time_step_min": 1e-9,  # transformers bounds time steps by it, vLLM does not
+        "time_step_min": 1e-9,  # the lower bound of time steps in transformers; vLLM has none
     },
     "falcon_h1": {
         **_MAMBA2,
@@ -200,9 +194,9 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 _TOP2 = {"num_experts": 4, "num_experts_per_tok": 2}
 _GPT = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 512}
-# The rest of the table in docs/architectures.md.
+# The other architectures of the table in docs/architectures.md.
 MORE: dict[str, dict[str, Any]] = {
-    # First: see above.
+    # First, as "mixtral" above.
     "qwen2_moe": {**_TOP2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     "mistral": {},
     "ministral": {**_WINDOW, "head_dim": 32},
@@ -246,16 +240,7 @@ MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "full_attention"],
         "head_dim": 32,
     },
-    "dots1": {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 64,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "head_dim": 32,
-    },
+    "dots1": {**_SHARED_EXPERT, "head_dim": 32},
     "flex_olmo": _TOP2,
     "llama4_text": {
         "num_local_experts": 4,
@@ -296,19 +281,20 @@ _SIZES = {
 def build_architecture(
     path: Path, name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> Path:
-    """Save a two-layer model of an architecture, without a tokenizer; return the folder. Pad and EOS are the last ids."""
+    """Save a two-layer model without a tokenizer; return the folder. The last two ids are pad and EOS."""
     torch.manual_seed(seed)
     settings = {**_SIZES, **(ARCHITECTURES | KERNEL_LAYOUTS | MORE)[name], **overrides}
     ends = {"pad_token_id": settings["vocab_size"] - 2, "eos_token_id": settings["vocab_size"] - 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **settings, **ends))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases start at 0 and norms at 1, where a missing one goes unnoticed
+            if (
+                parameter.dim() == 1
+            ):  # biases start at 0 and norms at 1: a test would not notice a missing one
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for stored, buffer in [*model.named_buffers(), *model.named_parameters()]:
-            if (
-                stored in model.state_dict() and "correction_bias" in stored and buffer.dim() < 3
-            ):  # a router's
+            # The bias of a router.
+            if stored in model.state_dict() and "correction_bias" in stored and buffer.dim() < 3:
                 buffer.add_(0.2 * torch.randn_like(buffer))
     model.to(dtype).save_pretrained(path)
     return path

@@ -1,4 +1,4 @@
-"""Spans, masks, layouts: the same values in every layout, nothing outside the mask, nothing missing inside."""
+"""Checks spans, masks and layouts: the same values in every layout, and 0.0 outside the mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bools(text):
 
 
 def batch_of(rows):
-    """A batch whose stored rows are given as strings: ``.`` padding, ``o`` a token, ``x`` a kept token."""
+    """Return a batch of rows given as strings: ``.`` is padding, ``o`` a token, ``x`` a kept token."""
     columns = [torch.tensor([i for i, c in enumerate(row) if c != "."], dtype=torch.long) for row in rows]
     keep = [bools(row.replace(".", "")) for row in rows]
     return TokenBatch.of(
@@ -79,7 +79,7 @@ class TestLayouts:
         assert [len(row) for row in rows] == [3, 2]
 
     def test_a_ragged_row_has_memory_of_its_own(self):
-        """Else each would take the memory of the whole batch to wherever it is sent or stored."""
+        """A view would carry the memory of the whole batch when it is sent or stored."""
         for text, pad_output in ((["oxx", "ox"], False), (["..oxx.", "ox.."], True)):
             batch = batch_of(text)
             rows = to_layout(torch.ones(5), batch, pad_output=pad_output, padding_side="left")

@@ -1,6 +1,6 @@
-"""The whole way from a stored batch to aligned log-probs, with an engine whose numbers depend on every token before them.
+"""Checks the way from a stored batch to aligned log-probs, on sequences that Hypothesis picks.
 
-A value that lands one token off, in another sample or in another layout is another number. Hypothesis picks the sequences.
+The engine's log-probs depend on every token before them, so a value at a wrong token or sample is detected.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_a_mask_that_keeps_the_first_token_is_refused():
 
 
 def apart(prompts, full, attention=None):
-    """Prompts that are not columns of the full rows, and no assistant mask; rows of one width are one tensor."""
+    """Prompts that are no columns of the full rows, without assistant mask. Rows of one width are dense."""
     samples = [
         TensorDict(tokens=Tokens(prompt=torch.tensor(p, dtype=torch.long), full=torch.tensor(f)))
         for p, f in zip(prompts, full, strict=True)
@@ -152,7 +152,7 @@ FIRST, SECOND = [False, False, True, True], [False, False, False, True, True, Tr
 
 
 class TestPromptsWithoutAnAssistantMask:
-    """Prompts are columns of the full rows, or ids without padding. All else is refused: no mask says what pads them."""
+    """Prompts must be columns of the full rows, or ids without padding: no mask shows their padding."""
 
     def test_prompts_that_are_columns_of_the_full_rows(self):
         mask = [[0, 1, 1, 1, 1, 0], [1] * 6]
@@ -194,7 +194,7 @@ class TestPromptsWithoutAnAssistantMask:
         ids=["left", "right", "beside sequences without padding", "both sides"],
     )  # fmt: skip
     def test_prompts_padded_apart_from_the_full_rows_are_refused(self, prompts, full, mask, message):
-        cure = "first columns of the full rows, padding included, or the first ids without padding.*all_assistant_mask"
+        cure = "first columns of the full rows, padding included, or the first ids .*all_assistant_mask"
         with pytest.raises(InputError, match=f"{message}.*{cure}"):
             kept(apart(prompts, full, mask), tokenizer_pad=0)
 
@@ -211,7 +211,7 @@ class TestPromptsWithoutAnAssistantMask:
     def test_a_pad_id_that_may_be_the_prompts_end_or_a_response_is_refused(self):
         td = apart([[5, 6, 0], [9, 8, 7]], [[5, 6, 0, 0], [9, 8, 7, 5]], [[1, 1, 1, 0], [1] * 4])
         with pytest.raises(
-            InputError, match=r"sample 0: .* with 2 tokens or with 3: .*Take the padding off.*all_assista"
+            InputError, match=r"sample 0: .* with 2 tokens or with 3: .*Remove the padding.*all_assista"
         ):
             kept(td)
 

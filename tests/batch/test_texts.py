@@ -1,4 +1,4 @@
-"""Texts and messages on their way to ids: one BOS, what a chat template makes of the messages, which tokens of a turn count."""
+"""Checks how texts and messages become ids: BOS, changes by templates, tokens of a turn that count."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def say(role, content, **others):
 
 
 def make(template, *, eos="<|im_end|>", bos=None, adds=None):
-    """A byte-level tokenizer with the special tokens of many families. ``adds``: what it puts around every text."""
+    """A byte-level tokenizer with special tokens of many families. ``adds``: tokens around every text."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS, "eos_token": eos})
     if bos is not None:
@@ -91,56 +91,72 @@ def kept(tokenizer, batch):
 
 # Stand-ins of the families' templates: what they cut, trim, move and end turns with.
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation "
+    "%}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ "
+    "'\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
     "{{ bos_token }}{% set day = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + day + '\n\n' }}"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}{% endif %}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] "
+    "%}{% endif %}"
     "{{ '<|eot_id|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ '<|eot_id|>' }}{% endgeneration %}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ '<|eot_id|>' }}{% endgeneration "
+    "%}"
     "{% else %}{{ m.content | trim }}{{ '<|eot_id|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{%- set system = '' %}{%- if messages[0].role == 'system' %}{%- set system = messages[0].content + '\n\n' %}"
-    "{%- set messages = messages[1:] %}{%- endif %}{{- bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set system = '' %}{%- if messages[0].role == 'system' %}{%- set system = messages[0].content + "
+    "'\n\n' %}"
+    "{%- set messages = messages[1:] %}{%- endif %}{{- bos_token }}{%- for m in messages %}{%- if m.role == "
+    "'user' %}"
     "{%- set last = (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
     "{{- '[INST] ' + (system if m == last else '') + m.content + '[/INST]' }}"
-    "{%- else %}{% generation %}{{- ' ' + m.content + eos_token }}{% endgeneration %}{%- endif %}{%- endfor %}"
+    "{%- else %}{% generation %}{{- ' ' + m.content + eos_token }}{% endgeneration %}{%- endif %}{%- endfor "
+    "%}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') "
+    "}}{% endif %}"
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
-    "{% if m.role == 'assistant' %}{{ '<start_of_turn>model\n' }}{% generation %}{{ m.content | trim }}{{ '<end_of_turn>\n' }}"
-    "{% endgeneration %}{% else %}{{ '<start_of_turn>' + m.role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endif %}"
+    "{% if m.role == 'assistant' %}{{ '<start_of_turn>model\n' }}{% generation %}{{ m.content | trim }}{{ "
+    "'<end_of_turn>\n' }}"
+    "{% endgeneration %}{% else %}{{ '<start_of_turn>' + m.role + '\n' + m.content | trim + "
+    "'<end_of_turn>\n' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 QWEN3 = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = "
+    "loop.index0 %}{% endif %}"
     "{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% set c = m.content if loop.index0 > ns.last else m.content.split('</think>')[-1].lstrip('\n') %}"
-    "{% generation %}{{ c + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% generation %}{{ c + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% "
+    "endif %}{{ '\n' }}"
     "{% endfor %}"
 )
 R1 = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}{% for m in messages %}"
-    "{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% elif m.role == 'assistant' %}{{ '<|assistant|>' }}{% generation %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor "
+    "%}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% elif m.role == 'assistant' %}{{ "
+    "'<|assistant|>' }}{% generation %}"
     "{{ m.content.split('</think>')[-1] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
 )
 PHI3 = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}{% generation %}{{ "
+    "m.content }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|end|>\n' }}{% endfor %}"
     "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
 )
 HARMONY = (  # drops the analysis channel of all turns but the last
     "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content if loop.last else '<|channel|>final' + m.content.split('<|channel|>final')[-1] }}"
-    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endgeneration %}{% else %}{{ '<|message|>' + m.content + '<|end|>' }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endgeneration %}{% else %}{{ '<|message|>' + "
+    "m.content + '<|end|>' }}"
     "{% endif %}{% endfor %}"
 )
 FAMILIES = {
@@ -444,7 +460,8 @@ class TestContentIsCompared:
     def test_white_space_that_a_template_puts_around_reasoning_is_no_loss(self, content):
         wraps = CHATML.replace(
             "{{ m.content + '<|im_end|>' }}{% endgen",
-            "{% set parts = m.content.split('</think>') %}{{ '<think>\n' + parts[0].split('<think>')[-1].strip('\n') + "
+            "{% set parts = m.content.split('</think>') %}{{ '<think>\n' + "
+            "parts[0].split('<think>')[-1].strip('\n') + "
             "'\n</think>\n\n' + parts[-1].lstrip('\n') + '<|im_end|>' }}{% endgen",
         )
         tokenizer = make(wraps)
@@ -457,7 +474,8 @@ class TestContentIsCompared:
         calls = [{"function": {"name": "add", "arguments": {"a": "12", "b": "12"}}}]
         template = CHATML.replace(
             "{{ m.content + '<|im_end|>' }}{% endgen",
-            "{{ (m.tool_calls[0].function | tojson if m.tool_calls else m.content) + '<|im_end|>' }}{% endgen",
+            "{{ (m.tool_calls[0].function | tojson if m.tool_calls else m.content) + '<|im_end|>' }}{% "
+            "endgen",
         )
         tokenizer = make(template)
         turns = [
@@ -522,7 +540,7 @@ BEHIND = CHATML.replace(
 
 
 class TestTheEndOfATurn:
-    """It counts, because the policy sampled it: one rule for ids and for History, wherever the template's tags close."""
+    """The token that ends a turn counts, because the policy samples it: in ids and History, with all tags."""
 
     @pytest.mark.parametrize(
         ("tokenizer", "end"),
@@ -605,7 +623,8 @@ class TestTheEndOfATurn:
 
     def test_what_begins_the_next_message_ends_no_turn(self):
         glm = (
-            "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}{% generation "
+            "%}{{ m.content }}"
             "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
         )
@@ -617,7 +636,7 @@ class TestTheEndOfATurn:
 
     @pytest.mark.parametrize("call_first", [True, False])
     def test_another_token_that_ends_a_turn_counts_too_where_the_tags_leave_it_out(self, call_first):
-        """Llama 3.1 ends a turn that calls a tool with <|eom_id|>: special, not EOS, and in no dialog of plain words."""
+        """Llama 3.1 ends a turn that calls a tool with <|eom_id|>, a special token that is not EOS."""
         template = OUTSIDE.replace(
             "{% endgeneration %}{{ '<|im_end|>' }}",
             "{% endgeneration %}{{ '<|end|>' if m.role == 'call' else '<|im_end|>' }}",
@@ -882,7 +901,8 @@ def test_tool_calls_that_a_template_leaves_out_are_missed_though_others_say_thei
 def test_the_second_of_two_calls_is_missed(printed, num_lost):
     template = CHATML.replace(
         "{{ m.content + '<|im_end|>' }}{% endgeneration %}",
-        f"{{{{ m.content }}}}{{% for c in (m.tool_calls or []){printed} %}}{{{{ '<call>' + (c.function | tojson) }}}}{{% endfor %}}"
+        f"{{{{ m.content }}}}{{% for c in (m.tool_calls or []){printed} %}}{{{{ '<call>' + (c.function | "
+        f"tojson) }}}}{{% endfor %}}"
         "{{ '<|im_end|>' }}{% endgeneration %}",
     )
     calls = [_call("add", a=1, b=2), _call("add", a=3, b=4)]

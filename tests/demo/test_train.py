@@ -1,4 +1,4 @@
-"""``vllm-kl demo --train``: GRPO in which every version and every KL is what it says."""
+"""Checks versions and KL of ``vllm-kl demo --train``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log_probs(run):
-    """Of a sample's response by the checkpoint of a version, in float64."""
+    """Return a function: log-probs of a sample's response by the checkpoint of a version, in float64."""
     out, _, _ = run
     models = {
         version: AutoModelForCausalLM.from_pretrained(out / "checkpoints" / str(version), dtype=torch.float64)
@@ -69,7 +69,7 @@ class TestTraining:
         assert 0 <= figures["kl_first"] < 1e-4 < figures["kl_last"]
 
     def test_every_updates_kl_is_that_of_its_own_checkpoint(self, run, log_probs):
-        """Computed here once more, apart from the demo's own check, and from other versions' checkpoints it is another."""
+        """Computes the KL again, apart from the demo; the checkpoints of other versions give another."""
         out, figures, _ = run
         samples = read_samples(out / "rollouts.jsonl")
         errors = {version: [] for version in range(UPDATES)}
@@ -86,7 +86,7 @@ class TestTraining:
         assert worst == pytest.approx(figures["max_abs_err"], abs=1e-7)
 
     def test_updates_make_the_better_answers_of_a_group_likelier(self, run, log_probs):
-        """The reward's sign, from the grade through advantages and loss to the weights that serve next."""
+        """Checks the sign of the reward from the grade to the weights that serve next."""
         out, _, _ = run
         groups = defaultdict(list)
         for sample in read_samples(out / "rollouts.jsonl"):

@@ -246,7 +246,7 @@ class TestWhereTorchRLsRecipesPutIt:
     def test_an_entry_that_only_some_samples_have_is_refused(self, make_reference, policy_oracle):
         td = self.recorded(policy_oracle)
         del td[1]["next"]["reward"]
-        with pytest.raises(InputError, match="sample 1 has no reward, but others of the batch have"):
+        with pytest.raises(InputError, match="sample 1 has no reward, but other samples of the batch have"):
             RetrieveKL("from_collector", make_reference())(td)
 
     def test_a_plain_tensordict_gets_all_results_or_none(self, make_reference, policy_oracle):

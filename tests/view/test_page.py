@@ -100,9 +100,11 @@ def open_page(browser, tmp_path):
     """Write a page and open it; afterwards the console must hold nothing."""
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
-    def open_it(samples=SAMPLES, **kwargs):
+    def open_it(samples=SAMPLES, order="number", **kwargs):
         page = write_page(samples, tmp_path / "kl.html", **kwargs)
         browser.get(page.path.as_uri())
+        if order is not None:
+            Select(css(browser, "#order")[0]).select_by_value(order)
         return browser
 
     yield open_it
@@ -165,6 +167,22 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
+def group_of(*responses, **fields):
+    """Samples of one prompt: (response id, largest |KL|) each."""
+    return [
+        Sample(token_ids=[7, 8, response], log_probs=[-5.0], ref_log_probs=[-5.0 - kl], **fields)
+        for response, kl in responses
+    ]
+
+
+FOLDED = [
+    *group_of((1, 0.5), (2, -1.0), (1, 0.25), (1, 2.0), policy_version=1),
+    *group_of((1, 3.0), policy_version=2),  # other weights sampled this one
+    # The same tokens, but token 8 is of the response here.
+    Sample(token_ids=[7, 8, 1], log_probs=[-1.0] * 2, ref_log_probs=[-1.0] * 2, policy_version=1),
+]
+
+
 @needs_browser
 class TestPage:
     def test_every_token_of_every_sample_is_there(self, open_page):
@@ -180,7 +198,8 @@ class TestPage:
         driver = open_page()
         facts = [plain(f) for f in css(driver, "#list .facts")]
         assert facts[0] == (
-            "sum KL -0.5000 mean KL -0.1667 max |KL| 1.5000 scored 3 of 4 reward 0.5 policy version 3 reference version 1"
+            "sum KL -0.5000 mean KL -0.1667 max |KL| 1.5000 scored 3 of 4 reward 0.5 policy version 3 "
+            "reference version 1"
         )
         assert facts[1] == "sum KL +2.1235 mean KL +1.0617 max |KL| 2.0000 scored 2 of 5 reward -1"
         figures = plain(css(driver, ".figures")[0])
@@ -326,6 +345,11 @@ class TestPage:
         Select(css(driver, "#order")[0]).select_by_value(value)
         assert order(driver) == wanted
 
+    def test_samples_of_the_largest_kl_are_first(self, open_page):
+        driver = open_page(order=None)
+        assert Select(css(driver, "#order")[0]).first_selected_option.text == "largest |KL|"
+        assert order(driver) == [2, 1, 3]
+
     def test_samples_can_be_filtered_by_any_of_their_texts(self, open_page):
         driver = open_page()
         for text, wanted in (
@@ -414,7 +438,7 @@ class TestPage:
 
     def test_many_samples_are_drawn_as_they_are_scrolled_to(self, open_page):
         one = {"token_ids": list(range(500)), "ref_log_probs": [-1.0] * 400}
-        samples = [Sample(**one, log_probs=[-1.0 + i / 1000] * 400) for i in range(300)]
+        samples = [Sample(**one, log_probs=[-1.0 + i / 1000] * 400, policy_version=i) for i in range(300)]
         driver = open_page(samples, limit=200)
         assert css(driver, "#limited")[0].text.startswith("200 of 300 samples are on this page")
         assert len(css(driver, "#list li")) <= 60
@@ -425,6 +449,62 @@ class TestPage:
         WebDriverWait(driver, 10).until(lambda d: len(css(d, "#list li")) == 200)
         assert driver.execute_script("return document.querySelectorAll('.t').length") == 200 * 500
         assert not css(driver, "#more")[0].is_displayed()
+
+
+@needs_browser
+class TestFold:
+    def folds(self, driver):
+        """Every entry of the list as its samples' numbers and the text of its button."""
+        entries = driver.execute_script(
+            "return [...document.querySelectorAll('#list > li')].map(entry => ["
+            "[...entry.querySelectorAll('h2')].map(h => Number(h.textContent.split(' ').pop())),"
+            "entry.querySelector('.fold')?.textContent ?? ''])"
+        )
+        return [[numbers, text.replace("\N{MULTIPLICATION SIGN}", "x")] for numbers, text in entries]
+
+    def test_equal_samples_are_shown_once(self, open_page):
+        driver = open_page(FOLDED, order=None)
+        assert self.folds(driver) == [[[5], ""], [[4], "x 3"], [[2], ""], [[6], ""]]
+        assert css(driver, "#count")[0].text == "6 samples. Equal ones are folded, which leaves 4."
+        assert "samples 6 scored tokens 7 mean KL per token +0.6786" in plain(css(driver, ".figures")[0])
+
+    @pytest.mark.parametrize("how", ["mouse", "keyboard"])
+    def test_they_can_be_unfolded_and_folded_again(self, open_page, how):
+        driver = open_page(FOLDED, order=None)
+        button = css(driver, ".fold")[0]
+        press = button.click if how == "mouse" else lambda: button.send_keys(Keys.ENTER)
+        assert button.get_attribute("aria-expanded") == "false"
+        press()
+        assert button.get_attribute("aria-expanded") == "true"
+        assert self.folds(driver)[1] == [[4, 1, 3], "x 3"]
+        assert "max |KL| 0.2500" in plain(css(driver, "#list .facts")[3])
+        assert driver.switch_to.active_element == button
+        ActionChains(driver).send_keys(
+            *[Keys.TAB] * 2
+        ).perform()  # to the tokens of sample 4, then of sample 1
+        assert tip(driver)["reference log-prob"] == "-5.500000"
+        press()
+        assert self.folds(driver)[1] == [[4], "x 3"]
+
+    def test_they_stay_unfolded_in_another_order(self, open_page):
+        driver = open_page(FOLDED, order=None)
+        css(driver, ".fold")[0].click()
+        Select(css(driver, "#order")[0]).select_by_value("number")
+        assert self.folds(driver) == [[[1, 3, 4], "x 3"], [[2], ""], [[5], ""], [[6], ""]]
+
+    def test_the_filter_finds_and_counts_every_sample(self, open_page):
+        queries = ["red", "green", "red"]
+        samples = [group_of((1, kl), query=query)[0] for kl, query in enumerate(queries, start=1)]
+        driver = open_page([*samples, *group_of((2, 0.5))], order=None)
+        assert self.folds(driver) == [[[3], "x 3"], [[4], ""]]
+        for text, entries, count in (
+            ("green", [[[2], ""]], "1 of 4 samples match."),
+            ("red", [[[3], "x 2"]], "2 of 4 samples match. Equal ones are folded, which leaves 1."),
+        ):
+            css(driver, "#filter")[0].clear()
+            css(driver, "#filter")[0].send_keys(text)
+            WebDriverWait(driver, 5).until(lambda d, entries=entries: self.folds(d) == entries)
+            assert css(driver, "#count")[0].text == count
 
 
 class TestFile:

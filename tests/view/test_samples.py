@@ -84,7 +84,7 @@ class TestFile:
             ({**ENTRY, "token_ids": [5]}, r"log_probs: got 2 values, expected at most 0"),
             (
                 {**ENTRY, "token_ids": [5, 6]},
-                r"log_probs: got 2 values, expected at most 1, one per token id but the first",
+                r"log_probs: got 2 values, expected at most 1: one per token id, without the first",
             ),
             (
                 {**ENTRY, "token_ids": [5, 6, 2**31]},
@@ -125,7 +125,7 @@ class TestFile:
             ({**ENTRY, "kl": [None, 0.0]}, r"kl: value 0 is None, expected a finite number"),
             ({**ENTRY, "reward": "good"}, r"reward: got 'good', expected a finite number"),
             ({**ENTRY, "policy_version": 1.5}, r"policy_version: got 1\.5, expected an integer or a text"),
-            ({"token_ids": [5]}, r"log_probs is missing; it has token_ids"),
+            ({"token_ids": [5]}, r"log_probs is missing; the line has token_ids"),
             ({**ENTRY, "log_probs": None}, r"log_probs is missing"),
             ([1, 2], r"got \[1, 2\], expected a JSON object"),
             (b'{"token_ids": [5', r"not JSON: "),
@@ -289,9 +289,7 @@ class TestBatch:
     def test_what_is_not_scored_is_refused(self):
         rows = {("log_probs", "full"): [torch.tensor([0.0, math.nan])]}
         td = batches.ids_batch([[5, 6]], [1], extra={("log_probs", "full"): [torch.tensor([0.0, -1.0])]})
-        with pytest.raises(
-            InputError, match=r"no \('ref_log_probs', 'full'\), neither under 'next' nor at the root"
-        ):
+        with pytest.raises(InputError, match=r"no \('ref_log_probs', 'full'\) under 'next' or at the root"):
             samples_from_batch(td)
         with pytest.raises(MissingLogProbError, match=r"\('log_probs', 'full'\): sample 0, token 1 of 2"):
             samples_from_batch(batches.ids_batch([[5, 6]], [1], extra=rows))
@@ -320,7 +318,8 @@ class TestPaddingSide:
         assert (second.mask, second.kl) == ([False] * 3 + [True] * 3, [3.0, 4.0, 5.0])
 
     def test_a_shifted_mask_that_hides_in_the_zeros_of_the_prompt_is_refused(self):
-        # [F F F T] and two of padding, read from the left: [F T F F]. Nothing but the stored prompt or mask tells.
+        # [F F F T] and two of padding, read from the left: [F T F F]. Nothing but the stored prompt or mask
+        # tells.
         message = (
             r"kl_mask: sample 0, token 1, read as padded on the left, is True, expected False, as in .*: pass"
         )

@@ -1,1 +1,1 @@
-"""Tensordicts <-> rows of token ids and numbers: keys, chat templates, masks, alignment, layouts. Knows no engine and no model."""
+"""Reads token ids and masks from tensordicts and writes results back. Knows no engine and no model."""

@@ -1,12 +1,14 @@
-"""Histories -> ids and assistant masks, by a chat template; and what the template made of the messages.
+"""Turns histories into ids and assistant masks by a chat template, and reports what the template changed.
 
-TorchRL chooses the template and turns a History into messages; the tokenizer renders and tokenizes. Then the text is compared with
-the messages (:mod:`vllm_kl.batch.rendered`) and the marks with what the assistant said. A template or a tokenizer that raises
-becomes an InputError that names the sample.
+TorchRL chooses the template and turns a History into messages; the tokenizer renders and tokenizes the
+messages. Then this module compares the rendered text with the messages (:mod:`vllm_kl.batch.rendered`), and
+the template's marks with the assistant's content. If a template or a tokenizer raises, the module raises an
+InputError that names the sample.
 
-One rule says which tokens of a turn count: those of what the assistant said, up to and with the token that ends its turn, because
-the policy sampled that one too. It is the mask that ids have whose prompt is stored. Templates whose ``{% generation %}`` tags
-close before that token, or after the newline behind it, give the same mask as others.
+One rule says which tokens of a turn count: the tokens of the assistant's content, and the token that ends the
+turn, because the policy samples this token too. Stored ids with a stored prompt get the same mask. The mask
+is also the same whether the ``{% generation %}`` tags of a template close before the token that ends the
+turn, or after the newline behind it.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ def _renew_lock() -> None:
     _RENDERING = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)  # a fork may happen while another thread renders
+os.register_at_fork(after_in_child=_renew_lock)  # a fork may happen while another thread holds the lock
 _CURE = (
-    "What works: the ids that the policy saw, in ('tokens', 'full'); or a template that gives all of it: "
-    "tokenizer_kwargs={'chat_template': ...}. Counted in metrics."
+    "\nStore the ids that the policy saw in ('tokens', 'full'), or pass a template that renders everything: "
+    "tokenizer_kwargs={'chat_template': ...}. The metrics count such cases."
 )
 
 
@@ -52,18 +54,21 @@ class Dialog:
     messages: list[dict[str, Any]]
     text: str
     token_ids: torch.Tensor  # [L] int64, CPU
-    offsets: np.ndarray  # [L, 2]: where each token's characters begin and end in ``text``
-    is_space: np.ndarray  # [L] bool: nothing but white space
+    offsets: np.ndarray  # [L, 2]: begin and end of each token's characters in ``text``
+    is_space: np.ndarray  # [L] bool: only white space
     marked: np.ndarray  # [L] bool: between the template's generation tags
 
     @property
     def of_assistant(self) -> list[tuple[int, dict[str, Any]]]:
-        """The assistant's messages, and which they are."""
+        """The assistant's messages with their indices."""
         return [(j, message) for j, message in enumerate(self.messages) if message["role"] == "assistant"]
 
     @property
     def in_ids(self) -> Span:
-        """The characters of ``text`` that are in the ids: all but white space around it, unless the tokenizer truncates."""
+        """The span of ``text`` that the ids hold: all of it, unless the tokenizer truncates.
+
+        White space around the text that the tokenizer drops counts as held.
+        """
         start, stop = (
             (int(self.offsets[0, 0]), int(self.offsets[:, 1].max())) if len(self.offsets) else (0, 0)
         )
@@ -74,7 +79,7 @@ class Dialog:
         return self.in_ids != (0, len(self.text))
 
     def part(self, start: int, stop: int) -> str:
-        """Return the text of some tokens."""
+        """Return the text of the tokens ``start`` to ``stop - 1``."""
         return self.text[self.offsets[start, 0] : self.offsets[stop - 1, 1]]
 
     @property
@@ -86,17 +91,17 @@ class Dialog:
 def render(
     history: History, tokenizer: Any, options: dict[str, Any], *, whose: str
 ) -> tuple[list[Dialog], dict[str, str]]:
-    """Return the dialogs of a batch of histories, and what to note of their template.
+    """Render a batch of histories; return the dialogs, and notes about the template by kind.
 
     Args:
         history: ``[B, messages]``.
         tokenizer: a tokenizer of transformers.
-        options: of ``History.apply_chat_template``.
-        whose: the template's owner, for messages.
+        options: options of ``History.apply_chat_template``.
+        whose: name of the template in messages.
 
     Raises:
         InputError: the template or the tokenizer raises.
-        OptionError: a template's name that TorchRL does not know.
+        OptionError: TorchRL does not know the template's name.
     """
     renderer = _Renderer(tokenizer, whose)
     try:
@@ -104,32 +109,34 @@ def render(
     except KeyError as error:
         if options.get("chat_template") is None and error.args == (options.get("chat_template_name"),):
             raise OptionError(
-                f"chat_template_name={error.args[0]!r}: TorchRL has no template of that name; pass the template itself, as "
-                "chat_template"
+                f"chat_template_name={error.args[0]!r}: TorchRL has no template of that name; pass the "
+                "template itself, as chat_template"
             ) from None
         raise
     notes = {}
     if renderer.dates:
         notes["date"] = (
-            f"{whose} writes the current date into the text (strftime_now gave {renderer.dates[0]!r}): the ids and the numbers "
-            "of a History change with the day. Store the ids, or pass the date: tokenizer_kwargs={'date_string': ...} for "
-            "templates that take one, or {'strftime_now': ...}."
+            f"{whose} writes the current date into the text (strftime_now gave {renderer.dates[0]!r}): the "
+            "ids and the numbers of a History change with the day. Store the ids, or pass the date: "
+            "tokenizer_kwargs={'date_string': ...} for templates that take one, or {'strftime_now': ...}."
         )
     begin, _ = added_tokens(tokenizer)
     bare = [i for i, dialog in enumerate(renderer.dialogs) if begin and dialog.token_ids[0] != begin[0]]
     if bare and begin[0] == getattr(tokenizer, "bos_token_id", None):
         notes["no_bos"] = (
-            f"{whose} renders no BOS (first in sample {bare[0]}), though the tokenizer begins every text with "
-            f"{tokenizer.bos_token!r}: the dialogs are scored without, as TorchRL's wrappers tokenize them"
+            f"{whose} renders no BOS (first in sample {bare[0]}), though the tokenizer begins every text "
+            f"with {tokenizer.bos_token!r}: the dialogs are scored without BOS, as TorchRL's wrappers "
+            "tokenize them"
         )
     return renderer.dialogs, notes
 
 
 class _Renderer:
-    """Stands for the tokenizer while TorchRL 0.14 turns a History into messages, and keeps the text, the ids and the mask.
+    """Replaces the tokenizer while TorchRL 0.14 turns a History into messages; keeps text, ids and mask.
 
-    TorchRL renders a second time, without the template's arguments, to guess a mask from words in the text where the template gives
-    an empty one; it does not when it is given no text.
+    TorchRL renders each dialog a second time, as text and without the template's arguments. If the mask is
+    empty, TorchRL guesses one from words in this text. This object returns no text, so that TorchRL does not
+    guess.
     """
 
     def __init__(self, tokenizer: Any, whose: str) -> None:
@@ -151,11 +158,11 @@ class _Renderer:
             offsets = np.array(result.encodings[0].offsets, dtype=np.int64).reshape(-1, 2)
         except Exception as error:
             raise InputError(
-                f"sample {len(self.dialogs)}: the tokenizer ({type(self._tokenizer).__name__}) cannot turn what {self._whose} "
-                f"rendered into ids: {type(error).__name__}: {error}"
+                f"sample {len(self.dialogs)}: the tokenizer ({type(self._tokenizer).__name__}) cannot turn "
+                f"what {self._whose} rendered into ids: {type(error).__name__}: {error}"
             ) from error
         marked = np.asarray(result["assistant_masks"]).reshape(-1).astype(bool)
-        # transformers 5.19 leaves out the last bytes of a last character where each is a token.
+        # If the last character has a token per byte, transformers 5.19 does not mark its last bytes.
         marked |= _overlap(_chars(marked, offsets, len(text)), offsets) > 0
         self.dialogs.append(
             Dialog(
@@ -172,7 +179,8 @@ class _Renderer:
         return result
 
     def _apply(self, conversation: list[dict[str, Any]], options: dict[str, Any]) -> Any:
-        # transformers 5.19 keeps one list of marked spans per template: two threads would raise, or mark each other's text.
+        # transformers 5.19 keeps one list of marked spans per template: without the lock, two threads would
+        # raise, or mark each other's text.
         with _RENDERING:
             return self._tokenizer.apply_chat_template(conversation, **options)
 
@@ -186,15 +194,16 @@ class _Renderer:
             ) from error
         except Exception as error:
             raise InputError(
-                f"sample {len(self.dialogs)}{self._first_that_raises(conversation, as_text, error)}: {self._whose} raised "
-                f"{type(error).__name__}: {error}. What works: messages that it takes; another template "
-                "(tokenizer_kwargs={'chat_template': ...}); or the policy's ids in ('tokens', 'full')."
+                f"sample {len(self.dialogs)}{self._first_that_raises(conversation, as_text, error)}: "
+                f"{self._whose} raised {type(error).__name__}: {error}. What works: messages that it "
+                "takes; another template (tokenizer_kwargs={'chat_template': ...}); or the policy's ids "
+                "in ('tokens', 'full')."
             ) from error
 
     def _first_that_raises(
         self, conversation: list[dict[str, Any]], options: dict[str, Any], error: Exception
     ) -> str:
-        """Return which message the template stumbled over: the last of the shortest beginning that raises the same."""
+        """Name the message that fails: the last of the shortest beginning of the dialog that raises so."""
         for i, message in enumerate(conversation):
             try:
                 self._apply(conversation[: i + 1], options)
@@ -210,17 +219,18 @@ class _Renderer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ends:
-    """Which tokens end an assistant's turn."""
+    """The tokens that end an assistant's turn."""
 
-    ids: frozenset[int]  # EOS, and what the template puts behind answers: Gemma's is not its EOS
-    # These too, right behind what is marked: special tokens that begin no message.
+    ids: frozenset[int]  # EOS, and the token that the template puts after answers: in Gemma, another than EOS
+    # Special tokens that begin no message. They end a turn only directly after marked tokens.
     behind: frozenset[int] = frozenset()
 
 
 def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor], TextReport]:
-    """Return the masks, ``[L]`` bool, of what the assistant said and of the tokens that end its turns.
+    """Return the masks, ``[L]`` bool, of the assistant's content and of the tokens that end its turns.
 
-    The report says where tags leave such a token out or run on after it, and where there is none, or two.
+    The report tells where the template's tags close before or after the token that ends a turn, and where
+    this token is missing or doubled.
     """
     report, masks = TextReport(), []
     for i, dialog in enumerate(dialogs):
@@ -233,7 +243,7 @@ def end_turns(dialogs: Sequence[Dialog], ends: Ends) -> tuple[list[torch.Tensor]
 
 
 def _end_runs(dialog: Dialog, mask: np.ndarray, ends: Ends) -> Iterator[tuple[str, Any]]:
-    """Make every run of a mask end with the token that ends its turn; yield the kinds of what is to be told, and of what."""
+    """Make each run of a mask end with the token that ends its turn; yield kind and value of each finding."""
     ids, runs = dialog.token_ids.tolist(), _runs(dialog.marked)
     has_ends = True
     for start, stop in runs:
@@ -263,17 +273,32 @@ def _end_runs(dialog: Dialog, mask: np.ndarray, ends: Ends) -> Iterator[tuple[st
 
 
 _OF_ENDS = {
-    "after_end": "the chat template's tags mark {what} after the token that ends a turn (first in sample {sample}): no policy "
-    "samples it, so it does not count",
-    "end_outside": "the chat template's tags leave out {what}, which ends a turn (first in sample {sample}): the policy samples "
-    "it, so it counts, as it does for ids",
-    "double_end": "{what} ends a turn twice in sample {sample}: the message ends with it and the chat template adds another. Both "
-    "are in the ids, the first one counts. Take it from the message's content, or use a template that looks for it.",
-    "no_end": "the chat template renders no token that ends the assistant's turn in sample {sample} (EOS, or a special token): "
-    "the one that a policy samples there is not in the ids and does not count, as it would with ids from the policy.",
-    "blank": "the assistant's message {what} of sample {sample} is empty and the chat template's tags mark nothing there: the "
-    "token that ends this turn does not count, as it would with ids from the policy. What works: those ids, in ('tokens', "
-    "'full'); or a template whose tags close behind that token.",
+    "after_end": (
+        "the chat template's tags mark {what} after the token that ends a turn (first in sample "
+        "{sample}): no policy samples this text, so it does not count"
+    ),
+    "end_outside": (
+        "the chat template's tags leave out {what}, which ends a turn (first in sample {sample}): the "
+        "policy samples this token, so it counts, as it does in stored ids"
+    ),
+    "double_end": (
+        "{what} ends a turn twice in sample {sample}: the message ends with this token and the chat "
+        "template adds another. Both are in the ids; only the first counts.\n"
+        "Remove the token from the message's content, or use a template that adds it only where it is "
+        "missing."
+    ),
+    "no_end": (
+        "the chat template renders no token that ends the assistant's turn in sample {sample} (EOS, or a "
+        "special token). The policy samples such a token. It would count in ids from the policy, but here "
+        "the ids do not have it."
+    ),
+    "blank": (
+        "the assistant's message {what} of sample {sample} is empty and the chat template's tags mark "
+        "nothing there: the token that ends this turn does not count, but would count in ids from the "
+        "policy.\n"
+        "Store the policy's ids in ('tokens', 'full'), or pass a template whose tags close after that "
+        "token."
+    ),
 }
 
 _PROBE = [
@@ -282,7 +307,7 @@ _PROBE = [
     {"role": "user", "content": "second question"},
     {"role": "assistant", "content": "second answer"},
 ]
-# How a batch is rendered, not how a turn ends.
+# These options do not change how a turn ends.
 _NOT_OF_A_TURN = (
     "truncation",
     "max_length",
@@ -294,9 +319,10 @@ _NOT_OF_A_TURN = (
 
 
 def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
-    """Return the tokens that end turns of a template.
+    """Return the tokens that end a template's turns.
 
-    They are those of a dialog of plain words, whatever a batch holds: special tokens inside an answer end nothing.
+    The function renders a probe of plain words, not the batch, because special tokens inside an answer end no
+    turn.
     """
     options = {name: value for name, value in options.items() if name not in _NOT_OF_A_TURN}
     eos = {getattr(tokenizer, "eos_token_id", None)} - {None}
@@ -305,11 +331,11 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
         History.from_chats([_PROBE]).apply_chat_template(
             tokenizer=renderer, add_generation_prompt=False, **options
         )
-    except Exception:  # a template of its own rules: EOS is all that is known of it
+    except Exception:  # the template refuses the probe, so only EOS is known
         return Ends(ids=frozenset(eos))
     (dialog,) = renderer.dialogs
     at = [dialog.text.find(message["content"]) for message in _PROBE]
-    if -1 in at:  # it changes what is said
+    if -1 in at:  # the template changes the contents
         return Ends(ids=frozenset(eos))
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {
@@ -321,27 +347,28 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     )
 
     def before(n: int) -> int | None:
-        """Return the last special token before a message's words."""
+        """Return the last special token before the content of message n."""
         return next((t for t, (_, stop), _ in reversed(tokens) if stop <= at[n] and t in special), None)
 
     def behind(n: int) -> int | None:
-        """Return the first token after a message's words that is not white space."""
+        """Return the first token after the content of message n that is not white space."""
         end = at[n] + len(_PROBE[n]["content"])
         return next((t for t, (start, _), is_space in tokens if start >= end and not is_space), None)
 
-    # What stands last before both questions begins a message: some templates have nothing that ends a turn.
+    # The last special token before both questions begins a message. Some templates have no token that ends a
+    # turn.
     begins, follows = {before(0)} & {before(2)}, {behind(1), behind(3)}
     ends = eos | (follows - begins if follows <= special else set())
-    # What the template writes around plain words begins a message, unless it ends one.
+    # A special token of the rendered probe begins a message, unless it ends one.
     return Ends(ids=frozenset(ends), behind=frozenset(special - {t for t, _, _ in tokens}))
 
 
 def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: Ends) -> TextReport:
-    """Return what the template made of the messages: figures, and the first example of each kind.
+    """Report what the template changed in the messages: metrics, and the first example of each kind.
 
     Args:
         dialogs: rendered histories.
-        masks: their masks, ``[L]`` bool, where the template marks what the assistant said.
+        masks: masks of the dialogs, ``[L]`` bool, or ``None`` if the template marks nothing.
         ends: the tokens that end turns.
     """
     count: Counter[str] = Counter()
@@ -361,7 +388,7 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
             count[f"{counted}_chars"] += num_chars
             first.setdefault(kind, f"sample {i}{example}")
     said = {
-        kind: f"{_SAYS[kind].format_map(count)} The first: {example}. {_CURE}"
+        kind: f"{_SAYS[kind].format_map(count)} The first: {example}.{_CURE}"
         for kind, example in first.items()
     }
     of_messages = [f"{kind}messages" for kind in ("", "cut_", "moved_")]
@@ -371,46 +398,61 @@ def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, end
 
 
 _CUT = (
-    "the chat template leaves out content of {cut_messages} of {messages} messages, {cut_chars} of {content_chars} "
-    "characters: they are not in the ids that are scored."
+    "the chat template leaves out content of {cut_messages} of {messages} messages, {cut_chars} of "
+    "{content_chars} characters: the scored ids do not have this content."
 )
 _SAYS = {
     "cut": _CUT,
     "trimmed": _CUT,
-    "truncated": "the tokenizer truncates {truncated_dialogs} dialogs; of {messages} messages {cut_messages} lack content, "
-    "{cut_chars} of {content_chars} characters: they are not in the ids that are scored, nor are tokens that end turns there.",
-    "moved": "the chat template moves {moved_messages} of {messages} messages to another place in the dialog.",
-    "printed": "the chat template prints the content of {printed_messages} of {messages} messages as a Python list.",
-    "inserted": "the chat template marks {inserted_chars} characters as the assistant's that are in no message's content: they "
-    "count.",
-    "unmarked": "the chat template leaves {unmarked_chars} characters that the assistant says outside its tags: they do not count.",
+    "truncated": (
+        "the tokenizer truncates {truncated_dialogs} dialogs; of {messages} messages {cut_messages} lack "
+        "content, {cut_chars} of {content_chars} characters: the scored ids have neither this content nor "
+        "the tokens that end its turns."
+    ),
+    "moved": (
+        "the chat template moves {moved_messages} of {messages} messages to another place in the dialog."
+    ),
+    "printed": (
+        "the chat template prints the content of {printed_messages} of {messages} messages as a Python list."
+    ),
+    "inserted": (
+        "the chat template marks {inserted_chars} characters as the assistant's that are in no message's "
+        "content: these characters count."
+    ),
+    "unmarked": (
+        "the chat template leaves {unmarked_chars} characters of the assistant's content outside its "
+        "tags: these characters do not count."
+    ),
 }
 
 
 def _losses(found: Sequence[Rendered], is_truncated: bool) -> Iterator[tuple[str, int, str]]:
-    """Yield the kind, the number of characters and the example of what messages lost."""
+    """Yield kind, number of characters and example of each change to the messages' contents."""
     for j, message in enumerate(found):
         where = f", message {j} ({message.role}): "
         if num_lost := message.num_chars - message.num_found:
-            is_trimmed = not message.missing.strip()  # said apart: most templates trim, few cut
+            is_trimmed = (
+                not message.missing.strip()
+            )  # a kind of its own, because most templates trim and few cut
             how = "white space was trimmed" if is_trimmed else f"missing: {shown(message.missing)}"
             kind = "truncated" if is_truncated else "trimmed" if is_trimmed else "cut"
             yield (
                 kind,
                 num_lost,
-                f"{where}{message.num_found} of its {message.num_chars} characters came back; {how}",
+                f"{where}{message.num_found} of its {message.num_chars} characters are in the rendered "
+                f"text; {how}",
             )
         if message.is_moved:
-            what = f"its {message.num_chars} characters stand before an earlier message's, or after a later one's"
+            what = f"its {message.num_chars} characters stand before an earlier message, or after a later one"
             yield "moved", 0, f"{where}{what}"
         if message.is_printed:
-            yield "printed", 0, f"{where}its content is a list of parts, which the template takes for a text"
+            yield "printed", 0, f"{where}its content is a list of parts, but the template expects a text"
 
 
 def _wrong_marks(
     dialog: Dialog, mask: np.ndarray, is_end: np.ndarray, found: Sequence[Rendered]
 ) -> Iterator[tuple[str, int, str]]:
-    """Yield what is marked that the assistant did not say, and what it said that is not marked."""
+    """Yield marked text that the assistant did not say, and unmarked text that the assistant said."""
     text = dialog.text
     in_tokens, in_mask = (_chars(tokens, dialog.offsets, len(text)) for tokens in (np.ones_like(mask), mask))
     said, of_calls = np.zeros_like(in_mask), np.zeros_like(in_mask)
@@ -418,18 +460,18 @@ def _wrong_marks(
         if rendered.role != "assistant":
             continue
         spans = list(rendered.spans)
-        if message.get("tool_calls"):  # a template has its own way to write them, but not without their words
+        if message.get("tool_calls"):  # templates differ in format, but all print names and arguments
             window = slice(*rendered.window)
             of_calls[window] = True
             marked = "".join(itertools.compress(text[window], in_mask[window]))
             for word in rendered.calls:
                 at = text.find(word, *rendered.window)
-                if len(word) > 2 and word not in marked and at >= 0:  # shorter ones are in anything
+                if len(word) > 2 and word not in marked and at >= 0:  # a shorter word may occur by chance
                     spans.append((at, at + len(word)))
         for start, stop in spans:
             said[start:stop] = True
     added = mask & ~is_end & (_overlap(said | of_calls, dialog.offsets) == 0)
-    # White space alone is no word that nobody said: " four" may be one token, or two.
+    # Added white space does not count: " four" may be one token or two.
     if inserted := [dialog.part(a, b) for a, b in _runs(added) if not dialog.is_space[a:b].all()]:
         yield "inserted", sum(map(len, inserted)), f": {shown(inserted[0])}"
     unmarked = said & in_tokens & ~in_mask
@@ -438,7 +480,7 @@ def _wrong_marks(
 
 
 def _runs(mask: np.ndarray) -> list[Span]:
-    """Return where a mask's runs begin and end.
+    """Return begin and end of each run of a mask.
 
     >>> _runs(np.array([False, True, True, False, True]))
     [(1, 3), (4, 5)]
@@ -448,9 +490,10 @@ def _runs(mask: np.ndarray) -> list[Span]:
 
 
 def _said_runs(dialog: Dialog, mask: np.ndarray, is_end: np.ndarray) -> list[Span]:
-    """Return the characters of what is marked, without the tokens that end turns.
+    """Return the character spans of marked runs, without the tokens that end turns.
 
-    Where there is one run for each of the assistant's messages they stay whole: an answer of several channels holds such tokens.
+    Runs stay whole if there is one for each of the assistant's messages, because an answer of several
+    channels holds tokens that end turns.
     """
     runs = _runs(mask)
     if len(runs) != len(dialog.of_assistant):
@@ -460,7 +503,7 @@ def _said_runs(dialog: Dialog, mask: np.ndarray, is_end: np.ndarray) -> list[Spa
 
 
 def _chars(mask: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
-    """Return which characters are in a mask's runs of tokens, ``[length]`` bool."""
+    """Return the mask of the characters in the runs of a mask of tokens, ``[length]`` bool."""
     chars = np.zeros(length, dtype=bool)
     for start, stop in _runs(mask):
         chars[offsets[start, 0] : offsets[stop - 1, 1]] = True
@@ -468,6 +511,6 @@ def _chars(mask: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
 
 
 def _overlap(chars: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return how many of some characters each token has, ``[L]``."""
+    """Return how many characters of a character mask each token has, ``[L]``."""
     before = np.concatenate([[0], np.cumsum(chars)])
     return before[offsets[:, 1]] - before[offsets[:, 0]]

@@ -1,10 +1,10 @@
-"""A tensordict -> the real tokens of every sample, and which of them count.
+"""Reads the real tokens of every sample from a tensordict, and the mask of the tokens that count.
 
-Ids win: where the tensordict has ``("tokens", "full")`` those ids are taken. History or text is tokenized only where
-there are no ids, once, for both sides of a KL.
+If the tensordict has ids under ``("tokens", "full")``, the module takes these ids. Otherwise it tokenizes the
+history or the text, once for both sides of a KL.
 
-Masks come from lengths and from masks that are stored beside the ids, never from token values: pad == EOS is
-ordinary. It does not know models or engines; it knows TorchRL's keys and its chat templates.
+Masks come from lengths and from masks that are stored beside the ids, never from token values, so a pad token
+may equal EOS. The module knows TorchRL's keys and chat templates, but no models or engines.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from vllm_kl.errors import InputError
 from vllm_kl.types import Rows, TextReport, TokenBatch, columns_of, pack, widths_of
 
 _NO_TAGS = (
-    "assistant_only=True, but the chat template marks no assistant tokens in sample {sample}. What works: a template that "
-    "runs {{% generation %}} tags around what the assistant says (tokenizer_kwargs={{'chat_template': ...}}, or "
-    "'chat_template_name': 'chatml_format' of TorchRL); ids with {stored}; ids with {prompt}, after which everything counts "
-    "(the last turn); or assistant_only=False."
+    "assistant_only=True, but the chat template marks no assistant tokens in sample {sample}.\n"
+    "Pass a template that puts {{% generation %}} tags around the assistant's content "
+    "(tokenizer_kwargs={{'chat_template': ...}}, or TorchRL's {{'chat_template_name': 'chatml_format'}}); "
+    "or store ids with {stored}; or store ids with {prompt}, after which every token counts; or pass "
+    "assistant_only=False."
 )
 _TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
@@ -38,15 +39,15 @@ InputMode = Literal["history", "text", "tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class InputKeys:
-    """Where a batch keeps its entries, and how text becomes ids where it must."""
+    """The keys of a batch's entries, and the tokenizer for batches without ids."""
 
     input_mode: InputMode
-    key: NestedKey  # what is tokenized, or read, where there are no ids under ``tokens_key``
+    key: NestedKey  # the history, text or ids to read if there are no ids under ``tokens_key``
     tokens_key: NestedKey = "tokens"
     masks_key: NestedKey = "masks"
     tokenizer: Any = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # chat_template_name, chat_template, ...
-    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)  # for text
+    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)  # for input mode "text"
 
 
 def keys_of(
@@ -57,14 +58,14 @@ def keys_of(
     history_key: NestedKey | None = None,
     ids_of: Any = None,
 ) -> InputKeys:
-    """Return where a wrapper's input lies.
+    """Return the keys that a wrapper reads.
 
     Args:
-        model: a wrapper of TorchRL's kind.
-        tokenizer: used instead of the wrapper's.
-        template_kwargs: added to the wrapper's own chat template.
-        history_key: used instead of the wrapper's, with ``"full"``.
-        ids_of: the wrapper that wrote ids and masks, where it is another one.
+        model: a wrapper with the attributes of TorchRL's LLM wrappers.
+        tokenizer: replaces the wrapper's tokenizer.
+        template_kwargs: options of the chat template, which override the wrapper's.
+        history_key: replaces the wrapper's history key; ``"full"`` is appended.
+        ids_of: the wrapper that wrote ids and masks, if it is another one.
     """
     template = {name: getattr(model, name, None) for name in ("chat_template_name", "chat_template")}
     input_mode = getattr(model, "input_mode", "history")
@@ -90,12 +91,13 @@ def nested(key: NestedKey, name: str) -> tuple[str, ...]:
 
 
 def read_rows(td: TensorDictBase, key: NestedKey) -> Rows | None:
-    """Return entry ``key`` of a one-dimensional batch, or ``None`` if no sample has it.
+    """Return entry ``key`` of a one-dimensional batch, or ``None`` if no sample has the entry.
 
-    A dense entry is one tensor ``[B, ...]``; a nested or lazily stacked ragged one is a list of B tensors.
+    A dense entry is returned as one tensor ``[B, ...]``, a ragged entry (nested or lazily stacked) as a list
+    of B tensors.
 
     Raises:
-        InputError: some samples have it and others do not.
+        InputError: some samples have the entry and others do not.
     """
     value = td.get(key, default=None, as_list=True)
     if isinstance(value, torch.Tensor):
@@ -106,27 +108,29 @@ def read_rows(td: TensorDictBase, key: NestedKey) -> Rows | None:
         return None
     if missing:
         raise InputError(
-            f"sample {missing[0]} has no {key}, but others of the batch have: write it for all, or for none"
+            f"sample {missing[0]} has no {key}, but other samples of the batch have: write it for all "
+            "samples or for none"
         )
     return rows
 
 
 def rows_of(td: TensorDictBase, key: NestedKey) -> list[torch.Tensor] | None:
-    """Return entry ``key`` as :func:`read_rows` does, always as one tensor per sample."""
+    """Return entry ``key`` as :func:`read_rows` does, but always as a list of one tensor per sample."""
     rows = read_rows(td, key)
     return list(rows.unbind(0)) if isinstance(rows, torch.Tensor) else rows
 
 
 def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> TokenBatch:
-    """Return the real tokens of a one-dimensional batch and the mask of those that count.
+    """Return the real tokens of a one-dimensional batch and the mask of the tokens that count.
 
     Args:
-        td: tensordict with ``batch_size [B]``; not changed.
-        keys: where to look.
-        assistant_only: keep the assistant's tokens; else every token but token 0.
+        td: a tensordict with ``batch_size [B]``. It is not changed.
+        keys: keys of the batch's entries.
+        assistant_only: whether only the assistant's tokens count; otherwise all tokens but token 0 count.
 
     Raises:
-        InputError: nothing to score, a mask that does not fit its ids, no way to tell the assistant's tokens.
+        InputError: the batch has nothing to score, a mask does not fit its ids, or the assistant's tokens are
+            unknown.
     """
     ids = read_rows(td, nested(keys.tokens_key, "full"))
     if ids is None and keys.input_mode == "tokens":
@@ -150,8 +154,8 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     )
     for i in keep[firsts].nonzero()[:, 0].tolist():
         raise InputError(
-            f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes before "
-            "it. Begin the sequence with a prompt or a BOS token, or clear the mask there."
+            f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes "
+            "before it. Begin the sequence with a prompt or a BOS token, or set the mask to false there."
         )
     return TokenBatch(
         packed_ids=ids_N,
@@ -166,7 +170,7 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
 
 
 def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[list[int], torch.Tensor | None]:
-    """Return how many real tokens each row has, and their places; all of them where no attention mask is stored."""
+    """Return the number of real tokens of each row, and their places (``None``: all tokens are real)."""
     widths = widths_of(ids)
     if attention is None:
         return widths, None
@@ -182,22 +186,24 @@ def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[li
     holes = begun.nonzero()[:, 0][last - first + 1 != lengths[begun]].tolist()
     if holes:
         warnings.warn(
-            f"sample {holes[0]} (and {len(holes) - 1} more): the attention mask leaves out tokens inside the sequence. "
-            "They are left out of scoring as well, because a policy that masks them did not see them: TorchRL's "
-            "wrappers drop every pad id from a padded prompt. Give the tokenizer a pad token that is not its EOS.",
+            f"sample {holes[0]} (and {len(holes) - 1} more): the attention mask leaves out tokens inside "
+            "the sequence. These tokens are not scored, because a policy that masks them did not see "
+            "them: TorchRL's wrappers drop every pad id from a padded prompt.\nGive the tokenizer a pad "
+            "token that is not its EOS.",
             stacklevel=4,
         )
     return lengths.tolist(), places
 
 
 def check_shapes(masks: Rows, ids: Rows, name: NestedKey) -> None:
-    """Refuse masks of another shape than their ids."""
+    """Raise InputError if the masks have another shape than the ids."""
     if isinstance(masks, torch.Tensor) and isinstance(ids, torch.Tensor) and masks.shape == ids.shape:
         return
     for i, (row, mask) in enumerate(zip(ids, masks, strict=True)):
         if mask.shape != row.shape:
             raise InputError(
-                f"sample {i}: {name} has shape {list(mask.shape)}, expected {list(row.shape)}, that of its token ids"
+                f"sample {i}: {name} has shape {list(mask.shape)}, expected {list(row.shape)}, the shape "
+                "of its token ids"
             )
 
 
@@ -209,7 +215,7 @@ def _stored_assistant_mask(
     keys: InputKeys,
     assistant_only: bool,
 ) -> torch.Tensor | None:
-    """Return the stored assistant mask of the real tokens, ``[N]``; or everything after the stored prompt; or ``None``."""
+    """Return the stored assistant mask, ``[N]``, or the mask of all tokens after the prompt, or ``None``."""
     name = nested(keys.masks_key, "all_assistant_mask")
     stored = read_rows(td, name)
     if stored is not None:
@@ -230,11 +236,12 @@ def _stored_assistant_mask(
 def _prompt_lengths(
     prompts: list[torch.Tensor], full: list[torch.Tensor], columns: list[torch.Tensor], keys: InputKeys
 ) -> list[int] | str:
-    """Return how many of its real ids each sample's prompt has, or why that is not known.
+    """Return the number of real ids in each sample's prompt, or a text that says why the number is unknown.
 
-    The prompts of a batch are the first columns of the full rows, padding included (TorchRL's layout), or the first ids without
-    padding. Prompts of one width may be padded in another way, for which no mask is stored: where they end with an id that pads the
-    full rows, or is the tokenizer's pad, nobody can tell.
+    The prompts of a batch are either the first columns of the full rows, padding included (TorchRL's layout),
+    or the first real ids. Prompts of one width may hold padding without a mask: if such a prompt ends with an
+    id that pads the full rows, or with the tokenizer's pad id, this id may be padding or a token, and the
+    number is unknown.
     """
     name = f"{nested(keys.tokens_key, 'prompt')} {{}} {nested(keys.tokens_key, 'full')}".format
     real = [row[c] for row, c in zip(full, columns, strict=True)]
@@ -253,8 +260,9 @@ def _prompt_lengths(
         at = next(t for t, token in enumerate(prompt) if row[t : t + 1] != [token])
         expected = row[at] if at < len(row) else "the end of the row"
         return (
-            f"sample {i}: {name('does not begin')}: its token {at} is {prompt[at]}, expected {expected}. Prompts must be the first "
-            "columns of the full rows, padding included, or the first ids without padding."
+            f"sample {i}: {name('does not begin')}: its token {at} is {prompt[at]}, expected {expected}. "
+            "Prompts must be the first columns of the full rows, padding included, or the first ids "
+            "without padding."
         )
     pads: set[int | None] = set()
     if len({len(p) for p in prompts}) == 1:
@@ -266,28 +274,31 @@ def _prompt_lengths(
             shortest -= 1
         if shortest < longest:
             return (
-                f"sample {i}: {name('begins')} with {shortest} tokens or with {longest}: the ids at its end are padding or "
-                "tokens. Take the padding off the prompts."
+                f"sample {i}: {name('begins')} with {shortest} tokens or with {longest}: the ids at its "
+                "end may be padding or tokens. Remove the padding from the prompts."
             )
     return ways[0]
 
 
 def _template_mask(td: TensorDictBase, token_ids: Sequence[torch.Tensor], keys: InputKeys) -> torch.Tensor:
-    """Return the chat template's assistant mask for stored ids, ``[N]``, if the history gives exactly those ids."""
+    """Return the template's assistant mask, ``[N]``; check that the history renders to the stored ids."""
     if keys.input_mode != "history" or td.get(keys.key, default=None) is None:
         raise InputError(
-            f"assistant_only=True needs to know the assistant's tokens: the tensordict has ids but neither "
-            f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor {keys.key}. "
-            "Add one of them, or pass assistant_only=False."
+            "assistant_only=True needs to know the assistant's tokens: the tensordict has ids but neither "
+            f"{nested(keys.masks_key, 'all_assistant_mask')} nor {nested(keys.tokens_key, 'prompt')} nor "
+            f"{keys.key}.\n"
+            "Add one of these entries, or pass assistant_only=False."
         )
     template_ids, masks, _ = _render(td, keys, assistant_only=True)
     assert masks is not None, "found or refused"
     for i, (ids, expected) in enumerate(zip(template_ids, token_ids, strict=True)):
         if not torch.equal(ids, expected):
             raise InputError(
-                f"sample {i}: its history renders to {len(ids)} tokens that differ from its {len(expected)} stored ids, "
-                f"so the template's assistant mask does not fit them. Store {nested(keys.masks_key, 'all_assistant_mask')} "
-                "beside the ids, or name the template that made them: tokenizer_kwargs={'chat_template_name': ...}."
+                f"sample {i}: its history renders to {len(ids)} tokens that differ from its "
+                f"{len(expected)} stored ids, so the template's assistant mask does not fit the stored "
+                "ids.\n"
+                f"Store {nested(keys.masks_key, 'all_assistant_mask')} beside the ids, or name the "
+                "template that made the ids: tokenizer_kwargs={'chat_template_name': ...}."
             )
     return torch.cat(masks)
 
@@ -295,21 +306,22 @@ def _template_mask(td: TensorDictBase, token_ids: Sequence[torch.Tensor], keys: 
 def _tokenize(
     td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
-    """Return ids and, of histories, assistant masks."""
+    """Return the ids of texts or histories, and the assistant masks of histories."""
     if td.get(keys.key, default=None) is None:
         raise InputError(
-            f"nothing to score: the tensordict has neither {nested(keys.tokens_key, 'full')} nor {keys.key}; it has "
-            f"{sorted(map(str, td.keys()))}"
+            f"nothing to score: the tensordict has neither {nested(keys.tokens_key, 'full')} nor "
+            f"{keys.key}; it has {sorted(map(str, td.keys()))}"
         )
     if keys.input_mode == "tokens":
         raise InputError(f"{keys.key} must hold tensors of ids")
     if keys.tokenizer is None:
-        raise InputError(f"a tokenizer is needed to turn {keys.key} into ids: pass tokenizer=")
+        raise InputError(f"{keys.key} holds no ids, so a tokenizer is needed: pass tokenizer=")
     if keys.input_mode == "history":
         return _render(td, keys, assistant_only=assistant_only)
     if assistant_only:
         raise InputError(
-            "assistant_only=True needs input_mode='history': text does not say whose tokens are whose"
+            "assistant_only=True needs input_mode='history': a text does not say which tokens are the "
+            "assistant's"
         )
     texts = td.get(keys.key)
     if isinstance(texts, (NonTensorData, NonTensorStack)):
@@ -326,7 +338,7 @@ def _tokenize(
 def _render(
     td: TensorDictBase, keys: InputKeys, *, assistant_only: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
-    """Return ids and assistant masks of the histories; masks are ``None`` where the template does not make them."""
+    """Return ids and assistant masks of histories; masks are ``None`` if the template makes none."""
     history = td.get(keys.key)
     if not isinstance(history, History):
         raise InputError(f"{keys.key} must be a History, got {type(history).__name__}")
@@ -337,9 +349,9 @@ def _render(
     dialogs, notes = render(history, keys.tokenizer, options, whose=whose)
     token_ids = [dialog.token_ids for dialog in dialogs]
     bare = [i for i, dialog in enumerate(dialogs) if not dialog.marked.any()]
-    if len(bare) < len(
-        dialogs
-    ):  # others are marked: where nothing is said, or it was cut off, nothing is to mark
+    if len(bare) < len(dialogs):
+        # The template has tags: a dialog without marks is legitimate if the assistant says nothing or is
+        # truncated.
         bare = [i for i in bare if dialogs[i].speaks and not options.get("truncation")]
     if bare and assistant_only:
         stored, prompt = nested(keys.masks_key, "all_assistant_mask"), nested(keys.tokens_key, "prompt")
@@ -347,12 +359,12 @@ def _render(
     ends = ends_of(keys.tokenizer, options)
     masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
     if not assistant_only:
-        of_turns.warnings.pop("blank", None)  # everything counts
+        of_turns.warnings.pop("blank", None)  # all tokens count
     return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
 
 
 def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
-    """Set the chat template in TorchRL's options, where it is the tokenizer's own; return whose it is."""
+    """Set the tokenizer's own template in the options, if it has tags; return its name for messages."""
     if options.get("chat_template") is not None:
         return "the chat_template that was passed"
     if options.get("chat_template_name") is not None:
@@ -360,15 +372,14 @@ def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
     own = getattr(tokenizer, "chat_template", None)
     text = own.get("default", "") if isinstance(own, dict) else own
     if text and _TAG.search(text):
-        options["chat_template"] = (
-            text  # else TorchRL 0.14 takes one of its own by words in the tokenizer's path
-        )
+        # Without this, TorchRL 0.14 chooses one of its own templates by words in the tokenizer's path.
+        options["chat_template"] = text
         return "the tokenizer's own chat template"
     if own:
         warnings.warn(
-            "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a template of its own: ids "
-            "may differ from those that a policy saw. Store its ids, or pass the template to use: "
-            "tokenizer_kwargs={'chat_template': ...}.",
+            "the tokenizer's chat template has no {% generation %} tags, so TorchRL renders with a "
+            "template of its own: the ids may differ from those that the policy saw.\nStore the policy's "
+            "ids, or pass the template to use: tokenizer_kwargs={'chat_template': ...}.",
             stacklevel=5,
         )
     return "the chat template that TorchRL chose by the tokenizer's path"

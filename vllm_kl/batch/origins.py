@@ -1,4 +1,4 @@
-"""Reads and writes which weights sampled each row of a batch: what its engine said, and what transforms stamped."""
+"""Reads and writes which weights sampled each row of a batch, as recorded by the engine or by a transform."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from tensordict import TensorDict, TensorDictBase
 from vllm_kl.batch.sample_rows import entries_of
 from vllm_kl.types import Origin
 
-# Where samples are stamped: the first by TorchRL's PolicyVersion transform, both by EnginePolicyVersion.
+# Keys of the stamps: TorchRL's PolicyVersion transform writes the first, EnginePolicyVersion writes both.
 POLICY_VERSION, POLICY_ADAPTER = "policy_version", "policy_adapter"
-# What a watched policy returns beside its tokens: a tensordict of int64 "version", "last_version" and "adapter", -1: not known.
+# A watched policy writes this tensordict of int64 "version", "last_version" and "adapter"; -1 means unknown.
 GENERATED_BY = "generated_by"
 
-UNKNOWN = -1  # in tensors
+UNKNOWN = -1
 
 
 def set_generated_by(out: TensorDictBase, origins: list[Origin]) -> None:
     """Write which weights generated each row of a batch of any shape."""
-    if len(origins) != out.numel():  # a policy that calls its engine in a way of its own
+    if len(origins) != out.numel():  # the policy calls its engine in another way
         origins = [Origin(None, None)] * out.numel()
     known = torch.tensor([[UNKNOWN if n is None else n for n in origin] for origin in origins])
     version, adapter, last = (column.reshape(out.batch_size) for column in known.to(out.device).unbind(1))
@@ -27,7 +27,7 @@ def set_generated_by(out: TensorDictBase, origins: list[Origin]) -> None:
 
 
 def generated_by(td: TensorDictBase) -> list[Origin] | None:
-    """Return which weights generated each row of a one-dimensional batch; ``None``: its policy does not tell."""
+    """Return which weights generated each row of a one-dimensional batch, or ``None`` without a record."""
     told = td.get(GENERATED_BY, default=None)
     if told is None:
         return None
@@ -36,13 +36,14 @@ def generated_by(td: TensorDictBase) -> list[Origin] | None:
 
 
 def origins(td: TensorDictBase) -> list[Origin]:
-    """Return what sampled each row of a one-dimensional batch, as far as it was recorded: by its engine, or by a stamp.
+    """Return which weights sampled each row of a one-dimensional batch, as the engine or a stamp recorded it.
 
-    Where the two disagree, as where a push came between the generation and the stamp, it is of neither.
+    If the two disagree, for instance because weights were pushed between generation and stamp, the returned
+    origin holds both versions.
     """
     told = generated_by(td)
     if told is not None and "next" not in td.keys():
-        return told  # a step of an env: the stamp at its root is of the one before
+        return told  # a step of an env: the stamp at the root belongs to the previous step
     stamps = [None if version == UNKNOWN else version for version in entries_of(td, POLICY_VERSION)]
     if told is None and all(version is None for version in stamps):
         return [Origin(None)] * len(stamps)

@@ -1,7 +1,7 @@
-"""Rows of a batch -> entries of a tensordict, dense or ragged, and the specs that announce them.
+"""Writes the rows of a batch as entries of a tensordict, dense or ragged, and declares the entries in specs.
 
-The counterpart of ``inputs.py``: what is written here reads back with ``td.get(key)`` (dense) or
-``td.get(key, as_list=True)`` (ragged: B tensors).
+A reader gets a dense entry with ``td.get(key)``, and a ragged entry with ``td.get(key, as_list=True)``: B
+tensors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from vllm_kl.types import Rows
 
 
 def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = None) -> TensorDictBase:
-    """Set a dense ``[B, ...]`` or ragged (list of B) entry of a one-dimensional batch; return the tensordict that has it.
+    """Set a dense ``[B, ...]`` or ragged (list of B) entry of a one-dimensional batch; return the result.
 
-    That is ``td``, unless ragged rows go to the top level of a tensordict that cannot hold them: then it is a lazy
-    stack of the same entries. A nested key whose parent is missing gets a ``data_cls`` as its parent.
+    The result is ``td``, unless ragged rows go to the top level of a dense tensordict: then the result is a
+    lazy stack of the same entries. If the parent of a nested key is missing, a ``data_cls`` becomes the
+    parent.
     """
     is_nested = isinstance(key, tuple) and len(key) > 1
     if isinstance(td, LazyStackedTensorDict) and not isinstance(rows, torch.Tensor):
@@ -55,10 +56,10 @@ def set_rows(td: TensorDictBase, key: NestedKey, rows: Rows, data_cls: Any = Non
 
 
 def check_distinct(keys: Sequence[NestedKey]) -> None:
-    """Refuse keys of which one would replace another's entry.
+    """Check that no key replaces the entry of another key.
 
     Raises:
-        OptionError: two are equal, or one is the parent of the other.
+        OptionError: two keys are equal, or one is the parent of the other.
 
     >>> check_distinct(["kl_penalty", ("log_probs", "full"), ("ref_log_probs", "full")])
     """
@@ -82,7 +83,7 @@ def declare(
     trailing: tuple[int, ...] = (-1,),
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Announce an entry ``[*batch, *trailing]`` in an observation or reward spec."""
+    """Declare an entry ``[*batch, *trailing]`` in an observation or reward spec."""
     leaf = Unbounded(shape=(*spec.shape, *trailing), device=spec.device, dtype=dtype)
     if isinstance(key, tuple) and len(key) > 1 and key[0] not in spec.keys():
         spec[key[0]] = Composite(shape=spec.shape, device=spec.device, data_cls=data_cls)
@@ -97,16 +98,18 @@ def write_kl(
     coeff: float | None,
     log_probs: dict[NestedKey, Rows] | None = None,
 ) -> TensorDictBase:
-    """Write log-probs, entries and, where there is one and ``coeff`` is given, the reward; return the tensordict that has them.
+    """Write log-probs, entries and the shaped reward; return the resulting tensordict.
 
-    The reward is that minus ``coeff`` times ``entries[kl_key]``. Everything is computed before anything is written.
+    If ``coeff`` is given and there is a reward, ``coeff`` times ``entries[kl_key]`` is subtracted from the
+    reward. Everything is computed before the first entry is written, so that an error leaves the tensordict
+    as it was.
     """
     kl = entries[kl_key]
     reward = None if coeff is None else read_rows(next_td, "reward")
     if reward is not None:
         shaped = _shaped_reward(reward, kl, coeff)
     if not isinstance(kl, torch.Tensor) and not isinstance(next_td, LazyStackedTensorDict):
-        next_td = next_td.to_lazystack(0)  # at once: all results in one tensordict
+        next_td = next_td.to_lazystack(0)  # before the first entry, so that one tensordict holds all results
     for key, rows in (log_probs or {}).items():
         next_td = set_rows(next_td, key, rows, LogProbs)
     for key, rows in entries.items():
@@ -115,11 +118,12 @@ def write_kl(
 
 
 def _shaped_reward(reward: Rows, kl: Rows, coeff: float) -> Rows:
-    """Return ``[T, 1]`` of each sample: the reward of the sequence, or of each token, minus the KL's share."""
+    """Return ``[T, 1]`` of each sample: the reward per sequence or token, minus ``coeff`` times the KL."""
     for i, (r, k) in enumerate(zip(reward, kl, strict=True)):
         if r.numel() not in (1, len(k)):
             raise InputError(
-                f"sample {i}: its reward has shape {list(r.shape)}, expected one value or one per token ({len(k)})"
+                f"sample {i}: its reward has shape {list(r.shape)}, expected one value or one per token "
+                f"({len(k)})"
             )
     if isinstance(reward, torch.Tensor) and isinstance(kl, torch.Tensor):
         return _minus(reward.reshape(len(kl), -1), kl, coeff)

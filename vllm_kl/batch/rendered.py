@@ -1,12 +1,16 @@
-"""A rendered dialog against its messages: how much of each message's content a chat template gave back, and where.
+"""Finds in a rendered dialog how much of each message's content the chat template kept, and where.
 
-Templates cut content (earlier reasoning), trim it, move it (a system message into a later turn) and add words of their own. This
-finds out by looking for the contents in the rendered text; it needs to know no template. Where a template marks what assistants
-say, the i-th assistant's message belongs to the i-th run of marks, and the others' to what lies between: there each is looked for
-first, because short sentences stand in many places. Contents that stand there in their order cost one search each. Where one does
-not, the longest are placed first, at home before elsewhere, and what is left is looked for between its neighbours.
+A chat template may cut content (earlier reasoning), trim it, move it (a system message into a later turn), or
+add words of its own. This module searches the rendered text for the contents, and needs no knowledge of the
+template.
 
-Spans are ``(start, end)``, in characters. It does not know tokens, tokenizers or TorchRL.
+Each message has a home in the text. If the template marks the assistant's content, the i-th assistant message
+has its home in the i-th run of marks, and other messages have their home between the runs. The search begins
+at home, because a short content may occur in many places. Contents that stand at home in their order cost one
+search each. If a content is not found so, the search places whole contents, the longest first, at home before
+elsewhere, and then parts of the remaining contents between their neighbours.
+
+Spans are ``(start, end)`` in characters. The module knows no tokens, tokenizers or TorchRL.
 """
 
 from __future__ import annotations
@@ -20,37 +24,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Span = tuple[int, int]
-_SHORTEST = 4  # a part of a message that is shorter may be a part of anything
+_SHORTEST = 4  # a shorter part of a message may occur anywhere by chance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
-    """What became of one message."""
+    """One message in the rendered text."""
 
     role: str
-    num_chars: int  # of its content, names and arguments of tool calls included
-    num_found: int  # of those, in the rendered text
-    missing: str  # the first part that is not there
-    is_moved: bool  # some of it stands before an earlier message, or after a later one
-    spans: list[Span]  # of its content in the rendered text; not of tool calls
-    window: Span  # what lies between the contents of its neighbours
-    is_printed: bool  # its content is a list, and is there as Python prints one
-    calls: list[str]  # names and arguments of its tool calls
+    num_chars: int  # characters of the content, and of names and arguments of tool calls
+    num_found: int  # those of num_chars that are in the rendered text
+    missing: str  # the first part that is not in the rendered text
+    is_moved: bool  # a part stands before an earlier message, or after a later one
+    spans: list[Span]  # places of the content in the rendered text, without tool calls
+    window: Span  # the text between the contents of the messages before and after
+    is_printed: bool  # the content is a list, and the text has it as Python prints a list
+    calls: list[str]  # names and arguments of the tool calls
 
 
 @dataclass(slots=True)
 class _Piece:
-    """A text of a message's content, and where it was found."""
+    """One text of a message's content, and the places where it was found."""
 
     text: str
-    home: Span  # where it belongs in the rendered text
-    is_marked: bool  # an assistant's, which belongs into what is marked
-    shortest: (
-        int  # part that may be one of it, in what is marked: beside a tool call a letter may be the call's
-    )
-    parts: list[tuple[int, Span]] = field(
-        default_factory=list
-    )  # where each was found, and what it is of ``text``
+    home: Span  # its expected place in the rendered text
+    is_marked: bool  # it is the assistant's, so the template should mark it
+    # Shortest part to look for inside marks. Beside a tool call, a single letter may belong to the call.
+    shortest: int
+    # Each found part: its position in the rendered text, and its bounds in ``text``.
+    parts: list[tuple[int, Span]] = field(default_factory=list)
     is_moved: bool = False
 
     @property
@@ -68,15 +70,16 @@ class _Piece:
 
 
 def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[Span] = ()) -> list[Rendered]:
-    """Return where the messages' contents are in a rendered dialog.
+    """Find the contents of messages in a rendered dialog.
 
     Args:
-        text: what the template rendered.
-        messages: its messages; content is a text, ``None`` or a list of parts.
-        runs: what the template marks as the assistant's, in order.
+        text: the rendered dialog.
+        messages: the messages of the dialog; a content is a text, ``None`` or a list of parts.
+        runs: spans that the template marks as the assistant's, in order.
 
-    >>> said = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "<think>easy</think>four"}]
-    >>> user, assistant = find_messages("user: 2 + 2? assistant: four", said, [(24, 28)])
+    >>> question = {"role": "user", "content": "2 + 2?"}
+    >>> answer = {"role": "assistant", "content": "<think>easy</think>four"}
+    >>> user, assistant = find_messages("user: 2 + 2? assistant: four", [question, answer], [(24, 28)])
     >>> (user.num_found, user.num_chars), (assistant.num_found, assistant.num_chars), assistant.missing
     ((6, 6), (4, 23), '<think>easy</think>')
     """
@@ -93,7 +96,7 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
     at_home = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.home)]
     were_placed = [
         _place_in_order(text, group, runs) for group in at_home
-    ]  # all of them, also after one that was not
+    ]  # no short circuit: place every group
     if not all(were_placed):
         _place_by_length(text, pieces)
         _mark_moved(pieces)
@@ -105,7 +108,7 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
 
 
 def _homes(messages: Sequence[dict[str, Any]], runs: Sequence[Span], length: int) -> list[Span]:
-    """Return for each message where it belongs: all of the text where there is not one run of marks for each assistant's."""
+    """Return each message's home: the whole text, unless each assistant message has one run of marks."""
     ours = [message.get("role") == "assistant" for message in messages]
     if sum(ours) != len(runs):
         return [(0, length)] * len(messages)
@@ -138,7 +141,7 @@ def _rendered(text: str, message: dict[str, Any], pieces: list[_Piece], window: 
 
 
 def _texts_of(content: Any) -> list[str]:
-    """Return the texts of a content that are not empty; pictures and the like have none."""
+    """Return the texts of a content that are not empty. Pictures and other media have no text."""
     if content is None:
         return []
     parts = content if isinstance(content, (list, tuple)) else [content]
@@ -147,9 +150,9 @@ def _texts_of(content: Any) -> list[str]:
 
 
 def _words_of_calls(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the texts of a message's tool calls and tool responses. Templates print them in any order and format.
+    """Yield the texts of a message's tool calls and responses. Templates print them in any order and format.
 
-    Beside each comes the JSON that it was given in, which a template may print as it is.
+    Each text comes with the JSON that holds it, because a template may print this JSON unchanged.
     """
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else call
@@ -159,7 +162,7 @@ def _words_of_calls(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _lost_words(text: str, words: list[tuple[str, str]]) -> list[str]:
-    """Return the words that are not in a text, or not as often: of two calls a template may print one."""
+    """Return the words that a text lacks or has too seldom: a template may print one of two calls."""
     needed: Counter[str] = Counter()
     lost = []
     for word, whole in words:
@@ -186,12 +189,12 @@ def _leaves(value: Any, whole: str) -> Iterator[tuple[str, str]]:
 
 
 def _forms(word: str) -> set[str]:
-    """Return a text as it is, and as JSON writes it."""
+    """Return a text unchanged, and in the forms that JSON gives it."""
     return {word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]}
 
 
 def _as_printed(content: str, text: str) -> str:
-    """Return a content as a template printed it: some print tool results and system messages as JSON strings."""
+    """Return a content as the template printed it: some templates print tool results as JSON strings."""
     if content in text:
         return content
     forms = [*_forms(content), *(() if content.strip() in text else _forms(content.strip()))]
@@ -199,7 +202,7 @@ def _as_printed(content: str, text: str) -> str:
 
 
 def _bounds(text: str) -> list[Span]:
-    """Return the bounds of a text, and those without the white space around it."""
+    """Return the bounds of a text, and its bounds without the white space around it."""
     start, end = len(text) - len(text.lstrip()), len(text.rstrip())
     return (
         [(0, len(text))] if (start, end) == (0, len(text)) or start >= end else [(0, len(text)), (start, end)]
@@ -213,14 +216,18 @@ def _next_run(runs: Sequence[Span], start: int, stop: int) -> list[Span]:
 
 
 def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bool:
-    """Place pieces of one home one after the other, some without the white space around them; or none, and return ``False``."""
+    """Place all pieces of one home in order, or none; return whether they were placed.
+
+    A piece may be placed without the white space around it.
+    """
     start, stop = pieces[0].home
     found: list[tuple[int, Span]] = []
     for piece in pieces:
         marked = _next_run(runs, start, stop) if piece.is_marked else []
         for place, bounds in itertools.product([*marked, (start, stop)], _bounds(piece.text)):
             part = piece.text[slice(*bounds)]
-            # In what is marked at its end first: a word like "a" may be in what the template puts before it, too.
+            # Inside marks, look at the end first: the template's own words before a short content may contain
+            # it.
             is_last = place in marked and text.endswith(part, *place)
             if (at := place[1] - len(part) if is_last else text.find(part, *place)) >= 0:
                 found.append((at, bounds))
@@ -234,7 +241,7 @@ def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bo
 
 
 def _place_by_length(text: str, pieces: list[_Piece]) -> None:
-    """Place the pieces that are in the text and not placed yet, the longest first: at home, those that are not there elsewhere."""
+    """Place whole pieces that are not placed yet, the longest first: at home if possible, else elsewhere."""
     placed = [i for i, piece in enumerate(pieces) if piece.parts]  # sorted
     free = text
     for i in placed:
@@ -242,7 +249,7 @@ def _place_by_length(text: str, pieces: list[_Piece]) -> None:
     by_length = sorted(set(range(len(pieces))) - set(placed), key=lambda i: -len(pieces[i].text))
     for i, is_home in ((i, is_home) for is_home in (True, False) for i in by_length):
         piece, k = pieces[i], bisect.bisect(placed, i)
-        if piece.parts or not (is_home or piece.text.strip()):  # white space is elsewhere, always
+        if piece.parts or not (is_home or piece.text.strip()):  # white space occurs everywhere
             continue
         low, high = piece.home if is_home else (0, len(text))
         start = pieces[placed[k - 1]].found[-1][1] if k else 0
@@ -262,9 +269,9 @@ def _without(text: str, start: int, stop: int) -> str:
 
 
 def _mark_moved(pieces: list[_Piece]) -> None:
-    """Mark the fewest pieces without which all others stand in order: all but a longest increasing subsequence."""
-    ends: list[int] = []  # by length of a subsequence: the smallest position that ends one
-    chains: list[Any] = []  # and its pieces, the last first
+    """Mark the fewest pieces as moved; the others form a longest increasing subsequence."""
+    ends: list[int] = []  # for each length of a subsequence: the smallest end position
+    chains: list[Any] = []  # for each length: the pieces of that subsequence, the last first
     for piece in pieces:
         if piece.parts:
             piece.is_moved = True
@@ -278,7 +285,7 @@ def _mark_moved(pieces: list[_Piece]) -> None:
 
 
 def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
-    """Place what is left of the pieces that are not there as a whole, between their neighbours that stand in order."""
+    """Place parts of the pieces that the text does not have whole, between their neighbours in order."""
     start = 0
     for piece, (_, stop) in zip(pieces, _windows([[piece] for piece in pieces], len(text)), strict=True):
         if not piece.parts:
@@ -291,10 +298,12 @@ def _place_parts(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> None:
 
 
 def _common_parts(piece: str, text: str, start: int, stop: int, shortest: int) -> list[tuple[int, Span]]:
-    """Return parts of a piece that are in ``text[start:stop]``, in order: where each begins, and its bounds in the piece.
+    """Return the parts of a piece in ``text[start:stop]``: position in the text and bounds in the piece.
 
-    From the end of the piece that has more of it there, and then from the other, the longest part, and the longest of what is left
-    as long as there is one; then whole lines between. A short part counts where nothing but white space lies before it.
+    The search takes the longest part at one end of the piece, then the longest part of the rest, and so on.
+    It begins at the end of the piece of which the text has more, and then continues at the other end. Last,
+    it looks for whole lines between. A short part counts only if nothing but white space separates it from
+    the part before.
     """
     parts: list[tuple[int, Span]] = []
     low, high = 0, len(piece)
@@ -326,7 +335,7 @@ def _common_parts(piece: str, text: str, start: int, stop: int, shortest: int) -
 
 
 def _longest(piece: str, text: str, start: int, stop: int, head: bool) -> int:
-    """Return the length of the longest beginning, or end, of a piece that is in ``text[start:stop]``."""
+    """Return the length of the longest beginning (``head``) or end of a piece in ``text[start:stop]``."""
 
     def is_gone(length: int) -> bool:
         return text.find(piece[:length] if head else piece[len(piece) - length :], start, stop) < 0
@@ -335,7 +344,7 @@ def _longest(piece: str, text: str, start: int, stop: int, head: bool) -> int:
 
 
 def _windows(by_message: list[list[_Piece]], length: int) -> list[Span]:
-    """Return for each message what lies between the contents of the messages before and after it."""
+    """Return for each message the span between the contents of the messages before and after it."""
     spans = [
         [span for piece in pieces if not piece.is_moved for span in piece.found] for pieces in by_message
     ]

@@ -1,10 +1,11 @@
-"""Results of a scored batch -> rows of its real tokens: what :func:`vllm_kl.view.samples.samples_from_batch` reads.
+"""Reads the results of a scored batch as rows of its real tokens, for ``samples_from_batch``.
 
-Ids that are ragged may have results that were padded to one width, on a side that the batch does not tell: the caller says it. A
-row read from the wrong side is shifted, so whatever shows that is refused: a value in the padding or at token 0, a mask that is
-not the batch's, values outside the mask that fit it from the other side.
+Ragged ids may have results that were padded to one width. The batch does not tell on which side, so the
+caller passes the side. A row that is read from the wrong side is shifted. The module raises an error at every
+sign of such a shift: a value in the padding or at token 0, a mask that differs from the batch's mask, or
+values outside the mask that would fit the mask when read from the other side.
 
-It knows tensordicts and layouts; nothing of files.
+The module knows tensordicts and layouts, but no files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _CURE = "pass the padding_side of the transform that wrote it"
 
 
 def result_rows(data: TensorDictBase, key: str | tuple[str, ...]) -> list[torch.Tensor] | None:
-    """Return an entry's rows, found under ``"next"`` or at the root, or ``None``."""
+    """Return the rows of an entry under ``"next"``, or else at the root, or ``None``."""
     under_next = ("next", key) if isinstance(key, str) else ("next", *key)
     rows = rows_of(data, under_next) if "next" in data.keys() else None
     return rows_of(data, key) if rows is None else rows
@@ -38,12 +39,14 @@ def aligned(
     keep: list[torch.Tensor] | None = None,
     is_zero_outside: bool = True,
 ) -> list[torch.Tensor]:
-    """Return ``[L]`` values of the real tokens; without the padding of results that are dense while their ids are ragged.
+    """Return ``[L]`` values of each sample's real tokens, without the padding of dense results of ragged ids.
 
     Args:
-        rows: one per sample, as they are stored.
-        keep: the mask of the values, where it is known.
-        is_zero_outside: the padding holds zeros, and so does token 0.
+        rows: stored rows, one per sample.
+        padding_side: side of the padding to remove.
+        what: name of the values in messages.
+        keep: the mask of the values, if it is known.
+        is_zero_outside: whether padding and token 0 must hold zeros.
 
     Raises:
         InputError: a row was padded on the other side, or does not fit the ids.
@@ -65,15 +68,17 @@ def aligned(
             )
         if values[: int(columns[0]) + 1].any():
             raise InputError(
-                f"{what}: sample {i}, read as padded on the {padding_side}, has a value at token 0, expected 0: {_CURE}"
+                f"{what}: sample {i}, read as padded on the {padding_side}, has a value at token 0, "
+                f"expected 0: {_CURE}"
             )
         if keep is not None:
             outside = torch.ones(width, dtype=torch.bool).index_fill(0, columns[keep[i]], False)
             wrong = outside & (values != 0)
             if wrong.any() and not other[outside].any():
                 raise InputError(
-                    f"{what}: sample {i}, token {int((columns == wrong.nonzero()[0]).nonzero()[0])}, read as padded on the "
-                    f"{padding_side}, has a value that the mask leaves out, expected 0, as read from the other side: {_CURE}"
+                    f"{what}: sample {i}, token {int((columns == wrong.nonzero()[0]).nonzero()[0])}, read "
+                    f"as padded on the {padding_side}, has a value outside the mask, expected 0, as read "
+                    f"from the other side: {_CURE}"
                 )
     return list(from_layout(rows, batch, what=what).split(batch.lengths))
 
@@ -83,8 +88,9 @@ def read_mask(
 ) -> list[torch.Tensor]:
     """Return the stored masks of the real tokens, ``[L]`` bool.
 
-    Where padding was cut off, so that a wrong side would shift it, a mask must be the batch's own (``("masks",
-    "all_assistant_mask")``, or else what follows ``("tokens", "prompt")``) or all tokens but token 0.
+    A mask whose padding was removed is checked against a wrong side: it must equal the batch's mask
+    (``("masks", "all_assistant_mask")``, or else all tokens after ``("tokens", "prompt")``), or keep all
+    tokens but token 0.
 
     Raises:
         InputError: a mask keeps token 0, was padded on the other side, or does not fit the ids.
@@ -93,8 +99,8 @@ def read_mask(
     for i, (mask, num_padding) in enumerate(zip(keep, _num_padding(rows, batch), strict=True)):
         if mask[0]:
             raise InputError(
-                f"{what}: sample {i} keeps token 0, which has no log-prob because nothing comes before it; expected false there. "
-                f"Clear it; or, if it was padded, {_CURE}"
+                f"{what}: sample {i} keeps token 0, which has no log-prob because nothing comes before it; "
+                f"expected false there. Set it to false; or, if the mask was padded, {_CURE}"
             )
         after_first = torch.arange(len(mask)) > 0
         if not num_padding or batch.assistant is None or torch.equal(mask, after_first):
@@ -103,8 +109,9 @@ def read_mask(
         if differs.any():
             t = int(differs.nonzero()[0])
             raise InputError(
-                f"{what}: sample {i}, token {t}, read as padded on the {padding_side}, is {bool(mask[t])}, expected "
-                f"{not bool(mask[t])}, as in ('masks', 'all_assistant_mask') or after ('tokens', 'prompt'): {_CURE}"
+                f"{what}: sample {i}, token {t}, read as padded on the {padding_side}, is {bool(mask[t])}, "
+                f"expected {not bool(mask[t])}, as in ('masks', 'all_assistant_mask') or after ('tokens', "
+                f"'prompt'): {_CURE}"
             )
     return keep
 
@@ -112,7 +119,7 @@ def read_mask(
 def read_rewards(
     data: TensorDictBase, batch: TokenBatch, keep: list[torch.Tensor], padding_side: PaddingSide
 ) -> list[float | None]:
-    """Return one reward per sample: the stored one, or the mean over the mask of one per token."""
+    """Return one reward per sample: the stored reward, or the mean of the rewards per token over the mask."""
     rows = result_rows(data, "reward")
     if rows is None:
         return [None] * len(keep)
@@ -128,7 +135,7 @@ def read_rewards(
 
 
 def entry_of(sample: TensorDictBase, key: str | tuple[str, ...]) -> Any:
-    """Return one sample's text or version, found under ``"next"`` or at the root, or ``None``."""
+    """Return the text or version of one sample, under ``"next"`` or else at the root, or ``None``."""
     path = (key,) if isinstance(key, str) else key
     for place in (("next", *path), path):
         value = sample.get(place, default=None)
@@ -154,7 +161,7 @@ def _plain(value: Any) -> Any:
 
 
 def _num_padding(rows: list[torch.Tensor], batch: TokenBatch) -> list[int]:
-    """Return how much of each row is padding that its ids do not have."""
+    """Return the width of each row's padding that its ids do not have."""
     width = max(batch.widths)
     is_dense = all(len(row) == width for row in rows)
     return [width - own if is_dense else 0 for own in batch.widths]

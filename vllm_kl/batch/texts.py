@@ -1,7 +1,8 @@
-"""Texts -> ids; and what was found on the way, said once.
+"""Tokenizes texts, and reports what is suspicious about them, such as a doubled BOS.
 
-A :class:`~vllm_kl.types.TextReport` is of one batch and travels with it. A :class:`TextWatch` belongs to one transform or reference
-and says each kind of finding the first time that it comes. Messages are in :mod:`vllm_kl.batch.chat_templates`.
+A :class:`~vllm_kl.types.TextReport` holds the findings of one batch. A :class:`TextWatch` belongs to one
+transform or reference, and reports each kind of finding once. The messages about chat templates are in
+:mod:`vllm_kl.batch.chat_templates`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ logger = logging.getLogger("vllm_kl")
 
 
 class TextWatch:
-    """Says each kind of finding once. It belongs to one transform or reference.
+    """Reports each kind of finding once, for one transform or reference.
 
     Attributes:
         metrics: figures of the last batch, see :attr:`vllm_kl.RetrieveKL.metrics`.
@@ -31,20 +32,20 @@ class TextWatch:
         self._said: set[str] = set()
 
     def see(self, report: TextReport) -> None:
-        """Take the figures of a batch, and say what was not said before: a warning each, or a line of the log."""
+        """Store the metrics of a batch, and report new kinds of findings, as warnings or in the log."""
         self.metrics = report.metrics
         for kind, sentence in (report.warnings | report.notes).items():
             if kind in self._said:
                 continue
             self._said.add(kind)
             if kind in report.warnings:
-                warnings.warn(f"{sentence} Said once.", stacklevel=4)
+                warnings.warn(f"{sentence} Reported once.", stacklevel=4)
             else:
                 logger.warning("vllm_kl: %s", sentence)
 
 
 def doubled_bos(ids_N: torch.Tensor, firsts: torch.Tensor, lengths: list[int], tokenizer: Any) -> TextReport:
-    """Return what to say of samples whose ids begin with two BOS tokens; ``firsts``: where each sample begins."""
+    """Report the samples whose ids begin with two BOS tokens; ``firsts``: first index of each sample."""
     bos = getattr(tokenizer, "bos_token_id", None)
     seconds = (firsts + 1).clamp(max=len(ids_N) - 1)
     is_doubled = (ids_N[firsts] == bos) & (ids_N[seconds] == bos) & (torch.tensor(lengths) > 1)
@@ -52,9 +53,10 @@ def doubled_bos(ids_N: torch.Tensor, firsts: torch.Tensor, lengths: list[int], t
     said = {}
     if doubled:
         said["double_bos"] = (
-            f"the ids of {len(doubled)} of {len(lengths)} samples begin with two BOS tokens ({tokenizer.bos_token!r}, id {bos}); "
-            f"the first is sample {doubled[0]}. They are scored as they are. A text that begins with BOS was tokenized with "
-            "add_special_tokens=True, or a template's first message begins with it."
+            f"the ids of {len(doubled)} of {len(lengths)} samples begin with two BOS tokens "
+            f"({tokenizer.bos_token!r}, id {bos}); the first is sample {doubled[0]}. Both tokens are "
+            "scored. Causes: a text that begins with BOS was tokenized with add_special_tokens=True, or "
+            "the first message of a dialog begins with BOS."
         )
     return TextReport(warnings=said)
 
@@ -62,15 +64,16 @@ def doubled_bos(ids_N: torch.Tensor, firsts: torch.Tensor, lengths: list[int], t
 def tokenize(
     texts: Sequence[str], tokenizer: Any, options: dict[str, Any]
 ) -> tuple[list[list[int]], TextReport]:
-    """Return the ids of texts. What the tokenizer puts around every text (BOS, EOS) is there once where a text has it already.
+    """Return the ids of texts, and a report. BOS or EOS of the text are not added a second time.
 
     Args:
-        texts: B of them. One that a chat template rendered begins with BOS and may end with EOS.
+        texts: B texts. A text that a chat template rendered begins with BOS and may end with EOS.
         tokenizer: a tokenizer of transformers.
-        options: of its call. ``add_special_tokens``, if it is among them, is obeyed to the letter.
+        options: options of the tokenizer's call. If ``add_special_tokens`` is among them, the ids stay as the
+            tokenizer returns them.
 
     Raises:
-        InputError: the tokenizer raises; names the first sample for which it does.
+        InputError: the tokenizer raises; the message names the first sample for which it does.
     """
     rows, report = [list(ids) for ids in _call(tokenizer, texts, options)], TextReport()
     if "add_special_tokens" in options:
@@ -80,8 +83,9 @@ def tokenize(
     late = [i for i, text in enumerate(texts) if bos and text[:1].isspace() and text.lstrip().startswith(bos)]
     if late:
         report.warnings["begins_late"] = (
-            f"{len(late)} of {len(rows)} texts have white space before their own BOS, and the tokenizer adds another; the first is "
-            f"sample {late[0]}: {shown(texts[late[0]])}. Both are scored. Strip the text"
+            f"{len(late)} of {len(rows)} texts have white space before their own BOS, and the tokenizer "
+            f"adds another BOS; the first is sample {late[0]}: {shown(texts[late[0]])}. Both are scored. "
+            "Strip the text."
         )
     for verb, tokens, special in (("begin", begin, "bos"), ("end", end, "eos")):
         num, is_begin = len(tokens), verb == "begin"
@@ -97,16 +101,18 @@ def tokenize(
                 special.upper() if tokens == [getattr(tokenizer, f"{special}_token_id", None)] else "tokens"
             )
             report.warnings[f"text_{verb}s"] = (
-                f"{len(found)} of {len(rows)} texts {verb} with the {name} {''.join(tokenizer.convert_ids_to_tokens(tokens))!r} "
-                f"that the tokenizer adds too; the first is sample {found[0]}. It is there once in the ids that are scored. Where "
-                "an engine tokenized such texts itself to sample from them, it saw two: store its ids, or give it texts without, "
-                "or tokenizer_kwargs={'add_special_tokens': False} here and there."
+                f"{len(found)} of {len(rows)} texts {verb} with the {name} "
+                f"{''.join(tokenizer.convert_ids_to_tokens(tokens))!r} that the tokenizer adds too; the "
+                f"first is sample {found[0]}. The scored ids have the {name} once. An engine that "
+                "tokenizes such a text itself sees it twice.\n"
+                f"Store the engine's ids; or give the engine texts without the {name}; or pass "
+                "tokenizer_kwargs={'add_special_tokens': False} here and to the policy."
             )
     return rows, report
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that a tokenizer puts before and after every text."""
+    """Return the ids that a tokenizer adds before and after every text."""
     own, whole = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
     for start in range(len(whole) - len(own) + 1):
         if whole[start : start + len(own)] == own:
@@ -123,15 +129,16 @@ def _call(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
                 tokenizer([text], **options)
             except Exception as of_one:
                 raise InputError(
-                    f"sample {i}: the tokenizer ({type(tokenizer).__name__}) cannot turn {shown(text)} into ids: "
-                    f"{type(of_one).__name__}: {of_one}. Expected a text, and options that the tokenizer knows: {options}"
+                    f"sample {i}: the tokenizer ({type(tokenizer).__name__}) cannot turn {shown(text)} "
+                    f"into ids: {type(of_one).__name__}: {of_one}. Expected a text, and options that the "
+                    f"tokenizer knows: {options}"
                 ) from of_one
         raise InputError(
-            f"the tokenizer ({type(tokenizer).__name__}) cannot turn the texts into ids together, though it can one by one: "
-            f"{type(error).__name__}: {error}"
+            f"the tokenizer ({type(tokenizer).__name__}) can turn each text into ids, but not all texts in "
+            f"one call: {type(error).__name__}: {error}"
         ) from error
 
 
 def shown(text: Any) -> str:
-    """Return a text for a message, not all of it if it is long."""
+    """Return a text for a message, shortened if it is long."""
     return repr(text) if len(repr(text)) <= 60 else f"{repr(text)[:57]}..."

@@ -1,1 +1,1 @@
-"""The demo: a small model trained here, then the whole job on it. ``task`` -> ``train`` -> ``run`` -> ``report``."""
+"""The demo: trains a small model on word problems, collects its KL, checks the KL and shows it."""

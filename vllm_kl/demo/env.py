@@ -1,8 +1,8 @@
-"""The demo's env: arithmetic problems in, graded responses out, of a vLLM policy, in groups.
+"""Builds the demo's env and collector: a vLLM policy answers word problems in groups, and the env grades.
 
-    problems -> ChatEnv -> policy (vLLM, in this process) -> reward -> RetrieveKL("from_collector", reference) -> batches
+    problems -> ChatEnv -> policy -> reward -> RetrieveKL("from_collector", reference) -> batches
 
-The reference's engine runs in a process of its own.
+The policy's engine runs in this process, the reference's engine in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_NEW_TOKENS = 24
 
 
 def set_up() -> None:
-    """Make this process ready: lists stack, and upstream's notices and bars do not tear ours."""
+    """Prepare this process: TensorDict stacks lists, and other packages print no notices or progress bars."""
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -50,14 +50,16 @@ def set_up() -> None:
 def started(
     config: DemoConfig, reference: Path, policy: Path, console: Console
 ) -> Iterator[tuple[VLLMReference, Any]]:
-    """Start the two engines; yield the reference, in a process of its own, and the policy's ``vllm.LLM``, in this one.
+    """Start both engines; yield the reference and the policy's ``vllm.LLM``.
 
     Args:
-        reference, policy: checkpoints.
+        config: settings of the demo.
+        reference, policy: folders of checkpoints.
+        console: shows progress.
     """
     from vllm import LLM
 
-    # Two engines fit on one machine.
+    # Leaves room for two engines on one machine.
     memory = {"gpu_memory_utilization": 0.3} if has_gpu() else {"kv_cache_memory_bytes": 256 << 20}
     options = {"dtype": "float32", "max_model_len": 256, "seed": config.seed, **memory}
     with console.status("starting the reference's engine (vLLM, its own process)"):
@@ -65,14 +67,13 @@ def started(
     with scorer:
         with console.status("starting the policy's engine (vLLM, this process)"):
             engine = LLM(str(policy), enforce_eager=True, use_tqdm_on_load=False, **options)
-        engine.generate = functools.partial(
-            engine.generate, use_tqdm=False
-        )  # the wrapper cannot ask for quiet
+        # TorchRL's wrapper cannot switch the progress bar off.
+        engine.generate = functools.partial(engine.generate, use_tqdm=False)
         yield VLLMReference(scorer, task.make_tokenizer(), pad_output=config.pad_output), engine
 
 
 class Problems(IterableDataset):
-    """Endless word problems."""
+    """An endless stream of word problems."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -85,12 +86,12 @@ class Problems(IterableDataset):
 
 
 def collate(items: list[dict[str, Any]]) -> TensorDictBase:
-    """Return problems as a lazy stack: texts may differ in length."""
+    """Return problems as a lazy stack, which may hold texts of different lengths."""
     return lazy_stack([TensorDict(query=i["query"], answer=NonTensorData(str(i["answer"]))) for i in items])
 
 
 class Grade(Transform):
-    """Writes the task's reward, ``[B, 1, 1]``: 1.0 for the right answer."""
+    """Writes the reward of the task, ``[B, 1, 1]``: 1.0 for a right answer, else 0.0."""
 
     def __init__(self) -> None:
         super().__init__(in_keys=[("text", "response"), "answer"], out_keys=["reward"])
@@ -108,7 +109,7 @@ class Grade(Transform):
 def make_collector(
     engine: Any, kl: RetrieveKL, config: DemoConfig, weight_updater: Any = None
 ) -> LLMCollector:
-    """Return a collector of batches ``[prompts * group]``; the KL is appended before the collector exists."""
+    """Return a collector of batches ``[prompts * group]`` whose env has the transform ``kl``."""
     num_envs = config.prompts * config.group
     tokenizer = kl.ref_model.tokenizer
     env = ChatEnv.from_dataloader(

@@ -1,9 +1,10 @@
-"""GRPO on the demo's problems: the policy moves, the reference does not, and every figure is checked.
+"""Trains the policy with GRPO on the demo's problems, and checks every KL against float64.
 
-    collect -> check against float64 -> replay buffer, advantages -> GRPOLoss, AdamW -> push to the policy's engine -> collect
+    collect -> check against float64 -> replay buffer, advantages -> GRPOLoss, AdamW -> push -> collect
 
-The trainer's model begins as a copy of the reference, so the KL begins at zero. The checkpoints of all versions are kept: the KL
-of an update is that of its own version's checkpoint, computed in float64 by transformers.
+The trained model starts as a copy of the reference, so the KL starts at zero. The loop saves a checkpoint of
+each version. After each batch it compares the KL with the KL of that version's checkpoint, which transformers
+computes in float64.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from vllm_kl.view.samples import write_samples
 
 
 def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Train; return the figures of ``--json``."""
+    """Train the policy; return the figures of ``--json``."""
     began = time.perf_counter()
     set_up()
     checkpoints = config.out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     reference_path, _ = train.checkpoints(console)
-    # In eval mode, as GRPOLoss wants it.
+    # from_pretrained returns the model in eval mode, which GRPOLoss needs.
     model = AutoModelForCausalLM.from_pretrained(reference_path, dtype=torch.float32)
     model.save_pretrained(checkpoints / "0")
     with started(config, reference_path, reference_path, console) as (reference, engine):
-        kl = RetrieveKL("from_collector", reference, add_to_reward=False)  # it is a term of the loss
+        kl = RetrieveKL("from_collector", reference, add_to_reward=False)  # the loss has the KL as a term
         collector = make_collector(engine, kl, config, VLLMWeightUpdater(engine, model))
         trainer = Trainer(model, reference.tokenizer, config)
         rows: list[UpdateRow] = []
@@ -53,9 +54,8 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
             for data in collector:
                 data, wall_s = data.reshape(-1), time.perf_counter() - start
                 batch = list(read_rollouts(data, len(rows), config.group, reference))
-                (versions,) = {
-                    (r.policy_version, r.ref_version) for r in batch
-                }  # nobody updates while this collects
+                # One pair of versions: nothing updates the weights during a collection.
+                (versions,) = {(r.policy_version, r.ref_version) for r in batch}
                 oracle = Float64KL(checkpoints / str(versions[0]), reference_path)
                 row = UpdateRow(
                     policy_version=versions[0],
@@ -79,8 +79,8 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
     write_samples(files[0], rollouts)
     report.print_updates(rows, console)
     console.print(
-        f"reference: version {rows[-1].ref_version}, its numbers did not move; policy: version {rows[0].policy_version} to "
-        f"{collector.policy_version}, checkpoints of all in {checkpoints}",
+        f"reference: version {rows[-1].ref_version}, its numbers did not move; policy: version "
+        f"{rows[0].policy_version} to {collector.policy_version}, all checkpoints in {checkpoints}",
         highlight=False,
     )
     return summary(rows, time.perf_counter() - began, files)
@@ -98,7 +98,7 @@ def _progress(console: Console) -> Progress:
 
 
 class Trainer:
-    """The trained model with its loss, its optimizer and the batches it is trained on."""
+    """The trained model, its loss, its optimizer and its replay buffer."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, config: TrainConfig) -> None:
         self._model = model
@@ -119,16 +119,16 @@ class Trainer:
 
     @torch.no_grad()
     def mismatch(self, data: TensorDictBase) -> float:
-        """Return ``token_mult_prob_error - 1`` of a batch ``[B]``: the sampler's log-probs against the model's own."""
+        """Return ``token_mult_prob_error - 1`` of a batch ``[B]``: sampler against trained model."""
         own = self._actor(data.select("tokens", "masks"))
         sampled, scored = (batch.get(("log_probs", "full"), as_list=True) for batch in (data, own))
         found = mismatch(sampled, scored, data.get(("next", "kl_mask"), as_list=True))
         return found.metrics["token_mult_prob_error"] - 1
 
     def update(self, data: TensorDictBase, version: int) -> dict[str, float]:
-        """Take in a batch ``[B]`` and go once through the buffer; return the figures of it."""
+        """Add a batch ``[B]`` to the buffer, train once on the whole buffer, and return figures."""
         for sample in data.unbind(0):
-            # The one mask of the KL becomes the loss's: "rlhf" reads it there.
+            # masking_strategy="rlhf" reads its mask here, so that loss and KL use one mask.
             sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
         self._buffer.extend(data)
         losses, clipped = [], []

@@ -1,4 +1,4 @@
-"""What the demo shows: tables and pictures."""
+"""Prints the demo's tables and draws its plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_kl.demo.types import BatchRow, Rollout, UpdateRow
 
 
 def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: Console) -> None:
-    """Print one line per batch, and one rollout so that there is something to read."""
+    """Print one line per batch, and one rollout as an example."""
     columns = {
         "batch": range(len(rows)),
         **_figures(rows),
@@ -23,14 +23,14 @@ def print_table(rows: Sequence[BatchRow], rollouts: Sequence[Rollout], console: 
     last = rollouts[-1]
     kl = sum(last.log_probs) - sum(last.ref_log_probs)
     console.print(
-        f"[dim]{last.query}[/dim] -> [bold]{last.response}[/bold]   reward {last.reward:.0f}, KL {kl:+.3f} nats over "
-        f"{len(last.log_probs)} tokens",
+        f"[dim]{last.query}[/dim] -> [bold]{last.response}[/bold]   reward {last.reward:.0f}, KL {kl:+.3f} "
+        f"nats over {len(last.log_probs)} tokens",
         highlight=False,
     )
 
 
 def print_updates(rows: Sequence[UpdateRow], console: Console) -> None:
-    """Print one line per update; of many updates every so many-th, and the last."""
+    """Print one line per update. Of many updates, print about 15, evenly spaced, and the last."""
     every = max(1, len(rows) // 15)
     shown = [row for i, row in enumerate(rows) if i % every == 0 or i + 1 == len(rows)]
     columns = {
@@ -44,7 +44,7 @@ def print_updates(rows: Sequence[UpdateRow], console: Console) -> None:
 
 
 def plot(path: Path, batches: Sequence[BatchRow], updates: Sequence[UpdateRow] = ()) -> Path:
-    """Draw reward and KL per batch; of a training also staleness and mismatch, per version of the policy."""
+    """Draw reward and KL per batch; with ``updates``, also staleness and mismatch per policy version."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -28,7 +28,7 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     set_up()
     config.out.mkdir(parents=True, exist_ok=True)
     reference_path, policy_path = train.checkpoints(console)
-    oracle = Float64KL(policy_path, reference_path)  # before vLLM changes this process's threads
+    oracle = Float64KL(policy_path, reference_path)  # first, because vLLM changes the threads of this process
     with started(config, reference_path, policy_path, console) as (reference, engine):
         collector = make_collector(
             engine, RetrieveKL("from_collector", reference, coeff=config.coeff), config
@@ -52,8 +52,8 @@ def run(config: DemoConfig, console: Console) -> dict[str, Any]:
     write_samples(files[0], rollouts)
     report.print_table(rows, rollouts, console)
     console.print(
-        f"reference: read-out {readout!r}; of the last batch's {stats.num_prompt_tokens:,} tokens {stats.num_cached_tokens:,} "
-        "were shared, not computed again",
+        f"reference: read-out {readout!r}; of the last batch's {stats.num_prompt_tokens:,} tokens "
+        f"{stats.num_cached_tokens:,} were shared, not computed again",
         highlight=False,
     )
     return summary(rows, policy_version, files)
@@ -78,7 +78,7 @@ def summary(rows: list[BatchRow], policy_version: Any, files: list[str]) -> dict
 def read_rollouts(
     data: TensorDictBase, batch: int, group: int, reference: VLLMReference
 ) -> Iterator[Rollout]:
-    """Yield the responses of one collected batch, ``[B]``."""
+    """Yield the scored responses of one collected batch, ``[B]``."""
     samples = samples_from_batch(data, reference.tokenizer, ref_version=reference.scorer.weight_version)
     for i, sample in enumerate(samples):
         reward = task.grade(data["text", "response"][i], int(data["answer"][i]))
@@ -86,7 +86,7 @@ def read_rollouts(
 
 
 class Float64KL:
-    """The KL of two checkpoints on given ids, in float64, by transformers."""
+    """Computes the KL of two checkpoints on given ids in float64, with transformers."""
 
     def __init__(self, policy_path: Path, reference_path: Path) -> None:
         self._models = [
@@ -96,15 +96,17 @@ class Float64KL:
 
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
-        """Return k1 of the rollouts' scored tokens, laid end to end, ``[N]`` float64, nats."""
+        """Return k1 of all scored tokens of the rollouts, end to end, ``[N]`` float64, nats."""
         rows = [torch.tensor(rollout.token_ids) for rollout in rollouts]
-        ids_B_T = pad_sequence(rows, batch_first=True)  # on the right: no row sees its padding
+        ids_B_T = pad_sequence(
+            rows, batch_first=True
+        )  # padding on the right: in a causal model, no token sees it
         policy, reference = (
             model(ids_B_T).logits[:, :-1].log_softmax(-1).gather(-1, ids_B_T[:, 1:, None])[..., 0]
             for model in self._models
         )
         mask_B_T = pad_sequence([torch.tensor(rollout.mask) for rollout in rollouts], batch_first=True)
-        return (policy - reference)[mask_B_T[:, 1:]]  # column t - 1 is of token t
+        return (policy - reference)[mask_B_T[:, 1:]]  # column t - 1 belongs to token t
 
 
 def summarize(rollouts: list[Rollout], oracle: Float64KL, wall_s: float) -> BatchRow:

@@ -1,4 +1,4 @@
-"""Arithmetic word problems: how they are made, worded, tokenized and graded. Nothing is downloaded."""
+"""Makes, tokenizes and grades arithmetic word problems. Needs no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    # A response that was sampled ends with <|im_end|> already; one that was written does not.
+    # A sampled response already ends with <|im_end|>; a written one does not.
     "{% generation %}{{ message['content'] }}"
     "{% if not message['content'].endswith('<|im_end|>') %}{{ '<|im_end|>' }}{% endif %}"
     "{% endgeneration %}"
@@ -34,12 +34,12 @@ class Problem:
     """One word problem."""
 
     question: str
-    solution: str  # what a good response says
+    solution: str  # a right response
     answer: int
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """Return a random problem; both numbers and the answer lie in 1 to 18."""
+    """Return a random problem. Both numbers are 1 to 9, the answer is 1 to 18."""
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     add = a <= b or rng.random() < 0.5
     answer = a + b if add else a - b
@@ -62,7 +62,7 @@ def grade(response: str, answer: int) -> float:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer (a token per byte and three specials) with a chat template that marks responses.
+    """Return a byte-level tokenizer with three special tokens, whose chat template marks responses.
 
     >>> make_tokenizer()("7 pens").input_ids
     [22, 220, 79, 68, 77, 82]

@@ -1,6 +1,7 @@
-"""Trains the demo's model from scratch and keeps two checkpoints of it: the reference, and a later one as the policy.
+"""Trains the demo's model from scratch and saves two checkpoints: the reference, and later the policy.
 
-Checkpoints are cached under the user's cache folder, keyed by the code that makes them.
+The user's cache folder keeps the checkpoints. Their key is a hash of the source of this module and of
+``task``.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from vllm_kl.demo import task
 
 STEPS = 480
-REFERENCE_STEP = 360  # the policy goes on from here to STEPS
-SCHEDULE_STEPS = (
-    600  # training ends before the learning rate does, while answers are still wrong now and then
-)
+REFERENCE_STEP = 360  # the policy is trained on from here to STEPS
+# Training stops before the schedule ends, so that some answers are still wrong.
+SCHEDULE_STEPS = 600
 BATCH = 32
 LEARNING_RATE = 1.5e-3
 
 
 def cache_dir() -> Path:
-    """Return the folder of this version of the demo's checkpoints."""
+    """Return the folder of the checkpoints that this source code makes."""
     source = inspect.getsource(task) + inspect.getsource(inspect.getmodule(cache_dir))
     return (
         platformdirs.user_cache_path("vllm_kl") / f"demo-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
@@ -39,14 +39,14 @@ def cache_dir() -> Path:
 
 
 def checkpoints(console: Console) -> tuple[Path, Path]:
-    """Return the folders of the reference and of the policy; train them first where they are not cached."""
+    """Return the folders of the reference and of the policy; train both first if they are not cached."""
     home = cache_dir()
     if not home.exists():
         home.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix="demo-", dir=home.parent))
         try:
             _train(making, console)
-            making.rename(home)  # whole, or not there
+            making.rename(home)  # atomic: the folder is complete or missing
         finally:
             shutil.rmtree(making, ignore_errors=True)
     return home / "reference", home / "policy"
@@ -114,6 +114,6 @@ def _batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torc
 
 
 def _loss(model: Qwen2ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy of the assistant's tokens, nats. Padding is on the right: causal rows never see it."""
+    """Return the mean cross-entropy of the assistant's tokens, nats. The padding must be on the right."""
     logits = model(input_ids=ids).logits[:, :-1]
     return F.cross_entropy(logits[mask[:, 1:]], ids[:, 1:][mask[:, 1:]])

@@ -1,4 +1,4 @@
-"""What the demo is told, and what it finds."""
+"""Defines the demo's settings and results."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vllm_kl.view.samples import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo collects; defaults are those of the command."""
+    """Settings of the demo, with the defaults of the command."""
 
     batches: int = 8
     prompts: int = 8  # per batch
     group: int = 8  # responses per prompt
-    coeff: float = 0.1  # of the KL in the reward, or in the loss
+    coeff: float = 0.1  # coefficient of the KL in the reward, or in the loss
     pad_output: bool = False
     seed: int = 0
     out: Path = Path("demo_out")
@@ -23,7 +23,7 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DemoConfig):
-    """How the demo trains."""
+    """Settings of the demo with ``--train``."""
 
     batches: int = 30  # one per update
     prompts: int = 16
@@ -33,13 +33,13 @@ class TrainConfig(DemoConfig):
 
     @property
     def batches_kept(self) -> int:
-        """Batches in the replay buffer: a response is trained on once per update while it is there."""
+        """Batches in the replay buffer. Each update trains once on every response of the buffer."""
         return 1 if self.pad_output else 2  # GRPOLoss (TorchRL 0.14) takes no dense rows of two widths
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Sample):
-    """One scored response; its reward is the task's, before the KL, and its KL is k1 as RetrieveKL wrote it."""
+    """One scored response. The reward is the task's, without the KL; the KL is RetrieveKL's k1."""
 
     batch: int
     group: int
@@ -47,7 +47,7 @@ class Rollout(Sample):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRow:
-    """Figures of one batch, as printed."""
+    """Printed figures of one batch."""
 
     sequences: int
     response_tokens: int
@@ -64,10 +64,10 @@ class UpdateRow:
 
     policy_version: int  # of the weights that sampled
     ref_version: int
-    collected: BatchRow  # what was collected for it
-    mismatch: (
-        float  # token_mult_prob_error - 1, sampler (vLLM) against trainer (transformers), before the update
-    )
-    staleness: float  # mean over the responses trained on: versions between the weights that sampled and those trained
+    collected: BatchRow  # the batch that was collected for this update
+    # token_mult_prob_error - 1 of sampler (vLLM) and trainer (transformers), before the update.
+    mismatch: float
+    # Trained version minus sampling version, mean over the responses of the buffer.
+    staleness: float
     loss: float  # mean over the optimizer's steps
     clip_fraction: float

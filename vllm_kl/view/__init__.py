@@ -1,1 +1,1 @@
-"""Scored samples, in a file of JSON lines, and the page that shows them."""
+"""Keeps scored samples in a file of JSON lines, and writes the page that shows them."""

@@ -1,12 +1,13 @@
 "use strict";
-// Draws the samples that stand as JSON in #data. Texts are set as text only: no markup is ever made from them.
+// Draws the samples of the JSON in #data. Texts are inserted as text only, never as markup.
 (() => {
-  const CHUNK = 20; // samples drawn at once; more as the reader scrolls
+  const CHUNK = 20; // list entries drawn at once; more as the reader scrolls
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const list = byId("list"), more = byId("more"), tip = byId("tip");
   const largestSum = Math.max(...data.samples.map((sample) => Math.abs(sample.sum)), 1e-9);
-  let queue = [], drawn = 0, current = null;
+  const unfolded = new Set(); // numbers of folds, kept when order or filter change
+  let queue = [], drawn = 0, current = null; // queue: folds, each a list of equal samples
 
   function element(tag, className, ...children) {
     const made = document.createElement(tag);
@@ -25,7 +26,7 @@
     return p >= 99.95 && p < 100 ? ">99.9 %" : p < 0.01 ? "<0.01 %" : `${p.toPrecision(3)} %`;
   };
 
-  // Characters that cannot be seen, or that turn the direction of what stands beside them.
+  // Invisible characters, and characters that change the direction of their neighbours.
   const INVISIBLE = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\ufff9-\ufffb\ud800-\udfff]/u;
   const NAMED = { "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
 
@@ -59,7 +60,7 @@
     for (const [start, stop] of sample.spans) for (let t = start; t < stop; t++) at[t] = n++;
     return at;
   }
-  // Above 0: the policy finds the token likelier. What is coloured, whatever estimator the stored KL is of.
+  // Above 0: the policy finds the token likelier. Colours show the log-ratio, whatever the estimator of the stored KL.
   const logRatio = (sample, n) => sample.policy[n] - sample.ref[n];
   const klName = data.is_k1 ? "KL" : "KL as stored";
 
@@ -83,7 +84,7 @@
     return span;
   }
 
-  function drawSample(sample) {
+  function drawSample(sample, button = null) {
     const at = scoredIndices(sample);
     const scored = sample.policy.length;
     const heading = element("h2", "", `Sample ${sample.number}`);
@@ -104,22 +105,44 @@
     tokens.setAttribute("role", "listbox");
     tokens.setAttribute("aria-orientation", "horizontal");
     tokens.setAttribute("aria-label", `Tokens of sample ${sample.number}`);
-    // One stop for the Tab key per sample; arrows move inside.
+    // The Tab key stops once per sample; arrow keys move inside.
     const first = tokens.querySelector(".t:not(.unscored)") ?? tokens.firstChild;
     if (first) first.tabIndex = 0;
     const query = sample.query ? element("p", "query", sample.query) : null;
-    const card = element("article", "", element("div", "head", heading, query), facts, tokens);
+    const card = element("article", "", element("div", "head", heading, button, query), facts, tokens);
     card.setAttribute("aria-labelledby", heading.id);
-    return element("li", "", card);
+    return card;
+  }
+
+  // Equal samples are one entry of the list: the first of them, and a button that draws the others below it.
+  function drawFold(samples) {
+    const [first, ...others] = samples;
+    if (!others.length) return element("li", "", drawSample(first));
+    const button = element("button", "fold", `× ${samples.length}`);
+    button.type = "button";
+    button.title = `${samples.length} samples have these tokens: show or hide the others`;
+    const entry = element("li", "", drawSample(first, button));
+    const show = (open) => {
+      button.setAttribute("aria-expanded", String(open));
+      if (open) entry.append(...others.map((sample) => drawSample(sample)));
+      else while (entry.children.length > 1) entry.lastChild.remove(); // the first card stays: it may have the focus
+    };
+    button.addEventListener("click", () => {
+      const open = !unfolded.delete(first.fold);
+      if (open) unfolded.add(first.fold);
+      show(open);
+    });
+    show(unfolded.has(first.fold));
+    return entry;
   }
 
   function drawMore() {
     const chunk = queue.slice(drawn, drawn + CHUNK);
-    list.append(...chunk.map(drawSample));
+    list.append(...chunk.map(drawFold));
     drawn += chunk.length;
     more.hidden = drawn >= queue.length;
-    more.textContent = `Show more (${(queue.length - drawn).toLocaleString("en")} left)`;
-    // Seen again after every chunk: an observer tells of changes only, and the button may still be in view.
+    more.textContent = `Show more (${counted(queue.slice(drawn).flat().length)} left)`;
+    // An observer reports changes only, and the button may still be in view: observe it anew after every chunk.
     observer.unobserve(more);
     if (!more.hidden) observer.observe(more);
   }
@@ -144,16 +167,29 @@
     return haystacks.get(sample);
   }
 
+  const counted = (n) => n.toLocaleString("en");
+  function foldEqual(samples) {
+    const folds = new Map();
+    for (const sample of samples) {
+      if (!folds.has(sample.fold)) folds.set(sample.fold, []);
+      folds.get(sample.fold).push(sample);
+    }
+    return [...folds.values()];
+  }
+
   function arrange() {
     hideTip();
     const wanted = byId("filter").value.toLowerCase();
-    // Without rewards Infinity - Infinity is NaN: equal.
+    // Without rewards, Infinity - Infinity is NaN, which counts as equal.
     const order = orders[byId("order").value];
-    queue = data.samples.filter((sample) => !wanted || haystack(sample).includes(wanted)).sort((a, b) => order(a, b) || a.number - b.number);
+    const matching = data.samples.filter((sample) => !wanted || haystack(sample).includes(wanted));
+    queue = foldEqual(matching.sort((a, b) => order(a, b) || a.number - b.number));
     drawn = 0;
     list.replaceChildren();
-    const all = data.samples.length;
-    byId("count").textContent = queue.length === all ? `${all.toLocaleString("en")} samples.` : `${queue.length.toLocaleString("en")} of ${all.toLocaleString("en")} samples match.`;
+    const all = data.samples.length, found = matching.length;
+    const count = found === all ? `${counted(all)} samples.` : `${counted(found)} of ${counted(all)} samples match.`;
+    const folds = queue.length < found ? ` Equal ones are folded, which leaves ${counted(queue.length)}.` : "";
+    byId("count").textContent = count + folds;
     drawMore();
   }
 
@@ -187,7 +223,7 @@
   }
 
   function placeTip(token) {
-    // A token that is broken over two lines has two boxes: the first.
+    // A token that is broken over two lines has two boxes: take the first.
     const box = token.getClientRects()[0];
     if (!box) return;
     const width = tip.offsetWidth, height = tip.offsetHeight;

@@ -1,14 +1,21 @@
-"""Scored samples -> one self-contained page: every token coloured by its log-ratio, with both log-probs at hand.
+"""Writes scored samples as one HTML page that needs no network and colours every token by its log-ratio.
 
-The log-ratio is ``log_probs - ref_log_probs``: above 0 where the policy finds the token likelier. Colours and histogram are always
-of it. ``kl`` is the same number where the estimator was k1 of KL(policy || reference), and the page then calls it KL; a ``kl`` of
-any other estimator or direction tells less of a token (k3 is never below 0), and is shown beside it as "KL as stored".
+The log-ratio is ``log_probs - ref_log_probs``: above 0 where the policy finds the token likelier than the
+reference does. Colours and histogram always show the log-ratio. A ``kl`` of the estimator k1 and of the
+direction KL(policy || reference) is the same number, and the page then calls the log-ratio KL. Any other
+``kl`` says less about one token (k3 is never below 0): the page shows it beside the log-ratio as "KL as
+stored".
 
-``page.html`` is the page, ``page.css`` and ``page.js`` are put into it. Texts of tokens come from a model, so from anyone: they
-reach the page only as JSON without ``<``, ``>`` and ``&``, and its script only ever sets them as text. The page's policy allows
-the one style and the one script by their hashes and nothing else: no network, no handler in an attribute.
+The page lists the samples of the largest |KL| first. Samples of a group are equal if they have the same token
+ids in prompt and response, and the same versions of policy and reference. The page shows equal samples once,
+with a button that unfolds the others.
 
-It knows samples; nothing of batches, tokenizers or engines.
+``page.html`` is the template of the page; ``page.css`` and ``page.js`` are inserted into it. The texts of
+tokens come from a model and may be hostile: the page holds them only as JSON without ``<``, ``>`` and ``&``,
+and its script inserts them only as text. The Content-Security-Policy allows this style and this script by
+their hashes, and nothing else: no network access, no event handler in an attribute.
+
+This module knows samples, but no batches, tokenizers or engines.
 """
 
 from __future__ import annotations
@@ -30,36 +37,37 @@ from vllm_kl.errors import InputError, OptionError
 from vllm_kl.view.samples import Sample, replacing
 
 DEFAULT_LIMIT = 500
-_NUM_BINS = 41  # odd: the middle one is centred on 0
-_DECIMALS = 6  # of a nat: half of float32's rounding at a log-prob of -8
+_NUM_BINS = 41  # odd, so that the middle bin is centred on 0
+_DECIMALS = 6  # half of float32's rounding at a log-prob of -8
 _PLOT_WIDTH, _PLOT_HEIGHT = 620, 175
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What :func:`write_page` wrote."""
+    """The result of :func:`write_page`."""
 
     path: Path
-    num_samples: int  # given
-    num_shown: int  # on the page
-    num_scored_tokens: int  # of all samples given
+    num_samples: int  # given to write_page
+    num_shown: int  # written to the page, equal samples included
+    num_scored_tokens: int  # of all given samples
     size_bytes: int
 
 
 def write_page(
     samples: Sequence[Sample], path: str | Path, *, title: str = "Per-token KL", limit: int = DEFAULT_LIMIT
 ) -> Page:
-    """Write the page; return what was written.
+    """Write the page.
 
     Args:
-        samples: what to show.
-        path: the HTML file; one that is there is replaced once the page is complete.
+        samples: samples to show.
+        path: the HTML file. An existing file is replaced when the page is complete.
         title: heading of the page.
-        limit: show the samples of the largest absolute KL sums, at most this many. Figures and histogram are of all.
+        limit: largest number of samples on the page: those of the largest absolute KL sums. Figures and
+            histogram describe all samples.
 
     Raises:
-        InputError: no samples.
-        OptionError: a limit below 1.
+        InputError: ``samples`` is empty.
+        OptionError: ``limit`` is below 1.
         OSError: the file cannot be written.
 
     >>> import tempfile, os
@@ -128,7 +136,7 @@ def render_page(samples: Sequence[Sample], *, title: str = "Per-token KL", limit
 
 
 def log_ratios(sample: Sample) -> list[float]:
-    """Return ``log_probs - ref_log_probs`` of the scored tokens, nats: what is coloured.
+    """Return ``log_probs - ref_log_probs`` of the scored tokens, nats. Colours show it.
 
     >>> log_ratios(Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-0.5], kl=[0.15]))
     [-0.5]
@@ -137,13 +145,13 @@ def log_ratios(sample: Sample) -> list[float]:
 
 
 def _is_k1(sample: Sample) -> bool:
-    """Whether the sample's KL is its log-ratio, but for the rounding of the page and of a subtraction in float32."""
+    """Return whether a sample's KL is its log-ratio, up to the page's rounding and a float32 subtraction."""
     sides = zip(sample.log_probs, sample.ref_log_probs, sample.kl, strict=True)
     return all(abs(p - q - k) <= 10**-_DECIMALS + 2**-22 * (abs(p) + abs(q)) for p, q, k in sides)
 
 
 def kl_cap(values: Sequence[float], name: str = "KL") -> tuple[float, str]:
-    """Return where the colours end, and what that is: the 99th percentile of absolute values, or the largest where that is 0.
+    """Return the value of full colour and its name: the 99th percentile of |value|, or, if 0, the largest.
 
     >>> kl_cap([0.0] * 50 + [-0.5] * 50), kl_cap([0.0] * 999 + [2.0], "log-ratio")
     ((0.5, '99th percentile of |KL|'), (2.0, 'largest |log-ratio|'))
@@ -160,7 +168,7 @@ def _hash(text: str) -> str:
 
 
 def _script_json(data: Any) -> Markup:
-    """Return JSON that cannot end the script element it stands in: ASCII, without ``<``, ``>`` and ``&``."""
+    """Return ASCII JSON without ``<``, ``>`` and ``&``: it cannot end the script element that holds it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -168,8 +176,9 @@ def _script_json(data: Any) -> Markup:
 
 
 def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k1: bool) -> dict[str, Any]:
-    """Return what ``page.js`` reads: a table of the tokens that occur, and the samples shown."""
-    table: dict[tuple[int, str | None], int] = {}  # the same text is written once, not once per token
+    """Return the data of ``page.js``: a table of all tokens that occur, and the shown samples."""
+    table: dict[tuple[int, str | None], int] = {}  # each text is written once
+    folds: dict[tuple[Any, ...], int] = {}
     entries = []
     for i in shown:
         sample = samples[i]
@@ -181,13 +190,14 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
         entries.append(
             {
                 "number": i + 1,
+                "fold": folds.setdefault(_fold_key(sample), len(folds)),
                 "tokens": [
                     table.setdefault(pair, len(table)) for pair in zip(sample.token_ids, texts, strict=True)
                 ],
                 "spans": _spans(sample.mask),
                 "policy": log_probs,
                 "ref": ref_log_probs,
-                "kl": None if is_k1 else kl,  # as stored; the page subtracts by itself
+                "kl": None if is_k1 else kl,  # as stored; page.js computes log-ratios
                 "sum": round(math.fsum(sample.kl), _DECIMALS),
                 "max": round(max(map(abs, sample.kl), default=0.0), _DECIMALS),
                 "query": sample.query,
@@ -200,8 +210,13 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
     return {"cap": cap, "vocabulary": list(table), "is_k1": is_k1, "samples": entries}
 
 
+def _fold_key(sample: Sample) -> tuple[Any, ...]:
+    """Return what equal samples share: prompt, response, and the versions of policy and reference."""
+    return tuple(sample.token_ids), tuple(sample.mask), sample.policy_version, sample.ref_version
+
+
 def _spans(mask: Sequence[bool]) -> list[list[int]]:
-    """Return the runs of true as ``[start, stop]``."""
+    """Return the runs of true values as ``[start, stop]``."""
     runs, t = [], 0
     for kept, run in groupby(mask):
         length = len(list(run))
@@ -218,7 +233,7 @@ def _figures(
     kl_name: str,
     ratios: Sequence[float],
 ) -> list[tuple[str, str]]:
-    """Return names and values of the figures of all samples; log-ratios are given where they are not the KL."""
+    """Return names and values of the figures; ``ratios`` is empty if the KL is the log-ratio."""
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     figures = [
         ("samples", f"{len(samples):,}"),
@@ -244,7 +259,7 @@ def _figures(
 
 
 def _number(value: float, *, sign: bool = True) -> str:
-    r"""Return four significant digits with a true minus.
+    r"""Return a number with four significant digits and a true minus sign.
 
     >>> _number(1.5), _number(0.0), _number(1 / 3, sign=False), _number(-0.25) == "\N{MINUS SIGN}0.25"
     ('+1.5', '0', '0.3333', True)
@@ -254,15 +269,14 @@ def _number(value: float, *, sign: bool = True) -> str:
 
 
 def _histogram(values: Sequence[float], cap: float, name: str) -> dict[str, Any]:
-    """Return bars and ticks of the histogram from ``-cap`` to ``cap``; what lies beyond is in the outermost bars."""
+    """Return bars and ticks from ``-cap`` to ``cap``. The outermost bars count all values beyond."""
     edge = cap or 1.0
     counts = [0] * _NUM_BINS
     for value in values:
-        along = (
-            min(1.0, max(-1.0, value / edge)) + 1
-        ) / 2  # 0 to 1; a quotient that overflows is an infinity, so an end
+        along = (min(1.0, max(-1.0, value / edge)) + 1) / 2  # 0 to 1; an overflow to infinity becomes an end
         counts[min(_NUM_BINS - 1, math.floor(along * _NUM_BINS))] += 1
-    # Most tokens have a KL near 0; on a linear axis the others would not be seen. log1p: one token still has a height.
+    # A log axis, because most tokens have a KL near 0 and a linear axis would hide the others.
+    # log1p, so that a bar of one token has a height.
     top = math.log1p(max(counts) or 1)
     bars = []
     for i, count in enumerate(counts):

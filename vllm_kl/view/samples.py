@@ -1,24 +1,27 @@
-"""Scored samples <-> a file of JSON lines: both sides' log-probs of every token, to look at and to keep.
+"""Reads and writes scored samples, as a file of JSON lines, and makes them of a scored batch.
 
-One JSON object per line, UTF-8. L is the length of the sequence, N the number of tokens that were scored:
+The file holds one JSON object per line, in UTF-8. L is the length of the sequence, N the number of scored
+tokens:
 
 ==================  ==========================================================================================
 ``token_ids``       ``[L]`` ids, prompt and response
 ``log_probs``       ``[N]`` under the policy, nats
 ``ref_log_probs``   ``[N]`` under the reference, nats
-``mask``            ``[L]`` true where a token was scored, N times; left out: the last N tokens
-``kl``              ``[N]`` nats; left out: ``log_probs - ref_log_probs``
-``tokens``          ``[L]`` each token's text
+``mask``            ``[L]`` true at the N scored tokens; default: the last N tokens
+``kl``              ``[N]`` nats; default: ``log_probs - ref_log_probs``
+``tokens``          ``[L]`` the text of each token
 ``query``           text
 ``response``        text
 ``reward``          number
-``policy_version``  integer or text: the weights that sampled
-``ref_version``     integer or text: the weights of the reference
+``policy_version``  integer or text: version of the weights that sampled
+``ref_version``     integer or text: version of the reference's weights
 ==================  ==========================================================================================
 
-The first three must be there; one that is null counts as left out. Other fields are for others: they are not read. Token 0 is
-never scored: nothing comes before it. Every number is within float32's range, so sums of them are finite; a log-prob is at most
-0, or 0.001 for rounding. Nothing here imports torch, TorchRL or vLLM before a batch is read.
+The first three fields are required; a field of value null counts as missing. Further fields are allowed and
+are not read. Token 0 is never scored, because nothing comes before it. Every number lies in float32's range,
+so that sums are finite. A log-prob is at most 0, or 0.001 to allow for rounding.
+
+Reading and writing the file needs no torch, TorchRL or vLLM.
 """
 
 from __future__ import annotations
@@ -46,12 +49,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One scored sequence of L tokens, N of them scored.
+    """One sequence of L tokens, of which N are scored.
 
-    Lists may be given as anything that has ``tolist()``: tensors, arrays.
+    A list may be given as anything that has ``tolist()``, such as a tensor or an array.
 
     Raises:
-        InputError: a length, a type or a number does not fit; names the field, what it got and what it expected.
+        InputError: a length, a type or a number is wrong; the message names the field, the found and the
+            expected value.
 
     >>> sample = Sample(token_ids=[5, 6, 7, 8], log_probs=[-1.0, -2.0], ref_log_probs=[-1.5, -1.75])
     >>> sample.mask, sample.kl
@@ -61,9 +65,9 @@ class Sample:
     token_ids: list[int]  # [L], prompt and response
     log_probs: list[float]  # [N] under the policy, nats
     ref_log_probs: list[float]  # [N] under the reference, nats
-    mask: list[bool] | None = None  # [L], true where a token was scored; None: the last N
+    mask: list[bool] | None = None  # [L], true at scored tokens; None: the last N
     kl: list[float] | None = None  # [N], nats; None: log_probs - ref_log_probs
-    tokens: list[str] | None = None  # [L], each token's text
+    tokens: list[str] | None = None  # [L], the text of each token
     query: str | None = None
     response: str | None = None
     reward: float | None = None
@@ -83,8 +87,8 @@ class Sample:
         num_tokens, num_scored = len(self.token_ids), len(self.log_probs)
         if num_scored > max(0, num_tokens - 1):
             raise InputError(
-                f"log_probs: got {num_scored} values, expected at most {max(0, num_tokens - 1)}, one per token id but the first, "
-                "which has no log-prob: leave its value out"
+                f"log_probs: got {num_scored} values, expected at most {max(0, num_tokens - 1)}: one per "
+                "token id, without the first, which has no log-prob"
             )
         if self.mask is None:
             set_field("mask", [t >= num_tokens - num_scored for t in range(num_tokens)])
@@ -96,7 +100,8 @@ class Sample:
                 raise InputError(f"{name}: got {len(value)} values, expected {expected}, one per {per}")
         if self.mask and self.mask[0]:
             raise InputError(
-                "mask: keeps token 0, which has no log-prob because nothing comes before it: clear it there"
+                "mask: keeps token 0, which has no log-prob because nothing comes before it; set it to "
+                "false there"
             )
         if sum(self.mask) != num_scored:
             raise InputError(
@@ -107,7 +112,7 @@ class Sample:
 
 
 class _One(NamedTuple):
-    """What one value of a field must be."""
+    """The values that a field, or each entry of a list, may have."""
 
     types: type | tuple[type, ...]
     what: str
@@ -122,7 +127,7 @@ class _One(NamedTuple):
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 _NUMBER = "a finite number of float32's range"
-# At most 0.001, as of an engine (checks.py): no rounding makes a probability that large.
+# 0.001 is the limit for engines too (checks.py). Rounding never makes a probability that large.
 _LOG_PROB = _One((int, float), f"{_NUMBER}, at most 0 (0.001 for rounding)", -FLOAT32_MAX, 1e-3)
 _ANY_NUMBER = _One((int, float), _NUMBER, -FLOAT32_MAX, FLOAT32_MAX)
 _TEXT = _One(str, "a text")
@@ -160,13 +165,13 @@ def _shown(value: Any) -> str:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """Return the samples of a file.
+    """Read the samples of a file.
 
     Args:
-        path: a file in the format at the top of this module. Empty lines are skipped.
+        path: a file in the format described at the top of this module. Empty lines are skipped.
 
     Raises:
-        InputError: names file, line and field, what is there and what was expected.
+        InputError: a line is wrong; the message names file, line and field, the found and the expected value.
         OSError: the file cannot be read.
 
     >>> import tempfile, os
@@ -201,19 +206,19 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise InputError(f"got {_shown(entry)}, expected a JSON object")
     for name in REQUIRED:
         if entry.get(name) is None:
-            raise InputError(f"{name} is missing; it has {', '.join(sorted(entry)) or 'no fields'}")
+            raise InputError(f"{name} is missing; the line has {', '.join(sorted(entry)) or 'no fields'}")
     return entry
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
-    """Write samples, one JSON object per line; a file that is there is replaced.
+    """Write samples to a file, one JSON object per line. An existing file is replaced.
 
     Args:
-        path: where to.
-        samples: of :class:`Sample` or of a subclass, whose further fields are written too.
+        path: the file.
+        samples: objects of :class:`Sample`, or of a subclass, whose further fields are written too.
 
     Raises:
-        InputError: a further field is nothing that JSON has; names the sample. The file is left as it was.
+        InputError: JSON cannot hold a further field; the message names the sample. The file stays as it was.
         OSError: the file cannot be written.
 
     >>> import tempfile, os
@@ -229,20 +234,21 @@ def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
                 line = json.dumps({k: v for k, v in entry.items() if v is not None}, allow_nan=False)
             except (TypeError, ValueError, RecursionError) as error:
                 raise InputError(
-                    f"sample {i} cannot be written: {error}; expected a Sample whose fields are texts, finite numbers, lists or "
-                    "dicts of them"
+                    f"sample {i} cannot be written: {error}; expected a Sample whose fields are texts, "
+                    "finite numbers, or lists or dicts of them"
                 ) from None
             file.write(f"{line}\n".encode())
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file beside ``path`` that takes its place, through links, once all of it is written; until then nothing changes.
+    """Open a new file beside ``path`` that replaces it when the block ends without an error.
 
-    What is no ordinary file (a pipe, ``/dev/stdout``) is written to directly.
+    A link stays: its target is replaced. A path that is no ordinary file (a pipe, ``/dev/stdout``) is written
+    directly.
 
     Raises:
-        OSError: the file cannot be written; it names ``path``.
+        OSError: the file cannot be written; the error names ``path``.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -265,7 +271,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Return each token's text, decoded by itself; bytes that are no text alone come out as U+FFFD.
+    """Decode each token alone. Bytes that are not a whole character alone become U+FFFD.
 
     >>> from vllm_kl.demo.task import make_tokenizer
     >>> decode_tokens([22, 220, 79], make_tokenizer())
@@ -276,16 +282,16 @@ def decode_tokens(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
 
 
 def with_texts(samples: Sequence[Sample], tokenizer: str) -> list[Sample]:
-    """Return the samples with each token's text, where they have none, decoded by a tokenizer.
+    """Add the texts of tokens to the samples that have none.
 
     Args:
-        samples: some of them without texts.
-        tokenizer: path or name, for transformers.
+        samples: samples, at least one of them without texts.
+        tokenizer: path or name of a tokenizer for transformers.
 
     Raises:
-        OptionError: all of them have texts.
-        InputError: it is there, but cannot be loaded.
-        OSError: there is no such tokenizer.
+        OptionError: all samples have texts.
+        InputError: the tokenizer exists, but cannot be loaded.
+        OSError: the tokenizer does not exist.
     """
     if all(sample.tokens is not None for sample in samples):
         raise OptionError(f"tokenizer {tokenizer!r} would have no effect: every sample has its tokens' texts")
@@ -295,10 +301,10 @@ def with_texts(samples: Sequence[Sample], tokenizer: str) -> list[Sample]:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except OSError:
         raise
-    except Exception as error:  # whatever its files make of the libraries that read them
+    except Exception as error:  # any library that reads the files may raise its own error
         raise InputError(
-            f"tokenizer {tokenizer!r} cannot be loaded: {type(error).__name__}: {error}; expected a folder or a name that "
-            "transformers.AutoTokenizer loads"
+            f"tokenizer {tokenizer!r} cannot be loaded: {type(error).__name__}: {error}; expected a folder "
+            "or a name that transformers.AutoTokenizer loads"
         ) from None
     return [
         sample
@@ -315,27 +321,30 @@ def samples_from_batch(
     padding_side: PaddingSide = "left",
     ref_version: int | str | None = None,
 ) -> list[Sample]:
-    """Return the samples of a scored batch, in its order.
+    """Return the samples of a scored batch, in the order of the batch.
 
     Args:
-        data: a batch as :class:`~vllm_kl.RetrieveKL` or :class:`~vllm_kl.KLComputation` left it, dense or ragged, with both
-            log-probs; of any batch size, which is flattened. Results are read under ``"next"``, where a collector puts them, or
-            else at the root. The mask is ``"kl_mask"``, or else ``("masks", "all_assistant_mask")``, or else all tokens after
-            ``("tokens", "prompt")``. KL, texts, reward and versions are taken where they are there. A reward per token
-            becomes its mean over the mask, in which the KL's share is what was subtracted.
-        tokenizer: gives each token its text.
-        padding_side: the transform's, where it padded results of ids that are ragged.
-        ref_version: the weights of the reference, instead of the batch's ``"ref_version"`` (``reference.scorer.weight_version``).
+        data: a batch with both log-probs, as :class:`~vllm_kl.RetrieveKL` or :class:`~vllm_kl.KLComputation`
+            writes it, dense or ragged, of any batch size. Results are read under ``"next"``, where a
+            collector puts them, or else at the root. The mask is ``"kl_mask"``, or else ``("masks",
+            "all_assistant_mask")``, or else all tokens after ``("tokens", "prompt")``. KL, texts, reward and
+            versions are optional. A reward per token becomes its mean over the mask; a KL that was subtracted
+            from the reward lowers this mean.
+        tokenizer: decodes the text of each token.
+        padding_side: ``padding_side`` of the transform, needed if it padded the results of ragged ids.
+        ref_version: weight version of the reference (``reference.scorer.weight_version``), instead of the
+            ``"ref_version"`` of the batch.
 
     Raises:
-        InputError: no ids, no mask, no log-probs, rows that do not fit the ids, a mask that keeps token 0, or results that were
-            padded on the other side.
+        InputError: ids, mask or log-probs are missing, rows do not fit the ids, the mask keeps token 0, or
+            the results were padded on the other side.
         MissingLogProbError: a value inside the mask is not finite.
 
     >>> from tensordict import lazy_stack
     >>> tokens = TensorDict(prompt=torch.tensor([5]), full=torch.tensor([5, 6, 7]))
-    >>> sides = {name: TensorDict(full=torch.tensor([0.0, -1.0, p])) for name, p in [("log_probs", -2.0), ("ref_log_probs", -3.0)]}
-    >>> samples_from_batch(lazy_stack([TensorDict(tokens=tokens, **sides)]))[0].kl
+    >>> policy, reference = (TensorDict(full=torch.tensor([0.0, -1.0, p])) for p in (-2.0, -3.0))
+    >>> batch = lazy_stack([TensorDict(tokens=tokens, log_probs=policy, ref_log_probs=reference)])
+    >>> samples_from_batch(batch)[0].kl
     [0.0, 1.0]
     """
     import torch
@@ -363,9 +372,7 @@ def samples_from_batch(
             columns[name] = aligned(rows, batch, padding_side, str(key), keep=keep)
             only_kept(torch.cat(columns[name]), torch.cat(keep), batch.lengths, what=str(key))
         elif name in REQUIRED:
-            raise InputError(
-                f"no {key}, neither under 'next' nor at the root: score the batch with RetrieveKL first"
-            )
+            raise InputError(f"no {key} under 'next' or at the root: score the batch with RetrieveKL first")
     rewards = read_rewards(data, batch, keep, padding_side)
     out = []
     for i, sample in enumerate(data.unbind(0)):
