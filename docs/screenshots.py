@@ -1,4 +1,6 @@
-"""Draws docs/view-light.png and docs/view-dark.png from scored samples: python docs/screenshots.py demo_out/rollouts.jsonl
+"""Draws docs/view-light.png and docs/view-dark.png from scored samples.
+
+    python docs/screenshots.py demo_out/rollouts.jsonl
 
 Needs Chromium and its driver (apt-get install chromium chromium-driver) and selenium (the extra ``test``).
 """

@@ -1,4 +1,4 @@
-"""A scorer on a shared ``vllm.LLM`` leaves no request in the engine, and refuses an engine in which others left some."""
+"""A scorer on a shared ``vllm.LLM`` leaves no request in it, and refuses one with requests of others."""
 
 from __future__ import annotations
 

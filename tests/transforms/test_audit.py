@@ -1,4 +1,4 @@
-"""Reused log-probs are checked on a few samples: with the same weights nothing is found, with others it is."""
+"""An audit scores a few reused samples again: it finds nothing with equal weights, and other weights."""
 
 from __future__ import annotations
 

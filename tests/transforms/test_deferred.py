@@ -1,4 +1,4 @@
-"""Deferred scores in a real ``LLMCollector``: they are there when the batch leaves, and are what they would have been."""
+"""Deferred scores in a real ``LLMCollector`` are there when the batch leaves, and equal scores at once."""
 
 from __future__ import annotations
 
@@ -275,7 +275,8 @@ class TestErrors:
         data = rollout(transform)
         before = set(data["next"].keys(True))
         message = (
-            rf"row {worst[0]} of env step {STEPS + worst[1]}: sample \[{worst[0]}, {worst[1]}\] of this batch: "
+            rf"row {worst[0]} of env step {STEPS + worst[1]}: "
+            rf"sample \[{worst[0]}, {worst[1]}\] of this batch: "
             rf"sample {worst[0]} has"
         )
         for _ in range(2):
@@ -407,6 +408,6 @@ class TestRefusals:
     def test_a_later_transform_that_reads_the_reward_is_refused(self, collector, kl):
         with pytest.raises(
             OptionError,
-            match="RewardSum uses the reward and comes after a deferred KL .* would see the reward without the KL",
+            match="RewardSum uses the reward and comes after a deferred KL .* the reward without the KL",
         ):
             next(iter(collector(kl(), RewardSum())))

@@ -1,4 +1,4 @@
-"""``from_collector`` in a real ``LLMCollector`` with a vLLM policy and a vLLM reference: TorchRL's own class fails here."""
+"""``from_collector`` in a real ``LLMCollector``, where TorchRL's own class fails."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_reference_that_is_the_policys_engine_is_refused(
     make_env, make_policy, policy_llm, tokenizer, mode
 ):
     reference = VLLMReference(VLLMScorer(policy_llm), tokenizer)
-    message = "both sides are one LLMEngine: the KL would be 0 at every update. Give the reference an engine of its own"
+    message = "both sides are one LLMEngine: the KL would be 0 at every update. Give the reference an engine"
     with pytest.raises(TypeError, match=message):
         collect(
             make_env().append_transform(RetrieveKL("from_collector", reference, gen_log_probs=mode)),

@@ -1,4 +1,4 @@
-"""Dialogs of several turns: all assistant tokens of all turns in one pass, and what tokenizing again does to ids."""
+"""Dialogs of several turns are scored in one pass; tokenizing them again changes ids."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ DIALOGS = [
 
 
 def in_pieces(tokenizer, dialog):
-    """Return ids and mask of a dialog, put together message by message: what an assistant says, and its end, counts."""
+    """Return ids and mask of a dialog, message by message: the assistant's words and their end are kept."""
     ids, mask = [], []
 
     def add(text, counts):
@@ -152,10 +152,11 @@ class TestTemplatesWithoutTags:
 
 
 class TestTemplatesWithTags:
-    """A tokenizer's own template is rendered, and its own mask is the mask: TorchRL's templates and guesses are not."""
+    """A tokenizer's own template is rendered, and its mask is used: not TorchRL's templates and guesses."""
 
     MARKS_WORDS = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
 
@@ -205,7 +206,7 @@ class TestTemplatesWithTags:
     )
     @pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
     def test_tags_that_never_run_mark_nothing(self, tokenizer, dead, given):
-        """TorchRL takes the words it finds in the text: without the end of a turn, in the wrong place if they come twice."""
+        """TorchRL searches the words in the text: it misses the end of a turn, and words that come twice."""
         template = dead.format(TestTemplatesWithoutTags.PLAIN)
         if not given:
             tokenizer.chat_template = template
@@ -284,8 +285,8 @@ class TestRetokenized:
         assert transform.metrics == {}
 
 
-# A policy that only says these bytes. ASCII comes back as the ids that were sampled; 0xFF is in no text: it is decoded to U+FFFD,
-# and that is tokenized to its three bytes.
+# A policy that only says these bytes. ASCII comes back as the ids that were sampled. 0xFF is in no text:
+# it is decoded to U+FFFD, and that is tokenized to its three bytes.
 SAYS = {"text": "ab", "no text": "\u00ff"}
 
 
@@ -428,7 +429,7 @@ class TestInAnEnv:
         }
 
     def test_rows_that_cannot_be_told_apart_are_not_compared(self):
-        """``rollout(break_when_all_done=True)`` steps what is not done yet, and does not say which rows that are."""
+        """``rollout(break_when_all_done=True)`` steps rows that are not done, and does not say which."""
         transform = RetokenizedTurns()
         step(transform, [1, 2], [3, 4])
         step(transform, [3, 4, 5])

@@ -1,4 +1,4 @@
-"""The transforms on batches: sides mixed, layouts, masks, rewards, specs. Each trap of TorchRL's own is a promise here."""
+"""The transforms on batches: sides, layouts, masks, rewards, specs, and traps of TorchRL's own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
 
 PAD, EOS = 256, 258
-# EOS and pad ids inside prompts and responses; a response of one token; a response of none; the first token an EOS.
+# EOS and pad ids inside prompts and responses; responses of one token and of none; an EOS as first token.
 SEQUENCES = [[5, EOS, 9, PAD, 7, EOS], [EOS, 2, 3], [PAD, PAD, 4, 8, EOS, 16, 23], [11, 12]]
 PROMPTS = [2, 2, 3, 2]
 KEEP = [[t >= p for t in range(len(s))] for s, p in zip(SEQUENCES, PROMPTS, strict=True)]
@@ -166,7 +166,7 @@ class TestRetrieveKL:
 
 class TestWhereTorchRLsRecipesPutIt:
     def recorded(self, policy_oracle):
-        """A batch with the log-probs that the policy recorded: NaN on prompts, as TorchRL's generate path leaves them."""
+        """A batch with the policy's recorded log-probs: NaN on prompts, as TorchRL leaves them."""
         values = [policy_oracle.log_probs(s) for s in SEQUENCES]
         full = [
             torch.tensor([v if k else float("nan") for v, k in zip(*vk, strict=True)])

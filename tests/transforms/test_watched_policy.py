@@ -1,4 +1,4 @@
-"""A policy's rows tell which weights generated them, by the engine's own answer; and who waits for whom at a shared engine."""
+"""A policy's rows tell which weights generated them; threads at a shared engine wait for each other."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_generation_that_straddles_an_update_is_of_two_versions(llm, make_poli
 
 
 def test_rows_that_another_thread_generated_tell_their_own_version(llm, make_policy):
-    """``batching=True``: one thread generates what several have asked for; who only waits has memory of older weights."""
+    """``batching=True``: one thread generates for several; a thread that only waited knows older weights."""
     policy = make_policy(llm, batching=True, min_batch_size=2)
     rows = prompts("tokens").unbind(0)
     with ThreadPoolExecutor(2) as pool:

@@ -346,7 +346,7 @@ class _OwnedWeights:
             if self._engine.is_open:
                 raise
             raise EngineError(
-                f"{error}\nNo engine serves any more; version {self._last} was the last that served"
+                f"{error}\nNo engine serves any more; version {self._last} was the last"
             ) from error
 
     def release(self) -> None:

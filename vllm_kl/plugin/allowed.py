@@ -6,7 +6,7 @@ import os
 
 from packaging.specifiers import SpecifierSet
 
-# The versions of vLLM that this package was written for and tested with.
+# The versions of vLLM whose sources were read. 0.32 was run; of 0.33 only the options were compared.
 KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
 # The value "0" turns the plugin off.
 SWITCH = "VLLMKL_PLUGIN"

@@ -94,8 +94,8 @@ class Record:
             yield
         except EngineDeadError as error:
             raise EngineError(
-                f"the engine died. Nothing serves any more; the last that did was version {self.last}. Its "
-                "log says why"
+                f"the engine died. No engine serves any more; version {self.last} was the last. Its log "
+                "says why"
             ) from error
 
     @property
