@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import importlib
 import importlib.util
@@ -212,15 +211,3 @@ def test_the_lock_holds_everything_that_the_project_asks_for():
     )
     missing = [str(r) for r in asked if r.name != "torch" and locked.get(r.name, "0") not in r.specifier]
     assert not missing
-
-
-def test_functions_stay_small():
-    """A function is a screen: sixty lines below its signature and its docstring."""
-    long = []
-    for path in README.parent.joinpath("vllm_kl").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
-                if node.end_lineno - first.lineno > 60:
-                    long.append(f"{path.name}: {node.name}")
-    assert not long

@@ -97,3 +97,17 @@ def test_no_file_imports_itself_through_others():
         file: {file_of(name) for name in imported_by(path)} - {"vllm_kl"} for file, path in files.items()
     }
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_functions_stay_small():
+    """A function is a screen: at most sixty lines, its signature included and its docstring not."""
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = node.body[0] if ast.get_docstring(node) else None
+                num_lines = node.end_lineno - node.lineno + 1
+                num_lines -= 0 if docstring is None else docstring.end_lineno - docstring.lineno + 1
+                if num_lines > 60:
+                    long.append(f"{path.name}: {node.name}")
+    assert not long
