@@ -144,7 +144,7 @@ def view(
         typer.Option(help="Path or name of the tokenizer, if the file has no texts of the tokens."),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="How many samples to show: those with the largest |KL sum|.")
+        int, typer.Option(min=1, help="How many samples to show: those with the largest |KL| of a token.")
     ] = 500,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Per-token KL",
     as_json: Json = False,

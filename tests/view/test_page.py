@@ -442,7 +442,7 @@ class TestPage:
         driver = open_page(samples, limit=200)
         assert css(driver, "#limited")[0].text.startswith("200 of 300 samples are on this page")
         assert len(css(driver, "#list li")) <= 60
-        assert order(driver)[0] == 101  # those of the largest sums, in the file's order
+        assert order(driver)[0] == 101  # those of the largest |KL|, in the file's order
         for _ in range(20):
             driver.execute_script("document.getElementById('more').scrollIntoView()")
             ActionChains(driver).pause(0.05).perform()

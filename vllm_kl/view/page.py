@@ -62,7 +62,7 @@ def write_page(
         samples: samples to show.
         path: the HTML file. An existing file is replaced when the page is complete.
         title: heading of the page.
-        limit: largest number of samples on the page: those of the largest absolute KL sums. Figures and
+        limit: largest number of samples on the page: those with the largest |KL| of a token. Figures and
             histogram describe all samples.
 
     Raises:
@@ -102,7 +102,7 @@ def render_page(samples: Sequence[Sample], *, title: str = "Per-token KL", limit
     is_k1 = all(map(_is_k1, samples))
     kl_name, ratio_name = ("KL", "KL") if is_k1 else ("KL as stored", "log-ratio")
     sums = [math.fsum(sample.kl) for sample in samples]
-    shown = sorted(sorted(range(len(samples)), key=lambda i: -abs(sums[i]))[:limit])
+    shown = sorted(sorted(range(len(samples)), key=lambda i: -_largest(samples[i]))[:limit])
     kl = [value for sample in samples for value in sample.kl]
     ratios = [ratio for sample in samples for ratio in log_ratios(sample)]
     cap, cap_name = kl_cap(ratios, ratio_name)
@@ -199,7 +199,7 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
                 "ref": ref_log_probs,
                 "kl": None if is_k1 else kl,  # as stored; page.js computes log-ratios
                 "sum": round(math.fsum(sample.kl), _DECIMALS),
-                "max": round(max(map(abs, sample.kl), default=0.0), _DECIMALS),
+                "max": round(_largest(sample), _DECIMALS),
                 "query": sample.query,
                 "response": sample.response,
                 "reward": sample.reward,
@@ -208,6 +208,10 @@ def _page_data(samples: Sequence[Sample], shown: Sequence[int], cap: float, is_k
             }
         )
     return {"cap": cap, "vocabulary": list(table), "is_k1": is_k1, "samples": entries}
+
+
+def _largest(sample: Sample) -> float:
+    return max(map(abs, sample.kl), default=0.0)
 
 
 def _fold_key(sample: Sample) -> tuple[Any, ...]:
