@@ -102,9 +102,7 @@ class TextReport:
     metrics: dict[str, float] = field(default_factory=dict)  # figures for a logger
     # Kind of finding -> message: the log-probs are probably not those that the user expects.
     warnings: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  # kind of finding -> message: correct, and good to know
+    notes: dict[str, str] = field(default_factory=dict)  # kind of finding -> message: correct, good to know
 
     def joined(self, *others: TextReport) -> TextReport:
         """Return one report with the findings of this and all other reports."""
@@ -130,9 +128,8 @@ class TokenBatch:
     packed_keep: torch.Tensor  # [N] bool, CPU: tokens whose log-prob is wanted; never token 0 of a sample
     packed_assistant: torch.Tensor | None  # [N] bool, CPU: the assistant's tokens; None: not known
     lengths: list[int]  # B: tokens of each sample without padding; the sum is N
-    places: (
-        torch.Tensor | None
-    )  # [N] int64: index in the stored rows laid end to end; None: they have no padding
+    # [N] int64: index in the stored rows laid end to end; None: the rows have no padding.
+    places: torch.Tensor | None
     widths: list[int]  # B: columns of the stored row
     stored: bool  # True: the ids come from the tensordict; False: a text was tokenized
     report: TextReport = field(default_factory=TextReport)  # findings about the texts, or about the first ids

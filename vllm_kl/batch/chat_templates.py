@@ -431,9 +431,7 @@ def _losses(found: Sequence[Rendered], is_truncated: bool) -> Iterator[tuple[str
     for j, message in enumerate(found):
         where = f", message {j} ({message.role}): "
         if num_lost := message.num_chars - message.num_found:
-            is_trimmed = (
-                not message.missing.strip()
-            )  # a kind of its own, because most templates trim and few cut
+            is_trimmed = not message.missing.strip()  # a kind of its own: most templates trim, few cut
             how = "white space was trimmed" if is_trimmed else f"missing: {shown(message.missing)}"
             kind = "truncated" if is_truncated else "trimmed" if is_trimmed else "cut"
             yield (

@@ -98,9 +98,7 @@ class Float64KL:
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         """Return k1 of all scored tokens of the rollouts, end to end, ``[N]`` float64, nats."""
         rows = [torch.tensor(rollout.token_ids) for rollout in rollouts]
-        ids_B_T = pad_sequence(
-            rows, batch_first=True
-        )  # padding on the right: in a causal model, no token sees it
+        ids_B_T = pad_sequence(rows, batch_first=True)  # on the right: in a causal model, no token sees it
         policy, reference = (
             model(ids_B_T).logits[:, :-1].log_softmax(-1).gather(-1, ids_B_T[:, 1:, None])[..., 0]
             for model in self._models

@@ -47,9 +47,8 @@ class Differences:
     # The copies of tensors that equal those of the checkpoint.
     plain: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     moves: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # (target, key, value)
-    moved: list[str] = field(
-        default_factory=list
-    )  # the places of the moves, which compiled code does not read again
+    # The places of the moves, which compiled code does not read again.
+    moved: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)  # sentences about places that do not match
 
 
@@ -204,9 +203,8 @@ def _plain_methods() -> tuple[type, ...]:
     return type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod
 
 
-_EMPTY = (
-    torch.nn.Module()
-)  # attributes that every module has hold no weights, except _parameters and _buffers
+# Attributes that every module has hold no weights, except _parameters and _buffers.
+_EMPTY = torch.nn.Module()
 
 
 def _is_vllms(value: Any) -> bool:

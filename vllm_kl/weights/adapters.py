@@ -106,10 +106,8 @@ def _load(llm_engine: Any, lora_request: Any) -> None:
     try:
         llm_engine.add_lora(lora_request)
     except Exception as error:
-        with contextlib.suppress(Exception):
-            llm_engine.remove_lora(
-                lora_request.lora_int_id
-            )  # vLLM counts an adapter as loaded if its load failed halfway
+        with contextlib.suppress(Exception):  # vLLM counts an adapter as loaded if its load failed halfway
+            llm_engine.remove_lora(lora_request.lora_int_id)
         raise WeightsError(f"{describe(lora_request)} cannot be loaded: {error}") from error
 
 

@@ -1,7 +1,8 @@
 """Locks a shared engine: one thread uses it at a time, and a push waits until every generated step is scored.
 
-    a thread generates -> its step is open the thread scores -> its step is closed another thread pushes ->
-    waits until all open steps are closed; threads that want to generate wait for the push
+    a thread generates     -> its step is open
+    the thread scores      -> its step is closed
+    another thread pushes  -> waits until all open steps are closed; threads that want to generate wait for it
 
 A collector generates in one call and scores in another. If a push came between the two calls, the new weights
 would score tokens that the old weights sampled.
@@ -29,9 +30,7 @@ class EngineLock:
 
     def __init__(self) -> None:
         self._lock = threading.Condition(threading.RLock())
-        self._scorers: weakref.WeakSet[threading.Thread] = (
-            weakref.WeakSet()
-        )  # threads that score their own steps
+        self._scorers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # threads that score their steps
         self._open: dict[threading.Thread, float] = {}  # threads with an open step -> when they generated it
         self._replacing: set[threading.Thread] = set()  # threads that replace the weights, or wait to do so
 
