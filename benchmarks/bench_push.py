@@ -208,7 +208,7 @@ def measure(size: str, place: str, rounds: int, connection: Any) -> None:
     from transformers.utils import logging
     from vllm import LLM
 
-    from vllm_kl.weights.live import LiveWeights
+    from vllm_kl.weights.live_weights import LiveWeights
 
     logging.disable_progress_bar()
     model = build(size)
@@ -241,7 +241,7 @@ def measure(size: str, place: str, rounds: int, connection: Any) -> None:
 
 def take_turns(model: Any, llm: Any, start_s: float, rounds: int, *, has_backend: bool) -> dict[str, Any]:
     from vllm_kl.weights.checkpoint import Skeleton
-    from vllm_kl.weights.live import LiveWeights
+    from vllm_kl.weights.live_weights import LiveWeights
 
     seconds: dict[str, list[float]] = {"new engine": [start_s], "floor": []}
     exact = copy.deepcopy(model).double()

@@ -165,10 +165,10 @@ if __name__ == "__main__":
 FORKING_TRAINER = """
 import multiprocessing, os, time
 from vllm_kl import lifetime
-from vllm_kl.plugin import taken
+from vllm_kl.plugin import taken_engines
 folder = lifetime.new_folder(lifetime.SHARED_MEMORY)
 def serve():
-    taken._end_with(os.getppid())
+    taken_engines._end_with(os.getppid())
     time.sleep(600)
 core = multiprocessing.get_context("fork").Process(target=serve, name="EngineCore_DP0")
 core.start()

@@ -25,7 +25,7 @@ import vllm.envs
 from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
-from vllm_kl.plugin import taken
+from vllm_kl.plugin import taken_engines
 from vllm_kl.transforms.kl_transform import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
 
@@ -39,7 +39,7 @@ def fields(thing):
 
 
 class TestNamesOfProcesses:
-    """plugin/taken.py: which process ends with its owner. plugin/weights.py: which one freezes its heap."""
+    """plugin/taken_engines.py ends processes with their owner; plugin/weights.py freezes the heap of some."""
 
     def test_the_core_of_an_engine_is_named_engine_core(self):
         from vllm.v1.engine.utils import CoreEngineProcManager
@@ -53,17 +53,18 @@ class TestNamesOfProcesses:
 
     def test_a_process_of_another_name_says_that_it_is_not_ended(self, caplog, monkeypatch):
         monkeypatch.setattr("multiprocessing.current_process", lambda: threading.Thread(name="Renamed"))
-        monkeypatch.setattr(taken, "logger", logging.getLogger("tests"))  # vLLM's keeps its lines to itself
-        taken._end_with(os.getppid())
+        # vLLM's logger keeps its lines to itself.
+        monkeypatch.setattr(taken_engines, "logger", logging.getLogger("tests"))
+        taken_engines._end_with(os.getppid())
         assert "the process Renamed of vLLM is not known" in caplog.text
         caplog.clear()
-        taken._end_with(os.getpid())  # an engine in its owner's process
+        taken_engines._end_with(os.getpid())  # an engine in its owner's process
         assert not caplog.text
 
 
 class TestRequests:
     def test_parameters_carry_what_a_request_of_ours_asks(self):
-        """plugin/request.py, plugin/cap.py, engines/pooling.py, engines/generate.py."""
+        """plugin/request.py, plugin/cache_cap.py, engines/pooling.py, engines/generate.py."""
         assert {"task", "skip_reading_prefix_cache", "extra_kwargs"} <= {*PoolingParams.__struct_fields__}
         assert {"extra_args", "skip_reading_prefix_cache", "flat_logprobs"} <= {
             *SamplingParams.__struct_fields__
@@ -79,7 +80,7 @@ class TestRequests:
         assert asked <= {*EngineCoreRequest.__struct_fields__}
 
     def test_a_cache_hit_is_bound_by_the_number_of_tokens_that_a_request_claims(self):
-        """plugin/cap.py hands a shorter request on."""
+        """plugin/cache_cap.py hands a shorter request on."""
         from vllm.v1.core.kv_cache_manager import KVCacheManager
 
         assert "request.num_tokens - 1" in source(KVCacheManager.get_computed_blocks)
@@ -105,7 +106,7 @@ class TestRequests:
 
 class TestTheEngine:
     def test_an_engine_in_this_process_has_a_client_without_a_socket(self, policy_llm):
-        """weights/live.py watches the others: vLLM waits for ever for what a dead process was asked."""
+        """weights/live_weights.py watches the others: vLLM waits for ever for a dead process."""
         from vllm.v1.engine.core_client import BackgroundResources, InprocClient, MPClient
 
         assert type(policy_llm.llm_engine.engine_core) is InprocClient
@@ -114,7 +115,7 @@ class TestTheEngine:
         assert "engine_dead" in fields(BackgroundResources)
 
     def test_its_version_is_asked_and_set_by_these_names(self, policy_llm):
-        """weights/live.py, weights/loading.py."""
+        """weights/live_weights.py, weights/loading.py."""
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine = policy_llm.llm_engine
@@ -150,14 +151,14 @@ class TestTheEngine:
 
 class TestTheModel:
     def test_a_logits_processor_is_called_with_head_and_hidden_states(self):
-        """plugin/head.py watches that call."""
+        """plugin/lm_head.py watches that call."""
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
         wanted = ["lm_head", "hidden_states", "embedding_bias"]
         assert [*inspect.signature(LogitsProcessor.forward).parameters][1:4] == wanted
 
     def test_lora_wraps_a_logits_processor_in_a_layer_with_a_base_layer(self, policy_llm):
-        """plugin/head.py removes the wrapper: it knows one row per request."""
+        """plugin/lm_head.py removes the wrapper: it knows one row per request."""
         from vllm.config import set_current_vllm_config
         from vllm.lora.layers import LogitsProcessorWithLoRA
         from vllm.lora.model_manager import LoRAModelManager

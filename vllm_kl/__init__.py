@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vllm_kl.view.samples import samples_from_batch as samples_from_batch
     from vllm_kl.view.samples import write_samples as write_samples
     from vllm_kl.weights.collector_errors import check_collector as check_collector
-    from vllm_kl.weights.live import Weights as Weights
+    from vllm_kl.weights.live_weights import Weights as Weights
     from vllm_kl.weights.push import finish_update as finish_update
     from vllm_kl.weights.push import push_weights as push_weights
     from vllm_kl.weights.push import push_weights_async as push_weights_async
@@ -87,7 +87,7 @@ _PUBLIC = {
     "types": "EngineInfo ScoreRequest ScoreResult ScoreStats TopK",
     "view.samples": "Sample read_samples samples_from_batch write_samples",
     "weights.collector_errors": "check_collector",
-    "weights.live": "Weights",
+    "weights.live_weights": "Weights",
     "weights.push": "finish_update push_weights push_weights_async",
     "weights.versions": "StaleWarning check_versions",
 }

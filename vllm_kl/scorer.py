@@ -46,7 +46,7 @@ from vllm_kl.types import ReadoutName, ScoreRequest, ScoreResult, ScoreStats, To
 from vllm_kl.weights.canary import Canary
 from vllm_kl.weights.checkpoint import average
 from vllm_kl.weights.collector_errors import check_collector
-from vllm_kl.weights.live import Weights
+from vllm_kl.weights.live_weights import Weights
 
 logger = logging.getLogger("vllm_kl")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_kl.plugin import kernel, native
-from vllm_kl.plugin.best import Best
+from vllm_kl.plugin.best_tokens import Best
 
 
 @pytest.fixture(params=["own", "widened", "gpu"])
@@ -265,7 +265,7 @@ class TestTheCodeOfAGPU:
 import torch
 import torch._dynamo
 from vllm_kl.plugin import kernel
-from vllm_kl.plugin.best import Best
+from vllm_kl.plugin.best_tokens import Best
 kernel._CUDA_TILE = 1 << 11
 torch._dynamo.config.error_on_recompile = True
 with torch.inference_mode():

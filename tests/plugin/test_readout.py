@@ -20,7 +20,7 @@ from vllm_kl import VLLMScorer, errors, plugin
 from vllm_kl.checks import check_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.local import _Blocking
-from vllm_kl.plugin import allowed, cap, models, text_only
+from vllm_kl.plugin import allowed, cache_cap, models, text_only
 from vllm_kl.plugin.request import KEY, Readout, pack, unpack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
@@ -188,7 +188,7 @@ class TestPlugin:
         before = (KVCacheManager.get_computed_blocks, len(ModelRegistry.get_supported_archs()))
         plugin.register()
         assert (KVCacheManager.get_computed_blocks, len(ModelRegistry.get_supported_archs())) == before
-        assert cap.is_installed()
+        assert cache_cap.is_installed()
 
     def test_a_policy_of_the_same_architecture_in_the_same_process_is_not_affected(self, policy_llm):
         from vllm import ModelRegistry
@@ -224,7 +224,7 @@ class TestPlugin:
         def get_computed_blocks(self, request, max_cache_hit_length=None):
             return request.num_tokens - 1 if max_cache_hit_length is None else max_cache_hit_length
 
-        lookup = cap.capped(get_computed_blocks)
+        lookup = cache_cap.capped(get_computed_blocks)
         ours = SimpleNamespace(
             num_tokens=100,
             sampling_params=None,
@@ -271,7 +271,7 @@ class TestPlugin:
         before = state()
         plugin.register()
         assert (state() != before) == is_known
-        assert cap.is_installed() == is_known
+        assert cache_cap.is_installed() == is_known
 
     def test_an_unknown_name_is_no_scoring_class(self):
         with pytest.raises(AttributeError):

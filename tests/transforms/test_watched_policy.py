@@ -24,9 +24,9 @@ from vllm_kl import EnginePolicyVersion
 from vllm_kl.batch.origins import GENERATED_BY, generated_by
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.types import Origin
-from vllm_kl.weights import lock as lock_module
-from vllm_kl.weights.live import lock_of
-from vllm_kl.weights.lock import EngineLock
+from vllm_kl.weights import engine_lock as lock_module
+from vllm_kl.weights.engine_lock import EngineLock
+from vllm_kl.weights.live_weights import lock_of
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
 WITHIN_S = 60

@@ -21,7 +21,7 @@ from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.plugin import adoption
 from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
 from vllm_kl.transforms.watched_policy import watch
-from vllm_kl.weights import live as weights_module
+from vllm_kl.weights import live_weights as weights_module
 from vllm_kl.weights.push import finish_update, push_weights, weights_of
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-from vllm_kl.weights.live import Weights
+from vllm_kl.weights.live_weights import Weights
 
 OnDone = Callable[[int], None]  # gets the number of requests that finished since its last call
 

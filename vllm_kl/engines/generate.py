@@ -40,7 +40,7 @@ from vllm_kl.errors import (
 )
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import check_adapter, check_engine_args, identity
-from vllm_kl.weights.live import LiveWeights, lock_of
+from vllm_kl.weights.live_weights import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
 
 DUMMY = "load_format='dummy': the weights are random numbers"  # a note for the user

@@ -26,7 +26,7 @@ from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.request import Readout, pack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import load_adapter
-from vllm_kl.weights.live import LiveWeights
+from vllm_kl.weights.live_weights import LiveWeights
 
 
 class _Job(NamedTuple):
@@ -42,7 +42,7 @@ class PoolingEngine:
     Args:
         engine: the engine.
         lora_request: the adapter to score with; ``None`` is the base model. The engine may wrap its LM head
-            for adapters: the read-out uses the base model's head (:mod:`vllm_kl.plugin.head`).
+            for adapters: the read-out uses the base model's head (:mod:`vllm_kl.plugin.lm_head`).
 
     Raises:
         WeightsError: the engine would serve the adapter otherwise than it is written.

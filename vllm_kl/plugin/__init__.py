@@ -5,16 +5,16 @@
     request         packs what a request asks for into vLLM's parameters
     models          makes a pooling subclass of any architecture
     pooler          finds the rows to score in a step's hidden states, and returns one tensor per request
-    head            computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
+    lm_head         computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
     kernel          sums over the vocabulary without ever making all logits
     native          the kernel's inner loops on a CPU, compiled if there is a compiler
-    best            keeps the best tokens of each row
-    cap             limits prefix-cache hits of scoring requests
+    best_tokens     keeps the best tokens of each row
+    cache_cap       limits prefix-cache hits of scoring requests
     weights         loads new weights into a live model, in every worker
     second_model    loads a second model beside the one that serves
     adoption        copies the second model's tensors into the one that serves
     missing_weights refuses a checkpoint that lacks weights
-    taken           what the plugin does only in engines that this package made or was given
+    taken_engines   what the plugin does only in engines that this package made or was given
     cpu             corrects what vLLM's CPU backend computes wrong
     text_only       loads vision-language models without torchvision
     adapters        tells which modules a worker wrapped for LoRA
@@ -42,15 +42,24 @@ def register() -> None:
         return
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, missing_weights, models, taken, text_only, weights
+    from vllm_kl.plugin import (
+        adapters,
+        cache_cap,
+        cpu,
+        missing_weights,
+        models,
+        taken_engines,
+        text_only,
+        weights,
+    )
 
     # An unknown vLLM gets no hook, unless somebody asks for scoring: then enable(), below, warns of its
     # version.
     if allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
-        cap.install()
+        cache_cap.install()
         weights.install()
         adapters.install()
-        taken.install()
+        taken_engines.install()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
         models.register(base)
@@ -72,7 +81,7 @@ def enable(base_architecture: str) -> str:
         )
     import vllm
 
-    from vllm_kl.plugin import adapters, cap, cpu, missing_weights, models, taken, weights
+    from vllm_kl.plugin import adapters, cache_cap, cpu, missing_weights, models, taken_engines, weights
 
     if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -83,10 +92,10 @@ def enable(base_architecture: str) -> str:
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
     allowed.add_to_vllm_plugins()
-    cap.install()
+    cache_cap.install()
     weights.install()
     adapters.install()
-    taken.install()
+    taken_engines.install()
     cpu.install()
     missing_weights.install()
     return models.register(base_architecture)

@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vllm_kl.plugin.best import Best
+from vllm_kl.plugin.best_tokens import Best
 from vllm_kl.plugin.native import reducer, token_logits
 
 LOG2_E = math.log2(math.e)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import vllm.envs
 
-from vllm_kl.plugin.best import Best
+from vllm_kl.plugin.best_tokens import Best
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 _FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-trapping-math -fno-strict-aliasing -fopenmp -shared -fPIC"

@@ -18,8 +18,8 @@ import torch
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
 
-from vllm_kl.plugin.head import Head, find_head
 from vllm_kl.plugin.kernel import row_blocks
+from vllm_kl.plugin.lm_head import Head, find_head
 from vllm_kl.plugin.request import Readout, unpack
 
 TASK = "token_classify"  # the pooling task that both model runners accept

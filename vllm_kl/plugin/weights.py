@@ -22,7 +22,7 @@ import torch
 
 from vllm_kl.plugin import adoption
 from vllm_kl.plugin.second_model import CannotLoadBesideError, load_second_model
-from vllm_kl.plugin.taken import is_taken
+from vllm_kl.plugin.taken_engines import is_taken
 
 # Names of the methods, for ``collective_rpc``.
 PREPARE = "vllm_kl_prepare_weights"

@@ -21,7 +21,7 @@ from vllm_kl.transforms.sides import Side
 from vllm_kl.transforms.watched_policy import engine_of, watch
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.weights.collector_errors import follow
-from vllm_kl.weights.live import lock_of
+from vllm_kl.weights.live_weights import lock_of
 
 
 class NextTransform(Transform):
@@ -89,7 +89,7 @@ class TokensTransform(NextTransform):
 
     The transform reports what it finds in the texts, and knows whether the policy generated the tokens just
     now. If it asks the policy's engine to score a step, the engine keeps its weights until the step is scored
-    (:mod:`vllm_kl.weights.lock`).
+    (:mod:`vllm_kl.weights.engine_lock`).
     """
 
     assistant_only: bool

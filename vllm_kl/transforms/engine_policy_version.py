@@ -20,7 +20,7 @@ from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.types import Origin
 from vllm_kl.weights.collector_errors import follow
-from vllm_kl.weights.live import LiveWeights
+from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.push import followed, weights_of
 
 

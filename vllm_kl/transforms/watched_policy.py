@@ -6,7 +6,7 @@
 Each row carries its own origin. So the origin is right whichever thread generated the row
 (``vLLMWrapper(batching=True)``), and whatever was pushed since. A watched policy also remembers the sampling
 parameters of its calls, because a call may have parameters of its own and a policy may change its parameters
-later. And it takes turns with pushes, see :mod:`vllm_kl.weights.lock`.
+later. And it takes turns with pushes, see :mod:`vllm_kl.weights.engine_lock`.
 
 Source: ``torchrl/modules/llm/policies/vllm_wrapper.py``, torchrl 0.14; ``CompletionOutput.weight_versions``,
 vLLM 0.32.
@@ -28,9 +28,9 @@ from torchrl.modules.llm import vLLMWrapper
 from vllm_kl.batch.origins import GENERATED_BY, set_generated_by
 from vllm_kl.engines.generate import versions_told
 from vllm_kl.types import Origin
-from vllm_kl.weights.live import LiveWeights, lock_of
+from vllm_kl.weights.engine_lock import EngineLock
+from vllm_kl.weights.live_weights import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
-from vllm_kl.weights.lock import EngineLock
 
 # The origins of this thread's completions, in vLLM's order; None: the thread is not generating.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)

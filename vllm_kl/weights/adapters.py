@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, WeightsError
-from vllm_kl.weights.live import lock_of
+from vllm_kl.weights.live_weights import lock_of
 
 
 class _Adapter(NamedTuple):

@@ -1,7 +1,7 @@
 """Pushes a trainer's weights into the engines that generate and score.
 
     state dict -> check against the engine's model -> write to shared memory   (weights/checkpoint.py)
-        -> load in every worker -> empty the prefix cache -> set the version   (weights/live.py)
+        -> load in every worker -> empty the prefix cache -> set the version   (weights/live_weights.py)
 
 A push needs no NCCL, no process group and no GPU. For a large model whose trainer and engine have different
 GPUs, the NCCL transfers of vLLM and TorchRL are faster (``update_weights``, ``VLLMWeightSyncScheme``). Call
@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.weights.collector_errors import check_collector
-from vllm_kl.weights.live import AsyncWeights, LiveWeights, Weights
+from vllm_kl.weights.live_weights import AsyncWeights, LiveWeights, Weights
 
 
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin.allowed import SWITCH
-from vllm_kl.plugin.taken import TAKE
+from vllm_kl.plugin.taken_engines import TAKE
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
+from vllm_kl.weights.engine_lock import EngineLock
 from vllm_kl.weights.loading import Record, run_sync
-from vllm_kl.weights.lock import EngineLock
 
 logger = logging.getLogger("vllm_kl")
 
@@ -88,7 +88,7 @@ def _record_of(engine: Any) -> Record:
 
 
 def _take(llm_engine: Any) -> None:
-    """Switch on the plugin in an engine's processes, once per engine (:mod:`vllm_kl.plugin.taken`)."""
+    """Take an engine (:mod:`vllm_kl.plugin.taken_engines`), once."""
     record = _record_of(llm_engine)
     if record.is_taken is not None:
         return
