@@ -199,7 +199,7 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     scorer.score([IDS])
     assert scorer.stats.weight_version is None
     with pytest.raises(
-        WeightsError, match=r"others loaded weights into this engine .*finish_update\(engine\)"
+        WeightsError, match=r"(?s)others loaded weights into this engine .*finish_update\(engine\)"
     ):
         EnginePolicyVersion(llm)
     with monkeypatch.context() as patch:
