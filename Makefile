@@ -1,5 +1,6 @@
 # make demo | test | nightly | lint: each makes .venv first if it is not there; a second run installs nothing.
-# make gpu-check: on a machine with a GPU, every check that needs one; in .venv-gpu, or in yours: make gpu-check GPU_PYTHON=python
+# make gpu-check: on a machine with a GPU, every check that needs one, in .venv-gpu.
+#   In an environment of yours: make gpu-check GPU_PYTHON=python
 # make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.
 
@@ -20,7 +21,8 @@ test: .venv/installed
 
 # The long table: every architecture that was tried, and its figures in docs/architectures.md.
 nightly: .venv/installed
-	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md tests/weights/test_pushes.py tests/test_concurrency.py $(ARGS)
+	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md \
+		tests/weights/test_pushes.py tests/test_concurrency.py $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -37,10 +39,12 @@ gpu-check: $(filter .venv-gpu/installed,$(GPU_PYTHON:bin/python=installed))
 	.venv-gpu/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu,test]'
 	@touch $@
 
-# The machine's own pip settings come first; PyTorch's index is asked where they offer no CPU build. The lock holds every
-# other package, so --no-deps: nothing is resolved, and nothing comes in that it does not name.
+# pip's own settings come first; if they offer no CPU build of PyTorch, pip asks PyTorch's index. The lock
+# names every other package. So --no-deps: pip resolves nothing and installs no package that the lock does not
+# name.
 .venv/installed: requirements.lock pyproject.toml Makefile
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install it, or run make PYTHON=python3 ..."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "$(PYTHON) not found: install it, or run make PYTHON=python3 ..."; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "python venv is missing: apt-get install python3-venv"; exit 1; }
 	$(PIP) install --quiet '$(TORCH)' || $(PIP) install --quiet --index-url $(TORCH_INDEX) '$(TORCH)'
 	$(PIP) install --quiet --no-deps --no-compile --requirement requirements.lock
@@ -49,9 +53,11 @@ gpu-check: $(filter .venv-gpu/installed,$(GPU_PYTHON:bin/python=installed))
 
 lock: .venv/installed
 	$(PIP) install --quiet uv
-	printf 'vllm-kl[$(EXTRAS)] @ .\n' | .venv/bin/uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
+	printf 'vllm-kl[$(EXTRAS)] @ .\n' | .venv/bin/uv pip compile --quiet \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
 		--custom-compile-command "make lock" --no-emit-package torch --no-emit-package vllm-kl \
-		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
+		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS), \
+			--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
 		--output-file requirements.lock -
 	sed -i "/sys_platform == 'never'/d" requirements.lock
 

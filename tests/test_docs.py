@@ -116,8 +116,10 @@ class Runner:
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory, policy_path, ref_path, tied_paths, policy_llm, tied_llm, lora_llm, lora_paths):
     def models(page):
-        policy = tied_paths[0] if page in PUSHING else policy_path
-        return {"my-policy": policy, "my-reference": ref_path, "my-adapter": lora_paths[0]}
+        folders = {"my-policy": policy_path, "my-reference": ref_path, "my-adapter": lora_paths[0]}
+        if page in PUSHING:
+            folders |= {"my-policy": tied_paths[0], "step-7": tied_paths[1]}
+        return folders
 
     def llm_of(page, options):
         if options.get("enable_lora"):
