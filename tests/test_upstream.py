@@ -2,7 +2,7 @@
 
 A test that fails here names a fact that is no longer so: read the new version, then change whoever relies on
 it, which the test's docstring names, and the test. What upstream computes wrong, and vllm_kl mends, is told
-where the cure is tested: test_plugin_cpu.py, test_pushes.py, test_lora.py. Engine options are compared in
+where the cure is tested: plugin/test_cpu.py, test_pushes.py, test_lora.py. Engine options are compared in
 test_options.py.
 """
 

@@ -550,7 +550,7 @@ def test_an_adapter_that_is_replaced_is_followed(lora_llm, tokenizer, requests, 
 
 
 def test_torchrls_wrapper_still_drops_the_adapter(lora_llm, tokenizer, requests, monkeypatch):
-    """When this fails, TorchRL names adapters itself: read how, then resolver.scorer_for."""
+    """When this fails, TorchRL names adapters itself: read how, then sides.scorer_for."""
     asked = []
     monkeypatch.setattr(
         lora_llm, "generate", lambda *_, **kwargs: asked.append(kwargs) or pytest.skip.Exception

@@ -332,8 +332,8 @@ class FromCollector:
 
         Returns:
             The log-probs, and the samples that the policy's engine scored again; its weights are the
-                log-probs' origin. The
-            samples are ``None`` if there are doubtful zeros that only the missing reference could settle.
+            log-probs' origin. The samples are ``None`` if there are doubtful zeros that only the missing
+            reference could settle.
 
         Raises:
             MissingLogProbError: a 0.0 is a placeholder, and ``gen_log_probs="reuse"`` or no policy can be

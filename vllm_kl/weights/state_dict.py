@@ -1,7 +1,7 @@
 """Converts the model of a training loop to plain tensors with the names of transformers' ``state_dict()``.
 
-    module, tensordict or state dict -> remove wrappers from names -> gather sharded tensors ->
-    weights/checkpoint.py
+    module, tensordict or state dict -> remove wrappers from names -> gather sharded tensors
+        -> weights/checkpoint.py
 
 A training loop wraps its model: ``torch.compile``, DDP, FSDP, activation checkpointing, value heads, PEFT,
 Lightning and TorchRL modules. This module recognises wrappers by their structure, and imports neither PEFT
