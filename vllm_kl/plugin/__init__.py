@@ -19,7 +19,9 @@
     text_only       loads vision-language models without torchvision
     adapters        tells which modules a worker wrapped for LoRA
 
-The plugin changes no engine that this package neither made nor was given, and no request of others.
+The plugin changes no engine that this package neither made nor was given, and no request of others. There is
+one exception, :func:`.taken_engines.is_taken`: it corrects ``reload_weights`` on a CPU in every engine that
+runs in a process which imported ``vllm_kl.scorer`` or ``vllm_kl.weights.push``.
 """
 
 from __future__ import annotations
