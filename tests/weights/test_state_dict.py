@@ -308,7 +308,7 @@ OFFERED = {
     ),
     "an empty state dict": (
         lambda m: {},
-        "this dict has no weights.*called on every rank.*rank 0 the whole weights: push there",
+        "this dict has no weights(?s:.*)called on every rank.*rank 0 the whole weights: push there",
     ),
     "two policies": (
         lambda m: Around(policy=m, reference=copy.deepcopy(m)),

@@ -97,7 +97,8 @@ def note_on(config: Any, max_model_len: int, side: LengthSide | None = None) -> 
         return (
             f"max_model_len={max_model_len} is above the model's original length {switch}: vLLM computes "
             f"every position as in a long sequence. So log-probs of sequences up to {switch} tokens differ "
-            f"from those of transformers, and from those of an engine with max_model_len={switch}"
+            "from those of transformers.\n"
+            f"If no sequence is longer, make the engine with max_model_len={switch}"
         )
     return (
         f"max_model_len={max_model_len} is at or below the model's original length {switch}: vLLM computes "
