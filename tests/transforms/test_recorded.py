@@ -49,9 +49,8 @@ from vllm_kl.transforms.sides import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
 from vllm_kl.weights.canary import Canary
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:max_rollback_tokens:DeprecationWarning"
-)  # vLLM 0.32's use of xgrammar
+# vLLM 0.32's use of xgrammar.
+pytestmark = pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
 
 SOME = list(range(30, 60))
 
@@ -644,9 +643,8 @@ class TestZerosInABatch:
     def test_a_policy_that_cannot_be_asked_how_it_samples_is_said_once(self, make_reference):
         td, side = recorded(self.VALUES), FromCollector("reuse")
         batch = read_batch(td, keys_of(make_reference()), assistant_only=True)
-        collector = SimpleNamespace(
-            policy=lambda td: td
-        )  # torchrl 0.14's own wants specs of a function's output
+        # torchrl 0.14's own collector wants specs of a function's output.
+        collector = SimpleNamespace(policy=lambda td: td)
         with pytest.warns(
             MismatchWarning, match="nothing is known of how the collector's policy, a function, samples"
         ):

@@ -579,9 +579,8 @@ class TestBackground:
     ):
         shared = RetrieveLogProb(VLLMReference(VLLMScorer(policy_engine), tokenizer))
         data = run(shared, num_updates=3)
-        assert (
-            len(self.check(data, steps, ("log_probs", "full"))) > 1
-        )  # generated_by names the policy's weights
+        # generated_by names the policy's weights.
+        assert len(self.check(data, steps, ("log_probs", "full"))) > 1
         assert (data["generated_by", "adapter"] == 0).all()
         # No push waited until the lock gave up a step that the scorer had left open.
         assert "has not scored in" not in caplog.text
