@@ -159,7 +159,7 @@ class VLLMScorer:
 
     @property
     def weights(self) -> Weights:
-        """The weights of the engine: reads their version and replaces them.
+        """The object that reads the version of the engine's weights and replaces the weights.
 
         Raises:
             WeightsError: the scorer cannot read or replace the weights of this kind of engine.

@@ -1,4 +1,5 @@
-// Runs after the LM head's product on a CPU: one pass over a tile of logits. And computes the logits of single tokens.
+// Runs after the LM head's product on a CPU: one pass over a tile of logits. It also computes the logits of
+// single tokens.
 //
 // The logits of a tile are in base 2, minus the row's shift; see kernel.py.
 
