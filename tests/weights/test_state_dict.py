@@ -1,4 +1,4 @@
-"""What a training loop holds: pushed as what its model computes, or refused by what it is."""
+"""Tests that a training loop's model is pushed with the weights that it computes with, or is refused."""
 
 from __future__ import annotations
 
