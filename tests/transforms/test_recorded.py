@@ -401,7 +401,7 @@ CALL = {"temperature": 0.5, "max_tokens": 8, "logprobs": 0, "ignore_eos": True}
 
 
 def with_forward(forward):
-    """Return what makes a policy one of a subclass that has this ``forward``."""
+    """Return a function that gives a policy a class with this ``forward``."""
 
     def wrap(policy):
         policy.__class__ = type("Mine", (vLLMWrapper,), {"forward": forward})
@@ -489,7 +489,7 @@ class TestWhatWasUsed:
 
         _, said, _ = run("processed", {}, equal("processed"), wrap=with_forward(forward))
         assert len(said) == 1
-        assert "nobody saw which parameters" in said[0]
+        assert "the sampling parameters of the recorded log-probs are not known" in said[0]
         assert "logprobs_mode='processed_logprobs'" in said[0]
 
     def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
@@ -521,7 +521,7 @@ class TestWhatWasUsed:
             warnings.simplefilter("always")
             for _ in range(2):
                 transform(data.clone())
-        said = [w for w in caught if "nobody saw which parameters" in str(w.message)]
+        said = [w for w in caught if "the sampling parameters of the recorded log-probs" in str(w.message)]
         assert len(said) == (0 if is_seen else 1)
 
 
