@@ -330,7 +330,7 @@ def test_a_reference_scores_every_version_and_says_its_own(old_batch, make_refer
     assert data["next", "ref_version"].tolist() == [ref_scorer.weight_version] * NUM_ENVS
 
 
-def test_in_a_step_only_a_push_of_another_thread_is_stale(
+def test_in_a_step_a_push_between_generation_and_score_is_stale(
     make_collector, make_reference, steps, policy_engine
 ):
     class Push(Transform):
