@@ -64,7 +64,7 @@ def register() -> None:
         taken_engines.install()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
-        models.register(base)
+        models.register_scoring_class(base)
         cpu.install()
         missing_weights.install()
 
@@ -100,4 +100,4 @@ def enable(base_architecture: str) -> str:
     taken_engines.install()
     cpu.install()
     missing_weights.install()
-    return models.register(base_architecture)
+    return models.register_scoring_class(base_architecture)

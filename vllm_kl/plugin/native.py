@@ -82,7 +82,7 @@ def _reduce(
     for low in range(0, len(tile_N_S), _ROWS):
         rows = slice(low, low + _ROWS)
         if best is not None:
-            best[rows].take(tile_N_S[rows], shift_N[rows], first_id)
+            best[rows].add(tile_N_S[rows], shift_N[rows], first_id)
         torch.sum(tile_N_S[rows].float().exp2_(), 1, out=sums_N[rows])
         tile_N_S[rows] = -shift_N[rows, None]
 
