@@ -415,7 +415,7 @@ class VLLMScorer:
             state = average(skeleton.read(weights.source), state, ema)
         weights.next_version(version)  # refuse a version before anything is written; load() gives the version
         checkpoint = skeleton.write(state)
-        with self._canary.replacing(tolerance):
+        with self._canary.accepting_new_weights(tolerance):
             return weights.load(checkpoint, version=version)
 
     @contextlib.contextmanager

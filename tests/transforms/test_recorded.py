@@ -811,9 +811,9 @@ class TestNumbersThatAreNone:
 
         canary = Canary(scores, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
         canary.remember()
-        with pytest.raises(FrozenError, match="gives NaN"), canary.replacing():
+        with pytest.raises(FrozenError, match="gives NaN"), canary.accepting_new_weights():
             now[:] = [[np.nan, np.nan], None]
-        with canary.replacing():
+        with canary.accepting_new_weights():
             now[:] = [[-1.0, -3.0], None, None]
         assert canary.check() == 0.0
 
