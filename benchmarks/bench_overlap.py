@@ -215,9 +215,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96, help="tokens that the policy generates per turn")
     args = parser.parse_args()
     set_list_to_stack(True).set()
-    warnings.simplefilter(
-        "ignore"
-    )  # deprecations of other packages, and bytes of a random model that are no text
+    # Deprecations of other packages, and bytes of a random model that are no text.
+    warnings.simplefilter("ignore")
     report = Report(width=120)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), make_tokenizer(), args)

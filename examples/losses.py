@@ -128,9 +128,8 @@ def distill(model: torch.nn.Module, data: TensorDictBase, teacher: VLLMReference
     data = RetrieveLogProb(teacher, log_probs_full_key=("teacher_log_probs", "full"))(data)
     for sample in data.unbind(0):
         mask = sample["next", "kl_mask"]
-        sample["masks"] = Masks(
-            all_assistant_mask=mask, all_attention_mask=mask
-        )  # a token counts if both masks keep it
+        # A token counts if both masks keep it.
+        sample["masks"] = Masks(all_assistant_mask=mask, all_attention_mask=mask)
     student = TransformersWrapper(
         model, tokenizer=teacher.tokenizer, generate=False, pad_output=teacher.pad_output
     )

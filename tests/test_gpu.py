@@ -27,9 +27,8 @@ OPTIONS = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True}
 
 def assert_close_to(oracle, got, ids, start):
     want = torch.tensor(oracle.log_probs(ids)[start:], dtype=torch.float64)
-    torch.testing.assert_close(
-        got.double(), want, rtol=0, atol=1e-4
-    )  # TF32 is off; other kernels than the CPU's
+    # TF32 is off; other kernels than the CPU's.
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("readout", ["pooling", "token_ids", "flat"])

@@ -35,9 +35,8 @@ def test_every_part_runs_on_a_cpu_and_is_in_the_file(tmp_path):
         *("| llama ", "| ours ", "| flat ", "| transformers ", "| floor ", "**peak memory**"),
     ):
         assert line in text, line
-    assert (
-        "test_the_kernel_agrees_with_float64" in text
-    )  # each test of the GPU by its name, and what came of it
+    # Each test of the GPU by its name, and what came of it.
+    assert "test_the_kernel_agrees_with_float64" in text
     assert "failed" not in text
 
 

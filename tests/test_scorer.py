@@ -126,10 +126,8 @@ class TestPrefixSharing:
         scorer = VLLMScorer(policy_llm, share_prefix=False)
         for got, sequence in zip(scorer.score(*group), group[0], strict=True):
             assert_close_to(policy_oracle, got, sequence, 64)
-        assert (scorer.stats.num_cached_tokens, scorer.stats.num_rescored) == (
-            114,
-            0,
-        )  # a duplicate is computed once
+        # A duplicate is computed once.
+        assert (scorer.stats.num_cached_tokens, scorer.stats.num_rescored) == (114, 0)
 
     def test_second_call_equals_first(self, shared_scorer, group):
         for a, b in zip(shared_scorer.score(*group), shared_scorer.score(*group), strict=True):

@@ -1,9 +1,9 @@
 """Checks the facts of vLLM, TorchRL and torch that vllm_kl relies on.
 
-A test that fails here names a fact that is no longer so: read the new version, then change whoever relies on
-it, which the test's docstring names, and the test. What upstream computes wrong, and vllm_kl mends, is told
-where the cure is tested: test_plugin_cpu.py, test_pushes.py, test_lora.py. Engine options are compared in
-test_options.py.
+A test that fails here names a fact that is no longer true. Read the new version, then change the test and the
+modules that its docstring names. Errors of upstream that vllm_kl corrects are described where the correction
+is tested: plugin/test_cpu.py, weights/test_pushes.py, weights/test_lora.py. engines/test_options.py compares
+the engine options.
 """
 
 from __future__ import annotations

@@ -288,9 +288,8 @@ def build_architecture(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **settings, **ends))
     with torch.no_grad():
         for parameter in model.parameters():
-            if (
-                parameter.dim() == 1
-            ):  # biases start at 0 and norms at 1: a test would not notice a missing one
+            # Biases start at 0 and norms at 1: a test would not notice a missing one.
+            if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for stored, buffer in [*model.named_buffers(), *model.named_parameters()]:
             # The bias of a router.

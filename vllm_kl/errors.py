@@ -4,12 +4,12 @@
     ├── InputError (ValueError)               a sequence, a mask or a tensordict entry cannot be scored
     ├── OptionError (TypeError)               an argument or engine option does not exist, or has no effect
     ├── ReadoutUnavailableError (ValueError)  the engine cannot do the requested read-out
-    ├── MissingLogProbError (ArithmeticError) the engine returned no usable number for a token
+    ├── MissingLogProbError (ArithmeticError) a token that must have a log-prob has no usable one
     ├── EngineError (RuntimeError)            the engine did not start, died or was closed
     ├── DriftError (ArithmeticError)          recorded log-probs are not those of the policy's engine
     ├── WeightsError (RuntimeError)           new weights were refused, or could not be loaded
     ├── FrozenError (ArithmeticError)         the weights of a reference changed, and no refresh() did it
-    ├── StaleError (ValueError)               weights would re-score tokens that other weights sampled
+    ├── StaleError (ValueError)               weights would re-score tokens that they may not have sampled
     └── CollectorError (RuntimeError)         a collector cannot be used, or an error ended its thread
 
 Each error takes one message, so pickling keeps it whole (a queue, Ray, a process pool).
@@ -51,7 +51,11 @@ class ReadoutUnavailableError(VLLMKLError, ValueError):
 
 
 class MissingLogProbError(VLLMKLError, ArithmeticError):
-    """The engine returned no usable number for a token that must have one."""
+    """A token that must have a log-prob has no usable one.
+
+    An engine returned none, a recorded or stored log-prob is missing or is no log-prob, or a number is not
+    finite.
+    """
 
 
 class EngineError(VLLMKLError, RuntimeError):
@@ -75,4 +79,7 @@ class FrozenError(VLLMKLError, ArithmeticError):
 
 
 class StaleError(VLLMKLError, ValueError):
-    """Weights would re-score tokens that they are not known to have sampled."""
+    """Weights would re-score tokens that they are not known to have sampled.
+
+    The versions or the adapters differ, or a version is missing or is not a number.
+    """

@@ -44,9 +44,8 @@ def new_folder(parent: Path) -> Path:
     unlocked = Path(tempfile.mkdtemp(prefix=".", dir=parent))
     folder = parent / f"{PREFIX}_{os.getpid()}_{unlocked.name[1:]}"
     lock = os.open(unlocked, os.O_RDONLY)
-    with contextlib.suppress(
-        OSError
-    ):  # a file system without locks: no other process can lock the folder either
+    # A file system without locks raises: then no other process can lock the folder either.
+    with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX)
     _HELD[folder] = lock
     return unlocked.rename(folder)

@@ -159,7 +159,7 @@ class VLLMScorer:
 
     @property
     def weights(self) -> Weights:
-        """The weights of the engine: reads their version and replaces them.
+        """The object that reads the version of the engine's weights and replaces the weights.
 
         Raises:
             WeightsError: the scorer cannot read or replace the weights of this kind of engine.
@@ -415,7 +415,7 @@ class VLLMScorer:
             state = average(skeleton.read(weights.source), state, ema)
         weights.next_version(version)  # refuse a version before anything is written; load() gives the version
         checkpoint = skeleton.write(state)
-        with self._canary.replacing(tolerance):
+        with self._canary.accepting_new_weights(tolerance):
             return weights.load(checkpoint, version=version)
 
     @contextlib.contextmanager

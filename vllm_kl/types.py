@@ -87,7 +87,8 @@ class ScoreStats:
     num_requests: int  # sequences with at least one token to score
     num_scored_tokens: int  # rows returned
     num_prompt_tokens: int  # all tokens of these sequences
-    num_cached_tokens: int  # tokens of them that were not computed: from the prefix cache, or of a duplicate
+    # Those of the prompt tokens that were not computed: the prefix cache or an equal sequence had them.
+    num_cached_tokens: int
     num_rescored: int  # sequences sent twice, because the first cache hit reached too far
     readout: str
     wall_s: float

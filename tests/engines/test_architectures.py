@@ -57,9 +57,10 @@ BATCH = {
     "three steps long": (random_ids(5, 300), 1, 0),
 }
 EXTRA_IDS = np.array([[7, PAD, VOCAB - 1]] * 50, np.int32)
+# Everything that a read-out can do.
 EXTRA = ScoreRequest(
     token_ids=np.array(PROMPT + FIRST, np.int32), start=64, temperature=0.7, ids=EXTRA_IDS, top_k=4
-)  # everything that a read-out can do
+)
 REQUESTS = [ScoreRequest(token_ids=np.array(ids, np.int32), start=start) for ids, start, _ in BATCH.values()]
 
 ALIVE = []  # the child's engines: an engine starts ten times faster beside another
@@ -81,9 +82,8 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
 
     from vllm_kl.engines.local import start
 
-    registry._run_in_subprocess = lambda inspect: (
-        inspect()
-    )  # else two processes per architecture look at its class
+    # Else two processes per architecture look at its class.
+    registry._run_in_subprocess = lambda inspect: inspect()
     driver = start(model=model, readout=readout, options={**OPTIONS, **options})
     ALIVE.append(driver)
     results = [drive(driver, requests, share_prefix=share_prefix) for share_prefix in (True, False)]

@@ -113,9 +113,8 @@ def peak_of_scoring(model: str, reads: bool) -> int:
     if not reads:
         pooler.find_head = lambda *_: NoHead()
     driver = start(model=model, readout="pooling", options={"dtype": "bfloat16", **OPTIONS})
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the peak is what is used now: loading and warming up do not count
+    # The peak is what is used now: loading and warming up do not count.
+    Path("/proc/self/clear_refs").write_text("5")
     rng = np.random.default_rng(0)
     for top_k in (0, 20):
         ids = rng.integers(0, 152_000, (80, 257), np.int32)

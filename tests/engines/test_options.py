@@ -683,9 +683,8 @@ class TestLengths:
             match="above the model's original length(.|\n)*Give both engines the same max_model_len",
         ):
             RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("long")), make_tokenizer()))
-        RetrieveKL(
-            policy, VLLMReference(VLLMScorer(Engine("short")), make_tokenizer())
-        )  # warnings are errors here
+        # Warnings are errors here.
+        RetrieveKL(policy, VLLMReference(VLLMScorer(Engine("short")), make_tokenizer()))
 
     @pytest.mark.parametrize("kind", ["phi3", "llama"])
     def test_rows_of_a_transformers_model_do_not_depend_on_their_mates_or_on_earlier_rows(self, path, kind):
@@ -712,9 +711,8 @@ def run_engine(model, given, sequences):
 
     from vllm_kl.engines.local import start
 
-    registry._run_in_subprocess = lambda inspect: (
-        inspect()
-    )  # else two processes per architecture look at its class
+    # Else two processes per architecture look at its class.
+    registry._run_in_subprocess = lambda inspect: inspect()
     given = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20, **given}
     driver = start(model=model, readout=given.pop("readout", "auto"), options=given)
     ALIVE.append(driver)

@@ -288,7 +288,7 @@ def test_a_multimodal_model_whose_config_names_no_placeholder_has_a_note():
 def test_vllm_imports_its_vision_models_where_torchvision_is_missing():
     code = (
         "import sys\n"
-        "from vllm_kl.plugin import text_only; text_only.enable()\n"
+        "from vllm_kl.plugin import text_only; text_only.enable_text_only()\n"
         "from vllm import ModelRegistry\n"
         "for name in ('Gemma3ForConditionalGeneration', 'Qwen2_5_VLForConditionalGeneration',\n"
         "             'LlavaForConditionalGeneration', 'Llama4ForConditionalGeneration',\n"

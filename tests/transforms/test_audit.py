@@ -1,4 +1,4 @@
-"""An audit scores a few reused samples again: it finds nothing with equal weights, and other weights."""
+"""Tests audits. With equal weights an audit finds no difference; with other weights it finds one."""
 
 from __future__ import annotations
 

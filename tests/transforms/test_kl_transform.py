@@ -48,9 +48,8 @@ class TestCoefficient:
         controller = AdaptiveKLController(init_kl_coef=0.2, target=target, horizon=10)
         transform = compute(coeff=controller)
         transform(step())
-        assert (
-            transform.metrics["coeff"] == 0.2
-        )  # the batch that was seen; the next gets what was learned from it
+        # This batch has the old coefficient; the next batch gets the new one.
+        assert transform.metrics["coeff"] == 0.2
         error = min(max(kl / target - 1, -0.2), 0.2)  # Ziegler et al. 2019, section 2.2
         assert float(controller.coef) == pytest.approx(0.2 * (1 + error * 2 / 10), rel=1e-6)
         assert (float(controller.coef) > 0.2) == (kl > target)

@@ -150,9 +150,8 @@ def test_the_examples_figures_agree_with_each_other(printed, layout):
     ]
     assert objective != 0
     assert k3_per_token > 0.1
-    assert kl_to_ref * num_columns == pytest.approx(
-        k3, rel=1e-4
-    )  # the trainer's log-probs against the sampler's
+    # The trainer's log-probs against the sampler's.
+    assert kl_to_ref * num_columns == pytest.approx(k3, rel=1e-4)
     assert k3_per_token == pytest.approx(k3 / num_tokens, abs=1e-6)
     assert num_tokens < num_columns
     assert kl_to_teacher == loss

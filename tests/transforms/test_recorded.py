@@ -49,9 +49,8 @@ from vllm_kl.transforms.sides import ModelSide
 from vllm_kl.types import EngineInfo, ScoreResult
 from vllm_kl.weights.canary import Canary
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:max_rollback_tokens:DeprecationWarning"
-)  # vLLM 0.32's use of xgrammar
+# vLLM 0.32's use of xgrammar.
+pytestmark = pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
 
 SOME = list(range(30, 60))
 
@@ -402,7 +401,7 @@ CALL = {"temperature": 0.5, "max_tokens": 8, "logprobs": 0, "ignore_eos": True}
 
 
 def with_forward(forward):
-    """Return what makes a policy one of a subclass that has this ``forward``."""
+    """Return a function that gives a policy a class with this ``forward``."""
 
     def wrap(policy):
         policy.__class__ = type("Mine", (vLLMWrapper,), {"forward": forward})
@@ -490,7 +489,7 @@ class TestWhatWasUsed:
 
         _, said, _ = run("processed", {}, equal("processed"), wrap=with_forward(forward))
         assert len(said) == 1
-        assert "nobody saw which parameters" in said[0]
+        assert "the sampling parameters of the recorded log-probs are not known" in said[0]
         assert "logprobs_mode='processed_logprobs'" in said[0]
 
     def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
@@ -522,7 +521,7 @@ class TestWhatWasUsed:
             warnings.simplefilter("always")
             for _ in range(2):
                 transform(data.clone())
-        said = [w for w in caught if "nobody saw which parameters" in str(w.message)]
+        said = [w for w in caught if "the sampling parameters of the recorded log-probs" in str(w.message)]
         assert len(said) == (0 if is_seen else 1)
 
 
@@ -644,9 +643,8 @@ class TestZerosInABatch:
     def test_a_policy_that_cannot_be_asked_how_it_samples_is_said_once(self, make_reference):
         td, side = recorded(self.VALUES), FromCollector("reuse")
         batch = read_batch(td, keys_of(make_reference()), assistant_only=True)
-        collector = SimpleNamespace(
-            policy=lambda td: td
-        )  # torchrl 0.14's own wants specs of a function's output
+        # torchrl 0.14's own collector wants specs of a function's output.
+        collector = SimpleNamespace(policy=lambda td: td)
         with pytest.warns(
             MismatchWarning, match="nothing is known of how the collector's policy, a function, samples"
         ):
@@ -813,9 +811,9 @@ class TestNumbersThatAreNone:
 
         canary = Canary(scores, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
         canary.remember()
-        with pytest.raises(FrozenError, match="gives NaN"), canary.replacing():
+        with pytest.raises(FrozenError, match="gives NaN"), canary.accepting_new_weights():
             now[:] = [[np.nan, np.nan], None]
-        with canary.replacing():
+        with canary.accepting_new_weights():
             now[:] = [[-1.0, -3.0], None, None]
         assert canary.check() == 0.0
 

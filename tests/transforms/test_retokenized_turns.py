@@ -321,9 +321,8 @@ class TestDialogsOfTwoTurns:
             return data
 
         collect(make_env(max_steps=2), policy_saying(SAYS[says]), turns=4 * NUM_ENVS, postproc=keep)
-        data = torch.cat(
-            [batch.to_lazystack(0) for batch in batches], dim=1
-        )  # two dialogs of two turns in a row
+        # Two dialogs of two turns in a row.
+        data = torch.cat([batch.to_lazystack(0) for batch in batches], dim=1)
         transform = RetokenizedTurns()
         _, said = caught_warnings(lambda: transform(data))
         differing = 2 * NUM_ENVS if says == "no text" else 0
@@ -346,9 +345,8 @@ class TestDialogsOfTwoTurns:
         }
         assert len(said) == differs
         if differs:
-            position = (
-                int(batches[0][0]["masks", "all_attention_mask"].sum()) - 5
-            )  # the first that was generated
+            # The first that was generated.
+            position = int(batches[0][0]["masks", "all_attention_mask"].sum()) - 5
             was, now = tokenizer.convert_tokens_to_ids(["\u00ff", tokenizer.tokenize("\ufffd")[0]])
             assert f"{NUM_ENVS} of the {NUM_ENVS} later turns" in said[0]
             assert f"dialog 0, turn 1, token {position}: {was} became {now}." in said[0]

@@ -325,9 +325,8 @@ class TestRetrieveLogProb:
             lambda *a, **k: calls.append(k["tokenize"]) or render(*a, **k),
         )
         RetrieveKL(make_gen("transformers"), make_reference())(batches.history_batch())
-        assert (
-            calls.count(True) == len(batches.CHATS) + 1
-        )  # and a dialog of plain words, which shows what ends a turn
+        # One call more than chats: a dialog of plain words, which shows what ends a turn.
+        assert calls.count(True) == len(batches.CHATS) + 1
 
     def test_writes_where_it_is_told(self, make_gen):
         td = RetrieveLogProb(make_gen("transformers"), log_probs_full_key=("mine", "full"))(

@@ -164,9 +164,8 @@ def test_a_copy_of_a_policy_is_watched_as_itself(llm, make_policy, batching):
     twin.model = Other()
     llm.update_weight_version("default")
     assert type(twin) is vLLMWrapper
-    assert (
-        generated_by(twin(prompts("tokens"))) is None
-    )  # no transform has seen it, and its engine is its own
+    # No transform has seen it, and its engine is its own.
+    assert generated_by(twin(prompts("tokens"))) is None
     assert watch(twin) is not watch(policy)
     assert generated_by(twin(prompts("tokens"))) == [Origin(None), Origin(None)]
     assert generated_by(policy(prompts("tokens"))) == [Origin(0), Origin(0)]

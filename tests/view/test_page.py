@@ -288,9 +288,8 @@ class TestPage:
             "forward k1": lambda r: math.exp(r) * r,
         }[estimator]
         kl = [formula(q - p) for p, q in zip(policy, ref, strict=True)]
-        other = Sample(
-            token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-1.5]
-        )  # k1: does not change the page's words
+        # k1: does not change the page's words.
+        other = Sample(token_ids=[5, 6], log_probs=[-1.0], ref_log_probs=[-1.5])
         driver = open_page(
             [Sample(token_ids=[1, 2, 3, 4], log_probs=policy, ref_log_probs=ref, kl=kl), other]
         )

@@ -202,9 +202,8 @@ class TestTexts:
     def test_a_tokenizer_that_cannot_be_loaded_is_refused_by_name(self, tmp_path, config):
         for name in ("tokenizer_config.json", "tokenizer.json"):
             (tmp_path / name).write_text(config)
-        (tmp_path / "config.json").write_text(
-            config if config != "{broken" else "{}"
-        )  # broken: an OSError of its own
+        # Broken: an OSError of its own.
+        (tmp_path / "config.json").write_text(config if config != "{broken" else "{}")
         bare = Sample(token_ids=[22, 220], log_probs=[-1.0], ref_log_probs=[-2.0])
         with pytest.raises(
             InputError, match=f"tokenizer '{tmp_path}' cannot be loaded: .*; expected a folder or a name"

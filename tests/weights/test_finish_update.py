@@ -188,9 +188,8 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     llm, folders, states, oracles, monkeypatch, is_pushed
 ):
     push_weights(llm, states[0])
-    monkeypatch.setattr(
-        weights_module, "_RECORDS", weakref.WeakKeyDictionary()
-    )  # an engine that nobody gave to us yet
+    # An engine that nobody gave to us yet.
+    monkeypatch.setattr(weights_module, "_RECORDS", weakref.WeakKeyDictionary())
     llm.update_weight_version("default")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[1])})
     scorer = VLLMScorer(llm)

@@ -102,9 +102,8 @@ def test_scores_are_those_of_the_weights_that_were_named(scorers, oracles, which
 def test_base_and_adapters_interleaved_never_mix(lora_llm, scorers, requests, oracles, monkeypatch):
     for share_prefix in (True, False):
         for which in (0, 1, 0, 2, 1, 1, 0, 2):
-            generated(
-                lora_llm, requests[(which + 1) % 3], n=4
-            )  # leaves KV of other weights for the same prompt
+            # Leaves KV of other weights for the same prompt.
+            generated(lora_llm, requests[(which + 1) % 3], n=4)
             monkeypatch.setattr(scorers[which], "share_prefix", share_prefix)
             assert error_of(scorers[which], oracles[which], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
             assert (scorers[which].stats.num_cached_tokens > 0) == share_prefix
@@ -191,9 +190,8 @@ def test_vllm_still_cannot_score_with_a_wrapped_lm_head(wrapped_llm):
     from vllm.inputs import TokensPrompt
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    prompts = [
-        TokensPrompt(prompt_token_ids=ids) for ids in (PROMPT, PROMPT[1:])
-    ]  # with one alone it goes well
+    # With one alone it goes well.
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in (PROMPT, PROMPT[1:])]
     with pytest.raises(RuntimeError, match="einsum"):
         wrapped_llm.generate(prompts, params, use_tqdm=False)
     engine = wrapped_llm.llm_engine
@@ -368,9 +366,8 @@ def test_two_sides_of_one_engine_are_told_apart_by_their_adapters(lora_llm, requ
     }
     policy = LoRAWrapper(lora_llm, lora_request=requests[1], **options)
     check_two_models(policy, base)
-    check_two_models(
-        vLLMWrapper(lora_llm, **options), base
-    )  # an adapter may be bound to its engine's generate
+    # An adapter may be bound to its engine's generate.
+    check_two_models(vLLMWrapper(lora_llm, **options), base)
     with pytest.raises(OptionError, match="both sides are adapter 1 on one engine: the KL would be 0"):
         check_two_models(policy, adapted)
 
@@ -393,9 +390,8 @@ def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
     ):
         VLLMScorer(lora_llm, lora_request=request)
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
-    assert (
-        generation_error(lora_llm, request, oracles[2]) > 0.1
-    )  # KV of the old adapter: what the second half is for
+    # KV of the old adapter: what the second half is for.
+    assert generation_error(lora_llm, request, oracles[2]) > 0.1
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
     assert lora_llm.reset_prefix_cache()
     assert error_of(VLLMScorer(lora_llm, lora_request=request), oracles[2]) < LOG_PROB_TOLERANCE
@@ -550,7 +546,7 @@ def test_an_adapter_that_is_replaced_is_followed(lora_llm, tokenizer, requests, 
 
 
 def test_torchrls_wrapper_still_drops_the_adapter(lora_llm, tokenizer, requests, monkeypatch):
-    """When this fails, TorchRL names adapters itself: read how, then resolver.scorer_for."""
+    """When this fails, TorchRL names adapters itself: read how, then sides.scorer_for."""
     asked = []
     monkeypatch.setattr(
         lora_llm, "generate", lambda *_, **kwargs: asked.append(kwargs) or pytest.skip.Exception

@@ -54,7 +54,7 @@ ALIVE = []  # the child's engines
 
 @dataclasses.dataclass(frozen=True)
 class Pushed:
-    """What one engine scored, each a tensor of all requests' log-probs, after what happened to it."""
+    """The log-probs that one engine returned at each stage of the test, one tensor for all requests."""
 
     at_start: torch.Tensor
     uncached: torch.Tensor
@@ -161,7 +161,7 @@ def state_of(path: Path) -> State:
 
 
 def changed_states(state: State, tied: dict[str, str]) -> Iterator[tuple[str, State]]:
-    """Yield every tensor's name, and a state in which only it is another, with what is tied to it."""
+    """Yield each tensor's name, and a state in which only this tensor and those tied to it are changed."""
     generator = torch.Generator().manual_seed(7)
     for name, tensor in state.items():
         if name not in tied:

@@ -1,4 +1,4 @@
-"""What a training loop holds: pushed as what its model computes, or refused by what it is."""
+"""Tests that a training loop's model is pushed with the weights that it computes with, or is refused."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ OFFERED = {
     ),
     "an empty state dict": (
         lambda m: {},
-        "this dict has no weights.*called on every rank.*rank 0 the whole weights: push there",
+        "this dict has no weights(?s:.*)called on every rank.*rank 0 the whole weights: push there",
     ),
     "two policies": (
         lambda m: Around(policy=m, reference=copy.deepcopy(m)),

@@ -330,7 +330,7 @@ def test_a_reference_scores_every_version_and_says_its_own(old_batch, make_refer
     assert data["next", "ref_version"].tolist() == [ref_scorer.weight_version] * NUM_ENVS
 
 
-def test_in_a_step_only_a_push_of_another_thread_is_stale(
+def test_in_a_step_a_push_between_generation_and_score_is_stale(
     make_collector, make_reference, steps, policy_engine
 ):
     class Push(Transform):
@@ -579,9 +579,8 @@ class TestBackground:
     ):
         shared = RetrieveLogProb(VLLMReference(VLLMScorer(policy_engine), tokenizer))
         data = run(shared, num_updates=3)
-        assert (
-            len(self.check(data, steps, ("log_probs", "full"))) > 1
-        )  # generated_by names the policy's weights
+        # generated_by names the policy's weights.
+        assert len(self.check(data, steps, ("log_probs", "full"))) > 1
         assert (data["generated_by", "adapter"] == 0).all()
         # No push waited until the lock gave up a step that the scorer had left open.
         assert "has not scored in" not in caplog.text

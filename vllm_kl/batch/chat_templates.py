@@ -117,8 +117,9 @@ def render(
     if renderer.dates:
         notes["date"] = (
             f"{whose} writes the current date into the text (strftime_now gave {renderer.dates[0]!r}): the "
-            "ids and the numbers of a History change with the day. Store the ids, or pass the date: "
-            "tokenizer_kwargs={'date_string': ...} for templates that take one, or {'strftime_now': ...}."
+            "ids and the log-probs of a History change with the day.\n"
+            "Store the ids, or pass the date: tokenizer_kwargs={'date_string': ...} for templates that take "
+            "one, or {'strftime_now': ...}."
         )
     begin, _ = added_tokens(tokenizer)
     bare = [i for i, dialog in enumerate(renderer.dialogs) if begin and dialog.token_ids[0] != begin[0]]

@@ -1,4 +1,7 @@
-"""Reads and writes which weights sampled each row of a batch, as recorded by the engine or by a transform."""
+"""Reads and writes the origin of each row of a batch: the weights that sampled the row.
+
+The engine records the origin, or a transform stamps it.
+"""
 
 from __future__ import annotations
 

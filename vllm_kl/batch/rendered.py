@@ -94,9 +94,8 @@ def find_messages(text: str, messages: Sequence[dict[str, Any]], runs: Sequence[
         by_message.append([_Piece(part, home, is_marked, shortest) for part in texts])
     pieces = list(itertools.chain(*by_message))
     at_home = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.home)]
-    were_placed = [
-        _place_in_order(text, group, runs) for group in at_home
-    ]  # no short circuit: place every group
+    # No short circuit: place every group.
+    were_placed = [_place_in_order(text, group, runs) for group in at_home]
     if not all(were_placed):
         _place_by_length(text, pieces)
         _mark_moved(pieces)

@@ -55,8 +55,9 @@ def doubled_bos(ids_N: torch.Tensor, firsts: torch.Tensor, lengths: list[int], t
         said["double_bos"] = (
             f"the ids of {len(doubled)} of {len(lengths)} samples begin with two BOS tokens "
             f"({tokenizer.bos_token!r}, id {bos}); the first is sample {doubled[0]}. Both tokens are "
-            "scored. Causes: a text that begins with BOS was tokenized with add_special_tokens=True, or "
-            "the first message of a dialog begins with BOS."
+            "scored.\n"
+            "Causes: a text that begins with BOS was tokenized with add_special_tokens=True, or the first "
+            "message of a dialog begins with BOS."
         )
     return TextReport(warnings=said)
 

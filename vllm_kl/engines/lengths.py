@@ -1,11 +1,11 @@
 """Finds models whose log-probs depend on the engine's length, or on the longest row of a batch.
 
 - LongRoPE has short and long factors. transformers uses the long factors for a batch whose longest row is
-longer than
-  the model's original length. vLLM uses them for every position of an engine whose ``max_model_len`` is
-  longer.
-- Llama 4 scales attention in a vLLM engine whose ``max_model_len`` is above 32,768. - "dynamic" RoPE:
-transformers computes it for the longest row so far. vLLM has positions for the original length only.
+  longer than the model's original length. vLLM uses them for every position of an engine whose
+  ``max_model_len`` is longer.
+- Llama 4 scales attention in a vLLM engine whose ``max_model_len`` is above 32,768.
+- "dynamic" RoPE: transformers computes it for the longest row so far. vLLM has positions for the original
+  length only.
 
 The functions read a model's config. They do not import vLLM.
 
@@ -97,7 +97,8 @@ def note_on(config: Any, max_model_len: int, side: LengthSide | None = None) -> 
         return (
             f"max_model_len={max_model_len} is above the model's original length {switch}: vLLM computes "
             f"every position as in a long sequence. So log-probs of sequences up to {switch} tokens differ "
-            f"from those of transformers, and from those of an engine with max_model_len={switch}"
+            "from those of transformers.\n"
+            f"If no sequence is longer, make the engine with max_model_len={switch}"
         )
     return (
         f"max_model_len={max_model_len} is at or below the model's original length {switch}: vLLM computes "

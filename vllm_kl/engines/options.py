@@ -1,11 +1,10 @@
 """Says for every option of vLLM's ``EngineArgs`` what this package does with it.
 
-    OURS       this package has its own default; the caller's value wins PASSED_ON  goes to vLLM unchanged: it
-    changes speed, memory, precision or the source of the weights, or it does
-               not matter for prefill
+    OURS       this package has its own default; the caller's value wins
+    PASSED_ON  goes to vLLM unchanged: it changes speed, memory, precision or the source of the weights, or it
+               does not matter for prefill
     REFUSED    changes which rows are computed, what the head returns or how many processes there are, or has
-    no
-               effect on scoring; each with the reason and the cure
+               no effect on scoring; each with the reason and the cure
 
 The tables are plain data. The caller's process, which never imports vLLM, reads them, so it refuses a value
 that cannot work before it starts an engine. A test compares the names with those of the installed vLLM.

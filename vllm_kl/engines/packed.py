@@ -1,4 +1,4 @@
-"""Packs requests and results for the way between processes.
+"""Packs requests and results, to send them to another process.
 
 All arrays are joined to one, because pickle takes microseconds for each array.
 """

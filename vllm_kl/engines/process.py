@@ -6,9 +6,9 @@ nor spawned by ``multiprocessing``, so a script needs no ``if __name__ == "__mai
 
 The child leads its own process group, which holds every process that vLLM starts. The group ends
 
-- when :meth:`ProcessEngine.close` is called, or the owner exits or raises (``weakref.finalize``); - when the
-owner is killed, also by SIGKILL: within a second the child notices that its parent has changed, and kills
-  its group (:mod:`vllm_kl.engines._child`);
+- when :meth:`ProcessEngine.close` is called, or the owner exits or raises (``weakref.finalize``);
+- when the owner is killed, also by SIGKILL: within a second the child notices that its parent has changed,
+  and kills its group (:mod:`vllm_kl.engines._child`);
 - when the child dies: the owner kills the group.
 """
 

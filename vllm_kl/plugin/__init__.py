@@ -19,7 +19,9 @@
     text_only       loads vision-language models without torchvision
     adapters        tells which modules a worker wrapped for LoRA
 
-The plugin changes no engine that this package neither made nor was given, and no request of others.
+The plugin changes no engine that this package neither made nor was given, and no request of others. There is
+one exception, :func:`.taken_engines.is_taken`: it corrects ``reload_weights`` on a CPU in every engine that
+runs in a process which imported ``vllm_kl.scorer`` or ``vllm_kl.weights.push``.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def register() -> None:
         taken_engines.install()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
-        models.register(base)
+        models.register_scoring_class(base)
         cpu.install()
         missing_weights.install()
 
@@ -98,4 +100,4 @@ def enable(base_architecture: str) -> str:
     taken_engines.install()
     cpu.install()
     missing_weights.install()
-    return models.register(base_architecture)
+    return models.register_scoring_class(base_architecture)

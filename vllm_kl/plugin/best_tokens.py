@@ -31,7 +31,7 @@ class Best:
         """Forget all candidates."""
         self.values.fill_(-torch.inf)
 
-    def take(self, logits_N_S: torch.Tensor, shift_N: torch.Tensor | None, first_id: int) -> None:
+    def add(self, logits_N_S: torch.Tensor, shift_N: torch.Tensor | None, first_id: int) -> None:
         """Add the tokens of a slice of the vocabulary. Each row stays sorted, best first.
 
         Args:

@@ -1,12 +1,12 @@
 """Corrects two silent errors of vLLM's CPU backend (0.32), in engines that this package made or was given.
 
 - **Rotary embeddings of 3-D tensors.** The kernel expects ``query`` and ``key`` as ``[N, heads * size]``. Of
-a tensor
-  ``[N, heads, size]`` (MLA with plain rotary embeddings) it takes the heads for tokens, and rotates by wrong
-  angles: log-probs are off by 0.1 nats and more. The correction flattens such tensors before the kernel.
+  a tensor ``[N, heads, size]`` (MLA with plain rotary embeddings) it takes the heads for tokens, and rotates
+  by wrong angles: log-probs are off by 0.1 nats and more. The correction flattens such tensors before the
+  kernel.
 - **The bias of a router without groups of experts** (ERNIE 4.5). vLLM ignores it, and so chooses other
-experts than
-  the model would. The correction makes one group of all experts, for which vLLM applies the bias.
+  experts than the model would. The correction makes one group of all experts, for which vLLM applies the
+  bias.
 
 Source: ``RotaryEmbedding.forward_cpu``, ``model_executor/layers/rotary_embedding/base.py``;
 ``CPURouter._compute_routing``, ``model_executor/layers/fused_moe/router/cpu_router.py``; vLLM 0.32.

@@ -1,4 +1,5 @@
-// Runs after the LM head's product on a CPU: one pass over a tile of logits. And computes the logits of single tokens.
+// Runs after the LM head's product on a CPU: one pass over a tile of logits. It also computes the logits of
+// single tokens.
 //
 // The logits of a tile are in base 2, minus the row's shift; see kernel.py.
 
@@ -114,7 +115,7 @@ struct Best {
     }
 
     template <typename T>
-    void take(const T* row, int64_t num_columns, float shift, int64_t first_id) {
+    void add(const T* row, int64_t num_columns, float shift, int64_t first_id) {
         constexpr int64_t kBlock = 128;
         for (int64_t low = 0; low < num_columns; low += kBlock) {
             const int64_t high = std::min(low + kBlock, num_columns);
@@ -146,7 +147,7 @@ void reduce(T* tile, int64_t stride, const float* shift, float* sums, int64_t nu
             T* row = tile + n * stride;
             if (num_best) {
                 Best best{best_values + n * num_best, best_ids + n * num_best, num_best};
-                best.take(row, num_columns, shift[n], first_id);
+                best.add(row, num_columns, shift[n], first_id);
             }
             sums[n] = sum_row(row, num_columns, -shift[n]);
         }

@@ -285,7 +285,7 @@ def _walk_float32_products(
         logits = tile[: num_rows * (high - low)].view(num_rows, high - low)
         _mm_float32(hidden, weight[low:high].T, logits)
         if best is not None:
-            best.take(logits, None, low)
+            best.add(logits, None, low)
         top, total = update(logits, scale2, top, total)
     return (top + total.log2())[:, 0]
 

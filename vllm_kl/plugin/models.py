@@ -17,7 +17,7 @@ PREFIX = "LogProb"
 BASE_ARCHITECTURES = "base_architectures"
 
 
-def register(base_architecture: str) -> str:
+def register_scoring_class(base_architecture: str) -> str:
     """Register ``LogProb<base>`` with vLLM in this process; return the name. Idempotent; imports no model."""
     import vllm
     from vllm import ModelRegistry

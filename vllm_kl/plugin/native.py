@@ -45,9 +45,10 @@ def reducer(dtype: torch.dtype) -> Reduce:
     product.
 
     - ``tile_N_S``: logits in base 2, minus ``shift``; ``dtype`` or float32. The rows need not be contiguous.
-    - ``shift_N``: float32, whole numbers that ``dtype`` holds. - ``sums_N``: float32, the output. - ``best``:
-    gets the best tokens of the slice; or ``None``. A walk over the vocabulary must use one reducer only,
-      because each keeps the candidates in its own order.
+    - ``shift_N``: float32, whole numbers that ``dtype`` holds.
+    - ``sums_N``: float32, the output.
+    - ``best``: gets the best tokens of the slice; or ``None``. A walk over the vocabulary must use one
+      reducer only, because each keeps the candidates in its own order.
     - ``first_id``: the id of the slice's first token.
     """
     return _reduce_compiled if dtype in _NAME_OF and _library()[0] is not None else _reduce
@@ -81,7 +82,7 @@ def _reduce(
     for low in range(0, len(tile_N_S), _ROWS):
         rows = slice(low, low + _ROWS)
         if best is not None:
-            best[rows].take(tile_N_S[rows], shift_N[rows], first_id)
+            best[rows].add(tile_N_S[rows], shift_N[rows], first_id)
         torch.sum(tile_N_S[rows].float().exp2_(), 1, out=sums_N[rows])
         tile_N_S[rows] = -shift_N[rows, None]
 

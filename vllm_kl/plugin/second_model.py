@@ -76,10 +76,8 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
 def quantization_of(config: Any) -> str:
     """Return how a model's checkpoint is quantised; empty if it is not."""
     for part in (config, config.get_text_config()):
-        for name in (
-            "quantization_config",
-            "compression_config",
-        ):  # compression_config: older compressed-tensors
+        # compression_config: older compressed-tensors
+        for name in ("quantization_config", "compression_config"):
             if settings := getattr(part, name, None):
                 settings = settings if isinstance(settings, dict) else settings.to_dict()
                 return str(settings.get("quant_method") or "its configuration does not say how")

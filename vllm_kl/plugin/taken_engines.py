@@ -1,12 +1,14 @@
 """Takes an engine that this package made or was given.
 
-In the processes of a taken engine, and in no others,
+In the processes of a taken engine
 
 - the errors of vLLM's CPU backend are corrected (:mod:`.cpu`);
 - on a CPU, ``reload_weights`` of a folder loads all weights right (:mod:`.weights`);
-- the processes end when their owner is killed. vLLM's own would go on, and hold their memory.
+- the processes end when their owner is killed. Without this hook they would go on, and hold their memory.
 
-All other hooks of the plugin act on requests or calls of this package only.
+``reload_weights`` is also corrected in every other engine that runs in a process which imported
+``vllm_kl.scorer`` or ``vllm_kl.weights.push``. All other hooks of the plugin act on requests or calls of this
+package only.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def take(worker: Any, owner_pid: int) -> bool:
 
 
 def is_taken(worker: Any) -> bool:
-    """Whether a worker's engine was taken, or runs in a process of a program that uses this package."""
+    """Whether a worker's engine was taken, or runs in a process that imported a scorer or a push."""
     return getattr(worker, _IS_TAKEN, False) or not sys.modules.keys().isdisjoint(
         ("vllm_kl.scorer", "vllm_kl.weights.push")
     )

@@ -38,7 +38,7 @@ def text_options(given: dict[str, Any]) -> dict[str, Any]:
     """
     if given.get("language_model_only") is False:
         return {"skip_tokenizer_init": False}  # vLLM's image processor needs the tokenizer
-    enable()
+    enable_text_only()
     return {"language_model_only": True, "skip_tokenizer_init": True}
 
 
@@ -68,7 +68,7 @@ def naming_missing_package(given: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def enable() -> None:
+def enable_text_only() -> None:
     """Let this process and its children import vision models without torchvision. Idempotent."""
     os.environ[TEXT_ONLY] = "1"
     add_to_vllm_plugins()
@@ -76,7 +76,7 @@ def enable() -> None:
 
 
 def install() -> None:
-    """Install the stand-in, if :func:`enable` was called and torchvision is missing. Idempotent."""
+    """Install the stand-in, if :func:`enable_text_only` was called and torchvision is missing. Idempotent."""
     is_installed = any(isinstance(finder, _Finder) for finder in sys.meta_path)
     if os.environ.get(TEXT_ONLY) != "1" or is_installed:
         return

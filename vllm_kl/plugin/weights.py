@@ -3,8 +3,8 @@
 The plugin adds methods to vLLM's ``WorkerBase``. ``collective_rpc`` calls them by name in the workers'
 processes, on a CPU and on a GPU. A load has two steps:
 
-    prepare   loads a second model and compares it with the serving model (:mod:`.second_model`,
-    :mod:`.adoption`) adopt     copies the second model's tensors into the serving model
+    prepare   loads a second model (:mod:`.second_model`) and compares it with the serving model
+    adopt     copies the second model's tensors into the serving model (:mod:`.adoption`)
 
 ``prepare`` changes nothing in the serving model, and fails if anything is wrong with the weights. ``adopt``
 begins when all workers have prepared.
@@ -110,9 +110,9 @@ def serves_what_is_prepared(worker: Any) -> bool:
 def _noting_loads(init: Callable[..., None]) -> Callable[..., None]:
     """Return a ``WorkerBase.__init__`` that makes workers note the loads of others.
 
-    In a taken engine (:mod:`.taken`) on a CPU, ``reload_weights`` of a folder loads as a push does: there
-    vLLM's own ``reload_weights`` (0.32) silently leaves experts and tied heads wrong, by nats. All other
-    loads stay vLLM's own.
+    In a taken engine (:mod:`.taken_engines`) on a CPU, ``reload_weights`` of a folder loads as a push does:
+    there vLLM's own ``reload_weights`` (0.32) silently leaves experts and tied heads wrong, by nats. All
+    other loads stay vLLM's own.
     """
 
     @functools.wraps(init)

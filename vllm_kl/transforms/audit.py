@@ -1,7 +1,8 @@
 """``Audit`` lets the policy's engine score a few samples again, and compares with the recorded log-probs.
 
-New weights between sampling and scoring, another temperature, or ids that do not belong to the log-probs:
-each of them makes a difference beyond rounding in every sample. So a small fraction of the samples is enough.
+Three faults make a difference beyond rounding in every sample: new weights between sampling and scoring,
+another temperature, and ids that do not belong to the log-probs. So a small fraction of the samples is
+enough.
 """
 
 from __future__ import annotations

@@ -332,8 +332,8 @@ class FromCollector:
 
         Returns:
             The log-probs, and the samples that the policy's engine scored again; its weights are the
-                log-probs' origin. The
-            samples are ``None`` if there are doubtful zeros that only the missing reference could settle.
+            log-probs' origin. The samples are ``None`` if there are doubtful zeros that only the missing
+            reference could settle.
 
         Raises:
             MissingLogProbError: a 0.0 is a placeholder, and ``gen_log_probs="reuse"`` or no policy can be
@@ -428,7 +428,7 @@ class FromCollector:
         if is_sure or mode == "raw_logprobs" or isinstance(policy, TransformersWrapper):
             return
         self._warn_once(
-            "nobody saw which parameters the log-probs were sampled with: they are assumed to be those of "
+            "the sampling parameters of the recorded log-probs are not known: this package assumes those of "
             f"the policy's last call, or those that the policy has. Its engine has logprobs_mode={mode!r}, "
             "so another temperature or top_p makes the KL wrong.\nPass gen_log_probs='rescore', or make the "
             "policy's engine with logprobs_mode='raw_logprobs'"

@@ -1,6 +1,6 @@
 """Hooks into ``collector.postproc``, which TorchRL 0.14 calls on every finished batch.
 
-TorchRL calls it before the batch enters a replay buffer.
+TorchRL calls ``postproc`` before the batch enters a replay buffer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``VLLMReference`` makes a scorer a TorchRL module, with TorchRL's keys and TensorClasses.
+"""``VLLMReference`` wraps a scorer for TorchRL, with TorchRL's keys and TensorClasses.
 
-The module works in the transforms of this package and of TorchRL, wherever they take an ``LLMWrapperBase``
-with ``generate=False``. The module reads and writes entries; its scorer computes the log-probs.
+The wrapper works in the transforms of this package and of TorchRL, wherever they take an ``LLMWrapperBase``
+with ``generate=False``. The wrapper reads and writes entries; its scorer computes the log-probs.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class VLLMReference(LLMWrapperBase):
     Writes ``(log_probs_key, "full")`` float32, nats, ``[B, T]`` or ragged: 0.0 at token 0 and at padding,
     finite elsewhere. Also writes ``(tokens_key, "full")`` and the masks. The assistant's mask of a History
     keeps the tokens that the chat template marks, and the token that ends a turn, wherever the template's
-    tags close. The module warns once of text that the template cuts, moves or adds, and counts it in
+    tags close. The wrapper warns once of text that the template cuts, moves or adds, and counts it in
     :attr:`metrics`.
 
     Raises:

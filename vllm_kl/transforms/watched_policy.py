@@ -93,7 +93,7 @@ class _Watched(vLLMWrapper):
     _vllm_kl_watch: Watch
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Give copies and pickles the policy's own class: whoever uses them watches them anew."""
+        """Give copies and pickles the policy's own class. A transform that finds a copy watches it, too."""
         state = {name: value for name, value in vars(self).items() if name != "_vllm_kl_watch"}
         return _new, (type(self).__bases__[1],), state
 

@@ -73,7 +73,7 @@ class Canary:
             return self._compare(version, now, tolerance)
 
     @contextmanager
-    def replacing(self, tolerance: float = 0.0) -> Iterator[None]:
+    def accepting_new_weights(self, tolerance: float = 0.0) -> Iterator[None]:
         """Prove the old weights, if they were accepted; let the block load new weights; accept these.
 
         Two threads take turns.

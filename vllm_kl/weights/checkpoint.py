@@ -198,9 +198,10 @@ class Skeleton:
         if self._quantization:
             raise WeightsError(
                 f"the checkpoint of {self._name!r} is quantised ({self._quantization}): its engine has no "
-                "place for the weights of a state dict. Serve an unquantised checkpoint (vLLM quantises it "
-                "with the engine option quantization=...); or quantise the trained model in the same way, "
-                "and make a new engine with it"
+                "place for the weights of a state dict.\n"
+                "Serve an unquantised checkpoint (vLLM quantises it with the engine option "
+                "quantization=...); or quantise the trained model in the same way, and make a new engine "
+                "with it"
             )
 
     def _of_the_whole_model(self, given: StateDict) -> dict[str, torch.Tensor]:

@@ -143,9 +143,8 @@ class LiveWeights:
     @property
     def version(self) -> int | None:
         with lock_of(self._engine).if_free() as is_free:
-            if (
-                not is_free
-            ):  # another thread generates, scores or pushes: the weights are still those of before
+            # Another thread generates, scores or pushes: the weights are still those of before.
+            if not is_free:
                 return self._record.last
             return run_sync(self._record.version(self._call))
 

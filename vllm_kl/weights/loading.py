@@ -59,9 +59,8 @@ class Record:
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
         self.last: int | None = 0  # the last known version of the engine; None: not known
-        self.is_taken: bool | None = (
-            None  # True: the workers have loaded the plugin; None: they were not asked
-        )
+        # True: the workers have loaded the plugin; None: they were not asked
+        self.is_taken: bool | None = None
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version of a load: ``version``, or the number after the last known version."""
@@ -236,8 +235,8 @@ class Record:
                 if not isinstance(interrupt, Exception):
                     raise interrupt from None
             raise WeightsError(
-                f"the weights could not be loaded ({error}), and version {before} could not be put back "
-                f"({second}), so the version of the engine's weights is not known.\n"
+                f"the weights could not be loaded ({error}), and version {_name(before)} could not be put "
+                f"back ({second}), so the version of the engine's weights is not known.\n"
                 "Push again, or make a new engine"
             ) from error
 

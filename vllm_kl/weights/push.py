@@ -4,8 +4,8 @@
         -> load in every worker -> empty the prefix cache -> set the version   (weights/live_weights.py)
 
 A push needs no NCCL, no process group and no GPU. For a large model whose trainer and engine have different
-GPUs, the NCCL transfers of vLLM and TorchRL are faster (``update_weights``, ``VLLMWeightSyncScheme``). Call
-:func:`finish_update` after such a transfer.
+GPUs, the NCCL transfers of vLLM and TorchRL should be faster (not measured): ``update_weights``,
+``VLLMWeightSyncScheme``. Call :func:`finish_update` after such a transfer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     """Load new weights into a vLLM engine; return their version.
 
     The prefix cache has no KV of the old weights afterwards. If the push fails or is interrupted, the engine
-    keeps the old weights and their version. Pushes of several threads take turns, and each gets its own
-    version.
+    keeps the old weights and their version; ``WeightsError``, below, has one exception. Pushes of several
+    threads take turns, and each gets its own version.
 
     Args:
         engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``,
@@ -44,7 +44,9 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     Raises:
         WeightsError: the weights are not of the engine's model, or are not plain (adapters that are not
             merged, quantised weights, weights on other ranks); there is no room for them; the engine has not
-            loaded the plugin, or is busy; or the load failed. The engine keeps the old weights.
+            loaded the plugin, or is busy; or the load failed. The engine keeps the old weights,
+            unless they could not be put back after a failed load: then the message says so, and the version
+            of the engine's weights is not known.
         EngineError: the engine died. The message names its last version.
         CollectorError: an error ended the thread of a collector that generates with the engine. Nothing was
             pushed.

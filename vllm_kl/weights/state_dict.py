@@ -1,7 +1,7 @@
 """Converts the model of a training loop to plain tensors with the names of transformers' ``state_dict()``.
 
-    module, tensordict or state dict -> remove wrappers from names -> gather sharded tensors ->
-    weights/checkpoint.py
+    module, tensordict or state dict -> remove wrappers from names -> gather sharded tensors
+        -> weights/checkpoint.py
 
 A training loop wraps its model: ``torch.compile``, DDP, FSDP, activation checkpointing, value heads, PEFT,
 Lightning and TorchRL modules. This module recognises wrappers by their structure, and imports neither PEFT
@@ -61,7 +61,7 @@ def as_state_dict(source: Any, names: Collection[str]) -> dict[str, torch.Tensor
     is_module = isinstance(source, torch.nn.Module) and not isinstance(source, TensorDictBase)
     given = _of_module(source, names) if is_module else _of_mapping(source)
     if not given:
-        raise WeightsError(f"this {type(source).__name__} has no weights. If they are sharded: {_GATHER}")
+        raise WeightsError(f"this {type(source).__name__} has no weights.\nIf they are sharded: {_GATHER}")
     return {name: _plain(name, tensor) for name, tensor in _of_the_model(given, names)}
 
 
@@ -281,7 +281,7 @@ def _plain(name: str, tensor: Any) -> torch.Tensor:
         tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
     kind = f"{type(tensor).__module__}.{type(tensor).__name__}"
     if hasattr(tensor, "local_shards"):
-        raise WeightsError(f"{name} is a {kind}: it has the shards of one rank only. {_GATHER}")
+        raise WeightsError(f"{name} is a {kind}: it has the shards of one rank only.\n{_GATHER}")
     if tensor.is_meta:
         raise WeightsError(
             f"{name} is on the meta device: it has no numbers. accelerate puts offloaded weights there "

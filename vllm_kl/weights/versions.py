@@ -80,7 +80,9 @@ def check_stale(sampled: list[Origin], scoring: Origin, on_stale: OnStale) -> No
 def check_versions(
     td: TensorDictBase, *, ref_version_key: NestedKey = "ref_version", on_two_references: OnStale = "raise"
 ) -> dict[str, float]:
-    """Return the versions in a batch, for a logger. Different minimum and maximum: an update came in between.
+    """Return the versions in a batch, for a logger.
+
+    If minimum and maximum differ, the weights were updated while the batch was collected.
 
     A version is left out if no sample carries it. :class:`~vllm_kl.RetrieveKL` in the env of a collector
     calls this for every batch that leaves the collector, and has the result in its ``metrics``.
