@@ -73,7 +73,9 @@ class TestRefusedWhenCalled:
     def test_a_template_that_marks_nothing_says_what_works(self, make_reference):
         ref = make_reference(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
         chats = [[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]]
-        with pytest.raises(InputError, match=r"marks no assistant tokens.*generation.*assistant_only=False"):
+        with pytest.raises(
+            InputError, match=r"(?s)marks no assistant tokens.*generation.*assistant_only=False"
+        ):
             RetrieveLogProb(ref)(batches.history_batch(chats=chats))
 
     def test_a_reward_of_the_wrong_length_leaves_the_batch_as_it_was(self, make_gen, make_reference):

@@ -147,7 +147,9 @@ class TestChosenAndBestTokens:
             ref_scorer.score_topk([[1, 2]], k)
 
     def test_a_read_out_that_cannot_refuses(self, policy_llm):
-        with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot return the best tokens"):
+        with pytest.raises(
+            errors.ReadoutUnavailableError, match="'flat' cannot return the most likely tokens"
+        ):
             VLLMScorer(policy_llm).score_topk([[1, 2]], 2)
         with pytest.raises(
             errors.ReadoutUnavailableError, match="'flat' cannot return log-probs of chosen ids"

@@ -330,7 +330,8 @@ class TestPaddingSide:
 
     def test_shifted_values_without_a_mask_of_their_own_are_refused(self):
         with pytest.raises(
-            InputError, match=r"log_probs.*: sample 0, token 1, read as padded on the left, has a value that"
+            InputError,
+            match=r"log_probs.*: sample 0, token 1, read as padded on the left, has a value outside",
         ):
             samples_from_batch(self.batch("right", mask=False))
 

@@ -31,12 +31,12 @@ PaddingSide = Literal["left", "right"]
 
 # Causes of a log-prob that is not finite, for messages.
 _COMES_OF = {
-    "nan": "NaN: no log-prob was recorded for this token, or the model overflows in its dtype. ",
+    "nan": "NaN: no log-prob was recorded for this token, or the model overflows in its dtype.",
     "-inf": (
         "-inf is a probability of 0: the sampler ruled the token out (logprobs_mode='processed_logprobs' "
-        "with top_k, top_p, bad words or another mask), or the model masks the token itself. "
+        "with top_k, top_p, bad words or another mask), or the model masks the token itself."
     ),
-    "inf": "No log-prob is above 0: the model overflows in its dtype, or the values are logits. ",
+    "inf": "No log-prob is above 0: the model overflows in its dtype, or the values are logits.",
 }
 
 
@@ -127,8 +127,8 @@ def check_finite(
     number = float(values_N.split(list(lengths))[i][t])
     raise MissingLogProbError(
         f"{what}: sample {i}, token {t} of {lengths[i]} is kept by the mask but its value is {number} "
-        f"({int(bad.split(list(lengths))[i].sum())} such tokens in this sample). "
-        f"{_COMES_OF[str(number)] if are_log_probs else ''}\n"
+        f"({int(bad.split(list(lengths))[i].sum())} such tokens in this sample)."
+        f"{' ' + _COMES_OF[str(number)] if are_log_probs else ''}\n"
         "Score this batch again, or leave the token out of the mask. The value never counts as 0.0."
     )
 

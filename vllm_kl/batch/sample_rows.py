@@ -77,8 +77,8 @@ def aligned(
             if wrong.any() and not other[outside].any():
                 raise InputError(
                     f"{what}: sample {i}, token {int((columns == wrong.nonzero()[0]).nonzero()[0])}, read "
-                    f"as padded on the {padding_side}, has a value outside the mask, expected 0, as read "
-                    f"from the other side: {_CURE}"
+                    f"as padded on the {padding_side}, has a value outside the mask, expected 0. Read from "
+                    f"the other side, it is 0: {_CURE}"
                 )
     return list(from_layout(rows, batch, what=what).split(batch.lengths))
 
