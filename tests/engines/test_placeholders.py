@@ -229,7 +229,7 @@ def test_an_id_beyond_the_heads_rows_is_told_from_a_label_that_is_ignored():
     check_requests([[1, 319]], None, info)  # beyond a tokenizer of 300, within the head
     with pytest.raises(
         InputError,
-        match=r"sequence 0, token 1: id 320 is outside .*\[0, 320\)\. The model's head has 320 rows",
+        match=r"sequence 0, token 1: id 320 is outside .*\[0, 320\)\.\nThe model's head has 320 rows",
     ) as beyond:
         check_requests([[1, 320]], None, info)
     assert "-100" not in str(beyond.value)
