@@ -235,7 +235,7 @@ def test_an_id_beyond_the_heads_rows_is_told_from_a_label_that_is_ignored():
     assert "-100" not in str(beyond.value)
     with pytest.raises(
         InputError,
-        match=r"sequence 0, token 2: id -100 is outside .* ignored labels such as -100 must be cut off",
+        match=r"(?s)sequence 0, token 2: id -100 is outside .* ignored labels such as -100 must be cut off",
     ):
         check_requests([[1, 2, -100]], None, info)
 
