@@ -209,6 +209,21 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
     assert error_of(llm, oracles[0]) < LOG_PROB_TOLERANCE
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_only_the_workers_of_a_shared_engine_are_asked_for_loads_of_others(folders, is_shared):
+    """A step of a private engine reads the version, and would pay a round trip to every worker."""
+    record = loading.Record(SimpleNamespace(model=str(folders[0])))
+    record.is_taken, record.is_shared = True, is_shared
+    calls = []
+
+    async def call(method, *args):
+        calls.append(method)
+        return {"get_weight_version": "default", "collective_rpc": [[]]}[method]
+
+    assert loading.run_sync(record.version(call)) == 0
+    assert calls == ["get_weight_version", *(["collective_rpc"] if is_shared else [])]
+
+
 def test_a_checkpoint_that_was_written_over_is_not_put_back(folders, tmp_path):
     """A fake engine: one whose version is still 0 and whose workers fail is not had otherwise."""
     mine = tmp_path / "model"

@@ -53,7 +53,8 @@ class PoolingEngine:
         if lora_request is not None:
             load_adapter(engine, lora_request)
         self._core = engine.engine_core
-        self.weights = LiveWeights(engine)
+        # Each step reads the version. The engine is private: its workers need not be asked.
+        self.weights = LiveWeights(engine, is_shared=False)
         config = engine.vllm_config
         # More requests would only wait in the scheduler, and hashing them would delay the first batch.
         self._max_in_core = 2 * config.scheduler_config.max_num_seqs

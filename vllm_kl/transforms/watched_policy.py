@@ -52,7 +52,7 @@ class Watch:
         return self._by_thread.get(threading.get_ident(), self._latest)
 
     @contextlib.contextmanager
-    def generating(self, params: Any) -> Iterator[Any]:
+    def generating(self, params: Any) -> Iterator[None]:
         """Give this thread the engine inside the block, and remember the sampling parameters."""
         params = copy.copy(params)
         self.has_varied |= self._latest is not None and params != self._latest

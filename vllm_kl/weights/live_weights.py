@@ -132,12 +132,15 @@ class LiveWeights:
 
     Args:
         llm_engine: the engine. One engine may have several ``LiveWeights``.
+        is_shared: whether other programs can load weights into the engine. If so, its workers are asked for
+            such loads whenever the version is read.
     """
 
-    def __init__(self, llm_engine: Any) -> None:
+    def __init__(self, llm_engine: Any, *, is_shared: bool = True) -> None:
         self._engine = llm_engine
-        _take(llm_engine)
         self._record = _record_of(llm_engine)
+        self._record.is_shared &= is_shared
+        _take(llm_engine)
         self._asleep = contextlib.ExitStack()
 
     @property

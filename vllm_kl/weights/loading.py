@@ -61,6 +61,7 @@ class Record:
         self.last: int | None = 0  # the last known version of the engine; None: not known
         # True: the workers have loaded the plugin; None: they were not asked
         self.is_taken: bool | None = None
+        self.is_shared = True  # False: no other program can load weights into the engine
 
     def next_version(self, stamp: str, version: int | None) -> int:
         """Return the version of a load: ``version``, or the number after the last known version."""
@@ -81,6 +82,8 @@ class Record:
 
         Such a ``weight_version`` does not belong to the present weights.
         """
+        if not self.is_shared:
+            return None
         is_known = self.is_taken and not any(await call("collective_rpc", LAST_LOAD))
         return None if is_known else self._served[0]
 
