@@ -198,8 +198,7 @@ class Record:
                 f"{_NAME_THE_SOURCE}"
             )
         await _empty_the_cache(call)
-        await call("set_weight_version", str(version))
-        self._served, self.last = (str(version), self._served[1]), version
+        await self._stamp(call, self._served[1], version)
         return version
 
     async def believe(self, call: Call, version: int | None) -> int:
@@ -213,12 +212,15 @@ class Record:
 
     async def started_with(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
         """Give a version to the weights that the engine started with, because it replaces another engine."""
-        await call("set_weight_version", str(version))
-        self._served, self.last = (str(version), checkpoint), version
+        await self._stamp(call, checkpoint, version)
 
     async def _adopt(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
         await call("collective_rpc", ADOPT)
         await _empty_the_cache(call)
+        await self._stamp(call, checkpoint, version)
+
+    async def _stamp(self, call: Call, checkpoint: Checkpoint | None, version: int) -> None:
+        """Give the engine's weights a version, and remember the checkpoint that holds them."""
         await call("set_weight_version", str(version))
         self._served, self.last = (str(version), checkpoint), version
 
