@@ -83,15 +83,7 @@ def policy_llm(policy_path: Path) -> Any:
     """The policy's engine: a ``vllm.LLM`` in this process."""
     from vllm import LLM
 
-    return LLM(
-        str(policy_path),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=tiny.MAX_MODEL_LEN,
-        kv_cache_memory_bytes=64 << 20,
-        block_size=32,
-        use_tqdm_on_load=False,
-    )
+    return LLM(str(policy_path), enforce_eager=True, use_tqdm_on_load=False, **tiny.ENGINE_OPTIONS)
 
 
 @pytest.fixture(scope="session")
@@ -150,13 +142,7 @@ def lora_paths(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 @pytest.fixture(scope="session")
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
     """The reference's scorer, whose engine runs in its own process."""
-    with VLLMScorer(
-        str(ref_path),
-        dtype="float32",
-        max_model_len=tiny.MAX_MODEL_LEN,
-        kv_cache_memory_bytes=64 << 20,
-        block_size=32,
-    ) as scorer:
+    with VLLMScorer(str(ref_path), **tiny.ENGINE_OPTIONS) as scorer:
         yield scorer
 
 

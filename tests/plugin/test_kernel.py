@@ -13,25 +13,22 @@ import torch
 from vllm_kl.plugin import kernel, native
 from vllm_kl.plugin.best_tokens import Best
 
+ON_A_GPU = pytest.param(
+    "gpu",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+)
 
-@pytest.fixture(params=["own", "widened", "gpu"])
+
+@pytest.fixture(params=["own", "widened", ON_A_GPU])
 def products(request, monkeypatch):
-    """Multiplies 16-bit matrices directly (oneDNN), or widened to float32, or with the code for a GPU."""
+    """Multiplies 16-bit matrices directly (oneDNN), or widened to float32, or on a GPU."""
     monkeypatch.setattr(
         kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32
     )
     if request.param == "gpu":
-        run_the_code_of_a_gpu(monkeypatch)
-    return request.param
-
-
-def run_the_code_of_a_gpu(monkeypatch):
-    """Runs the GPU's code with small slices. A product of widened matrices stands for cuBLAS's."""
-    monkeypatch.setattr(kernel, "_CUDA_TILE", 1 << 14)
-    monkeypatch.setattr(kernel, "_mm_float32", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
-    monkeypatch.setattr(
-        kernel, "_walk_shifted_products", lambda *call: kernel._walk_float32_products(*call[:-1])
-    )
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -44,10 +41,11 @@ def loops(request, monkeypatch):
 
 def make(num_rows, vocab_size, *, hidden_size=64, dtype=torch.float32, spread=1.0, seed=0):
     """Hidden rows and a matrix; ``spread`` is the logits' standard deviation, in nats."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(num_rows, hidden_size, generator=generator)
-    weight = torch.randn(vocab_size, hidden_size, generator=generator) * spread / hidden_size**0.5
-    return hidden.to(dtype), weight.to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator, device="cpu")
+    weight = torch.randn(vocab_size, hidden_size, generator=generator, device="cpu")
+    weight *= spread / hidden_size**0.5
+    return tuple(matrix.to(torch.get_default_device(), dtype) for matrix in (hidden, weight))
 
 
 def in_float64(hidden, weight, scale=1.0):
@@ -240,46 +238,45 @@ class TestTopTokens:
 
 
 class TestTheCodeOfAGPU:
-    def test_takes_slices_of_one_size_and_computes_each_product_once(self, monkeypatch):
-        run_the_code_of_a_gpu(monkeypatch)
-        hidden, weight = make(40, 5000)
+    @pytest.fixture(autouse=True)
+    def _small_tiles(self, monkeypatch):
+        """Small slices, and products that a CPU has, too."""
+        monkeypatch.setattr(kernel, "_CUDA_TILE", 1 << 14)
+        monkeypatch.setattr(kernel, "_mm_float32", lambda a, b, out: torch.mm(a.float(), b.float(), out=out))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 1), (3, 1025), (40, 5000)])
+    def test_ranks_all_tokens_slice_by_slice(self, num_rows, vocab_size, dtype):
+        hidden, weight = make(num_rows, vocab_size, dtype=dtype)
+        best = Best.of(num_rows, min(9, vocab_size), hidden.device)
+        kernel._rank(hidden, weight, best)
+        want = (hidden.float() @ weight.float().T).topk(best.ids.shape[1])
+        torch.testing.assert_close(best.values, want.values)
+        torch.testing.assert_close((hidden.float() @ weight.float().T).gather(1, best.ids), want.values)
+
+    def test_slices_are_aligned(self):
+        """Of rows that begin at odd places, cuBLAS takes several times as long."""
+        hidden, weight = make(40, 5001)
         with ProductShapes(torch.float32) as seen:
-            kernel.log_normalizer(hidden, weight)
-        assert seen.shapes == {((40, 64), (64, 1000))}
+            kernel._rank(hidden, weight, Best.of(40, 3, hidden.device))
+        assert {columns for _, (_, columns) in seen.shapes} == {1024, 5001 - 4 * 1024}
 
-    def test_float32_matrices_are_multiplied_as_they_are_and_16_bit_ones_with_float32_results(
-        self, monkeypatch
-    ):
-        calls = []
-        monkeypatch.setattr(torch, "mm", lambda a, b, **how: calls.append(how))
-        for dtype in (torch.float32, torch.bfloat16):
-            hidden, weight = make(3, 5, dtype=dtype)
-            out = torch.empty(3, 5)
-            kernel._mm_float32(hidden, weight.T, out)
-        assert calls == [{"out": calls[0]["out"]}, {"out": out, "out_dtype": torch.float32}]
-
-    @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler: install g++")
-    def test_is_compiled_once_for_any_number_of_rows_slices_and_any_temperature(self):
-        """By an engine's start: a request that compiled would wait for seconds."""
-        script = """
-import torch
-import torch._dynamo
-from vllm_kl.plugin import kernel
-from vllm_kl.plugin.best_tokens import Best
-kernel._CUDA_TILE = 1 << 11
-torch._dynamo.config.error_on_recompile = True
-with torch.inference_mode():
-    shapes = [(512, 5000, 1.4), (300, 3000, 2.0), (2, 1025, 1.0), (1, 3000, 1.4), (40, 7, 14.0)]
-    for num_rows, vocab_size, scale in shapes:
-        hidden, weight = torch.randn(num_rows, 32), torch.randn(vocab_size, 32) / 4
-        want = (hidden.double() @ weight.double().T * scale).exp2().sum(1).log2()
-        for best in (None, Best.of(num_rows, 7, hidden.device)):
-            got = kernel._walk_float32_products(hidden, weight, scale, best)
-            assert (got - want).abs().max() < 1e-4, (num_rows, vocab_size, scale)
-"""
-        environment = {name: value for name, value in os.environ.items() if name != "TORCH_COMPILE_DISABLE"}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    @pytest.mark.parametrize(
+        ("num_rows", "hidden_size", "top_k", "height"),
+        [
+            (0, 64, 0, None),
+            (1, 64, 0, 128),
+            (4096, 3584, 0, 4096),
+            (4097, 3584, 0, 2176),
+            (9000, 16_384, 0, 1024),
+            (9000, 64, 1000, 1024),
+        ],
+    )
+    def test_row_blocks_are_a_multiple_of_what_a_program_takes(self, num_rows, hidden_size, top_k, height):
+        blocks = list(kernel.row_blocks(num_rows, hidden_size, top_k, on_a_gpu=True))
+        assert sum(b.stop - b.start for b in blocks) == num_rows
+        assert [b.start for b in blocks] == [n * height for n in range(len(blocks))]
+        assert all(b.stop - b.start <= kernel._MAX_ROWS for b in blocks)
 
 
 class TestMemory:

@@ -65,6 +65,13 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         options["kv_cache_memory_bytes"] = kv_cache_bytes(
             model, config, options, is_cuda=current_platform.is_cuda_alike()
         )
+    if not is_cpu and options.get("kv_cache_memory_bytes") is not None:
+        # vLLM ignores it beside a size of the KV cache, except that it refuses to start if less memory is
+        # free: so its default, 0.92, refuses a GPU that another engine or a trainer uses, too.
+        options.setdefault("gpu_memory_utilization", 0.01)
+    if config.dtype == torch.float32:
+        # Triton's default is TF32, which vLLM's attention would use: an error of 1e-3 nats.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     reason = _why_not_pooling(config)
     if readout == "pooling" and reason:
         raise ReadoutUnavailableError(f"readout='pooling' is not available: {reason}. Use 'auto'")

@@ -12,7 +12,7 @@ Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error
 So the shift is subtracted inside the product, before the rounding: the logits that decide the sum are then
 near 0, where bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too
 coarsely. The kernel then computes the slice again for this row, in float32. Logits of single tokens are
-summed in float64. On a GPU the product is accumulated and returned in float32. On a CPU that multiplies
+summed in float64. On a GPU another kernel (:mod:`.triton_kernel`) sums in float32. On a CPU that multiplies
 16-bit matrices one number at a time (for example without AVX-512) the kernel widens both matrices to float32,
 slice by slice.
 
@@ -34,7 +34,7 @@ import bisect
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -52,8 +52,13 @@ _HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 307
 # Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
 _FLOAT32_WIDTH = 512
 _MAX_WIDENED = 1 << 21
-# Elements of a float32 tile on a GPU: 32 MiB, below an H100's or H200's 50 MiB of L2.
-_CUDA_TILE = 1 << 23
+# On a GPU: elements of a float32 tile (16 MiB), and the multiple of its width. cuBLAS takes three to five
+# times as long if the tile's rows begin at odd places.
+_CUDA_TILE = 1 << 22
+_CUDA_ALIGNED = 64
+# On a GPU: the most elements of a block's hidden states, 32 MiB in 16 bits; and the multiple of its rows.
+_CUDA_MAX_HIDDEN = 1 << 24
+_CUDA_ROWS = 128
 # Bytes of each part of the workspace, by the limits above. The system gives pages only when they are used.
 _WORKSPACE_BYTES = 8 << 20
 # Columns that are computed first, in float32: they give the first shift.
@@ -75,15 +80,18 @@ _GROWN = 4.0
 _SPARE_CANDIDATES = 8
 
 
-def row_blocks(num_rows: int, hidden_size: int, top_k: int = 0) -> Iterator[slice]:
+def row_blocks(num_rows: int, hidden_size: int, top_k: int = 0, *, on_a_gpu: bool = False) -> Iterator[slice]:
     """Yield blocks of rows: large enough for a fast product, small enough for the memory.
 
     All blocks have equal size: blocks of the largest size could leave a last block of few rows, on which the
     product is slow. Only the last block needs padding.
     """
-    limit = min(_MAX_ROWS, _MAX_HIDDEN // hidden_size)
+    limit = min(_MAX_ROWS, (_CUDA_MAX_HIDDEN if on_a_gpu else _MAX_HIDDEN) // hidden_size)
     if top_k:
         limit = min(limit, _MAX_CANDIDATES // (top_k + _SPARE_CANDIDATES))
+    if on_a_gpu:
+        num_blocks = max(1, math.ceil(num_rows / max(1, limit)))
+        return _slices(num_rows, math.ceil(num_rows / num_blocks / _CUDA_ROWS) * _CUDA_ROWS or _CUDA_ROWS)
     limit = _HEIGHTS[max(0, bisect.bisect_right(_HEIGHTS, limit) - 1)]
     step = _height(math.ceil(num_rows / max(1, math.ceil(num_rows / limit))))
     return _slices(num_rows, step)
@@ -124,7 +132,11 @@ def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best 
     if not len(weight):  # an empty shard of a tensor-parallel rank
         return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
     if hidden.is_cuda:
-        return _walk_float32_products(hidden, weight, scale2, best)
+        from vllm_kl.plugin.triton_kernel import log2_normalizer
+
+        if best is not None:
+            _rank(hidden, weight, best)
+        return log2_normalizer(hidden, weight, scale2)
     walked = _walk_shifted_products(hidden, weight, scale2, best, product_dtype(hidden.dtype))
     if walked is None:
         if best is not None:
@@ -264,30 +276,16 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
 
 
-def _walk_float32_products(
-    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None
-) -> torch.Tensor:
-    """Walk on a GPU: products with float32 results; one fused kernel per slice for maximum and sum."""
+def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best) -> None:
+    """Find the best tokens on a GPU: products with float32 results, slice by slice."""
     num_rows, vocab_size = len(hidden), len(weight)
-    # Ranking copies the tile, so it gets a smaller one. All slices have equal size: torch.compile would
-    # compile a last slice of a single column separately.
-    num_slices = math.ceil(
-        vocab_size / max(1024, (_CUDA_TILE if best is None else _CUDA_TILE // 2) // num_rows)
-    )
-    columns = math.ceil(vocab_size / num_slices)
+    columns = min(vocab_size, max(1024, _CUDA_TILE // num_rows // _CUDA_ALIGNED * _CUDA_ALIGNED))
     tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
-    top = torch.full((num_rows, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
-    total = torch.zeros(num_rows, 1, dtype=torch.float32, device=hidden.device)
-    # torch.compile would make a separate graph for a single row.
-    update = _fused_update() if num_rows > 1 else _update
-    for low in range(0, vocab_size, columns):
-        high = min(vocab_size, low + columns)
-        logits = tile[: num_rows * (high - low)].view(num_rows, high - low)
-        _mm_float32(hidden, weight[low:high].T, logits)
-        if best is not None:
-            best.add(logits, None, low)
-        top, total = update(logits, scale2, top, total)
-    return (top + total.log2())[:, 0]
+    for columns_of_slice in _slices(vocab_size, columns):
+        part = weight[columns_of_slice]
+        logits = tile[: num_rows * len(part)].view(num_rows, len(part))
+        _mm_float32(hidden, part.T, logits)
+        best.add(logits, None, columns_of_slice.start)
 
 
 def _mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -295,18 +293,3 @@ def _mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _update(
-    logits: torch.Tensor, scale2: float, top: torch.Tensor, total: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the new maximum and the sum in units of ``2 ** maximum``."""
-    logits = logits * scale2
-    higher = torch.maximum(top, logits.amax(1, keepdim=True))
-    return higher, total * torch.exp2(top - higher) + torch.exp2(logits - higher).sum(1, keepdim=True)
-
-
-@functools.cache
-def _fused_update() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Return :func:`_update` with one pass over the tile instead of four. vLLM's profile run compiles it."""
-    return torch.compile(_update, dynamic=True)

@@ -89,10 +89,14 @@ def _reduce(
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
     """Return ``[N, K]`` float32, the logits of K tokens per row, summed in float64 or pairwise in float32."""
+    if hidden_N_H.is_cuda:
+        from vllm_kl.plugin import triton_kernel
+
+        return triton_kernel.token_logits(hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K)
     num_rows, num_ids = ids_N_K.shape
     hidden_size = hidden_N_H.shape[1]
-    logits = torch.empty(num_rows, num_ids, dtype=torch.float32, device=hidden_N_H.device)
-    library = None if hidden_N_H.is_cuda else _library()[0]
+    logits = torch.empty(num_rows, num_ids, dtype=torch.float32)
+    library = _library()[0]
     if library is not None and hidden_N_H.dtype in _NAME_OF and hidden_N_H.dtype == weight_V_H.dtype:
         hidden, weight, ids = hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K.contiguous()
         getattr(library, f"token_logits_{_NAME_OF[hidden.dtype]}")(

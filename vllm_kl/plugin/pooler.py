@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
@@ -55,20 +56,21 @@ class LogProbPooler(Pooler):
         cursor, states = pooling_metadata.get_pooling_cursor(), pooling_metadata.pooling_states
         # Requests without a read-out of ours (vLLM's profile run) are scored from their second token on.
         readouts = [unpack(params.extra_kwargs) or Readout() for params in pooling_metadata.pooling_params]
-        lengths = pooling_metadata.prompt_lens.tolist()
+        lengths, token_ids = pooling_metadata.prompt_lens.tolist(), pooling_metadata.prompt_token_ids_cpu
         highs, counts = cursor.seq_lens_cpu.tolist(), cursor.num_scheduled_tokens_cpu.tolist()
 
         spans, offset = defaultdict(list), 0
         for i, (readout, length, high, count) in enumerate(
             zip(readouts, lengths, highs, counts, strict=True)
         ):
-            first, last = max(readout.start - 1, high - count), min(high, length - 1)
+            # The third limit: vLLM's profile run passes fewer ids than tokens.
+            first, last = max(readout.start - 1, high - count), min(high, length - 1, token_ids.shape[1] - 1)
             if first < last:
                 same = (readout.temperature, readout.top_k, readout.num_ids)
                 spans[same].append(_Span(i, readout, first, last, offset + first - (high - count)))
             offset += count
         for group in spans.values():
-            values = self._read(hidden_states, pooling_metadata.prompt_token_ids_cpu, group)
+            values = self._read(hidden_states, token_ids, group)
             for span, rows in zip(group, values.split([s.high - s.low for s in group]), strict=True):
                 states[span.request].hidden_states_cache.append((span.low, rows))
 
@@ -87,21 +89,23 @@ class LogProbPooler(Pooler):
         """
         device = hidden_states.device
         readout = spans[0].readout
-        requests, lows, highs, offsets = torch.tensor([(s.request, s.low, s.high, s.offset) for s in spans]).T
+        # With numpy, whose indexing waits for no threads: a GPU idles meanwhile.
+        requests, lows, highs, offsets = np.array([(s.request, s.low, s.high, s.offset) for s in spans]).T
         counts = highs - lows
-        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        rows = (offsets.repeat_interleave(counts) + within).to(device)
-        columns = (lows + 1).repeat_interleave(counts) + within
-        wanted = token_ids[requests.repeat_interleave(counts), columns][:, None].long()
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        rows = _moved(torch.from_numpy(np.repeat(offsets, counts) + within), device)
+        ids = token_ids.numpy()[np.repeat(requests, counts), np.repeat(lows + 1, counts) + within]
+        wanted = torch.from_numpy(ids)[:, None].long()
         if readout.num_ids:
             chosen = [
                 s.readout.chosen_ids()[s.low + 1 - s.readout.start : s.high + 1 - s.readout.start]
                 for s in spans
             ]
             wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
-        wanted = wanted.to(device)
+        wanted = _moved(wanted, device)
         values = torch.empty(len(rows), readout.num_columns, dtype=torch.float32, device=device)
-        for block in row_blocks(len(rows), hidden_states.shape[1], readout.top_k):
+        blocks = row_blocks(len(rows), hidden_states.shape[1], readout.top_k, on_a_gpu=hidden_states.is_cuda)
+        for block in blocks:
             values[block] = self._head.read(
                 hidden_states[rows[block]],
                 wanted[block],
@@ -109,6 +113,11 @@ class LogProbPooler(Pooler):
                 temperature=readout.temperature,
             )
         return values
+
+
+def _moved(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a CPU tensor on a device, without waiting for the work that the GPU still has to do."""
+    return indices if device.type == "cpu" else indices.pin_memory().to(device, non_blocking=True)
 
 
 def _collect(state: Any, readout: Readout, length: int) -> torch.Tensor:
