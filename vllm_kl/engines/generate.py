@@ -244,7 +244,8 @@ def versions_told(completion: Any, *, uncounted: str | None) -> tuple[int | None
     Args:
         uncounted: a label that stands for no known version, if there is one (``LiveWeights.uncounted``).
     """
-    labels = [span.version for span in completion.weight_versions or ()] or [""]
+    spans = getattr(completion, "weight_versions", None) or ()  # vLLM before 0.32 tells none
+    labels = [span.version for span in spans] or [""]
     numbers = {INITIAL: 0, uncounted: None}
     first, last = (
         numbers.get(label, int(label) if label.isdigit() else None) for label in (labels[0], labels[-1])
@@ -314,6 +315,10 @@ def _why_not_token_ids(llm_engine: Any) -> str:
     """Return why an engine cannot return log-probs of given ids; empty if it can."""
     if llm_engine is None:
         return "only a vllm.LLM takes other parameters for each request"
+    from vllm import SamplingParams
+
+    if not hasattr(SamplingParams, "prompt_logprob_token_ids"):
+        return "vLLM has prompt_logprob_token_ids since 0.31"
     if not llm_engine.vllm_config.use_v2_model_runner:
         return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
     return ""

@@ -16,6 +16,7 @@
     missing_weights refuses a checkpoint that lacks weights
     taken_engines   what the plugin does only in engines that this package made or was given
     cpu             corrects what vLLM's CPU backend computes wrong
+    older_vllm      gives vLLM 0.26 what the package needs of later versions
     text_only       loads vision-language models without torchvision
     adapters        tells which modules a worker wrapped for LoRA
 
@@ -50,6 +51,7 @@ def register() -> None:
         cpu,
         missing_weights,
         models,
+        older_vllm,
         taken_engines,
         text_only,
         weights,
@@ -58,6 +60,7 @@ def register() -> None:
     # An unknown vLLM gets no hook, unless somebody asks for scoring: then enable(), below, warns of its
     # version.
     if allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+        older_vllm.install()
         cache_cap.install()
         weights.install()
         adapters.install()
@@ -83,7 +86,16 @@ def enable(base_architecture: str) -> str:
         )
     import vllm
 
-    from vllm_kl.plugin import adapters, cache_cap, cpu, missing_weights, models, taken_engines, weights
+    from vllm_kl.plugin import (
+        adapters,
+        cache_cap,
+        cpu,
+        missing_weights,
+        models,
+        older_vllm,
+        taken_engines,
+        weights,
+    )
 
     if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
@@ -94,6 +106,7 @@ def enable(base_architecture: str) -> str:
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
     allowed.add_to_vllm_plugins()
+    older_vllm.install()
     cache_cap.install()
     weights.install()
     adapters.install()

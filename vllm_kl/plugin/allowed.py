@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 # The versions of vLLM that the plugin changes. Of 0.33 only the options and the prefix cache's lookup
 # (cache_cap.py) were read.
-KNOWN_VLLM = SpecifierSet(">=0.32,<0.34")
+KNOWN_VLLM = SpecifierSet(">=0.26,<0.34")
 # The versions of vLLM that the tests ran with.
 RUN_VLLM = SpecifierSet("==0.32.*")
 # The value "0" turns the plugin off.

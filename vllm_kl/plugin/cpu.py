@@ -14,9 +14,10 @@ Source: ``RotaryEmbedding.forward_cpu``, ``model_executor/layers/rotary_embeddin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -73,19 +74,24 @@ def install() -> bool:
 
     if not current_platform.is_cpu():
         return False
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
-
     changed = False
-    for owner, name, corrected in (
-        (RotaryEmbedding, "forward_cpu", flattened),
-        (CPURouter, "_compute_routing", biased),
-    ):
+    for owner, name, corrected in _corrections():
         method = getattr(owner, name)
         if inspect.unwrap(method) is method:
             setattr(owner, name, corrected(method))
             changed = True
     return changed
+
+
+def _corrections() -> Iterator[tuple[type, str, Callable[..., Any]]]:
+    """Yield the classes, the names of their methods and the functions that correct these."""
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    yield RotaryEmbedding, "forward_cpu", flattened
+    with contextlib.suppress(ImportError):  # older vLLM has no CPURouter
+        from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+        yield CPURouter, "_compute_routing", biased
 
 
 def correct(worker: Any) -> bool:

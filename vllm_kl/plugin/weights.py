@@ -88,7 +88,8 @@ def adopt(worker: Any) -> None:
     adoption.adopt(found)
     getattr(worker, _LOADS, []).clear()
     runner = worker.model_runner  # vLLM's own reload_weights resets the same
-    runner.reset_lora_state()
+    if hasattr(runner, "reset_lora_state"):  # since vLLM 0.27 or later
+        runner.reset_lora_state()
     runner.reset_encoder_cache()
     runner.reset_mm_cache()
 
