@@ -213,7 +213,7 @@ def floor(
 ) -> Iterator[tuple[Callable[[Sequences, int], dict[str, float]], int]]:
     """The engine without its LM head, and the LM head's product; the function returns the seconds of both."""
     from vllm_kl.engines.base import drive
-    from vllm_kl.engines.local import start as start_engine
+    from vllm_kl.engines.start_engine import start as start_engine
     from vllm_kl.types import ScoreRequest
 
     driver = start_engine(model=folder, readout="pooling", options=dict(options))

@@ -38,12 +38,12 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_kl import VLLMScorer, plugin
 from vllm_kl.engines.base import drive
-from vllm_kl.engines.local import start as start_engine
 from vllm_kl.engines.pooling import PoolingEngine
+from vllm_kl.engines.start_engine import start as start_engine
 from vllm_kl.plugin.cache_cap import capped
 from vllm_kl.plugin.lm_head import MatrixHead
 from vllm_kl.plugin.pooler import TASK, LogProbPooler
-from vllm_kl.plugin.request import Readout, pack
+from vllm_kl.plugin.readout_request import Readout, pack
 from vllm_kl.types import ScoreRequest
 
 VOCAB = 259

@@ -39,7 +39,7 @@ def fields(thing):
 
 
 class TestNamesOfProcesses:
-    """plugin/taken_engines.py ends processes with their owner; plugin/weights.py freezes the heap of some."""
+    """taken_engines.py ends processes with their owner; load_weights.py freezes the heap of some."""
 
     def test_the_core_of_an_engine_is_named_engine_core(self):
         from vllm.v1.engine.utils import CoreEngineProcManager
@@ -64,7 +64,7 @@ class TestNamesOfProcesses:
 
 class TestRequests:
     def test_parameters_carry_what_a_request_of_ours_asks(self):
-        """plugin/request.py, plugin/cache_cap.py, engines/pooling.py, engines/generate.py."""
+        """plugin/readout_request.py, plugin/cache_cap.py, engines/pooling.py, engines/generate.py."""
         assert {"task", "skip_reading_prefix_cache", "extra_kwargs"} <= {*PoolingParams.__struct_fields__}
         assert {"extra_args", "skip_reading_prefix_cache", "flat_logprobs"} <= {
             *SamplingParams.__struct_fields__
@@ -129,7 +129,7 @@ class TestTheEngine:
         assert {"errored", "dead_error"} <= {*dir(AsyncLLM)}
 
     def test_the_model_of_an_engine_in_this_process_is_reached(self, policy_llm):
-        """engines/lengths.py: the RoPE that an engine computes with."""
+        """engines/length_dependence.py: the RoPE that an engine computes with."""
         executor = policy_llm.llm_engine.model_executor
         assert isinstance(executor.driver_worker.worker.get_model(), torch.nn.Module)
 
@@ -143,7 +143,7 @@ class TestTheEngine:
         assert config.use_v2_model_runner in (False, True)
 
     def test_long_rope_says_which_factors_it_took(self):
-        """engines/lengths.py compares two sides of a KL by it."""
+        """engines/length_dependence.py compares two sides of a KL by it."""
         from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope as rope
 
         assert "self.use_long_rope = " in source(rope.Phi3LongRoPEScaledRotaryEmbedding.__init__)
@@ -181,20 +181,20 @@ class TestTheModel:
         assert PoolingStates().hidden_states_cache == []
 
     def test_rotary_embeddings_are_shared_by_one_dict(self, policy_llm):
-        """engines/local.py and plugin/second_model.py clear it: its key leaves the engine's length out."""
+        """start_engine.py and second_model.py clear it: its key leaves the engine's length out."""
         from vllm.model_executor.layers import rotary_embedding
 
         assert "_ROPE_DICT[key] = rotary_emb" in source(rotary_embedding.get_rope)
         assert type(rotary_embedding._ROPE_DICT) is dict
 
     def test_an_operation_takes_its_method_from_its_class_when_it_is_made(self):
-        """plugin/cpu.py gives it the mended one."""
+        """plugin/cpu_corrections.py gives it the mended one."""
         from vllm.model_executor.custom_op import CustomOp
 
         assert "self._forward_method = " in source(CustomOp.__init__)
 
     def test_the_registry_says_which_architecture_it_could_not_import(self):
-        """plugin/text_only.py names the package that is missing; engines/failures.py a cure."""
+        """plugin/text_only.py names the package that is missing; engines/start_failures.py a cure."""
         from vllm.model_executor.models.registry import _ModelRegistry
 
         known = SimpleNamespace(get_supported_archs=lambda: ["Known"])
@@ -247,7 +247,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("module", ["gpu_worker.Worker", "cpu_worker.CPUWorker"])
     def test_workers_are_loaded_into_by_these_methods(self, module):
-        """plugin/weights.py notes what others load through them."""
+        """plugin/load_weights.py notes what others load through them."""
         name, _, worker = module.partition(".")
         pytest.importorskip(f"vllm.v1.worker.{name}", exc_type=ImportError)
         worker = getattr(__import__(f"vllm.v1.worker.{name}", fromlist=[worker]), worker)
@@ -255,14 +255,14 @@ class TestLoading:
         assert callable(worker.start_weight_update)
 
     def test_a_reload_takes_a_folder_by_this_name(self):
-        """plugin/weights.py passes it on."""
+        """plugin/load_weights.py passes it on."""
         from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
         wanted = {"weights_iterator", "weights_path", "is_checkpoint_format"}
         assert wanted <= inspect.signature(GPUModelRunner.reload_weights).parameters.keys()
 
     def test_a_kv_cache_hangs_at_its_layer_by_this_name(self):
-        """plugin/adoption.py leaves it where it is."""
+        """plugin/adopt_weights.py leaves it where it is."""
         from vllm.model_executor.layers.attention import Attention
 
         assert "self.kv_cache" in source(Attention.__init__)

@@ -36,7 +36,7 @@ from vllm_kl.checks import (
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.engines.make import make_engine
+from vllm_kl.engines.make_engine import make_engine
 from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError

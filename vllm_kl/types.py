@@ -76,7 +76,7 @@ class EngineInfo:
     notes: tuple[str, ...] = ()
     # Ids that stand for an image, a video or audio -> the name of what they stand for.
     placeholders: Mapping[int, str] = field(default_factory=dict)
-    # Only for models whose log-probs depend on a length, see engines/lengths.py; None: all other models.
+    # Only for models whose log-probs depend on a length (engines/length_dependence.py); None: all others.
     length_side: Literal["short", "long", "row"] | None = None
 
 
@@ -119,7 +119,7 @@ class TextReport:
 class TokenBatch:
     """The tokens of a batch without padding, laid end to end, with the place of each token in its stored row.
 
-    :mod:`vllm_kl.batch.inputs` makes it, and :mod:`vllm_kl.batch.alignment` uses it. ``places`` and
+    :mod:`vllm_kl.batch.read_tokens` makes it, and :mod:`vllm_kl.batch.alignment` uses it. ``places`` and
     ``widths`` tell where the padding was, so that results can be written exactly where the tokens are. Each
     value per token is in one packed tensor ``[N]``: a batch costs a few operations, not a few per sample. The
     properties give the values sample by sample.

@@ -17,7 +17,7 @@ from torchrl.modules.llm.policies import Masks, Tokens
 
 from tests.batches import dense_batch, ids_batch
 from vllm_kl.batch.alignment import to_layout
-from vllm_kl.batch.inputs import InputKeys, read_batch
+from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError
 from vllm_kl.transforms.sides import score_batch
 

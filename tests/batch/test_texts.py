@@ -23,9 +23,9 @@ from torchrl.modules.llm.policies import Text
 from tests.batches import history_batch, ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import RetrieveKL, RetrieveLogProb, VLLMReference
-from vllm_kl.batch.inputs import InputKeys, read_batch
-from vllm_kl.batch.rendered import find_messages
-from vllm_kl.batch.texts import TextWatch, tokenize
+from vllm_kl.batch.read_tokens import InputKeys, read_batch
+from vllm_kl.batch.rendered_content import find_messages
+from vllm_kl.batch.tokenize_texts import TextWatch, tokenize
 from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.errors import InputError, OptionError
 

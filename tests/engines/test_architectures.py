@@ -80,7 +80,7 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
     """Start an engine, score with the cache and without. Runs in the child process."""
     from vllm.model_executor.models import registry
 
-    from vllm_kl.engines.local import start
+    from vllm_kl.engines.start_engine import start
 
     # Else two processes per architecture look at its class.
     registry._run_in_subprocess = lambda inspect: inspect()

@@ -52,7 +52,7 @@ def test_tensor_parallel_ranks_share_a_head_that_is_more_than_a_matrix(tmp_path)
 
 def score_preempted(model: str) -> tuple[int, list[np.ndarray]]:
     """Preempt every request between its chunks; return how many were, and the values. Runs in a child."""
-    from vllm_kl.engines.local import start
+    from vllm_kl.engines.start_engine import start
 
     options = {"dtype": "float32", "max_num_batched_tokens": 96, "block_size": 32, **OPTIONS}
     driver = start(model=model, readout="pooling", options=options)
@@ -79,7 +79,7 @@ def score_after_cancelling(model: str) -> tuple[int, int, list[np.ndarray]]:
 
     Returns the requests that vLLM still has, the results that it still returns, and the next call's values.
     """
-    from vllm_kl.engines.local import start
+    from vllm_kl.engines.start_engine import start
 
     driver = start(
         model=model, readout="pooling", options={"dtype": "float32", "max_num_batched_tokens": 96, **OPTIONS}
@@ -103,7 +103,7 @@ def test_cancelled_requests_leave_nothing_behind(ref_path, ref_oracle):
 
 def peak_of_scoring(model: str, reads: bool) -> int:
     """Return the peak memory of this process in bytes in a call of 16k rows, with or without read-out."""
-    from vllm_kl.engines.local import start
+    from vllm_kl.engines.start_engine import start
     from vllm_kl.plugin import pooler
 
     class NoHead:

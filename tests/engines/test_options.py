@@ -22,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.demo.task import make_tokenizer
-from vllm_kl.engines import lengths, memory, options
+from vllm_kl.engines import length_dependence as lengths
+from vllm_kl.engines import memory, options
 from vllm_kl.engines.base import drive
-from vllm_kl.engines.failures import explain, with_log
+from vllm_kl.engines.start_failures import explain, with_log
 from vllm_kl.errors import EngineError, OptionError
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.types import EngineInfo, ScoreRequest
@@ -651,7 +652,10 @@ class TestLengths:
     def test_a_config_tells_where_its_numbers_switch(self, path):
         phi3, llama = (AutoConfig.from_pretrained(path(kind)) for kind in ("phi3", "llama"))
         assert (lengths.switch_length(phi3), lengths.dynamic_length(phi3)) == (64, None)
-        assert (lengths.switch_length(llama), lengths.dynamic_length(llama)) == (None, 128)
+        assert (lengths.switch_length(llama), lengths.dynamic_length(llama)) == (
+            None,
+            128,
+        )
         assert [lengths.side_of(phi3, n) for n in (64, 65)] == ["short", "long"]
         assert lengths.side_of(llama, 65) is None
         layers = SimpleNamespace(
@@ -709,7 +713,7 @@ def run_engine(model, given, sequences):
     """Start an engine; return its info, and log-probs with the cache and without it. Runs in the child."""
     from vllm.model_executor.models import registry
 
-    from vllm_kl.engines.local import start
+    from vllm_kl.engines.start_engine import start
 
     # Else two processes per architecture look at its class.
     registry._run_in_subprocess = lambda inspect: inspect()

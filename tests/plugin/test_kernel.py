@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vllm_kl.plugin import kernel, native
+from vllm_kl.plugin import cpu_loops, kernel
 from vllm_kl.plugin.best_tokens import Best
 
 ON_A_GPU = pytest.param(
@@ -35,7 +35,7 @@ def products(request, monkeypatch):
 def loops(request, monkeypatch):
     """What surrounds the product: compiled, or without a compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda: (None, ""))
+        monkeypatch.setattr(cpu_loops, "_library", lambda: (None, ""))
     return request.param
 
 
@@ -152,7 +152,7 @@ class TestReduceSlice:
                     before, part = tile.clone(), tile[:, skipped:]
                     want = part.double().exp2().sum(1)
                     shift, sums = torch.randn(num_rows).mul(9).round(), torch.empty(num_rows)
-                    native.reducer(dtype)(part, shift, sums, None, 0)
+                    cpu_loops.reducer(dtype)(part, shift, sums, None, 0)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
                     assert torch.equal(part.float(), -shift[:, None].expand_as(part))
                     assert torch.equal(tile[:, :skipped], before[:, :skipped])
@@ -162,7 +162,7 @@ class TestReduceSlice:
         tile = torch.zeros(6, 64, dtype=dtype)
         tile[0, 3], tile[1, 4], tile[2, 5], tile[3, 6], tile[4, 7] = torch.nan, torch.inf, 1e30, 200, -1e30
         sums = torch.empty(6)
-        native.reducer(dtype)(tile, torch.zeros(6), sums, None, 0)
+        cpu_loops.reducer(dtype)(tile, torch.zeros(6), sums, None, 0)
         assert not (sums[:4] < 1e38).any()
         torch.testing.assert_close(sums[4:], torch.tensor([63.0, 64.0]))
 
@@ -171,7 +171,7 @@ class TestReduceSlice:
         logits = make(77, 1, hidden_size=1000, dtype=dtype)[0] * 8
         best, shift = Best.of(77, 9, logits.device), torch.arange(77.0) - 30
         for low in range(0, 1000, 300):
-            native.reducer(dtype)(logits[:, low : low + 300].clone(), shift, torch.empty(77), best, low)
+            cpu_loops.reducer(dtype)(logits[:, low : low + 300].clone(), shift, torch.empty(77), best, low)
         values, order = best.values.sort(descending=True, stable=True)
         want = logits.float().topk(9).values
         assert torch.equal(values, want + shift[:, None])
@@ -183,18 +183,18 @@ class TestReduceSlice:
             ids = torch.randint(300, (50, 5))
             want = (hidden.double() @ weight.double().T).gather(1, ids)
             torch.testing.assert_close(
-                native.token_logits(hidden, weight, ids).double(), want, rtol=1e-6, atol=1e-6
+                cpu_loops.token_logits(hidden, weight, ids).double(), want, rtol=1e-6, atol=1e-6
             )
 
     @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler: install g++")
     def test_is_compiled_where_there_is_a_compiler(self):
-        assert not native.missing_compiler()
+        assert not cpu_loops.missing_compiler()
 
     def test_without_a_compiler_the_read_out_says_so_and_works(self):
         script = """
 import torch
-from vllm_kl.plugin import kernel, native
-assert "no-such-compiler" in native.missing_compiler()
+from vllm_kl.plugin import kernel, cpu_loops
+assert "no-such-compiler" in cpu_loops.missing_compiler()
 hidden, weight = torch.randn(9, 64).bfloat16(), torch.randn(5000, 64).bfloat16() / 8
 want = (hidden.double() @ weight.double().T).logsumexp(-1)
 assert (kernel.log_normalizer(hidden, weight) - want).abs().max() < 1e-3
@@ -300,7 +300,7 @@ class TestMemory:
             pytest.skip("this CPU widens bfloat16 matrices: needs AVX-512 or AMX")
         script = f"""
 import torch
-from vllm_kl.plugin import kernel, native
+from vllm_kl.plugin import kernel, cpu_loops
 def peak_kib():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 hidden = torch.randn(4096, {hidden_size}).bfloat16()
@@ -308,14 +308,14 @@ weight = torch.randn({vocab_size}, {hidden_size}).bfloat16() * {3 / hidden_size*
 # The libraries' own memory.
 torch.mm(hidden[:64], weight[:64].T), torch.mm(hidden[:64].float(), weight[:64].float().T)
 kernel.product_dtype = lambda dtype: {"dtype" if products == "own" else "torch.float32"}
-native.token_logits(hidden[:1], weight, torch.zeros(1, 1, dtype=torch.long))
+cpu_loops.token_logits(hidden[:1], weight, torch.zeros(1, 1, dtype=torch.long))
 open("/proc/self/clear_refs", "w").write("5")  # the peak is what is used now
 before = peak_kib()
 for num_rows in {heights}:
     assert len(list(kernel.row_blocks(num_rows, {hidden_size}))) == 1
     for rows in (num_rows, num_rows - 1):
         kernel.top_tokens(hidden[:rows], weight, 20)
-        native.token_logits(hidden[:rows], weight, torch.zeros(rows, 1, dtype=torch.long))
+        cpu_loops.token_logits(hidden[:rows], weight, torch.zeros(rows, 1, dtype=torch.long))
 print((peak_kib() - before) / 1024)
 """
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -19,9 +19,9 @@ from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, errors, plugin
 from vllm_kl.checks import check_ids
 from vllm_kl.engines.base import drive
-from vllm_kl.engines.local import _Blocking
-from vllm_kl.plugin import allowed, cache_cap, models, text_only
-from vllm_kl.plugin.request import KEY, Readout, pack, unpack
+from vllm_kl.engines.start_engine import _Blocking
+from vllm_kl.plugin import allowed, cache_cap, scoring_models, text_only
+from vllm_kl.plugin.readout_request import KEY, Readout, pack, unpack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 VOCAB = 259
@@ -277,8 +277,8 @@ class TestPlugin:
 
     def test_an_unknown_name_is_no_scoring_class(self):
         with pytest.raises(AttributeError):
-            models.Qwen2ForCausalLM  # noqa: B018
-        assert not hasattr(models, "__path__")
+            scoring_models.Qwen2ForCausalLM  # noqa: B018
+        assert not hasattr(scoring_models, "__path__")
 
 
 class TestEngine:

@@ -30,7 +30,7 @@ from vllm_kl import (
     fill_deferred,
     kl_estimate,
 )
-from vllm_kl.batch.inputs import keys_of, read_batch
+from vllm_kl.batch.read_tokens import keys_of, read_batch
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import (

@@ -18,7 +18,7 @@ from tests.batches import dense_batch, history_batch, ids_batch
 from tests.oracle import LOG_PROB_TOLERANCE
 from tests.transforms.test_from_collector import NUM_ENVS, collect, make_env, make_policy  # noqa: F401  # fixtures
 from vllm_kl import RetokenizedTurns, RetrieveKL, RetrieveLogProb
-from vllm_kl.batch.inputs import InputKeys, read_batch
+from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError
 from vllm_kl.transforms.retokenized_turns import find_retokenized
 

@@ -15,8 +15,8 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.weights.helpers import IDS, NORM, error_of, model_of
 from vllm_kl import VLLMScorer
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import adoption
-from vllm_kl.plugin.weights import ADOPT, PREPARE, READY
+from vllm_kl.plugin import adopt_weights
+from vllm_kl.plugin.load_weights import ADOPT, PREPARE, READY
 from vllm_kl.weights import checkpoint, loading
 from vllm_kl.weights.push import finish_update, push_weights, weights_of
 
@@ -163,14 +163,14 @@ def test_pushes_that_fail_pile_nothing_up(owned, states, folders, tmp_path):
 
 def test_what_fails_after_workers_took_over_is_put_back(llm, states, oracles, monkeypatch):
     version = push_weights(llm, states[1])
-    adopt, failures = adoption.adopt, [RuntimeError("a worker died")]
+    adopt, failures = adopt_weights.adopt, [RuntimeError("a worker died")]
 
     def fail_once(found):
         adopt(found)
         if failures:
             raise failures.pop()
 
-    monkeypatch.setattr(adoption, "adopt", fail_once)
+    monkeypatch.setattr(adopt_weights, "adopt", fail_once)
     with pytest.raises(WeightsError, match=rf"a worker died\)\. Version {version} was put back"):
         push_weights(llm, states[2])
     assert weights_of(llm).version == version
@@ -200,7 +200,7 @@ def test_where_the_old_weights_cannot_be_put_back_no_version_is_claimed(llm, sta
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adoption, "adopt", fail)
+        patch.setattr(adopt_weights, "adopt", fail)
         with pytest.raises(WeightsError, match="could not be put back"):
             push_weights(llm, states[2])
     with pytest.raises(WeightsError, match="not known, because a push failed"):
@@ -301,14 +301,14 @@ def interrupted_while_it_copies(llm, monkeypatch):
             raise KeyboardInterrupt
         return copy(self, *args, **kwargs)
 
-    adopt = adoption.adopt
+    adopt = adopt_weights.adopt
 
     def adopt_and_interrupt(found):
         monkeypatch.undo()
         monkeypatch.setattr(torch.Tensor, "copy_", interrupt)
         adopt(found)
 
-    monkeypatch.setattr(adoption, "adopt", adopt_and_interrupt)
+    monkeypatch.setattr(adopt_weights, "adopt", adopt_and_interrupt)
 
 
 def interrupted_after_the_stamp(llm, monkeypatch):

@@ -18,7 +18,7 @@ from tests.weights.helpers import IDS, error_of, tensors_in
 from vllm_kl import VLLMScorer
 from vllm_kl.batch.origins import GENERATED_BY, UNKNOWN
 from vllm_kl.errors import OptionError, WeightsError
-from vllm_kl.plugin import adoption
+from vllm_kl.plugin import adopt_weights
 from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.weights import live_weights as weights_module
@@ -202,13 +202,13 @@ def test_weights_that_others_loaded_before_have_no_version_until_they_are_counte
     ):
         EnginePolicyVersion(llm)
     with monkeypatch.context() as patch:
-        adopt = adoption.adopt
+        adopt = adopt_weights.adopt
 
         def fail(found):
             adopt(found)
             raise RuntimeError("a worker died")
 
-        patch.setattr(adoption, "adopt", fail)
+        patch.setattr(adopt_weights, "adopt", fail)
         with pytest.raises(
             WeightsError,
             match="could not be put back .another program loaded it, and its source is not known",

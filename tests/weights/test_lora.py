@@ -302,7 +302,7 @@ def test_an_adapter_for_an_engine_object_is_given_to_the_engine(lora_llm, reques
 def test_an_engine_without_the_plugin_is_refused(untouched, requests, wrapped_llm, monkeypatch):
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from vllm_kl.plugin.adapters import MODULES
+    from vllm_kl.plugin.lora_modules import MODULES
 
     monkeypatch.delattr(WorkerBase, MODULES)
     for llm, request in ((untouched, requests[1]), (wrapped_llm, None)):

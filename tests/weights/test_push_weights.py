@@ -150,7 +150,7 @@ def test_an_engine_that_cannot_take_weights_over_is_started_anew_on_them(
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'vllm_kl.engines._child' in ' '.join(sys.orig_argv):\n"
-        "    from vllm_kl.plugin import weights\n"
+        "    from vllm_kl.plugin import load_weights\n"
         "    weights._is_compiled = lambda worker: True\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

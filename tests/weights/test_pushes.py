@@ -73,8 +73,8 @@ def push_and_look(path: Path, other: Path, broken: Path) -> Pushed:
     """Start an engine and push to it in every way. Runs in the child process."""
     from vllm.model_executor.models import registry
 
-    from vllm_kl.engines.local import start
-    from vllm_kl.plugin import adoption
+    from vllm_kl.engines.start_engine import start
+    from vllm_kl.plugin import adopt_weights
 
     registry._run_in_subprocess = lambda inspect: inspect()
     # Before the engine: vLLM's transformers backend changes transformers' classes.
@@ -93,7 +93,7 @@ def push_and_look(path: Path, other: Path, broken: Path) -> Pushed:
         push(state)
         return scores()
 
-    adopt, failures = adoption.adopt, [RuntimeError("a worker died")]
+    adopt, failures = adopt_weights.adopt, [RuntimeError("a worker died")]
 
     def adopt_and_fail(found):
         adopt(found)
@@ -106,7 +106,7 @@ def push_and_look(path: Path, other: Path, broken: Path) -> Pushed:
     refusal = message_of(lambda: driver.weights.load(Checkpoint(broken)))
     after_refusal = scores()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adoption, "adopt", adopt_and_fail)
+        patch.setattr(adopt_weights, "adopt", adopt_and_fail)
         failure = message_of(lambda: push(states[0]))
     after_failure = scores()
     one_by_one = {name: scores_after(changed) for name, changed in changed_states(states[0], skeleton._tied)}
@@ -311,6 +311,6 @@ def test_an_engine_that_is_given_to_a_scorer_is_mended(child, name, tmp_path):
     found = child.apply_async(score_before_and_after_it_is_given, (path,)).get(timeout=240)
     oracle = Truth(path)
     truth = oracle.of(state_of(path))[-(len(REQUESTS[2].token_ids) - 1) :]
-    assert error(found["before"], truth) > 0.1  # vLLM has mended it when this fails: see plugin/cpu.py
+    assert error(found["before"], truth) > 0.1  # when this fails, vLLM is right: see cpu_corrections.py
     assert error(found["scored"], truth) < LOG_PROB_TOLERANCE
     assert error(found["after"], truth) < LOG_PROB_TOLERANCE

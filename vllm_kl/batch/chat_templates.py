@@ -1,9 +1,9 @@
 """Turns histories into ids and assistant masks by a chat template, and reports what the template changed.
 
 TorchRL chooses the template and turns a History into messages; the tokenizer renders and tokenizes the
-messages. Then this module compares the rendered text with the messages (:mod:`vllm_kl.batch.rendered`), and
-the template's marks with the assistant's content. If a template or a tokenizer raises, the module raises an
-InputError that names the sample.
+messages. Then this module compares the rendered text with the messages
+(:mod:`vllm_kl.batch.rendered_content`), and the template's marks with the assistant's content. If a template
+or a tokenizer raises, the module raises an InputError that names the sample.
 
 One rule says which tokens of a turn count: the tokens of the assistant's content, and the token that ends the
 turn, because the policy samples this token too. Stored ids with a stored prompt get the same mask. The mask
@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torchrl.data.llm import History
 
-from vllm_kl.batch.rendered import Rendered, Span, find_messages
-from vllm_kl.batch.texts import added_tokens, shown
+from vllm_kl.batch.rendered_content import Rendered, Span, find_messages
+from vllm_kl.batch.tokenize_texts import added_tokens, shown
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.types import TextReport
 

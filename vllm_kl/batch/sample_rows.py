@@ -16,7 +16,7 @@ import torch
 from tensordict import LazyStackedTensorDict, NonTensorData, TensorDictBase
 
 from vllm_kl.batch.alignment import PaddingSide, from_layout
-from vllm_kl.batch.inputs import rows_of
+from vllm_kl.batch.read_tokens import rows_of
 from vllm_kl.errors import InputError
 from vllm_kl.types import TokenBatch
 

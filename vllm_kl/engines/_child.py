@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.engines.base import drive
-from vllm_kl.engines.failures import explain
-from vllm_kl.engines.packed import Packed, pack, unpack
+from vllm_kl.engines.start_failures import explain
+from vllm_kl.engines.wire_format import Packed, pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError
 from vllm_kl.lifetime import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
@@ -97,7 +97,7 @@ class _Server:
             self._driver.cancel([(call_id, n) for n in self._calls.pop(call_id, ())])
 
     def _start(self, **options: Any) -> tuple[str, Any]:
-        from vllm_kl.engines.local import start
+        from vllm_kl.engines.start_engine import start
 
         try:
             self._driver = start(**options)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vllm_kl.engines.base import OnDone
-from vllm_kl.engines.lengths import dynamic_length, note_on, side_in
+from vllm_kl.engines.length_dependence import dynamic_length, note_on, side_in
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import (
     EngineError,
@@ -167,7 +167,7 @@ class GenerateEngine:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        from vllm_kl.plugin.request import Readout, pack
+        from vllm_kl.plugin.readout_request import Readout, pack
 
         common = {
             "max_tokens": 1,
@@ -360,7 +360,7 @@ def _info(engine: Any, readout: Literal["token_ids", "flat"]) -> EngineInfo:
     if config is not None:
         text, side, vocab_size = config.hf_text_config, side_in(llm_engine), config.get_vocab_size()
         # An engine that generates refuses a prompt of max_model_len tokens: it needs room for one more token.
-        # Beyond the length of "dynamic" RoPE vLLM has no positions (see engines/local.py).
+        # Beyond the length of "dynamic" RoPE vLLM has no positions (see engines/start_engine.py).
         max_sequence_len = min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len)
         if side is not None:
             notes.append(note_on(text, config.max_model_len, side))

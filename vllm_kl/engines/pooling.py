@@ -23,7 +23,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.pooler import TASK
-from vllm_kl.plugin.request import Readout, pack
+from vllm_kl.plugin.readout_request import Readout, pack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import load_adapter
 from vllm_kl.weights.live_weights import LiveWeights

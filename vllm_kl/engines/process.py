@@ -36,8 +36,8 @@ from typing import Any
 
 from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
-from vllm_kl.engines.failures import with_log
-from vllm_kl.engines.packed import pack, unpack
+from vllm_kl.engines.start_failures import with_log
+from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, complete

@@ -1,24 +1,25 @@
 """The vLLM plugin: code that runs in every process of a vLLM engine, loaded by ``vllm.general_plugins``.
 
-    register        the entry point: installs the hooks below (this module)
-    allowed         the known versions of vLLM, and the variable that turns the plugin off
-    request         packs what a request asks for into vLLM's parameters
-    models          makes a pooling subclass of any architecture
-    pooler          finds the rows to score in a step's hidden states, and returns one tensor per request
-    lm_head         computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
-    kernel          sums over the vocabulary without ever making all logits
-    native          the kernel's inner loops on a CPU, compiled if there is a compiler
-    best_tokens     keeps the best tokens of each row
-    cache_cap       limits prefix-cache hits of scoring requests
-    weights         loads new weights into a live model, in every worker
-    second_model    loads a second model beside the one that serves
-    adoption        copies the second model's tensors into the one that serves
-    missing_weights refuses a checkpoint that lacks weights
-    taken_engines   what the plugin does only in engines that this package made or was given
-    cpu             corrects what vLLM's CPU backend computes wrong
-    older_vllm      gives vLLM 0.26 what the package needs of later versions
-    text_only       loads vision-language models without torchvision
-    adapters        tells which modules a worker wrapped for LoRA
+    register          the entry point: installs the hooks below (this module)
+    allowed           the known versions of vLLM, and the variable that turns the plugin off
+    readout_request   packs what a request asks for into vLLM's parameters
+    scoring_models    makes a pooling subclass of any architecture
+    pooler            finds the rows to score in a step's hidden states, and returns one tensor per request
+    lm_head           computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
+    kernel            sums over the vocabulary without ever making all logits
+    cpu_loops         the kernel's inner loops on a CPU, compiled if there is a compiler
+    triton_kernel     the kernel on a GPU
+    best_tokens       keeps the best tokens of each row
+    cache_cap         limits prefix-cache hits of scoring requests
+    load_weights      loads new weights into a live model, in every worker
+    second_model      loads a second model beside the one that serves
+    adopt_weights     copies the second model's tensors into the one that serves
+    missing_weights   refuses a checkpoint that lacks weights
+    taken_engines     what the plugin does only in engines that this package made or was given
+    cpu_corrections   corrects what vLLM's CPU backend computes wrong
+    older_vllm        gives vLLM 0.26 what the package needs of later versions
+    text_only         loads vision-language models without torchvision
+    lora_modules      tells which modules a worker wrapped for LoRA
 
 The plugin changes no engine that this package neither made nor was given, and no request of others. There is
 one exception, :func:`.taken_engines.is_taken`: it corrects ``reload_weights`` on a CPU in every engine that
@@ -46,15 +47,15 @@ def register() -> None:
     import vllm
 
     from vllm_kl.plugin import (
-        adapters,
         cache_cap,
-        cpu,
+        cpu_corrections,
+        load_weights,
+        lora_modules,
         missing_weights,
-        models,
         older_vllm,
+        scoring_models,
         taken_engines,
         text_only,
-        weights,
     )
 
     # An unknown vLLM gets no hook, unless somebody asks for scoring: then enable(), below, warns of its
@@ -62,13 +63,13 @@ def register() -> None:
     if allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         older_vllm.install()
         cache_cap.install()
-        weights.install()
-        adapters.install()
+        load_weights.install()
+        lora_modules.install()
         taken_engines.install()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
-        models.register_scoring_class(base)
-        cpu.install()
+        scoring_models.register_scoring_class(base)
+        cpu_corrections.install()
         missing_weights.install()
 
 
@@ -87,14 +88,14 @@ def enable(base_architecture: str) -> str:
     import vllm
 
     from vllm_kl.plugin import (
-        adapters,
         cache_cap,
-        cpu,
+        cpu_corrections,
+        load_weights,
+        lora_modules,
         missing_weights,
-        models,
         older_vllm,
+        scoring_models,
         taken_engines,
-        weights,
     )
 
     if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
@@ -108,9 +109,9 @@ def enable(base_architecture: str) -> str:
     allowed.add_to_vllm_plugins()
     older_vllm.install()
     cache_cap.install()
-    weights.install()
-    adapters.install()
+    load_weights.install()
+    lora_modules.install()
     taken_engines.install()
-    cpu.install()
+    cpu_corrections.install()
     missing_weights.install()
-    return models.register_scoring_class(base_architecture)
+    return scoring_models.register_scoring_class(base_architecture)

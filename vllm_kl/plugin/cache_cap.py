@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from vllm_kl.plugin.request import unpack
+from vllm_kl.plugin.readout_request import unpack
 
 
 class _Shortened:

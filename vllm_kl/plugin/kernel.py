@@ -39,7 +39,7 @@ from collections.abc import Iterator
 import torch
 
 from vllm_kl.plugin.best_tokens import Best
-from vllm_kl.plugin.native import reducer, token_logits
+from vllm_kl.plugin.cpu_loops import reducer, token_logits
 
 LOG2_E = math.log2(math.e)
 

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 
 from vllm_kl.plugin.kernel import row_blocks
 from vllm_kl.plugin.lm_head import Head, find_head
-from vllm_kl.plugin.request import Readout, unpack
+from vllm_kl.plugin.readout_request import Readout, unpack
 
 TASK = "token_classify"  # the pooling task that both model runners accept
 

@@ -2,8 +2,8 @@
 
 In the processes of a taken engine
 
-- the errors of vLLM's CPU backend are corrected (:mod:`.cpu`);
-- on a CPU, ``reload_weights`` of a folder loads all weights right (:mod:`.weights`);
+- the errors of vLLM's CPU backend are corrected (:mod:`.cpu_corrections`);
+- on a CPU, ``reload_weights`` of a folder loads all weights right (:mod:`.load_weights`);
 - the processes end when their owner is killed. Without this hook they would go on, and hold their memory.
 
 ``reload_weights`` is also corrected in every other engine that runs in a process which imported
@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 from vllm_kl.lifetime import end_with_owner, parent_of
-from vllm_kl.plugin import cpu
+from vllm_kl.plugin import cpu_corrections
 
 logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
 
@@ -48,7 +48,7 @@ def take(worker: Any, owner_pid: int) -> bool:
         return False
     setattr(worker, _IS_TAKEN, True)
     _end_with(owner_pid)
-    return cpu.correct(worker)
+    return cpu_corrections.correct(worker)
 
 
 def is_taken(worker: Any) -> bool:

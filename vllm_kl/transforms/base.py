@@ -12,10 +12,10 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.envs import Transform
 
-from vllm_kl.batch.inputs import InputKeys, read_batch
 from vllm_kl.batch.origins import generated_by, origins
-from vllm_kl.batch.outputs import declare
-from vllm_kl.batch.texts import TextWatch
+from vllm_kl.batch.read_tokens import InputKeys, read_batch
+from vllm_kl.batch.tokenize_texts import TextWatch
+from vllm_kl.batch.write_entries import declare
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.sides import Side
 from vllm_kl.transforms.watched_policy import engine_of, watch

@@ -40,8 +40,8 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase, lazy_stack
 from torchrl.envs import Transform
 
-from vllm_kl.batch.inputs import rows_of
-from vllm_kl.batch.outputs import set_rows
+from vllm_kl.batch.read_tokens import rows_of
+from vllm_kl.batch.write_entries import set_rows
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.transforms.base import TokensTransform, side_log_probs

@@ -13,7 +13,7 @@ from torchrl.data import Composite
 from torchrl.envs.llm.transforms import PolicyVersion
 
 from vllm_kl.batch.origins import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by
-from vllm_kl.batch.outputs import declare
+from vllm_kl.batch.write_entries import declare
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.transforms.base import collector_of
 from vllm_kl.transforms.from_collector import policy_of

@@ -26,8 +26,8 @@ from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import LLMWrapperBase
 
 from vllm_kl.batch.alignment import from_layout, only_kept
-from vllm_kl.batch.inputs import nested, read_rows, rows_of
 from vllm_kl.batch.origins import origins
+from vllm_kl.batch.read_tokens import nested, read_rows, rows_of
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.engines.generate import config_of
 from vllm_kl.engines.placeholders import Placeholders, check_placeholders

@@ -14,8 +14,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from vllm_kl.batch.alignment import PaddingSide, only_kept
-from vllm_kl.batch.inputs import read_rows
-from vllm_kl.batch.outputs import check_distinct
+from vllm_kl.batch.read_tokens import read_rows
+from vllm_kl.batch.write_entries import check_distinct
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty

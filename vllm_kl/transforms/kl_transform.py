@@ -19,7 +19,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.data import Composite
 
-from vllm_kl.batch.outputs import check_distinct, declare, write_kl
+from vllm_kl.batch.write_entries import check_distinct, declare, write_kl
 from vllm_kl.errors import OptionError
 from vllm_kl.kl import TOKEN_ESTIMATORS, Direction, Estimator, check_estimator, estimate, sums_of
 from vllm_kl.transforms.base import NextTransform, per_token_reward

@@ -19,7 +19,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
-from vllm_kl.batch.inputs import InputKeys, check_shapes, nested, rows_of
+from vllm_kl.batch.read_tokens import InputKeys, check_shapes, nested, rows_of
 from vllm_kl.transforms.base import NextTransform
 
 

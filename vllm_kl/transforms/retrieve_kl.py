@@ -22,8 +22,8 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.batch.alignment import PaddingSide, to_layout
-from vllm_kl.batch.inputs import InputKeys, keys_of
-from vllm_kl.batch.outputs import declare
+from vllm_kl.batch.read_tokens import InputKeys, keys_of
+from vllm_kl.batch.write_entries import declare
 from vllm_kl.errors import OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift

@@ -16,8 +16,8 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
 
 from vllm_kl.batch.alignment import PaddingSide, to_layout
-from vllm_kl.batch.inputs import InputKeys, keys_of, nested, rows_of
-from vllm_kl.batch.outputs import check_distinct, declare, set_rows
+from vllm_kl.batch.read_tokens import InputKeys, keys_of, nested, rows_of
+from vllm_kl.batch.write_entries import check_distinct, declare, set_rows
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
 from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device

@@ -21,7 +21,7 @@ from torchrl.modules.llm.policies import LLMWrapperBase
 
 from vllm_kl.batch.alignment import scored_spans, spread
 from vllm_kl.engines.generate import GenerateEngine
-from vllm_kl.engines.lengths import Lengths, LengthSide, side_in, why_two_lengths
+from vllm_kl.engines.length_dependence import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.engines.placeholders import Placeholders
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
 from vllm_kl.scorer import VLLMScorer
@@ -136,7 +136,7 @@ def check_two_models(gen_model: Any, ref_model: Any) -> None:
 
 
 def warn_of_two_lengths(gen_model: Any, ref_model: Any, stacklevel: int = 3) -> None:
-    """Warn if the sides compute differently because of their lengths; see :mod:`vllm_kl.engines.lengths`."""
+    """Warn if the sides compute differently because of their lengths (``length_dependence``)."""
     if why := why_two_lengths(_length_side(gen_model), _length_side(ref_model)):
         warnings.warn(why, stacklevel=stacklevel)
 

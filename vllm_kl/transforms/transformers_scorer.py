@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vllm_kl.checks import check_requests
-from vllm_kl.engines.lengths import Lengths
+from vllm_kl.engines.length_dependence import Lengths
 from vllm_kl.engines.placeholders import Placeholders, placeholder_ids
 from vllm_kl.types import EngineInfo
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict.utils import NestedKey
 
-from vllm_kl.batch.inputs import keys_of
+from vllm_kl.batch.read_tokens import keys_of
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.remote_reference import remote_reference

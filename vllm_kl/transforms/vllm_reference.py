@@ -18,10 +18,10 @@ from tensordict.utils import NestedKey
 from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs, Masks, Tokens
 
 from vllm_kl.batch.alignment import PaddingSide, to_layout
-from vllm_kl.batch.inputs import InputMode, keys_of, nested, read_batch, rows_of
-from vllm_kl.batch.outputs import set_rows
-from vllm_kl.batch.texts import TextWatch
-from vllm_kl.engines.make import checked_path
+from vllm_kl.batch.read_tokens import InputMode, keys_of, nested, read_batch, rows_of
+from vllm_kl.batch.tokenize_texts import TextWatch
+from vllm_kl.batch.write_entries import set_rows
+from vllm_kl.engines.make_engine import checked_path
 from vllm_kl.errors import OptionError
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.transforms.sides import score_batch

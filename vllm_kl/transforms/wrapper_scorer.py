@@ -6,8 +6,8 @@ import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.modules.llm.policies import LLMWrapperBase, Tokens
 
-from vllm_kl.batch.inputs import nested, rows_of
-from vllm_kl.engines.lengths import Lengths
+from vllm_kl.batch.read_tokens import nested, rows_of
+from vllm_kl.engines.length_dependence import Lengths
 from vllm_kl.errors import MissingLogProbError
 
 

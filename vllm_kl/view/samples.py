@@ -350,7 +350,7 @@ def samples_from_batch(
     import torch
 
     from vllm_kl.batch.alignment import only_kept
-    from vllm_kl.batch.inputs import InputKeys, read_batch
+    from vllm_kl.batch.read_tokens import InputKeys, read_batch
     from vllm_kl.batch.sample_rows import aligned, entry_of, read_mask, read_rewards, result_rows
 
     if data.ndim != 1:

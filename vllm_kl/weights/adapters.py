@@ -9,8 +9,8 @@ vLLM 0.32 returns wrong log-probs in three cases, without an error:
 - Two adapters have the same ``lora_int_id``, or an adapter's file was written again. vLLM uses the weights
   that it loaded first.
 
-The workers say which modules they wrapped (:mod:`vllm_kl.plugin.adapters`), and the files of the adapter say
-which modules it has. This module loads the adapter before a request needs it, because a load that fails
+The workers say which modules they wrapped (:mod:`vllm_kl.plugin.lora_modules`), and the files of the adapter
+say which modules it has. This module loads the adapter before a request needs it, because a load that fails
 during a request ends vLLM's engine. It remembers for each engine and id which files it loaded. It does not
 compare the engine's weights with the files, so it does not notice a later load by another program under the
 same id.
@@ -249,7 +249,7 @@ def _place(module: str) -> tuple[str, str]:
 
 def _wrapped_modules(llm_engine: Any) -> list[str]:
     """Return the modules that the engine wrapped for LoRA, with the names that adapters use."""
-    from vllm_kl.plugin.adapters import MODULES
+    from vllm_kl.plugin.lora_modules import MODULES
 
     try:
         with lock_of(llm_engine):

@@ -1,7 +1,7 @@
 """Defines the steps of a load of new weights into an engine, and records which weights the engine serves.
 
     check that nothing prevents the load
-        -> every worker loads the new weights into other memory, and checks them (plugin/weights.py)
+        -> every worker loads the new weights into other memory, and checks them (plugin/load_weights.py)
         -> every worker adopts the new weights -> empty the prefix cache -> set the version
 
 An error before the workers adopt the weights leaves the engine as it was. After an error or an interrupt
@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.allowed import KNOWN_VLLM
-from vllm_kl.plugin.weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
+from vllm_kl.plugin.load_weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, next_version, refuse_another_model
 
 # vLLM's weight_version of an engine that has the weights of its start (v1/engine/core.py, 0.32).

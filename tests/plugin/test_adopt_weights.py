@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import adoption, missing_weights, second_model
+from vllm_kl.plugin import adopt_weights, missing_weights, second_model
 from vllm_kl.weights.checkpoint import Skeleton
 
 
@@ -59,9 +59,9 @@ def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
     weights, x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
     serving, loaded = (torch.nn.Sequential(kind(weight.clone())) for weight in weights)
     before = serving(x)
-    found = adoption.compare(serving, loaded)
+    found = adopt_weights.compare(serving, loaded)
     assert torch.equal(serving(x), before)
-    adoption.adopt(found)
+    adopt_weights.adopt(found)
     assert found.obstacles == []
     assert torch.equal(serving(x), torch.nn.Sequential(kind(weights[1].clone()))(x))
     assert not torch.equal(serving(x), before)
@@ -70,19 +70,21 @@ def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
 
 def test_nothing_is_moved_of_a_layer_with_the_same_weights_that_has_computed_nothing():
     layers = [torch.nn.Sequential(Scaled(torch.eye(4)), Late(torch.eye(4))) for _ in range(2)]
-    assert adoption.compare(*layers).moved == []
+    assert adopt_weights.compare(*layers).moved == []
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn)])
 def test_a_tensor_of_another_kind_is_an_obstacle(dtypes):
     serving, loaded = (Late(torch.eye(4).to(dtype)) for dtype in dtypes)
-    assert "is torch." in adoption.compare(serving, loaded).obstacles[0]
+    assert "is torch." in adopt_weights.compare(serving, loaded).obstacles[0]
 
 
 def test_a_number_in_a_tuple_cannot_be_put_there_and_is_an_obstacle():
     serving, loaded = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     serving.bounds, loaded.bounds = (0.0, 1.0), (0.0, 2.0)
-    assert adoption.compare(serving, loaded).obstacles == [".bounds.1 is a float that cannot be looked into"]
+    assert adopt_weights.compare(serving, loaded).obstacles == [
+        ".bounds.1 is a float that cannot be looked into"
+    ]
 
 
 QUANTIZATION = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}

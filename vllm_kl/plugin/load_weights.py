@@ -4,7 +4,7 @@ The plugin adds methods to vLLM's ``WorkerBase``. ``collective_rpc`` calls them 
 processes, on a CPU and on a GPU. A load has two steps:
 
     prepare   loads a second model (:mod:`.second_model`) and compares it with the serving model
-    adopt     copies the second model's tensors into the serving model (:mod:`.adoption`)
+    adopt     copies the second model's tensors into the serving model (:mod:`.adopt_weights`)
 
 ``prepare`` changes nothing in the serving model, and fails if anything is wrong with the weights. ``adopt``
 begins when all workers have prepared.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vllm_kl.plugin import adoption
+from vllm_kl.plugin import adopt_weights
 from vllm_kl.plugin.second_model import CannotLoadBesideError, load_second_model
 from vllm_kl.plugin.taken_engines import is_taken
 
@@ -70,7 +70,7 @@ def prepare(worker: Any, folder: str | None) -> list[str]:
     discard(worker)
     model = worker.model_runner.get_model()
     try:
-        found = adoption.compare(model, load_second_model(worker, folder))
+        found = adopt_weights.compare(model, load_second_model(worker, folder))
     except CannotLoadBesideError as error:
         return [str(error)]
     if found.moved and _is_compiled(worker):
@@ -85,7 +85,7 @@ def adopt(worker: Any) -> None:
     """Copy the prepared weights into the serving model."""
     found = getattr(worker, _PREPARED)
     discard(worker)
-    adoption.adopt(found)
+    adopt_weights.adopt(found)
     getattr(worker, _LOADS, []).clear()
     runner = worker.model_runner  # vLLM's own reload_weights resets the same
     if hasattr(runner, "reset_lora_state"):  # since vLLM 0.27 or later
@@ -104,7 +104,7 @@ def serves_what_is_prepared(worker: Any) -> bool:
 
     It compares only weights that a load copies from the checkpoint unchanged.
     """
-    found: adoption.Differences = getattr(worker, _PREPARED)
+    found: adopt_weights.Differences = getattr(worker, _PREPARED)
     return all(torch.equal(serving, loaded.to(serving.device)) for serving, loaded in found.plain)
 
 

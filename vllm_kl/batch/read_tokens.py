@@ -21,7 +21,7 @@ from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
 from vllm_kl.batch.chat_templates import compare, end_turns, ends_of, render
-from vllm_kl.batch.texts import doubled_bos, tokenize
+from vllm_kl.batch.tokenize_texts import doubled_bos, tokenize
 from vllm_kl.errors import InputError
 from vllm_kl.types import Rows, TextReport, TokenBatch, columns_of, pack, widths_of
 

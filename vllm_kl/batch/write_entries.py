@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite, Unbounded
 from torchrl.modules.llm.policies import LogProbs
 
-from vllm_kl.batch.inputs import read_rows
+from vllm_kl.batch.read_tokens import read_rows
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.types import Rows
 
