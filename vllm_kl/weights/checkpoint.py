@@ -262,7 +262,7 @@ class Skeleton:
             WeightsError: there is no room.
         """
         size_bytes = sum(t.numel() * t.element_size() for t in state.values())
-        folder = _new_folder(size_bytes)
+        folder = new_folder(size_bytes)
         checkpoint = Checkpoint(folder, is_ours=True)  # also deletes the folder if an interrupt comes
         try:
             with _no_bars():
@@ -385,7 +385,8 @@ def _list(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _new_folder(size_bytes: int) -> Path:
+def new_folder(size_bytes: int) -> Path:
+    """Return a new folder in shared memory or, if there is no room, in the folder of temporary files."""
     parent = Path(tempfile.gettempdir())
     if lifetime.SHARED_MEMORY.is_dir():
         lifetime.remove_orphans()

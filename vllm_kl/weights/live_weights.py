@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from vllm_kl.plugin.allowed import SWITCH
 from vllm_kl.plugin.taken_engines import TAKE
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
 from vllm_kl.weights.engine_lock import EngineLock
-from vllm_kl.weights.loading import Record, run_sync
+from vllm_kl.weights.loading import Prepared, Record, drop_prepared, run_sync
 
 logger = logging.getLogger("vllm_kl")
 
@@ -263,13 +263,49 @@ class AsyncWeights:
         return await asyncio.shield(task)
 
     async def _load(self, checkpoint: Checkpoint, version: int | None) -> int:
-        async with _TURNS.setdefault(self._engine, asyncio.Lock()):
-            try:
-                await self._call("pause_generation", mode="wait")
-                await self._take()
-                return await self._record.load(self._call, checkpoint, version)
-            finally:
-                await self._call("resume_generation")
+        async with _TURNS.setdefault(self._engine, asyncio.Lock()), self._paused():
+            await self._take()
+            return await self._record.load(self._call, checkpoint, version)
+
+    async def uncounted(self) -> str | None:
+        """As :attr:`LiveWeights.uncounted`."""
+        await self._take()
+        return await self._record.uncounted(self._call)
+
+    async def prepare(self, checkpoint: Checkpoint, version: int | None) -> Prepared:
+        """Let the workers load a checkpoint beside the serving weights. Requests go on meanwhile."""
+        await self._take()
+        return await self._record.prepare(self._call, checkpoint, version)
+
+    async def commit(self, prepared: Prepared) -> None:
+        """Let the workers adopt prepared weights when the running requests have finished."""
+        async with self._paused():
+            await self._record.commit(self._call, prepared)
+
+    async def put_back(self, prepared: Prepared, reason: Exception) -> None:
+        """Load the weights again that served before a commit."""
+        async with self._paused():
+            await self._record.put_back(self._call, prepared, reason)
+
+    async def drop_prepared(self) -> None:
+        """Drop prepared weights."""
+        await drop_prepared(self._call)
+
+    async def take_over(self, version: int | None, *, check: bool) -> int:
+        """As :meth:`LiveWeights.take_over`."""
+        await self._take()
+        steps = self._record.take_over if check else self._record.believe
+        async with self._paused():
+            return await steps(self._call, version)
+
+    @contextlib.asynccontextmanager
+    async def _paused(self) -> AsyncIterator[None]:
+        """Let running requests finish, and new requests wait until the end of the block."""
+        try:
+            await self._call("pause_generation", mode="wait")
+            yield
+        finally:
+            await self._call("resume_generation")
 
     async def _take(self) -> None:
         if self._record.is_taken is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ class NeedsNewEngineError(WeightsError):
             f"the running engine cannot take these weights: {self.reason}. Nothing was touched: the engine "
             "keeps the old weights. Make a new engine with the checkpoint"
         )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """New weights that every worker holds beside the serving ones, and what serves until they are adopted."""
+
+    checkpoint: Checkpoint
+    version: int
+    before: str  # vLLM's weight_version
+    served: tuple[str, Checkpoint | None]  # the last weights of ours, with their weight_version
+    is_ours: bool  # the serving weights are those
 
 
 class Record:
@@ -133,11 +145,23 @@ class Record:
 
     async def load(self, call: Call, checkpoint: Checkpoint, version: int | None) -> int:
         """Load a checkpoint into the engine, completely or not at all; return the new version."""
+        self.next_version(await call("get_weight_version"), version)
+        await _ask_for_the_plugin(call)
+        await _empty_the_cache(call)
+        prepared = await self.prepare(call, checkpoint, version)
+        await self.commit(call, prepared)
+        return prepared.version
+
+    async def prepare(self, call: Call, checkpoint: Checkpoint, version: int | None) -> Prepared:
+        """Let every worker load a checkpoint beside the serving weights, which go on serving.
+
+        Raises:
+            WeightsError: a worker could not load it. No worker holds it then.
+        """
         before = await call("get_weight_version")
         version = self.next_version(before, version)
         await _ask_for_the_plugin(call)
         is_ours = before == self._served[0] and await self.uncounted(call) is None
-        await _empty_the_cache(call)
         try:
             await _prepare(call, str(checkpoint.folder))
         except NeedsNewEngineError:
@@ -147,16 +171,25 @@ class Record:
                 f"the weights could not be loaded ({error}). Nothing was touched: the engine keeps version "
                 f"{_name(before)}"
             ) from error
+        return Prepared(checkpoint, version, before, self._served, is_ours)
+
+    async def commit(self, call: Call, prepared: Prepared) -> None:
+        """Let every worker adopt prepared weights; if that fails, put the old weights back."""
         try:
-            await self._adopt(call, checkpoint, version)
+            await self._adopt(call, prepared.checkpoint, prepared.version)
         except BaseException as error:
-            await self._take_back(call, before, is_ours, error)
+            await self._take_back(call, prepared.before, prepared.is_ours, error)
             if not isinstance(error, Exception):  # Ctrl-C, or the end of the event loop
                 raise
             raise WeightsError(
-                f"the weights could not be loaded ({error}). Version {_name(before)} was put back"
+                f"the weights could not be loaded ({error}). Version {_name(prepared.before)} was put back"
             ) from error
-        return version
+
+    async def put_back(self, call: Call, prepared: Prepared, reason: Exception) -> None:
+        """Load the weights that served before a commit again, because another replica failed."""
+        self._served = prepared.served
+        await self._take_back(call, prepared.before, prepared.is_ours, reason)
+        self.last = 0 if prepared.before == INITIAL else int(prepared.before)
 
     async def take_over(self, call: Call, version: int | None) -> int:
         """Check weights that another program loaded, and give them a version; return the version.
@@ -244,6 +277,11 @@ class Record:
                 f"back ({second}), so the version of the engine's weights is not known.\n"
                 "Push again, or make a new engine"
             ) from error
+
+
+async def drop_prepared(call: Call) -> None:
+    """Let every worker drop the weights that it holds beside the serving ones."""
+    await call("collective_rpc", DISCARD)
 
 
 async def _prepare(call: Call, folder: str | None) -> None:

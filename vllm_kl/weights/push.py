@@ -19,6 +19,7 @@ from typing import Any
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.weights.collector_errors import check_collector
 from vllm_kl.weights.live_weights import AsyncWeights, LiveWeights, Weights
+from vllm_kl.weights.replicas import ReplicaWeights, is_replicated, replica_weights
 
 
 def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
@@ -29,8 +30,9 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     threads take turns, and each gets its own version.
 
     Args:
-        engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), a ``VLLMScorer``,
-            a ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
+        engine: a ``vllm.LLM``, an ``AsyncLLM`` (from a thread other than its event loop's), TorchRL's
+            ``AsyncVLLM`` (all replicas serve the new weights, or none does), a ``VLLMScorer``, a
+            ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
         state_dict: a state dict with transformers' names, a module, or a tensordict; on any device, in any
             floating dtype. Wrappers of the model are removed: ``torch.compile``, DDP, FSDP, checkpointing,
             value heads, a merged PEFT model, TorchRL's modules. Sharded tensors are gathered, so every rank
@@ -86,7 +88,7 @@ def finish_update(engine: Any, *, version: int | None = None, source: Any = None
     function loads the same weights again, empties the cache and sets the version.
 
     Args:
-        engine: a ``vllm.LLM``, or a TorchRL ``vLLMWrapper`` of one.
+        engine: a ``vllm.LLM``, TorchRL's ``AsyncVLLM``, or a TorchRL ``vLLMWrapper`` of one of these.
         version: as in :func:`push_weights`.
         source: the weights that were sent: the folder of a checkpoint, or an argument of
             :func:`push_weights`. ``None`` takes the folder that vLLM's ``reload_weights`` loaded.
@@ -102,7 +104,7 @@ def finish_update(engine: Any, *, version: int | None = None, source: Any = None
     >>> # finish_update(llm, version=7)
     """
     weights = weights_of(engine)
-    if not isinstance(weights, LiveWeights):
+    if not isinstance(weights, (LiveWeights, ReplicaWeights)):
         raise WeightsError(
             "finish_update() has no effect on an engine that a scorer owns: only push_weights() and "
             "refresh() load weights there"
@@ -138,11 +140,13 @@ def weights_of(engine: Any) -> Weights:
     weights = getattr(engine, "weights", None)  # a VLLMScorer
     if weights is not None:
         return weights
+    if is_replicated(engine):
+        return replica_weights(engine)
     llm_engine = getattr(engine, "llm_engine", None)
     if llm_engine is None:
         raise WeightsError(
-            f"expected a vllm.LLM, an AsyncLLM or a VLLMScorer, got {type(engine).__name__}. TorchRL's "
-            "AsyncVLLM and Ray actors have their own updater: vLLMUpdaterV2"
+            f"expected a vllm.LLM, an AsyncLLM, TorchRL's AsyncVLLM or a VLLMScorer, got "
+            f"{type(engine).__name__}"
         )
     return LiveWeights(llm_engine)
 
@@ -152,7 +156,10 @@ def _engine_behind(engine: Any) -> Any:
     for name in ("scorer", "model"):  # VLLMReference, vLLMWrapper
         inner = getattr(engine, name, None)
         if inner is not None and (
-            hasattr(inner, "weights") or hasattr(inner, "llm_engine") or _is_async(inner)
+            hasattr(inner, "weights")
+            or hasattr(inner, "llm_engine")
+            or _is_async(inner)
+            or is_replicated(inner)
         ):
             return inner
     return engine

@@ -1,0 +1,242 @@
+"""Pushes into the replicas of TorchRL's AsyncVLLM, which are Ray actors. A real local Ray."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from tensordict import TensorDict
+from transformers import AutoModelForCausalLM
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.inputs import TokensPrompt
+
+from tests import tiny
+from tests.oracle import LOG_PROB_TOLERANCE, Oracle
+from vllm_kl import finish_update, push_weights
+from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.weights.push import weights_of
+from vllm_kl.weights.replicas import ReplicaWeights
+
+ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+PROMPT = [5, 6, 7, 8] * 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    home = tmp_path_factory.mktemp("replicas")
+    return [tiny.build(home / str(seed), seed=20 + seed, tie_word_embeddings=True) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def states(folders):
+    return [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def oracles(folders):
+    return [Oracle(folder) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def llm(folders):
+    from torchrl.modules.llm import AsyncVLLM
+
+    # AsyncVLLM wants GPUs, and uses none on a CPU.
+    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    args = AsyncEngineArgs(
+        model=str(folders[0]),
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        worker_extension_cls="torchrl.modules.llm.backends.vllm.vllm_async._AsyncvLLMWorker",
+        **tiny.ENGINE_OPTIONS,
+    )
+    engine = AsyncVLLM.launch(args, num_replicas=2)
+    yield engine
+    engine.shutdown()
+    ray.shutdown()
+
+
+def generated(llm, replica, max_tokens=6, seed=0):
+    """Return the completion, and the largest error of its log-probs against an oracle."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=1.0, logprobs=0, seed=seed, ignore_eos=True)
+    prompt = [TokensPrompt(prompt_token_ids=PROMPT)]
+    return llm.generate(prompt, params, actor_index=replica)[0].outputs[0]
+
+
+def error_of(completion, oracle):
+    recorded = [next(iter(entry.values())).logprob for entry in completion.logprobs]
+    wanted = oracle.log_probs(PROMPT + list(completion.token_ids))[len(PROMPT) :]
+    return max(abs(a - b) for a, b in zip(recorded, wanted, strict=True))
+
+
+def assert_serves(llm, oracle, version):
+    assert weights_of(llm).version == version
+    for replica in range(2):
+        for _ in range(2):  # the second time the prompt's KV is in the cache
+            completion = generated(llm, replica)
+            assert error_of(completion, oracle) < LOG_PROB_TOLERANCE
+            told = [span.version for span in completion.weight_versions]
+            assert told == ["default" if version == 0 else str(version)]
+
+
+def in_replica(llm, index, function, *args):
+    return ray.get(llm.actors[index].__ray_call__.remote(function, *args))
+
+
+def children(actor):
+    return [process.pid for process in psutil.Process().children(recursive=True)]
+
+
+def fail_at(actor, step):
+    """Make a step of a replica fail; ``None``: no step fails any more."""
+    from vllm_kl.weights.live_weights import AsyncWeights
+
+    async def fail(self, *args):
+        raise RuntimeError("a worker died")
+
+    kept = vars(AsyncWeights).get("_kept", (AsyncWeights.prepare, AsyncWeights.commit))
+    AsyncWeights._kept = kept
+    AsyncWeights.prepare, AsyncWeights.commit = kept
+    if step is not None:
+        setattr(AsyncWeights, step, fail)
+
+
+def test_all_replicas_serve_pushed_weights(llm, states, oracles):
+    assert_serves(llm, oracles[0], 0)
+    for which in (1, 2, 0):
+        version = push_weights(llm, states[which])
+        assert_serves(llm, oracles[which], version)
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+@pytest.mark.parametrize("step", ["prepare", "commit"])
+def test_one_replica_that_fails_leaves_all_on_the_old_weights(llm, states, oracles, step, replica):
+    before = push_weights(llm, states[0])
+    in_replica(llm, replica, fail_at, step)
+    try:
+        with pytest.raises(WeightsError, match=f"replica {replica} .*a worker died.*old weights"):
+            push_weights(llm, states[1])
+    finally:
+        in_replica(llm, replica, fail_at, None)
+    assert_serves(llm, oracles[0], before)
+    assert push_weights(llm, states[1]) == before + 1
+    assert_serves(llm, oracles[1], before + 1)
+
+
+def test_weights_of_another_model_and_old_versions_are_refused(llm, states):
+    before = weights_of(llm).version
+    with pytest.raises(WeightsError, match="shape"):
+        push_weights(llm, {name: tensor[:1] for name, tensor in states[0].items()})
+    with pytest.raises(WeightsError, match=f"{before}"):
+        push_weights(llm, states[0], version=before)
+    assert weights_of(llm).version == before
+
+
+def test_a_request_that_runs_finishes_with_the_old_weights(llm, states, oracles):
+    before = push_weights(llm, states[0])
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(generated, llm, i % 2, max_tokens=200, seed=i) for i in range(4)]
+        version = push_weights(llm, states[1])
+    seen = set()
+    for completion in (future.result() for future in running):
+        (span,) = completion.weight_versions
+        seen.add(int(span.version))
+        which = {before: 0, version: 1}[int(span.version)]
+        assert error_of(completion, oracles[which]) < 10 * LOG_PROB_TOLERANCE
+    assert seen <= {before, version}
+
+
+def test_pushes_at_the_same_time_get_a_version_each(llm, states, oracles):
+    before = push_weights(llm, states[0])
+    # Two objects, as two processes have.
+    others = [weights_of(llm), ReplicaWeights(llm)]
+    checkpoints = [others[0].skeleton.write(others[0].skeleton.checked(states[i])) for i in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        pushes = [pool.submit(w.load, c) for w, c in zip(others, checkpoints, strict=True)]
+    versions = [push.result() for push in pushes]
+    assert sorted(versions) == [before + 1, before + 2]
+    assert_serves(llm, oracles[1 + versions.index(before + 2)], before + 2)
+
+
+def test_a_trainer_that_falls_silent_loses_its_turn(llm, states, oracles):
+    def be_impatient(actor, seconds):
+        from vllm_kl.weights import replica
+
+        replica._SILENT_AT_MOST_S = seconds
+
+    version = push_weights(llm, states[0])
+    for i in range(2):
+        in_replica(llm, i, be_impatient, 0.5)
+    silent = weights_of(llm)
+    for i in range(2):
+        silent._run_on("begin", {i: ["silent"]})
+    folder = str(silent._served.folder)
+    assert all(
+        is_done for is_done, _ in silent._run("prepare", *(["silent", folder, None] for _ in range(2)))
+    )
+    assert push_weights(llm, states[1]) == version + 1  # waits until the turn is free
+    (is_done, error), _ = silent._run("commit", ["silent"], ["silent"])
+    assert not is_done
+    assert "lost its turn: push again" in str(error)
+    for i in range(2):
+        in_replica(llm, i, be_impatient, 60.0)
+    assert_serves(llm, oracles[1], version + 1)
+
+
+def test_replicas_on_another_machine_get_the_files_through_ray(llm, states, oracles, monkeypatch):
+    nodes = ReplicaWeights._nodes
+    monkeypatch.setattr(ReplicaWeights, "_nodes", lambda self: [nodes(self)[0], "another machine"])
+    for which in (2, 1):
+        version = push_weights(llm, states[which])
+        assert_serves(llm, oracles[which], version)
+
+
+def test_what_torchrls_double_buffer_loads_is_not_served_and_finish_update_mends_it(
+    llm, states, oracles, tmp_path
+):
+    """TorchRL 0.14 hands the worker one (name, tensor) pair at a time, and never looks at the errors."""
+    before = push_weights(llm, states[0])
+    TensorDict(states[1]).memmap(tmp_path)
+    ray.get(llm.collective_rpc("load_weights_from_storage", args=(str(tmp_path),)))
+    assert error_of(generated(llm, 0), oracles[1]) > 0.1
+    version = finish_update(llm, source=states[1])
+    assert version == before + 1
+    assert_serves(llm, oracles[1], version)
+
+
+def test_weights_that_others_loaded_have_no_version_until_they_are_counted(llm, states, folders, oracles):
+    before = push_weights(llm, states[0])
+    ray.get(llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[2])}))
+    assert weights_of(llm).version is None
+    assert finish_update(llm) == before + 1
+    assert_serves(llm, oracles[2], before + 1)
+
+
+def test_versions_that_differ_are_told(llm, states):
+    push_weights(llm, states[0])
+    weights = weights_of(llm)
+    ((is_done, _),) = weights._run_on("take_over", {1: [900, True]})
+    assert is_done
+    with pytest.raises(WeightsError, match="the replicas serve different versions.*900"):
+        _ = weights.version
+    assert push_weights(llm, states[0]) == 901
+
+
+def test_a_replica_that_died_is_named(llm, states):
+    """The last test: it kills a replica."""
+    processes = [psutil.Process(pid) for pid in in_replica(llm, 1, children)]
+    assert processes
+    ray.kill(llm.actors[1])
+    with pytest.raises(EngineError, match="replica"):
+        push_weights(llm, states[0])
+    assert len(generated(llm, 0).token_ids) == 6
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
