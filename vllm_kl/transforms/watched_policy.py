@@ -26,7 +26,8 @@ from tensordict import TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.batch.origins import GENERATED_BY, set_generated_by
-from vllm_kl.engines.generate import versions_told
+from vllm_kl.engines.generate import tells_versions, versions_told
+from vllm_kl.errors import WeightsError
 from vllm_kl.types import Origin
 from vllm_kl.weights.engine_lock import EngineLock
 from vllm_kl.weights.live_weights import LiveWeights, lock_of
@@ -105,13 +106,7 @@ class _Watched(vLLMWrapper):
         with watch(self).generating(kwargs.get("sampling_params")):
             outputs = super()._call_generate(*args, **kwargs)
             if (made := _made.get()) is not None:
-                llm_engine = engine_of(self)
-                uncounted = INITIAL if llm_engine is None else LiveWeights(llm_engine).uncounted
-                made += [
-                    _origin_of(output, completion, uncounted)
-                    for output in outputs
-                    for completion in output.outputs
-                ]
+                made += _origins_of(outputs, engine_of(self))
         return outputs
 
     def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
@@ -167,16 +162,29 @@ def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
     return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
 
 
-def _origin_of(output: Any, completion: Any, uncounted: str | None) -> Origin:
-    """Return the origin of one completion, as vLLM reports it.
+def _origins_of(outputs: list[Any], llm_engine: Any) -> list[Origin]:
+    """Return the origin of each completion, as vLLM reports it.
 
-    A completion that ran during an update has two versions.
+    A completion that ran during an update has two versions. vLLM before 0.32 reports none: there it is the
+    version that the engine serves, because this thread has the engine's lock, so no push came meanwhile.
     """
-    first, last = versions_told(completion, uncounted=uncounted)
-    adapter = adapter_id(output.lora_request)
-    if first == last or None in (first, last):
-        return Origin(first if first == last else None, adapter)
-    return Origin(first, adapter, last)
+    weights = None if llm_engine is None else LiveWeights(llm_engine)
+    versions: dict[str, Any] = {"uncounted": INITIAL, "serving": None}
+    if weights is not None:
+        versions = {"uncounted": weights.uncounted, "serving": None}
+        if not tells_versions():
+            with contextlib.suppress(WeightsError):  # the version is not known
+                versions["serving"] = weights.version
+    origins = []
+    for output in outputs:
+        adapter = adapter_id(output.lora_request)
+        for completion in output.outputs:
+            first, last = versions_told(completion, **versions)
+            known = first == last or None in (first, last)
+            origins.append(
+                Origin(first if first == last else None, adapter) if known else Origin(first, adapter, last)
+            )
+    return origins
 
 
 def engine_of(policy: Any) -> Any:
