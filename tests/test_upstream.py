@@ -26,7 +26,7 @@ from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
 from vllm_kl.plugin import taken_engines
-from vllm_kl.transforms.kl_transform import Coefficient
+from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
 
 
@@ -348,7 +348,7 @@ class TestTorchRL:
         assert PolicyVersion().version == 0
 
     def test_a_controller_divides_by_its_coefficient_and_changes_its_sign(self):
-        """transforms/kl_transform.py gives it the KL's share of the reward: its target is in nats."""
+        """transforms/coefficient.py gives it the KL's share of the reward: its target is in nats."""
         from torchrl.data import AdaptiveKLController
 
         for nats, factor in (

@@ -29,8 +29,10 @@ from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
 from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.deferred import Deferral, Deferred
+from vllm_kl.transforms.estimation import Estimation
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
-from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
+from vllm_kl.transforms.kl_transform import KLTransform
+from vllm_kl.transforms.penalty import Penalty
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.recorded import OnZero, has_zeros
 from vllm_kl.transforms.sides import Side, check_two_models, warn_of_two_lengths, warn_unless_full
@@ -77,7 +79,7 @@ class RetrieveKL(TokensTransform, KLTransform):
             token.
         coeff: the KL's coefficient: a number, a schedule (called with the number of earlier batches, or env
             steps) or a controller such as ``torchrl.data.AdaptiveKLController``; see
-            :class:`~vllm_kl.transforms.kl_transform.Coefficient`.
+            :class:`~vllm_kl.transforms.coefficient.Coefficient`.
         use_ray_service: ``True`` keeps the reference in a Ray actor, where ``ref_model_factory`` makes it.
             Everything else stays in the calling process.
         actor_name: the name of that actor. An actor that already has this name is used again.
