@@ -11,8 +11,8 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 
 from vllm_kl.batch.write_entries import check_distinct, declare
-from vllm_kl.transforms.base import NextTransform, per_token_reward
 from vllm_kl.transforms.coefficient import Coefficient
+from vllm_kl.transforms.next_transform import NextTransform, per_token_reward
 from vllm_kl.transforms.penalty import Penalty
 
 

@@ -27,16 +27,23 @@ from vllm_kl.batch.write_entries import declare
 from vllm_kl.errors import OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
-from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.deferred import Deferral, Deferred
 from vllm_kl.transforms.estimation import Estimation
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.kl_transform import KLTransform
+from vllm_kl.transforms.model_side import Side, warn_unless_full
 from vllm_kl.transforms.penalty import Penalty
 from vllm_kl.transforms.postproc import on_leaving
-from vllm_kl.transforms.recorded import OnZero, has_zeros
-from vllm_kl.transforms.sides import Side, check_two_models, warn_of_two_lengths, warn_unless_full
-from vllm_kl.transforms.two_sides import collector_side_of, gen_model_of, ref_model_of, two_sides
+from vllm_kl.transforms.recorded_zeros import OnZero, has_zeros
+from vllm_kl.transforms.tokens_transform import TokensTransform, side_log_probs, to_device
+from vllm_kl.transforms.two_sides import (
+    check_two_models,
+    collector_side_of,
+    gen_model_of,
+    ref_model_of,
+    two_sides,
+    warn_of_two_lengths,
+)
 from vllm_kl.types import Rows, Scored, TokenBatch
 from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale, check_versions, policy_range
 

@@ -20,14 +20,14 @@ from vllm_kl.batch.read_tokens import InputKeys, keys_of, nested, rows_of
 from vllm_kl.batch.write_entries import check_distinct, declare, set_rows
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
-from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.from_collector import (
     TEMPERATURES,
     policy_of,
     recorded_distribution,
     why_not_at_temperature,
 )
-from vllm_kl.transforms.sides import ModelSide, Side, check_side, warn_unless_full
+from vllm_kl.transforms.model_side import ModelSide, Side, check_side, warn_unless_full
+from vllm_kl.transforms.tokens_transform import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.vllm_reference import VLLMReference
 from vllm_kl.types import Rows
 from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale

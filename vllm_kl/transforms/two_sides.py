@@ -1,18 +1,24 @@
-"""Makes the two sides of ``RetrieveKL`` from its arguments, and checks that they fit each other."""
+"""``TwoSides``: the two sides of ``RetrieveKL``, made from its arguments and checked against each other."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from tensordict.utils import NestedKey
+from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 
 from vllm_kl.batch.read_tokens import keys_of
+from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.length_dependence import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.scorer import VLLMScorer
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
+from vllm_kl.transforms.model_side import ModelSide, Side, check_side
 from vllm_kl.transforms.remote_reference import remote_reference
-from vllm_kl.transforms.sides import ModelSide, Side, check_side, one_of, warn_of_two_lengths
+from vllm_kl.transforms.watched_policy import adapter_id
 
 
 class TwoSides(NamedTuple):
@@ -125,6 +131,37 @@ def collector_side_of(
     return None
 
 
+def one_of(side: str, model: Any, factory: Callable[[], Any] | None) -> Any:
+    """Return the model of a side, or the model that its factory makes."""
+    if (model is None) == (factory is None):
+        raise InputError(
+            f"Cannot build the {side} side: pass exactly one of '{side}_model' and '{side}_model_factory'."
+        )
+    return model if factory is None else factory()
+
+
+def check_two_models(gen_model: Any, ref_model: Any) -> None:
+    """Refuse a reference that is the policy itself: their KL would stay 0 whatever the policy learns.
+
+    Raises:
+        OptionError: both sides use one engine or one model, with the same adapter or with none.
+    """
+    one, other = _weights_behind(gen_model), _weights_behind(ref_model)
+    if one is not None and other is not None and one[0] is other[0] and one[1] == other[1]:
+        engine, adapter = one
+        what = f"adapter {adapter} on one engine" if adapter else f"one {type(engine).__name__}"
+        raise OptionError(
+            f"both sides are {what}: the KL would be 0 at every update. Give the reference an engine of its "
+            "own (VLLMReference(path)). If the policy is an adapter, give lora_request to the policy only"
+        )
+
+
+def warn_of_two_lengths(gen_model: Any, ref_model: Any, stacklevel: int = 3) -> None:
+    """Warn if the sides compute differently because of their lengths (``length_dependence``)."""
+    if why := why_two_lengths(_length_side(gen_model), _length_side(ref_model)):
+        warnings.warn(why, stacklevel=stacklevel)
+
+
 def _shared_pad_output(models: dict[str, Any]) -> bool:
     pads = {name: model.pad_output for name, model in models.items()}
     if len(set(pads.values())) > 1:
@@ -138,3 +175,36 @@ def _gen_model_side(gen_model: Any, ref_model: Any, temperature: float) -> Model
     side = ModelSide(gen_model)
     side.check_temperature(temperature)
     return side
+
+
+def _length_side(model: Any) -> LengthSide | None:
+    if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
+        return scorer._engine.info.length_side
+    if isinstance(model, vLLMWrapper):
+        engine = getattr(model.model, "llm_engine", None)  # TorchRL's AsyncVLLM does not tell
+        return None if engine is None else side_in(engine)
+    return Lengths(getattr(model, "model", None)).side
+
+
+def _weights_behind(model: Any) -> tuple[Any, int] | None:
+    """Return the engine or model that holds a wrapper's weights, and its adapter's id.
+
+    ``None``: not known, because an adapter may be loaded in another way, or later.
+    """
+    engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
+    if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
+        if not isinstance(scorer._engine, GenerateEngine) or scorer._engine.weights is None:
+            return scorer._engine, 0
+        return scorer._engine.weights._engine, adapter_id(scorer._engine._lora_request)
+    if isinstance(model, TransformersWrapper):
+        return (engine, 0) if type(model) is TransformersWrapper else None
+    if not isinstance(model, vLLMWrapper):
+        return None
+    if hasattr(engine, "llm_engine"):
+        takes_adapters = engine.llm_engine.vllm_config.lora_config is not None
+        engine = engine.llm_engine
+    elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
+        takes_adapters = bool(engine.engine_args.enable_lora)
+    else:
+        return None
+    return (engine, adapter) if adapter or not takes_adapters else None
