@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 
+from vllm_kl.batch.alignment import PaddingSide
 from vllm_kl.batch.origins import generated_by, origins
 from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.batch.tokenize_texts import TextWatch
@@ -19,6 +22,26 @@ from vllm_kl.transforms.watched_policy import engine_of, watch
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.weights.collector_errors import follow
 from vllm_kl.weights.live_weights import lock_of
+from vllm_kl.weights.versions import OnStale, check_on_stale
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """Options of every transform that reads tokens, as in :class:`~vllm_kl.RetrieveKL`.
+
+    Raises:
+        OptionError: ``on_stale`` does not exist.
+    """
+
+    assistant_only: bool
+    tokenizer: Any
+    tokenizer_kwargs: dict[str, Any] | None
+    detach: bool
+    padding_side: PaddingSide
+    on_stale: OnStale
+
+    def __post_init__(self) -> None:
+        check_on_stale(self.on_stale)
 
 
 class TokensTransform(NextTransform):
@@ -27,12 +50,24 @@ class TokensTransform(NextTransform):
     The transform reports what it finds in the texts, and knows whether the policy generated the tokens just
     now. If it asks the policy's engine to score a step, the engine keeps its weights until the step is scored
     (:mod:`vllm_kl.weights.engine_lock`).
+
+    Args:
+        options: become attributes.
+        ref_version_key: where the version of the reference's weights is written; ``None``: it is not written.
+        kwargs: passed to the next base class.
     """
 
-    assistant_only: bool
+    on_stale: OnStale
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, options: TokenOptions, *, ref_version_key: NestedKey | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.assistant_only = options.assistant_only
+        self.tokenizer = options.tokenizer
+        self.tokenizer_kwargs = dict(options.tokenizer_kwargs or {})
+        self.detach = options.detach
+        self.padding_side = options.padding_side
+        self.on_stale = options.on_stale
+        self.ref_version_key = ref_version_key
         self._texts = TextWatch()
         self._is_step = False  # True while an env's step is written: the policy has just generated it
 

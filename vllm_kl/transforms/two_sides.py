@@ -15,10 +15,19 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.length_dependence import Lengths, LengthSide, side_in, why_two_lengths
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.scorer import VLLMScorer
+from vllm_kl.transforms.audit import OnDrift
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.model_side import ModelSide, Side, check_side
+from vllm_kl.transforms.recorded_zeros import OnZero
 from vllm_kl.transforms.remote_reference import remote_reference
 from vllm_kl.transforms.watched_policy import adapter_id
+
+
+class GenModel(NamedTuple):
+    """The model that generated, as the caller gave it."""
+
+    given: Any  # a model, "from_collector", or a FromCollector
+    collector_side: FromCollector | None  # takes the log-probs from a collector; None: the model scores
 
 
 class TwoSides(NamedTuple):
@@ -37,46 +46,79 @@ class TwoSides(NamedTuple):
 
 
 def two_sides(
-    gen_model: Any,
-    collector_side: FromCollector | None,
+    gen_model: GenModel,
     ref_model: Any,
     *,
     assistant_only: bool,
     device: torch.device | None,
+    log_probs_full_key: NestedKey,
 ) -> TwoSides:
     """Return the two sides of a KL, after checking each of them and both together.
 
     Args:
-        gen_model: the model that generated; not used if there is a ``collector_side``.
-        collector_side: the side that takes its log-probs from a collector; ``None``: ``gen_model`` scores.
+        gen_model: the model that generated.
         ref_model: the reference.
         assistant_only: both models must be able to tell the assistant's tokens.
         device: where to move the models; ``None``: leave them.
+        log_probs_full_key: where recorded log-probs are if no policy tells.
 
     Raises:
         InputError: a model cannot be a side, or the models have different ``pad_output``.
         OptionError: the models have different temperatures.
     """
-    models = {"ref_model": ref_model, **({"gen_model": gen_model} if collector_side is None else {})}
+    given, collector_side = gen_model
+    models = {"ref_model": ref_model, **({"gen_model": given} if collector_side is None else {})}
     for name, model in models.items():
         check_side(model, assistant_only, name)
     pad_output = _shared_pad_output(models)
     if device is not None:
         models = {name: model.to(device) for name, model in models.items()}
-    ref_model, gen_model = models["ref_model"], models.get("gen_model", gen_model)
+    ref_model, given = models["ref_model"], models.get("gen_model", given)
     ref = ModelSide(ref_model)
     if collector_side is None:
-        gen = _gen_model_side(gen_model, ref_model, ref.temperature)
+        gen = _gen_model_side(given, ref_model, ref.temperature)
     else:
-        gen = collector_side.expecting(pad_output=pad_output)
-    return TwoSides(gen_model=gen_model, gen=gen, ref_model=ref_model, ref=ref, pad_output=pad_output)
+        gen = collector_side.expecting(log_probs_full_key=log_probs_full_key, pad_output=pad_output)
+    return TwoSides(gen_model=given, gen=gen, ref_model=ref_model, ref=ref, pad_output=pad_output)
 
 
-def gen_model_of(gen_model: Any, factory: Callable[[], Any] | None) -> Any:
-    """Return the model or ``"from_collector"``, as the caller gave it; call the factory if there is one."""
+def gen_model_of(
+    gen_model: Any,
+    factory: Callable[[], Any] | None,
+    gen_log_probs: GenLogProbs,
+    audit: float | None,
+    audit_tolerance: float | None,
+    on_drift: OnDrift | None,
+    on_zero: OnZero | None,
+) -> GenModel:
+    """Return the model that generated; call the factory if there is one.
+
+    Args:
+        gen_model: a model, ``"from_collector"`` or a :class:`FromCollector`.
+        factory: makes the model.
+        gen_log_probs: see :class:`FromCollector`.
+        audit, audit_tolerance, on_drift, on_zero: see :class:`FromCollector`; ``None``: not given.
+
+    Raises:
+        OptionError: an option has no effect with this ``gen_model``.
+    """
     if factory is not None and gen_model == "from_collector":
         gen_model = None  # the default gives way to a factory
-    return one_of("gen", gen_model, factory)
+    gen_model = one_of("gen", gen_model, factory)
+    reuse = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
+    reuse = {name: value for name, value in reuse.items() if value is not None}
+    if isinstance(gen_model, (str, FromCollector)):
+        return GenModel(gen_model, FromCollector.of(gen_model, gen_log_probs, **reuse))
+    if gen_log_probs == "reuse":
+        raise OptionError(
+            "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
+        )
+    if reuse:
+        raise OptionError(
+            f"{next(iter(reuse))} has no effect with a gen_model, whose log-probs are never reused; "
+            "pass gen_model='from_collector'"
+        )
+    return GenModel(gen_model, None)
 
 
 def ref_model_of(
@@ -99,36 +141,6 @@ def ref_model_of(
             f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
         )
     return one_of("ref", ref_model, factory)
-
-
-def collector_side_of(
-    gen_model: Any, gen_log_probs: GenLogProbs, log_probs_full_key: NestedKey, reuse: dict[str, Any]
-) -> FromCollector | None:
-    """Return the side that takes its log-probs from a collector; ``None``: ``gen_model`` is a model.
-
-    Args:
-        gen_model: a model, ``"from_collector"`` or a :class:`FromCollector`.
-        gen_log_probs: see :class:`FromCollector`.
-        log_probs_full_key: where recorded log-probs are if no policy tells.
-        reuse: options of :class:`FromCollector`; an option that is ``None`` was not given.
-
-    Raises:
-        OptionError: an option has no effect with this ``gen_model``.
-    """
-    reuse = {name: value for name, value in reuse.items() if value is not None}
-    if isinstance(gen_model, (str, FromCollector)):
-        side = FromCollector.of(gen_model, gen_log_probs, **reuse)
-        return side.expecting(log_probs_full_key=log_probs_full_key)
-    if gen_log_probs == "reuse":
-        raise OptionError(
-            "gen_log_probs='reuse' has no effect with a gen_model; pass gen_model='from_collector'"
-        )
-    if reuse:
-        raise OptionError(
-            f"{next(iter(reuse))} has no effect with a gen_model, whose log-probs are never reused; "
-            "pass gen_model='from_collector'"
-        )
-    return None
 
 
 def one_of(side: str, model: Any, factory: Callable[[], Any] | None) -> Any:
