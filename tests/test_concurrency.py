@@ -22,7 +22,7 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import RetrieveLogProb, VLLMReference, VLLMScorer, push_weights
 from vllm_kl.engines import process
 from vllm_kl.errors import EngineError, FrozenError, OptionError, WeightsError
-from vllm_kl.transforms import sides
+from vllm_kl.transforms import score_batch
 from vllm_kl.types import ScoreRequest
 
 PROMPT = list(range(5, 80))  # more than two blocks: the prefix cache has something to keep
@@ -147,7 +147,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
     scorer, states, truths, tokenizer, monkeypatch
 ):
     transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
-    spread, came_between = sides.spread, []
+    spread, came_between = score_batch.spread, []
 
     def spread_later(*args, **kwargs):
         if not came_between:
@@ -155,7 +155,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
             scorer.score(SEQUENCES)
         return spread(*args, **kwargs)
 
-    monkeypatch.setattr(sides, "spread", spread_later)
+    monkeypatch.setattr(score_batch, "spread", spread_later)
     for state in (0, 1):
         td = transform(batch_of([0, 1]))
         assert td["ref_version"].tolist() == [state, state]

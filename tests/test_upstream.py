@@ -26,7 +26,7 @@ from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
 from vllm_kl.plugin import taken_engines
-from vllm_kl.transforms.kl_transform import Coefficient
+from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
 
 
@@ -302,7 +302,7 @@ class TestTheEnvironment:
 
 class TestTorchRL:
     def test_a_wrapper_reaches_its_engine_through_these_methods(self):
-        """transforms/watched_policy.py watches them, sides.py and lora_wrapper.py call them."""
+        """transforms/watched_policy.py watches them, choose_scorer.py and lora_wrapper.py call them."""
         from torchrl.modules.llm import vLLMWrapper
 
         assert all(
@@ -348,7 +348,7 @@ class TestTorchRL:
         assert PolicyVersion().version == 0
 
     def test_a_controller_divides_by_its_coefficient_and_changes_its_sign(self):
-        """transforms/kl_transform.py gives it the KL's share of the reward: its target is in nats."""
+        """transforms/coefficient.py gives it the KL's share of the reward: its target is in nats."""
         from torchrl.data import AdaptiveKLController
 
         for nats, factor in (
@@ -362,7 +362,7 @@ class TestTorchRL:
             np.testing.assert_allclose(float(controller.coef), 0.1 * factor, rtol=1e-6)
 
     def test_a_replay_buffer_hands_whole_batches_to_inverse_transforms(self):
-        """transforms/base.py lets them through."""
+        """transforms/next_transform.py lets them through."""
         from torchrl.envs.transforms import transforms
 
         assert "_inv_call" in source(transforms.Transform.inv)

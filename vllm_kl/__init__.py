@@ -32,16 +32,18 @@ if TYPE_CHECKING:
     from vllm_kl.kl import kl_estimate as kl_estimate
     from vllm_kl.scorer import VLLMScorer as VLLMScorer
     from vllm_kl.transforms.audit import Audit as Audit
+    from vllm_kl.transforms.coefficient import Coefficient as Coefficient
     from vllm_kl.transforms.deferred import fill_deferred as fill_deferred
     from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion as EnginePolicyVersion
+    from vllm_kl.transforms.estimation import Estimation as Estimation
     from vllm_kl.transforms.from_collector import FromCollector as FromCollector
     from vllm_kl.transforms.kl_computation import KLComputation as KLComputation
-    from vllm_kl.transforms.kl_transform import Coefficient as Coefficient
-    from vllm_kl.transforms.kl_transform import Penalty as Penalty
     from vllm_kl.transforms.lora_wrapper import LoRAWrapper as LoRAWrapper
+    from vllm_kl.transforms.penalty import Penalty as Penalty
     from vllm_kl.transforms.retokenized_turns import RetokenizedTurns as RetokenizedTurns
     from vllm_kl.transforms.retrieve_kl import RetrieveKL as RetrieveKL
     from vllm_kl.transforms.retrieve_log_prob import RetrieveLogProb as RetrieveLogProb
+    from vllm_kl.transforms.sync_scheme import VLLMSender as VLLMSender
     from vllm_kl.transforms.sync_scheme import VLLMSyncScheme as VLLMSyncScheme
     from vllm_kl.transforms.vllm_reference import VLLMReference as VLLMReference
     from vllm_kl.transforms.weight_updater import VLLMWeightUpdater as VLLMWeightUpdater
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from vllm_kl.view.samples import read_samples as read_samples
     from vllm_kl.view.samples import samples_from_batch as samples_from_batch
     from vllm_kl.view.samples import write_samples as write_samples
+    from vllm_kl.weights.checkpoint import Checkpoint as Checkpoint
+    from vllm_kl.weights.checkpoint import Skeleton as Skeleton
     from vllm_kl.weights.collector_errors import check_collector as check_collector
     from vllm_kl.weights.live_weights import Weights as Weights
     from vllm_kl.weights.push import finish_update as finish_update
@@ -72,20 +76,23 @@ _PUBLIC = {
     "kl": "kl_estimate",
     "scorer": "VLLMScorer",
     "transforms.audit": "Audit",
+    "transforms.coefficient": "Coefficient",
     "transforms.deferred": "fill_deferred",
     "transforms.engine_policy_version": "EnginePolicyVersion",
+    "transforms.estimation": "Estimation",
     "transforms.from_collector": "FromCollector",
     "transforms.kl_computation": "KLComputation",
-    "transforms.kl_transform": "Coefficient Penalty",
     "transforms.lora_wrapper": "LoRAWrapper",
+    "transforms.penalty": "Penalty",
     "transforms.retokenized_turns": "RetokenizedTurns",
     "transforms.retrieve_kl": "RetrieveKL",
     "transforms.retrieve_log_prob": "RetrieveLogProb",
-    "transforms.sync_scheme": "VLLMSyncScheme",
+    "transforms.sync_scheme": "VLLMSender VLLMSyncScheme",
     "transforms.vllm_reference": "VLLMReference",
     "transforms.weight_updater": "VLLMWeightUpdater",
     "types": "EngineInfo ScoreRequest ScoreResult ScoreStats TopK",
     "view.samples": "Sample read_samples samples_from_batch write_samples",
+    "weights.checkpoint": "Checkpoint Skeleton",
     "weights.collector_errors": "check_collector",
     "weights.live_weights": "Weights",
     "weights.push": "finish_update push_weights push_weights_async",

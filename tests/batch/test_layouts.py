@@ -19,7 +19,7 @@ from tests.batches import dense_batch, ids_batch
 from vllm_kl.batch.alignment import to_layout
 from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError
-from vllm_kl.transforms.sides import score_batch
+from vllm_kl.transforms.score_batch import score_batch
 
 KEYS = InputKeys(input_mode="history", key=("history", "full"))
 PAD = EOS = 0  # the same id, and an ordinary token of the sequences too

@@ -19,7 +19,7 @@ from tests import oracle
 from tests.oracle import KL_TOLERANCE
 from vllm_kl import FromCollector, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.errors import CollectorError
-from vllm_kl.transforms.sides import ScorerOf
+from vllm_kl.transforms.choose_scorer import ScorerOf
 
 NUM_ENVS, GROUP = 4, 2
 

@@ -10,7 +10,7 @@ from torchrl.data import AdaptiveKLController, ConstantKLController
 from tests.batches import dense_batch, ids_batch
 from vllm_kl import KLComputation, RetrieveKL, RetrieveLogProb, kl_estimate
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError
-from vllm_kl.transforms.kl_transform import Coefficient
+from vllm_kl.transforms.coefficient import Coefficient
 
 GEN = [torch.tensor([0.0, -1.0, -2.0, -3.0]), torch.tensor([0.0, 0.0, -1.0])]
 REF = [torch.tensor([0.0, -1.5, -1.0, -3.0]), torch.tensor([0.0, 0.0, -2.0])]

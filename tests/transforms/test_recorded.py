@@ -44,8 +44,9 @@ from vllm_kl.errors import (
     ReadoutUnavailableError,
 )
 from vllm_kl.transforms.deferred import _score_step
-from vllm_kl.transforms.recorded import NEUTRAL, doubtful_zeros, recorded_by
-from vllm_kl.transforms.sides import ModelSide
+from vllm_kl.transforms.model_side import ModelSide
+from vllm_kl.transforms.recorded_distribution import NEUTRAL, recorded_by
+from vllm_kl.transforms.recorded_zeros import doubtful_zeros
 from vllm_kl.types import EngineInfo, ScoreResult
 from vllm_kl.weights.canary import Canary
 
@@ -129,7 +130,7 @@ def largest(data):
 
 
 class TestWhatIsRecorded:
-    """vLLM's own behaviour. If one fails, read vLLM's samplers and the table in transforms/recorded.py."""
+    """vLLM's own behaviour. If one fails, read vLLM's samplers and the table in recorded_distribution.py."""
 
     @pytest.mark.parametrize(
         ("mode", "params", "temperature"),

@@ -23,7 +23,7 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import FromCollector, LoRAWrapper, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import FrozenError, OptionError, ReadoutUnavailableError, WeightsError
-from vllm_kl.transforms.sides import check_two_models
+from vllm_kl.transforms.two_sides import check_two_models
 from vllm_kl.weights.push import push_weights, weights_of
 
 PROMPT = [7 * i % 200 for i in range(40)]  # more than a block, so that its KV is kept

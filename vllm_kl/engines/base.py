@@ -13,8 +13,6 @@ from typing import Protocol
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.live_weights import Weights
 
-OnDone = Callable[[int], None]  # gets the number of requests that finished since its last call
-
 
 class Engine(Protocol):
     """An engine as the scorer sees it."""
@@ -27,14 +25,14 @@ class Engine(Protocol):
         requests: Sequence[ScoreRequest],
         *,
         share_prefix: bool,
-        on_done: OnDone | None = None,
+        on_done: Callable[[int], None] | None = None,
         alone: bool = False,
     ) -> list[ScoreResult]:
         """Return one result per request, in the order of the requests. A row without a log-prob is NaN.
 
         Args:
             share_prefix: the engine may read its prefix cache. This changes log-probs by rounding only.
-            on_done: see :data:`OnDone`.
+            on_done: called with the number of requests that finished since its last call.
             alone: no batch holds requests of other callers, so equal calls give equal bits.
         """
         ...

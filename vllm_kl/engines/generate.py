@@ -28,7 +28,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.length_dependence import dynamic_length, note_on, side_in
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import (
@@ -93,7 +92,7 @@ class GenerateEngine:
         requests: Sequence[ScoreRequest],
         *,
         share_prefix: bool,
-        on_done: OnDone | None = None,
+        on_done: Callable[[int], None] | None = None,
         alone: bool = False,
     ) -> list[ScoreResult]:
         with self._lock, self._without_leftovers():  # a call is always alone
@@ -104,7 +103,7 @@ class GenerateEngine:
             return [replace(result, weight_version=version) for result in results]
 
     def _score(
-        self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: OnDone | None
+        self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: Callable[[int], None] | None
     ) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
         for request, output in zip(requests, self._send(requests, share_prefix), strict=True):

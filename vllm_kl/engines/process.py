@@ -29,12 +29,11 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.engines.base import OnDone
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
@@ -118,7 +117,7 @@ class ProcessEngine:
         requests: Sequence[ScoreRequest],
         *,
         share_prefix: bool,
-        on_done: OnDone | None = None,
+        on_done: Callable[[int], None] | None = None,
         alone: bool = False,
     ) -> list[ScoreResult]:
         results: dict[int, ScoreResult] = {}

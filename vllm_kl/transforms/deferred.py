@@ -44,9 +44,10 @@ from vllm_kl.batch.read_tokens import rows_of
 from vllm_kl.batch.write_entries import set_rows
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
-from vllm_kl.transforms.base import TokensTransform, side_log_probs
+from vllm_kl.transforms.choose_scorer import is_same_temperature, scorer_for
+from vllm_kl.transforms.model_side import Side
 from vllm_kl.transforms.postproc import on_leaving
-from vllm_kl.transforms.sides import Side, is_same_temperature, scorer_for
+from vllm_kl.transforms.tokens_transform import TokensTransform, side_log_probs
 from vllm_kl.types import Scored, TokenBatch
 from vllm_kl.weights.versions import OnStale, place, two_references
 

@@ -15,8 +15,8 @@ from torchrl.envs.llm.transforms import PolicyVersion
 from vllm_kl.batch.origins import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by
 from vllm_kl.batch.write_entries import declare
 from vllm_kl.errors import OptionError, WeightsError
-from vllm_kl.transforms.base import collector_of
 from vllm_kl.transforms.from_collector import policy_of
+from vllm_kl.transforms.next_transform import collector_of
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.types import Origin
 from vllm_kl.weights.collector_errors import follow

@@ -3,7 +3,7 @@
 The side reuses the log-probs that the policy recorded while it sampled, if they fit the reference. Else it
 asks the policy's engine to score the ids again:
 
-    policy's engine and sampling parameters -> distribution of the recorded log-probs (recorded.py)
+    policy's engine and sampling parameters -> distribution of the recorded log-probs
         the reference's: reuse them, audit a few, check exact zeros
         another: the policy's engine scores the ids again, or an error says what to change
 
@@ -33,20 +33,20 @@ from vllm_kl.engines.generate import config_of
 from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
 from vllm_kl.transforms.audit import Audit, OnDrift
-from vllm_kl.transforms.recorded import (
+from vllm_kl.transforms.choose_scorer import ScorerOf, is_same_temperature, temperature_of
+from vllm_kl.transforms.recorded_distribution import Recorded, recorded_by
+from vllm_kl.transforms.recorded_zeros import (
     SURE,
     OnZero,
-    Recorded,
     check_on_zero,
     check_recorded,
     check_zeros,
     complain,
     doubtful_zeros,
     has_zeros,
-    recorded_by,
     zero_text,
 )
-from vllm_kl.transforms.sides import ScorerOf, is_same_temperature, score_batch, temperature_of
+from vllm_kl.transforms.score_batch import score_batch
 from vllm_kl.transforms.watched_policy import adapter_id, watch
 from vllm_kl.types import Origin, Scored, TokenBatch
 
@@ -136,7 +136,7 @@ class FromCollector:
 
     Both sides are log-probs of ``softmax(logits / T)``, where T is the reference's temperature
     (``VLLMReference(path, temperature=T)``). The policy's engine and its sampling parameters tell what the
-    policy recorded, see :mod:`vllm_kl.transforms.recorded`:
+    policy recorded, see :mod:`vllm_kl.transforms.recorded_distribution`:
 
     | the policy's engine | it samples with | recorded | ``"reuse"``, ``"auto"`` | ``"rescore"`` |
     |---|---|---|---|---|

@@ -18,9 +18,11 @@ from vllm_kl.batch.read_tokens import read_rows
 from vllm_kl.batch.write_entries import check_distinct
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import Direction, Estimator
-from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
-from vllm_kl.transforms.recorded import OnZero, check_on_zero, check_recorded, check_zeros
-from vllm_kl.transforms.sides import is_same_temperature
+from vllm_kl.transforms.choose_scorer import is_same_temperature
+from vllm_kl.transforms.estimation import Estimation
+from vllm_kl.transforms.kl_transform import KLTransform
+from vllm_kl.transforms.penalty import Penalty
+from vllm_kl.transforms.recorded_zeros import OnZero, check_on_zero, check_recorded, check_zeros
 from vllm_kl.types import Rows, end_to_end, pack, place_of, widths_of
 
 _CURE = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.transforms.sides import scorer_for
+from vllm_kl.transforms.choose_scorer import scorer_for
 from vllm_kl.transforms.vllm_reference import DESCRIPTION, VLLMReference
 from vllm_kl.types import Scorer
 

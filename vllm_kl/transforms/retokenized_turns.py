@@ -20,7 +20,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from vllm_kl.batch.read_tokens import InputKeys, check_shapes, nested, rows_of
-from vllm_kl.transforms.base import NextTransform
+from vllm_kl.transforms.next_transform import NextTransform
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,35 +22,29 @@ from torchrl.data import Composite
 from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.batch.alignment import PaddingSide, to_layout
-from vllm_kl.batch.read_tokens import InputKeys, keys_of
 from vllm_kl.batch.write_entries import declare
-from vllm_kl.errors import OptionError
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
-from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.deferred import Deferral, Deferred
+from vllm_kl.transforms.estimation import Estimation
 from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
-from vllm_kl.transforms.kl_transform import Estimation, KLTransform, Penalty
-from vllm_kl.transforms.postproc import on_leaving
-from vllm_kl.transforms.recorded import OnZero, has_zeros
-from vllm_kl.transforms.sides import Side, check_two_models, warn_of_two_lengths, warn_unless_full
-from vllm_kl.transforms.two_sides import collector_side_of, gen_model_of, ref_model_of, two_sides
+from vllm_kl.transforms.kl_transform import KLTransform
+from vllm_kl.transforms.penalty import Penalty
+from vllm_kl.transforms.recorded_zeros import OnZero, has_zeros
+from vllm_kl.transforms.tokens_transform import TokenOptions, side_log_probs, to_device
+from vllm_kl.transforms.two_sided_transform import TwoSidedTransform, Written
+from vllm_kl.transforms.two_sides import (
+    check_two_models,
+    gen_model_of,
+    ref_model_of,
+    two_sides,
+    warn_of_two_lengths,
+)
 from vllm_kl.types import Rows, Scored, TokenBatch
-from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale, check_versions, policy_range
+from vllm_kl.weights.versions import OnStale, check_stale, policy_range
 
 
-def _check_options(
-    on_stale: OnStale, on_two_references: OnStale, gen_key: NestedKey, ref_key: NestedKey
-) -> None:
-    check_on_stale(on_stale)
-    check_on_stale(on_two_references, "on_two_references")
-    for key in (gen_key, ref_key):
-        warn_unless_full(key, stacklevel=4)  # the caller of RetrieveKL
-    if gen_key == ref_key:
-        raise OptionError(f"both sides would be written to {gen_key}: give each a key of its own")
-
-
-class RetrieveKL(TokensTransform, KLTransform):
+class RetrieveKL(TwoSidedTransform, KLTransform):
     """Writes the log-probs of policy and reference, the KL of each token, and the reward minus the KL.
 
     Args:
@@ -77,7 +71,7 @@ class RetrieveKL(TokensTransform, KLTransform):
             token.
         coeff: the KL's coefficient: a number, a schedule (called with the number of earlier batches, or env
             steps) or a controller such as ``torchrl.data.AdaptiveKLController``; see
-            :class:`~vllm_kl.transforms.kl_transform.Coefficient`.
+            :class:`~vllm_kl.transforms.coefficient.Coefficient`.
         use_ray_service: ``True`` keeps the reference in a Ray actor, where ``ref_model_factory`` makes it.
             Everything else stays in the calling process.
         actor_name: the name of that actor. An actor that already has this name is used again.
@@ -148,11 +142,6 @@ class RetrieveKL(TokensTransform, KLTransform):
     (True, [0.0, 0.0])
     """
 
-    _versions: dict[str, float]
-    _rescored: dict[str, float]
-    on_stale: OnStale
-    on_two_references: OnStale
-
     def __init__(
         self,
         gen_model: Any = "from_collector",
@@ -191,25 +180,20 @@ class RetrieveKL(TokensTransform, KLTransform):
         deferred: Deferred = False,
         **kwargs: Any,
     ) -> None:
-        _check_options(on_stale, on_two_references, gen_log_probs_full_key, ref_log_probs_full_key)
+        options = TokenOptions(assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale)
+        written = Written(gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, on_two_references)
         estimation = Estimation(estimator, extra_estimators, clamp_log_ratio, clamp_output, direction)
         penalty = Penalty(estimation, kl_key, mask_key, add_to_reward, coeff)
-        gen_model = gen_model_of(gen_model, gen_model_factory)
-        ref_model = ref_model_of(ref_model, ref_model_factory, use_ray_service, device, actor_name, **kwargs)
-        reuse = {"audit": audit, "audit_tolerance": audit_tolerance, "on_drift": on_drift, "on_zero": on_zero}
-        collector_side = collector_side_of(gen_model, gen_log_probs, gen_log_probs_full_key, reuse)
-        sides = two_sides(gen_model, collector_side, ref_model, assistant_only=assistant_only, device=device)
-        ref_version_key = ref_version_key if sides.ref.has_versions else None
-        written = [gen_log_probs_full_key, ref_log_probs_full_key, *filter(None, [ref_version_key])]
-        super().__init__(penalty, in_keys=sides.in_keys(history_key), out_keys=written)
-        self.gen_model, self._gen, self.ref_model, self._ref, self.pad_output = sides
-        self.gen_log_probs_full_key = gen_log_probs_full_key
-        self.ref_log_probs_full_key = ref_log_probs_full_key
-        self.history_key, self.ref_version_key = history_key, ref_version_key
-        self.assistant_only, self.padding_side, self.detach = assistant_only, padding_side, detach
-        self.tokenizer, self.tokenizer_kwargs = tokenizer, dict(tokenizer_kwargs or {})
-        self.on_stale, self.on_two_references = on_stale, on_two_references
-        self._versions, self._rescored = {}, {}
+        sides = two_sides(
+            gen_model_of(
+                gen_model, gen_model_factory, gen_log_probs, audit, audit_tolerance, on_drift, on_zero
+            ),
+            ref_model_of(ref_model, ref_model_factory, use_ray_service, device, actor_name, **kwargs),
+            assistant_only=assistant_only,
+            device=device,
+            log_probs_full_key=gen_log_probs_full_key,
+        )
+        super().__init__(options, sides, written, history_key=history_key, penalty=penalty)
         self._defer(deferred)
 
     @property
@@ -231,33 +215,6 @@ class RetrieveKL(TokensTransform, KLTransform):
         """
         audit = self._gen.audit.metrics if isinstance(self._gen, FromCollector) else {}
         return {**self.penalty.metrics, **self._rescored, **audit, **self._versions, **self._texts.metrics}
-
-    def temperature_at(self, key: NestedKey) -> float | None:
-        return (
-            self._ref.temperature
-            if key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
-            else None
-        )
-
-    def counts(self) -> dict[str, Any]:
-        audit = self._gen.audit.state if isinstance(self._gen, FromCollector) else None
-        return {**super().counts(), "audit": audit}
-
-    def set_counts(self, counts: dict[str, Any]) -> None:
-        super().set_counts(counts)
-        if isinstance(self._gen, FromCollector) and counts["audit"] is not None:
-            self._gen.audit.state = counts["audit"]
-
-    def _keys(self) -> InputKeys:
-        return keys_of(
-            self.ref_model,
-            tokenizer=self.tokenizer
-            or self.ref_model.tokenizer
-            or getattr(self.gen_model, "tokenizer", None),
-            template_kwargs=self.tokenizer_kwargs,
-            history_key=self.history_key,
-            ids_of=self._gen.policy(self._collector()) if isinstance(self._gen, FromCollector) else None,
-        )
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         collector = self._collector()
@@ -303,30 +260,11 @@ class RetrieveKL(TokensTransform, KLTransform):
             write=write,
         )
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        written = super()._step(tensordict, next_tensordict)
-        on_leaving(self._collector(), self._check_batch)  # a step does not see its whole batch
-        return written
-
-    def _check_batch(self, td: TensorDictBase) -> TensorDictBase:
-        self._versions = check_versions(
-            td,
-            ref_version_key=self.ref_version_key or "ref_version",
-            on_two_references=self.on_two_references,
-        )
-        return td
-
     def _defer(self, deferred: Deferred) -> None:
         how = {"detach": self.detach, "on_two_references": self.on_two_references}
         self._deferral = Deferral.of(deferred, self.ref_model, **how)
         if self._deferral is not None:
             self.out_keys = []  # a step writes handles, no results
-
-    def _policy_side(self) -> Side:
-        return self._gen
-
-    def _model(self) -> Any:
-        return self.ref_model
 
     def _write_kl(
         self,

@@ -20,17 +20,17 @@ from vllm_kl.batch.read_tokens import InputKeys, keys_of, nested, rows_of
 from vllm_kl.batch.write_entries import check_distinct, declare, set_rows
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import InputError
-from vllm_kl.transforms.base import TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.from_collector import (
     TEMPERATURES,
     policy_of,
     recorded_distribution,
     why_not_at_temperature,
 )
-from vllm_kl.transforms.sides import ModelSide, Side, check_side, warn_unless_full
+from vllm_kl.transforms.model_side import ModelSide, Side, check_side, warn_unless_full
+from vllm_kl.transforms.tokens_transform import TokenOptions, TokensTransform, side_log_probs, to_device
 from vllm_kl.transforms.vllm_reference import VLLMReference
 from vllm_kl.types import Rows
-from vllm_kl.weights.versions import OnStale, check_on_stale, check_stale
+from vllm_kl.weights.versions import OnStale, check_stale
 
 
 class RetrieveLogProb(TokensTransform):
@@ -94,7 +94,7 @@ class RetrieveLogProb(TokensTransform):
         on_stale: OnStale = "raise",
         ref_version_key: NestedKey | None = "ref_version",
     ) -> None:
-        check_on_stale(on_stale)
+        options = TokenOptions(assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale)
         if log_probs_full_key is None:
             log_probs_full_key = (model.log_probs_key, "full")
         else:
@@ -106,21 +106,16 @@ class RetrieveLogProb(TokensTransform):
             ref_version_key = None
         out_keys = [key for key in (log_probs_full_key, mask_key, ref_version_key) if key is not None]
         check_distinct(out_keys)
-        super().__init__(in_keys=list(model.in_keys), out_keys=out_keys)
+        super().__init__(
+            options, ref_version_key=ref_version_key, in_keys=list(model.in_keys), out_keys=out_keys
+        )
         self.model = model
         self._side = side
         self._has_warned = False
         # Under this key readers take log-probs for those of the policy that sampled.
         self._is_policy = not is_reference and log_probs_full_key == ("log_probs", "full")
-        self.on_stale: OnStale = on_stale
-        self.ref_version_key = ref_version_key
         self.mask_key = mask_key
         self.log_probs_full_key = log_probs_full_key
-        self.assistant_only = assistant_only
-        self.detach = detach
-        self.tokenizer = tokenizer
-        self.padding_side = padding_side
-        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
 
     @property
     def metrics(self) -> dict[str, float]:

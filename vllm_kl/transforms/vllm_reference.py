@@ -24,7 +24,7 @@ from vllm_kl.batch.write_entries import set_rows
 from vllm_kl.engines.make_engine import checked_path
 from vllm_kl.errors import OptionError
 from vllm_kl.scorer import VLLMScorer
-from vllm_kl.transforms.sides import score_batch
+from vllm_kl.transforms.score_batch import score_batch
 from vllm_kl.types import Rows, Scorer, TokenBatch
 
 # The attributes of a wrapper that a reference in another process needs.

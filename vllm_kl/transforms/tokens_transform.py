@@ -1,87 +1,47 @@
-"""Holds the base classes: ``NextTransform`` writes into ``next``, ``TokensTransform`` also reads tokens."""
+"""``TokensTransform``: the base class of the transforms that read tokens and let a model score them."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from tensordict import TensorDictBase, lazy_stack, set_list_to_stack
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torchrl.data import Composite
-from torchrl.envs import Transform
 
+from vllm_kl.batch.alignment import PaddingSide
 from vllm_kl.batch.origins import generated_by, origins
 from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.batch.tokenize_texts import TextWatch
-from vllm_kl.batch.write_entries import declare
 from vllm_kl.transforms.from_collector import policy_of
-from vllm_kl.transforms.sides import Side
+from vllm_kl.transforms.model_side import Side
+from vllm_kl.transforms.next_transform import NextTransform
 from vllm_kl.transforms.watched_policy import engine_of, watch
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.weights.collector_errors import follow
 from vllm_kl.weights.live_weights import lock_of
+from vllm_kl.weights.versions import OnStale, check_on_stale
 
 
-class NextTransform(Transform):
-    """Reads the root tensordict of a step and writes into its ``next``, or into the root without one."""
+@dataclass(frozen=True)
+class TokenOptions:
+    """Options of every transform that reads tokens, as in :class:`~vllm_kl.RetrieveKL`.
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        next_td = tensordict.get("next", default=None)
-        if next_td is None:
-            return self._flat_write(tensordict, tensordict)
-        return tensordict.set("next", self._flat_write(tensordict, next_td))
+    Raises:
+        OptionError: ``on_stale`` does not exist.
+    """
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        # Only an env calls _step; batches come through forward.
-        return self._flat_write(tensordict, next_tensordict)
+    assistant_only: bool
+    tokenizer: Any
+    tokenizer_kwargs: dict[str, Any] | None
+    detach: bool
+    padding_side: PaddingSide
+    on_stale: OnStale
 
-    @set_list_to_stack(True)
-    def _flat_write(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        shape = tensordict.batch_size
-        if len(shape) == 1:
-            return self._write(tensordict, next_tensordict)
-        same = next_tensordict is tensordict
-        flat = tensordict.reshape(-1) if len(shape) else lazy_stack([tensordict])
-        flat_next = (
-            flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
-        )
-        written = self._write(flat, flat_next)
-        return written.view(shape) if len(shape) else written[0]
-
-    @abstractmethod
-    def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        """Read a one-dimensional batch and write the results; return the tensordict that holds them."""
-
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        # A replay buffer with invert=True passes its whole batch (torchrl 0.14: _InvertTransform._inv_call).
-        return self.forward(next_tensordict)
-
-    def _collector(self) -> Any:
-        """The collector whose env holds this transform, or ``None``."""
-        return collector_of(self)
-
-    def counts(self) -> dict[str, Any]:
-        """Return the counters that ``state_dict()`` saves, so that a resumed run continues them."""
-        return {}
-
-    def set_counts(self, counts: dict[str, Any]) -> None:
-        """Continue from the counters that :meth:`counts` returned."""
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.counts()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.set_counts(state)
-
-    def temperature_at(self, key: NestedKey) -> float | None:
-        """Return the temperature of the log-probs that this writes to ``key``; ``None``: it writes none."""
-        return None
-
-    def _neighbours(self) -> list[NextTransform]:
-        """Return all transforms of this package in the same env, or in the same composition."""
-        return [module for module in _outermost(self).modules() if isinstance(module, NextTransform)]
+    def __post_init__(self) -> None:
+        check_on_stale(self.on_stale)
 
 
 class TokensTransform(NextTransform):
@@ -90,12 +50,24 @@ class TokensTransform(NextTransform):
     The transform reports what it finds in the texts, and knows whether the policy generated the tokens just
     now. If it asks the policy's engine to score a step, the engine keeps its weights until the step is scored
     (:mod:`vllm_kl.weights.engine_lock`).
+
+    Args:
+        options: become attributes.
+        ref_version_key: where the version of the reference's weights is written; ``None``: it is not written.
+        kwargs: passed to the next base class.
     """
 
-    assistant_only: bool
+    on_stale: OnStale
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, options: TokenOptions, *, ref_version_key: NestedKey | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.assistant_only = options.assistant_only
+        self.tokenizer = options.tokenizer
+        self.tokenizer_kwargs = dict(options.tokenizer_kwargs or {})
+        self.detach = options.detach
+        self.padding_side = options.padding_side
+        self.on_stale = options.on_stale
+        self.ref_version_key = ref_version_key
         self._texts = TextWatch()
         self._is_step = False  # True while an env's step is written: the policy has just generated it
 
@@ -173,27 +145,6 @@ class TokensTransform(NextTransform):
         return twin
 
 
-def collector_of(transform: Transform) -> Any:
-    """Return the collector whose env holds a transform, or ``None``."""
-    return getattr(_container(_outermost(transform)), "collector", None)
-
-
-def _outermost(transform: Transform) -> Transform:
-    """Return the outermost composition that holds a transform, or the transform itself."""
-    while isinstance(parent := _container(transform), Transform):
-        transform = parent
-    return transform
-
-
-def _container(transform: Transform) -> Any:
-    """Return the env or composition that holds a transform, or ``None``.
-
-    TorchRL 0.14's own property raises where that is no env.
-    """
-    reference = transform.__dict__.get("_container")
-    return None if reference is None else reference()
-
-
 def side_log_probs(
     side: Side, batch: TokenBatch, td: TensorDictBase, collector: Any, *, temperature: float, detach: bool
 ) -> Scored:
@@ -208,10 +159,3 @@ def to_device(rows: Rows, device: torch.device | None) -> Rows:
     if device is None:
         return rows
     return rows.to(device) if isinstance(rows, torch.Tensor) else [row.to(device) for row in rows]
-
-
-def per_token_reward(reward_spec: Composite) -> Composite:
-    """Declare in the spec a reward per token: ``[*batch, T, 1]``."""
-    if "reward" in reward_spec.keys():
-        declare(reward_spec, "reward", trailing=(-1, 1))
-    return reward_spec
