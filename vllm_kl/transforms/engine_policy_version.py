@@ -22,6 +22,7 @@ from vllm_kl.types import Origin
 from vllm_kl.weights.collector_errors import follow
 from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.push import followed, weights_of
+from vllm_kl.weights.replicas import ReplicaWeights
 
 
 class EnginePolicyVersion(PolicyVersion):
@@ -33,9 +34,9 @@ class EnginePolicyVersion(PolicyVersion):
     updates of its collector.
 
     Args:
-        engine: the policy's engine: a ``vllm.LLM``, or a ``vLLMWrapper`` of one. If the collector's policy is
-            a ``vLLMWrapper``, vLLM's output tells the version of each sample. Else a sample gets the version
-            that the engine serves when its step ends.
+        engine: the policy's engine: a ``vllm.LLM``, TorchRL's ``AsyncVLLM``, or a ``vLLMWrapper`` of one of
+            these. If the collector's policy is a ``vLLMWrapper``, vLLM's output tells the version of each
+            sample. Else a sample gets the version that the engine serves when its step ends.
 
     Raises:
         WeightsError: the engine's weights, or the version that serves, are not known.
@@ -72,7 +73,7 @@ class EnginePolicyVersion(PolicyVersion):
     def version(self, version: int) -> None:
         if version == self.version:
             return
-        if not isinstance(self._weights, LiveWeights):
+        if not isinstance(self._weights, (LiveWeights, ReplicaWeights)):
             raise WeightsError(
                 "the engine of a scorer counts its versions itself: push the resumed weights with their "
                 "version"
@@ -83,6 +84,8 @@ class EnginePolicyVersion(PolicyVersion):
         return self  # a copied env uses the same engine
 
     def __reduce__(self) -> Any:
+        if isinstance(self._weights, ReplicaWeights):  # its engine goes to other processes, too
+            return EnginePolicyVersion, (self._engine,)
         raise OptionError(
             "an EnginePolicyVersion uses an engine of this process and cannot go to another process: use "
             "track_policy_version=True there"

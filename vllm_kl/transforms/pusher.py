@@ -10,7 +10,7 @@ from torchrl.envs.llm.transforms import PolicyVersion
 from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.watched_policy import watch
-from vllm_kl.weights.push import push_weights, weights_of
+from vllm_kl.weights.push import check_pushable, push_weights, weights_of
 
 
 class Pusher:
@@ -18,9 +18,13 @@ class Pusher:
 
     A collector with an :class:`~vllm_kl.EnginePolicyVersion` needs no setting: it reads the version from the
     engine.
+
+    Raises:
+        WeightsError: nothing can be pushed to this engine.
     """
 
     def __init__(self, engine: Any) -> None:
+        check_pushable(engine)
         self._engine = engine
         self._collectors: list[weakref.ref[Any]] = []
 

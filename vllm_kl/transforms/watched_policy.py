@@ -32,6 +32,7 @@ from vllm_kl.types import Origin
 from vllm_kl.weights.engine_lock import EngineLock
 from vllm_kl.weights.live_weights import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
+from vllm_kl.weights.replicas import ReplicaWeights, is_replicated, replica_weights
 
 # The origins of this thread's completions, in vLLM's order; None: the thread is not generating.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
@@ -106,7 +107,7 @@ class _Watched(vLLMWrapper):
         with watch(self).generating(kwargs.get("sampling_params")):
             outputs = super()._call_generate(*args, **kwargs)
             if (made := _made.get()) is not None:
-                made += _origins_of(outputs, engine_of(self))
+                made += _origins_of(outputs, weights_behind(self))
         return outputs
 
     def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
@@ -162,19 +163,25 @@ def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
     return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
 
 
-def _origins_of(outputs: list[Any], llm_engine: Any) -> list[Origin]:
+def weights_behind(policy: Any) -> LiveWeights | ReplicaWeights | None:
+    """Return the weights of a policy's ``vllm.LLM`` or ``AsyncVLLM``; ``None``: they are out of reach."""
+    if is_replicated(getattr(policy, "model", None)):
+        return replica_weights(policy.model)
+    llm_engine = engine_of(policy)
+    return None if llm_engine is None else LiveWeights(llm_engine)
+
+
+def _origins_of(outputs: list[Any], weights: LiveWeights | ReplicaWeights | None) -> list[Origin]:
     """Return the origin of each completion, as vLLM reports it.
 
     A completion that ran during an update has two versions. vLLM before 0.32 reports none: there it is the
     version that the engine serves, because this thread has the engine's lock, so no push came meanwhile.
     """
-    weights = None if llm_engine is None else LiveWeights(llm_engine)
-    versions: dict[str, Any] = {"uncounted": INITIAL, "serving": None}
-    if weights is not None:
-        versions = {"uncounted": weights.uncounted, "serving": None}
-        if not tells_versions():
-            with contextlib.suppress(WeightsError):  # the version is not known
-                versions["serving"] = weights.version
+    versions: dict[str, Any] = {"uncounted": INITIAL if weights is None else weights.uncounted}
+    versions["serving"] = None
+    if isinstance(weights, LiveWeights) and not tells_versions():
+        with contextlib.suppress(WeightsError):  # the version is not known
+            versions["serving"] = weights.version
     origins = []
     for output in outputs:
         adapter = adapter_id(output.lora_request)

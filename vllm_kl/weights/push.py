@@ -130,6 +130,16 @@ async def push_weights_async(engine: Any, state_dict: Any, *, version: int | Non
     return await weights.load(await asyncio.to_thread(weights.skeleton.write, state), version=version)
 
 
+def check_pushable(engine: Any) -> None:
+    """Refuse an engine that :func:`push_weights` cannot push to.
+
+    Raises:
+        WeightsError: the engine is of another kind.
+    """
+    if not _is_async(_engine_behind(engine)):
+        weights_of(engine)
+
+
 def weights_of(engine: Any) -> Weights:
     """Return the object that reads and replaces an engine's weights.
 
