@@ -1,4 +1,4 @@
-"""What does the transform cost without the engine: reading, checking, aligning, estimating, writing?
+"""Measures what the transform costs without the engine: reading, checking, aligning, estimating, writing.
 
     python benchmarks/bench_transform.py                                  # about three minutes
     python benchmarks/bench_transform.py --shapes 64x512 1024x2048 --rounds 9
