@@ -270,7 +270,7 @@ def main() -> None:
         results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}
         columns = ("provider", *(f"B={b}\nT={t}" for b, t in results), "a call grows as")
         table = make_table(
-            f"{layout}: us per sequence, p50, (p20 to p80), of the CPU", *columns, left=columns[-1:]
+            f"{layout}: us per sequence: p50, (p20 to p80), p50 of CPU time", *columns, left=columns[-1:]
         )
         for name in next(iter(results.values())):
             cells, p50 = [], {}
