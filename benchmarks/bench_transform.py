@@ -5,8 +5,8 @@
 
 The engine returns prepared log-probs at once. A batch has the form that a collector yields: B rows in groups
 of eight that share a prompt, and T columns, a quarter of them for the prompt. Prompts and responses have
-random lengths from half to all of their columns. Before timing, the benchmark compares every result with
-plain loops in float64.
+random lengths from half to all of their columns. Before timing, the benchmark compares the results of
+RetrieveKL with plain loops in float64.
 
     RetrieveKL       reuses the policy's log-probs, with one estimator; "+ 2" adds two estimators
     floor            reads and writes the same entries with TensorDict, and computes nothing
