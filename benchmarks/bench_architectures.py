@@ -1,4 +1,4 @@
-"""How far are log-probs from float64, architecture by architecture?
+"""Measures how far log-probs are from float64, architecture by architecture.
 
     python benchmarks/bench_architectures.py                              # every architecture of the tests
     python benchmarks/bench_architectures.py --names llama gemma2

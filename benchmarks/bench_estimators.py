@@ -1,4 +1,4 @@
-"""What does an estimate of the KL cost in variance and in bias?
+"""Measures the bias and the variance of each estimate of the KL.
 
     python benchmarks/bench_estimators.py
 

@@ -1,4 +1,4 @@
-"""How much memory does one engine save if the policy is a LoRA adapter and the reference is its base model?
+"""Measures the memory that one shared engine saves if the policy is a LoRA adapter of the reference model.
 
     python benchmarks/bench_lora.py          # under four minutes, 5 GiB
 

@@ -1,4 +1,4 @@
-"""How much of the reference's scoring hides behind the next generation?
+"""Measures how much of the reference's scoring hides behind the next generation.
 
     python benchmarks/bench_overlap.py            # the tables of benchmarks/README.md, about six minutes
 

@@ -1,4 +1,4 @@
-"""How long does each way take to push weights into an engine, and does the engine then serve them?
+"""Measures how long each way takes to push weights into an engine, and whether the engine then serves them.
 
     python benchmarks/bench_push.py               # the tables of benchmarks/README.md, twelve minutes, 12 GiB
     python benchmarks/bench_push.py --sizes 5M    # a minute and a half

@@ -1,4 +1,4 @@
-"""How close to the speed of prefill does the reference score, and how much faster is it than other ways?
+"""Compares the speed of the reference's scoring with that of prefill and of other ways to score.
 
     python benchmarks/bench_readout.py                   # all providers, about an hour on two cores
     python benchmarks/bench_readout.py --providers ours floor --rounds 9

@@ -1,4 +1,4 @@
-"""What does a request cost beside its tokens, and which part of the code costs it?
+"""Measures what a request costs beside its tokens, and which part of the code costs it.
 
     python benchmarks/bench_requests.py          # three minutes
 

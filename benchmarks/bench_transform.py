@@ -1,12 +1,12 @@
-"""What does the transform cost without the engine: reading, checking, aligning, estimating, writing?
+"""Measures what the transform costs without the engine: reading, checking, aligning, estimating, writing.
 
     python benchmarks/bench_transform.py                                  # about three minutes
     python benchmarks/bench_transform.py --shapes 64x512 1024x2048 --rounds 9
 
 The engine returns prepared log-probs at once. A batch has the form that a collector yields: B rows in groups
 of eight that share a prompt, and T columns, a quarter of them for the prompt. Prompts and responses have
-random lengths from half to all of their columns. Before timing, the benchmark compares every result with
-plain loops in float64.
+random lengths from half to all of their columns. Before timing, the benchmark compares the results of
+RetrieveKL with plain loops in float64.
 
     RetrieveKL       reuses the policy's log-probs, with one estimator; "+ 2" adds two estimators
     floor            reads and writes the same entries with TensorDict, and computes nothing
@@ -270,7 +270,7 @@ def main() -> None:
         results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}
         columns = ("provider", *(f"B={b}\nT={t}" for b, t in results), "a call grows as")
         table = make_table(
-            f"{layout}: us per sequence, p50, (p20 to p80), of the CPU", *columns, left=columns[-1:]
+            f"{layout}: us per sequence: p50, (p20 to p80), p50 of CPU time", *columns, left=columns[-1:]
         )
         for name in next(iter(results.values())):
             cells, p50 = [], {}
