@@ -65,7 +65,7 @@ def test_a_room_imports_only_rooms_below_it(room):
     ("package", "homes"),
     [
         ("torchrl", {"batch", "transforms"}),
-        ("ray", {"transforms"}),
+        ("ray", {"transforms", "weights"}),
         ("vllm", {"engines", "plugin", "weights", "transforms"}),
     ],
 )

@@ -41,6 +41,7 @@ from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import check_adapter, check_engine_args, identity
 from vllm_kl.weights.live_weights import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
+from vllm_kl.weights.replicas import ReplicaWeights, reachable_weights
 
 DUMMY = "load_format='dummy': the weights are random numbers"  # a note for the user
 
@@ -84,7 +85,7 @@ class GenerateEngine:
         # ``vllm.LLM.generate`` steps until its engine is idle, and returns all finished requests. Two threads
         # that call it at the same time would get each other's results.
         self._lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
-        self.weights = None if llm_engine is None else LiveWeights(llm_engine)
+        self.weights = reachable_weights(engine)
         self.info = _info(engine, name)
 
     def score(
@@ -97,7 +98,7 @@ class GenerateEngine:
     ) -> list[ScoreResult]:
         with self._lock, self._without_leftovers():  # a call is always alone
             results = self._score(requests, share_prefix, on_done)
-            if self.weights is None:
+            if not isinstance(self.weights, LiveWeights):
                 return results
             version = self.weights.version
             return [replace(result, weight_version=version) for result in results]
@@ -106,23 +107,29 @@ class GenerateEngine:
         self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: Callable[[int], None] | None
     ) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
+        # LiveWeights tell the version of the whole call afterwards.
+        uncounted = self.weights.uncounted if isinstance(self.weights, ReplicaWeights) else INITIAL
         for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
             num_cached = output.num_cached_tokens or 0
             is_whole = num_cached <= request.start - 1 and self._readout.is_there(output)
-            results.append(self._result(output, request, num_cached_tokens=num_cached) if is_whole else None)
+            results.append(
+                self._result(output, request, uncounted, num_cached_tokens=num_cached) if is_whole else None
+            )
         redo = [i for i, result in enumerate(results) if result is None]
         if on_done is not None:
             on_done(len(requests) - len(redo))
         if redo:
             again = [requests[i] for i in redo]
             for i, request, output in zip(redo, again, self._send(again, read_cache=False), strict=True):
-                results[i] = self._result(output, request, rescored=True)
+                results[i] = self._result(output, request, uncounted, rescored=True)
             if on_done is not None:
                 on_done(len(redo))
         return results  # type: ignore[return-value]  # every None was filled
 
-    def _result(self, output: Any, request: ScoreRequest, **figures: Any) -> ScoreResult:
-        version, _ = versions_told(output.outputs[0], uncounted=INITIAL, serving=None)
+    def _result(
+        self, output: Any, request: ScoreRequest, uncounted: str | None, **figures: Any
+    ) -> ScoreResult:
+        version, _ = versions_told(output.outputs[0], uncounted=uncounted, serving=None)
         return ScoreResult(values=self._readout.read(output, request), weight_version=version, **figures)
 
     @contextlib.contextmanager

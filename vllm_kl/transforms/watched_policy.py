@@ -32,7 +32,7 @@ from vllm_kl.types import Origin
 from vllm_kl.weights.engine_lock import EngineLock
 from vllm_kl.weights.live_weights import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
-from vllm_kl.weights.replicas import ReplicaWeights, is_replicated, replica_weights
+from vllm_kl.weights.replicas import ReplicaWeights, reachable_weights
 
 # The origins of this thread's completions, in vLLM's order; None: the thread is not generating.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
@@ -107,7 +107,7 @@ class _Watched(vLLMWrapper):
         with watch(self).generating(kwargs.get("sampling_params")):
             outputs = super()._call_generate(*args, **kwargs)
             if (made := _made.get()) is not None:
-                made += _origins_of(outputs, weights_behind(self))
+                made += _origins_of(outputs, reachable_weights(self.model))
         return outputs
 
     def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
@@ -161,14 +161,6 @@ def watch(policy: Any) -> Watch | None:
 def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
     """Return the policy's method that asks its engine, for scoring: those calls are not remembered."""
     return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
-
-
-def weights_behind(policy: Any) -> LiveWeights | ReplicaWeights | None:
-    """Return the weights of a policy's ``vllm.LLM`` or ``AsyncVLLM``; ``None``: they are out of reach."""
-    if is_replicated(getattr(policy, "model", None)):
-        return replica_weights(policy.model)
-    llm_engine = engine_of(policy)
-    return None if llm_engine is None else LiveWeights(llm_engine)
 
 
 def _origins_of(outputs: list[Any], weights: LiveWeights | ReplicaWeights | None) -> list[Origin]:

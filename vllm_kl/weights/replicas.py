@@ -23,6 +23,7 @@ from typing import Any
 from vllm_kl.errors import EngineError, OptionError, WeightsError
 from vllm_kl.weights import replica
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start
+from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.loading import NeedsNewEngineError
 
 
@@ -204,6 +205,14 @@ class ReplicaWeights:
 def replica_weights(engine: Any) -> ReplicaWeights:
     """Return the weights of an ``AsyncVLLM``, one object per ``AsyncVLLM``."""
     return _WEIGHTS.get(engine) or _WEIGHTS.setdefault(engine, ReplicaWeights(engine))
+
+
+def reachable_weights(engine: Any) -> LiveWeights | ReplicaWeights | None:
+    """Return the weights of a ``vllm.LLM`` or an ``AsyncVLLM``; ``None``: an engine of another kind."""
+    if is_replicated(engine):
+        return replica_weights(engine)
+    llm_engine = getattr(engine, "llm_engine", None)
+    return None if llm_engine is None else LiveWeights(llm_engine)
 
 
 _WEIGHTS: weakref.WeakKeyDictionary[Any, ReplicaWeights] = weakref.WeakKeyDictionary()
