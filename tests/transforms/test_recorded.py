@@ -18,8 +18,8 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests import batches
+from tests.collectors import NUM_ENVS, check_kl, collect
 from tests.oracle import KL_TOLERANCE
-from tests.transforms.test_from_collector import NUM_ENVS, check, collect, make_env  # noqa: F401
 from vllm_kl import (
     FromCollector,
     KLComputation,
@@ -87,7 +87,7 @@ def engines(policy_llm, processed_llm):
 
 
 @pytest.fixture
-def run(make_env, engines, make_policy):  # noqa: F811
+def run(make_env, engines, make_policy):
     """Collect with a policy on one of the engines; return the batches, our warnings, and the transform."""
 
     def run(mode, params, reference, *, before=(), turns=2 * NUM_ENVS, wrap=lambda policy: policy, **options):
@@ -374,7 +374,7 @@ class TestInACollector:
         assert "top_p=0.5" in said[0]
 
 
-def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, engines, equal):  # noqa: F811
+def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, engines, equal):
     """Without it nothing is known there: the same batch would have a KL of more than a nat."""
     policy = make_policy(engines["processed"], temperature=0.5)
     transform = RetrieveKL(FromCollector(policy=policy), equal("processed"))
@@ -439,7 +439,7 @@ class TestWhatWasUsed:
     )
     def test_log_probs_of_a_reference_beside_recorded_ones_of_another_temperature_are_warned_of_once(
         self,
-        make_env,  # noqa: F811
+        make_env,
         make_policy,
         engines,
         equal,
@@ -460,7 +460,7 @@ class TestWhatWasUsed:
 
     def test_recorded_log_probs_that_another_transform_replaces_are_not_warned_of(
         self,
-        make_env,  # noqa: F811
+        make_env,
         make_policy,
         engines,
         equal,
@@ -492,7 +492,7 @@ class TestWhatWasUsed:
         assert "the sampling parameters of the recorded log-probs are not known" in said[0]
         assert "logprobs_mode='processed_logprobs'" in said[0]
 
-    def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
+    def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):
         policy = make_policy(engines["processed"])
         (data,) = collect(make_env(), lambda: policy, turns=NUM_ENVS)
         transform = RetrieveKL(FromCollector(policy=policy), equal("processed"), add_to_reward=False)
@@ -506,7 +506,7 @@ class TestWhatWasUsed:
     @pytest.mark.parametrize("is_seen", [False, True])
     def test_stored_log_probs_of_other_parameters_are_warned_of_once(
         self,
-        make_env,  # noqa: F811
+        make_env,
         make_policy,
         engines,
         equal,
@@ -584,7 +584,7 @@ class TestZerosInACollector:
     ):
         data, said, _ = run("raw", {}, make_reference(), before=[EndToken()], deferred=deferred)
         for batch in data:
-            check(batch, policy_oracle, ref_oracle)
+            check_kl(batch, policy_oracle, ref_oracle)
         assert len(said) == 1
         assert "is exactly 0.0, a probability of 1, but the policy's engine gives it -" in said[0]
 

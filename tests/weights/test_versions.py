@@ -18,8 +18,8 @@ from vllm.lora.request import LoRARequest
 
 from tests import tiny
 from tests.batches import ids_batch
+from tests.collectors import NUM_ENVS, EndFirst, check_kl
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from tests.transforms.test_from_collector import NUM_ENVS, check, make_env  # noqa: F401  # a fixture
 from vllm_kl import (
     EnginePolicyVersion,
     LoRAWrapper,
@@ -28,7 +28,6 @@ from vllm_kl import (
     VLLMReference,
     VLLMScorer,
     VLLMSyncScheme,
-    VLLMWeightUpdater,
     check_collector,
     check_versions,
     push_weights,
@@ -36,54 +35,6 @@ from vllm_kl import (
 from vllm_kl.errors import CollectorError, StaleError, WeightsError
 from vllm_kl.weights.push import weights_of
 from vllm_kl.weights.versions import StaleWarning
-
-
-@pytest.fixture
-def steps(tied_paths):
-    return tied_paths
-
-
-@pytest.fixture
-def policy_engine(tied_llm, steps):
-    """The policy's engine, at version 0 again: as if it had just been started."""
-    push_weights(tied_llm, AutoModelForCausalLM.from_pretrained(steps[0]))
-    tied_llm.update_weight_version("0")
-    return tied_llm
-
-
-@pytest.fixture
-def make_collector(make_env, policy_engine, tokenizer):  # noqa: F811
-    made = []
-
-    def make(*transforms, num_batches=4, max_steps=1, policy=None, **kwargs):
-        env = make_env(max_steps)
-        for transform in transforms:
-            env = env.append_transform(transform)
-        collector = LLMCollector(
-            env,
-            policy_factory=functools.partial(
-                vLLMWrapper,
-                policy_engine,
-                tokenizer=tokenizer,
-                input_mode="history",
-                generate=True,
-                generate_kwargs={"max_new_tokens": 10, "temperature": 1.0},
-                **(policy or {}),
-            ),
-            **{
-                "dialog_turns_per_batch": NUM_ENVS,
-                "total_dialog_turns": NUM_ENVS * num_batches,
-                "track_policy_version": EnginePolicyVersion(policy_engine),
-                "weight_updater": VLLMWeightUpdater(policy_engine),
-                **kwargs,
-            },
-        )
-        made.append(collector)
-        return collector
-
-    yield make
-    for collector in made:
-        collector.shutdown()
 
 
 @pytest.mark.parametrize("share_prefix", [True, False], ids=["cached", "uncached"])
@@ -107,7 +58,7 @@ def test_three_updates_and_every_kl_is_that_of_the_versions_it_carries(
         assert data["next", "policy_version"].tolist() == [version] * NUM_ENVS
         assert data["next", "ref_version"].tolist() == [ref_scorer.weight_version] * NUM_ENVS
         assert transform.metrics["ref_version"] == ref_scorer.weight_version
-        check(data, Oracle(steps[version]), ref_oracle)
+        check_kl(data, Oracle(steps[version]), ref_oracle)
         if version < 3:
             collector.update_policy_weights_(AutoModelForCausalLM.from_pretrained(steps[version + 1]))
             assert collector.policy_version == weights_of(policy_engine).version == version + 1
@@ -149,7 +100,7 @@ def test_a_run_that_is_resumed_goes_on_where_it_was(
     data = next(iter(collector)).reshape(-1)
     assert data["next", "policy_version"].tolist() == [1] * NUM_ENVS
     assert transform.metrics["coeff"] == pytest.approx(expected) != 0.1
-    check(data, Oracle(steps[1]), ref_oracle, coeff=expected)
+    check_kl(data, Oracle(steps[1]), ref_oracle, coeff=expected)
     collector.update_policy_weights_(AutoModelForCausalLM.from_pretrained(steps[2]))
     assert collector.policy_version == 2
 
@@ -228,14 +179,14 @@ def test_two_batches_of_one_version_agree_and_a_failed_update_moves_no_version(
 ):
     collector = make_collector(RetrieveKL("from_collector", make_reference()), num_batches=2)
     batches = iter(collector)
-    check(next(batches).reshape(-1), Oracle(steps[0]), ref_oracle)
+    check_kl(next(batches).reshape(-1), Oracle(steps[0]), ref_oracle)
     state = AutoModelForCausalLM.from_pretrained(steps[1]).state_dict()
     state["model.norm.weight"] = state["model.norm.weight"] * float("nan")
     with pytest.raises(RuntimeError, match="Training has diverged"):
         collector.update_policy_weights_(state)
     assert collector.policy_version == weights_of(policy_engine).version == 0
     data = next(batches).reshape(-1)
-    check(data, Oracle(steps[0]), ref_oracle)
+    check_kl(data, Oracle(steps[0]), ref_oracle)
     assert data["next", "policy_version"].tolist() == [0] * NUM_ENVS
 
 
@@ -344,7 +295,7 @@ def test_in_a_step_a_push_between_generation_and_score_is_stale(
         next(iter(make_collector(Push(), kl(), num_batches=1)))
 
 
-def test_another_adapter_is_other_weights(lora_llm, lora_paths, make_env, make_reference, tokenizer):  # noqa: F811
+def test_another_adapter_is_other_weights(lora_llm, lora_paths, make_env, make_reference, tokenizer):
     adapters = [LoRARequest(f"step-{i}", 50 + i, str(path)) for i, path in enumerate(lora_paths)]
     policy = LoRAWrapper(
         lora_llm, lora_request=adapters[0], tokenizer=tokenizer, generate_kwargs={"max_new_tokens": 4}
@@ -369,7 +320,7 @@ def test_another_adapter_is_other_weights(lora_llm, lora_paths, make_env, make_r
 
 
 def test_log_probs_that_were_recorded_are_not_stale(old_batch, make_reference, ref_oracle, steps):
-    check(RetrieveKL("from_collector", make_reference())(old_batch), Oracle(steps[0]), ref_oracle)
+    check_kl(RetrieveKL("from_collector", make_reference())(old_batch), Oracle(steps[0]), ref_oracle)
 
 
 def test_a_batch_that_straddles_an_update_says_so(old_batch, make_reference):
@@ -393,21 +344,6 @@ def test_a_batch_that_keeps_no_token_is_of_the_reference_that_serves(make_refere
     assert scored_by(2) == [ref_scorer.weight_version]
     version = ref_scorer.refresh(ref_model.state_dict())
     assert scored_by(4) == [version]
-
-
-class EndFirst(Transform):
-    """The first dialog of a batch is one turn long, the others two: it leaves first."""
-
-    def __init__(self):
-        super().__init__(out_keys=[])
-        self._turn = 0
-
-    def _step(self, td, next_td):
-        self._turn += 1
-        if self._turn % 2:
-            for key in ("done", "terminated"):
-                next_td[key] = next_td[key].index_fill(0, torch.tensor(0), True)
-        return next_td
 
 
 @pytest.fixture
@@ -475,7 +411,7 @@ class TestBackground:
 
         return run
 
-    def check(self, data, steps, key):
+    def check_kl(self, data, steps, key):
         """Check that every sample's log-probs are those of its version's weights; return the versions."""
         oracles = [Oracle(path) for path in steps]
         versions = data["next", "policy_version"].tolist()
