@@ -19,9 +19,12 @@ from torchrl.modules.llm import vLLMWrapper
 
 from tests.batches import ids_batch
 from tests.collectors import NUM_ENVS, check_kl
+from tests.transforms.helpers import recorded
 from vllm_kl import FromCollector, RetrieveKL, fill_deferred
+from vllm_kl.batch.read_tokens import keys_of, read_batch
 from vllm_kl.errors import CollectorError, InputError, OptionError, WeightsError
-from vllm_kl.transforms.deferred import PENDING
+from vllm_kl.transforms.deferred import PENDING, _score_step
+from vllm_kl.transforms.sides import ModelSide
 
 STEPS = 3
 GREEDY = {"generate_kwargs": {"max_new_tokens": 10, "temperature": 0.0}}
@@ -303,6 +306,17 @@ class TestErrors:
         with pytest.raises(ZeroDivisionError, match="not ours") as caught:
             fill_deferred(data)
         assert "env step 0, of which this batch has sample [0, 0]" in caught.value.__notes__[0]
+
+    def test_a_temperature_that_moves_under_a_deferred_step_is_said(self, make_reference, ref_scorer):
+        side = ModelSide(make_reference())
+        batch = read_batch(recorded([0.0] * 5), keys_of(make_reference()), assistant_only=True)
+        ref_scorer.temperature = 0.5
+        try:
+            message = r"changed from 1 to 0.5 after this step was submitted.*\(fill_deferred\) before"
+            with pytest.raises(OptionError, match=message):
+                _score_step(side, batch, 1.0, None)
+        finally:
+            ref_scorer.temperature = 1.0
 
 
 class TestVersions:

@@ -18,7 +18,7 @@ from torchrl.objectives.llm import DistillationLoss, GRPOLoss
 
 from tests.batches import CHATS
 from tests.collectors import collect
-from tests.transforms.test_retokenized_turns import in_pieces
+from tests.transforms.helpers import in_pieces
 from vllm_kl import RetrieveKL, RetrieveLogProb
 
 TOLERANCE = 2e-5  # a mean of KLs, each the difference of two log-probs; through a trainer's model in float32

@@ -17,6 +17,7 @@ from torchrl.modules.llm.policies import Masks, Tokens
 from tests.batches import dense_batch, history_batch, ids_batch
 from tests.collectors import NUM_ENVS, collect
 from tests.oracle import LOG_PROB_TOLERANCE
+from tests.transforms.helpers import in_pieces
 from vllm_kl import RetokenizedTurns, RetrieveKL, RetrieveLogProb
 from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError
@@ -53,23 +54,6 @@ DIALOGS = [
         say("assistant", "."),
     ],
 ]
-
-
-def in_pieces(tokenizer, dialog):
-    """Return ids and mask of a dialog, message by message: the assistant's words and their end are kept."""
-    ids, mask = [], []
-
-    def add(text, counts):
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids.extend(piece)
-        mask.extend([counts] * len(piece))
-
-    for message in dialog:
-        is_ours = message["role"] == "assistant"
-        add(f"<|im_start|>{message['role']}\n", False)
-        add(f"{message['content']}<|im_end|>", is_ours)
-        add("\n", False)
-    return ids, mask
 
 
 @pytest.fixture
