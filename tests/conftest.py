@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.collectors import GROUP, NUM_ENVS, OneReward
+from tests.lora import lora_request
 from tests.oracle import Oracle
 from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMScorer, VLLMWeightUpdater, push_weights
 from vllm_kl.demo.task import make_tokenizer
@@ -143,6 +144,22 @@ def lora_paths(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     """Two adapters of the policy's model."""
     home = tmp_path_factory.mktemp("adapters")
     return [tiny.build_adapter(home / str(seed), policy_path, seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="session")
+def lora_requests(lora_paths: list[Path]) -> list[Any]:
+    """Requests for the base model, which is None, and for the two adapters."""
+    return [None, *(lora_request(path, f"adapter-{i}", i) for i, path in enumerate(lora_paths, start=1))]
+
+
+@pytest.fixture(scope="session")
+def lora_oracles(
+    policy_oracle: Oracle, policy_path: Path, lora_paths: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[Oracle]:
+    """The oracles of ``lora_requests``."""
+    home = tmp_path_factory.mktemp("merged")
+    merged = [Oracle(tiny.merge(home / str(i), policy_path, path)) for i, path in enumerate(lora_paths)]
+    return [policy_oracle, *merged]
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
-"""The two sides of a KL: a model that cannot be one is refused, and an error names the batch's sample."""
+"""The two sides of a KL: models that cannot be a side, or be both, are refused by name."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 from torchrl.modules.llm import vLLMWrapper
 
 from tests import batches
-from vllm_kl import RetrieveKL, RetrieveLogProb
+from vllm_kl import LoRAWrapper, RetrieveKL, RetrieveLogProb, VLLMReference, VLLMScorer
 from vllm_kl.errors import InputError, OptionError
+from vllm_kl.transforms.sides import check_two_models
 
 
 def test_assistant_only_without_history(make_gen, make_reference):
@@ -46,3 +49,33 @@ def test_two_temperatures_are_refused(make_gen, half, ref_scorer):
     ref_scorer.temperature = 0.5  # later
     with pytest.raises(OptionError, match="Give both one temperature"):
         transform(batches.ids_batch([[5, 6, 7]], [2]))
+
+
+def test_two_sides_of_one_engine_are_told_apart_by_their_adapters(lora_llm, lora_requests, tokenizer):
+    base, adapted = (
+        VLLMReference(VLLMScorer(lora_llm, lora_request=r), tokenizer) for r in lora_requests[:2]
+    )
+    options = {
+        "tokenizer": tokenizer,
+        "input_mode": "tokens",
+        "generate": False,
+        "pad_output": base.pad_output,
+    }
+    policy = LoRAWrapper(lora_llm, lora_request=lora_requests[1], **options)
+    check_two_models(policy, base)
+    # An adapter may be bound to its engine's generate.
+    check_two_models(vLLMWrapper(lora_llm, **options), base)
+    with pytest.raises(OptionError, match="both sides are adapter 1 on one engine: the KL would be 0"):
+        check_two_models(policy, adapted)
+
+
+def test_one_async_engine_on_both_sides_is_refused(tokenizer):
+    """A fake: TorchRL's AsyncVLLM lives in Ray actors, and is told by its options."""
+    engine = SimpleNamespace(engine_args=SimpleNamespace(enable_lora=False), generate=lambda *args: [])
+    sides = [vLLMWrapper.__new__(vLLMWrapper) for _ in range(2)]
+    for side in sides:
+        side.__dict__.update(model=engine, lora_request=None)
+    with pytest.raises(OptionError, match="both sides are one SimpleNamespace: the KL would be 0"):
+        check_two_models(*sides)
+    engine.engine_args.enable_lora = True  # an adapter may come in otherwise
+    check_two_models(*sides)
