@@ -1,4 +1,4 @@
-"""Provides fixtures: two tiny models, their float64 oracles, and engines that start once per run."""
+"""Provides fixtures: tiny models, their float64 oracles, engines that start once per run, and collectors."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ if not Path("/dev/nvidiactl").exists():
     # compilation.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tensordict import set_list_to_stack
+from tensordict import TensorDict, lazy_stack, set_list_to_stack
+from torch.utils.data import DataLoader
+from torchrl.collectors.llm import LLMCollector
+from torchrl.envs import StepCounter
+from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.collectors import GROUP, NUM_ENVS, OneReward
+from tests.lora import lora_request
 from tests.oracle import Oracle
-from vllm_kl import VLLMReference, VLLMScorer
+from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMScorer, VLLMWeightUpdater, push_weights
 from vllm_kl.demo.task import make_tokenizer
 
 set_list_to_stack(True).set()
@@ -140,6 +147,22 @@ def lora_paths(policy_path: Path, tmp_path_factory: pytest.TempPathFactory) -> l
 
 
 @pytest.fixture(scope="session")
+def lora_requests(lora_paths: list[Path]) -> list[Any]:
+    """Requests for the base model, which is None, and for the two adapters."""
+    return [None, *(lora_request(path, f"adapter-{i}", i) for i, path in enumerate(lora_paths, start=1))]
+
+
+@pytest.fixture(scope="session")
+def lora_oracles(
+    policy_oracle: Oracle, policy_path: Path, lora_paths: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[Oracle]:
+    """The oracles of ``lora_requests``."""
+    home = tmp_path_factory.mktemp("merged")
+    merged = [Oracle(tiny.merge(home / str(i), policy_path, path)) for i, path in enumerate(lora_paths)]
+    return [policy_oracle, *merged]
+
+
+@pytest.fixture(scope="session")
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
     """The reference's scorer, whose engine runs in its own process."""
     with VLLMScorer(str(ref_path), **tiny.ENGINE_OPTIONS) as scorer:
@@ -166,3 +189,90 @@ def make_gen(policy_model, policy_llm, tokenizer):
         return vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=False, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def make_env(tokenizer):
+    """Make an env of chats, with a reward of 1 per sequence."""
+
+    def make(max_steps=1):
+        queries = [
+            {"query": "What is one and one?"},
+            {"query": "Why?"},
+            {"query": "Name a colour of the sea."},
+        ]
+        loader = DataLoader(
+            queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
+        )
+        env = ChatEnv.from_dataloader(
+            loader, batch_size=(NUM_ENVS,), repeats=GROUP, input_mode="history", tokenizer=tokenizer
+        )
+        return env.append_transform(StepCounter(max_steps=max_steps)).append_transform(OneReward())
+
+    return make
+
+
+@pytest.fixture
+def make_policy(policy_llm, tokenizer):
+    """Make a factory of the policy that generates on its engine."""
+
+    def make(**kwargs):
+        return functools.partial(
+            vLLMWrapper,
+            policy_llm,
+            tokenizer=tokenizer,
+            input_mode="history",
+            **{"generate": True, "generate_kwargs": {"max_new_tokens": 10, "temperature": 1.0}, **kwargs},
+        )
+
+    return make
+
+
+@pytest.fixture
+def steps(tied_paths):
+    """The policy's checkpoints: one for each update."""
+    return tied_paths
+
+
+@pytest.fixture
+def policy_engine(tied_llm, steps):
+    """The policy's engine, at version 0 again: as if it had just been started."""
+    push_weights(tied_llm, AutoModelForCausalLM.from_pretrained(steps[0]))
+    tied_llm.update_weight_version("0")
+    return tied_llm
+
+
+@pytest.fixture
+def make_collector(make_env, policy_engine, tokenizer):
+    """Make a collector whose samples carry the version of the policy's engine."""
+    made = []
+
+    def make(*transforms, num_batches=4, max_steps=1, policy=None, **kwargs):
+        env = make_env(max_steps)
+        for transform in transforms:
+            env = env.append_transform(transform)
+        collector = LLMCollector(
+            env,
+            policy_factory=functools.partial(
+                vLLMWrapper,
+                policy_engine,
+                tokenizer=tokenizer,
+                input_mode="history",
+                generate=True,
+                generate_kwargs={"max_new_tokens": 10, "temperature": 1.0},
+                **(policy or {}),
+            ),
+            **{
+                "dialog_turns_per_batch": NUM_ENVS,
+                "total_dialog_turns": NUM_ENVS * num_batches,
+                "track_policy_version": EnginePolicyVersion(policy_engine),
+                "weight_updater": VLLMWeightUpdater(policy_engine),
+                **kwargs,
+            },
+        )
+        made.append(collector)
+        return collector
+
+    yield make
+    for collector in made:
+        collector.shutdown()

@@ -14,21 +14,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.command import vllm_kl
 from vllm_kl import __version__, doctor
 from vllm_kl.cli import app
 from vllm_kl.demo.task import grade, make_problem, make_tokenizer
 from vllm_kl.doctor import Status
 
 ROOT = Path(__file__).parents[1]
-
-
-def vllm_kl(*args):
-    return subprocess.run(
-        [sys.executable, "-c", "from vllm_kl.cli import main; main()", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

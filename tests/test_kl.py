@@ -190,3 +190,12 @@ def test_bad_input_is_refused_by_name():
         OptionError, match="estimator='k4' does not exist here; choose one of k1, k2, k3, abs, topk"
     ):
         kl_estimate(one, one, mask, estimator="k4")
+
+
+def test_a_kl_that_is_not_finite_says_nothing_of_log_probs():
+    far = torch.tensor([[-1000.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]])
+    with pytest.raises(
+        MissingLogProbError,
+        match=r"its value is inf \(1 such tokens in this sample\)\.\nScore this batch again",
+    ):
+        kl_estimate(*far, estimator="k3", clamp_log_ratio=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.modules.llm import vLLMWrapper
 
 from tests import batches
 from vllm_kl import RetrieveKL, RetrieveLogProb
@@ -18,23 +17,6 @@ class TestRefusedWhenBuilt:
     def test_pad_output_mismatch(self, make_gen, make_reference):
         with pytest.raises(ValueError, match=r"pad_output mismatch: .*Both sides of a KL share one value"):
             RetrieveKL(make_gen("transformers", pad_output=True), make_reference(pad_output=False))
-
-    def test_assistant_only_without_history(self, make_gen, make_reference):
-        message = "The model must have `input_mode='history'` when `assistant_only=True`"
-        with pytest.raises(ValueError, match=message):
-            RetrieveKL(make_gen("transformers", input_mode="tokens"), make_reference())
-        with pytest.raises(ValueError, match=message):
-            RetrieveLogProb(make_reference(input_mode="text"))
-
-    def test_a_model_that_generates(self, policy_llm, tokenizer, make_reference):
-        with pytest.raises(ValueError, match=r"must have `generate=False`.*get_new_version"):
-            RetrieveKL(vLLMWrapper(policy_llm, tokenizer=tokenizer, generate=True), make_reference())
-
-    def test_two_ways_to_give_one_side_or_none(self, make_reference):
-        with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
-            RetrieveKL("from_collector")
-        with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
-            RetrieveKL("from_collector", make_reference(), ref_model_factory=make_reference)
 
     def test_arguments_that_do_not_exist_or_have_no_effect(self, make_gen, make_reference):
         with pytest.raises(OptionError, match="estimator='k9' does not exist"):

@@ -2,8 +2,8 @@
 
 A test that fails here names a fact that is no longer true. Read the new version, then change the test and the
 modules that its docstring names. Errors of upstream that vllm_kl corrects are described where the correction
-is tested: plugin/test_cpu.py, weights/test_pushes.py, weights/test_lora.py. engines/test_options.py compares
-the engine options.
+is tested: plugin/test_cpu_corrections.py, weights/test_pushes.py, weights/test_adapters.py.
+engines/test_options.py compares the engine options.
 """
 
 from __future__ import annotations

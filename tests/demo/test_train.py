@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.test_cli import vllm_kl
+from tests.command import vllm_kl
 from vllm_kl import read_samples
 
 UPDATES = 4

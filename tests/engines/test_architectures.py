@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import random
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,13 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.engines.helpers import EOS, OPTIONS, PAD, VOCAB, random_ids
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest, ScoreResult
 
-VOCAB, PAD, EOS = 301, 299, 300
-OPTIONS = {
-    "max_model_len": tiny.MAX_MODEL_LEN,
-    "max_num_batched_tokens": 128,
-    "max_num_seqs": 16,
-    "kv_cache_memory_bytes": 8 << 20,
-    "block_size": 32,
-}
-
 # Most heads are a matrix and a factor, which the kernel reads; these are not.
 OWN_HEADS = {"gemma2": "soft cap", "phi": "bias"}
-
-
-def random_ids(seed, length, vocab=VOCAB):
-    rng = random.Random(seed)
-    return [rng.randrange(vocab) for _ in range(length)]
-
 
 PROMPT = random_ids(0, 64)  # two blocks
 FIRST, SECOND, THIRD = (random_ids(seed, 50) for seed in (1, 2, 3))

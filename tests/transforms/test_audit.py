@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchrl.envs import Transform
 
-from tests.transforms.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
+from tests.collectors import collect
 from vllm_kl import FromCollector, RetrieveKL, mismatch
 from vllm_kl.diagnostics import MismatchWarning
 from vllm_kl.errors import CollectorError, DriftError, MissingLogProbError, OptionError
@@ -151,7 +151,7 @@ class MoveWeights(Transform):
 
 
 class TestInACollector:
-    def test_the_same_weights_agree(self, make_env, make_policy, make_reference):  # noqa: F811
+    def test_the_same_weights_agree(self, make_env, make_policy, make_reference):
         transform = RetrieveKL("from_collector", make_reference(), audit=1.0)
         batches = collect(make_env().append_transform(transform), make_policy(), turns=4)
         metrics = transform.metrics
@@ -160,7 +160,7 @@ class TestInACollector:
         assert metrics["kl_k1_token_mean_nats"] != 0
         assert len(batches) == 1
 
-    def test_moved_weights_are_found(self, make_env, make_policy, make_reference, policy_llm):  # noqa: F811
+    def test_moved_weights_are_found(self, make_env, make_policy, make_reference, policy_llm):
         move = MoveWeights(policy_llm)
         with move.put_back():
             env = make_env().append_transform(move)

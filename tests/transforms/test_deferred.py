@@ -18,10 +18,13 @@ from torchrl.envs import RewardSum
 from torchrl.modules.llm import vLLMWrapper
 
 from tests.batches import ids_batch
-from tests.transforms.test_from_collector import NUM_ENVS, check, make_env, make_policy  # noqa: F401  # fixtures
+from tests.collectors import NUM_ENVS, check_kl
+from tests.transforms.helpers import recorded
 from vllm_kl import FromCollector, RetrieveKL, fill_deferred
+from vllm_kl.batch.read_tokens import keys_of, read_batch
 from vllm_kl.errors import CollectorError, InputError, OptionError, WeightsError
-from vllm_kl.transforms.deferred import PENDING
+from vllm_kl.transforms.deferred import PENDING, _score_step
+from vllm_kl.transforms.model_side import ModelSide
 
 STEPS = 3
 GREEDY = {"generate_kwargs": {"max_new_tokens": 10, "temperature": 0.0}}
@@ -47,7 +50,7 @@ def results(data):
 
 
 @pytest.fixture
-def collector(make_env, make_policy):  # noqa: F811
+def collector(make_env, make_policy):
     """Make a collector of batches of three steps."""
     made = []
 
@@ -86,7 +89,7 @@ def kl(make_reference):
 
 
 @pytest.fixture
-def rollout(make_env, make_policy):  # noqa: F811
+def rollout(make_env, make_policy):
     """Roll out with no collector."""
     envs = []
 
@@ -147,7 +150,7 @@ class TestSameNumbers:
     def test_they_agree_with_float64(self, collector, kl, policy_oracle, ref_oracle, mode, pad_output):
         transform = kl(True, pad_output, gen_log_probs=mode)
         for data in collector(transform, max_steps=2, pad_output=pad_output):
-            check(data.reshape(-1), policy_oracle, ref_oracle, coeff=0.1)
+            check_kl(data.reshape(-1), policy_oracle, ref_oracle, coeff=0.1)
 
     def test_the_next_generation_begins_before_a_step_is_scored(
         self, collector, kl, policy_llm, gate, monkeypatch
@@ -178,7 +181,7 @@ class TestWhereTheyAreFilledIn:
     def test_entering_the_collectors_replay_buffer(self, collector, kl, policy_oracle, ref_oracle):
         buffer = ReplayBuffer(storage=LazyStackStorage(100), batch_size=4)
         for _ in collector(kl(), replay_buffer=buffer):
-            check(buffer[:], policy_oracle, ref_oracle, coeff=0.1)
+            check_kl(buffer[:], policy_oracle, ref_oracle, coeff=0.1)
         assert len(buffer) == 2 * STEPS * NUM_ENVS
 
     def test_entering_a_replay_buffer_of_ones_own(self, collector, kl, policy_oracle, ref_oracle):
@@ -187,7 +190,7 @@ class TestWhereTheyAreFilledIn:
         for data in collector(kl("buffer")):
             assert PENDING in data["next"].keys()
             buffer.extend(data.reshape(-1))
-        check(buffer[:], policy_oracle, ref_oracle, coeff=0.1)
+        check_kl(buffer[:], policy_oracle, ref_oracle, coeff=0.1)
 
     def test_by_hand_and_twice_changes_nothing(self, rollout, kl):
         data = fill_deferred(rollout(kl("buffer")))
@@ -303,6 +306,17 @@ class TestErrors:
         with pytest.raises(ZeroDivisionError, match="not ours") as caught:
             fill_deferred(data)
         assert "env step 0, of which this batch has sample [0, 0]" in caught.value.__notes__[0]
+
+    def test_a_temperature_that_moves_under_a_deferred_step_is_said(self, make_reference, ref_scorer):
+        side = ModelSide(make_reference())
+        batch = read_batch(recorded([0.0] * 5), keys_of(make_reference()), assistant_only=True)
+        ref_scorer.temperature = 0.5
+        try:
+            message = r"changed from 1 to 0.5 after this step was submitted.*\(fill_deferred\) before"
+            with pytest.raises(OptionError, match=message):
+                _score_step(side, batch, 1.0, None)
+        finally:
+            ref_scorer.temperature = 1.0
 
 
 class TestVersions:

@@ -5,110 +5,13 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
-from tensordict import TensorDict, lazy_stack
-from torch.utils.data import DataLoader
-from torchrl.collectors.llm import LLMCollector
-from torchrl.data import Unbounded
-from torchrl.envs import StepCounter, Transform
-from torchrl.envs.llm import ChatEnv
 from torchrl.envs.llm.transforms import kl as torchrl_kl
-from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
+from torchrl.modules.llm import TransformersWrapper
 
-from tests import oracle
-from tests.oracle import KL_TOLERANCE
+from tests.collectors import NUM_ENVS, check_kl, collect
 from vllm_kl import FromCollector, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.errors import CollectorError
 from vllm_kl.transforms.choose_scorer import ScorerOf
-
-NUM_ENVS, GROUP = 4, 2
-
-
-class OneReward(Transform):
-    """A reward of 1 per sequence."""
-
-    def __init__(self):
-        super().__init__(out_keys=["reward"])
-
-    def _step(self, tensordict, next_tensordict):
-        return next_tensordict.set("reward", torch.ones(*tensordict.batch_size, 1, 1))
-
-    def transform_reward_spec(self, reward_spec):
-        reward_spec["reward"] = Unbounded(shape=(*reward_spec.shape, 1, 1))
-        return reward_spec
-
-
-@pytest.fixture
-def make_env(tokenizer):
-    def make(max_steps=1):
-        queries = [
-            {"query": "What is one and one?"},
-            {"query": "Why?"},
-            {"query": "Name a colour of the sea."},
-        ]
-        loader = DataLoader(
-            queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
-        )
-        env = ChatEnv.from_dataloader(
-            loader, batch_size=(NUM_ENVS,), repeats=GROUP, input_mode="history", tokenizer=tokenizer
-        )
-        return env.append_transform(StepCounter(max_steps=max_steps)).append_transform(OneReward())
-
-    return make
-
-
-@pytest.fixture
-def make_policy(policy_llm, tokenizer):
-    def make(**kwargs):
-        return functools.partial(
-            vLLMWrapper,
-            policy_llm,
-            tokenizer=tokenizer,
-            input_mode="history",
-            **{"generate": True, "generate_kwargs": {"max_new_tokens": 10, "temperature": 1.0}, **kwargs},
-        )
-
-    return make
-
-
-def collect(env, policy_factory, turns=2 * NUM_ENVS, **kwargs):
-    collector = LLMCollector(
-        env,
-        policy_factory=policy_factory,
-        dialog_turns_per_batch=NUM_ENVS,
-        total_dialog_turns=turns,
-        **kwargs,
-    )
-    try:
-        return [data.reshape(-1) for data in collector]
-    finally:
-        collector.shutdown()
-
-
-def check(data, policy_oracle, ref_oracle, coeff=1.0):
-    """Compare every KL, log-prob and reward of a batch with float64, on the ids that were generated."""
-    keys = {
-        "ids": ("tokens", "full"),
-        "real": ("masks", "all_attention_mask"),
-        "prompt": ("tokens", "prompt"),
-        "kl": ("next", "kl_penalty"),
-        "gen": ("next", "log_probs", "full"),
-        "ref": ("next", "ref_log_probs", "full"),
-        "reward": ("next", "reward"),
-    }
-    columns = {name: data.get(key, as_list=True) for name, key in keys.items()}
-    for i in range(len(data)):
-        row = {name: column[i] for name, column in columns.items()}
-        row["mask"] = row["real"] & (torch.arange(len(row["ids"])) >= len(row["prompt"]))
-        assert row["kl"].shape == row["ids"].shape  # lines up with the ids and the masks beside it
-        assert row["mask"].any()
-        for name in ("kl", "gen", "ref"):
-            assert (row[name][~row["mask"]] == 0).all()
-        ids, keep = row["ids"][row["real"]], row["mask"][row["real"]].tolist()
-        want = oracle.kl(policy_oracle, ref_oracle, ids, keep)
-        assert want.abs().max() > 0.1
-        torch.testing.assert_close(row["kl"][row["real"]].double(), want, rtol=0, atol=KL_TOLERANCE)
-        torch.testing.assert_close(row["reward"], 1 - coeff * row["kl"][:, None])
 
 
 @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
@@ -123,7 +26,7 @@ class TestModes:
         batches = collect(make_env().append_transform(transform), make_policy(pad_output=pad_output))
         assert len(batches) == 2
         for data in batches:
-            check(data, policy_oracle, ref_oracle, coeff=0.1)
+            check_kl(data, policy_oracle, ref_oracle, coeff=0.1)
 
 
 def test_auto_does_not_ask_the_engine_where_log_probs_were_recorded(
@@ -144,7 +47,7 @@ def test_ids_and_masks_are_read_where_the_policy_writes_them(
     policy = make_policy(pad_output=pad_output, masks_key="policy_masks", log_probs_key="policy_log_probs")
     for data in collect(env, policy):
         data["masks"] = data["policy_masks"]
-        check(data, policy_oracle, ref_oracle)
+        check_kl(data, policy_oracle, ref_oracle)
 
 
 @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
@@ -154,7 +57,7 @@ def test_two_turns_score_what_each_turn_generated(
     transform = RetrieveKL("from_collector", make_reference(pad_output=pad_output))
     env = make_env(max_steps=2).append_transform(transform)
     for data in collect(env, make_policy(pad_output=pad_output), turns=4 * NUM_ENVS):
-        check(data, policy_oracle, ref_oracle)
+        check_kl(data, policy_oracle, ref_oracle)
 
 
 def test_auto_rescores_where_the_policy_recorded_nothing(
@@ -162,7 +65,7 @@ def test_auto_rescores_where_the_policy_recorded_nothing(
 ):
     transform = RetrieveKL(FromCollector(), make_reference())
     for data in collect(make_env().append_transform(transform), make_policy(return_log_probs=False)):
-        check(data, policy_oracle, ref_oracle)
+        check_kl(data, policy_oracle, ref_oracle)
     assert transform.metrics["gen_rescored_samples"] == NUM_ENVS
     (note,) = [record.getMessage() for record in caplog.records if "nothing is reused" in record.getMessage()]
     assert "the policy records no log-probs (return_log_probs=False)" in note
@@ -204,7 +107,7 @@ def transformers_run(make_env, policy_model, ref_model, tokenizer):
 
 def test_transformers_models_work_alike(transformers_run, policy_oracle, ref_oracle):
     for data in transformers_run("auto"):
-        check(data, policy_oracle, ref_oracle)
+        check_kl(data, policy_oracle, ref_oracle)
 
 
 def test_the_zero_that_torchrl_records_for_a_first_token_is_never_reused(transformers_run):
@@ -238,7 +141,7 @@ def test_as_a_postproc_it_reuses_what_was_recorded(
 ):
     transform = RetrieveKL("from_collector", make_reference())
     for data in collect(make_env(), make_policy(), postproc=transform):
-        check(data, policy_oracle, ref_oracle)
+        check_kl(data, policy_oracle, ref_oracle)
 
 
 def test_a_rollout_without_a_collector_follows_its_specs(make_env, make_policy, make_reference):

@@ -17,8 +17,8 @@ from torchrl.modules.llm.policies import ChatHistory
 from torchrl.objectives.llm import DistillationLoss, GRPOLoss
 
 from tests.batches import CHATS
-from tests.transforms.test_from_collector import collect, make_env, make_policy  # noqa: F401  # fixtures
-from tests.transforms.test_retokenized_turns import in_pieces
+from tests.collectors import collect
+from tests.transforms.helpers import in_pieces
 from vllm_kl import RetrieveKL, RetrieveLogProb
 
 TOLERANCE = 2e-5  # a mean of KLs, each the difference of two log-probs; through a trainer's model in float32
@@ -32,8 +32,8 @@ def trainer(policy_model):
 
 @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
 def test_grpo_loss_reads_the_reference_log_probs(
-    make_env,  # noqa: F811
-    make_policy,  # noqa: F811
+    make_env,
+    make_policy,
     make_reference,
     trainer,
     tokenizer,

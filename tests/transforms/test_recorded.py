@@ -6,20 +6,20 @@ import functools
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictSequential
-from torchrl.envs import Compose, Transform
+from torchrl.envs import Transform
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from torchrl.modules.llm.policies import Tokens
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests import batches
+from tests.collectors import NUM_ENVS, check_kl, collect
 from tests.oracle import KL_TOLERANCE
-from tests.transforms.test_from_collector import NUM_ENVS, check, collect, make_env  # noqa: F401
+from tests.transforms.helpers import recorded
 from vllm_kl import (
     FromCollector,
     KLComputation,
@@ -28,7 +28,6 @@ from vllm_kl import (
     VLLMReference,
     VLLMScorer,
     fill_deferred,
-    kl_estimate,
 )
 from vllm_kl.batch.read_tokens import keys_of, read_batch
 from vllm_kl.diagnostics import MismatchWarning
@@ -37,18 +36,12 @@ from vllm_kl.errors import (
     CollectorError,
     DriftError,
     EngineError,
-    FrozenError,
-    InputError,
     MissingLogProbError,
     OptionError,
     ReadoutUnavailableError,
 )
-from vllm_kl.transforms.deferred import _score_step
-from vllm_kl.transforms.model_side import ModelSide
 from vllm_kl.transforms.recorded_distribution import NEUTRAL, recorded_by
 from vllm_kl.transforms.recorded_zeros import doubtful_zeros
-from vllm_kl.types import EngineInfo, ScoreResult
-from vllm_kl.weights.canary import Canary
 
 # vLLM 0.32's use of xgrammar.
 pytestmark = pytest.mark.filterwarnings("ignore:max_rollback_tokens:DeprecationWarning")
@@ -88,7 +81,7 @@ def engines(policy_llm, processed_llm):
 
 
 @pytest.fixture
-def run(make_env, engines, make_policy):  # noqa: F811
+def run(make_env, engines, make_policy):
     """Collect with a policy on one of the engines; return the batches, our warnings, and the transform."""
 
     def run(mode, params, reference, *, before=(), turns=2 * NUM_ENVS, wrap=lambda policy: policy, **options):
@@ -113,14 +106,6 @@ def equal(engines, tokenizer):
         return VLLMReference(VLLMScorer(other), tokenizer)
 
     return make
-
-
-@pytest.fixture
-def half(ref_scorer, make_reference):
-    """A reference at temperature 0.5, of other weights."""
-    ref_scorer.temperature = 0.5
-    yield make_reference()
-    ref_scorer.temperature = 1.0
 
 
 def largest(data):
@@ -375,7 +360,7 @@ class TestInACollector:
         assert "top_p=0.5" in said[0]
 
 
-def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, engines, equal):  # noqa: F811
+def test_a_postproc_asks_the_policy_that_it_was_given(make_env, make_policy, engines, equal):
     """Without it nothing is known there: the same batch would have a KL of more than a nat."""
     policy = make_policy(engines["processed"], temperature=0.5)
     transform = RetrieveKL(FromCollector(policy=policy), equal("processed"))
@@ -440,7 +425,7 @@ class TestWhatWasUsed:
     )
     def test_log_probs_of_a_reference_beside_recorded_ones_of_another_temperature_are_warned_of_once(
         self,
-        make_env,  # noqa: F811
+        make_env,
         make_policy,
         engines,
         equal,
@@ -461,7 +446,7 @@ class TestWhatWasUsed:
 
     def test_recorded_log_probs_that_another_transform_replaces_are_not_warned_of(
         self,
-        make_env,  # noqa: F811
+        make_env,
         make_policy,
         engines,
         equal,
@@ -493,7 +478,7 @@ class TestWhatWasUsed:
         assert "the sampling parameters of the recorded log-probs are not known" in said[0]
         assert "logprobs_mode='processed_logprobs'" in said[0]
 
-    def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):  # noqa: F811
+    def test_a_schedule_of_temperatures_is_warned_of_once(self, make_env, make_policy, engines, equal):
         policy = make_policy(engines["processed"])
         (data,) = collect(make_env(), lambda: policy, turns=NUM_ENVS)
         transform = RetrieveKL(FromCollector(policy=policy), equal("processed"), add_to_reward=False)
@@ -507,7 +492,7 @@ class TestWhatWasUsed:
     @pytest.mark.parametrize("is_seen", [False, True])
     def test_stored_log_probs_of_other_parameters_are_warned_of_once(
         self,
-        make_env,  # noqa: F811
+        make_env,
         make_policy,
         engines,
         equal,
@@ -526,49 +511,6 @@ class TestWhatWasUsed:
         assert len(said) == (0 if is_seen else 1)
 
 
-class TestTwoModels:
-    def test_an_error_names_the_sample_of_the_batch_not_the_sequence_that_was_sent(
-        self, make_gen, make_reference
-    ):
-        """Samples 0 and 1 keep no token, and are not sent."""
-        td = batches.ids_batch([[5, 6], [5, 6], [5, 6, 100_000]], [2, 2, 2])
-        for model in (make_gen("vllm"), make_gen("transformers"), make_reference()):
-            with pytest.raises(InputError, match="^sample 2, token 2: id 100000 is outside the vocabulary"):
-                RetrieveLogProb(model)(td)
-
-    def test_a_temperature_that_moves_under_a_deferred_step_is_said(self, make_reference, ref_scorer):
-        side = ModelSide(make_reference())
-        batch = read_batch(recorded([0.0] * 5), keys_of(make_reference()), assistant_only=True)
-        ref_scorer.temperature = 0.5
-        try:
-            message = r"changed from 1 to 0.5 after this step was submitted.*\(fill_deferred\) before"
-            with pytest.raises(OptionError, match=message):
-                _score_step(side, batch, 1.0, None)
-        finally:
-            ref_scorer.temperature = 1.0
-
-    def test_two_temperatures_are_refused(self, make_gen, half, ref_scorer):
-        with pytest.raises(
-            OptionError, match=r"softmax\(logits / 1\), the other's of softmax\(logits / 0.5\)"
-        ):
-            RetrieveKL(make_gen("vllm"), half)
-        ref_scorer.temperature = 1.0
-        transform = RetrieveKL(make_gen("vllm"), half)
-        ref_scorer.temperature = 0.5  # later
-        with pytest.raises(OptionError, match="Give both one temperature"):
-            transform(batches.ids_batch([[5, 6, 7]], [2]))
-
-    def test_the_entries_of_two_transforms_are_of_one_temperature(self, make_gen, half, ref_scorer):
-        transform = Compose(RetrieveLogProb(make_gen("vllm")), RetrieveLogProb(half), KLComputation())
-        with pytest.raises(
-            OptionError,
-            match=r"'log_probs', 'full'\) of softmax\(logits / 1\) and .* of softmax\(logits / 0.5\)",
-        ):
-            transform(batches.ids_batch([[5, 6, 7]], [2]))
-        ref_scorer.temperature = 1.0
-        assert "kl_penalty" in transform(batches.ids_batch([[5, 6, 7]], [2]))
-
-
 class EndToken(Transform):
     """Writes 0.0 as the log-prob of the last token of each sample, as stacks do that add tokens."""
 
@@ -585,7 +527,7 @@ class TestZerosInACollector:
     ):
         data, said, _ = run("raw", {}, make_reference(), before=[EndToken()], deferred=deferred)
         for batch in data:
-            check(batch, policy_oracle, ref_oracle)
+            check_kl(batch, policy_oracle, ref_oracle)
         assert len(said) == 1
         assert "is exactly 0.0, a probability of 1, but the policy's engine gives it -" in said[0]
 
@@ -630,12 +572,6 @@ class TestZerosInACollector:
             torch.testing.assert_close(
                 row["next", "kl_penalty"][kept].double(), want, rtol=0, atol=KL_TOLERANCE
             )
-
-
-def recorded(values, prompt=2):
-    """A batch of one sequence with log-probs that somebody stored."""
-    ids = torch.arange(5, 5 + len(values))
-    return batches.ids_batch([ids], [prompt], extra={("log_probs", "full"): [torch.tensor(values)]})
 
 
 class TestZerosInABatch:
@@ -736,92 +672,3 @@ class TestZerosInABatch:
         assert doubtful_zeros(zeros, torch.zeros(6), keep, [6]) == {}
         assert doubtful_zeros(zeros, None, keep, [6])[0].tolist() == [1, 2, 4, 5]
         assert doubtful_zeros(zeros, sure, torch.zeros(6, dtype=torch.bool), [6]) == {}
-
-
-class TestKLComputation:
-    def data(self, gen, ref):
-        return batches.ids_batch(
-            [[5, 6, 7]],
-            [1],
-            extra={("gen", "full"): [torch.tensor(gen)], ("ref", "full"): [torch.tensor(ref)]},
-        )
-
-    def transform(self, **options):
-        return KLComputation(("gen", "full"), ("ref", "full"), **options)
-
-    @pytest.mark.parametrize("side", ["gen", "ref"])
-    def test_a_zero_that_the_other_side_is_not_sure_of_is_refused(self, side):
-        sides = [[0.0, -1.0, 0.0], [0.0, -1.2, -3.0]]
-        td = self.data(*(sides if side == "gen" else sides[::-1]))
-        other = "ref" if side == "gen" else "gen"
-        message = (
-            rf"(?s)\('{side}', 'full'\): sample 0, token 2 is exactly 0.0"
-            rf".*\('{other}', 'full'\) gives it -3.0000.*on_zero"
-        )
-        with pytest.raises(MissingLogProbError, match=message):
-            self.transform()(td)
-        with pytest.warns(MismatchWarning, match="sample 0, token 2"):
-            self.transform(on_zero="warn")(td)
-        assert self.transform(on_zero="allow")(td)["kl_penalty"].abs().max() == 3
-
-    def test_zeros_of_both_sides_are_outside_the_mask_or_sure(self):
-        assert self.transform()(self.data([0.0, -1.0, 0.0], [0.0, -1.2, -0.01]))["kl_penalty"][
-            0, 2
-        ] == pytest.approx(0.01)
-
-    def test_what_a_transform_of_the_same_composition_scored_is_believed(
-        self, make_gen, make_reference, monkeypatch
-    ):
-        gen, ref = RetrieveLogProb(make_gen("vllm")), RetrieveLogProb(make_reference())
-        monkeypatch.setattr(
-            gen._side._scorer_of(gen.model),
-            "score_and_tell",
-            lambda ids, start: ([torch.zeros(len(i) - s) for i, s in zip(ids, start, strict=True)], None),
-        )
-        td = batches.ids_batch([[5, 6, 7]], [1])
-        assert (Compose(gen, ref, KLComputation())(td)["kl_penalty"][0, 1:] > 0).all()
-        with pytest.raises(MissingLogProbError, match="sample 0, token 1 is exactly 0.0"):
-            KLComputation()(td)
-
-    def test_logits_are_refused(self):
-        with pytest.raises(
-            MissingLogProbError,
-            match=r"\('ref', 'full'\): sample 0, token 1 of 3 is 2.0, which is no log-prob",
-        ):
-            self.transform()(self.data([0.0, -1.0, -1.0], [0.0, 2.0, -3.0]))
-
-
-class TestNumbersThatAreNone:
-    def canary(self, values):
-        """A fake: an engine whose model gives what is asked of it."""
-        result = ScoreResult(values=np.array(values, np.float32)[:, None], weight_version=0)
-        return Canary(lambda request: result, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
-
-    def test_a_model_that_gives_nan_is_not_said_to_have_been_changed(self):
-        with pytest.raises(
-            FrozenError, match="the model gives NaN for 1 of the 2 tokens of the canary, token 2 first.*dtype"
-        ) as found:
-            self.canary([-1.0, np.nan]).remember()
-        assert "changed" not in str(found.value)
-
-    def test_new_weights_that_give_nan_are_refused_and_can_be_replaced(self):
-        now = [[-1.0, -2.0]]
-
-        def scores(request):
-            return ScoreResult(values=np.array(now[0], np.float32)[:, None], weight_version=len(now))
-
-        canary = Canary(scores, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
-        canary.remember()
-        with pytest.raises(FrozenError, match="gives NaN"), canary.accepting_new_weights():
-            now[:] = [[np.nan, np.nan], None]
-        with canary.accepting_new_weights():
-            now[:] = [[-1.0, -3.0], None, None]
-        assert canary.check() == 0.0
-
-    def test_a_kl_that_is_not_finite_says_nothing_of_log_probs(self):
-        far = torch.tensor([[-1000.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]])
-        with pytest.raises(
-            MissingLogProbError,
-            match=r"its value is inf \(1 such tokens in this sample\)\.\nScore this batch again",
-        ):
-            kl_estimate(*far, estimator="k3", clamp_log_ratio=None)

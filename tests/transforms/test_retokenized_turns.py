@@ -15,8 +15,9 @@ from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm.policies import Masks, Tokens
 
 from tests.batches import dense_batch, history_batch, ids_batch
+from tests.collectors import NUM_ENVS, collect
 from tests.oracle import LOG_PROB_TOLERANCE
-from tests.transforms.test_from_collector import NUM_ENVS, collect, make_env, make_policy  # noqa: F401  # fixtures
+from tests.transforms.helpers import in_pieces
 from vllm_kl import RetokenizedTurns, RetrieveKL, RetrieveLogProb
 from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError
@@ -53,23 +54,6 @@ DIALOGS = [
         say("assistant", "."),
     ],
 ]
-
-
-def in_pieces(tokenizer, dialog):
-    """Return ids and mask of a dialog, message by message: the assistant's words and their end are kept."""
-    ids, mask = [], []
-
-    def add(text, counts):
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids.extend(piece)
-        mask.extend([counts] * len(piece))
-
-    for message in dialog:
-        is_ours = message["role"] == "assistant"
-        add(f"<|im_start|>{message['role']}\n", False)
-        add(f"{message['content']}<|im_end|>", is_ours)
-        add("\n", False)
-    return ids, mask
 
 
 @pytest.fixture
@@ -294,7 +278,7 @@ SAYS = {"text": "ab", "no text": "\u00ff"}
 
 
 @pytest.fixture
-def policy_saying(make_policy, tokenizer):  # noqa: F811
+def policy_saying(make_policy, tokenizer):
     def make(letters, **kwargs):
         def factory():
             policy = make_policy(generate_kwargs={"max_new_tokens": 5, "temperature": 1.0}, **kwargs)()
@@ -316,7 +300,7 @@ def caught_warnings(function):
 
 @pytest.mark.parametrize("says", SAYS)
 class TestDialogsOfTwoTurns:
-    def test_a_batch_of_turns_is_counted_and_reported(self, make_env, policy_saying, says):  # noqa: F811
+    def test_a_batch_of_turns_is_counted_and_reported(self, make_env, policy_saying, says):
         batches = []
 
         def keep(data):
@@ -334,7 +318,7 @@ class TestDialogsOfTwoTurns:
         assert all(f"{differing} turns do not begin" in text and "dialog 0, turn 1" in text for text in said)
 
     @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
-    def test_an_env_counts_and_reports_once(self, make_env, policy_saying, tokenizer, says, pad_output):  # noqa: F811
+    def test_an_env_counts_and_reports_once(self, make_env, policy_saying, tokenizer, says, pad_output):
         transform = RetokenizedTurns()
         env = make_env(max_steps=2).append_transform(transform)
         policy = policy_saying(SAYS[says], pad_output=pad_output)

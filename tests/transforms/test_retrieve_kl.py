@@ -7,38 +7,16 @@ import pickle
 
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack
+from tensordict import TensorDict
 from torchrl.data import Composite, LazyStackStorage, ReplayBuffer, Unbounded
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 
 from tests import batches, oracle
-from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE
-from vllm_kl import FromCollector, KLComputation, RetrieveKL, RetrieveLogProb
+from tests.oracle import KL_TOLERANCE
+from tests.transforms.helpers import EOS, PAD, PROMPTS, SEQUENCES, assert_rows, recorded_batch, rows
+from vllm_kl import FromCollector, RetrieveKL, RetrieveLogProb
 from vllm_kl.demo.task import make_tokenizer
-from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
-
-PAD, EOS = 256, 258
-# EOS and pad ids inside prompts and responses; responses of one token and of none; an EOS as first token.
-SEQUENCES = [[5, EOS, 9, PAD, 7, EOS], [EOS, 2, 3], [PAD, PAD, 4, 8, EOS, 16, 23], [11, 12]]
-PROMPTS = [2, 2, 3, 2]
-KEEP = [[t >= p for t in range(len(s))] for s, p in zip(SEQUENCES, PROMPTS, strict=True)]
-
-
-@pytest.fixture
-def truth(policy_oracle, ref_oracle):
-    """The KL of every sample, unpadded, float64."""
-    return [oracle.kl(policy_oracle, ref_oracle, s, k) for s, k in zip(SEQUENCES, KEEP, strict=True)]
-
-
-def rows(td, key):
-    return td.get(key, as_list=True)
-
-
-def assert_rows(got, want, tolerance=KL_TOLERANCE):
-    assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == torch.float32
-        torch.testing.assert_close(g.double(), w, rtol=0, atol=tolerance)
+from vllm_kl.errors import CollectorError, InputError, OptionError
 
 
 class TestRetrieveKL:
@@ -165,25 +143,14 @@ class TestRetrieveKL:
 
 
 class TestWhereTorchRLsRecipesPutIt:
-    def recorded(self, policy_oracle):
-        """A batch with the policy's recorded log-probs: NaN on prompts, as TorchRL leaves them."""
-        values = [policy_oracle.log_probs(s) for s in SEQUENCES]
-        full = [
-            torch.tensor([v if k else float("nan") for v, k in zip(*vk, strict=True)])
-            for vk in zip(values, KEEP, strict=True)
-        ]
-        td = batches.ids_batch(SEQUENCES, PROMPTS, extra={("log_probs", "full"): full})
-        td["next"] = lazy_stack([TensorDict(reward=torch.zeros(1, 1)) for _ in SEQUENCES])
-        return td
-
     def test_on_a_replay_buffer_the_gen_side_is_what_was_stored(self, make_reference, policy_oracle, truth):
         buffer = ReplayBuffer(storage=LazyStackStorage(8), batch_size=4)
         buffer.append_transform(RetrieveKL("from_collector", make_reference()), invert=True)
-        buffer.extend(self.recorded(policy_oracle))
+        buffer.extend(recorded_batch(policy_oracle))
         assert_rows(rows(buffer[:], ("next", "kl_penalty")), truth)
 
     def test_on_a_plain_batch_the_gen_side_is_what_was_stored(self, make_reference, policy_oracle, truth):
-        td = RetrieveKL(FromCollector("reuse"), make_reference())(self.recorded(policy_oracle))
+        td = RetrieveKL(FromCollector("reuse"), make_reference())(recorded_batch(policy_oracle))
         assert_rows(rows(td, ("next", "kl_penalty")), truth)
         assert_rows([-r[:, 0] for r in rows(td, ("next", "reward"))], truth)
 
@@ -199,7 +166,7 @@ class TestWhereTorchRLsRecipesPutIt:
             RetrieveKL("from_collector", make_reference(), gen_log_probs="rescore")(td)
 
     def test_a_recorded_nan_on_a_kept_token_is_not_reused(self, make_reference, policy_oracle):
-        td = self.recorded(policy_oracle)
+        td = recorded_batch(policy_oracle)
         td[2]["log_probs", "full"][5] = float("nan")
         before = td.clone()
         with pytest.raises(
@@ -239,12 +206,12 @@ class TestWhereTorchRLsRecipesPutIt:
 
     def test_a_transform_can_be_copied_but_its_engine_is_not(self, make_reference, policy_oracle, truth):
         transform = copy.deepcopy(RetrieveKL("from_collector", make_reference()))
-        assert_rows(rows(transform(self.recorded(policy_oracle)), ("next", "kl_penalty")), truth)
+        assert_rows(rows(transform(recorded_batch(policy_oracle)), ("next", "kl_penalty")), truth)
         with pytest.raises(OptionError, match="cannot be pickled.*ref_model_factory.*use_ray_service"):
             pickle.dumps(transform)
 
     def test_an_entry_that_only_some_samples_have_is_refused(self, make_reference, policy_oracle):
-        td = self.recorded(policy_oracle)
+        td = recorded_batch(policy_oracle)
         del td[1]["next"]["reward"]
         with pytest.raises(InputError, match="sample 1 has no reward, but other samples of the batch have"):
             RetrieveKL("from_collector", make_reference())(td)
@@ -259,125 +226,3 @@ class TestWhereTorchRLsRecipesPutIt:
         out = RetrieveKL("from_collector", make_reference())(td)
         assert {"kl_penalty", "ref_log_probs"} <= set(out.keys())
         assert not {"kl_penalty", "ref_log_probs"} & set(td.keys())
-
-
-class TestRetrieveLogProb:
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_model_that_gives_no_number_is_an_error(self, policy_model, tokenizer, value):
-        broken = copy.deepcopy(policy_model)
-        with torch.no_grad():
-            broken.lm_head.weight[9] = value
-        gen = TransformersWrapper(broken, tokenizer=tokenizer, generate=False)
-        with pytest.raises(
-            MissingLogProbError, match="log-probs: sample 0, token 2 of 6 is kept by the mask"
-        ):
-            RetrieveLogProb(gen)(batches.ids_batch(SEQUENCES, PROMPTS))
-
-    def test_ids_that_a_transformers_model_does_not_have_are_refused(self, make_gen):
-        with pytest.raises(
-            InputError, match=r"sample 0, token 2: id 400 is outside the vocabulary \[0, 259\)"
-        ):
-            RetrieveLogProb(make_gen("transformers"))(batches.ids_batch([[1, 2, 400]], [1]))
-
-    @pytest.mark.parametrize("kind", ["transformers", "vllm"])
-    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
-    def test_agrees_with_float64(self, make_gen, policy_oracle, kind, pad_output):
-        td = batches.ids_batch(SEQUENCES, PROMPTS)
-        assert RetrieveLogProb(make_gen(kind, pad_output=pad_output))(td) is td
-        want = [policy_oracle.masked(s, k) for s, k in zip(SEQUENCES, KEEP, strict=True)]
-        got = rows(td, ("log_probs", "full"))
-        assert_rows([row[-len(s) :] for row, s in zip(got, SEQUENCES, strict=True)], want, LOG_PROB_TOLERANCE)
-
-    @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
-    @pytest.mark.parametrize(
-        ("mode", "assistant_only"),
-        [("history", True), ("history", False), ("text", False), ("tokens", False)],
-    )
-    def test_every_input_mode_agrees_with_float64(
-        self, make_reference, ref_oracle, tokenizer, mode, assistant_only, pad_output
-    ):
-        if mode == "history":
-            td = batches.history_batch()
-            rendered = [
-                tokenizer.apply_chat_template(
-                    c, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-                )
-                for c in batches.CHATS
-            ]
-            ids, masks = [r["input_ids"] for r in rendered], [r["assistant_masks"] for r in rendered]
-        else:
-            td = batches.text_batch() if mode == "text" else batches.ids_batch(SEQUENCES)
-            ids, masks = (tokenizer(batches.TEXTS)["input_ids"] if mode == "text" else SEQUENCES), None
-        transform = RetrieveLogProb(
-            make_reference(input_mode=mode, pad_output=pad_output), assistant_only=assistant_only
-        )
-        got = rows(transform(td), ("ref_log_probs", "full"))
-        keep = masks if assistant_only else [[t > 0 for t in range(len(s))] for s in ids]
-        want = [ref_oracle.masked(s, k) for s, k in zip(ids, keep, strict=True)]
-        assert_rows([row[-len(s) :] for row, s in zip(got, ids, strict=True)], want, LOG_PROB_TOLERANCE)
-
-    def test_text_is_tokenized_once_for_both_sides(self, make_gen, make_reference, tokenizer, monkeypatch):
-        calls = []
-        render = type(tokenizer).apply_chat_template
-        monkeypatch.setattr(
-            type(tokenizer),
-            "apply_chat_template",
-            lambda *a, **k: calls.append(k["tokenize"]) or render(*a, **k),
-        )
-        RetrieveKL(make_gen("transformers"), make_reference())(batches.history_batch())
-        # One call more than chats: a dialog of plain words, which shows what ends a turn.
-        assert calls.count(True) == len(batches.CHATS) + 1
-
-    def test_writes_where_it_is_told(self, make_gen):
-        td = RetrieveLogProb(make_gen("transformers"), log_probs_full_key=("mine", "full"))(
-            batches.ids_batch(SEQUENCES, PROMPTS)
-        )
-        assert ("mine", "full") in td.keys(True)
-        with pytest.warns(UserWarning, match="not a tuple that ends with 'full'"):
-            RetrieveLogProb(make_gen("transformers"), log_probs_full_key="mine")
-
-    def test_a_stored_assistant_mask_is_used_as_it_is(self, make_gen, policy_oracle):
-        keep = [[False, True, False, False, True, True], [False, False, True], [False] * 7, [False, True]]
-        td = RetrieveLogProb(make_gen("transformers"))(batches.ids_batch(SEQUENCES, assistant=keep))
-        want = [policy_oracle.masked(s, k) for s, k in zip(SEQUENCES, keep, strict=True)]
-        assert_rows(rows(td, ("log_probs", "full")), want, LOG_PROB_TOLERANCE)
-
-
-class TestKLComputation:
-    def data(self, gen, ref, **extra):
-        full = {"gen": TensorDict(full=gen, batch_size=2), "ref": TensorDict(full=ref, batch_size=2)}
-        return TensorDict(next=TensorDict(**full, **extra, batch_size=2), batch_size=2)
-
-    def transform(self, **kwargs):
-        return KLComputation(("gen", "full"), ("ref", "full"), **kwargs)
-
-    def test_dense(self):
-        gen, ref = -torch.rand(2, 3), -torch.rand(2, 3)
-        td = self.transform(coeff=2.0)(self.data(gen, ref, reward=torch.ones(2, 1)))
-        torch.testing.assert_close(td["next", "kl_penalty"], gen - ref)
-        torch.testing.assert_close(td["next", "reward"], 1 - 2 * (gen - ref)[..., None])
-
-    def test_missing_on_one_side_only_is_an_error(self):
-        gen, ref = -torch.ones(2, 3), -torch.ones(2, 3) * 2
-        gen[:, 0] = float("nan")
-        ref[0, 0], ref[1, 0] = float("nan"), 0.0  # 0.0: what RetrieveLogProb writes outside its mask
-        assert self.transform()(self.data(gen, ref))["next", "kl_penalty"].tolist() == [[0, 1, 1]] * 2
-        ref[1, 2] = float("nan")
-        with pytest.raises(MissingLogProbError, match="ref_log_probs: sample 1, token 2 of 3"):
-            self.transform()(self.data(gen, ref))
-
-    def test_it_follows_a_retrieve_log_prob(self, make_reference, policy_oracle, truth):
-        td = TestWhereTorchRLsRecipesPutIt().recorded(policy_oracle).exclude("next")
-        td = KLComputation()(RetrieveLogProb(make_reference())(td))
-        assert_rows(rows(td, "kl_penalty"), truth)
-
-    def test_missing_entries_are_named(self):
-        td = TensorDict(next=TensorDict(x=torch.zeros(2), batch_size=2), batch_size=2)
-        with pytest.raises(
-            InputError, match=r"Log-probs not found: expected \('gen', 'full'\) and \('ref', 'full'\)"
-        ):
-            self.transform()(td)
-
-    def test_sides_of_different_lengths_are_refused_by_sample(self):
-        with pytest.raises(InputError, match="Sample 0 has different shapes"):
-            self.transform()(self.data(torch.zeros(2, 3), torch.zeros(2, 4)))

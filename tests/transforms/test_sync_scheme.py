@@ -1,4 +1,4 @@
-"""TorchRL's two ways to send weights: a weight sync scheme and a weight updater, on a ``vllm.LLM``."""
+"""``VLLMSyncScheme``, TorchRL's weight sync scheme, pushes weights into a ``vllm.LLM``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.weights.helpers import IDS, error_of
 from vllm_kl.errors import OptionError
 from vllm_kl.transforms.sync_scheme import VLLMSyncScheme
-from vllm_kl.transforms.weight_updater import VLLMWeightUpdater
 from vllm_kl.weights.push import push_weights, weights_of
 
 
@@ -39,8 +38,3 @@ def test_the_transport_of_the_sync_scheme_pushes_a_state_dict(llm, tied_paths):
     state = AutoModelForCausalLM.from_pretrained(tied_paths[1]).state_dict()
     VLLMSyncScheme(llm).create_transport().send_weights(state)
     assert_serves(llm, tied_paths[1])
-
-
-def test_the_weight_updater_needs_weights(llm):
-    with pytest.raises(OptionError, match="no weights"):
-        VLLMWeightUpdater(llm)()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.engines.test_architectures import OPTIONS, random_ids
+from tests.engines.helpers import OPTIONS, random_ids
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl.engines.base import drive
 from vllm_kl.errors import WeightsError

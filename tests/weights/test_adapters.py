@@ -10,57 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack
-from torch.utils.data import DataLoader
-from torchrl.collectors.llm import LLMCollector
-from torchrl.envs import StepCounter
-from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import vLLMWrapper
 from transformers import AutoModelForCausalLM
 
-from tests import oracle, tiny
+from tests import tiny
+from tests.lora import GROUP, PROMPT, error_of, lora_request
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import FromCollector, LoRAWrapper, RetrieveKL, VLLMReference, VLLMScorer
+from vllm_kl import FromCollector, LoRAWrapper, VLLMScorer
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import FrozenError, OptionError, ReadoutUnavailableError, WeightsError
-from vllm_kl.transforms.two_sides import check_two_models
 from vllm_kl.weights.push import push_weights, weights_of
 
-PROMPT = [7 * i % 200 for i in range(40)]  # more than a block, so that its KV is kept
-GROUP = [[*PROMPT, 9, 4, 100 + k, 3 * k, 17] for k in range(4)]
-SEQUENCES = [*GROUP, [5, 6, 7], list(range(3, 90))]
-
-
-def lora_request(path, name="policy", int_id=1, **kwargs):
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(name, int_id, str(path), **kwargs)
-
 
 @pytest.fixture(scope="module")
-def requests(lora_paths):
-    """None is the base model."""
-    return [None, *(lora_request(path, f"adapter-{i}", i) for i, path in enumerate(lora_paths, start=1))]
-
-
-@pytest.fixture(scope="module")
-def oracles(policy_oracle, policy_path, lora_paths, tmp_path_factory):
-    home = tmp_path_factory.mktemp("merged")
-    merged = [Oracle(tiny.merge(home / str(i), policy_path, path)) for i, path in enumerate(lora_paths)]
-    return [policy_oracle, *merged]
-
-
-@pytest.fixture(scope="module")
-def scorers(lora_llm, requests):
-    return [VLLMScorer(lora_llm, lora_request=request) for request in requests]
-
-
-def error_of(scorer, truth, sequences=SEQUENCES, start=1):
-    scored = scorer.score(sequences, start)
-    return max(
-        float((row.double() - torch.tensor(truth.log_probs(ids)[start:], dtype=torch.float64)).abs().max())
-        for ids, row in zip(sequences, scored, strict=True)
-    )
+def scorers(lora_llm, lora_requests):
+    return [VLLMScorer(lora_llm, lora_request=request) for request in lora_requests]
 
 
 def generated(llm, request, n=40):
@@ -93,57 +57,59 @@ def generation_error(llm, request, truth):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "first adapter", "second adapter"])
-def test_scores_are_those_of_the_weights_that_were_named(scorers, oracles, which):
-    assert error_of(scorers[which], oracles[which]) < LOG_PROB_TOLERANCE
+def test_scores_are_those_of_the_weights_that_were_named(scorers, lora_oracles, which):
+    assert error_of(scorers[which], lora_oracles[which]) < LOG_PROB_TOLERANCE
     for other in {0, 1, 2} - {which}:
-        assert error_of(scorers[which], oracles[other]) > 0.1
+        assert error_of(scorers[which], lora_oracles[other]) > 0.1
 
 
-def test_base_and_adapters_interleaved_never_mix(lora_llm, scorers, requests, oracles, monkeypatch):
+def test_base_and_adapters_interleaved_never_mix(lora_llm, scorers, lora_requests, lora_oracles, monkeypatch):
     for share_prefix in (True, False):
         for which in (0, 1, 0, 2, 1, 1, 0, 2):
             # Leaves KV of other weights for the same prompt.
-            generated(lora_llm, requests[(which + 1) % 3], n=4)
+            generated(lora_llm, lora_requests[(which + 1) % 3], n=4)
             monkeypatch.setattr(scorers[which], "share_prefix", share_prefix)
-            assert error_of(scorers[which], oracles[which], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
+            assert error_of(scorers[which], lora_oracles[which], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
             assert (scorers[which].stats.num_cached_tokens > 0) == share_prefix
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "first adapter", "second adapter"])
-def test_all_weights_score_what_one_of_them_generated(lora_llm, scorers, requests, oracles, which):
-    ids = generated(lora_llm, requests[which])
-    for scorer, truth in zip(scorers, oracles, strict=True):
+def test_all_weights_score_what_one_of_them_generated(lora_llm, scorers, lora_requests, lora_oracles, which):
+    ids = generated(lora_llm, lora_requests[which])
+    for scorer, truth in zip(scorers, lora_oracles, strict=True):
         assert error_of(scorer, truth, [ids]) < LOG_PROB_TOLERANCE
 
 
 def test_an_adapter_bound_to_the_engines_generate_does_not_reach_the_base(
-    lora_llm, requests, oracles, monkeypatch
+    lora_llm, lora_requests, lora_oracles, monkeypatch
 ):
     """One way to make a policy of an adapter, since TorchRL's wrapper names none."""
-    monkeypatch.setattr(lora_llm, "generate", functools.partial(lora_llm.generate, lora_request=requests[1]))
-    assert error_of(VLLMScorer(lora_llm), oracles[0]) < LOG_PROB_TOLERANCE
+    monkeypatch.setattr(
+        lora_llm, "generate", functools.partial(lora_llm.generate, lora_request=lora_requests[1])
+    )
+    assert error_of(VLLMScorer(lora_llm), lora_oracles[0]) < LOG_PROB_TOLERANCE
     wrapper = vLLMWrapper(lora_llm, tokenizer=None, input_mode="tokens", generate=False)
     scorer = FromCollector("rescore")._scorer_of(wrapper)
-    assert error_of(scorer, oracles[1]) < LOG_PROB_TOLERANCE
+    assert error_of(scorer, lora_oracles[1]) < LOG_PROB_TOLERANCE
 
 
-def test_a_generate_that_drops_the_adapter_is_noticed(lora_llm, requests, monkeypatch):
+def test_a_generate_that_drops_the_adapter_is_noticed(lora_llm, lora_requests, monkeypatch):
     generate = lora_llm.generate
     monkeypatch.setattr(lora_llm, "generate", lambda *a, lora_request, **k: generate(*a, **k))
     with pytest.raises(WeightsError, match=r"scored with adapter None, expected \('adapter-1', 1, "):
-        VLLMScorer(lora_llm, lora_request=requests[1])
+        VLLMScorer(lora_llm, lora_request=lora_requests[1])
 
 
 @pytest.mark.parametrize("readout", ["pooling", "flat"])
 def test_an_owned_engine_serves_an_adapter_with_the_options_that_it_needs(
-    policy_path, requests, oracles, tmp_path, readout
+    policy_path, lora_requests, lora_oracles, tmp_path, readout
 ):
     with VLLMScorer(
-        str(policy_path), readout=readout, lora_request=requests[2], **tiny.ENGINE_OPTIONS
+        str(policy_path), readout=readout, lora_request=lora_requests[2], **tiny.ENGINE_OPTIONS
     ) as scorer:
         assert scorer.readout == readout
         for _ in range(2):
-            assert error_of(scorer, oracles[2]) < LOG_PROB_TOLERANCE
+            assert error_of(scorer, lora_oracles[2]) < LOG_PROB_TOLERANCE
         assert scorer.check_frozen() == 0.0
 
 
@@ -205,9 +171,9 @@ def untouched(lora_llm, monkeypatch):
     return lora_llm
 
 
-def test_an_adapter_on_an_engine_that_takes_none_is_refused(policy_llm, requests):
+def test_an_adapter_on_an_engine_that_takes_none_is_refused(policy_llm, lora_requests):
     with pytest.raises(ReadoutUnavailableError, match="'adapter-1' .* made without enable_lora=True"):
-        VLLMScorer(policy_llm, lora_request=requests[1])
+        VLLMScorer(policy_llm, lora_request=lora_requests[1])
 
 
 @pytest.mark.parametrize(
@@ -235,7 +201,7 @@ def test_an_adapter_that_would_not_serve_as_written_is_refused(
 
 
 def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(
-    lora_llm, policy_path, tmp_path, scorers, oracles
+    lora_llm, policy_path, tmp_path, scorers, lora_oracles
 ):
     """It would, if a request were the first to ask for it."""
     other = {
@@ -260,7 +226,7 @@ def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(
         with pytest.raises(WeightsError, match=f"adapter 'mine' .*{message}"):
             VLLMScorer(lora_llm, lora_request=lora_request(paths[name], "mine", 10))
     assert 10 not in lora_llm.llm_engine.list_loras()
-    for scorer, truth in zip(scorers, oracles, strict=True):
+    for scorer, truth in zip(scorers, lora_oracles, strict=True):
         assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
 
 
@@ -276,11 +242,13 @@ def test_an_owned_engine_refuses_an_adapter_of_the_lm_head(llama_path, tmp_path)
         )
 
 
-def test_another_adapter_under_an_id_that_is_taken_is_refused(lora_llm, requests, lora_paths, scorers):
+def test_another_adapter_under_an_id_that_is_taken_is_refused(lora_llm, lora_requests, lora_paths, scorers):
     """vLLM serves the first of them for both."""
     scorers[1].score([[1, 2, 3]])
     with pytest.raises(WeightsError, match="is not the adapter that the engine has under id 1"):
-        VLLMScorer(lora_llm, lora_request=lora_request(lora_paths[1], "another", requests[1].lora_int_id))
+        VLLMScorer(
+            lora_llm, lora_request=lora_request(lora_paths[1], "another", lora_requests[1].lora_int_id)
+        )
 
 
 @pytest.mark.parametrize("request_", ["adapter-1", 1])
@@ -294,18 +262,18 @@ def test_an_adapter_that_loads_itself_again_at_every_step_is_refused(untouched, 
         VLLMScorer(untouched, lora_request=lora_request(lora_paths[0], load_inplace=True))
 
 
-def test_an_adapter_for_an_engine_object_is_given_to_the_engine(lora_llm, requests):
+def test_an_adapter_for_an_engine_object_is_given_to_the_engine(lora_llm, lora_requests):
     with pytest.raises(OptionError, match="lora_request has no effect on a GenerateEngine"):
-        VLLMScorer(GenerateEngine(lora_llm), lora_request=requests[1])
+        VLLMScorer(GenerateEngine(lora_llm), lora_request=lora_requests[1])
 
 
-def test_an_engine_without_the_plugin_is_refused(untouched, requests, wrapped_llm, monkeypatch):
+def test_an_engine_without_the_plugin_is_refused(untouched, lora_requests, wrapped_llm, monkeypatch):
     from vllm.v1.worker.worker_base import WorkerBase
 
     from vllm_kl.plugin.lora_modules import MODULES
 
     monkeypatch.delattr(WorkerBase, MODULES)
-    for llm, request in ((untouched, requests[1]), (wrapped_llm, None)):
+    for llm, request in ((untouched, lora_requests[1]), (wrapped_llm, None)):
         with pytest.raises(
             ReadoutUnavailableError, match="cannot say whether its LM head is wrapped for LoRA"
         ):
@@ -323,25 +291,25 @@ def test_an_engine_without_the_plugin_is_refused(untouched, requests, wrapped_ll
         ),
     ],
 )
-def test_engines_whose_workers_cannot_be_asked_are_judged_by_their_options(requests, args, message):
+def test_engines_whose_workers_cannot_be_asked_are_judged_by_their_options(lora_requests, args, message):
     """TorchRL's AsyncVLLM needs GPUs; its options are all that is known of it."""
     engine = SimpleNamespace(
         engine_args=SimpleNamespace(**args), generate=lambda *_: pytest.fail("something was scored")
     )
     with pytest.raises(ReadoutUnavailableError, match=message):
-        VLLMScorer(engine, lora_request=requests[1])
+        VLLMScorer(engine, lora_request=lora_requests[1])
 
 
 # Weights that change under the adapter, and adapters that change.
 
 
 def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(
-    lora_llm, lora_paths, oracles, tmp_path
+    lora_llm, lora_paths, lora_oracles, tmp_path
 ):
     path = tmp_path / "adapter"
     shutil.copytree(lora_paths[0], path)
     scorer = VLLMScorer(lora_llm, lora_request=lora_request(path, "moving", 30))
-    assert error_of(scorer, oracles[1], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
+    assert error_of(scorer, lora_oracles[1], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
     assert scorer.check_frozen() == 0.0
     shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
     assert scorer.check_frozen() == 0.0  # vLLM serves what it loaded
@@ -353,35 +321,19 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(
     with pytest.raises(FrozenError, match="moved"):
         scorer.check_frozen()
     # Name and path are what vLLM hashes: without a salt per call this would read KV of the old adapter.
-    assert error_of(scorer, oracles[2], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
-
-
-def test_two_sides_of_one_engine_are_told_apart_by_their_adapters(lora_llm, requests, tokenizer):
-    base, adapted = (VLLMReference(VLLMScorer(lora_llm, lora_request=r), tokenizer) for r in requests[:2])
-    options = {
-        "tokenizer": tokenizer,
-        "input_mode": "tokens",
-        "generate": False,
-        "pad_output": base.pad_output,
-    }
-    policy = LoRAWrapper(lora_llm, lora_request=requests[1], **options)
-    check_two_models(policy, base)
-    # An adapter may be bound to its engine's generate.
-    check_two_models(vLLMWrapper(lora_llm, **options), base)
-    with pytest.raises(OptionError, match="both sides are adapter 1 on one engine: the KL would be 0"):
-        check_two_models(policy, adapted)
+    assert error_of(scorer, lora_oracles[2], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["loaded here", "loaded by others"])
 def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
-    lora_llm, lora_paths, oracles, tmp_path, is_known
+    lora_llm, lora_paths, lora_oracles, tmp_path, is_known
 ):
     path = tmp_path / "adapter"
     shutil.copytree(lora_paths[0], path)
     request = lora_request(path, "rewritten", 31 + is_known)
     if is_known:
         VLLMScorer(lora_llm, lora_request=request)
-    assert generation_error(lora_llm, request, oracles[1]) < LOG_PROB_TOLERANCE
+    assert generation_error(lora_llm, request, lora_oracles[1]) < LOG_PROB_TOLERANCE
     shutil.copytree(lora_paths[1], path, dirs_exist_ok=True)
     advice = rf"remove_lora\({31 + is_known}\); assert llm\.reset_prefix_cache\(\)"
     with pytest.raises(
@@ -391,15 +343,15 @@ def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
         VLLMScorer(lora_llm, lora_request=request)
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
     # KV of the old adapter: what the second half is for.
-    assert generation_error(lora_llm, request, oracles[2]) > 0.1
+    assert generation_error(lora_llm, request, lora_oracles[2]) > 0.1
     lora_llm.llm_engine.remove_lora(request.lora_int_id)
     assert lora_llm.reset_prefix_cache()
-    assert error_of(VLLMScorer(lora_llm, lora_request=request), oracles[2]) < LOG_PROB_TOLERANCE
-    assert generation_error(lora_llm, request, oracles[2]) < LOG_PROB_TOLERANCE
+    assert error_of(VLLMScorer(lora_llm, lora_request=request), lora_oracles[2]) < LOG_PROB_TOLERANCE
+    assert generation_error(lora_llm, request, lora_oracles[2]) < LOG_PROB_TOLERANCE
 
 
 def test_a_push_changes_the_base_and_adapters_apply_on_top(
-    lora_llm, scorers, policy_path, ref_path, lora_paths, ref_oracle, oracles, tmp_path
+    lora_llm, scorers, policy_path, ref_path, lora_paths, ref_oracle, lora_oracles, tmp_path
 ):
     truths = [
         ref_oracle,
@@ -417,142 +369,6 @@ def test_a_push_changes_the_base_and_adapters_apply_on_top(
                 scorer.check_frozen()
     finally:
         push_weights(lora_llm, before)
-    for scorer, truth in zip(scorers, oracles, strict=True):
+    for scorer, truth in zip(scorers, lora_oracles, strict=True):
         assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
     assert weights_of(lora_llm).version == version + 1
-
-
-# A policy that is an adapter, its reference the base model on the same engine.
-
-
-@pytest.fixture
-def collect(lora_llm, tokenizer):
-    def run(reference, mode, policy_type=LoRAWrapper, **policy_options):
-        queries = DataLoader(
-            [{"query": "What is one and one?"}, {"query": "Why?"}],
-            collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items]),
-        )
-        env = ChatEnv.from_dataloader(
-            queries, batch_size=(2,), repeats=2, input_mode="history", tokenizer=tokenizer
-        )
-        env = env.append_transform(StepCounter(max_steps=1))
-        env = env.append_transform(RetrieveKL("from_collector", reference, gen_log_probs=mode))
-        policy = functools.partial(
-            policy_type,
-            lora_llm,
-            tokenizer=tokenizer,
-            generate_kwargs={"max_new_tokens": 10, "temperature": 1.0, "ignore_eos": True},
-            **policy_options,
-        )
-        collector = LLMCollector(env, policy_factory=policy, dialog_turns_per_batch=2, total_dialog_turns=4)
-        try:
-            return [data.reshape(-1) for data in collector]
-        finally:
-            collector.shutdown()
-
-    return run
-
-
-def check_kl(batches, policy_oracle, ref_oracle):
-    keys = {
-        "ids": ("tokens", "full"),
-        "real": ("masks", "all_attention_mask"),
-        "prompt": ("tokens", "prompt"),
-        "kl": ("next", "kl_penalty"),
-        "gen": ("next", "log_probs", "full"),
-        "ref": ("next", "ref_log_probs", "full"),
-    }
-    assert batches
-    for data in batches:
-        columns = {name: data.get(key, as_list=True) for name, key in keys.items()}
-        for i in range(len(data)):
-            row = {name: column[i] for name, column in columns.items()}
-            real = row["real"]
-            keep = (torch.arange(len(row["ids"])) >= len(row["prompt"]))[real].tolist()
-            ids = row["ids"][real]
-            want = oracle.kl(policy_oracle, ref_oracle, ids, keep)
-            assert want.abs().max() > 0.1
-            torch.testing.assert_close(row["kl"][real].double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
-            ref = ref_oracle.masked(ids, keep)
-            torch.testing.assert_close(row["ref"][real].double(), ref, rtol=0, atol=LOG_PROB_TOLERANCE)
-
-
-@pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
-@pytest.mark.parametrize("mode", ["reuse", "rescore"])
-def test_kl_of_an_adapter_against_its_base_on_one_engine_agrees_with_float64(
-    lora_llm, collect, tokenizer, requests, oracles, mode, pad_output
-):
-    reference = VLLMReference(VLLMScorer(lora_llm), tokenizer, pad_output=pad_output)
-    batches = collect(reference, mode, lora_request=requests[1], pad_output=pad_output)
-    check_kl(batches, oracles[1], oracles[0])
-
-
-def test_a_policy_that_is_given_follows_its_adapter(lora_llm, tokenizer, requests, oracles):
-    policy = LoRAWrapper(
-        lora_llm, lora_request=requests[1], tokenizer=tokenizer, input_mode="tokens", generate=False
-    )
-    reference = VLLMReference(VLLMScorer(lora_llm), tokenizer, input_mode="tokens")
-    transform = RetrieveKL(policy, reference, assistant_only=False, add_to_reward=False, on_stale="allow")
-    ids = list(range(5, 45))
-    for which in (1, 2, 1):
-        policy.lora_request = requests[which]
-        td = transform(TensorDict(tokens=TensorDict(full=torch.tensor([ids]), batch_size=1), batch_size=1))
-        want = oracle.kl(oracles[which], oracles[0], ids, [False] + [True] * (len(ids) - 1))
-        got = td.get("kl_penalty", as_list=True)[0].double()
-        torch.testing.assert_close(got, want, rtol=0, atol=2 * LOG_PROB_TOLERANCE)
-
-
-def test_one_async_engine_on_both_sides_is_refused(tokenizer):
-    """A fake: TorchRL's AsyncVLLM lives in Ray actors, and is told by its options."""
-    engine = SimpleNamespace(engine_args=SimpleNamespace(enable_lora=False), generate=lambda *args: [])
-    sides = [vLLMWrapper.__new__(vLLMWrapper) for _ in range(2)]
-    for side in sides:
-        side.__dict__.update(model=engine, lora_request=None)
-    with pytest.raises(OptionError, match="both sides are one SimpleNamespace: the KL would be 0"):
-        check_two_models(*sides)
-    engine.engine_args.enable_lora = True  # an adapter may come in otherwise
-    check_two_models(*sides)
-
-
-def test_the_reference_may_be_an_adapter_too(lora_llm, collect, tokenizer, requests, oracles):
-    reference = VLLMReference(lora_llm, tokenizer, lora_request=requests[2])
-    check_kl(collect(reference, "rescore", lora_request=requests[1]), oracles[1], oracles[2])
-    check_kl(collect(reference, "reuse", lora_request=None), oracles[0], oracles[2])
-
-
-def test_a_policy_class_of_the_users_own_is_scored_with_the_adapter_that_it_names(
-    lora_llm, collect, tokenizer, requests, oracles
-):
-    class Mine(vLLMWrapper):
-        def _call_generate(self, *args, **kwargs):
-            return super()._call_generate(*args, lora_request=requests[2], **kwargs)
-
-    reference = VLLMReference(lora_llm, tokenizer)
-    check_kl(collect(reference, "rescore", policy_type=Mine), oracles[2], oracles[0])
-
-
-def test_an_adapter_that_is_replaced_is_followed(lora_llm, tokenizer, requests, oracles):
-    policy = LoRAWrapper(
-        lora_llm, tokenizer=tokenizer, input_mode="tokens", generate=False, lora_request=requests[1]
-    )
-    side = FromCollector("rescore")
-    assert error_of(side._scorer_of(policy), oracles[1]) < LOG_PROB_TOLERANCE
-    assert side._scorer_of(policy) is side._scorer_of(policy)
-    policy.lora_request = requests[2]
-    assert error_of(side._scorer_of(policy), oracles[2]) < LOG_PROB_TOLERANCE
-    twin = policy.get_new_version(pad_output=True)
-    assert twin.lora_request is requests[2]
-    assert policy.get_new_version(lora_request=None).lora_request is None
-
-
-def test_torchrls_wrapper_still_drops_the_adapter(lora_llm, tokenizer, requests, monkeypatch):
-    """When this fails, TorchRL names adapters itself: read how, then sides.scorer_for."""
-    asked = []
-    monkeypatch.setattr(
-        lora_llm, "generate", lambda *_, **kwargs: asked.append(kwargs) or pytest.skip.Exception
-    )
-    kwargs = {"max_new_tokens": 4, "lora_request": requests[1]}
-    policy = vLLMWrapper(lora_llm, tokenizer=tokenizer, input_mode="tokens", generate_kwargs=kwargs)
-    policy._call_generate(sampling_params=policy.sampling_params)
-    assert asked == [{"sampling_params": policy.sampling_params}]
-    assert "lora_request" not in vars(policy)
