@@ -163,6 +163,33 @@ def lora_oracles(
 
 
 @pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray. It is told of GPUs that it has not: AsyncVLLM wants them, and uses none on a CPU."""
+    ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
+    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def async_llm(cluster: None, tied_paths: list[Path]) -> Iterator[Any]:
+    """TorchRL's ``AsyncVLLM`` of two replicas, whose weights tests replace."""
+    from torchrl.modules.llm import AsyncVLLM
+    from vllm import AsyncEngineArgs
+
+    args = AsyncEngineArgs(
+        model=str(tied_paths[0]),
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        worker_extension_cls="torchrl.modules.llm.backends.vllm.vllm_async._AsyncvLLMWorker",
+        **tiny.ENGINE_OPTIONS,
+    )
+    engine = AsyncVLLM.launch(args, num_replicas=2)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture(scope="session")
 def ref_scorer(ref_path: Path) -> Iterator[VLLMScorer]:
     """The reference's scorer, whose engine runs in its own process."""
     with VLLMScorer(str(ref_path), **tiny.ENGINE_OPTIONS) as scorer:

@@ -16,10 +16,13 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.compat import since
 from tests.engines.helpers import EOS, OPTIONS, PAD, VOCAB, random_ids
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest, ScoreResult
+
+pytestmark = pytest.mark.compat
 
 # Most heads are a matrix and a factor, which the kernel reads; these are not.
 OWN_HEADS = {"gemma2": "soft cap", "phi": "bias"}
@@ -106,7 +109,14 @@ def log_probs_in_float64(path, requests):
     return [torch.tensor(oracle.log_probs(r.token_ids)[r.start :], dtype=torch.float64) for r in requests]
 
 
-@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+# What vLLM cannot load before this version.
+SINCE = {"phi": since("0.28", "phi")}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=SINCE.get(name, ())) for name in tiny.ARCHITECTURES],
+)
 def architecture(request):
     return request.param
 

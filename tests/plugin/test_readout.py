@@ -15,6 +15,7 @@ import torch
 from vllm import PoolingParams, SamplingParams
 
 from tests import tiny
+from tests.compat import since
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, errors, plugin
 from vllm_kl.checks import check_ids
@@ -23,6 +24,8 @@ from vllm_kl.engines.start_engine import _Blocking
 from vllm_kl.plugin import allowed, cache_cap, scoring_models, text_only
 from vllm_kl.plugin.readout_request import KEY, Readout, pack, unpack
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+pytestmark = pytest.mark.compat
 
 VOCAB = 259
 
@@ -237,6 +240,7 @@ class TestPlugin:
         assert [lookup(None, ours), lookup(None, ours, 99), lookup(None, ours, 20)] == [39, 39, 20]
         assert [lookup(None, theirs), lookup(None, theirs, 20)] == [99, 20]
 
+    @since("0.30", "a hook of the router")
     @pytest.mark.parametrize("is_known", [False, True])
     def test_an_unknown_vllm_is_left_alone(self, monkeypatch, is_known):
         """Restores vLLM's own methods, then loads the plugin: a known vLLM gets hooks, an unknown none."""
@@ -362,6 +366,7 @@ class TestEngine:
         with pytest.raises(errors.EngineError, match="vLLM refused: too many"):
             drive(driver, [request], share_prefix=False)
 
+    @since("0.31", "the read-out")
     def test_token_ids_on_a_cpu_says_why_not(self, policy_llm):
         with pytest.raises(
             errors.ReadoutUnavailableError, match="V2 model runner, which needs a GPU. Use 'flat'"

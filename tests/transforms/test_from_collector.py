@@ -13,6 +13,8 @@ from vllm_kl import FromCollector, RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.errors import CollectorError
 from vllm_kl.transforms.choose_scorer import ScorerOf
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
 @pytest.mark.parametrize("mode", ["auto", "reuse", "rescore"])

@@ -19,6 +19,8 @@ from tests.lora import error_of
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import FromCollector, LoRAWrapper, RetrieveKL, VLLMReference, VLLMScorer
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture
 def collect(lora_llm, tokenizer):

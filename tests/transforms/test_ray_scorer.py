@@ -16,6 +16,7 @@ from vllm_kl.errors import EngineError, InputError, OptionError
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [
+    pytest.mark.usefixtures("cluster"),
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
@@ -24,13 +25,6 @@ pytestmark = [
 
 SEQUENCES, PROMPTS = [[5, 258, 9, 256, 7], [1, 2, 3]], [2, 1]
 KEEP = [[t >= p for t in range(len(s))] for s, p in zip(SEQUENCES, PROMPTS, strict=True)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
 
 
 def make_engine_reference(path):

@@ -14,12 +14,15 @@ from torchrl.modules.llm import vLLMWrapper
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from tests.compat import since
 from tests.lora import GROUP, PROMPT, error_of, lora_request
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import FromCollector, LoRAWrapper, VLLMScorer
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import FrozenError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.weights.push import push_weights, weights_of
+
+pytestmark = pytest.mark.compat
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +327,7 @@ def test_an_adapter_loaded_in_the_place_of_another_is_noticed_and_scored(
     assert error_of(scorer, lora_oracles[2], GROUP, len(PROMPT)) < LOG_PROB_TOLERANCE
 
 
+@since("0.32", "KV that vLLM keeps apart by an adapter's path")
 @pytest.mark.parametrize("is_known", [True, False], ids=["loaded here", "loaded by others"])
 def test_what_the_error_advises_gives_a_policy_that_generates_with_the_adapter(
     lora_llm, lora_paths, lora_oracles, tmp_path, is_known
