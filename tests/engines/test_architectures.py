@@ -110,7 +110,7 @@ def log_probs_in_float64(path, requests):
 
 
 # What vLLM cannot load before this version.
-SINCE = {"phi": since("0.28", "phi")}
+SINCE = {"phi": since("0.32", "phi")}
 
 
 @pytest.fixture(
