@@ -48,9 +48,12 @@ if TYPE_CHECKING:
     from vllm_kl.transforms.vllm_reference import VLLMReference as VLLMReference
     from vllm_kl.transforms.weight_updater import VLLMWeightUpdater as VLLMWeightUpdater
     from vllm_kl.types import EngineInfo as EngineInfo
+    from vllm_kl.types import Origin as Origin
+    from vllm_kl.types import Scored as Scored
     from vllm_kl.types import ScoreRequest as ScoreRequest
     from vllm_kl.types import ScoreResult as ScoreResult
     from vllm_kl.types import ScoreStats as ScoreStats
+    from vllm_kl.types import TokenBatch as TokenBatch
     from vllm_kl.types import TopK as TopK
     from vllm_kl.view.samples import Sample as Sample
     from vllm_kl.view.samples import read_samples as read_samples
@@ -90,7 +93,7 @@ _PUBLIC = {
     "transforms.sync_scheme": "VLLMSender VLLMSyncScheme",
     "transforms.vllm_reference": "VLLMReference",
     "transforms.weight_updater": "VLLMWeightUpdater",
-    "types": "EngineInfo ScoreRequest ScoreResult ScoreStats TopK",
+    "types": "EngineInfo Origin ScoreRequest ScoreResult ScoreStats Scored TokenBatch TopK",
     "view.samples": "Sample read_samples samples_from_batch write_samples",
     "weights.checkpoint": "Checkpoint Skeleton",
     "weights.collector_errors": "check_collector",

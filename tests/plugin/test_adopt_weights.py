@@ -59,7 +59,7 @@ def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
     weights, x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
     serving, loaded = (torch.nn.Sequential(kind(weight.clone())) for weight in weights)
     before = serving(x)
-    found = adopt_weights.compare(serving, loaded)
+    found = adopt_weights.pair_tensors(serving, loaded)
     assert torch.equal(serving(x), before)
     adopt_weights.adopt(found)
     assert found.obstacles == []
@@ -70,19 +70,19 @@ def test_after_an_adoption_a_layer_computes_what_the_loaded_one_does(kind):
 
 def test_nothing_is_moved_of_a_layer_with_the_same_weights_that_has_computed_nothing():
     layers = [torch.nn.Sequential(Scaled(torch.eye(4)), Late(torch.eye(4))) for _ in range(2)]
-    assert adopt_weights.compare(*layers).moved == []
+    assert adopt_weights.pair_tensors(*layers).moved == []
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn)])
 def test_a_tensor_of_another_kind_is_an_obstacle(dtypes):
     serving, loaded = (Late(torch.eye(4).to(dtype)) for dtype in dtypes)
-    assert "is torch." in adopt_weights.compare(serving, loaded).obstacles[0]
+    assert "is torch." in adopt_weights.pair_tensors(serving, loaded).obstacles[0]
 
 
 def test_a_number_in_a_tuple_cannot_be_put_there_and_is_an_obstacle():
     serving, loaded = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     serving.bounds, loaded.bounds = (0.0, 1.0), (0.0, 2.0)
-    assert adopt_weights.compare(serving, loaded).obstacles == [
+    assert adopt_weights.pair_tensors(serving, loaded).obstacles == [
         ".bounds.1 is a float that cannot be looked into"
     ]
 

@@ -149,7 +149,7 @@ def test_pushes_at_the_same_time_get_a_version_each(llm, states, oracles):
     assert_serves(llm, oracles[1 + versions.index(before + 2)], before + 2)
 
 
-def test_a_trainer_that_falls_silent_loses_its_turn(llm, states, oracles):
+def test_a_trainer_that_falls_silent_loses_the_push_lock(llm, states, oracles):
     def be_impatient(actor, seconds):
         from vllm_kl.weights import replica
 
@@ -165,10 +165,10 @@ def test_a_trainer_that_falls_silent_loses_its_turn(llm, states, oracles):
     assert all(
         is_done for is_done, _ in silent._run("prepare", *(["silent", folder, None] for _ in range(2)))
     )
-    assert push_weights(llm, states[1]) == version + 1  # waits until the turn is free
+    assert push_weights(llm, states[1]) == version + 1  # waits until the lock is free
     (is_done, error), _ = silent._run("commit", ["silent"], ["silent"])
     assert not is_done
-    assert "lost its turn: push again" in str(error)
+    assert "lost the push lock: push again" in str(error)
     for i in range(2):
         in_replica(llm, i, be_impatient, 60.0)
     assert_serves(llm, oracles[1], version + 1)

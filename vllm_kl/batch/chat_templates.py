@@ -1,4 +1,4 @@
-"""Turns histories into ids and assistant masks by a chat template, and reports what the template changed.
+"""Converts histories to ids and assistant masks by a chat template, and reports what the template changed.
 
 TorchRL chooses the template and turns a History into messages; the tokenizer renders and tokenizes the
 messages. Then this module compares the rendered text with the messages
@@ -364,7 +364,7 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     return Ends(ids=frozenset(ends), behind=frozenset(special - {t for t, _, _ in tokens}))
 
 
-def compare(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: Ends) -> TextReport:
+def report_changes(dialogs: Sequence[Dialog], masks: Sequence[torch.Tensor] | None, ends: Ends) -> TextReport:
     """Report what the template changed in the messages: metrics, and the first example of each kind.
 
     Args:

@@ -20,7 +20,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.data.llm import History
 
-from vllm_kl.batch.chat_templates import compare, end_turns, ends_of, render
+from vllm_kl.batch.chat_templates import end_turns, ends_of, render, report_changes
 from vllm_kl.batch.tokenize_texts import doubled_bos, tokenize
 from vllm_kl.errors import InputError
 from vllm_kl.types import Rows, TextReport, TokenBatch, columns_of, pack, widths_of
@@ -360,7 +360,7 @@ def _render(
     masks, of_turns = (None, TextReport()) if bare else end_turns(dialogs, ends)
     if not assistant_only:
         of_turns.warnings.pop("blank", None)  # all tokens count
-    return token_ids, masks, compare(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
+    return token_ids, masks, report_changes(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
 
 
 def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:

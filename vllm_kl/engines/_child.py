@@ -1,4 +1,4 @@
-"""The main program of an owned engine's process: ``python -m vllm_kl.engines._child FD OWNER_PID``.
+"""Is the main program of an owned engine's process: ``python -m vllm_kl.engines._child FD OWNER_PID``.
 
 The child reads calls ``(call_id, kind, body)`` from the connection:
 

@@ -39,7 +39,7 @@ from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, complete
+from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
 from vllm_kl.weights.loading import NeedsNewEngineError
 
 logger = logging.getLogger("vllm_kl")
@@ -96,7 +96,7 @@ class ProcessEngine:
         timeout_s: float | None = TIMEOUT_S,
         devices: Devices | None = None,
     ) -> None:
-        checkpoint = Start(model)
+        checkpoint = InitialCheckpoint(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request}
         self._child_options = {
             "start": start,
@@ -261,7 +261,9 @@ class _OwnedWeights:
     fails, or is interrupted in this process while the child goes on.
     """
 
-    def __init__(self, engine: ProcessEngine, model: str, options: dict[str, Any], start: Start) -> None:
+    def __init__(
+        self, engine: ProcessEngine, model: str, options: dict[str, Any], start: InitialCheckpoint
+    ) -> None:
         self._engine = weakref.proxy(engine)
         self._model = model
         self._start = start

@@ -1,4 +1,4 @@
-"""The vLLM plugin: code that runs in every process of a vLLM engine, loaded by ``vllm.general_plugins``.
+"""Holds the vLLM plugin, which every process of a vLLM engine loads through ``vllm.general_plugins``.
 
     register          the entry point: installs the hooks below (this module)
     allowed           the known versions of vLLM, and the variable that turns the plugin off

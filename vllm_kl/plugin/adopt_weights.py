@@ -2,7 +2,7 @@
 
 Both models have the same architecture. So they hold the same tensors at the same places: in parameters, in
 buffers, in attributes of layers, and inside objects that layers compute with (vLLM's quantization methods and
-kernels). :func:`compare` walks through both models and pairs the tensors. :func:`adopt` copies them, so
+kernels). :func:`pair_tensors` walks through both models and pairs the tensors. :func:`adopt` copies them, so
 everything that holds a tensor of the serving model (a kernel, a captured CUDA graph, an attention with sinks)
 sees the new numbers.
 
@@ -14,7 +14,7 @@ value:
 - ``None``, where a layer makes a tensor of its weights in its first forward (``_combined_gate_weight``,
   ``fused_moe/runner/moe_runner.py``, vLLM 0.32). The serving model drops its tensor and makes it again.
 
-A tensor without a counterpart, or with another shape, is an obstacle: :func:`compare` reports it.
+A tensor without a counterpart, or with another shape, is an obstacle: :func:`pair_tensors` reports it.
 
 The module knows no architecture. KV caches are no weights: they are not copied.
 """
@@ -52,7 +52,7 @@ class Differences:
     obstacles: list[str] = field(default_factory=list)  # sentences about places that do not match
 
 
-def compare(serving: torch.nn.Module, loaded: torch.nn.Module) -> Differences:
+def pair_tensors(serving: torch.nn.Module, loaded: torch.nn.Module) -> Differences:
     """Pair every value of the loaded model with the serving model's value at the same place."""
     walk = _Walk()
     modules = dict(_named_modules(serving))

@@ -70,7 +70,7 @@ def prepare(worker: Any, folder: str | None) -> list[str]:
     discard(worker)
     model = worker.model_runner.get_model()
     try:
-        found = adopt_weights.compare(model, load_second_model(worker, folder))
+        found = adopt_weights.pair_tensors(model, load_second_model(worker, folder))
     except CannotLoadBesideError as error:
         return [str(error)]
     if found.moved and _is_compiled(worker):

@@ -1,4 +1,4 @@
-"""Takes an engine that this package made or was given.
+"""Marks an engine that this package made or was given as taken, which allows the plugin more in it.
 
 In the processes of a taken engine
 

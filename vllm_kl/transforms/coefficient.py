@@ -1,4 +1,4 @@
-"""``Coefficient``: the factor of the KL that is subtracted from the reward."""
+"""``Coefficient`` is the factor of the KL that is subtracted from the reward."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ from vllm_kl.transforms.model_side import Side
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.tokens_transform import TokensTransform, side_log_probs
 from vllm_kl.types import Scored, TokenBatch
-from vllm_kl.weights.versions import OnStale, place, two_references
+from vllm_kl.weights.versions import OnStale, index_in_batch, two_references
 
 Deferred = Literal[False, True, "buffer"]
 
@@ -344,12 +344,13 @@ def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handl
     except Exception as error:
         rows = {h.row: i for i, handles in enumerate(waiting) for h in handles if h.step is handle.step}
         where = (
-            f"env step {handle.step.number}, of which this batch has sample {place(i, shape)} and maybe more"
+            f"env step {handle.step.number}, of which this batch has sample {index_in_batch(i, shape)} and "
+            "maybe more"
         )
         row = getattr(error, "sample", None)
         if row is not None:
             at = rows.get(row)
-            found = "not in this batch" if at is None else f"sample {place(at, shape)} of this batch"
+            found = "not in this batch" if at is None else f"sample {index_in_batch(at, shape)} of this batch"
             where = f"row {row} of env step {handle.step.number}: {found}"
         if isinstance(error, VLLMKLError):
             raise type(error)(f"{where}: {error}") from error
@@ -365,7 +366,11 @@ def _check_one_version(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> 
         if version != handle.step.version:
             owner = handle.step.owner
             two_references(
-                place(before, shape), version, place(i, shape), handle.step.version, owner.on_two_references
+                index_in_batch(before, shape),
+                version,
+                index_in_batch(i, shape),
+                handle.step.version,
+                owner.on_two_references,
             )
             return
 

@@ -1,4 +1,4 @@
-"""``Estimation``: the estimators of a transform's KL, and their options."""
+"""``Estimation`` holds the estimators of a transform's KL, and their options."""
 
 from __future__ import annotations
 

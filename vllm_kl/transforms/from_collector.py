@@ -1,4 +1,4 @@
-"""``FromCollector``: the generation side of a KL, with the log-probs of the collector's policy.
+"""``FromCollector`` is the generation side of a KL, with the log-probs of the collector's policy.
 
 The side reuses the log-probs that the policy recorded while it sampled, if they fit the reference. Else it
 asks the policy's engine to score the ids again:

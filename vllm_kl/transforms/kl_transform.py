@@ -1,4 +1,4 @@
-"""``KLTransform``: the base class of ``RetrieveKL`` and ``KLComputation``, which have a ``Penalty``."""
+"""``KLTransform`` is the base class of ``RetrieveKL`` and ``KLComputation``, which have a ``Penalty``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``LoRAWrapper``: a TorchRL policy that generates and scores with a LoRA adapter on a vLLM engine.
+"""``LoRAWrapper`` is a TorchRL policy that generates and scores with a LoRA adapter on a vLLM engine.
 
 TorchRL 0.14's ``vLLMWrapper`` cannot name an adapter: it drops ``generate_kwargs={"lora_request": ...}``
 without a warning, and the base model generates. ``LoRAWrapper`` names the adapter in every request.

@@ -1,4 +1,4 @@
-"""``Side``: one side of a KL. ``ModelSide``: the side that a given model scores.
+"""``Side`` is one side of a KL, and ``ModelSide`` the side that a given model scores.
 
 The other kind of side is :class:`~vllm_kl.FromCollector`. Both sides of a KL score the same ids through this
 package's own code; a model only provides its weights. So the sides cannot disagree about tokens, masks or

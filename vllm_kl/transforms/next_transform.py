@@ -1,4 +1,4 @@
-"""``NextTransform``: the base class of this package's transforms; it writes into ``next``."""
+"""``NextTransform`` is the base class of this package's transforms; it writes into ``next``."""
 
 from __future__ import annotations
 

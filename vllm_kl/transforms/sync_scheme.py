@@ -1,4 +1,4 @@
-"""``VLLMSyncScheme``: TorchRL's weight sync scheme for a vLLM engine of this machine."""
+"""``VLLMSyncScheme`` is TorchRL's weight sync scheme for a vLLM engine of this machine."""
 
 from __future__ import annotations
 

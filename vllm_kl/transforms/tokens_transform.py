@@ -1,4 +1,4 @@
-"""``TokensTransform``: the base class of the transforms that read tokens and let a model score them."""
+"""``TokensTransform`` is the base class of the transforms that read tokens and let a model score them."""
 
 from __future__ import annotations
 

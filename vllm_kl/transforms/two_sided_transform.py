@@ -1,4 +1,4 @@
-"""``TwoSidedTransform``: the base class of ``RetrieveKL``; it lets policy and reference score the tokens."""
+"""``TwoSidedTransform``, the base class of ``RetrieveKL``, lets policy and reference score the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``TwoSides``: the two sides of ``RetrieveKL``, made from its arguments and checked against each other."""
+"""Makes the two sides of ``RetrieveKL`` from its arguments, and checks that they fit each other."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Checkpoint:
             self._delete()
 
 
-class Start:
+class InitialCheckpoint:
     """The checkpoint that an engine starts with: version 0, unless a program writes over the files.
 
     Args:

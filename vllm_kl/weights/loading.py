@@ -22,7 +22,13 @@ from typing import Any
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.allowed import KNOWN_VLLM
 from vllm_kl.plugin.load_weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
-from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start, next_version, refuse_another_model
+from vllm_kl.weights.checkpoint import (
+    Checkpoint,
+    InitialCheckpoint,
+    Skeleton,
+    next_version,
+    refuse_another_model,
+)
 
 # vLLM's weight_version of an engine that has the weights of its start (v1/engine/core.py, 0.32).
 INITIAL = "default"
@@ -67,7 +73,7 @@ class Record:
 
     def __init__(self, model_config: Any) -> None:
         self._model_config = model_config
-        self._start = Start(model_config.model)
+        self._start = InitialCheckpoint(model_config.model)
         self._skeleton: Skeleton | None = None
         self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
         self.last: int | None = 0  # the last known version of the engine; None: not known

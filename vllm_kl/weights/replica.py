@@ -6,7 +6,8 @@ The code runs in the replica's Ray actor, which keeps the replica's ``AsyncLLM``
 
     begin -> prepare -> commit -> end        or, if another replica failed:  -> put_back -> end
 
-Only one trainer at a time has the turn. A trainer that is silent for a minute between two steps loses it.
+Only one trainer at a time has the push lock. A trainer that is silent for a minute between two steps loses
+it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Replica:
 
     def __init__(self, engine: Any) -> None:
         self._weights = AsyncWeights(engine)
-        self._turn, self._step = asyncio.Lock(), asyncio.Lock()
+        self._push_lock, self._step_lock = asyncio.Lock(), asyncio.Lock()
         self._holder: str | None = None  # the trainer's token
         self._prepared: Prepared | None = None
         self.received: dict[str, Checkpoint] = {}  # by folder; until a step takes it
@@ -77,37 +78,37 @@ class Replica:
         return await self._weights.uncounted()
 
     async def take_over(self, version: int | None, check: bool) -> int:
-        async with self._turn:
+        async with self._push_lock:
             return await self._weights.take_over(version, check=check)
 
     async def begin(self, token: str) -> None:
-        """Wait for the turn."""
-        await self._turn.acquire()
+        """Wait for the push lock."""
+        await self._push_lock.acquire()
         self._holder = token
         self._expect_a_step()
 
     async def prepare(self, token: str, folder: str, version: int | None) -> int:
         """Load a folder beside the serving weights; return the version that it would get."""
-        async with self._turn_of(token):
+        async with self._holding(token):
             checkpoint = self.received.pop(folder, None) or Checkpoint(Path(folder))
             self._prepared = await self._weights.prepare(checkpoint, version)
             return self._prepared.version
 
     async def commit(self, token: str) -> None:
         """Serve the prepared weights."""
-        async with self._turn_of(token):
+        async with self._holding(token):
             assert self._prepared is not None
             await self._weights.commit(self._prepared)
 
     async def put_back(self, token: str, reason: str) -> None:
         """Serve the weights of before the commit."""
-        async with self._turn_of(token):
+        async with self._holding(token):
             assert self._prepared is not None
             await self._weights.put_back(self._prepared, WeightsError(reason))
 
     async def end(self, token: str) -> None:
-        """Give the turn to the next trainer, if this one still has it. A step that goes on ends first."""
-        async with self._step:
+        """Release the push lock, if this trainer still has it. A step that goes on ends first."""
+        async with self._step_lock:
             if self._holder != token:
                 return
             self._stop_waiting()
@@ -116,16 +117,16 @@ class Replica:
                 if prepared is not None:
                     await self._weights.drop_prepared()
             finally:
-                self._turn.release()
+                self._push_lock.release()
 
     @contextlib.asynccontextmanager
-    async def _turn_of(self, token: str) -> AsyncIterator[None]:
-        async with self._step:
+    async def _holding(self, token: str) -> AsyncIterator[None]:
+        async with self._step_lock:
             self._stop_waiting()
             if self._holder != token:
                 raise WeightsError(
-                    f"the trainer gave this replica no order for {_SILENT_AT_MOST_S:g} s, and lost its turn: "
-                    "push again"
+                    f"the trainer gave this replica no order for {_SILENT_AT_MOST_S:g} s, and lost the push "
+                    "lock: push again"
                 )
             try:
                 yield

@@ -22,7 +22,7 @@ from typing import Any
 
 from vllm_kl.errors import EngineError, OptionError, WeightsError
 from vllm_kl.weights import replica
-from vllm_kl.weights.checkpoint import Checkpoint, Skeleton, Start
+from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton
 from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.loading import NeedsNewEngineError
 
@@ -38,7 +38,7 @@ class ReplicaWeights:
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
         self._skeleton: Skeleton | None = None
-        self._start = Start(engine.engine_args.model)
+        self._start = InitialCheckpoint(engine.engine_args.model)
         self._served: Checkpoint | None = None  # kept, so that its folder is there if it must be put back
         self._lock = threading.Lock()
 
@@ -89,7 +89,7 @@ class ReplicaWeights:
                 says that one could not put them back.
             EngineError: a replica died.
         """
-        with self._lock, self._turn() as token:
+        with self._lock, self._push_locks() as token:
             version = self.next_version(version)
             folders = self._folders(checkpoint)
             prepared = self._run("prepare", *([token, folder, version] for folder in folders))
@@ -124,8 +124,8 @@ class ReplicaWeights:
         """Do nothing: :meth:`sleep` is refused."""
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[str]:
-        """Take the turn on all replicas. All trainers begin with the first one: so none waits for another."""
+    def _push_locks(self) -> Iterator[str]:
+        """Hold the push lock of all replicas. Trainers take them in one order, so none waits in a circle."""
         token = uuid.uuid4().hex
         self._nodes()
         number = len(self._engine_or_raise().actors)
@@ -232,7 +232,7 @@ def _refused(failed: dict[int, Exception]) -> Exception:
     if isinstance(error, NeedsNewEngineError):
         return error
     kind = type(error) if isinstance(error, (WeightsError, EngineError)) else WeightsError
-    return kind(f"replica {index} refused the weights: {error}. All replicas keep the old weights")
+    return kind(f"replica {index} refused the weights: {error}.\nAll replicas keep the old weights")
 
 
 def _failed(failed: dict[int, Exception], lost: dict[int, Exception]) -> Exception:

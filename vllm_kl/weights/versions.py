@@ -111,7 +111,13 @@ def check_versions(
     refs = [(i, version) for i, version in enumerate(versions) if version is not None]
     for i, version in refs:
         if version != refs[0][1]:
-            two_references(place(refs[0][0], shape), refs[0][1], place(i, shape), version, on_two_references)
+            two_references(
+                index_in_batch(refs[0][0], shape),
+                refs[0][1],
+                index_in_batch(i, shape),
+                version,
+                on_two_references,
+            )
             break
     return policy_range(origins(flat)) | ref_range([version for _, version in refs])
 
@@ -123,7 +129,7 @@ def policy_range(sampled: list[Origin]) -> dict[str, float]:
     return {"policy_version_min": min(versions), "policy_version_max": max(versions)} if versions else {}
 
 
-def place(i: int, shape: torch.Size) -> int | list[int]:
+def index_in_batch(i: int, shape: torch.Size) -> int | list[int]:
     """Return the index in a batch of this shape of sample i of the flattened batch."""
     return i if len(shape) < 2 else [int(n) for n in torch.unravel_index(torch.tensor(i), shape)]
 
