@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import adopt_weights, missing_weights, second_model
+from vllm_kl.plugin import adopt_weights, load_weights, missing_weights, second_model
 from vllm_kl.weights.checkpoint import Skeleton
 
 
@@ -158,3 +159,29 @@ def test_a_part_that_no_checkpoint_fills_is_noticed_wherever_it_lies(shape):
             data.narrow(axis, first, length).copy_(kept)
             assert [is_missing for _, is_missing in missing_weights._unmark(marks)] == [True], (axis, first)
             assert not data.isnan().any()
+
+
+def test_what_a_request_makes_of_the_old_weights_between_load_and_adoption_is_replaced(monkeypatch):
+    """As vLLM's layers of experts do in their first forward: the load came before, the adoption after it."""
+
+    class Gate(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((2,), value))
+            self.doubled = None
+
+        def forward(self):
+            self.doubled = self.weight * 2 if self.doubled is None else self.doubled
+            return self.doubled
+
+    serving, loaded = Gate(1.0), Gate(3.0)
+    monkeypatch.setattr(load_weights, "load_second_model", lambda worker, folder: loaded)
+    monkeypatch.setattr(load_weights, "_is_compiled", lambda worker: False)
+    runner = SimpleNamespace(
+        get_model=lambda: serving, reset_encoder_cache=lambda: None, reset_mm_cache=lambda: None
+    )
+    worker = SimpleNamespace(model_runner=runner)
+    assert load_weights.prepare(worker, "folder") == []
+    assert serving().tolist() == [2, 2]  # a request in between
+    load_weights.adopt(worker)
+    assert serving().tolist() == [6, 6]

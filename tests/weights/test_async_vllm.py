@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
+import json
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -83,7 +87,7 @@ def fail_at(actor, step):
     """Make a step of a replica fail; ``None``: no step fails any more."""
     from vllm_kl.weights.live_weights import AsyncWeights
 
-    async def fail(self, *args):
+    async def fail(self, *args, **kwargs):
         raise RuntimeError("a worker died")
 
     kept = vars(AsyncWeights).get("_kept", (AsyncWeights.prepare, AsyncWeights.commit))
@@ -105,7 +109,7 @@ def test_one_replica_that_fails_leaves_all_on_the_old_weights(llm, states, oracl
     before = push_weights(llm, states[0])
     in_replica(llm, replica, fail_at, step)
     try:
-        with pytest.raises(WeightsError, match=f"replica {replica} .*a worker died.*old weights"):
+        with pytest.raises(WeightsError, match=f"(?s)replica {replica} .*a worker died.*old weights"):
             push_weights(llm, states[1])
     finally:
         in_replica(llm, replica, fail_at, None)
@@ -161,10 +165,10 @@ def test_a_trainer_that_falls_silent_loses_the_push_lock(llm, states, oracles):
     silent = weights_of(llm)
     for i in range(2):
         silent._run_on("begin", {i: ["silent"]})
-    folder = str(silent._served.folder)
-    assert all(
-        is_done for is_done, _ in silent._run("prepare", *(["silent", folder, None] for _ in range(2)))
-    )
+    order = ["silent", str(silent._served.folder), None, False]
+    assert all(is_done for is_done, _ in silent._run("prepare", order, order))
+    # An order of somebody else is refused, and is no sign of life.
+    assert not any(is_done for is_done, _ in silent._run("commit", ["another"], ["another"]))
     assert push_weights(llm, states[1]) == version + 1  # waits until the lock is free
     (is_done, error), _ = silent._run("commit", ["silent"], ["silent"])
     assert not is_done
@@ -172,6 +176,66 @@ def test_a_trainer_that_falls_silent_loses_the_push_lock(llm, states, oracles):
     for i in range(2):
         in_replica(llm, i, be_impatient, 60.0)
     assert_serves(llm, oracles[1], version + 1)
+
+
+def test_the_version_can_be_read_while_the_replicas_change_over(llm, states):
+    before = push_weights(llm, states[0])
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(generated, llm, 0, max_tokens=200)  # replica 0 changes over when it is done
+        time.sleep(0.2)
+        push = pool.submit(push_weights, llm, states[1])
+        read = []
+        while not push.done():
+            read.append(weights_of(llm).version)
+    assert set(read) <= {before, before + 1}
+    assert before in read
+    assert len(running.result().token_ids) == 200
+
+
+def test_an_interrupt_while_replicas_change_over_leaves_them_in_step(llm, states, oracles, monkeypatch):
+    before = push_weights(llm, states[0])
+    commit = ReplicaWeights._commit
+
+    def interrupted(self, *args):
+        _thread.interrupt_main()
+        commit(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplicaWeights, "_commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            push_weights(llm, states[1])
+    assert_serves(llm, oracles[1], before + 1)
+    # The trainer's folder is gone. The replicas have links to its files, and can put them back.
+    in_replica(llm, 1, fail_at, "commit")
+    try:
+        with pytest.raises(WeightsError, match="The others serve the old weights again"):
+            push_weights(llm, states[2])
+    finally:
+        in_replica(llm, 1, fail_at, None)
+    assert_serves(llm, oracles[1], before + 1)
+
+
+def test_a_trainer_that_gives_up_while_it_waits_never_gets_the_lock(llm, states):
+    weights = weights_of(llm)
+    version = push_weights(llm, states[0])
+    weights._run_on("begin", {0: ["first"]})
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(weights._run_on, "begin", {0: ["second"]})
+        time.sleep(0.2)
+        weights._run_on("end", {0: ["second"]})
+        weights._run_on("end", {0: ["first"]})
+        waiting.result(timeout=10)
+    assert push_weights(llm, states[0]) == version + 1
+
+
+def test_a_folder_of_another_model_is_refused(llm, states, folders, tmp_path):
+    before = push_weights(llm, states[0])
+    other = shutil.copytree(folders[1], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(WeightsError, match="rms_norm_eps"):
+        finish_update(llm, source=other)
+    assert finish_update(llm, source=folders[1]) == before + 1
 
 
 def test_replicas_on_another_machine_get_the_files_through_ray(llm, states, oracles, monkeypatch):

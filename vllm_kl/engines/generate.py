@@ -107,9 +107,10 @@ class GenerateEngine:
         self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: Callable[[int], None] | None
     ) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
+        outputs = self._send(requests, share_prefix)
         # LiveWeights tell the version of the whole call afterwards.
         uncounted = self.weights.uncounted if isinstance(self.weights, ReplicaWeights) else INITIAL
-        for request, output in zip(requests, self._send(requests, share_prefix), strict=True):
+        for request, output in zip(requests, outputs, strict=True):
             num_cached = output.num_cached_tokens or 0
             is_whole = num_cached <= request.start - 1 and self._readout.is_there(output)
             results.append(

@@ -68,23 +68,30 @@ def prepare(worker: Any, folder: str | None) -> list[str]:
     """
     _freeze_heap(worker)
     discard(worker)
-    model = worker.model_runner.get_model()
     try:
-        found = adopt_weights.pair_tensors(model, load_second_model(worker, folder))
+        loaded = load_second_model(worker, folder)
     except CannotLoadBesideError as error:
         return [str(error)]
+    setattr(worker, _PREPARED, loaded)
+    return _compared(worker).obstacles
+
+
+def _compared(worker: Any) -> adopt_weights.Differences:
+    """Compare the serving model with the prepared one."""
+    found = adopt_weights.pair_tensors(worker.model_runner.get_model(), getattr(worker, _PREPARED))
     if found.moved and _is_compiled(worker):
         found.obstacles.append(
             f"compiled code holds values that can only be replaced, not copied ({found.moved[0]})"
         )
-    setattr(worker, _PREPARED, found)
-    return found.obstacles
+    return found
 
 
 def adopt(worker: Any) -> None:
     """Copy the prepared weights into the serving model."""
-    found = getattr(worker, _PREPARED)
+    found = _compared(worker)  # again: a request since then may have made more of the old weights
     discard(worker)
+    if found.obstacles:
+        raise RuntimeError(found.obstacles[0])
     adopt_weights.adopt(found)
     getattr(worker, _LOADS, []).clear()
     runner = worker.model_runner  # vLLM's own reload_weights resets the same
@@ -104,7 +111,7 @@ def serves_what_is_prepared(worker: Any) -> bool:
 
     It compares only weights that a load copies from the checkpoint unchanged.
     """
-    found: adopt_weights.Differences = getattr(worker, _PREPARED)
+    found = _compared(worker)
     return all(torch.equal(serving, loaded.to(serving.device)) for serving, loaded in found.plain)
 
 

@@ -49,6 +49,8 @@ def log2_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, scale2: 
         weight_V_H: contiguous, in the same dtype, on the same GPU.
         scale2: factor of every logit, times ``log2(e)``.
     """
+    assert hidden_N_H.is_contiguous()
+    assert weight_V_H.is_contiguous()
     (num_rows, hidden_size), vocab_size = hidden_N_H.shape, len(weight_V_H)
     is_hopper = _capability(hidden_N_H.device) >= (9, 0) and hidden_N_H.dtype.itemsize == 2
     tile = _HOPPER if is_hopper else _SMALL

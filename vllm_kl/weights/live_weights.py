@@ -119,6 +119,7 @@ _RECORDS: weakref.WeakKeyDictionary[Any, Record] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[Any, EngineLock] = weakref.WeakKeyDictionary()
 # AsyncLLM -> a lock of its event loop: one load at a time.
 _TURNS: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
+_TAKES: weakref.WeakKeyDictionary[Any, asyncio.Task[None]] = weakref.WeakKeyDictionary()
 _TASKS: set[asyncio.Task[int]] = set()
 
 
@@ -272,9 +273,17 @@ class AsyncWeights:
         await self._take()
         return await self._record.uncounted(self._call)
 
-    async def prepare(self, checkpoint: Checkpoint, version: int | None) -> Prepared:
-        """Let the workers load a checkpoint beside the serving weights. Requests go on meanwhile."""
+    async def prepare(self, checkpoint: Checkpoint, version: int | None, *, is_foreign: bool) -> Prepared:
+        """Let the workers load a checkpoint beside the serving weights. Requests go on meanwhile.
+
+        Args:
+            checkpoint: the checkpoint.
+            version: as in ``push_weights``.
+            is_foreign: another program wrote it: it is refused if it is of another model.
+        """
         await self._take()
+        if is_foreign:
+            await asyncio.to_thread(self._record.refuse_another_model, checkpoint.folder)
         return await self._record.prepare(self._call, checkpoint, version)
 
     async def commit(self, prepared: Prepared) -> None:
@@ -308,11 +317,21 @@ class AsyncWeights:
             await self._call("resume_generation")
 
     async def _take(self) -> None:
-        if self._record.is_taken is None:
+        """Take the engine (:mod:`vllm_kl.plugin.taken_engines`), once. All callers wait for the first one."""
+        if self._engine not in _TAKES:
+            _TAKES[self._engine] = asyncio.create_task(self._take_once())
+        await asyncio.shield(_TAKES[self._engine])
+
+    async def _take_once(self) -> None:
+        if self._record.is_taken is not None:
+            return
+        try:
+            answers = await self._call("collective_rpc", TAKE, None, (os.getpid(),))
+            if any(answers):
+                await self._call("reset_prefix_cache")
+            self._record.is_taken = True
+        except Exception:  # load() raises an error if the plugin is missing
             self._record.is_taken = False
-            with contextlib.suppress(Exception):  # load() raises an error if the plugin is missing
-                await self._call("collective_rpc", TAKE, None, (os.getpid(),))
-                self._record.is_taken = True
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         name = {"set_weight_version": "update_weight_version"}.get(method, method)

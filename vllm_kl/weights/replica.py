@@ -6,8 +6,7 @@ The code runs in the replica's Ray actor, which keeps the replica's ``AsyncLLM``
 
     begin -> prepare -> commit -> end        or, if another replica failed:  -> put_back -> end
 
-Only one trainer at a time has the push lock. A trainer that is silent for a minute between two steps loses
-it.
+Only one trainer at a time has the push lock. A trainer that gives no sign of life for a minute loses it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from vllm_kl import lifetime
 from vllm_kl.errors import WeightsError
 from vllm_kl.weights.checkpoint import Checkpoint, new_folder
 from vllm_kl.weights.live_weights import AsyncWeights
@@ -38,12 +39,13 @@ def install(actor: Any) -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def receive(actor: Any, names: list[str], *parts: bytes) -> str:
+def receive(actor: Any, token: str, names: list[str], *parts: bytes) -> str:
     """Write the files of a checkpoint on this machine; return the folder."""
     folder = new_folder(sum(map(len, parts)))
+    checkpoint = Checkpoint(folder, is_ours=True)
     for name, part in zip(names, parts, strict=True):
         (folder / name).write_bytes(part)
-    actor._vllm_kl_replica.received = {str(folder): Checkpoint(folder, is_ours=True)}
+    actor._vllm_kl_replica.received[token] = checkpoint
     return str(folder)
 
 
@@ -63,13 +65,17 @@ class Replica:
     def __init__(self, engine: Any) -> None:
         self._weights = AsyncWeights(engine)
         self._push_lock, self._step_lock = asyncio.Lock(), asyncio.Lock()
-        self._holder: str | None = None  # the trainer's token
+        self._holder: str | None = None  # the token of the trainer that has the push lock
+        self._given_up: set[str] = set()  # tokens of trainers that no longer wait for it
+        self._heard_s = 0.0  # when the trainer gave its last sign of life
+        self._watch: asyncio.Task[None] | None = None
         self._prepared: Prepared | None = None
-        self.received: dict[str, Checkpoint] = {}  # by folder; until a step takes it
-        self._expiry: asyncio.TimerHandle | None = None
+        self._has_committed = False
+        self.received: dict[str, Checkpoint] = {}  # by token; until the trainer's next step
 
-    async def version(self) -> int | None:
-        return await self._weights.version()
+    async def version(self) -> tuple[int | None, bool]:
+        """Return the version that serves, and whether a push is going on."""
+        return await self._weights.version(), self._holder is not None
 
     async def next_version(self, version: int | None) -> int:
         return await self._weights.next_version(version)
@@ -84,14 +90,33 @@ class Replica:
     async def begin(self, token: str) -> None:
         """Wait for the push lock."""
         await self._push_lock.acquire()
+        if token in self._given_up:
+            self._given_up.discard(token)
+            self._push_lock.release()
+            return
         self._holder = token
-        self._expect_a_step()
+        self.hear()
+        self._watch = asyncio.get_running_loop().create_task(self._end_if_silent(token))
 
-    async def prepare(self, token: str, folder: str, version: int | None) -> int:
-        """Load a folder beside the serving weights; return the version that it would get."""
+    async def beat(self, token: str) -> None:
+        """Take a sign of life of the trainer."""
+        if self._holder == token:
+            self.hear()
+
+    async def prepare(self, token: str, folder: str, version: int | None, is_foreign: bool) -> int:
+        """Load a folder beside the serving weights; return the version that it would get.
+
+        Args:
+            token: of the trainer.
+            folder: of the checkpoint. Files of this package are linked, because the trainer may delete them.
+            version: as in ``push_weights``.
+            is_foreign: another program wrote the folder.
+        """
         async with self._holding(token):
-            checkpoint = self.received.pop(folder, None) or Checkpoint(Path(folder))
-            self._prepared = await self._weights.prepare(checkpoint, version)
+            checkpoint = self.received.pop(token, None)
+            if checkpoint is None:
+                checkpoint = Checkpoint(Path(folder)) if is_foreign else _linked(Path(folder))
+            self._prepared = await self._weights.prepare(checkpoint, version, is_foreign=is_foreign)
             return self._prepared.version
 
     async def commit(self, token: str) -> None:
@@ -99,45 +124,68 @@ class Replica:
         async with self._holding(token):
             assert self._prepared is not None
             await self._weights.commit(self._prepared)
+            self._has_committed = True
 
     async def put_back(self, token: str, reason: str) -> None:
-        """Serve the weights of before the commit."""
+        """Serve the weights of before the commit, if there was one."""
         async with self._holding(token):
-            assert self._prepared is not None
-            await self._weights.put_back(self._prepared, WeightsError(reason))
+            if self._has_committed:
+                assert self._prepared is not None
+                await self._weights.put_back(self._prepared, WeightsError(reason))
+                self._has_committed = False
 
     async def end(self, token: str) -> None:
-        """Release the push lock, if this trainer still has it. A step that goes on ends first."""
+        """Release the push lock, if this trainer has it or waits for it. A step that runs ends first."""
         async with self._step_lock:
-            if self._holder != token:
-                return
-            self._stop_waiting()
-            self._holder, prepared, self._prepared = None, self._prepared, None
-            try:
-                if prepared is not None:
-                    await self._weights.drop_prepared()
-            finally:
-                self._push_lock.release()
+            self.received.pop(token, None)
+            if self._holder == token:
+                await self._release()
+            else:
+                self._given_up.add(token)
+
+    async def _release(self) -> None:
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            self._watch.cancel()
+        is_pending = self._prepared is not None and not self._has_committed
+        self._watch = self._holder = self._prepared = None
+        self._has_committed = False
+        try:
+            if is_pending:
+                await self._weights.drop_prepared()
+        finally:
+            self._push_lock.release()
+
+    def hear(self) -> None:
+        self._heard_s = asyncio.get_running_loop().time()
+
+    async def _end_if_silent(self, token: str) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SILENT_AT_MOST_S / 4)
+            async with self._step_lock:
+                if self._holder != token:
+                    return
+                if loop.time() - self._heard_s > _SILENT_AT_MOST_S:
+                    await self._release()
+                    return
 
     @contextlib.asynccontextmanager
     async def _holding(self, token: str) -> AsyncIterator[None]:
         async with self._step_lock:
-            self._stop_waiting()
             if self._holder != token:
                 raise WeightsError(
-                    f"the trainer gave this replica no order for {_SILENT_AT_MOST_S:g} s, and lost the push "
-                    "lock: push again"
+                    f"the trainer gave this replica no sign of life for {_SILENT_AT_MOST_S:g} s, and lost "
+                    "the push lock: push again"
                 )
             try:
                 yield
             finally:
-                self._expect_a_step()
+                self.hear()
 
-    def _expect_a_step(self) -> None:
-        loop, token = asyncio.get_running_loop(), self._holder
-        self._expiry = loop.call_later(_SILENT_AT_MOST_S, lambda: loop.create_task(self.end(token or "")))
 
-    def _stop_waiting(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
+def _linked(folder: Path) -> Checkpoint:
+    """Return a checkpoint of this process's own, whose files are links to those of a folder."""
+    own = Checkpoint(lifetime.new_folder(folder.parent), is_ours=True)
+    for file in folder.iterdir():
+        os.link(file, own.folder / file.name)
+    return own

@@ -13,6 +13,7 @@ The trainer's machine writes the checkpoint. Replicas on other machines get its 
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import uuid
 import weakref
@@ -25,6 +26,8 @@ from vllm_kl.weights import replica
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton
 from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.loading import NeedsNewEngineError
+
+_BEAT_EVERY_S = 10.0
 
 
 def is_replicated(engine: Any) -> bool:
@@ -46,16 +49,21 @@ class ReplicaWeights:
     def version(self) -> int | None:
         """The version that all replicas serve; ``None``: others loaded weights and gave them no version.
 
+        During a push it is the lowest version that a replica serves.
+
         Raises:
             WeightsError: the replicas serve different versions.
         """
-        versions = self._all("version")
-        if len(set(versions)) > 1:
-            raise WeightsError(
-                f"the replicas serve different versions of the weights: {versions}. Push again: a push makes "
-                "all of them serve one version"
-            )
-        return versions[0]
+        told = self._all("version")
+        versions = [version for version, _ in told]
+        if len(set(versions)) == 1:
+            return versions[0]
+        if any(is_pushed for _, is_pushed in told) and None not in versions:
+            return min(versions)  # the replicas are changing over
+        raise WeightsError(
+            f"the replicas serve different versions of the weights: {versions}. Push again: a push makes all "
+            "of them serve one version"
+        )
 
     @property
     def uncounted(self) -> str | None:
@@ -89,20 +97,29 @@ class ReplicaWeights:
                 says that one could not put them back.
             EngineError: a replica died.
         """
-        with self._lock, self._push_locks() as token:
-            version = self.next_version(version)
-            folders = self._folders(checkpoint)
-            prepared = self._run("prepare", *([token, folder, version] for folder in folders))
-            if failed := _errors(prepared):
-                raise _refused(failed)
-            committed = self._run("commit", *([token] for _ in folders))
-            if failed := _errors(committed):
-                reason = f"another replica failed: {next(iter(failed.values()))}"
-                back = {i: [token, reason] for i, (is_done, _) in enumerate(committed) if is_done}
-                lost = _errors(self._run_on("put_back", back))
-                raise _failed(failed, lost)
-            self._served = checkpoint
-            return version
+        return self._load(checkpoint, version, is_foreign=False)
+
+    def _load(self, checkpoint: Checkpoint, version: int | None, *, is_foreign: bool) -> int:
+        token = uuid.uuid4().hex
+        with self._lock:
+            folders = self._folders(checkpoint, token)
+            with self._push_locks(token):
+                version = self.next_version(version)
+                prepared = self._run("prepare", *([token, folder, version, is_foreign] for folder in folders))
+                if failed := _errors(prepared):
+                    raise _refused(failed)
+                with _deferring_interrupts():  # until the replicas are in step
+                    self._commit(token, len(folders))
+                    self._served = checkpoint
+                return version
+
+    def _commit(self, token: str, number: int) -> None:
+        """Let all replicas serve the prepared weights; if one cannot, put the old weights back on all."""
+        committed = self._run("commit", *([token] for _ in range(number)))
+        if failed := _errors(committed):
+            reason = f"another replica failed: {next(iter(failed.values()))}"
+            put_back = _errors(self._run("put_back", *([token, reason] for _ in range(number))))
+            raise _failed(failed, {i: error for i, error in put_back.items() if i not in failed})
 
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
         """Give a version to weights that others loaded into the replicas; return the version."""
@@ -115,41 +132,49 @@ class ReplicaWeights:
         """Load the folder of a checkpoint that another program wrote; return the version."""
         if not folder.is_dir():
             raise WeightsError(f"{str(folder)!r} is no folder: nothing was touched")
-        return self.load(Checkpoint(folder), version=version)
+        return self._load(Checkpoint(folder), version, is_foreign=True)
 
     def sleep(self) -> bool:
-        raise OptionError("AsyncVLLM's replicas sleep by their own way: AsyncVLLM has sleep() and wake_up()")
+        raise OptionError("a scorer cannot let AsyncVLLM's replicas sleep: their actors have sleep()")
 
     def wake_up(self) -> None:
         """Do nothing: :meth:`sleep` is refused."""
 
     @contextlib.contextmanager
-    def _push_locks(self) -> Iterator[str]:
+    def _push_locks(self, token: str) -> Iterator[None]:
         """Hold the push lock of all replicas. Trainers take them in one order, so none waits in a circle."""
-        token = uuid.uuid4().hex
-        self._nodes()
-        number = len(self._engine_or_raise().actors)
+        number, is_over = len(self._engine_or_raise().actors), threading.Event()
+        heart = threading.Thread(target=self._beat, args=(token, is_over), name="vllm_kl-heart", daemon=True)
+        heart.start()
         try:
             for i in range(number):
                 if failed := _errors(self._run_on("begin", {i: [token]})):
                     raise _refused(failed)
-            yield token
+            yield
         finally:
-            self._run_on("end", {i: [token] for i in range(number)})
+            is_over.set()
+            self._run("end", *([token] for _ in range(number)))
 
-    def _folders(self, checkpoint: Checkpoint) -> list[str]:
+    def _beat(self, token: str, is_over: threading.Event) -> None:
+        """Give the replicas signs of life until the push is over."""
+        while not is_over.wait(_BEAT_EVERY_S):
+            for actor in self._engine_or_raise().actors:
+                actor.collective_rpc_v1.remote(replica.STEP + "beat", None, (token,))
+
+    def _folders(self, checkpoint: Checkpoint, token: str) -> list[str]:
         """Return the checkpoint's folder for each replica; copy it to other machines first."""
         import ray
 
         actors, here = self._engine_or_raise().actors, ray.get_runtime_context().get_node_id()
         nodes = self._nodes()
-        files = sorted(checkpoint.folder.iterdir()) if set(nodes) != {here} else []
+        files = [file for file in sorted(checkpoint.folder.iterdir()) if file.is_file()]
+        files = files if set(nodes) != {here} else []
         names = [file.name for file in files]
         parts = [ray.put(file.read_bytes()) for file in files]
         return [
             str(checkpoint.folder)
             if node == here
-            else ray.get(actor.__ray_call__.remote(replica.receive, names, *parts))
+            else ray.get(actor.__ray_call__.remote(replica.receive, token, names, *parts))
             for actor, node in zip(actors, nodes, strict=True)
         ]
 
@@ -216,6 +241,22 @@ def reachable_weights(engine: Any) -> LiveWeights | ReplicaWeights | None:
 
 
 _WEIGHTS: weakref.WeakKeyDictionary[Any, ReplicaWeights] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _deferring_interrupts() -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) come at the end of the block. Only the main thread gets interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
+            handler(signal.SIGINT, None)
 
 
 def _cause(error: Any) -> Exception:
