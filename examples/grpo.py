@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tensordict import set_list_to_stack
+from tensordict import TensorDictBase, set_list_to_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import LazyStackStorage, ReplayBuffer, SamplerWithoutReplacement
@@ -70,8 +70,7 @@ def make_collector(
     )
 
 
-def main() -> None:
-    """Collect, train and push; print one line per update."""
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,6 +83,24 @@ def main() -> None:
     args = parser.parse_args()
     if args.group < 2:
         parser.error("--group must be at least 2: GRPO compares the responses of a group")
+    return args
+
+
+def describe(update: int, batch: TensorDictBase) -> str:
+    """Return the line of an update."""
+    reward = fmean(reward.sum().item() for reward in batch.get(("next", "reward"), as_list=True))
+    rows = zip(*(batch.get(("next", key), as_list=True) for key in ("kl_penalty", "kl_mask")), strict=True)
+    kl = torch.cat([row[mask] for row, mask in rows]).mean()
+    return (
+        f"update {update}: sampled by version {int(batch[0]['next', 'policy_version'])}, "
+        f"reward {reward:.3f}, KL to version {int(batch[0]['next', 'ref_version'])} of the reference "
+        f"{kl:+.5f} nats per token"
+    )
+
+
+def main() -> None:
+    """Collect, train and push; print one line per update."""
+    args = parse_arguments()
     model = args.model or str(checkpoints(Console())[0])
 
     set_list_to_stack(True).set()
@@ -126,17 +143,7 @@ def main() -> None:
             # Pushes the weights, empties the prefix cache and stamps a new version, which samples the next
             # batch.
             collector.update_policy_weights_()
-
-            reward = fmean(reward.sum().item() for reward in batch.get(("next", "reward"), as_list=True))
-            rows = zip(
-                *(batch.get(("next", key), as_list=True) for key in ("kl_penalty", "kl_mask")), strict=True
-            )
-            kl = torch.cat([row[mask] for row, mask in rows]).mean()
-            print(
-                f"update {update}: sampled by version {int(batch[0]['next', 'policy_version'])}, "
-                f"reward {reward:.3f}, KL to version {int(batch[0]['next', 'ref_version'])} of the reference "
-                f"{kl:+.5f} nats per token"
-            )
+            print(describe(update, batch))
         collector.shutdown()
         reference.check_frozen()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -200,10 +201,14 @@ def test_an_interrupt_while_replicas_change_over_leaves_them_in_step(llm, states
         _thread.interrupt_main()
         commit(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ReplicaWeights, "_commit", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+    # A shell ignores interrupts of what it runs in the background, and Python then has no handler.
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ReplicaWeights, "_commit", interrupted)
             push_weights(llm, states[1])
+    finally:
+        signal.signal(signal.SIGINT, before_test)
     assert_serves(llm, oracles[1], before + 1)
     # The trainer's folder is gone. The replicas have links to its files, and can put them back.
     in_replica(llm, 1, fail_at, "commit")
