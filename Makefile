@@ -25,7 +25,7 @@ test: .venv/installed
 # The long table: every architecture that was tried, and its figures in docs/architectures.md.
 nightly: .venv/installed
 	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md \
-		tests/weights/test_pushes.py tests/test_concurrency.py $(ARGS)
+		tests/weights/test_pushes.py tests/test_concurrency.py tests/test_gpu_check.py $(ARGS)
 
 compat: $(COMPAT)/installed
 	$(COMPAT)/bin/python -m pytest -m compat $(ARGS)

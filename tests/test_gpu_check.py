@@ -22,6 +22,7 @@ def gpu_check():
         yield gpu_check
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_every_part_runs_on_a_cpu_and_is_in_the_file(tmp_path):
     out = tmp_path / "gpu-check.md"

@@ -10,6 +10,7 @@ from tests import tiny
 from tests.oracle import Oracle
 from tests.weights.helpers import IDS
 from vllm_kl import VLLMScorer
+from vllm_kl.weights.live_weights import lock_of
 from vllm_kl.weights.push import push_weights
 
 
@@ -32,6 +33,7 @@ def states(folders):
 @pytest.fixture(scope="package")
 def llm(tied_llm):
     """A vllm.LLM in this process. It has the weights of the last test: each test pushes first."""
+    lock_of(tied_llm.llm_engine).close_step()  # what other tests generated in this thread waits for nobody
     return tied_llm
 
 
