@@ -180,20 +180,23 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         deferred: Deferred = False,
         **kwargs: Any,
     ) -> None:
-        options = TokenOptions(assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale)
-        written = Written(gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, on_two_references)
-        estimation = Estimation(estimator, extra_estimators, clamp_log_ratio, clamp_output, direction)
-        penalty = Penalty(estimation, kl_key, mask_key, add_to_reward, coeff)
-        sides = two_sides(
-            gen_model_of(
-                gen_model, gen_model_factory, gen_log_probs, audit, audit_tolerance, on_drift, on_zero
+        gen = gen_model, gen_model_factory, gen_log_probs, audit, audit_tolerance, on_drift, on_zero
+        ref = ref_model, ref_model_factory, use_ray_service, device, actor_name
+        written = gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, on_two_references
+        estimation = estimator, extra_estimators, clamp_log_ratio, clamp_output, direction
+        super().__init__(  # in this order: what is wrong is refused before an engine starts
+            options=TokenOptions(assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale),
+            written=Written(*written),
+            penalty=Penalty(Estimation(*estimation), kl_key, mask_key, add_to_reward, coeff),
+            sides=two_sides(
+                gen_model_of(*gen),
+                ref_model_of(*ref, **kwargs),
+                assistant_only=assistant_only,
+                device=device,
+                log_probs_full_key=gen_log_probs_full_key,
             ),
-            ref_model_of(ref_model, ref_model_factory, use_ray_service, device, actor_name, **kwargs),
-            assistant_only=assistant_only,
-            device=device,
-            log_probs_full_key=gen_log_probs_full_key,
+            history_key=history_key,
         )
-        super().__init__(options, sides, written, history_key=history_key, penalty=penalty)
         self._defer(deferred)
 
     @property
