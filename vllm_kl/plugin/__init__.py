@@ -46,31 +46,15 @@ def register() -> None:
         return
     import vllm
 
-    from vllm_kl.plugin import (
-        cache_cap,
-        cpu_corrections,
-        load_weights,
-        lora_modules,
-        missing_weights,
-        older_vllm,
-        scoring_models,
-        taken_engines,
-        text_only,
-    )
+    from vllm_kl.plugin import text_only
 
     # An unknown vLLM gets no hook, unless somebody asks for scoring: then enable(), below, warns of its
     # version.
     if allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
-        older_vllm.install()
-        cache_cap.install()
-        load_weights.install()
-        lora_modules.install()
-        taken_engines.install()
+        _install_hooks()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
-        scoring_models.register_scoring_class(base)
-        cpu_corrections.install()
-        missing_weights.install()
+        _enable_scoring(base)
 
 
 def enable(base_architecture: str) -> str:
@@ -87,17 +71,6 @@ def enable(base_architecture: str) -> str:
         )
     import vllm
 
-    from vllm_kl.plugin import (
-        cache_cap,
-        cpu_corrections,
-        load_weights,
-        lora_modules,
-        missing_weights,
-        older_vllm,
-        scoring_models,
-        taken_engines,
-    )
-
     if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
         logging.getLogger("vllm.vllm_kl").warning(
             "vllm_kl: the read-out was made for vLLM%s, this is vLLM %s. It may not work: run vllm-kl doctor",
@@ -107,11 +80,22 @@ def enable(base_architecture: str) -> str:
     known = [name for name in os.environ.get(ARCHITECTURES, "").split(",") if name]
     os.environ[ARCHITECTURES] = ",".join(dict.fromkeys([*known, base_architecture]))
     allowed.add_to_vllm_plugins()
-    older_vllm.install()
-    cache_cap.install()
-    load_weights.install()
-    lora_modules.install()
-    taken_engines.install()
+    _install_hooks()
+    return _enable_scoring(base_architecture)
+
+
+def _install_hooks() -> None:
+    """Install what acts on requests and calls of this package only. Idempotent."""
+    from vllm_kl.plugin import cache_cap, load_weights, lora_modules, older_vllm, taken_engines
+
+    for hook in (older_vllm, cache_cap, load_weights, lora_modules, taken_engines):
+        hook.install()
+
+
+def _enable_scoring(base_architecture: str) -> str:
+    """Let this process load an architecture for scoring; return the new name. Idempotent."""
+    from vllm_kl.plugin import cpu_corrections, missing_weights, scoring_models
+
     cpu_corrections.install()
     missing_weights.install()
     return scoring_models.register_scoring_class(base_architecture)

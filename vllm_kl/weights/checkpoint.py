@@ -279,6 +279,16 @@ class Skeleton:
         return checkpoint
 
 
+def skeleton_of(config: Any) -> Skeleton:
+    """Return the skeleton of the model that vLLM's ``ModelConfig`` or ``EngineArgs`` names."""
+    return Skeleton(
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        hf_overrides=config.hf_overrides,
+    )
+
+
 def _each_its_own(state: StateDict) -> dict[str, torch.Tensor]:
     """Return tensors that do not overlap in memory: those that the trainer shares are cloned."""
     ends: dict[tuple[torch.device, int], int] = {}

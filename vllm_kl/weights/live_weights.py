@@ -284,7 +284,7 @@ class AsyncWeights:
         await self._take()
         if is_foreign:
             await asyncio.to_thread(self._record.refuse_another_model, checkpoint.folder)
-        return await self._record.prepare(self._call, checkpoint, version)
+        return await self._record.prepare(self._call, checkpoint, version, is_idle=False)
 
     async def commit(self, prepared: Prepared) -> None:
         """Let the workers adopt prepared weights when the running requests have finished."""

@@ -28,6 +28,7 @@ from vllm_kl.weights.checkpoint import (
     Skeleton,
     next_version,
     refuse_another_model,
+    skeleton_of,
 )
 
 # vLLM's weight_version of an engine that has the weights of its start (v1/engine/core.py, 0.32).
@@ -121,13 +122,7 @@ class Record:
     @property
     def skeleton(self) -> Skeleton:
         if self._skeleton is None:
-            config = self._model_config
-            self._skeleton = Skeleton(
-                config.model,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                hf_overrides=config.hf_overrides,
-            )
+            self._skeleton = skeleton_of(self._model_config)
         return self._skeleton
 
     @property
@@ -151,15 +146,20 @@ class Record:
 
     async def load(self, call: Call, checkpoint: Checkpoint, version: int | None) -> int:
         """Load a checkpoint into the engine, completely or not at all; return the new version."""
-        self.next_version(await call("get_weight_version"), version)
-        await _ask_for_the_plugin(call)
-        await _empty_the_cache(call)
-        prepared = await self.prepare(call, checkpoint, version)
+        prepared = await self.prepare(call, checkpoint, version, is_idle=True)
         await self.commit(call, prepared)
         return prepared.version
 
-    async def prepare(self, call: Call, checkpoint: Checkpoint, version: int | None) -> Prepared:
+    async def prepare(
+        self, call: Call, checkpoint: Checkpoint, version: int | None, *, is_idle: bool
+    ) -> Prepared:
         """Let every worker load a checkpoint beside the serving weights, which go on serving.
+
+        Args:
+            call: calls a method of the engine.
+            checkpoint: the new weights.
+            version: as in ``push_weights``.
+            is_idle: no request may run: a busy engine is refused before anything is loaded.
 
         Raises:
             WeightsError: a worker could not load it. No worker holds it then.
@@ -168,6 +168,8 @@ class Record:
         version = self.next_version(before, version)
         await _ask_for_the_plugin(call)
         is_ours = before == self._served[0] and await self.uncounted(call) is None
+        if is_idle:
+            await _empty_the_cache(call)
         try:
             await _prepare(call, str(checkpoint.folder))
         except NeedsNewEngineError:
@@ -230,7 +232,7 @@ class Record:
             return version
         await _prepare(call, self.folder)
         is_same = all(await call("collective_rpc", SERVES))
-        await call("collective_rpc", DISCARD)
+        await drop_prepared(call)
         if not is_same:
             raise WeightsError(
                 "the engine's weights are neither those of the last push nor those of the engine's start: "
@@ -302,7 +304,7 @@ async def _prepare(call: Call, folder: str | None) -> None:
             more = f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else ""
             raise NeedsNewEngineError("; ".join(obstacles[:3]) + more)
     except BaseException:
-        await call("collective_rpc", DISCARD)
+        await drop_prepared(call)
         raise
 
 

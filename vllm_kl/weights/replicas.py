@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm_kl.errors import EngineError, OptionError, WeightsError
 from vllm_kl.weights import replica
-from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton
+from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, skeleton_of
 from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.loading import NeedsNewEngineError
 
@@ -42,7 +42,8 @@ class ReplicaWeights:
         self._engine = weakref.ref(engine)
         self._skeleton: Skeleton | None = None
         self._start = InitialCheckpoint(engine.engine_args.model)
-        self._served: Checkpoint | None = None  # kept, so that its folder is there if it must be put back
+        self._served: Checkpoint | None = None  # the last push of this object; None: the engine's start
+        self._node_of: dict[Any, str] = {}  # replica -> its machine; replicas that know the steps of a load
         self._lock = threading.Lock()
 
     @property
@@ -73,13 +74,7 @@ class ReplicaWeights:
     @property
     def skeleton(self) -> Skeleton:
         if self._skeleton is None:
-            args = self._engine_or_raise().engine_args
-            self._skeleton = Skeleton(
-                args.model,
-                revision=args.revision,
-                trust_remote_code=args.trust_remote_code,
-                hf_overrides=args.hf_overrides,
-            )
+            self._skeleton = skeleton_of(self._engine_or_raise().engine_args)
         return self._skeleton
 
     @property
@@ -183,12 +178,14 @@ class ReplicaWeights:
         import ray
         from ray.exceptions import RayError
 
+        actors = self._engine_or_raise().actors
+        new = [actor for actor in actors if actor not in self._node_of]
         try:
-            return ray.get(
-                [actor.__ray_call__.remote(replica.install) for actor in self._engine_or_raise().actors]
-            )
+            nodes = ray.get([actor.__ray_call__.remote(replica.install) for actor in new])
         except RayError as error:
             raise EngineError(f"a replica of the AsyncVLLM cannot be asked: {_cause(error)}") from error
+        self._node_of |= dict(zip(new, nodes, strict=True))
+        return [self._node_of[actor] for actor in actors]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Run a step on all replicas; return the results, or raise the first error."""
