@@ -6,6 +6,7 @@ import pytest
 from torchrl.modules.llm import vLLMWrapper
 from transformers import AutoModelForCausalLM
 
+from tests import local_ray
 from tests.collectors import NUM_ENVS, check_kl
 from tests.oracle import Oracle
 from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMSyncScheme, VLLMWeightUpdater, push_weights
@@ -13,12 +14,7 @@ from vllm_kl.errors import WeightsError
 from vllm_kl.weights.push import weights_of
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = local_ray.MARKS
 
 
 @pytest.fixture

@@ -8,20 +8,14 @@ import psutil
 import pytest
 import torch
 
-from tests import batches, oracle
+from tests import batches, local_ray, oracle
 from tests.oracle import KL_TOLERANCE
 from vllm_kl import RetrieveKL, VLLMReference
 from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.errors import EngineError, InputError, OptionError
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-pytestmark = [
-    pytest.mark.usefixtures("cluster"),
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
 
 SEQUENCES, PROMPTS = [[5, 258, 9, 256, 7], [1, 2, 3]], [2, 1]
 KEEP = [[t >= p for t in range(len(s))] for s, p in zip(SEQUENCES, PROMPTS, strict=True)]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
+from tests import local_ray
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import finish_update, push_weights
 from vllm_kl.errors import EngineError, WeightsError
@@ -23,12 +24,7 @@ from vllm_kl.weights.push import weights_of
 from vllm_kl.weights.replicas import ReplicaWeights
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = local_ray.MARKS
 
 PROMPT = [5, 6, 7, 8] * 12
 
