@@ -57,6 +57,8 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     _check_overrides(config, given.get("hf_overrides"))
     if is_cpu:
         _check_kv_cache(config, given.get("kv_cache_dtype", "auto"))
+    elif config.dtype == torch.float32 and given.get("enable_lora"):
+        raise OptionError("vLLM has no LoRA kernels in float32 on a GPU: pass dtype='bfloat16'")
     defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
     options = {**defaults, **given, **_options_by_model(config, given, is_cpu=is_cpu)}
     # vLLM refuses more sequences than tokens.
@@ -70,7 +72,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         # free: so its default, 0.92, refuses a GPU that another engine or a trainer uses, too.
         options.setdefault("gpu_memory_utilization", 0.01)
     if config.dtype == torch.float32:
-        # Triton's default is TF32, which vLLM's attention would use: an error of 1e-3 nats.
+        # Triton's default is TF32, which vLLM's attention would use: 1.5e-3 nats on an H100, not 3e-6.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     reason = _why_not_pooling(config)
     if readout == "pooling" and reason:
