@@ -107,8 +107,8 @@ _ONE_MACHINE = (
     "on each machine"
 )
 _CONNECTOR = (
-    "a KV connector adds cached tokens after vllm_kl has limited the cache hit, so vLLM would not compute "
-    "rows that must be scored.\nLeave it out; share_prefix=True shares the KV of common prefixes"
+    "a KV connector's hits may reach past the rows that must be scored, so a scorer never uses them, and its "
+    "copies would only cost.\nLeave it out; share_prefix=True shares the KV of common prefixes"
 )
 _GENERATES = "it changes how vLLM generates tokens, and a scorer generates none. Leave it out"
 _RETURNS = "it has no effect, because a scorer returns log-probs only. Leave it out"

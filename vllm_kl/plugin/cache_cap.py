@@ -5,9 +5,13 @@ request's length minus one token, so that it always computes the last row. For s
 ``start - 1`` tokens: vLLM always computes row ``start - 1``, which scores the first token, and all later
 rows. So no request must be sent twice.
 
-Requests that are not from this package keep vLLM's limit.
+A KV connector (LMCache, KV offloading) adds its own hits after this limit, and may know neither the request's
+salt nor the adapter or the weights that made its KV. Its hits are not used for scoring requests.
 
-Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32 and 0.33.
+Requests that are not from this package keep vLLM's limit and the connector's hits.
+
+Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32 and 0.33;
+``Scheduler.schedule``, ``v1/core/sched/scheduler.py``, vLLM 0.27 to 0.32.
 """
 
 from __future__ import annotations
@@ -58,12 +62,34 @@ def capped(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     return lookup
 
 
+def without_its_hits(create_connector: Callable[..., Any]) -> Callable[..., Any]:
+    """Return vLLM's factory of KV connectors. Its connectors give scoring requests no tokens."""
+
+    @functools.wraps(create_connector)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        connector = create_connector(*args, **kwargs)
+        matched = connector.get_num_new_matched_tokens
+
+        def matched_unless_ours(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+            found = matched(request, num_computed_tokens)  # connectors keep an account of all requests
+            return found if first_scored_token(request) is None else (0, False)
+
+        connector.get_num_new_matched_tokens = matched_unless_ours
+        return connector
+
+    return create
+
+
 def install() -> None:
     """Install the cap in this process. Idempotent."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     if not is_installed():
         KVCacheManager.get_computed_blocks = capped(KVCacheManager.get_computed_blocks)
+        KVConnectorFactory.create_connector = staticmethod(
+            without_its_hits(KVConnectorFactory.create_connector)
+        )
 
 
 def is_installed() -> bool:
