@@ -1,23 +1,35 @@
-"""Runs the example of GRPO on Ray: both of its loops, in both places of the KL. A real local Ray."""
+"""Runs the example of GRPO on Ray, and the functions that docs/grpo_ray.md has for TorchRL's own scripts."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+from torchrl.collectors.llm import RayLLMCollector
+from torchrl.data import LazyStackStorage
+from torchrl.data.replay_buffers.ray_buffer import RayReplayBuffer
+from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
+from torchrl.objectives.llm import GRPOLoss, MCAdvantage
 from transformers import AutoModelForCausalLM
 
 from tests import local_ray
-from vllm_kl import push_weights
+from vllm_kl import EnginePolicyVersion, VLLMReference, push_weights
+from vllm_kl.demo.task import make_tokenizer
 
 pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [*local_ray.MARKS, pytest.mark.filterwarnings("ignore:GRPOTrainer is an experimental")]
 
-FOLDER = Path(__file__).parents[1] / "examples" / "grpo_ray"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples" / "grpo_ray"
 WITHIN = 2e-5  # nats: largest |KL - float64 KL| over some thousand tokens
 
 
@@ -32,8 +44,6 @@ def train():
 def test_every_kl_is_that_of_the_version_that_sampled(
     train, async_llm, tied_paths, tmp_path, monkeypatch, loop, kl_in
 ):
-    import ray
-
     small = ["--updates", "3", "--prompts", "1", "--group", "4"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--loop", loop, "--kl-in", kl_in, *small])
     args = train.parse_arguments()
@@ -46,7 +56,6 @@ def test_every_kl_is_that_of_the_version_that_sampled(
         train.LOOPS[loop](parts, rows.append)
     finally:
         parts.close()
-        ray.kill(ray.get_actor(train.collect.REFERENCE))
     assert len(rows) == 3
     assert parts.tracker.version == first + 3
     assert all(row.error < WITHIN for row in rows)
@@ -56,6 +65,83 @@ def test_every_kl_is_that_of_the_version_that_sampled(
     else:
         assert all(first <= version <= first + update for update in range(3) for version in sampled[update])
         assert all(row.staleness >= 0 for row in rows)
+
+
+@pytest.fixture
+def grpo_utils(tied_paths):
+    """The functions of the page, in the place of those of TorchRL's ``grpo_utils.py``."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "grpo_ray.md").read_text(), re.DOTALL)
+    names = {"get_tokenizer": lambda cfg: make_tokenizer()}
+    exec(blocks[0], names)
+    return SimpleNamespace(**names)
+
+
+def test_the_calls_of_torchrls_scripts_work_with_the_functions_of_the_page(
+    train, grpo_utils, async_llm, tied_paths, tmp_path
+):
+    """The calls of ``grpo-async.py`` of TorchRL 0.14, in their order, and the keys that it logs."""
+    cfg = SimpleNamespace(
+        model=SimpleNamespace(name=str(tied_paths[0])),
+        ref_model=SimpleNamespace(torch_dtype="float32", num_devices=1),
+        train=SimpleNamespace(use_kl_to_ref=True, kl_coef_in_loss=True, kl_to_ref_coeff=0.1),
+    )
+    policy = vLLMWrapper(
+        async_llm,
+        tokenizer=make_tokenizer(),
+        input_mode="history",
+        return_log_probs=True,
+        pad_output=False,
+        generate_kwargs={"max_tokens": 12, "temperature": 1.0, "top_p": 1.0},
+    )
+    rb = RayReplayBuffer(
+        storage=partial(LazyStackStorage, 16),
+        transform_factory=partial(MCAdvantage, grpo_size=4),
+        batch_size=4,
+        remote_config={"num_cpus": 0},
+    )
+    grpo_utils.add_kl_transforms_to_replay_buffer(rb, cfg)
+    collector = RayLLMCollector(
+        env=partial(train.make_env, cfg.model.name, 1, 4, 0, "buffer"),
+        policy=policy,
+        dialog_turns_per_batch=4,
+        total_dialog_turns=64,
+        replay_buffer=rb,
+        weight_updater=None,
+        track_policy_version=EnginePolicyVersion(policy),
+        remote_config={"num_cpus": 0},
+        yield_only_last_steps=False,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tied_paths[1])
+    check = train.Check(tmp_path, cfg.model.name)
+    try:
+        sender = grpo_utils._make_vllm_weight_sync_scheme(policy.model).create_sender()
+        sender.register_model(model)
+        sender.init_all_workers_group(None, vllm_engine=policy.model)
+        version = sender.update_weights()
+        check.save(model, version)
+        collector.start()
+        sender.register_collector(collector)
+        while not rb.write_count:
+            time.sleep(0.05)
+        batch = rb.sample(4)
+        actor = TransformersWrapper(
+            model, tokenizer=make_tokenizer(), input_mode="tokens", generate=False, pad_output=False
+        )
+        loss_module = GRPOLoss(
+            actor, kl_to_ref_coeff=0.1, kl_to_inference_coeff=1e-2, entropy_coeff=1e-4, masking_strategy="sft"
+        )
+        loss = loss_module(batch)
+        assert collector.policy_version == version
+    finally:
+        collector.shutdown()
+        rb.shutdown()
+        VLLMReference.close_service("reference")
+    figures = check.figures(batch)
+    assert figures.error < WITHIN
+    assert figures.versions == [version]
+    assert loss.kl_to_ref.item() > 0.01  # other weights than the reference's
+    assert torch.isfinite(loss.loss_kl_to_ref)
+    assert len(torch.cat(batch.get(("next", "kl_penalty"), as_list=True))) > 4
 
 
 @pytest.mark.nightly

@@ -64,7 +64,7 @@ def make_kl(model: str) -> RetrieveKL:
         "from_collector",
         ref_model_factory=partial(make_reference, model),
         add_to_reward=False,  # the loss has the KL as a term
-        use_ray_service=True,
+        service_backend="ray",
         actor_name=REFERENCE,
     )
 

@@ -49,7 +49,7 @@ from torchrl.objectives.llm import GRPOLoss
 from torchrl.trainers.algorithms.grpo import GRPOTrainer
 from transformers import AutoModelForCausalLM
 
-from vllm_kl import EnginePolicyVersion, VLLMSyncScheme
+from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMSyncScheme
 from vllm_kl.demo.env import set_up
 from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.demo.train import checkpoints
@@ -90,6 +90,7 @@ class Parts:
         for collector in self.collectors:
             collector.shutdown()
         self.buffer.shutdown()
+        VLLMReference.close_service(collect.REFERENCE)
 
     def save(self) -> None:
         """Keep the weights that the replicas serve, for the check."""

@@ -60,6 +60,9 @@ class VLLMSender:
         """Set a collector's ``policy_version`` to the engine's version, now and after each push."""
         self._pusher.register(collector)
 
+    def init_all_workers_group(self, metadata: Any, vllm_engine: Any = None) -> None:
+        """Do nothing. TorchRL's GRPO scripts call this, so that its own sender sets up NCCL."""
+
     def update_weights(self, weights: Any = None) -> int:
         """Push ``weights``, or those of the registered model; return the version that serves now.
 
