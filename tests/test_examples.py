@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import re
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,23 +148,90 @@ def test_the_calls_of_torchrls_scripts_work_with_the_functions_of_the_page(
     assert len(torch.cat(batch.get(("next", "kl_penalty"), as_list=True))) > 4
 
 
+class Run:
+    """A run of the example as a user starts it, whose processes are known by a variable that they inherit."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._mark = f"VLLM_KL_TEST={uuid.uuid4().hex}"
+        self._errors = folder / "errors"
+        name, value = self._mark.split("=")
+        with self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", str(FOLDER / "train.py"), *arguments],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=folder,
+                env={**os.environ, name: value},
+            )
+
+    def lines(self) -> Iterator[str]:
+        yield from self.process.stdout
+
+    def errors(self) -> str:
+        return self._errors.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if self._mark in [f"{name}={value}" for name, value in process.environ().items()]:
+                    found.append(process)
+        return found
+
+    def end(self) -> list[list[str]]:
+        """Wait for the end of all processes; return the command lines of those that are left, killed."""
+        self.process.wait(timeout=120)
+        _, left = psutil.wait_procs(self.processes(), timeout=60)
+        commands = []
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                commands.append(process.cmdline())
+                process.kill()
+        return commands
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("loop", "kl_in"), [("plain", "env"), ("trainer", "buffer")])
 def test_twenty_updates_raise_the_reward_and_leave_nothing_behind(tmp_path, loop, kl_in):
-    command = [sys.executable, str(FOLDER / "train.py"), "--updates", "20", "--loop", loop, "--kl-in", kl_in]
-    before = {process.pid for process in psutil.process_iter()}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    *updates, summary = done.stdout.splitlines()
+    run = Run(tmp_path, "--updates", "20", "--loop", loop, "--kl-in", kl_in)
+    *updates, summary = run.lines()
+    print(*updates, summary, sep="")
+    assert run.end() == []
+    assert run.process.returncode == 0, run.errors()
     assert len(updates) == 20
-    print(done.stdout)
-    numbers = summary.replace(",", "").split()
-    assert float(numbers[-2]) < WITHIN
-    first, last = float(numbers[9]), float(numbers[11])
+    first, last, error = map(float, re.search(r"five (\S+) and (\S+), .*\| (\S+) nats", summary).groups())
     assert last > first
-    left = [
-        process.cmdline()
-        for process in psutil.process_iter()
-        if process.pid not in before and str(tmp_path) in " ".join(process.environ().values())
-    ]
-    assert not left
+    assert error < WITHIN
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("killed", "told"),
+    [
+        ("trainer", None),
+        ("ray::LLMCollector", "LLMCollector"),
+        ("ray::_AsyncLLMEngine", "replica"),
+        ("ray::ReferenceService", "reference"),
+    ],
+)
+@pytest.mark.parametrize("loop", ["plain", "trainer"])
+def test_a_part_that_is_killed_ends_the_run_with_its_name_and_leaves_nothing_behind(
+    tmp_path, killed, told, loop
+):
+    run = Run(tmp_path, "--updates", "200", "--loop", loop)
+    try:
+        assert next(run.lines()).startswith("update 1")
+        victims = [run.process] if told is None else [p for p in run.processes() if killed in p.cmdline()[0]]
+        assert victims, [process.cmdline() for process in run.processes()]
+        victims[0].kill()
+        for _ in run.lines():
+            pass
+    finally:
+        left = run.end()
+    assert left == []
+    assert run.process.returncode != 0
+    if told is not None:
+        assert told in run.errors()

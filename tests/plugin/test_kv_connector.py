@@ -1,7 +1,7 @@
 """A shared engine with a KV connector, whose hits know neither the request's salt nor the weights' version.
 
-vLLM's ``ExampleConnector`` keeps KV in files that are named by token ids only. A connector belongs to the whole
-process, so the engine gets one of its own.
+vLLM's ``ExampleConnector`` keeps KV in files that are named by token ids only. A connector belongs to the
+whole process, so the engine gets a process of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from vllm_kl import VLLMScorer, push_weights
 
 home, model, other, calls = *sys.argv[1:4], json.loads(sys.argv[4])
 connector = KVTransferConfig(
-    kv_connector="ExampleConnector", kv_role="kv_both", kv_connector_extra_config={"shared_storage_path": home}
+    kv_connector="ExampleConnector",
+    kv_role="kv_both",
+    kv_connector_extra_config={"shared_storage_path": home},
 )
 llm = LLM(model, enforce_eager=True, kv_transfer_config=connector, **tiny.ENGINE_OPTIONS)
 scorer = VLLMScorer(llm)
