@@ -214,7 +214,7 @@ def test_twenty_updates_raise_the_reward_and_leave_nothing_behind(tmp_path, loop
         ("trainer", None),
         ("ray::LLMCollector", "LLMCollector"),
         ("ray::_AsyncLLMEngine", "replica"),
-        ("ray::ReferenceService", "reference"),
+        ("ray::_Service", "reference"),
     ],
 )
 @pytest.mark.parametrize("loop", ["plain", "trainer"])
