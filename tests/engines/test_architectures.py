@@ -22,8 +22,6 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest, ScoreResult
 
-pytestmark = pytest.mark.compat
-
 # Most heads are a matrix and a factor, which the kernel reads; these are not.
 OWN_HEADS = {"gemma2": "soft cap", "phi": "bias"}
 
@@ -109,13 +107,16 @@ def log_probs_in_float64(path, requests):
     return [torch.tensor(oracle.log_probs(r.token_ids)[r.start :], dtype=torch.float64) for r in requests]
 
 
-# What vLLM cannot load before this version.
-SINCE = {"phi": since("0.32", "phi")}
+# What vLLM cannot load before this version, and what runs with every vLLM that the package knows.
+MARKS = {
+    "phi": since("0.32", "phi"),
+    **dict.fromkeys(["llama", "gemma2", "mixtral", "qwen2-tied"], pytest.mark.compat),
+}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=SINCE.get(name, ())) for name in tiny.ARCHITECTURES],
+    params=[pytest.param(name, marks=MARKS.get(name, ())) for name in tiny.ARCHITECTURES],
 )
 def architecture(request):
     return request.param
