@@ -17,6 +17,10 @@ class NextTransform(Transform):
     """Reads the root tensordict of a step and writes into its ``next``, or into the root without one."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if _is_in_buffer(self):
+            # A replay buffer's sample() passes the stored samples themselves (torchrl 0.14: lists, lazy
+            # stacks). Written there, a KL would be subtracted again at the next sample().
+            tensordict = tensordict.copy()
         next_td = tensordict.get("next", default=None)
         if next_td is None:
             return self._flat_write(tensordict, tensordict)
@@ -83,6 +87,12 @@ def _outermost(transform: Transform) -> Transform:
     while isinstance(parent := _container(transform), Transform):
         transform = parent
     return transform
+
+
+def _is_in_buffer(transform: Transform) -> bool:
+    """Tell whether a replay buffer's composition, or another that no env holds, has this transform."""
+    outermost = _outermost(transform)
+    return outermost is not transform and _container(outermost) is None
 
 
 def _container(transform: Transform) -> Any:
