@@ -17,6 +17,7 @@ from vllm_kl.batch.write_entries import declare
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.next_transform import collector_of
+from vllm_kl.transforms.pools import tell_envs_inside
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.types import Origin
 from vllm_kl.weights.collector_errors import follow
@@ -47,6 +48,7 @@ class EnginePolicyVersion(PolicyVersion):
     def __init__(self, engine: Any) -> None:
         self._weights = weights_of(engine)
         self._engine = followed(engine)
+        tell_envs_inside()
         super().__init__(int)
 
     @property

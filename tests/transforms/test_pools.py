@@ -1,0 +1,154 @@
+"""Envs with our transforms inside TorchRL's pools of envs: in this process, in threads, in processes."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from tensordict import set_list_to_stack
+from torchrl.collectors.llm import LLMCollector
+from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv
+from torchrl.modules.llm import TransformersWrapper
+from transformers import AutoModelForCausalLM
+
+from tests.collectors import chat_env, check_kl
+from tests.oracle import Oracle
+from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMWeightUpdater
+from vllm_kl.demo.task import make_tokenizer
+from vllm_kl.weights.push import weights_of
+
+NUM_DIALOGS = 4
+
+MODES = {
+    "reuse": {"gen_log_probs": "reuse"},
+    "rescore": {"gen_log_probs": "rescore"},
+    "audit": {"audit": 1.0, "audit_tolerance": 1e-4},
+    "deferred": {"deferred": True},
+}
+
+
+def env_with(*make, size=1):
+    """Make an env with transforms. It also runs in a worker of a pool."""
+    set_list_to_stack(True).set()
+    env = chat_env(make_tokenizer(), size)
+    for make_transform in make:
+        env = env.append_transform(make_transform())
+    return env
+
+
+def serial(*make):
+    return SerialEnv(2, [functools.partial(env_with, *make, size=2)] * 2)
+
+
+def threads(*make):
+    return AsyncEnvPool([functools.partial(env_with, *make)] * 2, stack="lazy", backend="threading")
+
+
+def processes(*make):
+    return AsyncEnvPool(
+        [functools.partial(env_with, *make)], stack="lazy", backend="multiprocessing", exchange="queue"
+    )
+
+
+def batches_of(pool, policy_factory, num_batches=2, **kwargs):
+    """Collect batches: of four turns, or of a whole dialog from a pool that is asynchronous."""
+    is_async = isinstance(pool, AsyncEnvPool)
+    collector = LLMCollector(
+        pool,
+        policy_factory=policy_factory,
+        dialog_turns_per_batch=2 if is_async else NUM_DIALOGS,
+        total_dialog_turns=num_batches * NUM_DIALOGS,
+        yield_completed_trajectories=is_async,
+        **kwargs,
+    )
+    try:
+        for data in collector:
+            yield data.reshape(-1)
+    finally:
+        collector.shutdown()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pool", [serial, threads], ids=["SerialEnv", "AsyncEnvPool"])
+def test_envs_in_this_process_find_the_policy(
+    make_policy, make_reference, policy_oracle, ref_oracle, pool, mode
+):
+    made = []
+
+    def kl():
+        made.append(RetrieveKL("from_collector", make_reference(), **MODES[mode]))
+        return made[-1]
+
+    seen = list(batches_of(pool(kl), make_policy()))
+    assert sum(map(len, seen)) == 2 * NUM_DIALOGS
+    for data in seen:
+        check_kl(data, policy_oracle, ref_oracle)
+    if mode == "audit":
+        checked = [kl.metrics["audit_num_tokens"] for kl in made if "audit_num_tokens" in kl.metrics]
+        assert len(checked) == 2  # the two envs of the pool
+        assert min(checked) > 0
+
+
+def test_samples_of_envs_in_a_pool_carry_the_version_that_sampled_them(
+    make_policy, make_reference, policy_engine, steps, ref_oracle
+):
+    first = weights_of(policy_engine).version
+    updater = VLLMWeightUpdater(policy_engine)
+    pool = serial(
+        lambda: RetrieveKL("from_collector", make_reference(), gen_log_probs="rescore"),
+        lambda: EnginePolicyVersion(policy_engine),
+    )
+    policy = make_policy().func
+    make = functools.partial(policy, policy_engine, **make_policy().keywords)
+    for n, data in enumerate(batches_of(pool, make, weight_updater=updater)):
+        assert set(data["next", "policy_version"].tolist()) == {first + n}
+        check_kl(data, Oracle(steps[n]), ref_oracle)
+        updater(AutoModelForCausalLM.from_pretrained(steps[n + 1]))
+
+
+def reference_in_a_worker(path):
+    return TransformersWrapper(
+        AutoModelForCausalLM.from_pretrained(path).eval(),
+        tokenizer=make_tokenizer(),
+        input_mode="history",
+        generate=False,
+        pad_output=False,
+    )
+
+
+def kl_in_a_worker(path, mode):
+    return RetrieveKL(
+        "from_collector", ref_model_factory=functools.partial(reference_in_a_worker, path), **MODES[mode]
+    )
+
+
+def test_workers_reuse_what_was_recorded_and_the_pool_itself_can_ask_the_policy(
+    make_policy, make_reference, ref_path, policy_oracle, ref_oracle
+):
+    inside = functools.partial(env_with, functools.partial(kl_in_a_worker, ref_path, "reuse"), size=2)
+    # torchrl 0.14 cannot consolidate ragged batches
+    pool = ParallelEnv(2, [inside] * 2, mp_start_method="spawn", consolidate=False)
+    names = {"kl_key": "kl_again", "mask_key": "mask_again", "add_to_reward": False}
+    asks = RetrieveKL(
+        "from_collector",
+        make_reference(log_probs_key="again"),
+        gen_log_probs="rescore",
+        gen_log_probs_full_key=("gen_again", "full"),
+        ref_log_probs_full_key=("again", "full"),
+        **names,
+    )
+    for data in batches_of(pool.append_transform(asks), make_policy(), num_batches=1):
+        check_kl(data, policy_oracle, ref_oracle)
+        for old, new in (("kl_penalty", "kl_again"), (("log_probs", "full"), ("gen_again", "full"))):
+            for sample in data["next"].unbind(0):
+                sample[old].copy_(sample[new])
+        check_kl(data, policy_oracle, ref_oracle, coeff=None)
+
+
+def test_a_worker_that_has_no_policy_says_where_to_stand(make_policy, ref_path):
+    pool = processes(functools.partial(kl_in_a_worker, ref_path, "rescore"))
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)runs in a process of its own, which has no policy: append the .* pool itself",
+    ):
+        list(batches_of(pool, make_policy(), num_batches=1))
