@@ -79,7 +79,11 @@ class NextTransform(Transform):
 
 def collector_of(transform: Transform) -> Any:
     """Return the collector whose env holds a transform, or ``None``."""
-    return getattr(_container(_outermost(transform)), "collector", None)
+    env, collector = _container(_outermost(transform)), None
+    while env is not None and collector is None:
+        # A collector that appends a transform to an env without any makes a new env, which nobody told.
+        collector, env = getattr(env, "collector", None), getattr(env, "base_env", None)
+    return collector
 
 
 def _outermost(transform: Transform) -> Transform:

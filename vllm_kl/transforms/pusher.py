@@ -7,10 +7,12 @@ from typing import Any
 
 from torchrl.envs.llm.transforms import PolicyVersion
 
+from vllm_kl.errors import OptionError
 from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.weights.push import check_pushable, push_weights, weights_of
+from vllm_kl.weights.replicas import is_replicated
 
 
 class Pusher:
@@ -27,6 +29,14 @@ class Pusher:
         check_pushable(engine)
         self._engine = engine
         self._collectors: list[weakref.ref[Any]] = []
+
+    def __reduce__(self) -> Any:
+        if is_replicated(getattr(self._engine, "model", self._engine)):  # goes to other processes, too
+            return Pusher, (self._engine,)
+        raise OptionError(
+            f"a {type(self._engine).__name__} of this process cannot go to another process: there, pass "
+            "VLLMWeightUpdater(), which takes the engine of the collector's policy"
+        )
 
     def register(self, collector: Any) -> None:
         """Set the version counter of a collector now and after each push."""
