@@ -42,13 +42,20 @@ def follow(collector: Any, *others: Any) -> None:
 def check_collector(collector: Any) -> None:
     """Raise the error that ended a collector's background thread, once. Call this while you wait for samples.
 
+    Args:
+        collector: an ``LLMCollector``, or TorchRL's ``RayLLMCollector``, whose actor is asked.
+
     Raises:
         CollectorError: an error of a transform, the env or the policy ended the thread. Its traceback is a
-            note of the raised error.
+            note of the raised error. Or the process of a ``RayLLMCollector`` died.
 
     >>> # collector.start()
     >>> # while len(buffer) < 64: check_collector(collector); time.sleep(0.1)
     """
+    actor = getattr(collector, "_collector", None)  # RayLLMCollector, torchrl 0.14
+    if hasattr(actor, "__ray_call__"):
+        _check_actor(actor)
+        return
     ended = _ENDED.get(collector)
     if ended is not None:
         for followed in [followed for followed, by in _ENDED.items() if by is ended]:
@@ -59,6 +66,21 @@ def check_collector(collector: Any) -> None:
         )
         error.add_note("".join(ended.format()))
         raise error
+
+
+def _check_actor(actor: Any) -> None:
+    """Call :func:`check_collector` in the process of a collector."""
+    import ray
+
+    try:
+        ray.get(actor.__ray_call__.remote(check_collector))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise CollectorError(
+            "the process of a RayLLMCollector died. What it had not sent yet is lost; buffers, other "
+            f"collectors and engines of other processes live on. Make another collector.\n{error}"
+        ) from error
 
 
 @functools.cache
