@@ -15,7 +15,6 @@ from tests.collectors import chat_env, check_kl
 from tests.oracle import Oracle
 from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMWeightUpdater
 from vllm_kl.demo.task import make_tokenizer
-from vllm_kl.weights.push import weights_of
 
 NUM_DIALOGS = 4
 
@@ -89,21 +88,27 @@ def test_envs_in_this_process_find_the_policy(
         assert min(checked) > 0
 
 
+@pytest.mark.parametrize(
+    ("pool", "mode"), [(serial, "rescore"), (threads, "reuse")], ids=["SerialEnv", "AsyncEnvPool"]
+)
 def test_samples_of_envs_in_a_pool_carry_the_version_that_sampled_them(
-    make_policy, make_reference, policy_engine, steps, ref_oracle
+    make_policy, make_reference, policy_engine, steps, ref_oracle, pool, mode
 ):
-    first = weights_of(policy_engine).version
     updater = VLLMWeightUpdater(policy_engine)
-    pool = serial(
-        lambda: RetrieveKL("from_collector", make_reference(), gen_log_probs="rescore"),
+    pool = pool(
+        lambda: RetrieveKL("from_collector", make_reference(), gen_log_probs=mode),
         lambda: EnginePolicyVersion(policy_engine),
     )
-    policy = make_policy().func
-    make = functools.partial(policy, policy_engine, **make_policy().keywords)
+    make = make_policy()
+    make = functools.partial(make.func, policy_engine, **make.keywords)
+    seen = []
     for n, data in enumerate(batches_of(pool, make, weight_updater=updater)):
-        assert set(data["next", "policy_version"].tolist()) == {first + n}
-        check_kl(data, Oracle(steps[n]), ref_oracle)
-        updater(AutoModelForCausalLM.from_pretrained(steps[n + 1]))
+        seen += data["next", "policy_version"].tolist()
+        for version, sample in zip(data["next", "policy_version"].tolist(), data.unbind(0), strict=True):
+            check_kl(sample.unsqueeze(0), Oracle(steps[version]), ref_oracle)
+        if n < len(steps) - 1:
+            updater(AutoModelForCausalLM.from_pretrained(steps[n + 1]))
+    assert len(set(seen)) > 1
 
 
 def reference_in_a_worker(path):

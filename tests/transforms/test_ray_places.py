@@ -24,6 +24,7 @@ from vllm_kl import (
     EnginePolicyVersion,
     RetrieveKL,
     VLLMReference,
+    VLLMSyncScheme,
     VLLMWeightUpdater,
     check_collector,
     push_weights,
@@ -148,10 +149,10 @@ def test_a_collector_with_an_engine_of_its_own_takes_pushes(collector, kl, steps
         functools.partial(make_env_there, functools.partial(kl, audit=1.0, audit_tolerance=1e-4)),
         functools.partial(make_vllm_policy, steps[0]),
         num_batches=6,
-        weight_updater=VLLMWeightUpdater(),
         track_policy_version=EnginePolicyVersion(),
         sync_iter=False,
     )
+    actor.weight_updater = VLLMWeightUpdater()
     actor.sync_iter = True
     batches = iter(actor)
     for n in range(2):
@@ -175,18 +176,23 @@ def test_a_collector_with_an_engine_of_its_own_takes_pushes(collector, kl, steps
     assert versions[-1] == 3
 
 
-def test_a_collector_on_async_vllm_is_pushed_to_from_the_trainer(collector, kl, async_llm, steps, ref_oracle):
+@pytest.mark.parametrize("tracker", ["engine", "counter"])
+def test_a_collector_on_async_vllm_is_pushed_to_from_the_trainer(
+    collector, kl, async_llm, steps, ref_oracle, tracker
+):
     first = push_weights(async_llm, AutoModelForCausalLM.from_pretrained(steps[0]))
     actor = collector(
         functools.partial(make_env_there, kl),
         functools.partial(vllm_policy, async_llm),
-        track_policy_version=EnginePolicyVersion(async_llm),
+        track_policy_version=EnginePolicyVersion(async_llm) if tracker == "engine" else True,
     )
+    sender = VLLMSyncScheme(async_llm).create_sender()
+    sender.register_collector(actor)
     for n, data in zip(range(2), actor, strict=False):
         data = data.reshape(-1)
         assert data["next", "policy_version"].tolist() == [first + n] * NUM_ENVS
         check_kl(data, Oracle(steps[n]), ref_oracle)
-        assert push_weights(async_llm, AutoModelForCausalLM.from_pretrained(steps[n + 1])) == first + n + 1
+        assert sender.update_weights(AutoModelForCausalLM.from_pretrained(steps[n + 1])) == first + n + 1
         assert actor.policy_version == first + n + 1
 
 

@@ -13,6 +13,7 @@ from torchrl.collectors.weight_update import WeightUpdaterBase
 from vllm_kl.errors import OptionError
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.pusher import Pusher
+from vllm_kl.weights.ray_collectors import actor_of
 
 with warnings.catch_warnings():
     # TorchRL 0.14 deprecates WeightUpdaterBase, but its LLMCollector takes nothing else.
@@ -43,6 +44,8 @@ with warnings.catch_warnings():
 
         def register_collector(self, collector: Any) -> None:
             super().register_collector(collector)
+            if actor_of(collector) is not None:
+                return  # the updater's copy in the collector's process is registered there
             if self._pusher is None:
                 self._pusher = Pusher(policy_of(collector))
             self._pusher.register(collector)

@@ -15,6 +15,7 @@ import weakref
 from typing import Any
 
 from vllm_kl.errors import CollectorError
+from vllm_kl.weights.ray_collectors import actor_of, call_in_actor
 
 _FOLLOWED: weakref.WeakKeyDictionary[threading.Thread, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 # Collector, engine or scorer -> the error that ended the thread. As text, because an error holds frames, and
@@ -52,9 +53,8 @@ def check_collector(collector: Any) -> None:
     >>> # collector.start()
     >>> # while len(buffer) < 64: check_collector(collector); time.sleep(0.1)
     """
-    actor = getattr(collector, "_collector", None)  # RayLLMCollector, torchrl 0.14
-    if hasattr(actor, "__ray_call__"):
-        _check_actor(actor)
+    if (actor := actor_of(collector)) is not None:
+        call_in_actor(actor, check_collector)
         return
     ended = _ENDED.get(collector)
     if ended is not None:
@@ -66,21 +66,6 @@ def check_collector(collector: Any) -> None:
         )
         error.add_note("".join(ended.format()))
         raise error
-
-
-def _check_actor(actor: Any) -> None:
-    """Call :func:`check_collector` in the process of a collector."""
-    import ray
-
-    try:
-        ray.get(actor.__ray_call__.remote(check_collector))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    except ray.exceptions.RayActorError as error:
-        raise CollectorError(
-            "the process of a RayLLMCollector died. What it had not sent yet is lost; buffers, other "
-            f"collectors and engines of other processes live on. Make another collector.\n{error}"
-        ) from error
 
 
 @functools.cache
