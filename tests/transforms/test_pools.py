@@ -39,6 +39,11 @@ def serial(*make):
     return SerialEnv(2, [functools.partial(env_with, *make, size=2)] * 2)
 
 
+def around(make):
+    """The transform is the pool's own."""
+    return SerialEnv(2, [functools.partial(env_with, size=2)] * 2).append_transform(make())
+
+
 def threads(*make):
     return AsyncEnvPool([functools.partial(env_with, *make)] * 2, stack="lazy", backend="threading")
 
@@ -68,7 +73,7 @@ def batches_of(pool, policy_factory, num_batches=2, **kwargs):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("pool", [serial, threads], ids=["SerialEnv", "AsyncEnvPool"])
+@pytest.mark.parametrize("pool", [serial, around, threads], ids=["SerialEnv", "around it", "AsyncEnvPool"])
 def test_envs_in_this_process_find_the_policy(
     make_policy, make_reference, policy_oracle, ref_oracle, pool, mode
 ):
@@ -84,7 +89,7 @@ def test_envs_in_this_process_find_the_policy(
         check_kl(data, policy_oracle, ref_oracle)
     if mode == "audit":
         checked = [kl.metrics["audit_num_tokens"] for kl in made if "audit_num_tokens" in kl.metrics]
-        assert len(checked) == 2  # the two envs of the pool
+        assert len(checked) == (1 if pool is around else 2)  # the two envs of the pool
         assert min(checked) > 0
 
 
@@ -95,14 +100,16 @@ def test_samples_of_envs_in_a_pool_carry_the_version_that_sampled_them(
     make_policy, make_reference, policy_engine, steps, ref_oracle, pool, mode
 ):
     updater = VLLMWeightUpdater(policy_engine)
-    pool = pool(
-        lambda: RetrieveKL("from_collector", make_reference(), gen_log_probs=mode),
-        lambda: EnginePolicyVersion(policy_engine),
-    )
+    kl = lambda: RetrieveKL("from_collector", make_reference(), gen_log_probs=mode)  # noqa: E731
+    kwargs = {"weight_updater": updater}
+    if pool is threads:  # which the collector must not wrap
+        pool = pool(kl, EnginePolicyVersion)
+    else:
+        pool, kwargs["track_policy_version"] = pool(kl), EnginePolicyVersion()
     make = make_policy()
     make = functools.partial(make.func, policy_engine, **make.keywords)
     seen = []
-    for n, data in enumerate(batches_of(pool, make, weight_updater=updater)):
+    for n, data in enumerate(batches_of(pool, make, **kwargs)):
         seen += data["next", "policy_version"].tolist()
         for version, sample in zip(data["next", "policy_version"].tolist(), data.unbind(0), strict=True):
             check_kl(sample.unsqueeze(0), Oracle(steps[version]), ref_oracle)

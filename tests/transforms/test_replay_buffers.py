@@ -15,8 +15,9 @@ from torchrl.modules.llm.policies import LogProbs
 
 from tests import batches
 from tests.transforms.helpers import KEEP, PAD, PROMPTS, SEQUENCES, assert_rows, recorded_batch, rows
-from vllm_kl import KLComputation, RetrieveKL, RetrieveLogProb, VLLMReference
+from vllm_kl import FromCollector, KLComputation, RetrieveKL, RetrieveLogProb
 
+NAMES = "RetrieveKL", "RetrieveKL that asks", "RetrieveLogProb and KLComputation"
 STORAGES = {"lazy stack": LazyStackStorage, "list": ListStorage, "padded": LazyTensorStorage}
 
 
@@ -51,11 +52,15 @@ def batch(storage, policy_oracle):
 
 
 @pytest.fixture
-def chain(storage, make_reference):
+def chain(storage, make_reference, make_gen):
     """Make the transforms that write a KL: one, or two that share the work."""
+    pad_output = storage == "padded"
 
     def make(name):
-        reference: VLLMReference = make_reference(pad_output=storage == "padded")
+        reference = make_reference(pad_output=pad_output)
+        if name == "RetrieveKL that asks":
+            policy = make_gen("vllm", pad_output=pad_output)
+            return [RetrieveKL(FromCollector("rescore", policy=policy), reference)]
         if name == "RetrieveKL":
             return [RetrieveKL("from_collector", reference)]
         return [RetrieveLogProb(reference), KLComputation()]
@@ -79,7 +84,7 @@ def as_flat(batch):
     return batch.exclude("next").set("reward", reward)
 
 
-@pytest.mark.parametrize("name", ["RetrieveKL", "RetrieveLogProb and KLComputation"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_kl_is_subtracted_once_however_often_its_sample_is_sampled(buffer, batch, chain, truth, name):
     for transform in chain(name):
         buffer.append_transform(transform)
@@ -99,7 +104,7 @@ def test_in_next_it_is_subtracted_once_too(buffer, batch, chain, truth):
     assert set(buffer._storage[0]["next"].keys()) == {"reward"}
 
 
-@pytest.mark.parametrize("name", ["RetrieveKL", "RetrieveLogProb and KLComputation"])
+@pytest.mark.parametrize("name", NAMES)
 def test_with_invert_results_are_stored_and_the_callers_batch_stays(buffer, batch, chain, truth, name):
     for transform in reversed(chain(name)):  # torchrl 0.14 calls the last one first
         buffer.append_transform(transform, invert=True)
