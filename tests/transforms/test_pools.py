@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import pickle
 
 import pytest
 from tensordict import set_list_to_stack
 from torchrl.collectors.llm import LLMCollector
-from torchrl.envs import AsyncEnvPool, ParallelEnv, SerialEnv
+from torchrl.envs import AsyncEnvPool, EnvBase, ParallelEnv, SerialEnv
 from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from tests.collectors import chat_env, check_kl
 from tests.oracle import Oracle
 from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMWeightUpdater
 from vllm_kl.demo.task import make_tokenizer
+from vllm_kl.transforms.pools import tell_envs_inside
 
 NUM_DIALOGS = 4
 
@@ -126,6 +128,14 @@ def reference_in_a_worker(path):
         generate=False,
         pad_output=False,
     )
+
+
+def test_a_transform_that_came_from_another_process_tells_them_too(ref_path, monkeypatch):
+    sent = pickle.dumps(RetrieveKL("from_collector", reference_in_a_worker(ref_path)))
+    monkeypatch.setattr(EnvBase, "register_collector", EnvBase.register_collector.__wrapped__)
+    tell_envs_inside.cache_clear()  # as if nothing had been made here
+    pickle.loads(sent)
+    assert hasattr(EnvBase.register_collector, "__wrapped__")
 
 
 def kl_in_a_worker(path, mode):

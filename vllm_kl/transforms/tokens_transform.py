@@ -73,6 +73,10 @@ class TokensTransform(NextTransform):
         self._texts = TextWatch()
         self._is_step = False  # True while an env's step is written: the policy has just generated it
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tell_envs_inside()  # the transform came from another process, and was not made here
+        super().__setstate__(state)
+
     @abstractmethod
     def _keys(self) -> InputKeys:
         """Return where the ids and masks are."""
