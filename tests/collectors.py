@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from tensordict import TensorDict, lazy_stack
+from torch.utils.data import DataLoader
 from torchrl.collectors.llm import LLMCollector
 from torchrl.data import Unbounded
-from torchrl.envs import Transform
+from torchrl.envs import StepCounter, Transform
+from torchrl.envs.llm import ChatEnv
 
 from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE
 
@@ -39,6 +42,22 @@ class EndFirst(Transform):
             for key in ("done", "terminated"):
                 next_td[key] = next_td[key].index_fill(0, torch.tensor(0), True)
         return next_td
+
+
+def chat_env(tokenizer, size, *, repeats=1, max_steps=1):
+    """Return an env of chats, with a reward of 1 per sequence."""
+    queries = [
+        {"query": "What is one and one?"},
+        {"query": "Why?"},
+        {"query": "Name a colour of the sea."},
+    ]
+    loader = DataLoader(
+        queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
+    )
+    env = ChatEnv.from_dataloader(
+        loader, batch_size=(size,), repeats=repeats, input_mode="history", tokenizer=tokenizer
+    )
+    return env.append_transform(StepCounter(max_steps=max_steps)).append_transform(OneReward())
 
 
 def collect(env, policy_factory, turns=2 * NUM_ENVS, **kwargs):

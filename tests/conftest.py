@@ -29,16 +29,13 @@ from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict, lazy_stack, set_list_to_stack
-from torch.utils.data import DataLoader
+from tensordict import set_list_to_stack
 from torchrl.collectors.llm import LLMCollector
-from torchrl.envs import StepCounter
-from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.collectors import GROUP, NUM_ENVS, OneReward
+from tests.collectors import GROUP, NUM_ENVS, chat_env
 from tests.lora import lora_request
 from tests.oracle import Oracle
 from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMScorer, VLLMWeightUpdater, push_weights
@@ -226,18 +223,7 @@ def make_env(tokenizer):
     """Make an env of chats, with a reward of 1 per sequence."""
 
     def make(max_steps=1):
-        queries = [
-            {"query": "What is one and one?"},
-            {"query": "Why?"},
-            {"query": "Name a colour of the sea."},
-        ]
-        loader = DataLoader(
-            queries, batch_size=1, collate_fn=lambda items: lazy_stack([TensorDict(i) for i in items])
-        )
-        env = ChatEnv.from_dataloader(
-            loader, batch_size=(NUM_ENVS,), repeats=GROUP, input_mode="history", tokenizer=tokenizer
-        )
-        return env.append_transform(StepCounter(max_steps=max_steps)).append_transform(OneReward())
+        return chat_env(tokenizer, NUM_ENVS, repeats=GROUP, max_steps=max_steps)
 
     return make
 

@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 import vllm.envs
+from tensordict import TensorDict, lazy_stack
+from torchrl.data import LazyStackStorage, ReplayBuffer
 from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
@@ -366,6 +368,23 @@ class TestTorchRL:
         from torchrl.envs.transforms import transforms
 
         assert "_inv_call" in source(transforms.Transform.inv)
+
+    def test_a_replay_buffer_samples_the_stored_samples_themselves(self):
+        """transforms/next_transform.py copies them. Where this fails, it need not."""
+        buffer = ReplayBuffer(storage=LazyStackStorage(1), batch_size=1)
+        buffer.append_transform(lambda td: td.set("written", torch.ones(1)))
+        buffer.extend(lazy_stack([TensorDict(stored=torch.ones(1))]))
+        buffer.sample()
+        assert "written" in buffer._storage[0].keys()
+
+    def test_a_pool_does_not_tell_its_envs_the_collector_and_has_them_under_these_names(self):
+        """transforms/pools.py tells them."""
+        from torchrl.envs import SerialEnv
+        from torchrl.envs.async_envs import ThreadingAsyncEnvPool
+
+        assert not {"register_collector"} & {*vars(SerialEnv), *vars(ThreadingAsyncEnvPool)}
+        assert "self._envs.append(env" in source(SerialEnv._start_workers)
+        assert "self.envs = [" in source(ThreadingAsyncEnvPool._setup)
 
     def test_an_updater_counts_after_it_was_called(self):
         """transforms/pusher.py sets one version less, where the collector counts another itself."""

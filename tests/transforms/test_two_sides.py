@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,13 @@ def test_two_ways_to_give_one_side_or_none(make_reference):
         RetrieveKL("from_collector")
     with pytest.raises(ValueError, match="exactly one of 'ref_model' and 'ref_model_factory'"):
         RetrieveKL("from_collector", make_reference(), ref_model_factory=make_reference)
+
+
+def test_a_reference_in_a_ray_actor_without_ray_says_what_to_install(make_reference, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "vllm_kl.transforms.ray_scorer", raising=False)
+    with pytest.raises(OptionError, match=r"needs Ray: pip install 'vllm-kl\[ray\]'"):
+        RetrieveKL("from_collector", ref_model_factory=make_reference, use_ray_service=True)
 
 
 def test_an_error_names_the_sample_of_the_batch_not_the_sequence_that_was_sent(make_gen, make_reference):

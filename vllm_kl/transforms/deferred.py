@@ -46,6 +46,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import CollectorError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.transforms.choose_scorer import is_same_temperature, scorer_for
 from vllm_kl.transforms.model_side import Side
+from vllm_kl.transforms.pools import where_to_stand
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.tokens_transform import TokensTransform, side_log_probs
 from vllm_kl.types import Scored, TokenBatch
@@ -224,9 +225,9 @@ class Deferral:
                 else f"a {type(collector).__name__} has no postproc"
             )
             raise CollectorError(
-                f"deferred=True fills in the batches that leave a collector, but {what}.\nAppend the "
-                "transform to the env of an LLMCollector; or pass deferred='buffer' and call "
-                "vllm_kl.fill_deferred(batch); or pass deferred=False"
+                f"deferred=True fills in the batches that leave a collector, but {what}.\n"
+                f"{where_to_stand()}; or pass deferred='buffer' and call vllm_kl.fill_deferred(batch); or "
+                "pass deferred=False"
             )
         if reward_waits:
             _check_later(transform)

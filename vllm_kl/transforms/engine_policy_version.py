@@ -14,13 +14,14 @@ from torchrl.envs.llm.transforms import PolicyVersion
 
 from vllm_kl.batch.origins import POLICY_ADAPTER, POLICY_VERSION, UNKNOWN, generated_by
 from vllm_kl.batch.write_entries import declare
-from vllm_kl.errors import OptionError, WeightsError
+from vllm_kl.errors import CollectorError, OptionError, WeightsError
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.next_transform import collector_of
+from vllm_kl.transforms.pools import tell_envs_inside, where_to_stand
 from vllm_kl.transforms.watched_policy import watch
 from vllm_kl.types import Origin
 from vllm_kl.weights.collector_errors import follow
-from vllm_kl.weights.live_weights import LiveWeights
+from vllm_kl.weights.live_weights import LiveWeights, Weights
 from vllm_kl.weights.push import followed, weights_of
 from vllm_kl.weights.replicas import ReplicaWeights
 
@@ -35,19 +36,43 @@ class EnginePolicyVersion(PolicyVersion):
 
     Args:
         engine: the policy's engine: a ``vllm.LLM``, TorchRL's ``AsyncVLLM``, or a ``vLLMWrapper`` of one of
-            these. If the collector's policy is a ``vLLMWrapper``, vLLM's output tells the version of each
-            sample. Else a sample gets the version that the engine serves when its step ends.
+            these. ``None`` takes the engine of the collector's policy, for a collector that makes its policy
+            in another process (``RayLLMCollector``). If the collector's policy is a ``vLLMWrapper``, vLLM's
+            output tells the version of each sample. Else a sample gets the version that the engine serves
+            when its step ends.
 
     Raises:
         WeightsError: the engine's weights, or the version that serves, are not known.
+        CollectorError: when a version is asked for: there is no ``engine`` and no collector.
 
     >>> # LLMCollector(env, policy_factory=policy, track_policy_version=EnginePolicyVersion(llm))
+    >>> # RayLLMCollector(make_env, policy_factory=policy, track_policy_version=EnginePolicyVersion())
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._weights = weights_of(engine)
-        self._engine = followed(engine)
+    def __init__(self, engine: Any = None) -> None:
+        self._given = None if engine is None else (weights_of(engine), followed(engine))
+        tell_envs_inside()
         super().__init__(int)
+
+    @property
+    def _weights(self) -> Weights:
+        return self._found()[0]
+
+    @property
+    def _engine(self) -> Any:
+        return self._found()[1]
+
+    def _found(self) -> tuple[Weights, Any]:
+        """Return the engine's weights, and the engine."""
+        if self._given is not None:
+            return self._given
+        policy = policy_of(collector_of(self))
+        if policy is None:
+            raise CollectorError(
+                "EnginePolicyVersion() takes the engine of the collector's policy, but there is no "
+                f"collector.\n{where_to_stand()}; or pass the engine: EnginePolicyVersion(llm)"
+            )
+        return weights_of(policy), followed(policy)
 
     @property
     def version(self) -> int:
@@ -84,15 +109,17 @@ class EnginePolicyVersion(PolicyVersion):
         return self  # a copied env uses the same engine
 
     def __reduce__(self) -> Any:
+        if self._given is None:
+            return EnginePolicyVersion, ()
         if isinstance(self._weights, ReplicaWeights):  # its engine goes to other processes, too
             return EnginePolicyVersion, (self._engine,)
         raise OptionError(
-            "an EnginePolicyVersion uses an engine of this process and cannot go to another process: use "
-            "track_policy_version=True there"
+            "an EnginePolicyVersion of an engine of this process cannot go to another process: pass "
+            "EnginePolicyVersion(), which takes the engine of the collector's policy there"
         )
 
-    def _increment_version(self, init: bool = False) -> int:
-        return self.version
+    def _increment_version(self, init: bool = False) -> int | None:
+        return None if init and self._given is None else self.version
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
         collector = collector_of(self)

@@ -34,6 +34,7 @@ from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.errors import CollectorError, InputError, MissingLogProbError, OptionError
 from vllm_kl.transforms.audit import Audit, OnDrift
 from vllm_kl.transforms.choose_scorer import ScorerOf, is_same_temperature, temperature_of
+from vllm_kl.transforms.pools import where_to_stand
 from vllm_kl.transforms.recorded_distribution import Recorded, recorded_by
 from vllm_kl.transforms.recorded_zeros import (
     SURE,
@@ -301,9 +302,9 @@ class FromCollector:
             )
         if policy is None:
             raise CollectorError(
-                f"from_collector: {why}there is no collector whose policy could score.\nAppend the transform "
-                "to the env of an LLMCollector, keep the policy's log-probs in the batch, or pass gen_model= "
-                "with a model (or FromCollector(policy=...))."
+                f"from_collector: {why}there is no collector whose policy could score.\n{where_to_stand()}; "
+                "keep the policy's log-probs in the batch; or pass gen_model= with a model (or "
+                "FromCollector(policy=...))."
             )
         if not self._can_score(policy, temperature):
             raise OptionError(
@@ -382,8 +383,8 @@ class FromCollector:
         """
         if is_same_temperature(temperature, 1.0):
             ask = (
-                "Append the transform to the env of an LLMCollector, whose policy can be asked; or pass "
-                "FromCollector(policy=...), or gen_model= with the model that sampled"
+                f"{where_to_stand()}, so that the policy can be asked; or pass FromCollector(policy=...), or "
+                "gen_model= with the model that sampled"
             )
         else:
             ask = (
@@ -484,7 +485,7 @@ class FromCollector:
         if policy is None:
             raise CollectorError(
                 f"audit={self.audit.fraction} scores reused log-probs again with the policy's engine, but "
-                "there is no collector.\nAppend the transform to the env of an LLMCollector, or pass audit=0."
+                f"there is no collector.\n{where_to_stand()}; or pass audit=0."
             )
         if not self._can_score(policy, temperature):
             raise OptionError(

@@ -17,6 +17,10 @@ class NextTransform(Transform):
     """Reads the root tensordict of a step and writes into its ``next``, or into the root without one."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if _is_in_buffer(self):
+            # A replay buffer's sample() passes the stored samples themselves (torchrl 0.14: lists, lazy
+            # stacks). Written there, a KL would be subtracted again at the next sample().
+            tensordict = tensordict.copy()
         next_td = tensordict.get("next", default=None)
         if next_td is None:
             return self._flat_write(tensordict, tensordict)
@@ -75,7 +79,11 @@ class NextTransform(Transform):
 
 def collector_of(transform: Transform) -> Any:
     """Return the collector whose env holds a transform, or ``None``."""
-    return getattr(_container(_outermost(transform)), "collector", None)
+    env, collector = _container(_outermost(transform)), None
+    while env is not None and collector is None:
+        # A collector that appends a transform to an env without any makes a new env, which nobody told.
+        collector, env = getattr(env, "collector", None), getattr(env, "base_env", None)
+    return collector
 
 
 def _outermost(transform: Transform) -> Transform:
@@ -83,6 +91,12 @@ def _outermost(transform: Transform) -> Transform:
     while isinstance(parent := _container(transform), Transform):
         transform = parent
     return transform
+
+
+def _is_in_buffer(transform: Transform) -> bool:
+    """Tell whether a replay buffer's composition, or another that no env holds, has this transform."""
+    outermost = _outermost(transform)
+    return outermost is not transform and _container(outermost) is None
 
 
 def _container(transform: Transform) -> Any:

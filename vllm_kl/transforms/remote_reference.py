@@ -46,10 +46,14 @@ def remote_reference(
 
     Raises:
         InputError: ``ref_model`` and ``ref_model_factory`` are both given, or nothing is.
-        OptionError: ``ref_model`` holds a running engine.
+        OptionError: ``ref_model`` holds a running engine, or Ray is not installed.
     """
-    from vllm_kl.transforms.ray_scorer import RayScorer
-
+    try:
+        from vllm_kl.transforms.ray_scorer import RayScorer
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise OptionError("a reference in a Ray actor needs Ray: pip install 'vllm-kl[ray]'") from error
     if ref_model is not None and ref_model_factory is not None:
         raise InputError("Cannot provide both 'ref_model' and 'ref_model_factory'. Choose one.")
     if isinstance(ref_model, VLLMReference):

@@ -18,6 +18,7 @@ from vllm_kl.batch.tokenize_texts import TextWatch
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.model_side import Side
 from vllm_kl.transforms.next_transform import NextTransform
+from vllm_kl.transforms.pools import tell_envs_inside
 from vllm_kl.transforms.watched_policy import engine_of, watch
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.weights.collector_errors import follow
@@ -61,6 +62,7 @@ class TokensTransform(NextTransform):
 
     def __init__(self, options: TokenOptions, *, ref_version_key: NestedKey | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        tell_envs_inside()
         self.assistant_only = options.assistant_only
         self.tokenizer = options.tokenizer
         self.tokenizer_kwargs = dict(options.tokenizer_kwargs or {})
@@ -70,6 +72,10 @@ class TokensTransform(NextTransform):
         self.ref_version_key = ref_version_key
         self._texts = TextWatch()
         self._is_step = False  # True while an env's step is written: the policy has just generated it
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tell_envs_inside()  # the transform came from another process, and was not made here
+        super().__setstate__(state)
 
     @abstractmethod
     def _keys(self) -> InputKeys:

@@ -15,6 +15,7 @@ import weakref
 from typing import Any
 
 from vllm_kl.errors import CollectorError
+from vllm_kl.weights.ray_collectors import actor_of, call_in_actor
 
 _FOLLOWED: weakref.WeakKeyDictionary[threading.Thread, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 # Collector, engine or scorer -> the error that ended the thread. As text, because an error holds frames, and
@@ -42,13 +43,19 @@ def follow(collector: Any, *others: Any) -> None:
 def check_collector(collector: Any) -> None:
     """Raise the error that ended a collector's background thread, once. Call this while you wait for samples.
 
+    Args:
+        collector: an ``LLMCollector``, or TorchRL's ``RayLLMCollector``, whose actor is asked.
+
     Raises:
         CollectorError: an error of a transform, the env or the policy ended the thread. Its traceback is a
-            note of the raised error.
+            note of the raised error. Or the process of a ``RayLLMCollector`` died.
 
     >>> # collector.start()
     >>> # while len(buffer) < 64: check_collector(collector); time.sleep(0.1)
     """
+    if (actor := actor_of(collector)) is not None:
+        call_in_actor(actor, check_collector)
+        return
     ended = _ENDED.get(collector)
     if ended is not None:
         for followed in [followed for followed, by in _ENDED.items() if by is ended]:
