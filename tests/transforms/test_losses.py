@@ -116,7 +116,8 @@ class TestGRPO:
                 loss = make_loss(kind, pad_output=pad_output, masking_strategy=strategy)(data)
                 assert loss.kl_to_ref.item() == pytest.approx(want, abs=TOLERANCE)
                 assert loss.loss_kl_to_ref.item() == pytest.approx(0.25 * want, abs=TOLERANCE)
-                if after_prompts:
+                # TorchRL 0.14.1 writes the recorded log-probs of padded prompts into wrong columns.
+                if after_prompts or not pad_output:
                     assert loss.ESS.item() == pytest.approx(1.0, abs=TOLERANCE)
                     assert loss.kl_approx.item() == pytest.approx(0.0, abs=TOLERANCE)
         (loss.loss_objective + loss.loss_kl_to_ref).backward()

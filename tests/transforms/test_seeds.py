@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 from torchrl.modules.llm import vLLMWrapper
 from vllm import LLM
@@ -23,16 +21,12 @@ def sampled(make_env, policy_path, tokenizer):
             str(policy_path), enforce_eager=True, use_tqdm_on_load=False, **tiny.ENGINE_OPTIONS, **options
         )
         ENGINES.append(llm)
-        policy = functools.partial(
-            vLLMWrapper,
-            llm,
-            tokenizer=tokenizer,
-            input_mode="history",
-            generate_kwargs={"max_new_tokens": 10, "temperature": 1.0, "seed": sampling_seed},
-        )
+        kwargs = {"generate_kwargs": {"max_new_tokens": 10, "temperature": 1.0}}
+        policy = vLLMWrapper(llm, tokenizer=tokenizer, input_mode="history", **kwargs)
+        policy.sampling_params.seed = sampling_seed
         return [
             row.tolist()
-            for data in collect(make_env(), policy)
+            for data in collect(make_env(), lambda: policy)
             for row in data.get(("tokens", "response"), as_list=True)
         ]
 
