@@ -17,7 +17,7 @@ from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import ChatHistory
 from torchrl.objectives.llm import DAPO, CISPOLoss, DistillationLoss, GRPOLoss, SFTLoss
 
-from tests.batches import CHATS, dense_batch
+from tests.batches import CHATS, dense_batch, history_batch
 from tests.collectors import collect
 from tests.transforms.helpers import PAD, PROMPTS, SEQUENCES, in_pieces, recorded_batch
 from vllm_kl import (
@@ -283,6 +283,15 @@ class TestSFT:
         assert loss.kl_to_ref.item() == pytest.approx(k3, abs=TOLERANCE)
         (loss.loss_sft + loss.loss_kl_to_ref).backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.parameters())
+
+    @pytest.mark.parametrize("num_dims", [1, 2])
+    def test_the_masks_are_written_beside_the_history(self, make_reference, num_dims):
+        data = history_batch(with_next=True)
+        data = data.reshape((1, 2)[-num_dims:])
+        RetrieveLogProb(make_reference(pad_output=True))(data)
+        masks, rows = data.get("masks").reshape(-1), data["next", "ref_log_probs", "full"].flatten(0, -2)
+        assert torch.equal(masks.get("all_assistant_mask"), rows != 0)
+        assert (masks.get("all_attention_mask").sum(-1) > masks.get("all_assistant_mask").sum(-1)).all()
 
     @LAYOUT
     def test_minor_sft_compares_the_same_tokens_of_both_sides(self, sft, sides, pad_output):
