@@ -129,10 +129,6 @@ def main() -> None:
         buffer.append_transform(MCAdvantage(grpo_size=args.group))
         for update, batch in enumerate(collector):
             batch = batch.reshape(-1)
-            for sample in batch.unbind(0):
-                # masking_strategy="rlhf" reads its mask here, so that loss and KL use one mask. Log-probs
-                # outside the mask are 0.0.
-                sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
             buffer.extend(batch)
             for minibatch in buffer:
                 loss = loss_module(minibatch)

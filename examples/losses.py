@@ -29,7 +29,6 @@ from torchrl.data import Composite, LazyStackStorage, ReplayBuffer, Unbounded
 from torchrl.envs import StepCounter, Transform
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
-from torchrl.modules.llm.policies import Masks
 from torchrl.objectives.llm import DistillationLoss, GRPOLoss, MCAdvantage
 from transformers import AutoModelForCausalLM
 from vllm import LLM
@@ -98,14 +97,13 @@ def step(model: torch.nn.Module, loss: torch.Tensor) -> None:
 
 def grpo(model: torch.nn.Module, data: TensorDictBase, tokenizer: Any, pad_output: bool) -> None:
     """Train one step on a collected batch; print TorchRL's KL and the KL of ``kl_estimate``."""
-    for sample in data.unbind(0):
-        # masking_strategy="rlhf" reads its mask here, so that loss and KL use one mask. Log-probs outside the
-        # mask are 0.0.
-        sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
+    # The actor reads the ids that were sampled. It would render a history to other ids.
     actor = TransformersWrapper(
         model, tokenizer=tokenizer, input_mode="tokens", generate=False, pad_output=pad_output
     )
-    loss = GRPOLoss(actor, kl_to_ref_coeff=0.1, masking_strategy="rlhf")(data)
+    # Every masking strategy counts the same tokens here: RetrieveKL has set the recorded log-probs of all
+    # others to NaN, and TorchRL leaves these out.
+    loss = GRPOLoss(actor, kl_to_ref_coeff=0.1, masking_strategy="generic")(data)
     step(model, loss.loss_objective + loss.loss_kl_to_ref)
 
     columns = [("next", "log_probs", "full"), ("next", "ref_log_probs", "full"), ("next", "kl_mask")]
@@ -125,11 +123,8 @@ def distill(model: torch.nn.Module, data: TensorDictBase, teacher: VLLMReference
     # The loss tokenizes the dialogs itself, so the teacher must score the dialogs too, and not the sampled
     # ids.
     data = data.select("history", ("next", "done"))
+    # RetrieveLogProb also writes the masks that the loss reads.
     data = RetrieveLogProb(teacher, log_probs_full_key=("teacher_log_probs", "full"))(data)
-    for sample in data.unbind(0):
-        mask = sample["next", "kl_mask"]
-        # A token counts if both masks keep it.
-        sample["masks"] = Masks(all_assistant_mask=mask, all_attention_mask=mask)
     student = TransformersWrapper(
         model, tokenizer=teacher.tokenizer, generate=False, pad_output=teacher.pad_output
     )

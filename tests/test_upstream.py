@@ -303,6 +303,21 @@ class TestTheEnvironment:
 
 
 class TestTorchRL:
+    def test_losses_leave_out_tokens_whose_recorded_log_prob_is_nan(self):
+        """mask_recorded.py relies on it, since TorchRL 0.14.1."""
+        from torchrl.objectives.llm import GRPOLoss
+
+        assert "dist.mask & torch.isfinite(prev_log_prob)" in source(GRPOLoss._log_weight)
+
+    @pytest.mark.parametrize("name", ["SFTLoss", "DistillationLoss"])
+    def test_losses_of_histories_read_the_masks_at_these_keys(self, name):
+        """tokens_transform.py writes them."""
+        import torchrl.objectives.llm
+
+        text = source(getattr(torchrl.objectives.llm, name))
+        assert '("masks", "all_assistant_mask"), as_list=True' in text
+        assert '("masks", "all_attention_mask"), as_list=True' in text
+
     def test_a_wrapper_reaches_its_engine_through_these_methods(self):
         """transforms/watched_policy.py watches them, choose_scorer.py and lora_wrapper.py call them."""
         from torchrl.modules.llm import vLLMWrapper

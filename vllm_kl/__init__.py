@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 # Type checkers and editors read this block; ``import X as X`` tells them that X is public. Python reads
 # _PUBLIC.
 if TYPE_CHECKING:
+    from vllm_kl.batch.mask_recorded import mask_recorded as mask_recorded
     from vllm_kl.diagnostics import Mismatch as Mismatch
     from vllm_kl.diagnostics import MismatchWarning as MismatchWarning
     from vllm_kl.diagnostics import WorstToken as WorstToken
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "batch.mask_recorded": "mask_recorded",
     "diagnostics": "Mismatch MismatchWarning WorstToken mismatch",
     "engines.base": "Engine",
     "errors": "CollectorError DriftError EngineError FrozenError InputError MissingLogProbError OptionError "

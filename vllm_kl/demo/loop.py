@@ -127,9 +127,6 @@ class Trainer:
 
     def update(self, data: TensorDictBase, version: int) -> dict[str, float]:
         """Add a batch ``[B]`` to the buffer, train once on the whole buffer, and return figures."""
-        for sample in data.unbind(0):
-            # masking_strategy="rlhf" reads its mask here, so that loss and KL use one mask.
-            sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
         self._buffer.extend(data)
         losses, clipped = [], []
         for minibatch in self._buffer:

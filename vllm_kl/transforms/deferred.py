@@ -60,6 +60,9 @@ PENDING = "kl_pending"
 # Writes a step's results, from the reference's scores, into a tensordict ``[B]``; returns it.
 Write = Callable[[TensorDictBase, Scored], TensorDictBase]
 
+# Changes a whole batch that has its results; returns it.
+Finish = Callable[[TensorDictBase], TensorDictBase]
+
 
 class Step:
     """One env step whose reference log-probs were requested. Steps finish oldest first, each once."""
@@ -142,10 +145,14 @@ class Deferral:
         until: ``True``: the collector fills a batch in when the batch leaves it. ``"buffer"``: the user calls
             :func:`fill_deferred`.
         on_two_references: see :class:`~vllm_kl.RetrieveKL`.
+        finish: called with every batch that is filled in. It holds no transform and no env.
     """
 
-    def __init__(self, until: Literal[True, "buffer"], on_two_references: OnStale) -> None:
+    def __init__(
+        self, until: Literal[True, "buffer"], on_two_references: OnStale, finish: Finish | None
+    ) -> None:
         self.on_two_references = on_two_references
+        self.finish = finish
         self.finishing = threading.Lock()  # several threads may fill batches in
         self._until = until
         self._worker = _Worker()
@@ -154,7 +161,13 @@ class Deferral:
 
     @classmethod
     def of(
-        cls, deferred: Deferred, ref_model: Any, *, detach: bool, on_two_references: OnStale
+        cls,
+        deferred: Deferred,
+        ref_model: Any,
+        *,
+        detach: bool,
+        on_two_references: OnStale,
+        finish: Finish | None,
     ) -> Deferral | None:
         """Return the deferral that ``RetrieveKL(deferred=...)`` asks for; ``None`` for ``False``.
 
@@ -177,10 +190,10 @@ class Deferral:
                 "while this or another vllm.LLM here generates.\nGive the reference an engine of its own "
                 "(VLLMReference(path)), or pass deferred=False"
             )
-        return cls(deferred, on_two_references)
+        return cls(deferred, on_two_references, finish)
 
     def __reduce__(self) -> tuple[type[Deferral], tuple[Any, ...]]:
-        return Deferral, (self._until, self.on_two_references)
+        return Deferral, (self._until, self.on_two_references, self.finish)
 
     def submit(
         self,
@@ -315,17 +328,22 @@ def fill_deferred(td: TensorDictBase) -> TensorDictBase:
     tensor([[5, 6]])
     """
     next_td = td.get("next", default=None)
-    filled = _fill(td if next_td is None else next_td)
-    return filled if next_td is None else td.set("next", filled)
+    filled, owners = _fill(td if next_td is None else next_td)
+    if next_td is None:
+        return filled
+    td = td.set("next", filled)
+    for owner in owners:
+        td = td if owner.finish is None else owner.finish(td)
+    return td
 
 
-def _fill(td: TensorDictBase) -> TensorDictBase:
-    """Fill in the tensordict that has the handles."""
+def _fill(td: TensorDictBase) -> tuple[TensorDictBase, list[Deferral]]:
+    """Fill in the tensordict that has the handles; return it, and whose handles it had."""
     shape = td.batch_size
     samples = list((td.reshape(-1) if shape else lazy_stack([td])).unbind(0))
     waiting: list[tuple[Handle, ...]] = [sample.get_non_tensor(PENDING, default=()) for sample in samples]
     if not any(waiting):
-        return td
+        return td, []
     results = [
         [_result(handle, i, shape, waiting) for handle in handles] for i, handles in enumerate(waiting)
     ]
@@ -335,7 +353,8 @@ def _fill(td: TensorDictBase) -> TensorDictBase:
             samples[i] = samples[i].exclude(PENDING)
             for entry in entries:
                 samples[i].update(entry)
-    return lazy_stack(samples).view(shape) if shape else samples[0]
+    owners = list(dict.fromkeys(handle.step.owner for handles in waiting for handle in handles))
+    return lazy_stack(samples).view(shape) if shape else samples[0], owners
 
 
 def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handle, ...]]) -> TensorDictBase:

@@ -41,6 +41,9 @@ class NextTransform(Transform):
             flat if same else (next_tensordict.reshape(-1) if len(shape) else lazy_stack([next_tensordict]))
         )
         written = self._write(flat, flat_next)
+        if not same:
+            for key in set(flat.keys()) - set(tensordict.keys()):
+                tensordict.set(key, flat.get(key).reshape(shape))
         return written.view(shape) if len(shape) else written[0]
 
     @abstractmethod

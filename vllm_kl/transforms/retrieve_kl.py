@@ -21,7 +21,8 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.modules.llm.policies import LogProbs
 
-from vllm_kl.batch.alignment import PaddingSide, to_layout
+from vllm_kl.batch.alignment import PaddingSide
+from vllm_kl.batch.mask_recorded import mask_recorded as mask_recorded_log_probs
 from vllm_kl.batch.write_entries import declare
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
@@ -31,7 +32,7 @@ from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.kl_transform import KLTransform
 from vllm_kl.transforms.penalty import Penalty
 from vllm_kl.transforms.recorded_zeros import OnZero, has_zeros
-from vllm_kl.transforms.tokens_transform import TokenOptions, side_log_probs, to_device
+from vllm_kl.transforms.tokens_transform import TokenOptions, side_log_probs
 from vllm_kl.transforms.two_sided_transform import TwoSidedTransform, Written
 from vllm_kl.transforms.two_sides import (
     check_two_models,
@@ -111,6 +112,10 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             batch's last step. ``"buffer"``: batches leave without results, and you call
             :func:`vllm_kl.fill_deferred`, on a replay buffer or by hand. Until then results are missing and a
             reward that the KL will change is NaN. See :mod:`vllm_kl.transforms.deferred`.
+        mask_recorded: ``True`` sets the log-probs that the policy recorded to NaN outside the mask, in every
+            batch with ``"next"``: TorchRL's losses then leave these tokens out; see
+            :func:`vllm_kl.mask_recorded`. ``False`` leaves them as they are, so that the batch can be scored
+            again with a larger mask. Without ``mask_key`` they stay, too.
         num_cpus, num_gpus: resources of the Ray actor.
 
     Writes log-probs and KL as ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``.
@@ -178,14 +183,16 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         on_drift: OnDrift | None = None,
         on_zero: OnZero | None = None,
         deferred: Deferred = False,
+        mask_recorded: bool = True,
         **kwargs: Any,
     ) -> None:
         gen = gen_model, gen_model_factory, gen_log_probs, audit, audit_tolerance, on_drift, on_zero
         ref = ref_model, ref_model_factory, use_ray_service, device, actor_name
         written = gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, on_two_references
         estimation = estimator, extra_estimators, clamp_log_ratio, clamp_output, direction
+        tokens = assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale, mask_recorded
         super().__init__(  # in this order: what is wrong is refused before an engine starts
-            options=TokenOptions(assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale),
+            options=TokenOptions(*tokens),
             written=Written(*written),
             penalty=Penalty(Estimation(*estimation), kl_key, mask_key, add_to_reward, coeff),
             sides=two_sides(
@@ -251,7 +258,9 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             self._write_kl, batch, gen.values, versions, td.device, keeps_recorded, are_zeros_settled
         )
         if ref is not None:
-            return write(next_td, ref)
+            written = write(next_td, ref)
+            self._write_masks(written if next_td is td else td, batch)
+            return written
         return self._deferral.submit(
             self,
             next_td,
@@ -263,8 +272,19 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             write=write,
         )
 
+    @property
+    def _written_mask(self) -> NestedKey | None:
+        return self.penalty.mask_key
+
     def _defer(self, deferred: Deferred) -> None:
-        how = {"detach": self.detach, "on_two_references": self.on_two_references}
+        key = self.penalty.mask_key
+        how = {
+            "detach": self.detach,
+            "on_two_references": self.on_two_references,
+            "finish": partial(mask_recorded_log_probs, mask_key=key)
+            if self.mask_recorded and key is not None
+            else None,
+        }
         self._deferral = Deferral.of(deferred, self.ref_model, **how)
         if self._deferral is not None:
             self.out_keys = []  # a step writes handles, no results
@@ -286,9 +306,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
 
         def to_rows(values: torch.Tensor) -> Rows:
-            return to_device(
-                to_layout(values, batch, pad_output=self.pad_output, padding_side=self.padding_side), device
-            )
+            return self._to_rows(values, batch, device)
 
         log_probs = {self.ref_log_probs_full_key: to_rows(ref)}
         if not keeps_recorded:

@@ -15,7 +15,7 @@ from tensordict.utils import NestedKey
 from torchrl.data import Composite
 from torchrl.modules.llm.policies import LLMWrapperBase, LogProbs
 
-from vllm_kl.batch.alignment import PaddingSide, to_layout
+from vllm_kl.batch.alignment import PaddingSide
 from vllm_kl.batch.read_tokens import InputKeys, keys_of, nested, rows_of
 from vllm_kl.batch.write_entries import check_distinct, declare, set_rows
 from vllm_kl.diagnostics import MismatchWarning
@@ -27,7 +27,7 @@ from vllm_kl.transforms.from_collector import (
     why_not_at_temperature,
 )
 from vllm_kl.transforms.model_side import ModelSide, Side, check_side, warn_unless_full
-from vllm_kl.transforms.tokens_transform import TokenOptions, TokensTransform, side_log_probs, to_device
+from vllm_kl.transforms.tokens_transform import TokenOptions, TokensTransform, side_log_probs
 from vllm_kl.transforms.vllm_reference import VLLMReference
 from vllm_kl.types import Rows
 from vllm_kl.weights.versions import OnStale, check_stale
@@ -58,6 +58,7 @@ class RetrieveLogProb(TokensTransform):
             log-probs for those of the policy that sampled.
         ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``;
             ``None``: it is not written.
+        mask_recorded: as in :class:`RetrieveKL`.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
 
@@ -93,8 +94,11 @@ class RetrieveLogProb(TokensTransform):
         mask_key: NestedKey | None = "kl_mask",
         on_stale: OnStale = "raise",
         ref_version_key: NestedKey | None = "ref_version",
+        mask_recorded: bool = True,
     ) -> None:
-        options = TokenOptions(assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale)
+        options = TokenOptions(
+            assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale, mask_recorded
+        )
         if log_probs_full_key is None:
             log_probs_full_key = (model.log_probs_key, "full")
         else:
@@ -128,6 +132,15 @@ class RetrieveLogProb(TokensTransform):
     def _keys(self) -> InputKeys:
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
+    @property
+    def pad_output(self) -> bool:
+        """The model's ``pad_output``."""
+        return self.model.pad_output
+
+    @property
+    def _written_mask(self) -> NestedKey | None:
+        return self.mask_key
+
     def _policy_side(self) -> Side | None:
         return self._side if self._is_policy else None
 
@@ -155,13 +168,10 @@ class RetrieveLogProb(TokensTransform):
         )
         if self._is_policy and scored.origin.version is not None:
             check_stale(self._sampled(td), scored.origin, self.on_stale)
-        layout = {"pad_output": self.model.pad_output, "padding_side": self.padding_side}
-        rows, masks = (
-            to_device(to_layout(side, batch, **layout), td.device)
-            for side in (scored.values, batch.packed_keep)
-        )
+        rows, masks = (self._to_rows(side, batch, td.device) for side in (scored.values, batch.packed_keep))
         if self.mask_key is not None:
             self._check_mask(next_td, masks)
+        is_flat = next_td is td
         next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
         if self.mask_key is not None:
             next_td = set_rows(next_td, self.mask_key, masks)
@@ -169,6 +179,7 @@ class RetrieveLogProb(TokensTransform):
             next_td.set(
                 self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device)
             )
+        self._write_masks(next_td if is_flat else td, batch)
         return next_td
 
     def _check_mask(self, next_td: TensorDictBase, masks: Rows) -> None:

@@ -10,15 +10,19 @@ from typing import Any, Self
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
+from torchrl.modules.llm.policies import Masks
 
-from vllm_kl.batch.alignment import PaddingSide
+from vllm_kl.batch.alignment import PaddingSide, to_layout
+from vllm_kl.batch.mask_recorded import mask_recorded
 from vllm_kl.batch.origins import generated_by, origins
-from vllm_kl.batch.read_tokens import InputKeys, read_batch
+from vllm_kl.batch.read_tokens import InputKeys, nested, read_batch
 from vllm_kl.batch.tokenize_texts import TextWatch
+from vllm_kl.batch.write_entries import set_rows
 from vllm_kl.transforms.from_collector import policy_of
 from vllm_kl.transforms.model_side import Side
 from vllm_kl.transforms.next_transform import NextTransform
 from vllm_kl.transforms.pools import tell_envs_inside
+from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.watched_policy import engine_of, watch
 from vllm_kl.types import Origin, Rows, Scored, TokenBatch
 from vllm_kl.weights.collector_errors import follow
@@ -40,6 +44,7 @@ class TokenOptions:
     detach: bool
     padding_side: PaddingSide
     on_stale: OnStale
+    mask_recorded: bool
 
     def __post_init__(self) -> None:
         check_on_stale(self.on_stale)
@@ -59,6 +64,7 @@ class TokensTransform(NextTransform):
     """
 
     on_stale: OnStale
+    pad_output: bool  # of the models
 
     def __init__(self, options: TokenOptions, *, ref_version_key: NestedKey | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -69,6 +75,7 @@ class TokensTransform(NextTransform):
         self.detach = options.detach
         self.padding_side = options.padding_side
         self.on_stale = options.on_stale
+        self.mask_recorded = options.mask_recorded
         self.ref_version_key = ref_version_key
         self._texts = TextWatch()
         self._is_step = False  # True while an env's step is written: the policy has just generated it
@@ -80,6 +87,11 @@ class TokensTransform(NextTransform):
     @abstractmethod
     def _keys(self) -> InputKeys:
         """Return where the ids and masks are."""
+
+    @property
+    @abstractmethod
+    def _written_mask(self) -> NestedKey | None:
+        """Where the mask of kept tokens is written; ``None``: it is not written."""
 
     @abstractmethod
     def _policy_side(self) -> Side | None:
@@ -93,7 +105,42 @@ class TokensTransform(NextTransform):
         """Return the tokens of a one-dimensional batch."""
         batch = read_batch(td, self._keys(), assistant_only=self.assistant_only)
         self._texts.see(batch.report)
+        if self._is_step and (is_stepped := td.get("_step", default=None)) is not None:
+            # A dialog that has ended waits for the others (torchrl 0.14: rollout(break_when_all_done=True)).
+            # TorchRL replaces its step by a copy of its last one.
+            of_token = torch.repeat_interleave(is_stepped.flatten().cpu(), torch.tensor(batch.lengths))
+            batch = dataclasses.replace(batch, packed_keep=batch.packed_keep & of_token)
         return batch
+
+    def _to_rows(self, values: torch.Tensor, batch: TokenBatch, device: torch.device | None) -> Rows:
+        """Return packed values in the layout of the transform's entries."""
+        rows = to_layout(values, batch, pad_output=self.pad_output, padding_side=self.padding_side)
+        return to_device(rows, device)
+
+    def _write_masks(self, td: TensorDictBase, batch: TokenBatch) -> None:
+        """Write the masks of ids that were tokenized here, unless the batch has masks or an env makes a step.
+
+        TorchRL's ``SFTLoss`` and ``DistillationLoss`` (0.14) read them. Without them, the losses render the
+        history by a template of their choice, and leave out the token that ends a turn.
+        """
+        if self._is_step or batch.stored or batch.packed_assistant is None or "masks" in td.keys():
+            return
+        assistant = batch.packed_assistant
+        for name, mask in {
+            "all_assistant_mask": assistant,
+            "all_attention_mask": torch.ones_like(assistant),
+        }.items():
+            set_rows(td, ("masks", name), self._to_rows(mask, batch, td.device), Masks)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._mask_recorded(super().forward(tensordict))
+
+    def _mask_recorded(self, td: TensorDictBase) -> TensorDictBase:
+        """Let TorchRL's losses leave out the tokens that a batch with ``"next"`` has no log-probs of."""
+        if not self.mask_recorded or self._written_mask is None or td.get("next", default=None) is None:
+            return td
+        log_probs = getattr(policy_of(self._collector()), "log_probs_key", "log_probs")
+        return mask_recorded(td, mask_key=self._written_mask, log_probs_key=nested(log_probs, "full"))
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self._is_step = True
@@ -105,6 +152,8 @@ class TokensTransform(NextTransform):
         finally:
             self._is_step = False
         self._close_step()
+        # TorchRL 0.14 leaves the entries of a step as they were: what a transform sets there is lost.
+        on_leaving(self._collector(), self._mask_recorded)
         return written
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
