@@ -19,6 +19,7 @@ from vllm_kl import __version__, doctor
 from vllm_kl.cli import app
 from vllm_kl.demo.task import grade, make_problem, make_tokenizer
 from vllm_kl.doctor import Status
+from vllm_kl.errors import OptionError
 
 ROOT = Path(__file__).parents[1]
 
@@ -201,8 +202,22 @@ def test_wrong_arguments_are_explained():
     done = vllm_kl("demo", "--batches", "0")
     assert done.returncode == 2
     assert "--batches" in done.stderr
+    done = vllm_kl("demo", "--log", "csv")
+    assert done.returncode == 2
+    assert "has an effect only with --train" in " ".join(done.stderr.split())
     assert vllm_kl("scoer").returncode == 2
     assert "demo" in vllm_kl("--help").stdout
+
+
+def test_a_logger_whose_package_is_missing_is_told_with_its_cure(monkeypatch):
+    from vllm_kl.demo.log import check_log
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(OptionError, match=f"--log {name} needs the package {name}: pip install {name}"):
+            check_log(name)
+    for name in ("csv", None):
+        check_log(name)
 
 
 def test_the_version_comes_with_those_of_the_libraries_and_imports_none_of_them():

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -66,6 +66,10 @@ def demo(
         float, typer.Option(min=0.0, help="Coefficient of the KL in the reward, or with --train in the loss.")
     ] = 0.1,
     pad_output: Annotated[bool, typer.Option(help="Dense padded tensors instead of ragged ones.")] = False,
+    log: Annotated[
+        Literal["csv", "tensorboard", "wandb"] | None,
+        typer.Option(help="With --train: log the figures of each update to the folder log."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampling.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the rollouts and the picture.")] = Path("demo_out"),
     as_json: Json = False,
@@ -79,6 +83,8 @@ def demo(
         raise typer.BadParameter(
             "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
         )
+    if train is None and log is not None:
+        raise typer.BadParameter("has an effect only with --train", param_hint="--log")
     _quiet_libraries()
     console = Console(stderr=as_json)
     given = {
@@ -97,10 +103,15 @@ def demo(
 
         figures = run(DemoConfig(**options), console)
     else:
+        from vllm_kl.demo.log import check_log
         from vllm_kl.demo.loop import run_training
         from vllm_kl.demo.types import TrainConfig
 
-        figures = run_training(TrainConfig(**options), console)
+        try:
+            check_log(log)
+        except OptionError as error:
+            raise typer.BadParameter(str(error), param_hint="--log") from None
+        figures = run_training(TrainConfig(**options, log=log), console)
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)
     if as_json:
         typer.echo(json.dumps(figures))

@@ -338,8 +338,8 @@ class VLLMScorer:
         if len(versions) > 1:
             found = sorted(map(str, versions))
             raise WeightsError(
-                f"the engine's weights changed during the call: versions {found}. Score again. On a vllm.LLM, "
-                "push with push_weights(), which waits until the call has ended"
+                f"the engine's weights changed during the call: versions {found}. Score again. On a "
+                "vllm.LLM, push with push_weights(), which waits until the call has ended"
             )
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
