@@ -19,7 +19,6 @@ from vllm_kl import __version__, doctor
 from vllm_kl.cli import app
 from vllm_kl.demo.task import grade, make_problem, make_tokenizer
 from vllm_kl.doctor import Status
-from vllm_kl.errors import OptionError
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,15 +208,12 @@ def test_wrong_arguments_are_explained():
     assert "demo" in vllm_kl("--help").stdout
 
 
-def test_a_logger_whose_package_is_missing_is_told_with_its_cure(monkeypatch):
-    from vllm_kl.demo.log import check_log
-
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_a_logger_whose_package_is_missing_is_told_before_anything_starts(monkeypatch, log):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("tensorboard", "wandb"):
-        with pytest.raises(OptionError, match=f"--log {name} needs the package {name}: pip install {name}"):
-            check_log(name)
-    for name in ("csv", None):
-        check_log(name)
+    result = CliRunner().invoke(app, ["demo", "--train", "1", "--log", log], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"needs the package {log}: pip install {log}" in result.output
 
 
 def test_the_version_comes_with_those_of_the_libraries_and_imports_none_of_them():

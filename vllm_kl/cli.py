@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -75,16 +76,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train a small model on arithmetic (cached), collect GRPO groups, and check every KL against float64."""
-    if train is not None and batches is not None:
-        raise typer.BadParameter(
-            "has no effect with --train, which collects one batch per update", param_hint="--batches"
-        )
-    if train is not None and group == 1:
-        raise typer.BadParameter(
-            "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
-        )
-    if train is None and log is not None:
-        raise typer.BadParameter("has an effect only with --train", param_hint="--log")
+    _check_demo(train, batches, group, log)
     _quiet_libraries()
     console = Console(stderr=as_json)
     given = {
@@ -103,18 +95,29 @@ def demo(
 
         figures = run(DemoConfig(**options), console)
     else:
-        from vllm_kl.demo.log import check_log
         from vllm_kl.demo.loop import run_training
         from vllm_kl.demo.types import TrainConfig
 
-        try:
-            check_log(log)
-        except OptionError as error:
-            raise typer.BadParameter(str(error), param_hint="--log") from None
         figures = run_training(TrainConfig(**options, log=log), console)
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)
     if as_json:
         typer.echo(json.dumps(figures))
+
+
+def _check_demo(train: int | None, batches: int | None, group: int, log: str | None) -> None:
+    """Refuse options of the demo that have no effect, or cannot work."""
+    if train is not None and batches is not None:
+        raise typer.BadParameter(
+            "has no effect with --train, which collects one batch per update", param_hint="--batches"
+        )
+    if train is not None and group == 1:
+        raise typer.BadParameter(
+            "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
+        )
+    if train is None and log is not None:
+        raise typer.BadParameter("has an effect only with --train", param_hint="--log")
+    if log in ("tensorboard", "wandb") and importlib.util.find_spec(log) is None:
+        raise typer.BadParameter(f"needs the package {log}: pip install {log}", param_hint="--log")
 
 
 def _quiet_libraries() -> None:

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from torchrl.record.loggers import get_logger
 
 from vllm_kl.demo.types import TrainConfig, UpdateRow
-from vllm_kl.errors import OptionError
 from vllm_kl.transforms.log_metrics import LogMetrics
 from vllm_kl.transforms.retrieve_kl import RetrieveKL
-
-
-def check_log(log: str | None) -> None:
-    """Refuse a logger whose package is not installed. The csv logger needs none.
-
-    Raises:
-        OptionError: the package is missing.
-    """
-    if log not in (None, "csv") and importlib.util.find_spec(log) is None:
-        raise OptionError(f"--log {log} needs the package {log}: pip install {log}")
 
 
 class Log:
