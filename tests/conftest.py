@@ -173,7 +173,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def async_llm(cluster: None, tied_paths: list[Path]) -> Iterator[Any]:
-    """TorchRL's ``AsyncVLLM`` of two replicas, whose weights tests replace."""
+    """TorchRL's ``AsyncVLLM`` of two replicas that take adapters. Tests replace their weights."""
     from torchrl.modules.llm import AsyncVLLM
     from vllm import AsyncEngineArgs
 
@@ -182,6 +182,7 @@ def async_llm(cluster: None, tied_paths: list[Path]) -> Iterator[Any]:
         enforce_eager=True,
         enable_prefix_caching=True,
         worker_extension_cls="torchrl.modules.llm.backends.vllm.vllm_async._AsyncvLLMWorker",
+        **LORA_OPTIONS,
         **tiny.ENGINE_OPTIONS,
     )
     engine = AsyncVLLM.launch(args, num_replicas=2)

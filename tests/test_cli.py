@@ -201,8 +201,19 @@ def test_wrong_arguments_are_explained():
     done = vllm_kl("demo", "--batches", "0")
     assert done.returncode == 2
     assert "--batches" in done.stderr
+    done = vllm_kl("demo", "--log", "csv")
+    assert done.returncode == 2
+    assert "has an effect only with --train" in " ".join(done.stderr.split())
     assert vllm_kl("scoer").returncode == 2
     assert "demo" in vllm_kl("--help").stdout
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_a_logger_whose_package_is_missing_is_told_before_anything_starts(monkeypatch, log):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["demo", "--train", "1", "--log", log], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"needs the package {log}: pip install {log}" in result.output
 
 
 def test_the_version_comes_with_those_of_the_libraries_and_imports_none_of_them():

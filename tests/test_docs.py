@@ -27,6 +27,8 @@ PAGES = [README, *sorted(ROOT.joinpath("docs").glob("*.md"))]
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md"]
 # A program, and a module that needs Triton, which a CPU has not.
 NOT_IMPORTED = {"vllm_kl.engines._child", "vllm_kl.plugin.triton_kernel"}
+if importlib.util.find_spec("hydra") is None:
+    NOT_IMPORTED |= {"vllm_kl.configs", "vllm_kl.transforms.configs"}
 MODULES = [m.name for m in pkgutil.walk_packages(vllm_kl.__path__, "vllm_kl.") if m.name not in NOT_IMPORTED]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

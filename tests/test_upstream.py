@@ -129,6 +129,20 @@ class TestTheEngine:
         assert {"mode"} <= inspect.signature(AsyncLLM.pause_generation).parameters.keys()
         assert callable(AsyncLLM.resume_generation)
         assert {"errored", "dead_error"} <= {*dir(AsyncLLM)}
+        # weights/replica.py, weights/adapters.py.
+        for name in ("is_sleeping", "list_loras", "add_lora", "remove_lora", "collective_rpc"):
+            assert inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+        assert "self.vllm_config = " in source(AsyncLLM.__init__)
+
+    def test_torchrls_replicas_are_actors_that_hold_an_async_llm(self):
+        """weights/replicas.py asks the actors; engines/generate.py sends one prompt a call."""
+        from torchrl.modules.llm.backends.vllm.vllm_async import AsyncVLLM, _AsyncLLMEngine
+
+        assert "self.engine = AsyncLLMEngine.from_engine_args(" in source(_AsyncLLMEngine.__init__)
+        assert "await self.engine.collective_rpc(" in source(_AsyncLLMEngine.collective_rpc_v1)
+        assert {"actors", "engine_args"} <= {*re.findall(r"self\.(\w+)\b.* = ", source(AsyncVLLM.__init__))}
+        taken = inspect.signature(AsyncVLLM.generate).parameters.keys()
+        assert {"prompts", "sampling_params", "lora_request"} <= taken
 
     def test_the_model_of_an_engine_in_this_process_is_reached(self, policy_llm):
         """engines/length_dependence.py: the RoPE that an engine computes with."""

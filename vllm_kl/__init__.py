@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vllm_kl.transforms.estimation import Estimation as Estimation
     from vllm_kl.transforms.from_collector import FromCollector as FromCollector
     from vllm_kl.transforms.kl_computation import KLComputation as KLComputation
+    from vllm_kl.transforms.log_metrics import LogMetrics as LogMetrics
     from vllm_kl.transforms.lora_wrapper import LoRAWrapper as LoRAWrapper
     from vllm_kl.transforms.penalty import Penalty as Penalty
     from vllm_kl.transforms.retokenized_turns import RetokenizedTurns as RetokenizedTurns
@@ -87,6 +88,7 @@ _PUBLIC = {
     "transforms.estimation": "Estimation",
     "transforms.from_collector": "FromCollector",
     "transforms.kl_computation": "KLComputation",
+    "transforms.log_metrics": "LogMetrics",
     "transforms.lora_wrapper": "LoRAWrapper",
     "transforms.penalty": "Penalty",
     "transforms.retokenized_turns": "RetokenizedTurns",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -66,19 +67,16 @@ def demo(
         float, typer.Option(min=0.0, help="Coefficient of the KL in the reward, or with --train in the loss.")
     ] = 0.1,
     pad_output: Annotated[bool, typer.Option(help="Dense padded tensors instead of ragged ones.")] = False,
+    log: Annotated[
+        Literal["csv", "tensorboard", "wandb"] | None,
+        typer.Option(help="With --train: log the figures of each update to the folder log."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampling.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the rollouts and the picture.")] = Path("demo_out"),
     as_json: Json = False,
 ) -> None:
     """Train a small model on arithmetic (cached), collect GRPO groups, and check every KL against float64."""
-    if train is not None and batches is not None:
-        raise typer.BadParameter(
-            "has no effect with --train, which collects one batch per update", param_hint="--batches"
-        )
-    if train is not None and group == 1:
-        raise typer.BadParameter(
-            "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
-        )
+    _check_demo(train, batches, group, log)
     _quiet_libraries()
     console = Console(stderr=as_json)
     given = {
@@ -100,10 +98,26 @@ def demo(
         from vllm_kl.demo.loop import run_training
         from vllm_kl.demo.types import TrainConfig
 
-        figures = run_training(TrainConfig(**options), console)
+        figures = run_training(TrainConfig(**options, log=log), console)
     console.print(f"wrote {' and '.join(figures['files'])}", highlight=False)
     if as_json:
         typer.echo(json.dumps(figures))
+
+
+def _check_demo(train: int | None, batches: int | None, group: int, log: str | None) -> None:
+    """Refuse options of the demo that have no effect, or cannot work."""
+    if train is not None and batches is not None:
+        raise typer.BadParameter(
+            "has no effect with --train, which collects one batch per update", param_hint="--batches"
+        )
+    if train is not None and group == 1:
+        raise typer.BadParameter(
+            "must be at least 2 with --train: GRPO compares the responses of a group", param_hint="--group"
+        )
+    if train is None and log is not None:
+        raise typer.BadParameter("has an effect only with --train", param_hint="--log")
+    if log in ("tensorboard", "wandb") and importlib.util.find_spec(log) is None:
+        raise typer.BadParameter(f"needs the package {log}: pip install {log}", param_hint="--log")
 
 
 def _quiet_libraries() -> None:

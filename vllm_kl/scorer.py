@@ -55,9 +55,10 @@ class VLLMScorer:
     """Returns the log-probs of tokens that the caller gives. It generates nothing.
 
     Args:
-        model: the path or name of a model, a live ``vllm.LLM``, or an :class:`~vllm_kl.engines.base.Engine`.
-            For a path or name, the scorer starts its own engine in a child process, which ends when this
-            process ends. A ``vllm.LLM`` is shared: :meth:`close` leaves it running.
+        model: the path or name of a model, a live ``vllm.LLM``, TorchRL's ``AsyncVLLM``, or an
+            :class:`~vllm_kl.engines.base.Engine`. For a path or name, the scorer starts its own engine in a
+            child process, which ends when this process ends. A ``vllm.LLM`` and an ``AsyncVLLM`` are shared:
+            :meth:`close` leaves them running.
         readout: how the engine returns log-probs. ``"pooling"`` (own engines only) computes them inside the
             engine, at prefill speed. ``"token_ids"`` (shared engines on a GPU) asks vLLM for the needed rows
             and tokens only. ``"flat"`` works with every engine. ``"auto"`` takes the first of the three that
@@ -205,7 +206,9 @@ class VLLMScorer:
                 names the sequence. Nothing was sent.
             ReadoutUnavailableError: the read-out cannot apply this temperature.
             MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token.
-            EngineError: the engine died.
+            EngineError: the engine died, or a replica of an ``AsyncVLLM`` died or cannot be reached: the
+                message names the replica.
+            WeightsError: the replicas of an ``AsyncVLLM`` serve different versions of the weights.
         """
         values, _ = self._read(token_ids, start, temperature, progress)
         return [row[:, 0].clone() for row in values]
@@ -335,8 +338,8 @@ class VLLMScorer:
         if len(versions) > 1:
             found = sorted(map(str, versions))
             raise WeightsError(
-                f"the engine's weights changed during the call: versions {found}. Push with push_weights(), "
-                "which waits until the call has ended"
+                f"the engine's weights changed during the call: versions {found}. Score again. On a "
+                "vllm.LLM, push with push_weights(), which waits until the call has ended"
             )
         num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
         num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)

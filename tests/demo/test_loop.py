@@ -22,7 +22,9 @@ UPDATES = 4
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("train")
-    done = vllm_kl("demo", "--train", UPDATES, "--prompts", 4, "--group", 4, "--out", out, "--json")
+    done = vllm_kl(
+        "demo", "--train", UPDATES, "--prompts", 4, "--group", 4, "--out", out, "--log", "csv", "--json"
+    )
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -62,11 +64,24 @@ class TestTraining:
         assert figures["updates"] == UPDATES
         assert figures["versions"] == list(range(UPDATES))
         assert figures["ref_version"] == 0
-        assert figures["files"] == [str(out / "rollouts.jsonl"), str(out / "train.png")]
+        assert figures["files"] == [str(out / name) for name in ("rollouts.jsonl", "train.png", "log")]
 
     def test_the_kl_begins_at_zero_and_grows(self, run):
         _, figures, _ = run
         assert 0 <= figures["kl_first"] < 1e-4 < figures["kl_last"]
+
+    def test_the_log_has_the_figures_of_each_update_under_its_version(self, run):
+        out, _, _ = run
+        samples = read_samples(out / "rollouts.jsonl")
+        for name, value_of in (
+            ("vllm_kl/kl_k1_token_mean_nats", lambda mine: statistics.fmean(v for s in mine for v in s.kl)),
+            ("demo/reward", lambda mine: statistics.fmean(s.reward for s in mine)),
+            ("vllm_kl/policy_version_max", lambda mine: mine[0].policy_version),
+        ):
+            lines = (out / "log" / "grpo" / "scalars" / f"{name}.csv").read_text().splitlines()
+            logged = dict(map(float, line.split(",")) for line in lines)
+            mine = {v: [s for s in samples if s.policy_version == v] for v in range(UPDATES)}
+            assert logged == {v: pytest.approx(value_of(mine[v]), abs=1e-6) for v in mine}
 
     def test_every_updates_kl_is_that_of_its_own_checkpoint(self, run, log_probs):
         """Computes the KL again, apart from the demo; the checkpoints of other versions give another."""

@@ -221,16 +221,13 @@ class TestWhatIsRecorded:
         assert recorded_by(SimpleNamespace(model=engine, generate_kwargs=params)).temperature == temperature
 
     def test_an_engine_that_computes_the_last_row_only_is_refused_before_it_ends(self, engines, monkeypatch):
-        args = SimpleNamespace(kv_sharing_fast_prefill=True, enable_lora=False)
-        elsewhere = SimpleNamespace(engine_args=args)
         monkeypatch.setattr(
             engines["raw"].llm_engine.vllm_config.cache_config, "kv_sharing_fast_prefill", True
         )
-        for engine in (elsewhere, engines["raw"]):
-            with pytest.raises(
-                ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make the engine without"
-            ):
-                GenerateEngine(engine, generate=lambda: None)
+        with pytest.raises(
+            ReadoutUnavailableError, match="kv_sharing_fast_prefill=True: .*Make the engine without"
+        ):
+            GenerateEngine(engines["raw"], generate=lambda: None)
 
     def test_what_a_live_engine_refuses_is_an_error_of_ours(self, engines, monkeypatch):
         scorer = VLLMScorer(engines["raw"])
@@ -243,13 +240,6 @@ class TestWhatIsRecorded:
         assert any(
             "the weights are random numbers" in note for note in GenerateEngine(engines["raw"]).info.notes
         )
-
-    def test_logits_of_an_engine_elsewhere_are_refused(self):
-        engine = SimpleNamespace(
-            engine_args=SimpleNamespace(logprobs_mode="processed_logits", enable_lora=False)
-        )
-        with pytest.raises(ReadoutUnavailableError, match="returns logits instead of log-probs"):
-            GenerateEngine(engine, generate=lambda: None)
 
 
 NOT_COMPARABLE = [

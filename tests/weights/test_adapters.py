@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,26 +280,6 @@ def test_an_engine_without_the_plugin_is_refused(untouched, lora_requests, wrapp
             ReadoutUnavailableError, match="cannot say whether its LM head is wrapped for LoRA"
         ):
             VLLMScorer(llm, lora_request=request)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"enable_lora": False, "lora_target_modules": None}, "made without enable_lora=True"),
-        ({"enable_lora": True, "lora_target_modules": None}, "LM head may be wrapped for LoRA"),
-        (
-            {"enable_lora": True, "lora_target_modules": ["q_proj", "lm_head"]},
-            "LM head may be wrapped for LoRA",
-        ),
-    ],
-)
-def test_engines_whose_workers_cannot_be_asked_are_judged_by_their_options(lora_requests, args, message):
-    """TorchRL's AsyncVLLM needs GPUs; its options are all that is known of it."""
-    engine = SimpleNamespace(
-        engine_args=SimpleNamespace(**args), generate=lambda *_: pytest.fail("something was scored")
-    )
-    with pytest.raises(ReadoutUnavailableError, match=message):
-        VLLMScorer(engine, lora_request=lora_requests[1])
 
 
 # Weights that change under the adapter, and adapters that change.

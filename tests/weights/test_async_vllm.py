@@ -18,7 +18,7 @@ from vllm.inputs import TokensPrompt
 
 from tests import local_ray
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import finish_update, push_weights
+from vllm_kl import VLLMScorer, finish_update, push_weights
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.weights.push import weights_of
 from vllm_kl.weights.replicas import ReplicaWeights
@@ -87,11 +87,10 @@ def fail_at(actor, step):
     async def fail(self, *args, **kwargs):
         raise RuntimeError("a worker died")
 
-    kept = vars(AsyncWeights).get("_kept", (AsyncWeights.prepare, AsyncWeights.commit))
+    kept = vars(AsyncWeights).get("_kept", dict(vars(AsyncWeights)))
     AsyncWeights._kept = kept
-    AsyncWeights.prepare, AsyncWeights.commit = kept
-    if step is not None:
-        setattr(AsyncWeights, step, fail)
+    for name in ("prepare", "prepare_take_over", "commit"):
+        setattr(AsyncWeights, name, fail if name == step else kept[name])
 
 
 def test_all_replicas_serve_pushed_weights(llm, states, oracles):
@@ -161,13 +160,13 @@ def test_a_trainer_that_falls_silent_loses_the_push_lock(llm, states, oracles):
         in_replica(llm, i, be_impatient, 0.5)
     silent = weights_of(llm)
     for i in range(2):
-        silent._run_on("begin", {i: ["silent"]})
-    order = ["silent", str(silent._served.folder), None, False]
-    assert all(is_done for is_done, _ in silent._run("prepare", order, order))
+        silent._run("begin", {i: ["silent"]})
+    order = silent._to_all("silent", str(silent._served.folder), None, False)
+    assert all(is_done for is_done, _ in silent._run("prepare", order).values())
     # An order of somebody else is refused, and is no sign of life.
-    assert not any(is_done for is_done, _ in silent._run("commit", ["another"], ["another"]))
+    assert not any(is_done for is_done, _ in silent._run("commit", silent._to_all("another")).values())
     assert push_weights(llm, states[1]) == version + 1  # waits until the lock is free
-    (is_done, error), _ = silent._run("commit", ["silent"], ["silent"])
+    is_done, error = silent._run("commit", silent._to_all("silent"))[0]
     assert not is_done
     assert "lost the push lock: push again" in str(error)
     for i in range(2):
@@ -220,12 +219,12 @@ def test_an_interrupt_while_replicas_change_over_leaves_them_in_step(llm, states
 def test_a_trainer_that_gives_up_while_it_waits_never_gets_the_lock(llm, states):
     weights = weights_of(llm)
     version = push_weights(llm, states[0])
-    weights._run_on("begin", {0: ["first"]})
+    weights._run("begin", {0: ["first"]})
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(weights._run_on, "begin", {0: ["second"]})
+        waiting = pool.submit(weights._run, "begin", {0: ["second"]})
         time.sleep(0.2)
-        weights._run_on("end", {0: ["second"]})
-        weights._run_on("end", {0: ["first"]})
+        weights._run("end", {0: ["second"]})
+        weights._run("end", {0: ["first"]})
         waiting.result(timeout=10)
     assert push_weights(llm, states[0]) == version + 1
 
@@ -272,20 +271,90 @@ def test_weights_that_others_loaded_have_no_version_until_they_are_counted(llm, 
 def test_versions_that_differ_are_told(llm, states):
     push_weights(llm, states[0])
     weights = weights_of(llm)
-    ((is_done, _),) = weights._run_on("take_over", {1: [900, True]})
-    assert is_done
+    for step, *args in (("begin",), ("prepare_take_over", 900, True), ("commit",), ("end",)):
+        assert weights._run(step, {1: ["another", *args]})[1][0]
     with pytest.raises(WeightsError, match="the replicas serve different versions.*900"):
         _ = weights.version
     assert push_weights(llm, states[0]) == 901
 
 
+@pytest.mark.parametrize("step", ["prepare_take_over", "commit"])
+def test_a_version_for_weights_of_others_is_given_to_all_replicas_or_to_none(
+    llm, states, folders, oracles, step
+):
+    before = push_weights(llm, states[0])
+    in_replica(llm, 1, fail_at, step)
+    try:
+        with pytest.raises(WeightsError, match="(?s)replica 1 .*a worker died.*old weights"):
+            finish_update(llm)
+    finally:
+        in_replica(llm, 1, fail_at, None)
+    assert_serves(llm, oracles[0], before)
+    assert finish_update(llm) == before + 1
+    assert finish_update(llm, check=False) == before + 2
+    assert_serves(llm, oracles[0], before + 2)
+
+
+def test_weights_that_one_replica_cannot_load_again_are_counted_by_none(
+    llm, states, folders, oracles, tmp_path
+):
+    before = push_weights(llm, states[0])
+    gone = shutil.copytree(folders[2], tmp_path / "gone")
+    for actor, folder in zip(llm.actors, (folders[2], gone), strict=True):
+        ray.get(actor.collective_rpc_v1.remote("reload_weights", kwargs={"weights_path": str(folder)}))
+    shutil.rmtree(gone)
+    with pytest.raises(WeightsError, match="(?s)replica 1 refused the weights.*could not be loaded again"):
+        finish_update(llm)
+    assert weights_of(llm).states()[0].version is None  # nobody gave these weights one
+    assert finish_update(llm, source=states[2]) == before + 1
+    assert_serves(llm, oracles[2], before + 1)
+
+
+@pytest.mark.parametrize("change", [push_weights, finish_update])
+def test_a_sleeping_replica_is_refused_before_anything_is_touched(llm, states, oracles, change):
+    before = push_weights(llm, states[0])
+    ray.get(llm.actors[1].sleep.remote(level=0))
+    try:
+        with pytest.raises(WeightsError, match="(?s)replica 1 .*the engine sleeps, .*wake_up.*old weights"):
+            change(llm, states[1]) if change is push_weights else change(llm)
+    finally:
+        ray.get(llm.actors[1].wake_up.remote())
+    assert_serves(llm, oracles[0], before)
+    assert push_weights(llm, states[1]) == before + 1
+
+
+def test_a_replica_that_cannot_be_reached_for_a_moment_has_not_died(llm, states, oracles, monkeypatch):
+    """A fake: Ray raises this error when its network fails, which no test can make fail."""
+    before, get, lost = push_weights(llm, states[0]), ray.get, []
+
+    def lose_one(refs, **kwargs):
+        if not lost:
+            lost.append(get(refs, **kwargs))
+            raise ray.exceptions.ActorUnavailableError("connection reset", llm.actors[0]._actor_id.binary())
+        return get(refs, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "get", lose_one)
+        with pytest.raises(EngineError, match="replica 0 .*cannot be reached now, and has not died: try"):
+            _ = weights_of(llm).version
+        lost.clear()
+        with pytest.raises(EngineError, match="cannot be reached now, and has not died"):
+            VLLMScorer(llm, canary=False).score([PROMPT])
+    assert_serves(llm, oracles[0], before)
+
+
 def test_a_replica_that_died_is_named(llm, states):
     """The last test: it kills a replica."""
+    scorer, weights = VLLMScorer(llm), weights_of(llm)
     processes = [psutil.Process(pid) for pid in in_replica(llm, 1, children)]
     assert processes
     ray.kill(llm.actors[1])
-    with pytest.raises(EngineError, match="replica"):
+    with pytest.raises(EngineError, match="(?s)replica 1 of the AsyncVLLM: its actor died"):
+        scorer.score([[*PROMPT, k] for k in range(20)])
+    with pytest.raises(EngineError, match="replica 1 .*its actor died"):
         push_weights(llm, states[0])
+    with pytest.raises(EngineError, match="replica 1 .*its actor died"):
+        _ = weights.version
     assert len(generated(llm, 0).token_ids) == 6
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_kl.demo import report, train
 from vllm_kl.demo.env import make_collector, set_up, started
+from vllm_kl.demo.log import Log
 from vllm_kl.demo.run import Float64KL, read_rollouts, summarize
 from vllm_kl.demo.types import Rollout, TrainConfig, UpdateRow
 from vllm_kl.diagnostics import mismatch
@@ -46,6 +47,7 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
         kl = RetrieveKL("from_collector", reference, add_to_reward=False)  # the loss has the KL as a term
         collector = make_collector(engine, kl, config, VLLMWeightUpdater(engine, model))
         trainer = Trainer(model, reference.tokenizer, config)
+        log = Log(config, kl)
         rows: list[UpdateRow] = []
         rollouts: list[Rollout] = []
         with _progress(console) as progress:
@@ -66,16 +68,20 @@ def run_training(config: TrainConfig, console: Console) -> dict[str, Any]:
                 )
                 collector.update_policy_weights_()
                 model.save_pretrained(checkpoints / str(collector.policy_version))
+                log(row)
                 rows.append(row)
                 rollouts += batch
                 progress.update(bar, advance=1, reward=row.collected.reward, kl=row.collected.kl_k3)
                 start = time.perf_counter()
         collector.shutdown()
+        log.close()
         reference.scorer.check_frozen()
     files = [
         str(config.out / "rollouts.jsonl"),
         str(report.plot(config.out / "train.png", [row.collected for row in rows], rows)),
     ]
+    if config.log is not None:
+        files.append(str(config.out / "log"))
     write_samples(files[0], rollouts)
     report.print_updates(rows, console)
     console.print(

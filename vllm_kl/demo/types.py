@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vllm_kl.view.samples import Sample
 
@@ -30,6 +31,7 @@ class TrainConfig(DemoConfig):
     minibatch: int = 64  # responses per step of the optimizer
     learning_rate: float = 5e-5
     max_grad_norm: float = 1.0
+    log: Literal["csv", "tensorboard", "wandb"] | None = None  # where the figures of each update go
 
     @property
     def batches_kept(self) -> int:

@@ -23,12 +23,13 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
-from vllm_kl.engines.length_dependence import dynamic_length, note_on, side_in
+from vllm_kl.engines.length_dependence import dynamic_length, note_on, side_in, side_of
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import (
     EngineError,
@@ -38,12 +39,19 @@ from vllm_kl.errors import (
     WeightsError,
 )
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-from vllm_kl.weights.adapters import check_adapter, check_engine_args, identity
+from vllm_kl.weights.adapters import identity
 from vllm_kl.weights.live_weights import LiveWeights, lock_of
 from vllm_kl.weights.loading import INITIAL
-from vllm_kl.weights.replicas import ReplicaWeights, reachable_weights
+from vllm_kl.weights.replicas import (
+    ReplicaWeights,
+    check_adapter_on,
+    reachable_weights,
+    served_throughout,
+    uncounted_in,
+)
 
 DUMMY = "load_format='dummy': the weights are random numbers"  # a note for the user
+_CALLS_AT_ONCE = 256  # to all replicas of an AsyncVLLM; vLLM runs as many requests at once in each
 
 
 class GenerateEngine:
@@ -51,9 +59,9 @@ class GenerateEngine:
 
     Args:
         engine: a ``vllm.LLM``, or an object whose ``generate`` takes token prompts and sampling parameters
-            and returns vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``). Threads that score with
-            one ``vllm.LLM`` take turns. vLLM itself does not allow another thread to generate with it at that
-            time.
+            and returns vLLM's ``RequestOutput``s in order (TorchRL's ``AsyncVLLM``, whose replicas share the
+            requests). Threads that score with one ``vllm.LLM`` take turns. vLLM itself does not allow another
+            thread to generate with it at that time.
         generate: is called instead of ``engine.generate``: a policy's own call, which passes the policy's
             adapter.
         readout: ``"token_ids"``, ``"flat"`` or ``"auto"``.
@@ -64,6 +72,7 @@ class GenerateEngine:
         ReadoutUnavailableError: the engine cannot do ``readout``, takes no adapters, or wrapped its LM head
             for them.
         WeightsError: the engine would serve the adapter otherwise than it is written.
+        EngineError: a replica died, or cannot be reached.
     """
 
     def __init__(
@@ -78,15 +87,18 @@ class GenerateEngine:
         self._names_adapter = generate is None
         self._lora_request = lora_request
         self._llm_engine = llm_engine = getattr(engine, "llm_engine", None)
-        name = _choose_readout(llm_engine, readout)
+        self.shared = engine if llm_engine is None else llm_engine  # what holds the weights
+        self.weights = reachable_weights(engine)
+        config = _vllm_config(engine)
+        name = _choose_readout(config, readout)
         self._readout = _TokenIds() if name == "token_ids" else _Flat()
-        _check_returns_log_probs(engine)
-        _check_adapter(engine, lora_request)
+        if config is not None:
+            _check_returns_log_probs(config)
+        check_adapter_on(engine, lora_request)  # loads it
         # ``vllm.LLM.generate`` steps until its engine is idle, and returns all finished requests. Two threads
         # that call it at the same time would get each other's results.
         self._lock = contextlib.nullcontext() if llm_engine is None else lock_of(llm_engine)
-        self.weights = reachable_weights(engine)
-        self.info = _info(engine, name)
+        self.info = _info(config, name, llm_engine)
 
     def score(
         self,
@@ -98,39 +110,41 @@ class GenerateEngine:
     ) -> list[ScoreResult]:
         with self._lock, self._without_leftovers():  # a call is always alone
             results = self._score(requests, share_prefix, on_done)
-            if not isinstance(self.weights, LiveWeights):
+            if self.weights is None:
                 return results
-            version = self.weights.version
+            version = self.weights.version  # raises if it is not known, or if replicas disagree
+            if isinstance(self.weights, ReplicaWeights):
+                return results  # vLLM told the version of each
             return [replace(result, weight_version=version) for result in results]
 
     def _score(
         self, requests: Sequence[ScoreRequest], share_prefix: bool, on_done: Callable[[int], None] | None
     ) -> list[ScoreResult]:
         results: list[ScoreResult | None] = []
-        outputs = self._send(requests, share_prefix)
-        # LiveWeights tell the version of the whole call afterwards.
-        uncounted = self.weights.uncounted if isinstance(self.weights, ReplicaWeights) else INITIAL
+        replicas = self.weights if isinstance(self.weights, ReplicaWeights) else None
+        with telling_versions(replicas) as told:
+            outputs = self._send(requests, share_prefix)
         for request, output in zip(requests, outputs, strict=True):
             num_cached = output.num_cached_tokens or 0
             is_whole = num_cached <= request.start - 1 and self._readout.is_there(output)
             results.append(
-                self._result(output, request, uncounted, num_cached_tokens=num_cached) if is_whole else None
+                self._result(output, request, told, num_cached_tokens=num_cached) if is_whole else None
             )
         redo = [i for i, result in enumerate(results) if result is None]
         if on_done is not None:
             on_done(len(requests) - len(redo))
         if redo:
             again = [requests[i] for i in redo]
-            for i, request, output in zip(redo, again, self._send(again, read_cache=False), strict=True):
-                results[i] = self._result(output, request, uncounted, rescored=True)
+            with telling_versions(replicas) as told:
+                outputs = self._send(again, read_cache=False)
+            for i, request, output in zip(redo, again, outputs, strict=True):
+                results[i] = self._result(output, request, told, rescored=True)
             if on_done is not None:
                 on_done(len(redo))
         return results  # type: ignore[return-value]  # every None was filled
 
-    def _result(
-        self, output: Any, request: ScoreRequest, uncounted: str | None, **figures: Any
-    ) -> ScoreResult:
-        version, _ = versions_told(output.outputs[0], uncounted=uncounted, serving=None)
+    def _result(self, output: Any, request: ScoreRequest, told: Told, **figures: Any) -> ScoreResult:
+        version, _ = told(output.outputs[0])
         return ScoreResult(values=self._readout.read(output, request), weight_version=version, **figures)
 
     @contextlib.contextmanager
@@ -165,10 +179,11 @@ class GenerateEngine:
     def _send(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
         try:
             return self._checked_adapter(self._generate_once(requests, read_cache))
-        except ValueError as error:  # vLLM refuses a request; the engine goes on
-            if isinstance(error, VLLMKLError):
+        except Exception as error:  # vLLM refuses a request; the engine goes on
+            cause = getattr(error, "cause", None)  # an error in a replica's actor
+            if isinstance(error, VLLMKLError) or (cause is None and not isinstance(error, _refusals())):
                 raise
-            raise EngineError(f"vLLM refused: {error}") from error
+            raise EngineError(f"vLLM refused: {cause or error}") from error
 
     def _generate_once(self, requests: Sequence[ScoreRequest], read_cache: bool) -> list[Any]:
         from vllm import SamplingParams
@@ -185,13 +200,17 @@ class GenerateEngine:
         salt = uuid.uuid4().hex
         prompts = [TokensPrompt(prompt_token_ids=r.token_ids.tolist(), cache_salt=salt) for r in requests]
         adapter = {"lora_request": self._lora_request} if self._names_adapter else {}
-        if self._llm_engine is None:  # it takes one set of parameters for all prompts
-            adapter = adapter if self._lora_request is not None else {}
+        if self._llm_engine is None and self._lora_request is None:
+            adapter = {}
+        if self.weights is None:  # it takes one set of parameters for all prompts
             return self._generate(prompts, SamplingParams(**common, **self._readout.params(None)), **adapter)
         params = [
             SamplingParams(**common, **self._readout.params(r), extra_args=pack(Readout(start=r.start)))
             for r in requests
         ]
+        if self._llm_engine is None:  # the replicas' actors take one set of parameters for each call
+            with ThreadPoolExecutor(min(len(requests), _CALLS_AT_ONCE)) as pool:
+                return list(pool.map(lambda *given: self._generate(*given, **adapter), prompts, params))
         # use_tqdm=False: no progress bar. lora_request=None is passed, too: ``generate`` may be a partial
         # with another.
         return self._generate(prompts, params, use_tqdm=False, **adapter)
@@ -216,7 +235,7 @@ class GenerateEngine:
 
 
 def config_of(engine: Any) -> Any:
-    """Return the object with an engine's ``logprobs_mode``; ``None``: not known.
+    """Return the object with an engine's ``logprobs_mode``; ``None``: not known. No replica is asked.
 
     It is the model config of a ``vllm.LLM``, or the engine arguments of TorchRL's ``AsyncVLLM``.
     """
@@ -225,24 +244,19 @@ def config_of(engine: Any) -> Any:
     )
 
 
-def _made_with(engine: Any, config: str, name: str) -> Any:
-    """Return an option's value in an engine.
+def _vllm_config(engine: Any) -> Any:
+    """Return the ``VllmConfig`` of a ``vllm.LLM`` or of ``AsyncVLLM``'s replicas; ``None``: not known."""
+    weights = reachable_weights(engine)
+    if isinstance(weights, ReplicaWeights):
+        return weights.config
+    return getattr(getattr(engine, "llm_engine", None), "vllm_config", None)
 
-    Args:
-        engine: the engine.
-        config: the part of ``VllmConfig`` that holds the option.
-        name: the option.
 
-    Returns:
-        The value; ``None``: not known.
-    """
-    llm_engine = getattr(engine, "llm_engine", None)
-    made_with = (
-        getattr(engine, "engine_args", None)
-        if llm_engine is None
-        else getattr(llm_engine.vllm_config, config)
-    )
-    return getattr(made_with, name, None)
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return the errors with which vLLM refuses a request. Those of 0.32 are no ``ValueError``."""
+    import vllm.exceptions
+
+    return ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError)
 
 
 def tells_versions() -> bool:
@@ -252,23 +266,45 @@ def tells_versions() -> bool:
     return "weight_versions" in CompletionOutput.__dataclass_fields__
 
 
-def versions_told(
-    completion: Any, *, uncounted: str | None, serving: int | None
-) -> tuple[int | None, int | None]:
-    """Return the versions of the weights that made a completion's first and last token, by vLLM's output.
+# Returns the versions of the weights that made a completion's first and last token.
+Told = Callable[[Any], tuple[int | None, int | None]]
 
-    Args:
-        uncounted: a label that stands for no known version, if there is one (``LiveWeights.uncounted``).
-        serving: the version during the whole call, for vLLM before 0.32, whose outputs tell none.
+
+@contextlib.contextmanager
+def telling_versions(weights: LiveWeights | ReplicaWeights | None) -> Iterator[Told]:
+    """Yield a function that tells which weights made a completion that the engine generated in the block.
+
+    Call it after the block. vLLM's output tells the versions. Outputs of vLLM before 0.32 tell none: there it
+    is the version that the engine, or every replica, served throughout the block; ``None`` if there was more
+    than one. The caller holds the lock of a ``vllm.LLM``, so no push comes meanwhile.
+
+    Raises:
+        EngineError: a replica died, or cannot be reached.
     """
-    if not tells_versions():
-        return serving, serving
-    labels = [span.version for span in completion.weight_versions or ()] or [""]
-    numbers = {INITIAL: 0, uncounted: None}
-    first, last = (
-        numbers.get(label, int(label) if label.isdigit() else None) for label in (labels[0], labels[-1])
-    )
-    return first, last
+    uncounted, serving = INITIAL, None
+
+    def told(completion: Any) -> tuple[int | None, int | None]:
+        if not tells_versions():
+            return serving, serving
+        labels = [span.version for span in completion.weight_versions or ()] or [""]
+        numbers = {INITIAL: 0, uncounted: None}
+        first, last = (
+            numbers.get(label, int(label) if label.isdigit() else None) for label in (labels[0], labels[-1])
+        )
+        return first, last
+
+    if isinstance(weights, ReplicaWeights):
+        before = [] if tells_versions() else weights.states()
+        with weights.naming_failures():
+            yield told
+        after = weights.states()
+        uncounted, serving = uncounted_in(after), served_throughout(before, after)
+        return
+    yield told
+    if weights is not None:
+        uncounted = weights.uncounted
+        with contextlib.suppress(WeightsError):  # the version is not known
+            serving = None if tells_versions() else weights.version
 
 
 class _TokenIds:
@@ -312,7 +348,7 @@ class _Flat:
         return np.array(flat.logprobs[-len(want) :], dtype=np.float32)[:, None]
 
 
-def _choose_readout(llm_engine: Any, readout: str) -> Literal["token_ids", "flat"]:
+def _choose_readout(config: Any, readout: str) -> Literal["token_ids", "flat"]:
     """Return the read-out that an engine uses.
 
     Raises:
@@ -323,28 +359,28 @@ def _choose_readout(llm_engine: Any, readout: str) -> Literal["token_ids", "flat
             "readout='pooling' is not available on an engine that generates: its model has no pooler. Pass "
             "a path to VLLMScorer, or use 'auto'"
         )
-    reason = _why_not_token_ids(llm_engine)
+    reason = _why_not_token_ids(config)
     if readout == "token_ids" and reason:
         raise ReadoutUnavailableError(f"readout='token_ids' is not available: {reason}. Use 'flat' or 'auto'")
     return "flat" if readout == "flat" or reason else "token_ids"
 
 
-def _why_not_token_ids(llm_engine: Any) -> str:
+def _why_not_token_ids(config: Any) -> str:
     """Return why an engine cannot return log-probs of given ids; empty if it can."""
-    if llm_engine is None:
-        return "only a vllm.LLM takes other parameters for each request"
+    if config is None:
+        return "only a vllm.LLM or TorchRL's AsyncVLLM takes other parameters for each request"
     from vllm import SamplingParams
 
     if not hasattr(SamplingParams, "prompt_logprob_token_ids"):
         return "vLLM has prompt_logprob_token_ids since 0.31"
-    if not llm_engine.vllm_config.use_v2_model_runner:
+    if not config.use_v2_model_runner:
         return "prompt_logprob_token_ids needs vLLM's V2 model runner, which needs a GPU"
     return ""
 
 
-def _check_returns_log_probs(engine: Any) -> None:
+def _check_returns_log_probs(config: Any) -> None:
     """Refuse an engine that returns logits, or computes the last row of a prompt only."""
-    mode = getattr(config_of(engine), "logprobs_mode", "raw_logprobs")
+    mode = config.model_config.logprobs_mode
     if not mode.endswith("logprobs"):
         raise ReadoutUnavailableError(
             f"this engine returns logits instead of log-probs: it was made with logprobs_mode={mode!r}. "
@@ -352,59 +388,37 @@ def _check_returns_log_probs(engine: Any) -> None:
         )
     # With this option the V1 runner (0.32) asserts that no request asks for prompt log-probs. That ends the
     # engine.
-    if _made_with(engine, "cache_config", "kv_sharing_fast_prefill"):
+    if config.cache_config.kv_sharing_fast_prefill:
         raise ReadoutUnavailableError(
             "this engine was made with kv_sharing_fast_prefill=True: it computes only the last row of a "
             "prompt, and a request for more rows ends it. Make the engine without this option"
         )
 
 
-def _check_adapter(engine: Any, lora_request: Any) -> None:
-    """Refuse an engine, or an adapter on it, whose prompt log-probs would be wrong."""
-    llm_engine = getattr(engine, "llm_engine", None)
-    if llm_engine is not None:
-        check_adapter(llm_engine, lora_request)
-    elif hasattr(engine, "engine_args"):  # TorchRL's AsyncVLLM
-        check_engine_args(engine.engine_args, lora_request)
-
-
-def _info(engine: Any, readout: Literal["token_ids", "flat"]) -> EngineInfo:
-    """Return what is known of an engine. Most fields are known of a ``vllm.LLM`` only."""
-    llm_engine = getattr(engine, "llm_engine", None)
-    config = getattr(llm_engine, "model_config", None)
-    placeholders = placeholder_ids(_hf_config(engine))
-    notes = [*notes_on(config, placeholders)]
-    side = max_sequence_len = vocab_size = max_ids = None
-    if config is not None:
-        text, side, vocab_size = config.hf_text_config, side_in(llm_engine), config.get_vocab_size()
-        # An engine that generates refuses a prompt of max_model_len tokens: it needs room for one more token.
-        # Beyond the length of "dynamic" RoPE vLLM has no positions (see engines/start_engine.py).
-        max_sequence_len = min(config.max_model_len - 1, dynamic_length(text) or config.max_model_len)
-        if side is not None:
-            notes.append(note_on(text, config.max_model_len, side))
-        if config.max_logprobs >= 0:
-            max_ids = config.max_logprobs - 1  # vLLM's limit counts the prompt's own token
-    if _made_with(engine, "load_config", "load_format") == "dummy":
+def _info(config: Any, readout: Literal["token_ids", "flat"], llm_engine: Any) -> EngineInfo:
+    """Return what is known of an engine: nothing but the read-out, if its ``VllmConfig`` is not known."""
+    can = frozenset({"ids"}) if readout == "token_ids" else frozenset()
+    if config is None:
+        return EngineInfo(readout=readout, vocab_size=None, max_sequence_len=None, can=can)
+    model = config.model_config
+    text, length = model.hf_text_config, model.max_model_len
+    side = side_of(text, length) if llm_engine is None else side_in(llm_engine)
+    placeholders = placeholder_ids(model.hf_config)
+    notes = [*notes_on(model, placeholders)]
+    if side is not None:
+        notes.append(note_on(text, length, side))
+    if config.load_config.load_format == "dummy":
         notes.append(DUMMY)
     return EngineInfo(
         readout=readout,
-        vocab_size=vocab_size,
-        max_sequence_len=max_sequence_len,
-        can=frozenset({"ids"}) if readout == "token_ids" else frozenset(),
-        max_ids=max_ids,
+        vocab_size=model.get_vocab_size(),
+        # An engine that generates refuses a prompt of max_model_len tokens: it needs room for one more token.
+        # Beyond the length of "dynamic" RoPE vLLM has no positions (see engines/start_engine.py).
+        max_sequence_len=min(length - 1, dynamic_length(text) or length),
+        can=can,
+        # vLLM's limit counts the prompt's own token.
+        max_ids=model.max_logprobs - 1 if model.max_logprobs >= 0 else None,
         placeholders=placeholders,
         notes=tuple(notes),
         length_side=side,
     )
-
-
-def _hf_config(engine: Any) -> Any:
-    """Return the config of an engine's model; ``None``: not known."""
-    if hasattr(engine, "llm_engine"):
-        return engine.llm_engine.model_config.hf_config
-    args = getattr(engine, "engine_args", None)  # TorchRL's AsyncVLLM
-    if args is None:
-        return None
-    from vllm.transformers_utils.config import get_config
-
-    return get_config(args.model, trust_remote_code=args.trust_remote_code, revision=args.revision)

@@ -49,7 +49,8 @@ def make_engine(
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
         raise OptionError(
-            f"model must be a path, a model name or a live vllm.LLM, got {type(model).__name__}"
+            "model must be a path, a model name, a live vllm.LLM or TorchRL's AsyncVLLM, got "
+            f"{type(model).__name__}"
         )
     if devices is not None:
         raise OptionError(

@@ -13,7 +13,7 @@ from typing import Any
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.checks import check_lora_request
-from vllm_kl.weights.adapters import check_adapter
+from vllm_kl.weights.replicas import check_adapter_on
 
 
 class LoRAWrapper(vLLMWrapper):
@@ -30,7 +30,7 @@ class LoRAWrapper(vLLMWrapper):
 
     Raises:
         OptionError: ``lora_request`` is no ``LoRARequest``, or has ``load_inplace=True``.
-        ReadoutUnavailableError: a ``vllm.LLM`` takes no adapters, or wraps its LM head for them.
+        ReadoutUnavailableError: the engine takes no adapters, or wraps its LM head for them.
         WeightsError: the engine cannot load the adapter, or would not serve it as its files say. Without this
             check the first request for such an adapter would end the engine.
 
@@ -52,8 +52,7 @@ class LoRAWrapper(vLLMWrapper):
     @lora_request.setter
     def lora_request(self, lora_request: Any) -> None:
         check_lora_request(lora_request)
-        if hasattr(self.model, "llm_engine"):  # the workers of TorchRL's AsyncVLLM are out of reach
-            check_adapter(self.model.llm_engine, lora_request)
+        check_adapter_on(self.model, lora_request)
         self._lora_request = lora_request
 
     def get_new_version(self, **kwargs: Any) -> LoRAWrapper:

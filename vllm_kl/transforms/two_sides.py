@@ -205,9 +205,9 @@ def _weights_behind(model: Any) -> tuple[Any, int] | None:
     """
     engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
     if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
-        if not isinstance(scorer._engine, GenerateEngine) or scorer._engine.weights is None:
+        if not isinstance(scorer._engine, GenerateEngine):
             return scorer._engine, 0
-        return scorer._engine.weights._engine, adapter_id(scorer._engine._lora_request)
+        return scorer._engine.shared, adapter_id(scorer._engine._lora_request)
     if isinstance(model, TransformersWrapper):
         return (engine, 0) if type(model) is TransformersWrapper else None
     if not isinstance(model, vLLMWrapper):

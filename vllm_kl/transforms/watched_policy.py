@@ -26,13 +26,11 @@ from tensordict import TensorDictBase
 from torchrl.modules.llm import vLLMWrapper
 
 from vllm_kl.batch.origins import GENERATED_BY, set_generated_by
-from vllm_kl.engines.generate import tells_versions, versions_told
-from vllm_kl.errors import WeightsError
+from vllm_kl.engines.generate import Told, telling_versions
 from vllm_kl.types import Origin
 from vllm_kl.weights.engine_lock import EngineLock
-from vllm_kl.weights.live_weights import LiveWeights, lock_of
-from vllm_kl.weights.loading import INITIAL
-from vllm_kl.weights.replicas import ReplicaWeights, reachable_weights
+from vllm_kl.weights.live_weights import lock_of
+from vllm_kl.weights.replicas import reachable_weights
 
 # The origins of this thread's completions, in vLLM's order; None: the thread is not generating.
 _made: ContextVar[list[Origin] | None] = ContextVar("made", default=None)
@@ -105,9 +103,11 @@ class _Watched(vLLMWrapper):
 
     def _call_generate(self, *args: Any, **kwargs: Any) -> Any:
         with watch(self).generating(kwargs.get("sampling_params")):
-            outputs = super()._call_generate(*args, **kwargs)
-            if (made := _made.get()) is not None:
-                made += _origins_of(outputs, reachable_weights(self.model))
+            if (made := _made.get()) is None:
+                return super()._call_generate(*args, **kwargs)
+            with telling_versions(reachable_weights(self.model)) as told:
+                outputs = super()._call_generate(*args, **kwargs)
+            made += _origins_of(outputs, told)
         return outputs
 
     def _from_vllm_generate_history(self, *args: Any) -> TensorDictBase:
@@ -163,22 +163,13 @@ def unwatched_call(policy: vLLMWrapper) -> Callable[..., Any]:
     return super(_Watched, policy)._call_generate if isinstance(policy, _Watched) else policy._call_generate
 
 
-def _origins_of(outputs: list[Any], weights: LiveWeights | ReplicaWeights | None) -> list[Origin]:
-    """Return the origin of each completion, as vLLM reports it.
-
-    A completion that ran during an update has two versions. vLLM before 0.32 reports none: there it is the
-    version that the engine serves, because this thread has the engine's lock, so no push came meanwhile.
-    """
-    versions: dict[str, Any] = {"uncounted": INITIAL if weights is None else weights.uncounted}
-    versions["serving"] = None
-    if isinstance(weights, LiveWeights) and not tells_versions():
-        with contextlib.suppress(WeightsError):  # the version is not known
-            versions["serving"] = weights.version
+def _origins_of(outputs: list[Any], told: Told) -> list[Origin]:
+    """Return the origin of each completion. One that ran during an update has two versions."""
     origins = []
     for output in outputs:
         adapter = adapter_id(output.lora_request)
         for completion in output.outputs:
-            first, last = versions_told(completion, **versions)
+            first, last = told(completion)
             known = first == last or None in (first, last)
             origins.append(
                 Origin(first if first == last else None, adapter) if known else Origin(first, adapter, last)

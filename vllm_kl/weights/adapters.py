@@ -30,6 +30,7 @@ import torch
 
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.weights.live_weights import lock_of
+from vllm_kl.weights.loading import Call, run_sync
 
 
 class _Adapter(NamedTuple):
@@ -45,30 +46,59 @@ _LOADED: weakref.WeakKeyDictionary[Any, dict[int, tuple[str, ...]]] = weakref.We
 
 
 def check_adapter(llm_engine: Any, lora_request: Any) -> None:
+    """Run :func:`check` on an ``LLMEngine``."""
+    with lock_of(llm_engine):
+        run_sync(check(llm_engine, _calls(llm_engine), lora_request))
+
+
+def load_adapter(llm_engine: Any, lora_request: Any) -> None:
+    """Run :func:`load` on an ``LLMEngine``."""
+    with lock_of(llm_engine):
+        run_sync(load(llm_engine, _calls(llm_engine), lora_request))
+
+
+def _calls(llm_engine: Any) -> Call:
+    async def call(method: str, *args: Any) -> Any:
+        return getattr(llm_engine, method)(*args)
+
+    return call
+
+
+async def check(engine: Any, call: Call, lora_request: Any) -> None:
     """Refuse a shared engine whose prompt log-probs would be wrong; load the adapter, if there is one.
 
     Args:
-        llm_engine: an ``LLMEngine``.
+        engine: an ``LLMEngine`` or an ``AsyncLLM``.
+        call: calls a method of the engine.
         lora_request: a ``LoRARequest``, or ``None`` for the base model.
 
     Raises:
         ReadoutUnavailableError: the engine takes no adapters, or cannot be asked; or vLLM has wrapped its LM
             head for adapters, which makes the prompt log-probs of the base model wrong too.
-        WeightsError: as in :func:`load_adapter`.
+        WeightsError: as in :func:`load`.
     """
-    config = llm_engine.vllm_config.lora_config
-    check_enabled(config is not None, lora_request)
+    config = engine.vllm_config.lora_config
+    if config is None and lora_request is not None:
+        raise ReadoutUnavailableError(
+            f"{describe(lora_request)} cannot be scored: the engine was made without enable_lora=True. Make "
+            "it with enable_lora=True, max_lora_rank=... and lora_target_modules=[...] without 'lm_head'"
+        )
     if config is None:
         return
-    if is_head_targeted(config.target_modules):
-        names = {_last_name(module) for module in _wrapped_modules(llm_engine)}
+    if config.target_modules is None or any(_last_name(name) == "lm_head" for name in config.target_modules):
+        names = {_last_name(module) for module in await _wrapped_modules(call)}
         if "lm_head" in names:
-            raise _head_error("is", str(sorted(names - {"lm_head"})))
+            raise ReadoutUnavailableError(
+                "this engine's LM head is wrapped for LoRA: vLLM 0.32 then computes prompt log-probs with "
+                "the adapters of other rows, or fails, also for the base model.\n"
+                "Make the engine with enable_lora=True and "
+                f"lora_target_modules={sorted(names - {'lm_head'})}"
+            )
     if lora_request is not None:
-        load_adapter(llm_engine, lora_request)
+        await load(engine, call, lora_request)
 
 
-def load_adapter(llm_engine: Any, lora_request: Any) -> None:
+async def load(engine: Any, call: Call, lora_request: Any) -> None:
     """Load an adapter, unless it is loaded; refuse it if the engine would not use all of its weights.
 
     Raises:
@@ -78,7 +108,7 @@ def load_adapter(llm_engine: Any, lora_request: Any) -> None:
     """
     name, int_id = describe(lora_request), lora_request.lora_int_id
     adapter = _read(lora_request)
-    wrapped = {_place(module) for module in _wrapped_modules(llm_engine)}
+    wrapped = {_place(module) for module in await _wrapped_modules(call)}
     if left_out := [module for module in adapter.modules if _place(module) not in wrapped]:
         names = ", ".join(sorted({_last_name(module) for module in left_out}))
         raise WeightsError(
@@ -87,11 +117,10 @@ def load_adapter(llm_engine: Any, lora_request: Any) -> None:
             "Make the engine with lora_target_modules that name these modules and not 'lm_head'. An adapter "
             "of another model cannot be used"
         )
-    with lock_of(llm_engine):
-        loaded = _LOADED.setdefault(llm_engine, {})
-        if int_id not in llm_engine.list_loras():
-            _load(llm_engine, lora_request)
-            loaded[int_id] = adapter.files
+    loaded = _LOADED.setdefault(engine, {})
+    if int_id not in await call("list_loras"):
+        await _load(call, lora_request)
+        loaded[int_id] = adapter.files
     if loaded.get(int_id) != adapter.files:
         is_not = "is not" if int_id in loaded else "was not loaded here first, and may not be"
         raise WeightsError(
@@ -102,46 +131,13 @@ def load_adapter(llm_engine: Any, lora_request: Any) -> None:
         )
 
 
-def _load(llm_engine: Any, lora_request: Any) -> None:
+async def _load(call: Call, lora_request: Any) -> None:
     try:
-        llm_engine.add_lora(lora_request)
+        await call("add_lora", lora_request)
     except Exception as error:
         with contextlib.suppress(Exception):  # vLLM counts an adapter as loaded if its load failed halfway
-            llm_engine.remove_lora(lora_request.lora_int_id)
+            await call("remove_lora", lora_request.lora_int_id)
         raise WeightsError(f"{describe(lora_request)} cannot be loaded: {error}") from error
-
-
-def check_enabled(is_enabled: bool, lora_request: Any) -> None:
-    """Refuse an adapter on an engine that takes no adapters.
-
-    Raises:
-        ReadoutUnavailableError: the engine was made without ``enable_lora=True``.
-    """
-    if lora_request is not None and not is_enabled:
-        raise ReadoutUnavailableError(
-            f"{describe(lora_request)} cannot be scored: the engine was made without enable_lora=True. Make "
-            "it with enable_lora=True, max_lora_rank=... and lora_target_modules=[...] without 'lm_head'"
-        )
-
-
-def is_head_targeted(target_modules: list[str] | None) -> bool:
-    """Return whether vLLM may wrap the LM head; ``None`` as ``target_modules`` means all modules."""
-    return target_modules is None or any(name.rpartition(".")[2] == "lm_head" for name in target_modules)
-
-
-def check_engine_args(engine_args: Any, lora_request: Any) -> None:
-    """Check the options of an engine whose workers cannot be asked, as :func:`check_adapter` does."""
-    check_enabled(engine_args.enable_lora, lora_request)
-    if engine_args.enable_lora and is_head_targeted(engine_args.lora_target_modules):
-        raise _head_error("may be", "[...] that does not name 'lm_head'")
-
-
-def _head_error(is_wrapped: str, targets: str) -> ReadoutUnavailableError:
-    return ReadoutUnavailableError(
-        f"this engine's LM head {is_wrapped} wrapped for LoRA: vLLM 0.32 then computes prompt log-probs with "
-        "the adapters of other rows, or fails, also for the base model.\n"
-        f"Make the engine with enable_lora=True and lora_target_modules={targets}"
-    )
 
 
 def describe(lora_request: Any) -> str:
@@ -247,13 +243,12 @@ def _place(module: str) -> tuple[str, str]:
     return next((part for part in module.split(".") if part.isdigit()), ""), _last_name(module)
 
 
-def _wrapped_modules(llm_engine: Any) -> list[str]:
+async def _wrapped_modules(call: Call) -> list[str]:
     """Return the modules that the engine wrapped for LoRA, with the names that adapters use."""
     from vllm_kl.plugin.lora_modules import MODULES
 
     try:
-        with lock_of(llm_engine):
-            answers = llm_engine.collective_rpc(MODULES)
+        answers = await call("collective_rpc", MODULES)
     except Exception as error:
         # An engine in another process sends its error as text.
         if f"Method {MODULES!r} is not implemented" not in str(error):

@@ -203,9 +203,8 @@ class LiveWeights:
 
         With ``check`` the weights are first compared with the checkpoint that they came from.
         """
-        steps = self._record.take_over if check else self._record.believe
         with lock_of(self._engine).replacing():
-            return run_sync(steps(self._call, version))
+            return run_sync(self._record.take_over(self._call, version, check=check))
 
     def started_with(self, checkpoint: Checkpoint, version: int) -> None:
         """Give a version to the weights that this engine started with, because it replaces another engine."""
@@ -251,10 +250,10 @@ class AsyncWeights:
 
     async def version(self) -> int | None:
         await self._take()
-        return await self._record.version(self._call)
+        return await self._record.version(self.call)
 
     async def next_version(self, version: int | None = None) -> int:
-        return self._record.next_version(await self._call("get_weight_version"), version)
+        return self._record.next_version(await self.call("get_weight_version"), version)
 
     async def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
         """Load as :meth:`Weights.load` does. A load that has begun goes on if the caller is cancelled."""
@@ -266,12 +265,12 @@ class AsyncWeights:
     async def _load(self, checkpoint: Checkpoint, version: int | None) -> int:
         async with _TURNS.setdefault(self._engine, asyncio.Lock()), self._paused():
             await self._take()
-            return await self._record.load(self._call, checkpoint, version)
+            return await self._record.load(self.call, checkpoint, version)
 
     async def uncounted(self) -> str | None:
         """As :attr:`LiveWeights.uncounted`."""
         await self._take()
-        return await self._record.uncounted(self._call)
+        return await self._record.uncounted(self.call)
 
     async def prepare(self, checkpoint: Checkpoint, version: int | None, *, is_foreign: bool) -> Prepared:
         """Let the workers load a checkpoint beside the serving weights. Requests go on meanwhile.
@@ -282,39 +281,52 @@ class AsyncWeights:
             is_foreign: another program wrote it: it is refused if it is of another model.
         """
         await self._take()
+        await self.refuse_if_asleep()
         if is_foreign:
             await asyncio.to_thread(self._record.refuse_another_model, checkpoint.folder)
-        return await self._record.prepare(self._call, checkpoint, version, is_idle=False)
+        return await self._record.prepare(self.call, checkpoint, version, is_idle=False)
 
     async def commit(self, prepared: Prepared) -> None:
         """Let the workers adopt prepared weights when the running requests have finished."""
         async with self._paused():
-            await self._record.commit(self._call, prepared)
+            await self._record.commit(self.call, prepared)
 
     async def put_back(self, prepared: Prepared, reason: Exception) -> None:
         """Load the weights again that served before a commit."""
         async with self._paused():
-            await self._record.put_back(self._call, prepared, reason)
+            await self._record.put_back(self.call, prepared, reason)
 
     async def drop_prepared(self) -> None:
         """Drop prepared weights."""
-        await drop_prepared(self._call)
+        await drop_prepared(self.call)
 
-    async def take_over(self, version: int | None, *, check: bool) -> int:
-        """As :meth:`LiveWeights.take_over`."""
+    async def prepare_take_over(self, version: int | None, *, check: bool) -> Prepared:
+        """Check weights that another program loaded. :meth:`commit` gives them the version."""
         await self._take()
-        steps = self._record.take_over if check else self._record.believe
-        async with self._paused():
-            return await steps(self._call, version)
+        await self.refuse_if_asleep()
+        return await self._record.prepare_take_over(self.call, version, check=check)
+
+    async def refuse_if_asleep(self) -> None:
+        """Refuse an engine that sleeps: on a GPU its weights are in no memory that a load can write to.
+
+        Raises:
+            WeightsError: the engine sleeps, or somebody paused it.
+        """
+        if await self.call("is_sleeping"):
+            raise WeightsError(
+                "the engine sleeps, or somebody paused it; nothing was touched. Call wake_up() or "
+                "resume_generation() first"
+            )
 
     @contextlib.asynccontextmanager
     async def _paused(self) -> AsyncIterator[None]:
         """Let running requests finish, and new requests wait until the end of the block."""
+        await self.refuse_if_asleep()
         try:
-            await self._call("pause_generation", mode="wait")
+            await self.call("pause_generation", mode="wait")
             yield
         finally:
-            await self._call("resume_generation")
+            await self.call("resume_generation")
 
     async def _take(self) -> None:
         """Take the engine (:mod:`vllm_kl.plugin.taken_engines`), once. All callers wait for the first one."""
@@ -326,14 +338,15 @@ class AsyncWeights:
         if self._record.is_taken is not None:
             return
         try:
-            answers = await self._call("collective_rpc", TAKE, None, (os.getpid(),))
+            answers = await self.call("collective_rpc", TAKE, None, (os.getpid(),))
             if any(answers):
-                await self._call("reset_prefix_cache")
+                await self.call("reset_prefix_cache")
             self._record.is_taken = True
         except Exception:  # load() raises an error if the plugin is missing
             self._record.is_taken = False
 
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the engine by name. A dead engine raises an error, and is not waited for."""
         name = {"set_weight_version": "update_weight_version"}.get(method, method)
         with self._record.telling_of_death():
             call = asyncio.ensure_future(getattr(self._engine, name)(*args, **kwargs))

@@ -60,13 +60,16 @@ class NeedsNewEngineError(WeightsError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """New weights that every worker holds beside the serving ones, and what serves until they are adopted."""
+    """A new version that is ready to serve, and what serves until then."""
 
-    checkpoint: Checkpoint
     version: int
-    before: str  # vLLM's weight_version
-    served: tuple[str, Checkpoint | None]  # the last weights of ours, with their weight_version
+    serves: tuple[
+        str, Checkpoint | None
+    ]  # the last weights of ours when it serves, with their weight_version
+    before: str  # vLLM's weight_version until then
+    served: tuple[str, Checkpoint | None]  # the last weights of ours until then
     is_ours: bool  # the serving weights are those
+    is_held: bool = True  # every worker holds the weights beside the serving ones; False: they serve already
 
 
 class Record:
@@ -179,12 +182,15 @@ class Record:
                 f"the weights could not be loaded ({error}). Nothing was touched: the engine keeps version "
                 f"{_name(before)}"
             ) from error
-        return Prepared(checkpoint, version, before, self._served, is_ours)
+        return Prepared(version, (str(version), checkpoint), before, self._served, is_ours)
 
     async def commit(self, call: Call, prepared: Prepared) -> None:
         """Let every worker adopt prepared weights; if that fails, put the old weights back."""
         try:
-            await self._adopt(call, prepared.checkpoint, prepared.version)
+            if prepared.is_held:
+                await call("collective_rpc", ADOPT)
+            await _empty_the_cache(call)
+            await self._stamp(call, prepared.version, prepared.serves)
         except BaseException as error:
             await self._take_back(call, prepared.before, prepared.is_ours, error)
             if not isinstance(error, Exception):  # Ctrl-C, or the end of the event loop
@@ -194,42 +200,77 @@ class Record:
             ) from error
 
     async def put_back(self, call: Call, prepared: Prepared, reason: Exception) -> None:
-        """Load the weights that served before a commit again, because another replica failed."""
+        """Serve again what served before a commit, because another replica failed."""
         self._served = prepared.served
-        await self._take_back(call, prepared.before, prepared.is_ours, reason)
-        self.last = 0 if prepared.before == INITIAL else int(prepared.before)
+        if prepared.is_held:
+            await self._take_back(call, prepared.before, prepared.is_ours, reason)
+        else:
+            await call("set_weight_version", prepared.before)
+        is_number = prepared.before == INITIAL or prepared.before.isdigit()
+        self.last = as_version(prepared.before) if is_number else None
 
-    async def take_over(self, call: Call, version: int | None) -> int:
-        """Check weights that another program loaded, and give them a version; return the version.
+    async def take_over(self, call: Call, version: int | None, *, check: bool) -> int:
+        """Give weights that another program loaded a version; return the version."""
+        prepared = await self.prepare_take_over(call, version, check=check)
+        await self.commit(call, prepared)
+        return prepared.version
+
+    async def prepare_take_over(self, call: Call, version: int | None, *, check: bool) -> Prepared:
+        """Check weights that another program loaded, before they get a version.
 
         The workers remember the folder that vLLM's ``reload_weights`` loaded. This method loads the folder
         again, because vLLM's own load may be incomplete. If no program loaded anything, the method compares
-        the engine's weights with the last push, and changes only the version. Weights that the engine stores
-        in another layout are not compared.
+        the engine's weights with the last push. Weights that the engine stores in another layout are not
+        compared.
+
+        Args:
+            call: calls a method of the engine.
+            version: as in ``push_weights``.
+            check: ``False`` checks and loads nothing.
+
+        Raises:
+            WeightsError: the weights are not known, or are not those that they should be. The engine has no
+                version then.
         """
-        version = self.next_version(await call("get_weight_version"), version)
+        before = await call("get_weight_version")
+        version = self.next_version(before, version)
+        if not check:
+            return Prepared(version, self._served, before, self._served, is_ours=False, is_held=False)
         await _ask_for_the_plugin(call)
-        await call("set_weight_version", _UNKNOWN)  # until the last step
-        loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
+        try:
+            loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
+            if loads:
+                checkpoint = await self._prepare_again(call, loads)
+                serves, is_ours = (str(version), checkpoint), False
+            else:
+                await self._compare(call)
+                serves, is_ours = (str(version), self._served[1]), before == self._served[0]
+        except BaseException:
+            await call("set_weight_version", _UNKNOWN)
+            raise
+        return Prepared(version, serves, before, self._served, is_ours, is_held=bool(loads))
+
+    async def _prepare_again(self, call: Call, loads: list[str | None]) -> Checkpoint:
+        """Let every worker load the folder beside the serving weights that ``reload_weights`` loaded."""
         if None in loads or len(set(loads)) > 1:
             raise WeightsError(
                 f"weights were loaded into the engine, and the engine does not know which: {_NAME_THE_SOURCE}"
             )
-        if loads:
-            checkpoint = Checkpoint(Path(loads[0]))
-            self.refuse_another_model(checkpoint.folder)
-            try:
-                await _prepare(call, loads[0])
-            except NeedsNewEngineError:
-                raise
-            except Exception as error:
-                raise WeightsError(
-                    f"{loads[0]!r}, the folder that reload_weights loaded, could not be loaded again "
-                    f"({error}).\n"
-                    f"Put the folder back; or {_NAME_THE_SOURCE}"
-                ) from error
-            await self._adopt(call, checkpoint, version)
-            return version
+        checkpoint = Checkpoint(Path(loads[0]))
+        self.refuse_another_model(checkpoint.folder)
+        try:
+            await _prepare(call, loads[0])
+        except NeedsNewEngineError:
+            raise
+        except Exception as error:
+            raise WeightsError(
+                f"{loads[0]!r}, the folder that reload_weights loaded, could not be loaded again ({error}).\n"
+                f"Put the folder back; or {_NAME_THE_SOURCE}"
+            ) from error
+        return checkpoint
+
+    async def _compare(self, call: Call) -> None:
+        """Refuse serving weights that are not those of the last push."""
         await _prepare(call, self.folder)
         is_same = all(await call("collective_rpc", SERVES))
         await drop_prepared(call)
@@ -238,32 +279,15 @@ class Record:
                 "the engine's weights are neither those of the last push nor those of the engine's start: "
                 f"{_NAME_THE_SOURCE}"
             )
-        await _empty_the_cache(call)
-        await self._stamp(call, self._served[1], version)
-        return version
-
-    async def believe(self, call: Call, version: int | None) -> int:
-        """Give a version to weights that another program loaded, without a check; return the version."""
-        version = self.next_version(await call("get_weight_version"), version)
-        await call("set_weight_version", _UNKNOWN)
-        await _empty_the_cache(call)
-        await call("set_weight_version", str(version))
-        self.last = version
-        return version
 
     async def started_with(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
         """Give a version to the weights that the engine started with, because it replaces another engine."""
-        await self._stamp(call, checkpoint, version)
+        await self._stamp(call, version, (str(version), checkpoint))
 
-    async def _adopt(self, call: Call, checkpoint: Checkpoint, version: int) -> None:
-        await call("collective_rpc", ADOPT)
-        await _empty_the_cache(call)
-        await self._stamp(call, checkpoint, version)
-
-    async def _stamp(self, call: Call, checkpoint: Checkpoint | None, version: int) -> None:
-        """Give the engine's weights a version, and remember the checkpoint that holds them."""
+    async def _stamp(self, call: Call, version: int, serves: tuple[str, Checkpoint | None]) -> None:
+        """Give the engine's weights a version, and remember the last weights of ours."""
         await call("set_weight_version", str(version))
-        self._served, self.last = (str(version), checkpoint), version
+        self._served, self.last = serves, version
 
     async def _take_back(self, call: Call, before: str, is_ours: bool, error: BaseException) -> None:
         try:

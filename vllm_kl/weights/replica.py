@@ -17,13 +17,14 @@ import functools
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_kl import lifetime
 from vllm_kl.errors import WeightsError
+from vllm_kl.weights import adapters
 from vllm_kl.weights.checkpoint import Checkpoint, new_folder
 from vllm_kl.weights.live_weights import AsyncWeights
-from vllm_kl.weights.loading import Prepared
+from vllm_kl.weights.loading import Prepared, as_version
 
 STEP = "vllm_kl_step:"  # what the name of a step begins with
 _SILENT_AT_MOST_S = 60.0
@@ -59,11 +60,25 @@ def _with_steps(collective_rpc: Any, replica: Replica) -> Any:
     return call
 
 
+class State(NamedTuple):
+    """Which weights a replica serves."""
+
+    stamp: str  # vLLM's weight_version
+    uncounted: str | None  # the weight_version that stands for no known version, if there is one
+    is_pushed: bool  # a push is going on
+    num_changes: int  # how often a push or its undoing changed the weights
+
+    @property
+    def version(self) -> int | None:
+        """The version of the weights; ``None``: others loaded weights and gave them no version."""
+        return None if self.stamp == self.uncounted else as_version(self.stamp)
+
+
 class Replica:
     """The weights of one replica."""
 
     def __init__(self, engine: Any) -> None:
-        self._weights = AsyncWeights(engine)
+        self._engine, self._weights = engine, AsyncWeights(engine)
         self._push_lock, self._step_lock = asyncio.Lock(), asyncio.Lock()
         self._holder: str | None = None  # the token of the trainer that has the push lock
         self._given_up: set[str] = set()  # tokens of trainers that no longer wait for it
@@ -71,21 +86,25 @@ class Replica:
         self._watch: asyncio.Task[None] | None = None
         self._prepared: Prepared | None = None
         self._has_committed = False
+        self._num_changes = 0
+        self._adapter_lock = asyncio.Lock()
         self.received: dict[str, Checkpoint] = {}  # by token; until the trainer's next step
 
-    async def version(self) -> tuple[int | None, bool]:
-        """Return the version that serves, and whether a push is going on."""
-        return await self._weights.version(), self._holder is not None
+    async def config(self) -> Any:
+        """Return the engine's ``VllmConfig``."""
+        return self._engine.vllm_config
+
+    async def state(self) -> State:
+        uncounted, stamp = await self._weights.uncounted(), await self._weights.call("get_weight_version")
+        return State(stamp, uncounted, self._holder is not None, self._num_changes)
 
     async def next_version(self, version: int | None) -> int:
         return await self._weights.next_version(version)
 
-    async def uncounted(self) -> str | None:
-        return await self._weights.uncounted()
-
-    async def take_over(self, version: int | None, check: bool) -> int:
-        async with self._push_lock:
-            return await self._weights.take_over(version, check=check)
+    async def check_adapter(self, lora_request: Any) -> None:
+        """Load an adapter, or refuse it, as :func:`vllm_kl.weights.adapters.check` does."""
+        async with self._adapter_lock:
+            await adapters.check(self._engine, self._weights.call, lora_request)
 
     async def begin(self, token: str) -> None:
         """Wait for the push lock."""
@@ -119,10 +138,17 @@ class Replica:
             self._prepared = await self._weights.prepare(checkpoint, version, is_foreign=is_foreign)
             return self._prepared.version
 
+    async def prepare_take_over(self, token: str, version: int | None, check: bool) -> int:
+        """Check weights that another program loaded; return the version that they would get."""
+        async with self._holding(token):
+            self._prepared = await self._weights.prepare_take_over(version, check=check)
+            return self._prepared.version
+
     async def commit(self, token: str) -> None:
         """Serve the prepared weights."""
         async with self._holding(token):
             assert self._prepared is not None
+            self._num_changes += 1
             await self._weights.commit(self._prepared)
             self._has_committed = True
 
@@ -131,6 +157,7 @@ class Replica:
         async with self._holding(token):
             if self._has_committed:
                 assert self._prepared is not None
+                self._num_changes += 1
                 await self._weights.put_back(self._prepared, WeightsError(reason))
                 self._has_committed = False
 

@@ -17,17 +17,19 @@ import signal
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.errors import EngineError, OptionError, WeightsError
+from vllm_kl.errors import EngineError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.weights import replica
+from vllm_kl.weights.adapters import check_adapter
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, skeleton_of
 from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.loading import NeedsNewEngineError
 
 _BEAT_EVERY_S = 10.0
+Outcome = tuple[bool, Any]  # whether a replica's step is done; its result or its error
 
 
 def is_replicated(engine: Any) -> bool:
@@ -45,6 +47,7 @@ class ReplicaWeights:
         self._served: Checkpoint | None = None  # the last push of this object; None: the engine's start
         self._node_of: dict[Any, str] = {}  # replica -> its machine; replicas that know the steps of a load
         self._lock = threading.Lock()
+        self._config: Any = None
 
     @property
     def version(self) -> int | None:
@@ -55,11 +58,11 @@ class ReplicaWeights:
         Raises:
             WeightsError: the replicas serve different versions.
         """
-        told = self._all("version")
-        versions = [version for version, _ in told]
+        states = self.states()
+        versions = [state.version for state in states]
         if len(set(versions)) == 1:
             return versions[0]
-        if any(is_pushed for _, is_pushed in told) and None not in versions:
+        if any(state.is_pushed for state in states) and None not in versions:
             return min(versions)  # the replicas are changing over
         raise WeightsError(
             f"the replicas serve different versions of the weights: {versions}. Push again: a push makes all "
@@ -69,7 +72,50 @@ class ReplicaWeights:
     @property
     def uncounted(self) -> str | None:
         """vLLM's label of weights whose version is not known, if a replica has such weights."""
-        return next((label for label in self._all("uncounted") if label is not None), None)
+        return uncounted_in(self.states())
+
+    @property
+    def config(self) -> Any:
+        """The ``VllmConfig`` of the first replica: all have the same."""
+        if self._config is None:
+            self._nodes()  # the replica knows the step from here on
+            self._config = self._result(0, self._run("config", {0: []})[0])
+        return self._config
+
+    def states(self) -> list[replica.State]:
+        """Return which weights each replica serves.
+
+        Raises:
+            EngineError: a replica died, or cannot be reached.
+        """
+        return self._all("state")
+
+    def check_adapter(self, lora_request: Any) -> None:
+        """Let all replicas load an adapter; refuse one that a replica would serve wrongly.
+
+        Raises:
+            ReadoutUnavailableError, WeightsError: as in :func:`vllm_kl.weights.adapters.check`. The message
+                names the replica.
+        """
+        self._all("check_adapter", lora_request)
+
+    @contextlib.contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Raise errors of ours for Ray's errors in the block, which sends requests to the replicas.
+
+        Raises:
+            EngineError: a replica died, or cannot be reached. The message names the replica, if it is not
+                back yet.
+        """
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            yield
+        except RayError as error:
+            self.states()  # names a replica that died
+            if isinstance(error, RayTaskError):  # of vLLM: it refused a request
+                raise
+            raise EngineError(f"a replica of the AsyncVLLM failed: {_told(error)}") from error
 
     @property
     def skeleton(self) -> Skeleton:
@@ -100,28 +146,39 @@ class ReplicaWeights:
             folders = self._folders(checkpoint, token)
             with self._push_locks(token):
                 version = self.next_version(version)
-                prepared = self._run("prepare", *([token, folder, version, is_foreign] for folder in folders))
-                if failed := _errors(prepared):
-                    raise _refused(failed)
+                self._ready("prepare", [[token, folder, version, is_foreign] for folder in folders])
                 with _deferring_interrupts():  # until the replicas are in step
-                    self._commit(token, len(folders))
+                    self._commit(token)
                     self._served = checkpoint
                 return version
 
-    def _commit(self, token: str, number: int) -> None:
-        """Let all replicas serve the prepared weights; if one cannot, put the old weights back on all."""
-        committed = self._run("commit", *([token] for _ in range(number)))
-        if failed := _errors(committed):
+    def _ready(self, step: str, args: list[list[Any]]) -> None:
+        """Let all replicas get ready to commit. None commits if one cannot."""
+        if failed := _errors(self._run(step, dict(enumerate(args)))):
+            raise _refused(failed)
+
+    def _commit(self, token: str) -> None:
+        """Let all replicas serve what they prepared; if one cannot, put the old weights back on all."""
+        if failed := _errors(self._run("commit", self._to_all(token))):
             reason = f"another replica failed: {next(iter(failed.values()))}"
-            put_back = _errors(self._run("put_back", *([token, reason] for _ in range(number))))
+            put_back = _errors(self._run("put_back", self._to_all(token, reason)))
             raise _failed(failed, {i: error for i, error in put_back.items() if i not in failed})
 
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
-        """Give a version to weights that others loaded into the replicas; return the version."""
+        """Give a version to weights that others loaded into the replicas; return the version.
+
+        All replicas check their weights first. If one refuses, no replica gets the version.
+        """
+        token = uuid.uuid4().hex
         with self._lock:
-            version = self.next_version(version)
-            self._all("take_over", version, check)
-            return version
+            self._nodes()
+            with self._push_locks(token):
+                version = self.next_version(version)
+                args = self._to_all(token, version, check)
+                self._ready("prepare_take_over", list(args.values()))
+                with _deferring_interrupts():
+                    self._commit(token)
+                return version
 
     def load_folder(self, folder: Path, *, version: int | None = None) -> int:
         """Load the folder of a checkpoint that another program wrote; return the version."""
@@ -138,17 +195,17 @@ class ReplicaWeights:
     @contextlib.contextmanager
     def _push_locks(self, token: str) -> Iterator[None]:
         """Hold the push lock of all replicas. Trainers take them in one order, so none waits in a circle."""
-        number, is_over = len(self._engine_or_raise().actors), threading.Event()
+        is_over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(token, is_over), name="vllm_kl-heart", daemon=True)
         heart.start()
         try:
-            for i in range(number):
-                if failed := _errors(self._run_on("begin", {i: [token]})):
+            for i, args in self._to_all(token).items():
+                if failed := _errors(self._run("begin", {i: args})):
                     raise _refused(failed)
             yield
         finally:
             is_over.set()
-            self._run("end", *([token] for _ in range(number)))
+            self._run("end", self._to_all(token))
 
     def _beat(self, token: str, is_over: threading.Event) -> None:
         """Give the replicas signs of life until the push is over."""
@@ -166,56 +223,53 @@ class ReplicaWeights:
         files = files if set(nodes) != {here} else []
         names = [file.name for file in files]
         parts = [ray.put(file.read_bytes()) for file in files]
-        return [
-            str(checkpoint.folder)
-            if node == here
-            else ray.get(actor.__ray_call__.remote(replica.receive, token, names, *parts))
-            for actor, node in zip(actors, nodes, strict=True)
-        ]
+        calls = {
+            i: actors[i].__ray_call__.remote(replica.receive, token, names, *parts)
+            for i, node in enumerate(nodes)
+            if node != here
+        }
+        received = {i: self._result(i, outcome) for i, outcome in _outcomes(calls).items()}
+        return [received.get(i, str(checkpoint.folder)) for i in range(len(nodes))]
 
     def _nodes(self) -> list[str]:
         """Return the machine of each replica; make the replicas know the steps of a load."""
-        import ray
-        from ray.exceptions import RayError
 
         actors = self._engine_or_raise().actors
-        new = [actor for actor in actors if actor not in self._node_of]
-        try:
-            nodes = ray.get([actor.__ray_call__.remote(replica.install) for actor in new])
-        except RayError as error:
-            raise EngineError(f"a replica of the AsyncVLLM cannot be asked: {_cause(error)}") from error
-        self._node_of |= dict(zip(new, nodes, strict=True))
+        new = [i for i, actor in enumerate(actors) if actor not in self._node_of]
+        calls = {i: actors[i].__ray_call__.remote(replica.install) for i in new}
+        for i, outcome in _outcomes(calls).items():
+            self._node_of[actors[i]] = self._result(i, outcome)
         return [self._node_of[actor] for actor in actors]
 
     def _all(self, method: str, *args: Any) -> list[Any]:
         """Run a step on all replicas; return the results, or raise the first error."""
-        outcomes = self._run(method, *([*args] for _ in self._nodes()))
-        if failed := _errors(outcomes):
-            raise next(iter(failed.values()))
-        return [result for _, result in outcomes]
+        self._nodes()
+        outcomes = self._run(method, self._to_all(*args))
+        return [self._result(i, outcome) for i, outcome in outcomes.items()]
 
-    def _run(self, method: str, *args: list[Any]) -> list[tuple[bool, Any]]:
-        return self._run_on(method, dict(enumerate(args)))
+    def _to_all(self, *args: Any) -> dict[int, list[Any]]:
+        """Return the same arguments for each replica."""
+        return {i: [*args] for i in range(len(self._engine_or_raise().actors))}
 
-    def _run_on(self, method: str, args: dict[int, list[Any]]) -> list[tuple[bool, Any]]:
-        """Run a step on some replicas, by their indices; return ``(is_done, result or error)`` of each."""
-        import ray
-        from ray.exceptions import RayActorError, RayError
-
+    def _run(self, method: str, args: dict[int, list[Any]]) -> dict[int, Outcome]:
+        """Run a step on some replicas, by their indices."""
         actors = self._engine_or_raise().actors
-        calls = {
-            i: actors[i].collective_rpc_v1.remote(replica.STEP + method, None, tuple(given))
-            for i, given in args.items()
-        }
-        found: list[tuple[bool, Any]] = []
-        for i, call in calls.items():
-            try:
-                found.append((True, ray.get(call)))
-            except RayActorError as error:
-                found.append((False, EngineError(f"replica {i} died: {error}")))
-            except RayError as error:
-                found.append((False, _cause(error)))
-        return found
+        return _outcomes(
+            {
+                i: actors[i].collective_rpc_v1.remote(replica.STEP + method, None, tuple(given))
+                for i, given in args.items()
+            }
+        )
+
+    @staticmethod
+    def _result(i: int, outcome: Outcome) -> Any:
+        """Return the result of a replica's step; raise its error with the replica's index."""
+        is_done, result = outcome
+        if is_done:
+            return result
+        if isinstance(result, VLLMKLError):
+            raise type(result)(f"replica {i} of the AsyncVLLM: {result}") from result
+        raise result
 
     def _engine_or_raise(self) -> Any:
         engine = self._engine()
@@ -229,12 +283,40 @@ def replica_weights(engine: Any) -> ReplicaWeights:
     return _WEIGHTS.get(engine) or _WEIGHTS.setdefault(engine, ReplicaWeights(engine))
 
 
+def uncounted_in(states: Sequence[replica.State]) -> str | None:
+    """Return vLLM's label of weights whose version is not known, if a replica has such weights."""
+    return next((state.uncounted for state in states if state.uncounted is not None), None)
+
+
+def served_throughout(before: Sequence[replica.State], after: Sequence[replica.State]) -> int | None:
+    """Return the version that all replicas served from one reading of their states to another.
+
+    ``None``: they served several versions, or the version is not known.
+    """
+    told = [[(s.stamp, s.uncounted, s.num_changes) for s in states] for states in (before, after)]
+    with contextlib.suppress(WeightsError):  # a push failed: the version is not known
+        versions = {state.version for state in after}
+        return versions.pop() if told[0] == told[1] and len(versions) == 1 else None
+    return None
+
+
 def reachable_weights(engine: Any) -> LiveWeights | ReplicaWeights | None:
     """Return the weights of a ``vllm.LLM`` or an ``AsyncVLLM``; ``None``: an engine of another kind."""
     if is_replicated(engine):
         return replica_weights(engine)
     llm_engine = getattr(engine, "llm_engine", None)
     return None if llm_engine is None else LiveWeights(llm_engine)
+
+
+def check_adapter_on(engine: Any, lora_request: Any) -> None:
+    """Load an adapter into an engine, or refuse it, as :func:`vllm_kl.weights.adapters.check` does.
+
+    Nothing is checked on an engine that cannot be asked: neither a ``vllm.LLM`` nor an ``AsyncVLLM``.
+    """
+    if is_replicated(engine):
+        replica_weights(engine).check_adapter(lora_request)
+    elif hasattr(engine, "llm_engine"):
+        check_adapter(engine.llm_engine, lora_request)
 
 
 _WEIGHTS: weakref.WeakKeyDictionary[Any, ReplicaWeights] = weakref.WeakKeyDictionary()
@@ -256,21 +338,45 @@ def _deferring_interrupts() -> Iterator[None]:
             handler(signal.SIGINT, None)
 
 
-def _cause(error: Any) -> Exception:
-    """Return the error that was raised in an actor."""
-    return getattr(error, "cause", None) or error
+def _told(error: Exception) -> Exception:
+    """Return an error of Ray as the error that was raised in the actor, or as one of ours."""
+    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+    if isinstance(error, RayTaskError):
+        return error.cause or error
+    text = " ".join(str(error).split())
+    if isinstance(error, ActorUnavailableError):
+        return EngineError(f"its actor cannot be reached now, and has not died: try again. Ray says: {text}")
+    if isinstance(error, RayActorError):
+        return EngineError(f"its actor died. Make a new AsyncVLLM. Ray says: {text}")
+    return error
 
 
-def _errors(outcomes: list[tuple[bool, Any]]) -> dict[int, Exception]:
-    return {i: error for i, (is_done, error) in enumerate(outcomes) if not is_done}
+def _outcomes(calls: dict[int, Any]) -> dict[int, Outcome]:
+    """Wait for calls of replicas; return ``(is_done, result or error)`` of each."""
+    import ray
+    from ray.exceptions import RayError
+
+    found: dict[int, Outcome] = {}
+    for i, call in calls.items():
+        try:
+            found[i] = True, ray.get(call)
+        except RayError as error:
+            found[i] = False, _told(error)
+    return found
+
+
+def _errors(outcomes: dict[int, Outcome]) -> dict[int, Exception]:
+    return {i: error for i, (is_done, error) in outcomes.items() if not is_done}
 
 
 def _refused(failed: dict[int, Exception]) -> Exception:
     index, error = next(iter(failed.items()))
     if isinstance(error, NeedsNewEngineError):
         return error
-    kind = type(error) if isinstance(error, (WeightsError, EngineError)) else WeightsError
-    return kind(f"replica {index} refused the weights: {error}.\nAll replicas keep the old weights")
+    if isinstance(error, EngineError):
+        return EngineError(f"replica {index} failed: {error}.\nAll replicas keep the old weights")
+    return WeightsError(f"replica {index} refused the weights: {error}.\nAll replicas keep the old weights")
 
 
 def _failed(failed: dict[int, Exception], lost: dict[int, Exception]) -> Exception:
