@@ -32,6 +32,7 @@ from vllm.config import KVTransferConfig
 from transformers import AutoModelForCausalLM
 from tests import tiny
 from vllm_kl import VLLMScorer, push_weights
+from vllm_kl.errors import WeightsError
 
 home, model, other, calls = *sys.argv[1:4], json.loads(sys.argv[4])
 connector = KVTransferConfig(
@@ -44,6 +45,12 @@ scorer = VLLMScorer(llm)
 scored = []
 for weights in (None, other):
     if weights is not None:
+        try:
+            push_weights(llm, AutoModelForCausalLM.from_pretrained(other))
+        except WeightsError as error:
+            assert "ExampleConnector, cannot drop the KV of the old weights" in str(error), error
+        else:
+            raise AssertionError("pushed, although the engine goes on generating from old KV")
         llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_path": weights})
         llm.reset_prefix_cache()
     for ids, start in calls:
@@ -53,7 +60,7 @@ print(json.dumps(scored))
 """
 
 
-def test_its_hits_are_never_used_for_scoring(tmp_path):
+def test_its_hits_are_never_used_for_scoring_and_no_weights_are_pushed_beside_it(tmp_path):
     paths = [tiny.build(tmp_path / str(seed), seed=seed) for seed in range(2)]
     home = tmp_path / "kv"
     command = [sys.executable, "-c", SCRIPT, str(home), *map(str, paths), json.dumps(CALLS)]

@@ -16,7 +16,7 @@ from tests.weights.helpers import IDS, NORM, error_of, model_of
 from vllm_kl import VLLMScorer
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin import adopt_weights
-from vllm_kl.plugin.load_weights import ADOPT, PREPARE, READY
+from vllm_kl.plugin.load_weights import ADOPT, OBSTACLE, PREPARE
 from vllm_kl.weights import checkpoint, loading
 from vllm_kl.weights.push import finish_update, push_weights, weights_of
 
@@ -71,7 +71,7 @@ def test_an_engine_without_the_plugin_is_left_alone_and_told_the_cure(llm, state
 
     version = push_weights(llm, states[1])
     monkeypatch.delattr(WorkerBase, PREPARE)
-    monkeypatch.delattr(WorkerBase, READY)
+    monkeypatch.delattr(WorkerBase, OBSTACLE)
     with pytest.raises(
         WeightsError, match=r"not loaded the plugin vllm_kl.*nothing was touched(?s:.*)VLLM_PLUGINS"
     ):

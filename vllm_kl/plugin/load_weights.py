@@ -30,7 +30,7 @@ ADOPT = "vllm_kl_adopt_weights"
 DISCARD = "vllm_kl_discard_weights"
 SERVES = "vllm_kl_serves_what_is_prepared"
 LAST_LOAD = "vllm_kl_last_load_of_others"
-READY = "vllm_kl_can_load_weights"
+OBSTACLE = "vllm_kl_obstacle_to_a_load"
 
 # Attributes of a worker.
 _PREPARED = "_vllm_kl_prepared"
@@ -49,7 +49,27 @@ def install() -> None:
     setattr(WorkerBase, LAST_LOAD, lambda worker: getattr(worker, _LOADS, [None])[-1:])
     if inspect.unwrap(WorkerBase.__init__) is WorkerBase.__init__:
         WorkerBase.__init__ = _noting_loads(WorkerBase.__init__)
-    setattr(WorkerBase, READY, lambda worker: True)
+    setattr(WorkerBase, OBSTACLE, obstacle)
+
+
+def obstacle(worker: Any) -> str | None:
+    """Return why no weights can be loaded into this worker's engine; ``None``: they can.
+
+    vLLM (0.27 to 0.33) takes a KV connector that cannot drop its KV for one that has dropped it.
+    """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    if worker.vllm_config.kv_transfer_config is None:
+        return None
+    connector = get_kv_transfer_group()
+    for part in getattr(connector, "_connectors", [connector]):  # those of a MultiConnector
+        if type(part).reset_cache is KVConnectorBase_V1.reset_cache:
+            return (
+                f"its KV connector, {type(part).__name__}, cannot drop the KV of the old weights, so the "
+                "engine would generate from it. Make the engine with another connector, or without"
+            )
+    return None
 
 
 def prepare(worker: Any, folder: str | None) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.allowed import KNOWN_VLLM
-from vllm_kl.plugin.load_weights import ADOPT, DISCARD, LAST_LOAD, PREPARE, READY, SERVES
+from vllm_kl.plugin.load_weights import ADOPT, DISCARD, LAST_LOAD, OBSTACLE, PREPARE, SERVES
 from vllm_kl.weights.checkpoint import (
     Checkpoint,
     InitialCheckpoint,
@@ -169,7 +169,7 @@ class Record:
         """
         before = await call("get_weight_version")
         version = self.next_version(before, version)
-        await _ask_for_the_plugin(call)
+        await _check_can_load(call)
         is_ours = before == self._served[0] and await self.uncounted(call) is None
         if is_idle:
             await _empty_the_cache(call)
@@ -236,7 +236,7 @@ class Record:
         version = self.next_version(before, version)
         if not check:
             return Prepared(version, self._served, before, self._served, is_ours=False, is_held=False)
-        await _ask_for_the_plugin(call)
+        await _check_can_load(call)
         try:
             loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
             if loads:
@@ -336,9 +336,14 @@ def _name(stamp: str) -> int | str:
     return 0 if stamp == INITIAL else stamp
 
 
-async def _ask_for_the_plugin(call: Call) -> None:
+async def _check_can_load(call: Call) -> None:
+    """Refuse an engine whose workers cannot load weights.
+
+    Raises:
+        WeightsError: the workers have not loaded the plugin, or a KV connector keeps KV of the old weights.
+    """
     try:
-        await call("collective_rpc", READY)
+        obstacles = await call("collective_rpc", OBSTACLE)
     except EngineError:
         raise
     except Exception as error:
@@ -347,6 +352,8 @@ async def _ask_for_the_plugin(call: Call) -> None:
             "nothing was touched.\n"
             f"Make the engine with vLLM{KNOWN_VLLM}, and where VLLM_PLUGINS is not set or names vllm_kl"
         ) from error
+    if any(obstacles):
+        raise WeightsError(f"this engine can take no new weights: {next(filter(None, obstacles))}")
 
 
 async def _empty_the_cache(call: Call) -> None:
