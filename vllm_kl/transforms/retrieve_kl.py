@@ -119,8 +119,9 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         num_cpus, num_gpus: resources of the Ray actor.
 
     Writes log-probs and KL as ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``.
-    Outside the mask log-probs and KL are exactly 0.0 and the KL changes no reward. ``metrics`` holds figures
-    of the last batch.
+    Outside the mask log-probs and KL are exactly 0.0 and the KL changes no reward. Beside a history that is
+    tokenized here masks are written, as by :class:`RetrieveLogProb`. ``metrics`` holds figures of the last
+    batch.
 
     Raises:
         ValueError: a model generates, the models disagree on ``pad_output``, or a model cannot tell the

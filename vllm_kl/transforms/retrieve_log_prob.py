@@ -61,6 +61,9 @@ class RetrieveLogProb(TokensTransform):
         mask_recorded: as in :class:`RetrieveKL`.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
+    Beside a history that is tokenized here, ``("masks", "all_assistant_mask")`` and ``("masks",
+    "all_attention_mask")`` are written, if the batch has no masks: ``SFTLoss`` and ``DistillationLoss`` read
+    them. At an env's step they are not written.
 
     In the env of a collector the transform warns once if the policy records log-probs at another temperature
     than the model's, or after a ``top_p`` or penalties: the difference of the two is no KL. In a stored batch
