@@ -346,7 +346,7 @@ def test_a_model_that_was_sent_is_compared_by_its_weights(
     assert len(scored) == 300
     time.sleep(5.0)
     with pytest.raises(ray.exceptions.RayActorError, match="killed by `ray.kill`"):
-        ray.get(actor.prove.remote())
+        ray.get(actor.beat.remote())
 
 
 def test_an_actor_without_a_name_ends_with_its_user(cluster, policy_model):

@@ -48,6 +48,8 @@ def test_use_ray_service_is_deprecated_as_torchrl_deprecates_it(make_reference):
     ):
         RetrieveKL("from_collector", make_reference(), use_ray_service=True)
     assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(FutureWarning, match="use_ray_service is deprecated"):
+        assert asked(None, old=True, num_gpus=1) == asked("ray", num_gpus=1)
     with pytest.raises(OptionError, match="use_ray_service=True conflicts with service_backend='direct'"):
         asked("direct", old=True)
 
@@ -64,6 +66,7 @@ def test_use_ray_service_is_deprecated_as_torchrl_deprecates_it(make_reference):
         ),
         ({"options": {"num_cpus": 1}, "num_cpus": 2}, "num_cpus is given as an argument and in service_back"),
         ({"coef": 1.0}, "unknown argument: coef"),
+        ({"options": {"max_restarts": 0, "max_task_retries": 1}}, "max_task_retries has no effect"),
         ({"options": {"idle_timeout_s": 0}}, "idle_timeout_s must be a number of seconds above 0, or None"),
         ({"options": {"idle_timeout_s": 9}, "name": None}, "idle_timeout_s has no effect without actor_name"),
         ({"backend": "direct"}, "without effect unless service_backend='ray': actor_name"),

@@ -42,6 +42,7 @@ DEFAULTS = {
 }
 _GIVE_UP_S = 20.0  # how long a name may belong to an actor that is ending
 _BEATS = 4  # per idle_timeout_s
+_NOTE_AFTER_S = 60.0
 
 
 class Build(Protocol):
@@ -118,19 +119,13 @@ class _Service:
             pass
 
     @ray.method(concurrency_group="life")
-    def prove(self) -> tuple[str, Proof]:
-        with self._in_use():
-            served, life = self._ready()
-            return life, served.proof
-
-    @ray.method(concurrency_group="life")
     def of_the_scorer(self, name: str, default: Any) -> Any:
         with self._in_use():
             return getattr(self._ready()[0].scorer, name, default)
 
     def score(
         self, token_ids: list[np.ndarray], start: list[int]
-    ) -> tuple[list[np.ndarray], ScoreStats | None, str]:
+    ) -> tuple[list[np.ndarray], ScoreStats | None, str, Proof]:
         with self._in_use():
             served, life = self._ready()
             ids = [torch.from_numpy(row.copy()) for row in token_ids]
@@ -138,12 +133,13 @@ class _Service:
                 try:
                     scored, stats = self._score(served.scorer, ids, start)
                 except EngineError as error:
-                    self._forget(served)
+                    if not self._forget(served):
+                        raise
                     raise EngineError(
                         f"the engine of {_called(self._name)} died. The log-probs of this call are lost; the "
                         f"next call starts another engine.\n{error}"
                     ) from error
-            return [t.float().cpu().numpy() for t in scored], stats, life
+            return [t.float().cpu().numpy() for t in scored], stats, life, served.proof
 
     def _score(
         self, scorer: Scorer, ids: list[torch.Tensor], start: list[int]
@@ -168,11 +164,13 @@ class _Service:
                 self._life = uuid.uuid4().hex
             return self._served, self._life
 
-    def _forget(self, served: Served) -> None:
+    def _forget(self, served: Served) -> bool:
+        """Forget a reference whose engine is dead; tell whether it is."""
+        is_dead = not getattr(getattr(served.scorer, "_engine", None), "is_open", True)
         with self._building:
-            engine = getattr(served.scorer, "_engine", None)
-            if self._served is served and not getattr(engine, "is_open", True):
+            if is_dead and self._served is served:
                 self._served = None
+        return is_dead
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -236,7 +234,7 @@ class RayScorer:
         while True:
             actor = _find(self._name) if build is None else _make(build, service, caller)
             try:
-                ray.get(actor.start.remote())
+                self._wait(actor.start.remote(), service)
                 return actor
             except ray.exceptions.RayTaskError as error:
                 if build is not None:
@@ -246,6 +244,16 @@ class RayScorer:
                 if build is None or self._name is None or time.monotonic() > deadline:
                     raise self._gone(error) from error
                 time.sleep(0.2)
+
+    def _wait(self, started: Any, service: ServiceOptions) -> None:
+        if not ray.wait([started], timeout=_NOTE_AFTER_S)[0]:
+            logger.warning(
+                "vllm_kl: %s is not ready yet. It loads its model, or Ray has no room for %s: free are %s",
+                self,
+                {"num_cpus": DEFAULTS["num_cpus"], **service.given},
+                ray.available_resources(),
+            )
+        ray.get(started)
 
     def _check_welcome(self, welcome: _Welcome) -> None:
         if welcome.differ:
@@ -287,9 +295,10 @@ class RayScorer:
     ) -> tuple[list[torch.Tensor], ScoreStats | None]:
         """As :meth:`score`; also return this call's figures, or ``None`` if the actor's scorer has none."""
         arrays = [np.asarray(ids) for ids in token_ids]
-        scored, stats, life = self._get(self._actor.score.remote(arrays, list(start)))
+        scored, stats, life, proof = self._get(self._actor.score.remote(arrays, list(start)))
         if life != self._life:
-            self._check_restarted()
+            self._check_restarted(proof)
+            self._life = life
         if stats is not None and stats.weight_version is not None:
             self._version = stats.weight_version
         self.stats = stats  # for display only: other threads replace it
@@ -306,17 +315,17 @@ class RayScorer:
         return self  # TorchRL copies transforms: the copy scores with the same engine
 
     def __reduce__(self) -> Any:
+        known = self._life, self._proof, self._version
         if self._name is None:
-            return _with_actor, (self._actor, self._life, self._proof, self._version, self.attributes)
-        return _found_again, (self._name, ray.get_runtime_context().gcs_address)
+            return _with_actor, (self._actor, self.attributes, *known)
+        return _found_again, (self._name, ray.get_runtime_context().gcs_address, *known)
 
-    def _check_restarted(self) -> None:
-        """Accept a load of the reference that gives what the one before gave.
+    def _check_restarted(self, proof: Proof) -> None:
+        """Accept another load of the reference if it gives what the one before gave.
 
         Raises:
             FrozenError: it does not, or nothing proves it.
         """
-        life, proof = self._get(self._actor.prove.remote())
         before = self._proof
         if proof.version != self._version:
             why = f"it served version {self._version} of the weights, and serves version {proof.version} now"
@@ -328,7 +337,6 @@ class RayScorer:
             )
         else:
             logger.warning("vllm_kl: %s died and was restarted. It serves the same weights", self)
-            self._life = life
             return
         raise FrozenError(
             f"{self} died and was restarted, but {why}. Its log-probs are of another reference, and were not "
@@ -451,16 +459,21 @@ def _beat(scorer: weakref.ref[RayScorer], every_s: float) -> None:
         used = scorer()
         if used is None or not ray.is_initialized():
             return
-        used._actor.beat.remote()
+        try:
+            used._actor.beat.remote()
+        except Exception:  # Ray was started anew, or Python is ending
+            return
         del used
 
 
-def _found_again(name: str, address: str) -> RayScorer:
-    return RayScorer(None, ServiceOptions(actor_name=name, ray_init_config={"address": address}))
+def _found_again(name: str, address: str, life: str, proof: Proof, version: int | None) -> RayScorer:
+    scorer = RayScorer(None, ServiceOptions(actor_name=name, ray_init_config={"address": address}))
+    scorer._life, scorer._proof, scorer._version = life, proof, version
+    return scorer
 
 
 def _with_actor(
-    actor: Any, life: str, proof: Proof, version: int | None, attributes: dict[str, Any]
+    actor: Any, attributes: dict[str, Any], life: str, proof: Proof, version: int | None
 ) -> RayScorer:
     scorer = RayScorer.__new__(RayScorer)
     scorer._name, scorer._actor, scorer.attributes, scorer.stats = None, actor, attributes, None

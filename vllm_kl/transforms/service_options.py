@@ -126,6 +126,8 @@ def _read(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{', '.join(OWN_OPTIONS)}; and of Ray's actors {', '.join(ACTOR_OPTIONS)}.\n"
             "The name of the service is the argument actor_name"
         )
+    if given.get("max_restarts") == 0 and given.get("max_task_retries"):
+        raise OptionError("max_task_retries has no effect with max_restarts=0: leave it out")
     idle = given.get("idle_timeout_s", IDLE_TIMEOUT_S)
     if idle is not None and not (isinstance(idle, (int, float)) and idle > 0):
         raise OptionError(f"idle_timeout_s must be a number of seconds above 0, or None, got {idle!r}")
