@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchrl
 import vllm.envs
 from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyStackStorage, ReplayBuffer
@@ -30,6 +31,7 @@ import vllm_kl
 from vllm_kl.plugin import taken_engines
 from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
+from vllm_kl.transforms.service_options import ACTOR_OPTIONS, OWN_OPTIONS
 
 
 def source(thing):
@@ -316,6 +318,26 @@ class TestTheEnvironment:
         assert b"THP_MEM_ALLOC_ENABLE" in library.read_bytes()
 
 
+class TestRay:
+    def test_an_actor_takes_these_options(self):
+        """transforms/service_options.py passes them on; the rest is decided by the service itself."""
+        ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
+        with pytest.raises(ValueError, match="Invalid option keyword nothing for actors") as caught:
+            ray.remote(type("Actor", (), {})).options(nothing=1)
+        known = set(str(caught.value).partition("Valid ones are")[2].split("'")[1::2])
+        own = {"name", "namespace", "lifetime", "get_if_exists", "concurrency_groups"}
+        tuning = {"enable_task_events", "enable_tensor_transport", "allow_out_of_order_execution"}
+        assert {name for name in known if not name.startswith("_")} - own - tuning == {*ACTOR_OPTIONS}
+        assert not known & {*OWN_OPTIONS}
+
+    def test_an_error_of_a_dead_actor_tells_why_in_its_last_line(self):
+        """transforms/ray_scorer.py quotes it, and knows the error of a lost factory."""
+        ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
+        built = source(ray.exceptions.ActorDiedError.__init__)
+        assert "error_msg_lines.append(cause.error_message)" in built
+        assert hasattr(ray.exceptions, "OwnerDiedError")
+
+
 class TestTorchRL:
     def test_losses_leave_out_tokens_whose_recorded_log_prob_is_nan(self):
         """mask_recorded.py relies on it, since TorchRL 0.14.1."""
@@ -331,6 +353,18 @@ class TestTorchRL:
         text = source(getattr(torchrl.objectives.llm, name))
         assert '("masks", "all_assistant_mask"), as_list=True' in text
         assert '("masks", "all_attention_mask"), as_list=True' in text
+
+    def test_services_are_asked_for_in_these_words(self):
+        """transforms/service_options.py: when use_ray_service goes upstream, it goes here."""
+        from torchrl._comm.backends import _get_service_backend
+        from torchrl._utils import _RayServiceMetaClass
+
+        call = source(_RayServiceMetaClass.__call__)
+        assert "use_ray_service is deprecated and will be removed in v0.16" in call
+        assert "FutureWarning" in call
+        assert 'options.get("actor_options", options)' in call
+        with torchrl.service_backend("ray"):
+            assert _get_service_backend() == "ray"
 
     def test_a_wrapper_reaches_its_engine_through_these_methods(self):
         """transforms/watched_policy.py watches them, choose_scorer.py and lora_wrapper.py call them."""

@@ -239,7 +239,7 @@ def _plugin() -> Iterator[Finding]:
 
 def _optional(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
     for name, extra, what_for in (
-        ("ray", "ray", "use_ray_service"),
+        ("ray", "ray", "service_backend='ray'"),
         ("matplotlib", "plot", "the demo's picture"),
     ):
         if found := version_of(name):

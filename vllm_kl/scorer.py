@@ -471,5 +471,5 @@ class VLLMScorer:
     def __reduce__(self) -> Any:
         raise OptionError(
             "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process "
-            "(ref_model_factory), or keep it in a Ray actor (RetrieveKL(..., use_ray_service=True))"
+            "(ref_model_factory), or keep it in a Ray actor (RetrieveKL(..., service_backend='ray'))"
         )

@@ -35,7 +35,7 @@ from vllm_kl.errors import CollectorError, OptionError
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
 
-SERVICE = {"use_ray_service": True, "actor_name": "places", "num_cpus": 0.1}
+SERVICE = {"service_backend": "ray", "actor_name": "places", "num_cpus": 0.1}
 ACTOR = {"num_cpus": 0.1}  # of a collector or a buffer
 
 

@@ -23,9 +23,9 @@ class TestRefusedWhenBuilt:
             RetrieveKL("from_collector", make_reference(), estimator="k9")
         with pytest.raises(OptionError, match="gen_log_probs='never' does not exist"):
             RetrieveKL("from_collector", make_reference(), gen_log_probs="never")
-        with pytest.raises(OptionError, match="unless use_ray_service=True: actor_name"):
+        with pytest.raises(OptionError, match="unless service_backend='ray': actor_name"):
             RetrieveKL("from_collector", make_reference(), actor_name="x")
-        with pytest.raises(OptionError, match="unless use_ray_service=True: coef"):
+        with pytest.raises(OptionError, match="unless service_backend='ray': coef"):
             RetrieveKL("from_collector", make_reference(), coef=1.0)
         with pytest.raises(OptionError, match="both sides would be written to"):
             RetrieveKL("from_collector", make_reference(), ref_log_probs_full_key=("log_probs", "full"))

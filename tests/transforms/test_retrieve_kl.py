@@ -207,7 +207,7 @@ class TestWhereTorchRLsRecipesPutIt:
     def test_a_transform_can_be_copied_but_its_engine_is_not(self, make_reference, policy_oracle, truth):
         transform = copy.deepcopy(RetrieveKL("from_collector", make_reference()))
         assert_rows(rows(transform(recorded_batch(policy_oracle)), ("next", "kl_penalty")), truth)
-        with pytest.raises(OptionError, match="cannot be pickled.*ref_model_factory.*use_ray_service"):
+        with pytest.raises(OptionError, match="cannot be pickled.*ref_model_factory.*service_backend='ray'"):
             pickle.dumps(transform)
 
     def test_an_entry_that_only_some_samples_have_is_refused(self, make_reference, policy_oracle):

@@ -38,7 +38,7 @@ def test_a_reference_in_a_ray_actor_without_ray_says_what_to_install(make_refere
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "vllm_kl.transforms.ray_scorer", raising=False)
     with pytest.raises(OptionError, match=r"needs Ray: pip install 'vllm-kl\[ray\]'"):
-        RetrieveKL("from_collector", ref_model_factory=make_reference, use_ray_service=True)
+        RetrieveKL("from_collector", ref_model_factory=make_reference, service_backend="ray")
 
 
 def test_an_error_names_the_sample_of_the_batch_not_the_sequence_that_was_sent(make_gen, make_reference):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.engines.base import Engine
+from vllm_kl.engines.borrowed import BorrowedEngine, lent
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.options import NAMES, check_names, check_options
@@ -38,8 +39,11 @@ def make_engine(
         if _are_all_options_known():
             check_names(engine_options, NAMES)
         _check_picklable(engine_options)
+        path = checked_path(model, engine_options)
+        if (owned := lent()) is not None:
+            return BorrowedEngine(owned, path, readout, engine_options, lora_request)
         return ProcessEngine(
-            checked_path(model, engine_options),
+            path,
             readout=readout,
             options=engine_options,
             lora_request=lora_request,

@@ -193,7 +193,7 @@ REFUSED: dict[str, Refused] = {
     "master_port": Refused(_ONE_MACHINE, unless=(29501,)),
     "distributed_executor_backend": Refused(
         "an owned engine starts its own workers, which find vllm_kl through their environment; workers of "
-        "Ray and torchrun do not.\nLeave it out, or use 'mp'. RetrieveKL(..., use_ray_service=True) runs a "
+        "Ray and torchrun do not.\nLeave it out, or use 'mp'. RetrieveKL(..., service_backend='ray') runs a "
         "whole scorer in a Ray actor",
         only=("ray", "external_launcher"),
     ),

@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def _shows_log() -> bool:
     return os.environ.get("VLLM_LOGGING_LEVEL", "").upper() in ("DEBUG", "INFO")
 
 
+def engine_settings(
+    checkpoint: InitialCheckpoint, readout: str, options: Mapping[str, Any], lora_request: Any
+) -> dict[str, Any]:
+    """Return what decides the numbers of an engine, by the names of the scorer's arguments."""
+    model = checkpoint.model
+    return {
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        "the model's files": checkpoint.written,
+        "readout": readout,
+        "lora_request": None if lora_request is None else (lora_request.lora_name, lora_request.lora_path),
+        **options,
+    }
+
+
 class ProcessEngine:
     """A vLLM engine in a child process. Several threads may call it at a time; their requests share batches.
 
@@ -105,6 +119,7 @@ class ProcessEngine:
         }
         self._child = _Child(model, **self._child_options)
         self.info = self._child.info
+        self.settings = engine_settings(checkpoint, self.info.readout, options, lora_request)
         self.weights = _OwnedWeights(self, model, options, checkpoint)
 
     @property

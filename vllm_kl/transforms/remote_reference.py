@@ -2,51 +2,69 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_kl.engines.borrowed import lending
+from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.transforms.choose_scorer import scorer_for
+from vllm_kl.transforms.reference_settings import Served, served
+from vllm_kl.transforms.service_options import ServiceOptions
 from vllm_kl.transforms.vllm_reference import DESCRIPTION, VLLMReference
-from vllm_kl.types import Scorer
 
 
-def _build_there(
-    ref_model: Any, factory: Callable[[], Any] | None, device: Any
-) -> tuple[Scorer, dict[str, Any]]:
-    """Return a scorer of the model and the wrapper's attributes. Runs in the Ray actor."""
-    model = ref_model if factory is None else factory()
-    if device is not None:
-        model = model.to(device)
-    if model.generate:
-        raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
-    return scorer_for(model), {name: getattr(model, name) for name in DESCRIPTION if hasattr(model, name)}
+@dataclass(frozen=True)
+class BuildReference:
+    """Makes the reference of a service, in the service's process."""
+
+    ref_model: Any  # a wrapper that can be pickled; None: factory makes it
+    factory: Callable[[], Any] | None
+    device: torch.device | None
+
+    def __call__(self) -> Served:
+        model = self.ref_model if self.factory is None else self.factory()
+        if self.device is not None:
+            model = model.to(self.device)
+        if model.generate:
+            raise InputError("The ref_model must have `generate=False`; the factory made one that generates.")
+        return served(model, DESCRIPTION)
+
+    def settings_beside(self, running: Served) -> dict[str, Any] | None:
+        """Return the settings of the reference that this would make; ``None``: they cannot be known.
+
+        The factory is called, and a ``VLLMReference`` that it makes borrows the running engine. Other
+        wrappers would load their model a second time, so a factory is not called if the service has one.
+        """
+        engine = getattr(running.scorer, "_engine", None)
+        if isinstance(engine, ProcessEngine):
+            with lending(engine):
+                return self().settings
+        return self().settings if self.factory is None else None
 
 
 def remote_reference(
     ref_model: Any,
     ref_model_factory: Callable[[], Any] | None,
+    service: ServiceOptions,
     *,
-    actor_name: str | None,
     device: torch.device | None = None,
-    num_cpus: float = 1,
-    num_gpus: float = 0,
 ) -> VLLMReference:
     """Return a reference whose weights are in a Ray actor.
 
     Args:
         ref_model: a wrapper that can be pickled (a ``TransformersWrapper``), or ``None``.
-        ref_model_factory: makes the wrapper in the actor. Without both, the actor ``actor_name`` must exist.
-        actor_name: see :class:`~vllm_kl.transforms.ray_scorer.RayScorer`.
+        ref_model_factory: makes the wrapper in the actor. Without both, the service must exist.
+        service: see :class:`~vllm_kl.transforms.ray_scorer.RayScorer`.
         device: where the actor moves a transformers model.
-        num_cpus, num_gpus: the actor's resources.
 
     Raises:
         InputError: ``ref_model`` and ``ref_model_factory`` are both given, or nothing is.
-        OptionError: ``ref_model`` holds a running engine, or Ray is not installed.
+        OptionError: ``ref_model`` holds a running engine; the service has other settings; or Ray is not
+            installed.
+        EngineError: there is no such service, or it died.
     """
     try:
         from vllm_kl.transforms.ray_scorer import RayScorer
@@ -63,10 +81,10 @@ def remote_reference(
         )
     build = None
     if ref_model is not None or ref_model_factory is not None:
-        build = functools.partial(_build_there, ref_model, ref_model_factory, device)
-    elif actor_name is None:
+        build = BuildReference(ref_model, ref_model_factory, device)
+    elif service.actor_name is None:
         raise InputError(
-            "use_ray_service=True needs ref_model_factory, or the actor_name of an actor that exists"
+            "service_backend='ray' needs ref_model_factory, or the actor_name of a service that exists"
         )
-    scorer = RayScorer(build, actor_name=actor_name, num_cpus=num_cpus, num_gpus=num_gpus)
+    scorer = RayScorer(build, service)
     return VLLMReference(scorer, **scorer.attributes)

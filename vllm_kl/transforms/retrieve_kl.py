@@ -11,9 +11,9 @@ The transform writes after all stages have succeeded: an error leaves the tensor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from tensordict import TensorDictBase
@@ -32,6 +32,7 @@ from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.kl_transform import KLTransform
 from vllm_kl.transforms.penalty import Penalty
 from vllm_kl.transforms.recorded_zeros import OnZero, has_zeros
+from vllm_kl.transforms.service_options import service_of
 from vllm_kl.transforms.tokens_transform import TokenOptions, side_log_probs
 from vllm_kl.transforms.two_sided_transform import TwoSidedTransform, Written
 from vllm_kl.transforms.two_sides import (
@@ -73,9 +74,19 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         coeff: the KL's coefficient: a number, a schedule (called with the number of earlier batches, or env
             steps) or a controller such as ``torchrl.data.AdaptiveKLController``; see
             :class:`~vllm_kl.transforms.coefficient.Coefficient`.
-        use_ray_service: ``True`` keeps the reference in a Ray actor, where ``ref_model_factory`` makes it.
-            Everything else stays in the calling process.
-        actor_name: the name of that actor. An actor that already has this name is used again.
+        service_backend: ``"ray"`` keeps the reference in a Ray actor, where ``ref_model_factory`` makes it;
+            everything else stays in the calling process. ``"direct"``: in this process. ``None``: as an
+            enclosing ``torchrl.service_backend`` says, else ``"direct"``.
+        actor_name: the name of that actor, which makes it a service: all processes of a Ray cluster that give
+            the name share its engine. A service of this name that exists must serve the reference that
+            ``ref_model_factory`` makes; without a factory it is used as it is.
+            ``VLLMReference.close_service`` ends it.
+        service_backend_options: options of the actor: Ray's own (``num_gpus``, ``resources``,
+            ``max_restarts``, ...), in a dict ``"actor_options"`` or beside it; ``"idle_timeout_s"``: how many
+            seconds a service lives after the last process that uses it (600; ``None``: until it is closed);
+            ``"ray_init_config"``: arguments of ``ray.init``, for a process that is in no Ray cluster.
+        use_ray_service: ``True`` is the older spelling of ``service_backend="ray"``. Deprecated; it goes with
+            TorchRL 0.16.
         estimator: of the KL that is written and subtracted: ``"k1"`` (the log-ratio: unbiased, may be
             negative), ``"k2"`` (half the square of the log-ratio: low variance, biased), ``"k3"`` (unbiased,
             never negative) or ``"abs"`` (the absolute log-ratio: a distance, not a KL); see
@@ -116,7 +127,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             batch with ``"next"``: TorchRL's losses then leave these tokens out; see
             :func:`vllm_kl.mask_recorded`. ``False`` leaves them as they are, so that the batch can be scored
             again with a larger mask. Without ``mask_key`` they stay, too.
-        num_cpus, num_gpus: resources of the Ray actor.
+        num_cpus, num_gpus: as in ``service_backend_options``.
 
     Writes log-probs and KL as ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``.
     Outside the mask log-probs and KL are exactly 0.0 and the KL changes no reward. Beside a history that is
@@ -126,7 +137,8 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
     Raises:
         ValueError: a model generates, the models disagree on ``pad_output``, or a model cannot tell the
             assistant's tokens.
-        OptionError: when called: with ``from_collector``, reference and policy are one engine with the same
+        OptionError: the service ``actor_name`` serves another reference than ``ref_model_factory`` makes. Or
+            when called: with ``from_collector``, reference and policy are one engine with the same
             adapter, or with none.
         DriftError: when called: the audit measured a larger difference than ``audit_tolerance``.
         CollectorError: when called: ``from_collector`` has no log-probs to reuse and no policy to ask.
@@ -167,6 +179,8 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         kl_key: NestedKey = "kl_penalty",
         add_to_reward: bool = True,
         coeff: Any = 1.0,
+        service_backend: Literal["direct", "ray"] | None = None,
+        service_backend_options: Mapping[str, Any] | None = None,
         use_ray_service: bool = False,
         actor_name: str | None = None,
         estimator: Estimator = "k1",
@@ -188,7 +202,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         **kwargs: Any,
     ) -> None:
         gen = gen_model, gen_model_factory, gen_log_probs, audit, audit_tolerance, on_drift, on_zero
-        ref = ref_model, ref_model_factory, use_ray_service, device, actor_name
+        service = service_of(service_backend, service_backend_options, use_ray_service, actor_name, kwargs)
         written = gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, on_two_references
         estimation = estimator, extra_estimators, clamp_log_ratio, clamp_output, direction
         tokens = assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale, mask_recorded
@@ -198,7 +212,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             penalty=Penalty(Estimation(*estimation), kl_key, mask_key, add_to_reward, coeff),
             sides=two_sides(
                 gen_model_of(*gen),
-                ref_model_of(*ref, **kwargs),
+                ref_model_of(ref_model, ref_model_factory, service, device),
                 assistant_only=assistant_only,
                 device=device,
                 log_probs_full_key=gen_log_probs_full_key,

@@ -20,6 +20,7 @@ from vllm_kl.transforms.from_collector import FromCollector, GenLogProbs
 from vllm_kl.transforms.model_side import ModelSide, Side, check_side
 from vllm_kl.transforms.recorded_zeros import OnZero
 from vllm_kl.transforms.remote_reference import remote_reference
+from vllm_kl.transforms.service_options import ServiceOptions
 from vllm_kl.transforms.watched_policy import adapter_id
 
 
@@ -124,22 +125,12 @@ def gen_model_of(
 def ref_model_of(
     ref_model: Any,
     factory: Callable[[], Any] | None,
-    use_ray_service: bool,
+    service: ServiceOptions | None,
     device: torch.device | None,
-    actor_name: str | None,
-    **options: Any,
 ) -> Any:
-    """Return the reference that the caller gave; call the factory, here or in a Ray actor, if there is one.
-
-    Raises:
-        OptionError: an option has no effect without a Ray actor.
-    """
-    if use_ray_service:
-        return remote_reference(ref_model, factory, device=device, actor_name=actor_name, **options)
-    if given := [*(["actor_name"] if actor_name is not None else []), *options]:
-        raise OptionError(
-            f"unknown argument, or one without effect unless use_ray_service=True: {', '.join(given)}"
-        )
+    """Return the reference that the caller gave, or that the factory makes, here or in a Ray actor."""
+    if service is not None:
+        return remote_reference(ref_model, factory, service, device=device)
     return one_of("ref", ref_model, factory)
 
 

@@ -192,6 +192,20 @@ class VLLMReference(LLMWrapperBase):
             )
         return self.scorer  # type: ignore[return-value]
 
+    @staticmethod
+    def close_service(name: str) -> None:
+        """End the Ray service of this name and its engine, for all the processes that use it.
+
+        Args:
+            name: the ``actor_name`` that :class:`RetrieveKL` was given with ``service_backend="ray"``.
+
+        Raises:
+            EngineError: there is no such service in the Ray cluster, or this process is in no cluster.
+        """
+        from vllm_kl.transforms.ray_scorer import close_service
+
+        close_service(name)
+
     def close(self) -> None:
         """End the engine if the reference made it; a scorer that was passed in goes on running."""
         if self._owns_scorer:

@@ -45,6 +45,11 @@ class Canary:
         with self._turn:
             self._accept(*self._look())
 
+    def remembered(self, version: int | None) -> torch.Tensor | None:
+        """Return the log-probs of an accepted version; ``None``: the version was not accepted."""
+        with self._turn:
+            return self._known.get(version)
+
     def check(self, tolerance: float = 0.0) -> float:
         """Score the sequence; return how far a log-prob moved since this version was accepted, in nats.
 

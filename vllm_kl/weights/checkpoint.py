@@ -7,6 +7,7 @@ memory, says which tensors a state dict must have.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import re
@@ -78,6 +79,14 @@ class InitialCheckpoint:
                 "Let the trainer save to another folder. refresh(source) without ema= needs no old weights"
             )
         return self.model
+
+    @property
+    def written(self) -> str | None:
+        """The size of the weight files, and when they were last written; ``None``: no local files."""
+        if not self._files:
+            return None
+        last = datetime.datetime.fromtimestamp(max(file[2] for file in self._files) / 1e9)
+        return f"{sum(file[1] for file in self._files)} bytes, written {last}"
 
     def _stamps(self) -> list[tuple[str, int, int]]:
         folder = Path(self.model)
