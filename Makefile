@@ -22,10 +22,11 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest $(ARGS)
 
-# The long table: every architecture that was tried, and its figures in docs/architectures.md.
+# The long tests, and the long table: every architecture that was tried, in docs/architectures.md.
 nightly: .venv/installed
 	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md \
-		tests/weights/test_pushes.py tests/test_concurrency.py tests/test_gpu_check.py $(ARGS)
+		tests/weights/test_pushes.py $(ARGS)
+	.venv/bin/python -m pytest -m nightly --ignore tests/weights/test_pushes.py $(ARGS)
 
 compat: $(COMPAT)/installed
 	$(COMPAT)/bin/python -m pytest -m compat $(ARGS)

@@ -144,6 +144,7 @@ def kl_in_a_worker(path, mode):
     )
 
 
+@pytest.mark.nightly
 def test_workers_reuse_what_was_recorded_and_the_pool_itself_can_ask_the_policy(
     make_policy, make_reference, ref_path, policy_oracle, ref_oracle
 ):

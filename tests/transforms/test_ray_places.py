@@ -176,7 +176,7 @@ def test_a_collector_with_an_engine_of_its_own_takes_pushes(collector, kl, steps
     assert versions[-1] == 3
 
 
-@pytest.mark.parametrize("tracker", ["engine", "counter"])
+@pytest.mark.parametrize("tracker", ["engine", pytest.param("counter", marks=pytest.mark.nightly)])
 def test_a_collector_on_async_vllm_is_pushed_to_from_the_trainer(
     collector, kl, async_llm, steps, ref_oracle, tracker
 ):

@@ -252,6 +252,7 @@ def test_a_service_that_was_killed_for_good_is_an_error_of_its_collector(
         VLLMReference.close_service("shared")
 
 
+@pytest.mark.nightly
 def test_a_service_lives_through_pauses_of_its_users_and_restarts_on_no_other_weights(
     cluster, ref_path, tmp_path, ref_oracle
 ):

@@ -21,8 +21,6 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import FrozenError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.weights.push import push_weights, weights_of
 
-pytestmark = pytest.mark.compat
-
 
 @pytest.fixture(scope="module")
 def scorers(lora_llm, lora_requests):
@@ -58,6 +56,7 @@ def generation_error(llm, request, truth):
 # Whose log-probs they are.
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["base", "first adapter", "second adapter"])
 def test_scores_are_those_of_the_weights_that_were_named(scorers, lora_oracles, which):
     assert error_of(scorers[which], lora_oracles[which]) < LOG_PROB_TOLERANCE
@@ -65,6 +64,7 @@ def test_scores_are_those_of_the_weights_that_were_named(scorers, lora_oracles, 
         assert error_of(scorers[which], lora_oracles[other]) > 0.1
 
 
+@pytest.mark.compat
 def test_base_and_adapters_interleaved_never_mix(lora_llm, scorers, lora_requests, lora_oracles, monkeypatch):
     for share_prefix in (True, False):
         for which in (0, 1, 0, 2, 1, 1, 0, 2):
