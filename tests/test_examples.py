@@ -109,7 +109,7 @@ def test_the_calls_of_torchrls_scripts_work_with_the_functions_of_the_page(
         policy=policy,
         dialog_turns_per_batch=4,
         total_dialog_turns=64,
-        replay_buffer=rb,
+        replay_buffer=rb.client(),
         weight_updater=None,
         track_policy_version=EnginePolicyVersion(policy),
         remote_config={"num_cpus": 0},
