@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, set_list_to_stack
+from tensordict import set_list_to_stack
 from torch.utils.data import DataLoader
 from torchrl.collectors.llm import RayLLMCollector
 from torchrl.data import LazyStackStorage, SamplerWithoutReplacement
@@ -137,10 +137,3 @@ class Collectors:
         """End the collectors. GRPOTrainer (TorchRL 0.14) calls it again when it is deleted."""
         while self._collectors:
             self._collectors.pop().shutdown()
-
-
-def use_one_mask(batch: TensorDictBase) -> TensorDictBase:
-    """Let the loss average over the tokens that have a KL: ``masking_strategy="rlhf"`` reads this mask."""
-    for sample in batch.unbind(0):
-        sample["masks", "all_assistant_mask"] = sample["next", "kl_mask"]
-    return batch

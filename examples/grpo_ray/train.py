@@ -40,7 +40,6 @@ from collect import (
     make_collector,
     make_env,
     make_policy_engine,
-    use_one_mask,
 )
 from rich.console import Console
 from tensordict import TensorDictBase
@@ -49,7 +48,7 @@ from torchrl.objectives.llm import GRPOLoss
 from torchrl.trainers.algorithms.grpo import GRPOTrainer
 from transformers import AutoModelForCausalLM
 
-from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMSyncScheme
+from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMSyncScheme, check_collector
 from vllm_kl.demo.env import set_up
 from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.demo.train import checkpoints
@@ -79,18 +78,23 @@ class Parts:
         actor = TransformersWrapper(
             self.model, tokenizer=make_tokenizer(), input_mode="tokens", generate=False
         )
-        self.loss = GRPOLoss(actor, masking_strategy="rlhf", kl_to_ref_coeff=args.coeff, entropy_bonus=False)
+        # Every masking strategy counts the tokens that have a KL: RetrieveKL has set the recorded log-probs
+        # of all others to NaN, which TorchRL leaves out.
+        self.loss = GRPOLoss(
+            actor, masking_strategy="generic", kl_to_ref_coeff=args.coeff, entropy_bonus=False
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.learning_rate)
         self.tracker = EnginePolicyVersion(engine)
         self.sender = VLLMSyncScheme(engine).create_sender()
         self.sender.register_model(self.model)
 
     def close(self) -> None:
-        """End the collectors and the buffer."""
-        for collector in self.collectors:
-            collector.shutdown()
-        self.buffer.shutdown()
-        VLLMReference.close_service(collect.REFERENCE)
+        """End the collectors, the buffer and the reference, also if one of them is dead."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(VLLMReference.close_service, collect.REFERENCE)
+            stack.callback(self.buffer.shutdown)
+            for collector in self.collectors:
+                stack.callback(collector.shutdown)
 
     def save(self) -> None:
         """Keep the weights that the replicas serve, for the check."""
@@ -103,10 +107,10 @@ def train_in_a_loop(parts: Parts, report: Callable[[Figures], None]) -> None:
         collector.start()
     for update in range(parts.args.updates):
         while parts.buffer.write_count < (update + 1) * parts.per_update:
-            if not all(collector.is_running() for collector in parts.collectors):
-                raise RuntimeError("a collector has stopped: its error is in Ray's log")
+            for collector in parts.collectors:
+                check_collector(collector)  # raises what ended it
             time.sleep(0.05)
-        batches = [use_one_mask(parts.buffer.sample()) for _ in range(parts.args.steps)]
+        batches = [parts.buffer.sample() for _ in range(parts.args.steps)]
         for batch in batches:
             loss = parts.loss(batch)
             parts.optimizer.zero_grad()
@@ -133,7 +137,7 @@ def train_with_grpo_trainer(parts: Parts, report: Callable[[Figures], None]) -> 
     )
 
     def keep(batch: TensorDictBase) -> TensorDictBase:
-        batches.append(use_one_mask(batch))
+        batches.append(batch)
         return batch
 
     def report_round() -> None:
