@@ -19,13 +19,16 @@ class Pusher:
     A collector with an :class:`~vllm_kl.EnginePolicyVersion` needs no setting: it reads the version from the
     engine.
 
+    Args:
+        engine, transport: as in :func:`push_weights`.
+
     Raises:
-        WeightsError: nothing can be pushed to this engine.
+        WeightsError: nothing can be pushed to this engine in this way.
     """
 
-    def __init__(self, engine: Any) -> None:
-        check_pushable(engine)
-        self._engine = engine
+    def __init__(self, engine: Any, transport: str = "files") -> None:
+        check_pushable(engine, transport)
+        self._engine, self._transport = engine, transport
         self._collectors: list[weakref.ref[Any]] = []
 
     def register(self, collector: Any) -> None:
@@ -43,7 +46,7 @@ class Pusher:
             weights: as in :func:`push_weights`.
             collector_counts: the collector adds 1 to its version after this call.
         """
-        version = push_weights(self._engine, weights)
+        version = push_weights(self._engine, weights, transport=self._transport)
         for tracker in self._counting():
             tracker.version = version - collector_counts
         return version

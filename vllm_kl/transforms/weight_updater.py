@@ -28,14 +28,15 @@ with warnings.catch_warnings():
         Args:
             engine: as in :func:`push_weights`.
             model: pushed if ``update_policy_weights_()`` gets no weights.
+            transport: as in :func:`push_weights`.
 
         >>> updater = VLLMWeightUpdater(scorer)
         >>> # tracker = EnginePolicyVersion(llm)
         >>> # LLMCollector(env, policy=policy, weight_updater=updater, track_policy_version=tracker)
         """
 
-        def __init__(self, engine: Any, model: Any = None) -> None:
-            self._pusher = Pusher(engine)
+        def __init__(self, engine: Any, model: Any = None, *, transport: str = "files") -> None:
+            self._pusher = Pusher(engine, transport)
             self._model = model
 
         def register_collector(self, collector: Any) -> None:
