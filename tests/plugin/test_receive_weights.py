@@ -16,7 +16,7 @@ from vllm.utils.network_utils import get_open_port
 
 from tests.gloo import Gloo
 from vllm_kl.errors import WeightsError
-from vllm_kl.plugin import receive_weights
+from vllm_kl.plugin import load_weights, receive_weights
 from vllm_kl.weights import nccl
 
 CPU = torch.device("cpu")
@@ -62,6 +62,29 @@ def test_a_worker_that_waits_too_long_leaves_the_group(pair, monkeypatch):
     assert getattr(worker, receive_weights._GROUP) == (None, None)
     with pytest.raises(RuntimeError, match="has not joined"):
         list(receive_weights.receive(worker, SENT))
+
+
+def test_a_worker_whose_load_fails_takes_the_rest(pair, monkeypatch):
+    """Else the trainer and the other workers would wait for it."""
+    trainer, worker, taken = pair[0], worker_in(pair[1]), []
+    broadcast = pair[1].broadcast
+    monkeypatch.setattr(pair[1], "broadcast", lambda *args, **kw: taken.append(broadcast(*args, **kw)))
+
+    def fail(worker, folder, sent):
+        next(sent)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(load_weights, "load_second_model", fail)
+    sender = threading.Thread(
+        target=lambda: [
+            trainer.broadcast(tensor, src=0) for tensor in (torch.zeros(2), torch.zeros(3, 1).bfloat16())
+        ]
+    )
+    sender.start()
+    with pytest.raises(MemoryError, match="no room"):
+        load_weights.prepare(worker, SENT)
+    sender.join()
+    assert len(taken) == 2
 
 
 def test_a_trainer_whose_broadcast_hangs_raises_the_workers_error(monkeypatch):
