@@ -12,13 +12,11 @@ class Gloo:
     disabled = False
 
     def __init__(self, host, port, rank, world_size):
-        self._group = stateless_init_torch_distributed_process_group(
-            host, port, rank, world_size, "gloo", timeout=timedelta(seconds=60)
-        )
+        self._group = stateless_init_torch_distributed_process_group(host, port, rank, world_size, "gloo")
 
     def broadcast(self, tensor, src, stream=None):
         options = BroadcastOptions()
-        options.rootRank = src
+        options.rootRank, options.timeout = src, timedelta(seconds=60)
         self._group.broadcast([tensor], options).wait()
 
     def destroy(self):

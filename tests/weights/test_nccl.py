@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import gloo, local_ray
-from tests.oracle import Oracle
-from tests.weights.test_async_vllm import assert_serves, fail_at, in_replica
+from tests.oracle import LOG_PROB_TOLERANCE, Oracle
+from tests.weights.test_async_vllm import error_of, fail_at, generated, in_replica
 from vllm_kl import VLLMSyncScheme, VLLMWeightUpdater, push_weights
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.weights import nccl
@@ -48,6 +48,13 @@ def by_gloo(monkeypatch):
     monkeypatch.setattr(nccl, "check", lambda state, gpus: torch.device("cpu"))
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", gloo.open_in_trainer)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+
+
+def assert_serves(llm, oracle, version):
+    assert weights_of(llm).version == version
+    for replica in range(2):
+        for _ in range(2):  # the second time the prompt's KV is in the cache
+            assert error_of(generated(llm, replica), oracle) < LOG_PROB_TOLERANCE
 
 
 def test_both_replicas_serve_what_was_sent(llm, states, oracles, by_gloo):
