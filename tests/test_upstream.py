@@ -25,6 +25,7 @@ import vllm.envs
 from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
+from tests.compat import since
 from vllm_kl.plugin import taken_engines
 from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
@@ -282,15 +283,15 @@ class TestLoading:
         assert "self.kv_cache" in source(Attention.__init__)
 
 
+@since("0.28", "a sender with a state of its own")
 class TestTheSenderOfNCCL:
     """weights/nccl.py drives vLLM's sender; plugin/receive_weights.py receives what it sends."""
 
     @pytest.fixture
     def sender(self):
-        sender = pytest.importorskip("vllm.distributed.weight_transfer.nccl_engine")
-        if not hasattr(sender, "NCCLTrainerWeightTransferEngine"):
-            pytest.skip("this vLLM has no stateful sender: it needs 0.28")
-        return sender
+        from vllm.distributed.weight_transfer import nccl_engine
+
+        return nccl_engine
 
     def test_the_trainers_side_is_made_and_told_to_send_like_this(self, sender):
         engine = sender.NCCLTrainerWeightTransferEngine

@@ -8,31 +8,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests import gloo, local_ray
+from tests.compat import since
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.weights.test_async_vllm import error_of, fail_at, generated, in_replica
-from vllm_kl import VLLMSyncScheme, VLLMWeightUpdater, push_weights
+from vllm_kl import VLLMScorer, VLLMSyncScheme, VLLMWeightUpdater, push_weights
 from vllm_kl.errors import OptionError, WeightsError
 from vllm_kl.weights import nccl
 from vllm_kl.weights.push import weights_of
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-nccl_engine = pytest.importorskip(
-    "vllm.distributed.weight_transfer.nccl_engine", reason="needs vLLM 0.28 or later"
-)
-pytestmark = local_ray.MARKS
+pytestmark = [*local_ray.MARKS, since("0.28", "a sender with a state of its own")]
 
 
 @pytest.fixture(scope="module")
-def states(tied_paths):
-    return [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in tied_paths]
-
-
-@pytest.fixture(scope="module")
-def oracles(tied_paths):
-    return [Oracle(folder) for folder in tied_paths]
+def oracles(folders):
+    return [Oracle(folder) for folder in folders]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +36,8 @@ def llm(async_llm, states):
 
 @pytest.fixture
 def by_gloo(monkeypatch):
+    from vllm.distributed.weight_transfer import nccl_engine
+
     monkeypatch.setattr(nccl, "OPENER", "tests.gloo:open_in_worker")
     monkeypatch.setattr(nccl, "check", lambda state, gpus: torch.device("cpu"))
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", gloo.open_in_trainer)
@@ -65,8 +59,9 @@ def test_both_replicas_serve_what_was_sent(llm, states, oracles, by_gloo):
     assert VLLMSyncScheme(llm, transport="nccl").create_sender().update_weights(states[2]) == before + 2
     assert_serves(llm, oracles[2], before + 2)
     assert weights_of(llm)._transfer._sender is sender, "the group is opened once"
-    assert push_weights(llm, states[0]) == before + 3  # by files
-    assert_serves(llm, oracles[0], before + 3)
+    assert push_weights(VLLMScorer(llm), states[1], transport="nccl") == before + 3
+    assert push_weights(llm, states[0]) == before + 4  # by files
+    assert_serves(llm, oracles[0], before + 4)
 
 
 @pytest.mark.parametrize("step", ["prepare", "commit"])

@@ -150,10 +150,11 @@ def check_transport(engine: Any, transport: str) -> None:
     if transport not in ("files", "nccl"):
         raise OptionError(f"transport={transport!r}: expected 'files' or 'nccl'")
     if transport == "nccl":
-        if not is_replicated(_engine_behind(engine)):
+        engine = _engine_behind(engine)
+        if _is_async(engine) or not isinstance(weights_of(engine), ReplicaWeights):
             raise WeightsError(
-                f"transport='nccl' reaches the replicas of TorchRL's AsyncVLLM, and this is "
-                f"{type(_engine_behind(engine)).__name__}. Leave transport= out: files reach every engine"
+                f"transport='nccl' reaches the replicas of TorchRL's AsyncVLLM only, and this is a "
+                f"{type(engine).__name__}. Leave transport= out: files reach every engine"
             )
         nccl.check_installed()
 
