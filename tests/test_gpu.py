@@ -11,8 +11,9 @@ from vllm.lora.request import LoRARequest
 from tests import tiny
 from tests.oracle import Oracle
 from vllm_kl import VLLMScorer, push_weights
-from vllm_kl.errors import OptionError
-from vllm_kl.plugin import kernel
+from vllm_kl.errors import OptionError, WeightsError
+from vllm_kl.plugin import kernel, receive_weights
+from vllm_kl.weights.push import weights_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,6 +114,35 @@ def test_a_push_reaches_an_engine_that_generates(tied_llm, tied_paths):
     for path in (tied_paths[1], tied_paths[0]):
         push_weights(tied_llm, AutoModelForCausalLM.from_pretrained(path))
         assert_serves(VLLMScorer(tied_llm), path)
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL needs a GPU for the trainer and another one for the engine"
+)
+def test_a_push_by_nccl_reaches_an_engine_on_another_gpu(cluster, tied_paths):
+    from torchrl.modules.llm import AsyncVLLM
+    from vllm import AsyncEngineArgs
+
+    args = AsyncEngineArgs(model=str(tied_paths[0]), enable_prefix_caching=True, **OPTIONS)
+    llm = AsyncVLLM.launch(args, num_replicas=1)
+    try:
+        version = weights_of(llm).version
+        ((used,),) = weights_of(llm)._on_workers(receive_weights.GPU, [[]])
+        gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        free = next(gpu for gpu in gpus if receive_weights.uuid_of(gpu) != used)
+        taken = next(gpu for gpu in gpus if receive_weights.uuid_of(gpu) == used)
+        for path in (tied_paths[1], tied_paths[2]):
+            model = AutoModelForCausalLM.from_pretrained(path).to(free)
+            version += 1
+            assert push_weights(llm, model, transport="nccl") == version
+            assert_serves(VLLMScorer(llm), path)
+        with pytest.raises(WeightsError, match="share a GPU"):
+            push_weights(llm, model.to(taken), transport="nccl")
+        with pytest.raises(WeightsError, match="are on cpu"):
+            push_weights(llm, model.cpu(), transport="nccl")
+        assert push_weights(llm, model) == version + 1  # by files
+    finally:
+        llm.shutdown()
 
 
 def test_an_adapter_is_scored(policy_path, lora_paths, tmp_path):

@@ -28,6 +28,7 @@ from torchrl.data import LazyStackStorage, ReplayBuffer
 from vllm import PoolingParams, SamplingParams
 
 import vllm_kl
+from tests.compat import since
 from vllm_kl.plugin import taken_engines
 from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
@@ -284,6 +285,83 @@ class TestLoading:
         from vllm.model_executor.layers.attention import Attention
 
         assert "self.kv_cache" in source(Attention.__init__)
+
+
+@since("0.28", "a sender with a state of its own")
+class TestTheSenderOfNCCL:
+    """weights/nccl.py drives vLLM's sender; plugin/receive_weights.py receives what it sends."""
+
+    @pytest.fixture
+    def sender(self):
+        from vllm.distributed.weight_transfer import nccl_engine
+
+        return nccl_engine
+
+    def test_the_trainers_side_is_made_and_told_to_send_like_this(self, sender):
+        engine = sender.NCCLTrainerWeightTransferEngine
+        assert {"rank", "master_address", "master_port", "world_size", "packed"} <= fields(
+            sender.NCCLTrainerInitInfo
+        )
+        assert list(inspect.signature(engine.trainer_init).parameters) == ["init_info", "client", "source"]
+        assert list(inspect.signature(engine.send_weights).parameters) == ["self"]
+        assert "source = self.source\n" in source(engine.send_weights)
+        assert fields(sender.NCCLWeightTransferUpdateInfo) == {"names", "dtype_names", "shapes"}
+
+    def test_the_workers_are_asked_in_a_thread_while_the_trainer_broadcasts(self, sender):
+        code = source(sender.NCCLTrainerWeightTransferEngine.send_weights)
+        asked = code.index("exe.submit(self.client.update_weights, asdict(update_info))")
+        assert asked < code.rindex("self._broadcast(source, meta)") < code.index("exe.shutdown(wait=False)")
+
+    def test_without_packing_there_is_one_broadcast_a_tensor_in_the_sources_order(self, sender):
+        code = source(sender.NCCLTrainerWeightTransferEngine._broadcast)
+        assert "pairs = self._checked_iter(source, meta)" in code
+        assert "stream = torch.cuda.current_stream()" in code
+        assert "self.model_update_group.broadcast(send, src=0, stream=stream)" in code
+
+    def test_a_source_of_a_module_reads_its_named_parameters_only(self, sender):
+        from vllm.distributed.weight_transfer.base import ModuleSource
+
+        used = set(re.findall(r"self\._module\.(\w+)", source(ModuleSource)))
+        assert used == {"named_parameters"}
+
+    def test_our_client_has_every_method_of_the_protocol(self, sender):
+        from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+
+        from vllm_kl.weights.nccl import _Client
+
+        wanted = {name for name in vars(VLLMWeightSyncClient) if not name.startswith("_")}
+        assert wanted
+        assert wanted <= set(dir(_Client))
+
+    def test_a_worker_joins_by_these_fields_and_gets_its_rank(self, sender):
+        from vllm.distributed.weight_transfer import nccl_common
+
+        wanted = {"master_address", "master_port", "rank_offset", "world_size"}
+        assert wanted <= fields(nccl_common.NCCLWeightTransferInitInfo)
+        join = nccl_common.worker_init_process_group
+        assert list(inspect.signature(join).parameters) == ["init_info", "parallel_config"]
+
+    def test_a_disabled_communicator_broadcasts_nothing_and_destroy_aborts(self, sender):
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+
+        code = source(PyNcclCommunicator.broadcast)
+        assert list(inspect.signature(PyNcclCommunicator.broadcast).parameters) == [
+            "self", "tensor", "src", "stream",
+        ]  # fmt: skip
+        assert "if self.disabled:\n            return\n" in code
+        assert "ncclCommAbort" in source(PyNcclCommunicator.destroy)
+
+    def test_the_loader_of_files_takes_its_weights_from_this_method(self):
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        call = "model.load_weights(self.get_all_weights(model_config, model))"
+        assert call in source(DefaultModelLoader.load_weights)
+
+    def test_transformers_gives_tensors_their_names_in_files_by_this_function(self):
+        import transformers
+
+        call = "state_dict = revert_weight_conversion(model_to_save, state_dict)"
+        assert call in source(transformers.PreTrainedModel.save_pretrained)
 
 
 class TestTheEnvironment:

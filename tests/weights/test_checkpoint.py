@@ -21,10 +21,13 @@ def test_the_names_of_a_checkpoint_on_disk_are_written_for_every_architecture(tm
     folder = tiny.build_architecture(tmp_path / name, name)
     state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     skeleton = checkpoint.Skeleton(str(folder))
-    written = skeleton.write(skeleton.checked(state))
-    assert tensors_in(written.folder).keys() == tensors_in(folder).keys()
+    files = skeleton.write(skeleton.checked(state))
+    written = tensors_in(files.folder)
+    sent = skeleton.as_in_files(skeleton.checked(state))  # by NCCL
+    assert written.keys() == sent.keys() == tensors_in(folder).keys()
     for key, tensor in tensors_in(folder).items():
-        assert torch.equal(tensor, tensors_in(written.folder)[key])
+        assert torch.equal(tensor, written[key])
+        assert torch.equal(tensor, sent[key])
 
 
 def test_a_checkpoint_is_read_in_the_engines_revision_and_by_its_code(folders, monkeypatch):

@@ -194,6 +194,13 @@ def test_an_engine_with_unfinished_requests_is_not_pushed_to(llm, states):
             llm.llm_engine.step()
 
 
+def test_an_engine_that_nccl_does_not_reach_is_refused_with_what_works(engine, states):
+    before = weights_of(engine).version
+    with pytest.raises(WeightsError, match="AsyncVLLM only, and this is a .* files reach every engine"):
+        push_weights(engine, states[1], transport="nccl")
+    assert weights_of(engine).version == before
+
+
 def test_an_engine_of_another_kind_is_refused_with_what_works():
     with pytest.raises(WeightsError, match="expected a vllm.LLM, .* or a VLLMScorer, got object"):
         push_weights(object(), {})

@@ -13,6 +13,7 @@
     cache_cap         limits prefix-cache hits of scoring requests
     load_weights      loads new weights into a live model, in every worker
     second_model      loads a second model beside the one that serves
+    receive_weights   receives a trainer's weights by NCCL instead of from files
     adopt_weights     copies the second model's tensors into the one that serves
     missing_weights   refuses a checkpoint that lacks weights
     taken_engines     what the plugin does only in engines that this package made or was given
@@ -86,9 +87,16 @@ def enable(base_architecture: str) -> str:
 
 def _install_hooks() -> None:
     """Install what acts on requests and calls of this package only. Idempotent."""
-    from vllm_kl.plugin import cache_cap, load_weights, lora_modules, older_vllm, taken_engines
+    from vllm_kl.plugin import (
+        cache_cap,
+        load_weights,
+        lora_modules,
+        older_vllm,
+        receive_weights,
+        taken_engines,
+    )
 
-    for hook in (older_vllm, cache_cap, load_weights, lora_modules, taken_engines):
+    for hook in (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines):
         hook.install()
 
 

@@ -64,6 +64,14 @@ def pair_tensors(serving: torch.nn.Module, loaded: torch.nn.Module) -> Differenc
     return walk.found
 
 
+def saved(found: Differences) -> Differences:
+    """Return what :func:`adopt` must take to undo the adoption of ``found``: copies in the host's memory."""
+    return Differences(
+        copies=[(into, into.to("cpu", copy=True)) for into, _ in found.copies],
+        moves=[(holder, name, holder[name]) for holder, name, _ in found.moves],
+    )
+
+
 @torch.no_grad()
 def adopt(found: Differences) -> None:
     """Copy and move all values. If it is interrupted it starts again, because half a model must not serve."""

@@ -5,6 +5,7 @@ processes, on a CPU and on a GPU. A load has two steps:
 
     prepare   loads a second model (:mod:`.second_model`) and compares it with the serving model
     adopt     copies the second model's tensors into the serving model (:mod:`.adopt_weights`)
+    put_back  undoes it, where there are no files of the old weights
 
 ``prepare`` changes nothing in the serving model, and fails if anything is wrong with the weights. ``adopt``
 begins when all workers have prepared.
@@ -21,12 +22,14 @@ from typing import Any
 import torch
 
 from vllm_kl.plugin import adopt_weights
+from vllm_kl.plugin.receive_weights import receive
 from vllm_kl.plugin.second_model import CannotLoadBesideError, load_second_model
 from vllm_kl.plugin.taken_engines import is_taken
 
 # Names of the methods, for ``collective_rpc``.
 PREPARE = "vllm_kl_prepare_weights"
 ADOPT = "vllm_kl_adopt_weights"
+PUT_BACK = "vllm_kl_put_back_weights"
 DISCARD = "vllm_kl_discard_weights"
 SERVES = "vllm_kl_serves_what_is_prepared"
 LAST_LOAD = "vllm_kl_last_load_of_others"
@@ -34,6 +37,7 @@ OBSTACLE = "vllm_kl_obstacle_to_a_load"
 
 # Attributes of a worker.
 _PREPARED = "_vllm_kl_prepared"
+_REPLACED = "_vllm_kl_replaced"  # the weights of before adopt()
 # The loads by others since the last adopt(): the folder of each; None: not known.
 _LOADS = "_vllm_kl_loads"
 
@@ -44,6 +48,7 @@ def install() -> None:
 
     setattr(WorkerBase, PREPARE, prepare)
     setattr(WorkerBase, ADOPT, adopt)
+    setattr(WorkerBase, PUT_BACK, put_back)
     setattr(WorkerBase, DISCARD, discard)
     setattr(WorkerBase, SERVES, serves_what_is_prepared)
     setattr(WorkerBase, LAST_LOAD, lambda worker: getattr(worker, _LOADS, [None])[-1:])
@@ -72,13 +77,14 @@ def obstacle(worker: Any) -> str | None:
     return None
 
 
-def prepare(worker: Any, folder: str | None) -> list[str]:
+def prepare(worker: Any, source: str | dict[str, Any] | None) -> list[str]:
     """Load a second model beside the serving model, and compare both.
 
     Args:
         worker: vLLM's worker.
-        folder: of safetensors files, named as in transformers' checkpoints; ``None``: the checkpoint that the
-            engine was started with.
+        source: the folder of safetensors files, named as in transformers' checkpoints; ``None``: the
+            checkpoint that the engine was started with; a dict: the trainer sends these tensors, as in
+            :func:`.receive_weights.receive`.
 
     Returns:
         Reasons why the serving model cannot adopt the weights; empty if it can.
@@ -88,10 +94,14 @@ def prepare(worker: Any, folder: str | None) -> list[str]:
     """
     _freeze_heap(worker)
     discard(worker)
+    sent = receive(worker, source) if isinstance(source, dict) else None
     try:
-        loaded = load_second_model(worker, folder)
+        loaded = load_second_model(worker, None if isinstance(source, dict) else source, sent)
     except CannotLoadBesideError as error:
         return [str(error)]
+    finally:
+        for _ in sent or ():  # the trainer and the other workers wait for this one until the last tensor
+            pass
     setattr(worker, _PREPARED, loaded)
     return _compared(worker).obstacles
 
@@ -106,12 +116,29 @@ def _compared(worker: Any) -> adopt_weights.Differences:
     return found
 
 
-def adopt(worker: Any) -> None:
-    """Copy the prepared weights into the serving model."""
+def adopt(worker: Any, is_kept: bool = False) -> None:
+    """Copy the prepared weights into the serving model.
+
+    Args:
+        worker: vLLM's worker.
+        is_kept: keep a copy of the old weights for :func:`put_back`, until :func:`discard`.
+    """
     found = _compared(worker)  # again: a request since then may have made more of the old weights
     discard(worker)
     if found.obstacles:
         raise RuntimeError(found.obstacles[0])
+    if is_kept:
+        setattr(worker, _REPLACED, adopt_weights.saved(found))
+    _adopt(worker, found)
+
+
+def put_back(worker: Any) -> None:
+    """Copy the old weights into the serving model again, if :func:`adopt` has replaced them."""
+    if (found := getattr(worker, _REPLACED, None)) is not None:
+        _adopt(worker, found)
+
+
+def _adopt(worker: Any, found: adopt_weights.Differences) -> None:
     adopt_weights.adopt(found)
     getattr(worker, _LOADS, []).clear()
     runner = worker.model_runner  # vLLM's own reload_weights resets the same
@@ -122,8 +149,9 @@ def adopt(worker: Any) -> None:
 
 
 def discard(worker: Any) -> None:
-    """Drop the prepared weights."""
+    """Drop the prepared weights, and those that they replaced."""
     setattr(worker, _PREPARED, None)
+    setattr(worker, _REPLACED, None)
 
 
 def serves_what_is_prepared(worker: Any) -> bool:

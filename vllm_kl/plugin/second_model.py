@@ -27,17 +27,20 @@ from safetensors import safe_open
 
 from vllm_kl.plugin.missing_weights import refusing_missing_weights
 
+Sent = Iterator[tuple[str, torch.Tensor]]
+
 
 class CannotLoadBesideError(RuntimeError):
     """This process cannot make a second model. A new engine may be able to load the weights."""
 
 
-def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
+def load_second_model(worker: Any, folder: str | None, sent: Sent | None = None) -> torch.nn.Module:
     """Return a model with the weights of a folder, in the layout that the worker's kernels use.
 
     Args:
         worker: vLLM's worker. Its model goes on serving unchanged.
         folder: of safetensors files; ``None``: the checkpoint that the engine was started with.
+        sent: yields names and tensors, which are taken instead of those of files.
 
     Raises:
         CannotLoadBesideError: the model could not be made, or its weights could not be brought into the
@@ -51,9 +54,11 @@ def load_second_model(worker: Any, folder: str | None) -> torch.nn.Module:
     first = worker.vllm_config.model_config
     if folder is not None and quantization_of(first.hf_config):
         _check_format(Path(folder), first.model)
-    config = _config_of_a_second_model(worker.vllm_config, folder)
+    config = _config_of_a_second_model(worker.vllm_config, folder, is_sent=sent is not None)
     _choose_device(config, worker)
     loader = get_model_loader(config.load_config)
+    if sent is not None:
+        loader.get_all_weights = lambda model_config, model: sent
     load_weights = refusing_missing_weights(type(loader).load_weights)
 
     def load_or_explain(model: torch.nn.Module, model_config: Any) -> None:
@@ -133,7 +138,7 @@ def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
     return found
 
 
-def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
+def _config_of_a_second_model(first: Any, folder: str | None, *, is_sent: bool) -> Any:
     """Return the engine's config with another folder, and with new, empty registers of layers."""
     config = copy.copy(first)
     config.compilation_config = copy.copy(first.compilation_config)
@@ -147,6 +152,7 @@ def _config_of_a_second_model(first: Any, folder: str | None) -> Any:
         config.model_config.model = folder
         config.model_config.model_weights = ""
         config.model_config.revision = None
+    if folder is not None or is_sent:
         config.load_config.load_format = "hf"  # safetensors files or, where there are none, .bin files
         config.load_config.model_loader_extra_config = {}
     return config

@@ -20,18 +20,21 @@ class Pusher:
     A collector with an :class:`~vllm_kl.EnginePolicyVersion` needs no setting: it reads the version from the
     engine.
 
+    Args:
+        engine, transport: as in :func:`push_weights`.
+
     Raises:
-        WeightsError: nothing can be pushed to this engine.
+        WeightsError: nothing can be pushed to this engine in this way.
     """
 
-    def __init__(self, engine: Any) -> None:
-        check_pushable(engine)
-        self._engine = engine
+    def __init__(self, engine: Any, transport: str = "files") -> None:
+        check_pushable(engine, transport)
+        self._engine, self._transport = engine, transport
         self._collectors: list[weakref.ref[Any]] = []
 
     def __reduce__(self) -> Any:
         if is_replicated(getattr(self._engine, "model", self._engine)):  # goes to other processes, too
-            return Pusher, (self._engine,)
+            return Pusher, (self._engine, self._transport)
         raise OptionError(
             f"a {type(self._engine).__name__} of this process cannot go to another process: there, pass "
             "VLLMWeightUpdater(), which takes the engine of the collector's policy"
@@ -52,7 +55,7 @@ class Pusher:
             weights: as in :func:`push_weights`.
             collector_counts: the collector adds 1 to its version after this call.
         """
-        version = push_weights(self._engine, weights)
+        version = push_weights(self._engine, weights, transport=self._transport)
         for reference in self._collectors:
             if (collector := reference()) is not None:
                 _count(collector, version - collector_counts)

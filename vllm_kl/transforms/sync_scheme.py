@@ -15,41 +15,41 @@ class VLLMSyncScheme(WeightSyncScheme):
     """TorchRL's weight sync scheme for a vLLM engine of this machine. Sender and receiver are in one process.
 
     Args:
-        engine: as in :func:`push_weights`.
+        engine, transport: as in :func:`push_weights`.
 
     >>> sender = VLLMSyncScheme(scorer).create_sender()
     >>> # sender.register_model(trainer); sender.register_collector(collector)
     >>> # At each step: sender.update_weights()
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, transport: str = "files") -> None:
         super().__init__(strategy="tensordict")
-        self._engine = engine
+        self._engine, self._transport = engine, transport
 
     def create_sender(self) -> VLLMSender:
         """Return the trainer's side of the scheme."""
-        return VLLMSender(self._engine)
+        return VLLMSender(self._engine, transport=self._transport)
 
     def create_transport(self, **kwargs: Any) -> _Transport:
         """Return the transport: it pushes the weights."""
-        return _Transport(self._engine)
+        return _Transport(self._engine, self._transport)
 
 
 class _Transport:
     """Transports weights for TorchRL by a push, which returns when the engine serves them."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, transport: str) -> None:
+        self._engine, self._transport = engine, transport
 
     def send_weights(self, weights: Any) -> None:
-        push_weights(self._engine, weights)
+        push_weights(self._engine, weights, transport=self._transport)
 
 
 class VLLMSender:
     """The trainer's side of :class:`VLLMSyncScheme`."""
 
-    def __init__(self, engine: Any) -> None:
-        self._pusher = Pusher(engine)
+    def __init__(self, engine: Any, *, transport: str = "files") -> None:
+        self._pusher = Pusher(engine, transport)
         self._model: Any = None
 
     def register_model(self, model: Any) -> None:

@@ -31,6 +31,7 @@ with warnings.catch_warnings():
             engine: as in :func:`push_weights`. ``None`` takes the engine of the collector's policy, for a
                 collector that makes its policy in another process (``RayLLMCollector``).
             model: pushed if ``update_policy_weights_()`` gets no weights.
+            transport: as in :func:`push_weights`.
 
         >>> updater = VLLMWeightUpdater(scorer)
         >>> # tracker = EnginePolicyVersion(llm)
@@ -38,8 +39,9 @@ with warnings.catch_warnings():
         >>> # RayLLMCollector(make_env, policy_factory=policy, weight_updater=VLLMWeightUpdater())
         """
 
-        def __init__(self, engine: Any = None, model: Any = None) -> None:
-            self._pusher = None if engine is None else Pusher(engine)
+        def __init__(self, engine: Any = None, model: Any = None, *, transport: str = "files") -> None:
+            self._pusher = None if engine is None else Pusher(engine, transport)
+            self._transport = transport
             self._model = model
 
         def register_collector(self, collector: Any) -> None:
@@ -47,7 +49,7 @@ with warnings.catch_warnings():
             if actor_of(collector) is not None:
                 return  # the updater's copy in the collector's process is registered there
             if self._pusher is None:
-                self._pusher = Pusher(policy_of(collector))
+                self._pusher = Pusher(policy_of(collector), self._transport)
             self._pusher.register(collector)
 
         def __call__(self, policy_or_weights: Any = None, worker_ids: Any = None) -> None:

@@ -49,6 +49,11 @@ class Checkpoint:
         self.folder = folder
         self._delete = weakref.finalize(self, lifetime.remove, folder) if is_ours else None
 
+    @property
+    def for_workers(self) -> str:
+        """What the workers need to load it."""
+        return str(self.folder)
+
     def delete(self) -> None:
         """Delete the folder now, if it is ours."""
         if self._delete is not None:
@@ -263,6 +268,13 @@ class Skeleton:
             )
         # transformers fills tensors that the checkpoint lacks with random numbers.
         return self.checked({k: v for k, v in model.state_dict().items() if k not in found["missing_keys"]})
+
+    def as_in_files(self, state: StateDict) -> StateDict:
+        """Return checked tensors with the names and shapes that they have in a checkpoint."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        ignored = self._model._keys_to_ignore_on_save or ()
+        return revert_weight_conversion(self._model, {k: v for k, v in state.items() if k not in ignored})
 
     def write(self, state: StateDict) -> Checkpoint:
         """Write checked tensors to shared memory, if they fit, and else to the folder of temporary files.

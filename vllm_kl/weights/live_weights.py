@@ -22,6 +22,7 @@ from vllm_kl.plugin.taken_engines import TAKE
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
 from vllm_kl.weights.engine_lock import EngineLock
 from vllm_kl.weights.loading import Prepared, Record, drop_prepared, run_sync
+from vllm_kl.weights.nccl import SentWeights
 
 logger = logging.getLogger("vllm_kl")
 
@@ -272,7 +273,9 @@ class AsyncWeights:
         await self._take()
         return await self._record.uncounted(self.call)
 
-    async def prepare(self, checkpoint: Checkpoint, version: int | None, *, is_foreign: bool) -> Prepared:
+    async def prepare(
+        self, checkpoint: Checkpoint | SentWeights, version: int | None, *, is_foreign: bool
+    ) -> Prepared:
         """Let the workers load a checkpoint beside the serving weights. Requests go on meanwhile.
 
         Args:

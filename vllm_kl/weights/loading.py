@@ -21,7 +21,7 @@ from typing import Any
 
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.allowed import KNOWN_VLLM
-from vllm_kl.plugin.load_weights import ADOPT, DISCARD, LAST_LOAD, OBSTACLE, PREPARE, SERVES
+from vllm_kl.plugin.load_weights import ADOPT, DISCARD, LAST_LOAD, OBSTACLE, PREPARE, PUT_BACK, SERVES
 from vllm_kl.weights.checkpoint import (
     Checkpoint,
     InitialCheckpoint,
@@ -30,6 +30,7 @@ from vllm_kl.weights.checkpoint import (
     refuse_another_model,
     skeleton_of,
 )
+from vllm_kl.weights.nccl import SentWeights
 
 # vLLM's weight_version of an engine that has the weights of its start (v1/engine/core.py, 0.32).
 INITIAL = "default"
@@ -67,9 +68,14 @@ class Prepared:
         str, Checkpoint | None
     ]  # the last weights of ours when it serves, with their weight_version
     before: str  # vLLM's weight_version until then
-    served: tuple[str, Checkpoint | None]  # the last weights of ours until then
+    served: tuple[str, Checkpoint | SentWeights | None]  # the last weights of ours until then
     is_ours: bool  # the serving weights are those
     is_held: bool = True  # every worker holds the weights beside the serving ones; False: they serve already
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether every worker keeps the old weights until the end, because a push by NCCL has no files."""
+        return any(isinstance(weights, SentWeights) for _, weights in (self.serves, self.served))
 
 
 class Record:
@@ -79,7 +85,7 @@ class Record:
         self._model_config = model_config
         self._start = InitialCheckpoint(model_config.model)
         self._skeleton: Skeleton | None = None
-        self._served: tuple[str, Checkpoint | None] = (INITIAL, None)
+        self._served: tuple[str, Checkpoint | SentWeights | None] = (INITIAL, None)
         self.last: int | None = 0  # the last known version of the engine; None: not known
         # True: the workers have loaded the plugin; None: they were not asked
         self.is_taken: bool | None = None
@@ -154,7 +160,7 @@ class Record:
         return prepared.version
 
     async def prepare(
-        self, call: Call, checkpoint: Checkpoint, version: int | None, *, is_idle: bool
+        self, call: Call, checkpoint: Checkpoint | SentWeights, version: int | None, *, is_idle: bool
     ) -> Prepared:
         """Let every worker load a checkpoint beside the serving weights, which go on serving.
 
@@ -174,7 +180,7 @@ class Record:
         if is_idle:
             await _empty_the_cache(call)
         try:
-            await _prepare(call, str(checkpoint.folder))
+            await _prepare(call, checkpoint.for_workers)
         except NeedsNewEngineError:
             raise
         except Exception as error:
@@ -188,11 +194,11 @@ class Record:
         """Let every worker adopt prepared weights; if that fails, put the old weights back."""
         try:
             if prepared.is_held:
-                await call("collective_rpc", ADOPT)
+                await call("collective_rpc", ADOPT, None, (prepared.is_kept,))
             await _empty_the_cache(call)
             await self._stamp(call, prepared.version, prepared.serves)
         except BaseException as error:
-            await self._take_back(call, prepared.before, prepared.is_ours, error)
+            await self._take_back(call, prepared, error)
             if not isinstance(error, Exception):  # Ctrl-C, or the end of the event loop
                 raise
             raise WeightsError(
@@ -203,7 +209,7 @@ class Record:
         """Serve again what served before a commit, because another replica failed."""
         self._served = prepared.served
         if prepared.is_held:
-            await self._take_back(call, prepared.before, prepared.is_ours, reason)
+            await self._take_back(call, prepared, reason)
         else:
             await call("set_weight_version", prepared.before)
         is_number = prepared.before == INITIAL or prepared.before.isdigit()
@@ -284,19 +290,25 @@ class Record:
         """Give a version to the weights that the engine started with, because it replaces another engine."""
         await self._stamp(call, version, (str(version), checkpoint))
 
-    async def _stamp(self, call: Call, version: int, serves: tuple[str, Checkpoint | None]) -> None:
+    async def _stamp(
+        self, call: Call, version: int, serves: tuple[str, Checkpoint | SentWeights | None]
+    ) -> None:
         """Give the engine's weights a version, and remember the last weights of ours."""
         await call("set_weight_version", str(version))
         self._served, self.last = serves, version
 
-    async def _take_back(self, call: Call, before: str, is_ours: bool, error: BaseException) -> None:
+    async def _take_back(self, call: Call, prepared: Prepared, error: BaseException) -> None:
+        before = prepared.before
         try:
-            if not is_ours:
+            if not prepared.is_ours:
                 raise WeightsError("another program loaded it, and its source is not known")
-            if self.folder is None:
-                self._start.unchanged()
-            await _prepare(call, self.folder)
-            await call("collective_rpc", ADOPT)
+            if prepared.is_kept:
+                await call("collective_rpc", PUT_BACK)
+            else:
+                if self.folder is None:
+                    self._start.unchanged()
+                await _prepare(call, self.folder)
+                await call("collective_rpc", ADOPT)
             await _empty_the_cache(call)
             await call("set_weight_version", before)
         except BaseException as second:
@@ -316,14 +328,14 @@ async def drop_prepared(call: Call) -> None:
     await call("collective_rpc", DISCARD)
 
 
-async def _prepare(call: Call, folder: str | None) -> None:
-    """Let every worker load a folder into other memory than the present weights, which stay as they are.
+async def _prepare(call: Call, source: str | dict[str, Any] | None) -> None:
+    """Let every worker load a folder, or what a trainer sends, into other memory than the present weights.
 
     Raises:
         NeedsNewEngineError: the running model cannot adopt the weights.
     """
     try:
-        answers = await call("collective_rpc", PREPARE, None, (folder,))
+        answers = await call("collective_rpc", PREPARE, None, (source,))
         if obstacles := [obstacle for answer in answers for obstacle in answer]:
             more = f"; and {len(obstacles) - 3} more" if len(obstacles) > 3 else ""
             raise NeedsNewEngineError("; ".join(obstacles[:3]) + more)

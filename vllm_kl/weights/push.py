@@ -3,9 +3,9 @@
     state dict -> check against the engine's model -> write to shared memory   (weights/checkpoint.py)
         -> load in every worker -> empty the prefix cache -> set the version   (weights/live_weights.py)
 
-A push needs no NCCL, no process group and no GPU. For a large model whose trainer and engine have different
-GPUs, the NCCL transfers of vLLM and TorchRL should be faster (not measured): ``update_weights``,
-``VLLMWeightSyncScheme``. Call :func:`finish_update` after such a transfer.
+A push by files needs no NCCL, no process group and no GPU. ``transport="nccl"`` (weights/nccl.py) sends the
+tensors from the trainer's GPU to the workers' GPUs instead. vLLM's and TorchRL's own transfers load into the
+serving model; call :func:`finish_update` after them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.errors import OptionError, WeightsError
+from vllm_kl.weights import nccl
 from vllm_kl.weights.collector_errors import check_collector
 from vllm_kl.weights.live_weights import AsyncWeights, LiveWeights, Weights
 from vllm_kl.weights.replicas import ReplicaWeights, is_replicated, replica_weights
 
 
-def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) -> int:
+def push_weights(
+    engine: Any, state_dict: Any, *, version: int | None = None, transport: str = "files"
+) -> int:
     """Load new weights into a vLLM engine; return their version.
 
     The prefix cache has no KV of the old weights afterwards. If the push fails or is interrupted, the engine
@@ -39,6 +42,9 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
             must call this function; or call torch's ``get_model_state_dict`` on every rank, with
             ``full_state_dict`` and ``cpu_offload``, and push on rank 0. Tied weights may be left out.
         version: the version of the new weights, above the present one; ``None`` takes the next number.
+        transport: ``"files"`` in shared memory work everywhere. ``"nccl"`` sends the tensors from the
+            trainer's GPU to the GPUs of an ``AsyncVLLM``, with vLLM 0.28 or later. The trainer needs a GPU
+            that no worker uses.
 
     Returns:
         The version of the new weights.
@@ -48,7 +54,8 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
             merged, quantised weights, weights on other ranks); there is no room for them; the engine has not
             loaded the plugin, or is busy; or the load failed. The engine keeps the old weights,
             unless they could not be put back after a failed load: then the message says so, and the version
-            of the engine's weights is not known.
+            of the engine's weights is not known. Or ``transport="nccl"`` cannot be used here.
+        OptionError: there is no such ``transport``.
         EngineError: the engine died. The message names its last version.
         CollectorError: an error ended the thread of a collector that generates with the engine. Nothing was
             pushed.
@@ -58,6 +65,7 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     True
     """
     engine = _engine_behind(engine)
+    check_transport(engine, transport)
     if _is_async(engine):
         handler = getattr(engine, "output_handler", None)
         if handler is None or handler.done():
@@ -76,6 +84,8 @@ def push_weights(engine: Any, state_dict: Any, *, version: int | None = None) ->
     check_collector(followed(engine))
     state = weights.skeleton.checked(state_dict)
     weights.next_version(version)  # refuse a version before anything is written; load() gives the version
+    if transport == "nccl":
+        return weights.send(weights.skeleton.as_in_files(state), version=version)
     return weights.load(weights.skeleton.write(state), version=version)
 
 
@@ -130,12 +140,32 @@ async def push_weights_async(engine: Any, state_dict: Any, *, version: int | Non
     return await weights.load(await asyncio.to_thread(weights.skeleton.write, state), version=version)
 
 
-def check_pushable(engine: Any) -> None:
+def check_transport(engine: Any, transport: str) -> None:
+    """Refuse a way of sending weights that does not reach an engine.
+
+    Raises:
+        OptionError: there is no such way.
+        WeightsError: NCCL does not reach this kind of engine, or this vLLM cannot send by NCCL.
+    """
+    if transport not in ("files", "nccl"):
+        raise OptionError(f"transport={transport!r}: expected 'files' or 'nccl'")
+    if transport == "nccl":
+        engine = _engine_behind(engine)
+        if _is_async(engine) or not isinstance(weights_of(engine), ReplicaWeights):
+            raise WeightsError(
+                f"transport='nccl' reaches the replicas of TorchRL's AsyncVLLM only, and this is a "
+                f"{type(engine).__name__}. Leave transport= out: files reach every engine"
+            )
+        nccl.check_installed()
+
+
+def check_pushable(engine: Any, transport: str = "files") -> None:
     """Refuse an engine that :func:`push_weights` cannot push to.
 
     Raises:
-        WeightsError: the engine is of another kind.
+        OptionError, WeightsError: as in :func:`check_transport`; or the engine is of another kind.
     """
+    check_transport(engine, transport)
     if not _is_async(_engine_behind(engine)):
         weights_of(engine)
 

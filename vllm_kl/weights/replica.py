@@ -25,6 +25,7 @@ from vllm_kl.weights import adapters
 from vllm_kl.weights.checkpoint import Checkpoint, new_folder
 from vllm_kl.weights.live_weights import AsyncWeights
 from vllm_kl.weights.loading import Prepared, as_version
+from vllm_kl.weights.nccl import SentWeights
 
 STEP = "vllm_kl_step:"  # what the name of a step begins with
 _SILENT_AT_MOST_S = 60.0
@@ -122,18 +123,28 @@ class Replica:
         if self._holder == token:
             self.hear()
 
-    async def prepare(self, token: str, folder: str, version: int | None, is_foreign: bool) -> int:
+    async def on_workers(self, method: str, *args: Any) -> list[Any]:
+        """Run a method of the plugin on all workers; return their answers."""
+        await self._weights.refuse_if_asleep()
+        return await self._weights.call("collective_rpc", method, None, args)
+
+    async def prepare(
+        self, token: str, folder: str | dict[str, Any], version: int | None, is_foreign: bool
+    ) -> int:
         """Load a folder beside the serving weights; return the version that it would get.
 
         Args:
             token: of the trainer.
             folder: of the checkpoint. Files of this package are linked, because the trainer may delete them.
+                A dict describes what the trainer sends by NCCL.
             version: as in ``push_weights``.
             is_foreign: another program wrote the folder.
         """
         async with self._holding(token):
-            checkpoint = self.received.pop(token, None)
-            if checkpoint is None:
+            checkpoint: Checkpoint | SentWeights | None = self.received.pop(token, None)
+            if isinstance(folder, dict):
+                checkpoint = SentWeights(folder)
+            elif checkpoint is None:
                 checkpoint = Checkpoint(Path(folder)) if is_foreign else _linked(Path(folder))
             self._prepared = await self._weights.prepare(checkpoint, version, is_foreign=is_foreign)
             return self._prepared.version
@@ -173,7 +184,8 @@ class Replica:
     async def _release(self) -> None:
         if self._watch is not None and self._watch is not asyncio.current_task():
             self._watch.cancel()
-        is_pending = self._prepared is not None and not self._has_committed
+        prepared = self._prepared
+        is_pending = prepared is not None and (prepared.is_kept or not self._has_committed)
         self._watch = self._holder = self._prepared = None
         self._has_committed = False
         try:

@@ -17,9 +17,11 @@ import signal
 import threading
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vllm_kl.errors import EngineError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.weights import replica
@@ -27,6 +29,7 @@ from vllm_kl.weights.adapters import check_adapter
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, skeleton_of
 from vllm_kl.weights.live_weights import LiveWeights
 from vllm_kl.weights.loading import NeedsNewEngineError
+from vllm_kl.weights.nccl import SentWeights, Transfer
 
 _BEAT_EVERY_S = 10.0
 Outcome = tuple[bool, Any]  # whether a replica's step is done; its result or its error
@@ -44,7 +47,10 @@ class ReplicaWeights:
         self._engine = weakref.ref(engine)
         self._skeleton: Skeleton | None = None
         self._start = InitialCheckpoint(engine.engine_args.model)
-        self._served: Checkpoint | None = None  # the last push of this object; None: the engine's start
+        self._transfer: Transfer | None = None
+        self._served: Checkpoint | SentWeights | None = (
+            None  # the last push of this object; None: the engine's start
+        )
         self._node_of: dict[Any, str] = {}  # replica -> its machine; replicas that know the steps of a load
         self._lock = threading.Lock()
         self._config: Any = None
@@ -151,6 +157,40 @@ class ReplicaWeights:
                     self._commit(token)
                     self._served = checkpoint
                 return version
+
+    def send(self, state: Mapping[str, torch.Tensor], *, version: int | None = None) -> int:
+        """Send tensors by NCCL to all replicas, and load them as :meth:`load` does; return the version.
+
+        Args:
+            state: checked tensors, with the names of a checkpoint.
+            version: as in ``push_weights``.
+
+        Raises:
+            WeightsError, EngineError: as in :meth:`load`; or NCCL cannot be used here.
+        """
+        import ray
+
+        token = uuid.uuid4().hex
+        with self._lock:
+            number = len(self._nodes())
+            self._transfer = self._transfer or Transfer(
+                self._on_workers, number, ray.util.get_node_ip_address()
+            )
+            with self._push_locks(token):
+                version = self.next_version(version)
+                sent = self._transfer.send(
+                    state,
+                    lambda described: self._ready("prepare", [[token, described, version, False]] * number),
+                )
+                with _deferring_interrupts():
+                    self._commit(token)
+                    self._served = sent
+                return version
+
+    def _on_workers(self, method: str, args: list[list[Any]]) -> list[list[Any]]:
+        """Run a method of the plugin on the workers of all replicas; return each worker's answer."""
+        outcomes = self._run("on_workers", {i: [method, *given] for i, given in enumerate(args)})
+        return [self._result(i, outcome) for i, outcome in outcomes.items()]
 
     def _ready(self, step: str, args: list[list[Any]]) -> None:
         """Let all replicas get ready to commit. None commits if one cannot."""
