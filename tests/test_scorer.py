@@ -181,7 +181,7 @@ class TestBadInput:
             errors.ReadoutUnavailableError, match="'pooling' is not available on an engine that generates"
         ):
             VLLMScorer(policy_llm, readout="pooling")
-        with pytest.raises(errors.OptionError, match="a path, a model name or a live vllm.LLM, got int"):
+        with pytest.raises(errors.OptionError, match="a live vllm.LLM or .* AsyncVLLM, got int"):
             VLLMScorer(3)
 
     def test_engine_options_of_a_running_engine_are_refused(self, policy_llm):

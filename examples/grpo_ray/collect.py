@@ -23,11 +23,11 @@ from torchrl.envs import EnvBase, StepCounter
 from torchrl.envs.llm import ChatEnv
 from torchrl.modules.llm import AsyncVLLM, vLLMWrapper
 from torchrl.objectives.llm import MCAdvantage
+from transformers import AutoTokenizer
 from vllm import AsyncEngineArgs
 
 from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMReference
 from vllm_kl.demo.env import Grade, Problems, collate
-from vllm_kl.demo.task import make_tokenizer
 
 REFERENCE = "grpo_ray_reference"  # the name under which all processes find the reference's engine
 
@@ -38,6 +38,11 @@ def engine_options() -> dict[str, Any]:
     if torch.cuda.is_available():
         return options | {"gpu_memory_utilization": 0.3}
     return options | {"kv_cache_memory_bytes": 256 << 20}
+
+
+def tokenizer_of(model: str) -> Any:
+    """Return the tokenizer of a model. Its chat template must mark the assistant's tokens."""
+    return AutoTokenizer.from_pretrained(model)
 
 
 def make_policy_engine(model: str, num_replicas: int) -> AsyncVLLM:
@@ -55,7 +60,7 @@ def make_policy_engine(model: str, num_replicas: int) -> AsyncVLLM:
 
 def make_reference(model: str) -> VLLMReference:
     """Make the reference; runs in the actor that all collectors share."""
-    return VLLMReference(model, make_tokenizer(), **engine_options())
+    return VLLMReference(model, tokenizer_of(model), **engine_options())
 
 
 def make_kl(model: str) -> RetrieveKL:
@@ -77,7 +82,7 @@ def make_env(model: str, num_prompts: int, group: int, seed: int, kl_in: str) ->
         batch_size=(num_prompts * group,),
         repeats=group,
         input_mode="history",
-        tokenizer=make_tokenizer(),
+        tokenizer=tokenizer_of(model),
     )
     env = env.append_transform(StepCounter(max_steps=1)).append_transform(Grade())
     return env.append_transform(make_kl(model)) if kl_in == "env" else env
@@ -97,14 +102,16 @@ def make_buffer(model: str, num_samples: int, batch_size: int, group: int, kl_in
     return buffer
 
 
-def make_collector(engine: AsyncVLLM, env: Any, num_turns: int, buffer: RayReplayBuffer) -> RayLLMCollector:
+def make_collector(
+    model: str, engine: AsyncVLLM, env: Any, num_turns: int, buffer: RayReplayBuffer
+) -> RayLLMCollector:
     """Make a collector that generates on the replicas and fills the buffer, ``num_turns`` at a time."""
     return RayLLMCollector(
         env,
         policy_factory=partial(
             vLLMWrapper,
             engine,
-            tokenizer=make_tokenizer(),
+            tokenizer=tokenizer_of(model),
             input_mode="history",
             generate_kwargs={"max_new_tokens": 24, "temperature": 1.0},
         ),

@@ -40,6 +40,7 @@ from collect import (
     make_collector,
     make_env,
     make_policy_engine,
+    tokenizer_of,
 )
 from rich.console import Console
 from tensordict import TensorDictBase
@@ -50,7 +51,6 @@ from transformers import AutoModelForCausalLM
 
 from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMSyncScheme, check_collector
 from vllm_kl.demo.env import set_up
-from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.demo.train import checkpoints
 
 # Actors get the functions of collect.py with their arguments: other machines have no copy of this folder.
@@ -72,11 +72,11 @@ class Parts:
             partial(make_env, model, args.prompts, args.group, seed, args.kl_in)
             for seed in range(args.collectors)
         ]
-        self.collectors = [make_collector(engine, env, num_turns, self.buffer) for env in envs]
+        self.collectors = [make_collector(model, engine, env, num_turns, self.buffer) for env in envs]
         # from_pretrained returns the model in eval mode, which GRPOLoss needs.
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         actor = TransformersWrapper(
-            self.model, tokenizer=make_tokenizer(), input_mode="tokens", generate=False
+            self.model, tokenizer=tokenizer_of(model), input_mode="tokens", generate=False
         )
         # Every masking strategy counts the tokens that have a KL: RetrieveKL has set the recorded log-probs
         # of all others to NaN, which TorchRL leaves out.

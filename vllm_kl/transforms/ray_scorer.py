@@ -215,7 +215,7 @@ class RayScorer:
     def __init__(self, build: Build | None, service: ServiceOptions) -> None:
         self._name = service.actor_name
         self.stats: ScoreStats | None = None
-        _join_ray(service.ray_init_config, must_run=build is None)
+        _join_ray(service.ray_init_config, must_run=build is None, name=self._name)
         caller = uuid.uuid4().hex
         self._actor = self._connect(build, service, caller)
         welcome = self._get(self._actor.join.remote(build, service.given, caller))
@@ -397,20 +397,33 @@ def close_service(name: str) -> None:
     _end(_find(name))
 
 
-def _join_ray(config: Mapping[str, Any], *, must_run: bool) -> None:
-    """Let this process join a Ray cluster; start one, unless the service must be in a running one."""
+def _join_ray(config: Mapping[str, Any], *, must_run: bool, name: str | None = None) -> None:
+    """Let this process join a Ray cluster; start one, unless the service must be in a running one.
+
+    Raises:
+        EngineError: no cluster runs, and the service must be in one.
+    """
     if ray.is_initialized():
         return
     config = {"log_to_driver": False, "include_dashboard": False, **config}
-    if must_run:
-        config.setdefault("address", "auto")
-    try:
+    if name is None and not must_run:  # an actor of this process alone
         ray.init(**config)
+        return
+    try:
+        ray.init(**{"address": "auto", **config})
     except ConnectionError as error:
-        raise EngineError(
-            f"this process is in no Ray cluster, so it finds no service: {error}.\nCall "
-            "ray.init(address=...) first, or set RAY_ADDRESS"
-        ) from error
+        if must_run or "address" in config:
+            raise EngineError(
+                f"this process is in no Ray cluster, so it finds no service: {error}.\nCall "
+                "ray.init(address=...) first, or set RAY_ADDRESS"
+            ) from error
+        ray.init(**config)
+        logger.warning(
+            "vllm_kl: no Ray cluster was found, so this process started one, which ends with it.\nOther "
+            "processes share the service %r only if all join one cluster: ray start --head, then "
+            "ray.init(address='auto') in each",
+            name,
+        )
 
 
 def _make(build: Build, service: ServiceOptions, caller: str) -> Any:
