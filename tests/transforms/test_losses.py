@@ -120,6 +120,8 @@ class TestGRPO:
                 if after_prompts or not pad_output:
                     assert loss.ESS.item() == pytest.approx(1.0, abs=TOLERANCE)
                     assert loss.kl_approx.item() == pytest.approx(0.0, abs=TOLERANCE)
+        if pad_output and not assistant_only:
+            return  # a ratio of log-probs in wrong columns may be infinite
         (loss.loss_objective + loss.loss_kl_to_ref).backward()
         grads = [p.grad for p in trainer.parameters() if p.grad is not None]
         assert sum(float(grad.abs().sum()) for grad in grads) > 0
