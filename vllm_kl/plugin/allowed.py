@@ -20,7 +20,8 @@ PARTLY_RUN_VLLM = {
 # What depends on the version of vLLM, and the first version that can do it.
 SINCE = {
     "the read-outs pooling and flat, LoRA, collectors": "0.26",
-    "pushes into a vllm.LLM, a vLLM AsyncLLM and TorchRL's AsyncVLLM": "0.26",
+    "pushes into a vllm.LLM and a vLLM AsyncLLM": "0.26",
+    "pushes into TorchRL's AsyncVLLM": "0.26",
     "pushes with transport='nccl', into AsyncVLLM": "0.28",
     "the read-out token_ids, on a GPU": "0.31",
     "models of the architecture phi": "0.32",
