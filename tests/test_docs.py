@@ -20,6 +20,7 @@ from tensordict import TensorDict
 import vllm_kl
 from vllm_kl import errors
 from vllm_kl.engines.process import ProcessEngine
+from vllm_kl.plugin.allowed import PARTLY_RUN_VLLM, SINCE
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -215,3 +216,17 @@ def test_the_lock_holds_everything_that_the_project_asks_for():
     )
     missing = [str(r) for r in asked if r.name != "torch" and locked.get(r.name, "0") not in r.specifier]
     assert not missing
+
+
+def test_the_page_of_engines_tells_the_versions_that_doctor_tells():
+    text = ROOT.joinpath("docs/engines.md").read_text()
+    section = text.partition("## Versions of vLLM\n")[2].partition("\n## ")[0].replace("`", "")
+    rows = [tuple(row) for row in re.findall(r"^\| (.+) \| (.+) \|$", section, flags=re.M)]
+    assert rows == [
+        ("what", "needs vLLM"), *SINCE.items(), ("vLLM", "how"), *PARTLY_RUN_VLLM.items(),
+    ]  # fmt: skip
+
+
+def test_the_readme_names_the_versions_that_were_run():
+    row = re.search(r"^\| run, with a part of the tests \| (.*) \|$", README.read_text(), flags=re.M)[1]
+    assert set(re.findall(r"\b0\.\d+\.\d+", row)) - {"0.32.0"} == {*PARTLY_RUN_VLLM}

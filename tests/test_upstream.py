@@ -34,6 +34,9 @@ from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.service_options import ACTOR_OPTIONS, OWN_OPTIONS
 
+# A fact is read in the installed package, of whichever version.
+pytestmark = pytest.mark.compat
+
 
 def source(thing):
     return inspect.getsource(inspect.unwrap(thing))
@@ -74,6 +77,10 @@ class TestRequests:
         assert {"extra_args", "skip_reading_prefix_cache", "flat_logprobs"} <= {
             *SamplingParams.__struct_fields__
         }
+
+    @since("0.31", "the read-out token_ids")
+    def test_a_request_may_name_the_ids_whose_log_probs_it_wants(self):
+        """engines/generate.py: the read-out ``token_ids``."""
         assert {"prompt_logprob_token_ids", "prompt_logprob_start"} <= {*SamplingParams.__struct_fields__}
 
     def test_the_core_takes_and_returns_requests_with_these_fields(self):
@@ -98,6 +105,7 @@ class TestRequests:
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
         assert engine.get_num_unfinished_requests() == 0
 
+    @since("0.32", "versions in vLLM's outputs")
     def test_a_completion_tells_the_versions_that_made_it(self):
         """engines/generate.py, transforms/watched_policy.py: the engine itself tells a sample's version."""
         from vllm.outputs import CompletionOutput, WeightVersionSpan
@@ -244,6 +252,7 @@ class TestLoading:
 
         assert "loaded_weights is not None" in source(DefaultModelLoader.load_weights)
 
+    @since("0.31", "experts that tell their padding")
     def test_experts_say_how_much_of_a_parameter_is_padding(self):
         """plugin/missing_weights.py would take padding for weights that are missing."""
         from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as experts

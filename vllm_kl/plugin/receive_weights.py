@@ -7,7 +7,7 @@ trainer broadcasts one tensor after another, as vLLM's ``NCCLTrainerWeightTransf
 No rank waits for ever: a worker whose load fails takes the rest of the tensors, and a worker that gets no
 tensor for two minutes aborts its communicator and raises an error. A group that failed is not used again.
 
-Source: ``distributed/weight_transfer/nccl_engine.py`` and ``nccl_common.py``, vLLM 0.30 to 0.33.
+Source: ``distributed/weight_transfer/nccl_engine.py`` and ``nccl_common.py``, vLLM 0.28 to 0.33.
 """
 
 from __future__ import annotations

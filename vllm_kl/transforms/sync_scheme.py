@@ -1,4 +1,4 @@
-"""``VLLMSyncScheme`` is TorchRL's weight sync scheme for a vLLM engine of this machine."""
+"""``VLLMSyncScheme`` is TorchRL's weight sync scheme for a vLLM engine, also for TorchRL's AsyncVLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from vllm_kl.weights.push import push_weights
 
 
 class VLLMSyncScheme(WeightSyncScheme):
-    """TorchRL's weight sync scheme for a vLLM engine of this machine. Sender and receiver are in one process.
+    """TorchRL's weight sync scheme for a vLLM engine. Sender and receiver are in one process.
+
+    The replicas of an ``AsyncVLLM`` may be on other machines.
 
     Args:
         engine, transport: as in :func:`push_weights`.

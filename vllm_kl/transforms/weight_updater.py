@@ -20,7 +20,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
 
     class VLLMWeightUpdater(WeightUpdaterBase):
-        """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine of this machine.
+        """TorchRL's ``weight_updater`` of an ``LLMCollector`` whose policy is a vLLM engine.
+
+        The replicas of an ``AsyncVLLM`` may be on other machines.
 
         ``collector.update_policy_weights_(model)`` pushes a model, a state dict or a tensordict. With
         :class:`EnginePolicyVersion` the collector's ``policy_version`` is always the engine's version. With

@@ -8,7 +8,7 @@ All other steps of a push are those of a push by files. vLLM's ``NCCLTrainerWeig
 trainer's side and broadcasts the tensors; vLLM's receiving side is not used, because it loads into the
 serving model.
 
-Source: ``distributed/weight_transfer/nccl_engine.py`` and ``base.py``, vLLM 0.30 to 0.33. This code was never
+Source: ``distributed/weight_transfer/nccl_engine.py`` and ``base.py``, vLLM 0.28 to 0.33. This code was never
 run on GPUs. The tests run it on a CPU with gloo in the place of NCCL.
 """
 
