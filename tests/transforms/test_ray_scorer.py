@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests import batches, local_ray, oracle, service_drivers, tiny
 from tests.collectors import check_kl
@@ -155,6 +156,30 @@ def test_a_factory_that_fails_says_why(shared, ref_path):
         service("/nowhere", "fails")
     with pytest.raises(EngineError, match="no reference service 'fails' .*Services that run: shared"):
         VLLMReference.close_service("fails")  # nothing is left of it
+
+
+def test_a_newcomer_whose_call_fails_does_not_end_the_service_of_others(
+    cluster, ref_path, ref_oracle, tmp_path
+):
+    def fails_for_a_while():
+        if (tmp_path / "no disk").exists():
+            raise OSError("the disk is gone")
+        return transformers_wrapper(AutoModelForCausalLM.from_pretrained(ref_path))
+
+    asked = {"ref_model_factory": fails_for_a_while, "service_backend": "ray", "actor_name": "of others"}
+    before = services()
+    made = RetrieveKL("from_collector", **asked)
+    try:
+        (actor,) = services().keys() - before.keys()
+        (tmp_path / "no disk").touch()
+        actor.kill()
+        check_gone(actor, [])
+        with pytest.raises(EngineError, match="'of others' died, and could not be started again: the disk"):
+            RetrieveKL("from_collector", **asked)
+        (tmp_path / "no disk").unlink()
+        check_log_probs(score(made), ref_oracle)
+    finally:
+        VLLMReference.close_service("of others")
 
 
 def test_the_reference_describes_itself_to_the_caller(remote):

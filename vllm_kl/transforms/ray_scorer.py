@@ -113,6 +113,11 @@ class _Service:
             return _Welcome(served.attributes, life, served.proof, idle_s, differ, unknown)
 
     @ray.method(concurrency_group="life")
+    def is_made_by(self, caller: str) -> bool:
+        """Whether this caller made the actor: only then may the caller end it."""
+        return caller == self._creator
+
+    @ray.method(concurrency_group="life")
     def beat(self) -> None:
         """A process that uses the service lives."""
         with self._in_use():
@@ -237,8 +242,9 @@ class RayScorer:
                 self._wait(actor.start.remote(), service)
                 return actor
             except ray.exceptions.RayTaskError as error:
-                if build is not None:
-                    ray.kill(actor)  # it serves nothing
+                with contextlib.suppress(ray.exceptions.RayActorError):
+                    if ray.get(actor.is_made_by.remote(caller)):
+                        ray.kill(actor)  # it serves nothing; callers that wait for it make another
                 raise error.cause from error
             except ray.exceptions.RayActorError as error:
                 if build is None or self._name is None or time.monotonic() > deadline:
