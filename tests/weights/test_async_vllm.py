@@ -247,6 +247,33 @@ def test_replicas_on_another_machine_get_the_files_through_ray(llm, states, orac
         assert_serves(llm, oracles[which], version)
 
 
+def test_a_replica_that_cannot_receive_the_files_leaves_none_on_the_others(llm, states, oracles, monkeypatch):
+    def fail_to_receive(actor, is_on):
+        from vllm_kl.weights import replica
+
+        def fail(*args):
+            raise OSError("No space left on device")
+
+        kept = vars(replica).setdefault("_new_folder", replica.new_folder)
+        replica.new_folder = fail if is_on else kept
+
+    def received(actor):
+        return list(actor._vllm_kl_replica.received)
+
+    before = push_weights(llm, states[0])
+    nodes = ReplicaWeights._nodes
+    monkeypatch.setattr(ReplicaWeights, "_nodes", lambda self: nodes(self) and ["another machine"] * 2)
+    in_replica(llm, 1, fail_to_receive, True)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            push_weights(llm, states[1])
+    finally:
+        in_replica(llm, 1, fail_to_receive, False)
+    assert [in_replica(llm, i, received) for i in range(2)] == [[], []]
+    assert_serves(llm, oracles[0], before)
+    assert_serves(llm, oracles[1], push_weights(llm, states[1]))
+
+
 def test_what_torchrls_double_buffer_loads_is_not_served_and_finish_update_mends_it(
     llm, states, oracles, tmp_path
 ):

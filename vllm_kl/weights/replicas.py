@@ -149,9 +149,10 @@ class ReplicaWeights:
     def _load(self, checkpoint: Checkpoint, version: int | None, *, is_foreign: bool) -> int:
         token = uuid.uuid4().hex
         with self._lock:
-            folders = self._folders(checkpoint, token)
+            self._nodes()
             with self._push_locks(token):
                 version = self.next_version(version)
+                folders = self._folders(checkpoint, token)
                 self._ready("prepare", [[token, folder, version, is_foreign] for folder in folders])
                 with _deferring_interrupts():  # until the replicas are in step
                     self._commit(token)
