@@ -21,7 +21,7 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMScorer, finish_update, push_weights
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.weights.push import weights_of
-from vllm_kl.weights.replicas import ReplicaWeights
+from vllm_kl.weights.replicas import ReplicaWeights, _deferring_interrupts
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = local_ray.MARKS
@@ -214,6 +214,25 @@ def test_an_interrupt_while_replicas_change_over_leaves_them_in_step(llm, states
     finally:
         in_replica(llm, 1, fail_at, None)
     assert_serves(llm, oracles[1], before + 1)
+
+
+def test_a_second_interrupt_stops_a_trainer_that_waits_for_a_replica_without_answer():
+    came = []
+
+    def wait():
+        with _deferring_interrupts():
+            for number in range(3):
+                signal.raise_signal(signal.SIGINT)
+                came.append(number)
+
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert came == [0]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before_test)
 
 
 def test_a_trainer_that_gives_up_while_it_waits_never_gets_the_lock(llm, states):

@@ -365,17 +365,26 @@ _WEIGHTS: weakref.WeakKeyDictionary[Any, ReplicaWeights] = weakref.WeakKeyDictio
 
 @contextlib.contextmanager
 def _deferring_interrupts() -> Iterator[None]:
-    """Let an interrupt (Ctrl-C) come at the end of the block. Only the main thread gets interrupts."""
+    """Let an interrupt (Ctrl-C) come at the end of the block; a second one comes at once.
+
+    A replica may never answer. Only the main thread gets interrupts.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+
+    def defer(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1 and callable(handler):
+            handler(number, frame)
+
+    handler = signal.signal(signal.SIGINT, defer)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if came and callable(handler):
+        if len(came) == 1 and callable(handler):
             handler(signal.SIGINT, None)
 
 
