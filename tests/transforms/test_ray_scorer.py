@@ -17,9 +17,9 @@ from tests import batches, local_ray, oracle, service_drivers, tiny
 from tests.collectors import check_kl
 from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE, Oracle
 from tests.service_drivers import PROMPTS, SEQUENCES, make_reference, service
-from vllm_kl import RetrieveKL, VLLMReference
+from vllm_kl import RetrieveKL, VLLMReference, push_weights
 from vllm_kl.demo.task import make_tokenizer
-from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError
+from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
@@ -214,6 +214,10 @@ def test_refusals(remote, make_reference):
         RetrieveKL("from_collector", service_backend="ray", actor_name="nobody")
     with pytest.raises(InputError, match="service_backend='ray' needs ref_model_factory"):
         RetrieveKL("from_collector", service_backend="ray")
+    message = r"(?s)weights of the reference service 'shared' cannot be replaced.*close_service\('shared'\)"
+    for engine in (remote.ref_model, remote.ref_model.scorer):
+        with pytest.raises(WeightsError, match=message):
+            push_weights(engine, {})
 
 
 def test_a_killed_service_is_restarted_while_collectors_score(

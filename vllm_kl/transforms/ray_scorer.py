@@ -278,6 +278,17 @@ class RayScorer:
             )
 
     @property
+    def why_no_push(self) -> str:
+        """Why ``push_weights`` cannot replace these weights, and how to get others."""
+        end = "Make the transform again, with a factory that loads other weights"
+        if self._name is not None:
+            end = (
+                f"End it for all its users, VLLMReference.close_service({self._name!r}), and make the "
+                "transform again, with a factory that loads other weights"
+            )
+        return f"the weights of {self} cannot be replaced: it is frozen.\n{end}"
+
+    @property
     def weight_version(self) -> int | None:
         """The version of the weights that the actor serves; ``None``: not known."""
         return self._get(self._actor.of_the_scorer.remote("weight_version", None))

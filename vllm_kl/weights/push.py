@@ -185,6 +185,8 @@ def weights_of(engine: Any) -> Weights:
         return replica_weights(engine)
     llm_engine = getattr(engine, "llm_engine", None)
     if llm_engine is None:
+        if why := getattr(getattr(engine, "scorer", engine), "why_no_push", None):  # of a Ray service
+            raise WeightsError(why)
         raise WeightsError(
             f"expected a vllm.LLM, an AsyncLLM, TorchRL's AsyncVLLM or a VLLMScorer, got "
             f"{type(engine).__name__}"
