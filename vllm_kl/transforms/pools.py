@@ -50,8 +50,8 @@ def where_to_stand() -> str:
     if multiprocessing.parent_process() is None:
         return "Append the transform to the env of an LLMCollector"
     return (
-        "Append the transform to the env of an LLMCollector of this process. An env of a ParallelEnv, or of an "
-        "AsyncEnvPool(backend='multiprocessing'), runs in a process of its own, which has no policy: append "
-        "the transform to the pool itself (ParallelEnv(...).append_transform(...)), or make the pool a "
-        "SerialEnv or an AsyncEnvPool(backend='threading')"
+        "Append the transform to the env of an LLMCollector of this process. An env of a ParallelEnv, or of "
+        "an AsyncEnvPool(backend='multiprocessing'), runs in a process of its own, which has no policy: "
+        "append the transform to the pool itself (ParallelEnv(...).append_transform(...)), or make the pool "
+        "a SerialEnv or an AsyncEnvPool(backend='threading')"
     )
