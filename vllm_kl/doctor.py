@@ -30,7 +30,7 @@ ALLOWED = {
     "torch": SpecifierSet(">=2.11"),
     "transformers": SpecifierSet(">=5.5"),
     "tensordict": SpecifierSet(">=0.14,<0.15"),
-    "torchrl": SpecifierSet(">=0.14,<0.15"),
+    "torchrl": SpecifierSet(">=0.14.1,<0.15"),
     "vllm": KNOWN_VLLM,
 }
 # Packages that text models do not need, and whose usual builds are made for CUDA.
@@ -190,7 +190,7 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
         yield _fail(
             "torchrl and tensordict",
             f"their versions do not fit: torchrl {pair[0]} with tensordict {pair[1]}",
-            "pip install 'torchrl>=0.14,<0.15' 'tensordict>=0.14,<0.15'",
+            "pip install 'torchrl>=0.14.1,<0.15' 'tensordict>=0.14,<0.15'",
         )
 
 

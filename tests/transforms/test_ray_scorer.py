@@ -11,14 +11,15 @@ import time
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests import batches, local_ray, oracle, service_drivers, tiny
 from tests.collectors import check_kl
 from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE, Oracle
 from tests.service_drivers import PROMPTS, SEQUENCES, make_reference, service
-from vllm_kl import RetrieveKL, VLLMReference
+from vllm_kl import RetrieveKL, VLLMReference, push_weights
 from vllm_kl.demo.task import make_tokenizer
-from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError
+from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
@@ -157,6 +158,30 @@ def test_a_factory_that_fails_says_why(shared, ref_path):
         VLLMReference.close_service("fails")  # nothing is left of it
 
 
+def test_a_newcomer_whose_call_fails_does_not_end_the_service_of_others(
+    cluster, ref_path, ref_oracle, tmp_path
+):
+    def fails_for_a_while():
+        if (tmp_path / "no disk").exists():
+            raise OSError("the disk is gone")
+        return transformers_wrapper(AutoModelForCausalLM.from_pretrained(ref_path))
+
+    asked = {"ref_model_factory": fails_for_a_while, "service_backend": "ray", "actor_name": "of others"}
+    before = services()
+    made = RetrieveKL("from_collector", **asked)
+    try:
+        (actor,) = services().keys() - before.keys()
+        (tmp_path / "no disk").touch()
+        actor.kill()
+        check_gone(actor, [])
+        with pytest.raises(EngineError, match="'of others' died, and could not be started again: the disk"):
+            RetrieveKL("from_collector", **asked)
+        (tmp_path / "no disk").unlink()
+        check_log_probs(score(made), ref_oracle)
+    finally:
+        VLLMReference.close_service("of others")
+
+
 def test_the_reference_describes_itself_to_the_caller(remote):
     assert isinstance(remote.ref_model, VLLMReference)
     assert remote.pad_output is False
@@ -189,6 +214,10 @@ def test_refusals(remote, make_reference):
         RetrieveKL("from_collector", service_backend="ray", actor_name="nobody")
     with pytest.raises(InputError, match="service_backend='ray' needs ref_model_factory"):
         RetrieveKL("from_collector", service_backend="ray")
+    message = r"(?s)weights of the reference service 'shared' cannot be replaced.*close_service\('shared'\)"
+    for engine in (remote.ref_model, remote.ref_model.scorer):
+        with pytest.raises(WeightsError, match=message):
+            push_weights(engine, {})
 
 
 def test_a_killed_service_is_restarted_while_collectors_score(

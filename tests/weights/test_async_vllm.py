@@ -22,7 +22,7 @@ from vllm_kl import VLLMScorer, finish_update, push_weights
 from vllm_kl.engines.generate import tells_versions
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.weights.push import weights_of
-from vllm_kl.weights.replicas import ReplicaWeights
+from vllm_kl.weights.replicas import ReplicaWeights, _deferring_interrupts
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = local_ray.MARKS
@@ -218,6 +218,25 @@ def test_an_interrupt_while_replicas_change_over_leaves_them_in_step(llm, states
     assert_serves(llm, oracles[1], before + 1)
 
 
+def test_a_second_interrupt_stops_a_trainer_that_waits_for_a_replica_without_answer():
+    came = []
+
+    def wait():
+        with _deferring_interrupts():
+            for number in range(3):
+                signal.raise_signal(signal.SIGINT)
+                came.append(number)
+
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        assert came == [0]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before_test)
+
+
 def test_a_trainer_that_gives_up_while_it_waits_never_gets_the_lock(llm, states):
     weights = weights_of(llm)
     version = push_weights(llm, states[0])
@@ -247,6 +266,33 @@ def test_replicas_on_another_machine_get_the_files_through_ray(llm, states, orac
     for which in (2, 1):
         version = push_weights(llm, states[which])
         assert_serves(llm, oracles[which], version)
+
+
+def test_a_replica_that_cannot_receive_the_files_leaves_none_on_the_others(llm, states, oracles, monkeypatch):
+    def fail_to_receive(actor, is_on):
+        from vllm_kl.weights import replica
+
+        def fail(*args):
+            raise OSError("No space left on device")
+
+        kept = vars(replica).setdefault("_new_folder", replica.new_folder)
+        replica.new_folder = fail if is_on else kept
+
+    def received(actor):
+        return list(actor._vllm_kl_replica.received)
+
+    before = push_weights(llm, states[0])
+    nodes = ReplicaWeights._nodes
+    monkeypatch.setattr(ReplicaWeights, "_nodes", lambda self: nodes(self) and ["another machine"] * 2)
+    in_replica(llm, 1, fail_to_receive, True)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            push_weights(llm, states[1])
+    finally:
+        in_replica(llm, 1, fail_to_receive, False)
+    assert [in_replica(llm, i, received) for i in range(2)] == [[], []]
+    assert_serves(llm, oracles[0], before)
+    assert_serves(llm, oracles[1], push_weights(llm, states[1]))
 
 
 def test_what_torchrls_double_buffer_loads_is_not_served_and_finish_update_mends_it(

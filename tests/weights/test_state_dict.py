@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, PromptTuningConfig, get_peft_model
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -98,7 +98,7 @@ def peft_of(model, **config):
     wrapped = get_peft_model(model, LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     return wrapped
 
@@ -186,8 +186,69 @@ def test_the_base_is_served_of_a_model_whose_adapter_is_switched_off(tied_llm, m
     with wrapped.disable_adapter():
         sender.update_weights()
     assert float((VLLMScorer(tied_llm).score([IDS])[0].double() - base).abs().max()) < LOG_PROB_TOLERANCE
-    with pytest.raises(WeightsError, match="not merged"):
-        sender.update_weights()
+    sender.update_weights()
+    truth = log_probs(wrapped)
+    assert (truth - base).abs().max() > 0.05
+    assert float((VLLMScorer(tied_llm).score([IDS])[0].double() - truth).abs().max()) < LOG_PROB_TOLERANCE
+
+
+def with_two_adapters(model):
+    wrapped = peft_of(model)
+    wrapped.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    wrapped.base_model.set_adapter(["default", "other"])
+    return wrapped
+
+
+def partly_merged(model):
+    wrapped = peft_of(model)
+    wrapped.base_model.model.model.layers[1].self_attn.v_proj.merge()
+    return wrapped
+
+
+UNMERGED = {
+    "LoRA": (peft_of, lambda m: m),
+    "norms trained whole": (lambda m: peft_of(m, modules_to_save=["norm"]), lambda m: m),
+    "an MLP too, rank-stabilised": (
+        lambda m: peft_of(m, target_modules="all-linear", use_rslora=True),
+        lambda m: m,
+    ),
+    "two adapters": (with_two_adapters, lambda m: m),
+    "partly merged": (partly_merged, lambda m: m),
+    "compiled, in a value head": (peft_of, lambda m: Around(pretrained_model=torch.compile(m))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+@pytest.mark.parametrize("kind", UNMERGED)
+def test_lora_is_merged_for_the_push_and_the_trainer_keeps_its_own_weights(tied_llm, model, kind):
+    make, around = UNMERGED[kind]
+    base, wrapped = log_probs(model), make(model)
+    before = copy.deepcopy(wrapped.state_dict())
+    twin = copy.deepcopy(wrapped)
+    twin.unmerge_adapter()
+    truth = log_probs(twin.merge_and_unload())
+    assert (truth - base).abs().max() > 0.05
+    sender = VLLMSyncScheme(tied_llm).create_sender()
+    sender.register_model(around(wrapped))
+    sender.update_weights()
+    assert float((VLLMScorer(tied_llm).score([IDS])[0].double() - truth).abs().max()) < LOG_PROB_TOLERANCE
+    after = wrapped.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_is_merged_into_the_bits_of_merge_and_unload(skeleton, model, dtype):
+    wrapped = with_two_adapters(model.to(dtype))
+    assert_same(skeleton.checked(wrapped), copy.deepcopy(wrapped).merge_and_unload())
+
+
+def test_layers_without_lora_are_not_copied(skeleton, model):
+    wrapped = peft_of(model, target_modules=["q_proj"])
+    given = wrapped.base_model.model.model.layers[0].self_attn.k_proj.weight
+    state = skeleton.checked(wrapped)
+    assert state["model.layers.0.self_attn.k_proj.weight"].data_ptr() == given.data_ptr()
 
 
 def test_merge_and_unload_is_a_plain_model(skeleton, model):
@@ -255,10 +316,14 @@ class _Marked(torch.Tensor):
         raise AssertionError("nothing may be computed with it")
 
 
-def partly_merged(model):
-    wrapped = merged(model)
-    wrapped.base_model.model.model.layers[1].self_attn.v_proj.unmerge()
-    return wrapped
+def lora_of_tied_embeddings(model):
+    with pytest.warns(UserWarning, match="tied layer is part of the adapter"):
+        return peft_of(model, target_modules=["embed_tokens"])
+
+
+def lora_with_bias(model):
+    model.model.layers[0].self_attn.q_proj.bias.data += 0.1
+    return peft_of(model, target_modules=["q_proj"], lora_bias=True)
 
 
 def switched_off_while_merged(model):
@@ -284,13 +349,18 @@ def quantised(model):
 
 NORM = "model.norm.weight"
 OFFERED = {
-    "LoRA": (
-        peft_of,
+    "DoRA": (
+        lambda m: peft_of(m, use_dora=True),
         r"layers\.0\.self_attn\.q_proj: its adapter \(PEFT's Linear\) is not merged.*merge_adapter\(\)",
     ),
-    "LoRA, compiled": (lambda m: torch.compile(peft_of(m)), "not merged.*merge_and_unload"),
-    "LoRA inside a value head": (lambda m: Around(pretrained_model=peft_of(m)), "not merged"),
-    "partly merged": (partly_merged, r"layers\.1\.self_attn\.v_proj: its adapter .* is not merged"),
+    "DoRA, compiled": (lambda m: torch.compile(peft_of(m, use_dora=True)), "not merged.*merge_and_unload"),
+    "LoRA with a bias": (lora_with_bias, r"q_proj: its adapter .* is not merged"),
+    "LoRA of tied embeddings": (lora_of_tied_embeddings, "are tied in the engine's model but differ here"),
+    "new rows of the embeddings": (lambda m: peft_of(m, trainable_token_indices=[1]), "not merged"),
+    "OFT": (
+        lambda m: get_peft_model(m, OFTConfig(target_modules=["q_proj"], oft_block_size=4)),
+        "not merged",
+    ),
     "switched off while merged": (switched_off_while_merged, "switched off while merged"),
     "a state dict of LoRA": (
         lambda m: peft_of(m).state_dict(),

@@ -35,6 +35,19 @@ SERVES = "vllm_kl_serves_what_is_prepared"
 LAST_LOAD = "vllm_kl_last_load_of_others"
 OBSTACLE = "vllm_kl_obstacle_to_a_load"
 
+# vLLM's KV connectors (0.27 to 0.33) that later requests get no KV from: they hand a request's KV from a
+# prefill engine to a decode engine, make dummy KV, or only write.
+KEEP_NOTHING = (
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "MooncakeConnector",
+    "MoRIIOConnector",
+    "P2pNcclConnector",
+    "DecodeBenchConnector",
+    "ExampleHiddenStatesConnector",
+)
+
 # Attributes of a worker.
 _PREPARED = "_vllm_kl_prepared"
 _REPLACED = "_vllm_kl_replaced"  # the weights of before adopt()
@@ -69,12 +82,16 @@ def obstacle(worker: Any) -> str | None:
         return None
     connector = get_kv_transfer_group()
     for part in getattr(connector, "_connectors", [connector]):  # those of a MultiConnector
-        if type(part).reset_cache is KVConnectorBase_V1.reset_cache:
+        if type(part).reset_cache is KVConnectorBase_V1.reset_cache and not _keeps_nothing(type(part)):
             return (
                 f"its KV connector, {type(part).__name__}, cannot drop the KV of the old weights, so the "
                 "engine would generate from it. Make the engine with another connector, or without"
             )
     return None
+
+
+def _keeps_nothing(connector: type) -> bool:
+    return connector.__module__.startswith("vllm.") and connector.__name__ in KEEP_NOTHING
 
 
 def prepare(worker: Any, source: str | dict[str, Any] | None) -> list[str]:

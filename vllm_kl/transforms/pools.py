@@ -43,12 +43,15 @@ def _envs_inside(env: EnvBase) -> list[EnvBase]:
 
 
 def where_to_stand() -> str:
-    """Return where a transform finds the policy of a collector, for a transform that does not find it."""
+    """Return where a transform finds the policy of a collector, for a transform that does not find it.
+
+    A process that another one started may run a trainer, or an env of a pool: the message names both.
+    """
     if multiprocessing.parent_process() is None:
         return "Append the transform to the env of an LLMCollector"
     return (
-        "An env of a ParallelEnv, or of an AsyncEnvPool(backend='multiprocessing'), runs in a process of its "
-        "own, which has no policy: append the transform to the pool itself "
-        "(ParallelEnv(...).append_transform(...)), or make the pool a SerialEnv or an "
-        "AsyncEnvPool(backend='threading')"
+        "Append the transform to the env of an LLMCollector of this process. An env of a ParallelEnv, or of "
+        "an AsyncEnvPool(backend='multiprocessing'), runs in a process of its own, which has no policy: "
+        "append the transform to the pool itself (ParallelEnv(...).append_transform(...)), or make the pool "
+        "a SerialEnv or an AsyncEnvPool(backend='threading')"
     )

@@ -113,6 +113,11 @@ class _Service:
             return _Welcome(served.attributes, life, served.proof, idle_s, differ, unknown)
 
     @ray.method(concurrency_group="life")
+    def is_made_by(self, caller: str) -> bool:
+        """Whether this caller made the actor: only then may the caller end it."""
+        return caller == self._creator
+
+    @ray.method(concurrency_group="life")
     def beat(self) -> None:
         """A process that uses the service lives."""
         with self._in_use():
@@ -237,8 +242,9 @@ class RayScorer:
                 self._wait(actor.start.remote(), service)
                 return actor
             except ray.exceptions.RayTaskError as error:
-                if build is not None:
-                    ray.kill(actor)  # it serves nothing
+                with contextlib.suppress(ray.exceptions.RayActorError):
+                    if ray.get(actor.is_made_by.remote(caller)):
+                        ray.kill(actor)  # it serves nothing; callers that wait for it make another
                 raise error.cause from error
             except ray.exceptions.RayActorError as error:
                 if build is None or self._name is None or time.monotonic() > deadline:
@@ -270,6 +276,17 @@ class RayScorer:
                 "owns its engine can. Leave ref_model_factory out to use a service that exists",
                 stacklevel=6,  # the caller of RetrieveKL
             )
+
+    @property
+    def why_no_push(self) -> str:
+        """Why ``push_weights`` cannot replace these weights, and how to get others."""
+        end = "Make the transform again, with a factory that loads other weights"
+        if self._name is not None:
+            end = (
+                f"End it for all its users, VLLMReference.close_service({self._name!r}), and make the "
+                "transform again, with a factory that loads other weights"
+            )
+        return f"the weights of {self} cannot be replaced: it is frozen.\n{end}"
 
     @property
     def weight_version(self) -> int | None:

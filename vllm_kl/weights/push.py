@@ -38,9 +38,10 @@ def push_weights(
             ``VLLMReference``, or a TorchRL ``vLLMWrapper`` of one of these.
         state_dict: a state dict with transformers' names, a module, or a tensordict; on any device, in any
             floating dtype. Wrappers of the model are removed: ``torch.compile``, DDP, FSDP, checkpointing,
-            value heads, a merged PEFT model, TorchRL's modules. Sharded tensors are gathered, so every rank
-            must call this function; or call torch's ``get_model_state_dict`` on every rank, with
-            ``full_state_dict`` and ``cpu_offload``, and push on rank 0. Tied weights may be left out.
+            value heads, PEFT, TorchRL's modules. LoRA adapters are merged into new tensors. Sharded tensors
+            are gathered, so every rank must call this function; or call torch's ``get_model_state_dict`` on
+            every rank, with ``full_state_dict`` and ``cpu_offload``, and push on rank 0. Tied weights may be
+            left out.
         version: the version of the new weights, above the present one; ``None`` takes the next number.
         transport: ``"files"`` in shared memory work everywhere. ``"nccl"`` sends the tensors from the
             trainer's GPU to the GPUs of an ``AsyncVLLM``, with vLLM 0.28 or later. The trainer needs a GPU
@@ -50,11 +51,11 @@ def push_weights(
         The version of the new weights.
 
     Raises:
-        WeightsError: the weights are not of the engine's model, or are not plain (adapters that are not
-            merged, quantised weights, weights on other ranks); there is no room for them; the engine has not
-            loaded the plugin, or is busy; or the load failed. The engine keeps the old weights,
-            unless they could not be put back after a failed load: then the message says so, and the version
-            of the engine's weights is not known. Or ``transport="nccl"`` cannot be used here.
+        WeightsError: the weights are not of the engine's model, or are not plain (unmerged adapters other
+            than LoRA, quantised weights, weights on other ranks); there is no room for them; the engine has
+            not loaded the plugin, or is busy; or the load failed. The engine keeps the old weights, unless
+            they could not be put back after a failed load: then the message says so, and the version of the
+            engine's weights is not known. Or ``transport="nccl"`` cannot be used here.
         OptionError: there is no such ``transport``.
         EngineError: the engine died. The message names its last version.
         CollectorError: an error ended the thread of a collector that generates with the engine. Nothing was
@@ -184,6 +185,8 @@ def weights_of(engine: Any) -> Weights:
         return replica_weights(engine)
     llm_engine = getattr(engine, "llm_engine", None)
     if llm_engine is None:
+        if why := getattr(getattr(engine, "scorer", engine), "why_no_push", None):  # of a Ray service
+            raise WeightsError(why)
         raise WeightsError(
             f"expected a vllm.LLM, an AsyncLLM, TorchRL's AsyncVLLM or a VLLMScorer, got "
             f"{type(engine).__name__}"

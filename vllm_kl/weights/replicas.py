@@ -149,9 +149,10 @@ class ReplicaWeights:
     def _load(self, checkpoint: Checkpoint, version: int | None, *, is_foreign: bool) -> int:
         token = uuid.uuid4().hex
         with self._lock:
-            folders = self._folders(checkpoint, token)
+            self._nodes()
             with self._push_locks(token):
                 version = self.next_version(version)
+                folders = self._folders(checkpoint, token)
                 self._ready("prepare", [[token, folder, version, is_foreign] for folder in folders])
                 with _deferring_interrupts():  # until the replicas are in step
                     self._commit(token)
@@ -364,17 +365,26 @@ _WEIGHTS: weakref.WeakKeyDictionary[Any, ReplicaWeights] = weakref.WeakKeyDictio
 
 @contextlib.contextmanager
 def _deferring_interrupts() -> Iterator[None]:
-    """Let an interrupt (Ctrl-C) come at the end of the block. Only the main thread gets interrupts."""
+    """Let an interrupt (Ctrl-C) come at the end of the block; a second one comes at once.
+
+    A replica may never answer. Only the main thread gets interrupts.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+
+    def defer(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1 and callable(handler):
+            handler(number, frame)
+
+    handler = signal.signal(signal.SIGINT, defer)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if came and callable(handler):
+        if len(came) == 1 and callable(handler):
             handler(signal.SIGINT, None)
 
 

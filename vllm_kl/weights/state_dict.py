@@ -5,8 +5,9 @@
 
 A training loop wraps its model: ``torch.compile``, DDP, FSDP, activation checkpointing, value heads, PEFT,
 Lightning and TorchRL modules. This module recognises wrappers by their structure, and imports neither PEFT
-nor DeepSpeed nor bitsandbytes. Weights that cannot be made plain without loss are refused: quantised weights,
-adapters that are not merged, and tensors on other ranks or devices.
+nor DeepSpeed nor bitsandbytes. LoRA adapters are merged into new tensors; the model keeps its own. Weights
+that cannot be made plain without loss are refused: quantised weights, other adapters that are not merged, and
+tensors on other ranks or devices.
 
 A tensor that is sharded over ranks (a ``DTensor``, or a model in FSDP) is gathered. The gathering is a
 collective operation: all ranks must call it, or those that do wait for ever.
@@ -30,6 +31,7 @@ from vllm_kl.errors import WeightsError
 # A wrapper holds its module under one of these names, which then stands in the names of the state dict.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PLAIN_LORA = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.layer.Embedding")
 _COUNTS = (torch.int64, torch.int32, torch.bool)  # buffers
 _UNMERGED = (
     "Call merge_adapter() on the PEFT model before the push and unmerge_adapter() after it, or push "
@@ -100,7 +102,7 @@ def _of_module(source: torch.nn.Module, names: Collection[str]) -> Mapping[str, 
             )
     ((path, state),) = states.items()
     _refuse_what_is_not_whole(source, holders[path])
-    return state
+    return {**state, **_merged_weights(holders[path])}
 
 
 def _has_head(holder: torch.nn.Module) -> bool:
@@ -165,7 +167,7 @@ def _served_name(module: torch.nn.Module | None, name: str) -> str | None:
 
 
 def _served_child(module: torch.nn.Module | None) -> list[str]:
-    """Return the path to the weights of a merged PEFT layer; empty if the module is no PEFT layer."""
+    """Return the path to the base weights of a PEFT layer; empty if the module is no PEFT layer."""
     children = {} if module is None else module._modules
     if "base_layer" in children and hasattr(module, "merged"):
         return ["base_layer"]
@@ -193,8 +195,9 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
                 f"{type(module).__name__} puts learned prompts (PEFT) before every text, which weights alone "
                 "cannot do. Use LoRA, or score with the model itself"
             )
+    is_flat = any(isinstance(module, FullyShardedDataParallel) for module in holder.modules())
     for name, module in holder.named_modules():
-        if _served_child(module) == ["base_layer"] and (state := _unserved_state(module)):
+        if _served_child(module) == ["base_layer"] and (state := _unserved_state(module, is_flat=is_flat)):
             raise WeightsError(
                 f"{name}: its adapter (PEFT's {type(module).__name__}) is {state}. {_UNMERGED}"
             )
@@ -210,12 +213,57 @@ def _refuse_what_is_not_whole(source: torch.nn.Module, holder: torch.nn.Module) 
             )
 
 
-def _unserved_state(layer: Any) -> str:
-    """Return why the output of a PEFT layer differs from that of its base layer; ``""`` if it does not."""
+def _unserved_state(layer: Any, *, is_flat: bool) -> str:
+    """Return why the output of a PEFT layer is not that of a plain layer; ``""`` if it is.
+
+    Args:
+        layer: the PEFT layer.
+        is_flat: FSDP1 holds the layer's weights in a flat tensor, so they cannot be merged here.
+    """
     if layer.merged:
         return "switched off while merged" if layer.disable_adapters else ""
-    adapters = {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part)}
-    return "" if layer.disable_adapters or adapters.isdisjoint(layer.active_adapters) else "not merged"
+    adapters = _adapters_in_use(layer)
+    if layer.disable_adapters or not adapters or (not is_flat and _is_plain_lora(layer, adapters)):
+        return ""
+    return "not merged"
+
+
+def _merged_weights(holder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the merged weight of each LoRA layer whose adapters are not merged; the model stays as it is."""
+    found = {}
+    for path, layer in holder.named_modules(remove_duplicate=False):
+        if _served_child(layer) == ["base_layer"] and not layer.merged and not layer.disable_adapters:
+            name = _served_name(holder, _without_wrappers(f"{path}.base_layer.weight"))
+            if name is not None and (adapters := _adapters_in_use(layer)):
+                found[name] = _merged_weight(layer, adapters)
+    return found
+
+
+@torch.no_grad()
+def _merged_weight(layer: Any, adapters: list[str]) -> torch.Tensor:
+    weight = layer.get_base_layer().weight.detach().clone()
+    for adapter in adapters:
+        weight += layer.get_delta_weight(adapter)  # as PEFT merges: rounded to the base's dtype each time
+    # The device need not have room for a second model.
+    return weight if isinstance(weight, DTensor) else weight.cpu()
+
+
+def _adapters_in_use(layer: Any) -> list[str]:
+    """Return the active adapters of a PEFT layer that have weights in it, in the order of merging."""
+    held = {adapter for part in layer.adapter_layer_names for adapter in getattr(layer, part)}
+    return [adapter for adapter in layer.active_adapters if adapter in held]
+
+
+def _is_plain_lora(layer: Any, adapters: list[str]) -> bool:
+    """Whether the layer computes with its base weight plus PEFT's ``get_delta_weight`` of each adapter."""
+    # PEFT's layers for quantised weights derive from Linear: only the class itself will do. lora_variant has
+    # the adapters with another formula, such as DoRA's (peft 0.16 and later).
+    return (
+        f"{type(layer).__module__}.{type(layer).__name__}" in _PLAIN_LORA
+        and layer.get_base_layer().weight.dtype in _FLOATS
+        and not any(layer.lora_bias.get(adapter) for adapter in adapters)
+        and set(adapters).isdisjoint(getattr(layer, "lora_variant", adapters))
+    )
 
 
 def _without_wrappers(name: str) -> str:
