@@ -201,12 +201,12 @@ def numbers_in(update: str) -> tuple[list[int], float, float]:
     return list(map(int, versions.split(","))), float(staleness), float(error)
 
 
-def check(updates: list[str]) -> None:
+def check(updates: list[str], within: float = WITHIN) -> None:
     for i, update in enumerate(updates):
         versions, staleness, error = numbers_in(update)
         assert all(0 <= version <= i for version in versions), update
         assert staleness >= 0
-        assert error < WITHIN
+        assert error < within
 
 
 def test_the_program_runs_as_a_user_starts_it_and_leaves_nothing_behind(tmp_path):
@@ -228,7 +228,7 @@ def test_twenty_updates_raise_the_reward(tmp_path, loop, kl_in):
     assert run.end() == []
     assert run.process.returncode == 0, run.errors()
     assert len(updates) == 20
-    check(updates)
+    check(updates, within=5e-5)  # the largest of some 40,000 tokens, in float32
     first, last = map(float, re.search(r"last five (\S+) and (\S+),", summary).groups())
     assert last > first + 0.05
 

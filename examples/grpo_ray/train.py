@@ -167,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8, help="responses per prompt, at least 2")
     parser.add_argument("--steps", type=int, default=2, help="steps of the optimizer per update")
     parser.add_argument("--coeff", type=float, default=0.1, help="coefficient of the KL in the loss")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--address", help="of a Ray cluster that runs; default: start one on this machine")
     parser.add_argument("--out", type=Path, help="folder for the checkpoint of each version")
     args = parser.parse_args()

@@ -392,7 +392,7 @@ def test_a_replica_that_cannot_be_reached_for_a_moment_has_not_died(llm, states,
 
 
 def test_a_replica_that_died_is_named(llm, states):
-    """The last test: it kills a replica."""
+    """The last test of all that use these replicas: it kills one."""
     scorer, weights = VLLMScorer(llm), weights_of(llm)
     processes = [psutil.Process(pid) for pid in in_replica(llm, 1, children)]
     assert processes
