@@ -1,6 +1,6 @@
 """Nobody waits for ever in a transfer by NCCL. No GPU: a broadcast that is never done is what is simulated.
 
-tests/weights/test_nccl.py has whole transfers.
+tests/weights/test_async_nccl.py has whole transfers.
 """
 
 from __future__ import annotations
