@@ -160,7 +160,7 @@ class Run:
             )
 
     def lines(self) -> Iterator[str]:
-        yield from self.process.stdout
+        return self.process.stdout
 
     def errors(self) -> str:
         return self._errors.read_text(errors="replace")

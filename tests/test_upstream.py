@@ -298,7 +298,6 @@ class TestLoading:
         assert "self.kv_cache" in source(Attention.__init__)
 
 
-@since("0.28", "a sender with a state of its own")
 class TestKVConnectors:
     """plugin/load_weights.py refuses those that keep KV and cannot drop it."""
 
@@ -320,6 +319,7 @@ class TestKVConnectors:
         assert keep.isdisjoint(KEEP_NOTHING)
 
 
+@since("0.28", "a sender with a state of its own")
 class TestTheSenderOfNCCL:
     """weights/nccl.py drives vLLM's sender; plugin/receive_weights.py receives what it sends."""
 
