@@ -54,11 +54,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         # vLLM refuses a max_model_len that is too long, and a folder without a model.
         config = EngineArgs(model=model, **{"skip_tokenizer_init": True, **given}).create_model_config()
     _check_model(config)
-    _check_overrides(config, given.get("hf_overrides"))
-    if is_cpu:
-        _check_kv_cache(config, given.get("kv_cache_dtype", "auto"))
-    elif config.dtype == torch.float32 and given.get("enable_lora"):
-        raise OptionError("vLLM has no LoRA kernels in float32 on a GPU: pass dtype='bfloat16'")
+    _check_given(config, given, is_cpu=is_cpu)
     defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
     options = {**defaults, **given, **_options_by_model(config, given, is_cpu=is_cpu)}
     # vLLM refuses more sequences than tokens.
@@ -88,6 +84,15 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     notes = list(dict.fromkeys([*driver.info.notes, *notes]))
     driver.info = dataclasses.replace(driver.info, notes=tuple(notes), length_side=side)
     return driver
+
+
+def _check_given(config: Any, given: dict[str, Any], *, is_cpu: bool) -> None:
+    """Refuse options that this model, or this device, cannot have."""
+    _check_overrides(config, given.get("hf_overrides"))
+    if is_cpu:
+        _check_kv_cache(config, given.get("kv_cache_dtype", "auto"))
+    elif config.dtype == torch.float32 and given.get("enable_lora"):
+        raise OptionError("vLLM has no LoRA kernels in float32 on a GPU: pass dtype='bfloat16'")
 
 
 def _start_pooling(model: str, config: Any, options: dict[str, Any], lora_request: Any) -> Driver:
