@@ -175,7 +175,7 @@ def test_what_a_request_makes_of_the_old_weights_between_load_and_adoption_is_re
             return self.doubled
 
     serving, loaded = Gate(1.0), Gate(3.0)
-    monkeypatch.setattr(load_weights, "load_second_model", lambda worker, folder: loaded)
+    monkeypatch.setattr(load_weights, "load_second_model", lambda worker, folder, sent: loaded)
     monkeypatch.setattr(load_weights, "_is_compiled", lambda worker: False)
     runner = SimpleNamespace(
         get_model=lambda: serving, reset_encoder_cache=lambda: None, reset_mm_cache=lambda: None

@@ -111,7 +111,7 @@ class TestGRPO:
         for strategy in ("sft", "rlhf", "generic"):
             after_prompts = assistant_only or strategy != "generic"
             want = k3_sum(data, after_prompts=after_prompts) / columns  # TorchRL averages over all columns
-            assert want > 0.1
+            assert want > 0.02
             for kind in (GRPOLoss, DAPO, CISPOLoss):
                 loss = make_loss(kind, pad_output=pad_output, masking_strategy=strategy)(data)
                 assert loss.kl_to_ref.item() == pytest.approx(want, abs=TOLERANCE)

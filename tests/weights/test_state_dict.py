@@ -87,7 +87,8 @@ def wrapper_of(model, tokenizer):
 
 
 def peft_of(model, **config):
-    """Return the model with an adapter that moves its log-probs far."""
+    """Return the model with an adapter that moves its log-probs, not so far that float32 itself is off."""
+    torch.manual_seed(0)
     config = {
         "r": 4,
         "lora_alpha": 8,
@@ -99,7 +100,7 @@ def peft_of(model, **config):
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     return wrapped
 
 
