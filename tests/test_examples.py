@@ -160,7 +160,8 @@ class Run:
             )
 
     def lines(self) -> Iterator[str]:
-        return self.process.stdout
+        """Yield what the program prints, without what Ray prints of its actors between that."""
+        return filter(re.compile(r"update \d|\d+ updates").match, self.process.stdout)
 
     def errors(self) -> str:
         return self._errors.read_text(errors="replace")
@@ -184,6 +185,7 @@ class Run:
     def end(self) -> list[list[str]]:
         """Wait for the end of all processes; return the command lines of those that are left, killed."""
         self.process.wait(timeout=120)
+        self.process.stdout.close()
         _, left = psutil.wait_procs(self.processes(), timeout=60)
         commands = []
         for process in left:

@@ -52,7 +52,13 @@ def wait_until_gone(group):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("way", "multiprocessing"),
-    [("exit", "0"), ("exception", "0"), (signal.SIGTERM, "0"), (signal.SIGKILL, "0"), (signal.SIGKILL, "1")],
+    [
+        ("exit", "0"),
+        pytest.param("exception", "0", marks=pytest.mark.nightly),
+        pytest.param(signal.SIGTERM, "0", marks=pytest.mark.nightly),
+        pytest.param(signal.SIGKILL, "0", marks=pytest.mark.nightly),
+        (signal.SIGKILL, "1"),
+    ],
     ids=["exit", "exception", "SIGTERM", "SIGKILL", "SIGKILL-of-an-engine-with-processes-of-its-own"],
 )
 def test_engine_processes_end_with_their_owner(ref_path, way, multiprocessing):

@@ -124,6 +124,7 @@ def peak_of_scoring(model: str, reads: bool) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc: run it on Linux")
+@pytest.mark.nightly
 def test_the_read_out_adds_less_than_64_mib_to_an_engine(tmp_path):
     path = tiny.build_architecture(tmp_path, "qwen2", vocab_size=152_000, dtype=torch.bfloat16)
     peaks = {}

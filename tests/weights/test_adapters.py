@@ -102,7 +102,7 @@ def test_a_generate_that_drops_the_adapter_is_noticed(lora_llm, lora_requests, m
         VLLMScorer(lora_llm, lora_request=lora_requests[1])
 
 
-@pytest.mark.parametrize("readout", ["pooling", "flat"])
+@pytest.mark.parametrize("readout", ["pooling", pytest.param("flat", marks=pytest.mark.nightly)])
 def test_an_owned_engine_serves_an_adapter_with_the_options_that_it_needs(
     policy_path, lora_requests, lora_oracles, tmp_path, readout
 ):

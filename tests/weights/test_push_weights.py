@@ -146,6 +146,7 @@ def requests():
     return [ScoreRequest(token_ids=np.array(IDS, np.int32), start=1) for _ in range(4)]
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_an_engine_that_cannot_take_weights_over_is_started_anew_on_them(
     folders, states, oracles, tmp_path, monkeypatch, caplog
