@@ -99,6 +99,15 @@ class TestRequests:
 
         assert "request.num_tokens - 1" in source(KVCacheManager.get_computed_blocks)
 
+    def test_a_lookup_beside_a_connector_differs_by_a_flag_at_its_end(self):
+        """plugin/cache_cap.py answers it with the other lookup's result, and False."""
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+        lookup = getattr(KVCacheManager, "get_computed_blocks_for_connector", None)
+        if lookup is None:
+            pytest.skip("this vLLM has one lookup")
+        assert re.search(r"return \*self\.get_computed_blocks\(request.*\), False", source(lookup))
+
     def test_what_an_interrupted_call_added_is_found_and_aborted(self, policy_llm):
         """engines/generate.py takes back what it added."""
         engine = policy_llm.llm_engine

@@ -240,25 +240,41 @@ class TestPlugin:
         assert [lookup(None, ours), lookup(None, ours, 99), lookup(None, ours, 20)] == [39, 39, 20]
         assert [lookup(None, theirs), lookup(None, theirs, 20)] == [99, 20]
 
+    def test_a_hybrid_model_beside_a_connector_takes_the_capped_lookup(self):
+        """vLLM's own uses the hits of attention alone, because a connector would bring the rest."""
+        manager = SimpleNamespace(get_computed_blocks=lambda request: (["capped"], request.num_tokens, 0))
+        lookup = cache_cap.reconciled(lambda self, request: (["further"], 99, 0, True))
+        ours = SimpleNamespace(
+            num_tokens=40,
+            sampling_params=None,
+            pooling_params=PoolingParams(extra_kwargs=pack(Readout(start=40))),
+        )
+        theirs = SimpleNamespace(num_tokens=100, sampling_params=SamplingParams(), pooling_params=None)
+        assert lookup(manager, ours) == (["capped"], 40, 0, False)
+        assert lookup(manager, theirs) == (["further"], 99, 0, True)
+
     @since("0.30", "a hook of the router")
     @pytest.mark.parametrize("is_known", [False, True])
     def test_an_unknown_vllm_is_left_alone(self, monkeypatch, is_known):
         """Restores vLLM's own methods, then loads the plugin: a known vLLM gets hooks, an unknown none."""
         from vllm import ModelRegistry
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
         from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
         from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
         from vllm.v1.core.kv_cache_manager import KVCacheManager
         from vllm.v1.worker.worker_base import WorkerBase
 
-        hooked = {
-            KVCacheManager: "get_computed_blocks",
-            WorkerBase: "__init__",
-            DefaultModelLoader: "load_weights",
-            RotaryEmbedding: "forward_cpu",
-            CPURouter: "_compute_routing",
-        }
-        for owner, name in hooked.items():
+        hooked = [
+            (KVCacheManager, "get_computed_blocks"),
+            (KVCacheManager, "get_computed_blocks_for_connector"),
+            (KVConnectorFactory, "create_connector"),
+            (WorkerBase, "__init__"),
+            (DefaultModelLoader, "load_weights"),
+            (RotaryEmbedding, "forward_cpu"),
+            (CPURouter, "_compute_routing"),
+        ]
+        for owner, name in hooked:
             monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
         for name in [name for name in vars(WorkerBase) if name.startswith("vllm_kl")]:
             monkeypatch.delattr(WorkerBase, name)
@@ -269,7 +285,7 @@ class TestPlugin:
 
         def state():
             return (
-                [dict(vars(owner)) for owner in hooked],
+                [dict(vars(owner)) for owner, _ in hooked],
                 ModelRegistry.get_supported_archs(),
                 sys.meta_path[:],
             )

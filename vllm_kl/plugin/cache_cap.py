@@ -62,6 +62,21 @@ def capped(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any]:
     return lookup
 
 
+def reconciled(lookup_for_connector: Callable[..., Any]) -> Callable[..., Any]:
+    """Return vLLM's cache lookup beside a connector, which takes the capped lookup for scoring requests.
+
+    For a hybrid (Mamba) model, vLLM's own uses the hits of attention alone: the connector brings the state.
+    """
+
+    @functools.wraps(lookup_for_connector)
+    def lookup(self: Any, request: Any, *limit: Any, **kwargs: Any) -> Any:
+        if first_scored_token(request) is None:
+            return lookup_for_connector(self, request, *limit, **kwargs)
+        return *self.get_computed_blocks(request, *limit, **kwargs), False  # False: no group is behind
+
+    return lookup
+
+
 def without_its_hits(create_connector: Callable[..., Any]) -> Callable[..., Any]:
     """Return vLLM's factory of KV connectors. Its connectors give scoring requests no tokens."""
 
@@ -87,6 +102,10 @@ def install() -> None:
 
     if not is_installed():
         KVCacheManager.get_computed_blocks = capped(KVCacheManager.get_computed_blocks)
+        if hasattr(KVCacheManager, "get_computed_blocks_for_connector"):  # since vLLM 0.27 or later
+            KVCacheManager.get_computed_blocks_for_connector = reconciled(
+                KVCacheManager.get_computed_blocks_for_connector
+            )
         KVConnectorFactory.create_connector = staticmethod(
             without_its_hits(KVConnectorFactory.create_connector)
         )
