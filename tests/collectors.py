@@ -9,8 +9,11 @@ from torchrl.collectors.llm import LLMCollector
 from torchrl.data import Unbounded
 from torchrl.envs import StepCounter, Transform
 from torchrl.envs.llm import ChatEnv
+from torchrl.modules.llm import TransformersWrapper
+from transformers import AutoModelForCausalLM
 
 from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE
+from vllm_kl.demo.task import make_tokenizer
 
 NUM_ENVS, GROUP = 4, 2
 
@@ -58,6 +61,14 @@ def chat_env(tokenizer, size, *, repeats=1, max_steps=1):
         loader, batch_size=(size,), repeats=repeats, input_mode="history", tokenizer=tokenizer
     )
     return env.append_transform(StepCounter(max_steps=max_steps)).append_transform(OneReward())
+
+
+def transformers_wrapper(model, **options):
+    """Return TorchRL's wrapper of a model, or of the checkpoint in a folder. It scores histories."""
+    if not isinstance(model, torch.nn.Module):
+        model = AutoModelForCausalLM.from_pretrained(model).eval()
+    scoring = {"input_mode": "history", "generate": False, "pad_output": False}
+    return TransformersWrapper(model, tokenizer=make_tokenizer(), **{**scoring, **options})
 
 
 def collect(env, policy_factory, turns=2 * NUM_ENVS, **kwargs):

@@ -9,10 +9,9 @@ import pytest
 from tensordict import set_list_to_stack
 from torchrl.collectors.llm import LLMCollector
 from torchrl.envs import AsyncEnvPool, EnvBase, ParallelEnv, SerialEnv
-from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoModelForCausalLM
 
-from tests.collectors import chat_env, check_kl
+from tests.collectors import chat_env, check_kl, transformers_wrapper
 from tests.oracle import Oracle
 from vllm_kl import EnginePolicyVersion, RetrieveKL, VLLMWeightUpdater
 from vllm_kl.demo.task import make_tokenizer
@@ -120,18 +119,8 @@ def test_samples_of_envs_in_a_pool_carry_the_version_that_sampled_them(
     assert len(set(seen)) > 1
 
 
-def reference_in_a_worker(path):
-    return TransformersWrapper(
-        AutoModelForCausalLM.from_pretrained(path).eval(),
-        tokenizer=make_tokenizer(),
-        input_mode="history",
-        generate=False,
-        pad_output=False,
-    )
-
-
 def test_a_transform_that_came_from_another_process_tells_them_too(ref_path, monkeypatch):
-    sent = pickle.dumps(RetrieveKL("from_collector", reference_in_a_worker(ref_path)))
+    sent = pickle.dumps(RetrieveKL("from_collector", transformers_wrapper(ref_path)))
     monkeypatch.setattr(EnvBase, "register_collector", EnvBase.register_collector.__wrapped__)
     tell_envs_inside.cache_clear()  # as if nothing had been made here
     pickle.loads(sent)
@@ -140,7 +129,7 @@ def test_a_transform_that_came_from_another_process_tells_them_too(ref_path, mon
 
 def kl_in_a_worker(path, mode):
     return RetrieveKL(
-        "from_collector", ref_model_factory=functools.partial(reference_in_a_worker, path), **MODES[mode]
+        "from_collector", ref_model_factory=functools.partial(transformers_wrapper, path), **MODES[mode]
     )
 
 

@@ -13,11 +13,11 @@ from tensordict import set_list_to_stack
 from torchrl.collectors.llm import RayLLMCollector
 from torchrl.data import LazyStackStorage, RayReplayBuffer
 from torchrl.envs import Transform
-from torchrl.modules.llm import TransformersWrapper, vLLMWrapper
+from torchrl.modules.llm import vLLMWrapper
 from transformers import AutoModelForCausalLM
 
 from tests import local_ray, tiny
-from tests.collectors import GROUP, NUM_ENVS, chat_env, check_kl
+from tests.collectors import GROUP, NUM_ENVS, chat_env, check_kl, transformers_wrapper
 from tests.oracle import Oracle
 from tests.transforms.helpers import KEEP, assert_rows, recorded_batch
 from vllm_kl import (
@@ -75,15 +75,8 @@ def vllm_policy(engine):
     )
 
 
-def make_transformers_policy(path, generate=True):
-    return TransformersWrapper(
-        AutoModelForCausalLM.from_pretrained(path).eval(),
-        tokenizer=make_tokenizer(),
-        input_mode="history",
-        generate=generate,
-        pad_output=False,
-        **({"generate_kwargs": {"max_new_tokens": 10}} if generate else {}),
-    )
+def make_transformers_policy(path):
+    return transformers_wrapper(path, generate=True, generate_kwargs={"max_new_tokens": 10})
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +202,7 @@ def test_as_postproc_of_a_collector_in_an_actor(collector, kl, policy_path, poli
         make_env_there,
         functools.partial(make_transformers_policy, policy_path),
         num_batches=1,
-        postproc=kl(make_transformers_policy(policy_path, generate=False)),
+        postproc=kl(transformers_wrapper(policy_path)),
     )
     check_kl(actor.next().reshape(-1), policy_oracle, ref_oracle)
 

@@ -11,14 +11,12 @@ import time
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests import batches, local_ray, oracle, service_drivers, tiny
-from tests.collectors import check_kl
+from tests.collectors import check_kl, transformers_wrapper
 from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE, Oracle
 from tests.service_drivers import PROMPTS, SEQUENCES, make_reference, service
 from vllm_kl import RetrieveKL, VLLMReference, push_weights
-from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
@@ -143,7 +141,7 @@ def test_another_model_tokenizer_or_kind_of_reference_is_refused(shared, ref_pat
             {"ref_model_factory": other_tokenizer},
             r"ask for: tokenizer.chat_template is .*, not .*another #}'\.",
         ),
-        ({"ref_model": transformers_wrapper(policy_model)}, "class is 'VLLMReference', not 'Transformers"),
+        ({"ref_model": made_of(policy_model)}, "class is 'VLLMReference', not 'Transformers"),
     ):
         with pytest.raises(OptionError, match=message):
             RetrieveKL("from_collector", service_backend="ray", actor_name="shared", **ref)
@@ -164,7 +162,7 @@ def test_a_newcomer_whose_call_fails_does_not_end_the_service_of_others(
     def fails_for_a_while():
         if (tmp_path / "no disk").exists():
             raise OSError("the disk is gone")
-        return transformers_wrapper(AutoModelForCausalLM.from_pretrained(ref_path))
+        return made_of(ref_path)
 
     asked = {"ref_model_factory": fails_for_a_while, "service_backend": "ray", "actor_name": "of others"}
     before = services()
@@ -330,16 +328,8 @@ def test_a_service_lives_through_pauses_of_its_users_and_restarts_on_no_other_we
     check_gone(actor, engine)  # nobody uses it
 
 
-def transformers_wrapper(model, **kwargs):
-    from torchrl.modules.llm import TransformersWrapper
-
-    options = {
-        "generate": False,
-        "pad_output": False,
-        "return_log_probs": True,
-        "log_probs_key": "ref_log_probs",
-    }
-    return TransformersWrapper(model, tokenizer=make_tokenizer(), **{**options, **kwargs})
+def made_of(model, **options):
+    return transformers_wrapper(model, return_log_probs=True, log_probs_key="ref_log_probs", **options)
 
 
 def test_a_model_that_was_sent_is_compared_by_its_weights(
@@ -351,13 +341,11 @@ def test_a_model_that_was_sent_is_compared_by_its_weights(
         "actor_name": "sent",
         "service_backend_options": {"idle_timeout_s": 1.0},
     }
-    made = RetrieveKL("from_collector", transformers_wrapper(ref_model), **shared_by)
+    made = RetrieveKL("from_collector", made_of(ref_model), **shared_by)
     check_log_probs(score(made), ref_oracle)
-    check_log_probs(
-        score(RetrieveKL("from_collector", transformers_wrapper(ref_model), **shared_by)), ref_oracle
-    )
+    check_log_probs(score(RetrieveKL("from_collector", made_of(ref_model), **shared_by)), ref_oracle)
     with pytest.raises(OptionError, match="; weights is '[0-9a-f]+', not '[0-9a-f]+'.\nGive"):
-        RetrieveKL("from_collector", transformers_wrapper(policy_model), **shared_by)
+        RetrieveKL("from_collector", made_of(policy_model), **shared_by)
 
     def factory():
         raise AssertionError("it would load the model a second time")
@@ -381,7 +369,7 @@ def test_a_model_that_was_sent_is_compared_by_its_weights(
 
 def test_an_actor_without_a_name_ends_with_its_user(cluster, policy_model):
     before = services()
-    factory = functools.partial(transformers_wrapper, policy_model)
+    factory = functools.partial(made_of, policy_model)
     transform = RetrieveKL("from_collector", ref_model_factory=factory, service_backend="ray")
     (actor,) = [process for process in services() if process not in before]
     del transform
