@@ -92,6 +92,7 @@ def test_old_kv_is_not_read_after_a_refresh_though_it_is_in_the_cache(
         assert (scored.double() - truths[1][0, -2:]).abs().max() < LOG_PROB_TOLERANCE
 
 
+@pytest.mark.nightly
 def test_an_engine_that_hangs_ends_in_an_error_with_its_log_and_the_next_one_works(tied_paths, truths):
     with (
         VLLMScorer(str(tied_paths[0]), timeout_s=WITHIN_S, **tiny.ENGINE_OPTIONS) as hung,

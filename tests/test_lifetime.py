@@ -268,6 +268,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.nightly
 def test_an_engine_that_is_nobodys_of_ours_is_left_alone(ref_path, tmp_path):
     """An engine gives the same bits, cache hits and steps with the package, without it, and with it off."""
     script = tmp_path / "stock.py"

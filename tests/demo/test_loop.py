@@ -135,6 +135,7 @@ def test_what_cannot_be_trained_is_refused_at_once(arguments, message):
     assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_the_example_trains_any_model(policy_path):
     example = Path(__file__).parents[2] / "examples" / "grpo.py"

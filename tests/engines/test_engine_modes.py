@@ -41,6 +41,7 @@ def test_front_end_engine_and_worker_in_three_processes_agree(monkeypatch, ref_p
             torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
+@pytest.mark.nightly
 def test_tensor_parallel_ranks_share_a_head_that_is_more_than_a_matrix(tmp_path):
     """A soft cap: the model's own logits, which vLLM gathers on every rank."""
     path = tiny.build_architecture(tmp_path, "gemma2")

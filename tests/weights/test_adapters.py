@@ -232,6 +232,7 @@ def test_an_adapter_that_cannot_be_loaded_does_not_end_the_engine(
         assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
 
 
+@pytest.mark.nightly
 def test_an_owned_engine_refuses_an_adapter_of_the_lm_head(llama_path, tmp_path):
     adapter = tiny.build_adapter(tmp_path / "adapter", llama_path, seed=1, modules=("q_proj", "lm_head"))
     with pytest.raises(WeightsError, match=r"weights for the LM head \(lm_head\).*merge_and_unload"):

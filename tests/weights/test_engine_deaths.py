@@ -70,8 +70,8 @@ def kill(core):
         process.kill()
 
 
-def tell(case, error):
-    print("caught", case, "|", error, "|", type(error.__cause__).__name__, flush=True)
+def tell(error):
+    print("caught", error, "|", type(error.__cause__).__name__, flush=True)
 
 
 def before_the_load(model):
@@ -82,7 +82,7 @@ def before_the_load(model):
     try:
         push_weights(llm, model)
     except errors.EngineError as error:
-        tell("before the load", error)
+        tell(error)
     checkpoint.Skeleton.write = write
 
 
@@ -100,7 +100,7 @@ def in_the_load(model):
     try:
         push_weights(llm, model)
     except errors.EngineError as error:
-        tell("in the load", error)
+        tell(error)
 
 
 async def in_the_load_of_an_async_llm(model):
@@ -117,37 +117,38 @@ async def in_the_load_of_an_async_llm(model):
     try:
         await push_weights_async(engine, model)
     except errors.EngineError as error:
-        tell("in the load of an AsyncLLM", error)
+        tell(error)
 
 
 if __name__ == "__main__":
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-    before_the_load(model)
-    in_the_load(model)
-    asyncio.run(in_the_load_of_an_async_llm(model))
+    model, when = AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]
+    if when == "in the load of an AsyncLLM":
+        asyncio.run(in_the_load_of_an_async_llm(model))
+    else:
+        {"before the load": before_the_load, "in the load": in_the_load}[when](model)
 """
 
 
-@pytest.fixture(scope="module")
-def last_words(folders, tmp_path_factory):
-    """The errors of pushes into engines that die, by when they die: the message and the cause's type."""
-    script = tmp_path_factory.mktemp("dying") / "dying.py"
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param("before the load", marks=pytest.mark.nightly),
+        "in the load",
+        pytest.param("in the load of an AsyncLLM", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(
+    folders, tmp_path, when
+):
+    script = tmp_path / "dying.py"
     script.write_text(DYING)
     done = subprocess.run(
-        [sys.executable, str(script), str(folders[0])],
+        [sys.executable, str(script), str(folders[0]), when],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=240,
     )
-    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("caught")]
-    assert len(lines) == 3, done.stderr
-    return {case.removeprefix("caught "): rest for case, *rest in lines}
-
-
-@pytest.mark.timeout(600)  # three engines start one after the other
-@pytest.mark.parametrize("when", ["before the load", "in the load", "in the load of an AsyncLLM"])
-def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(last_words, when):
-    message, cause = last_words[when]
-    assert "No engine serves any more; version 7 was the last." in message
-    assert cause == "EngineDeadError"
+    (caught,) = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("caught")]
+    assert "No engine serves any more; version 7 was the last." in caught[0]
+    assert caught[1] == "EngineDeadError"

@@ -260,6 +260,7 @@ if any("_child" in argument for argument in sys.orig_argv):
 """
 
 
+@pytest.mark.nightly
 def test_an_owned_engine_whose_weights_are_not_known_says_so_and_lives(
     folders, states, oracles, tmp_path, monkeypatch
 ):
