@@ -59,6 +59,13 @@ def fused(hidden, weight, ids, scale=1.0):
     )
 
 
+def of_own_token(hidden, weight, ids, scale=1.0):
+    """The log-probs of one token per row, as the read-out computes them."""
+    others = kernel.log_normalizer(hidden, weight, scale=scale, left_out_N=ids)
+    own = kernel.token_logits(hidden, weight, ids[:, None])[:, 0] * scale
+    return own - torch.logaddexp(own, others)
+
+
 @pytest.mark.usefixtures("products")
 class TestLogNormalizer:
     @pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 1000, 5000])
@@ -77,6 +84,48 @@ class TestLogNormalizer:
             (fused(hidden, weight, ids, scale) - in_float64(hidden, weight, scale).gather(1, ids)).abs().max()
         )
         assert error < 2e-6 * max(1.0, spread * scale)
+
+    @pytest.mark.parametrize("logit", [5.0, 30.0, 100.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_token_that_is_nearly_certain_keeps_its_digits(self, dtype, logit):
+        """A difference of two numbers that are rounded to float32 is wrong by 1e-5 for a logit of 30."""
+        hidden, weight = make(300, 5000)
+        ids = torch.arange(300) * 16
+        own = weight[ids]
+        hidden += own * (logit / (own * own).sum(1, keepdim=True))
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        want = in_float64(hidden, weight).gather(1, ids[:, None])[:, 0]
+        error = (of_own_token(hidden, weight, ids) - want).abs().max()
+        if logit == 5.0:
+            assert error < (1e-6 if dtype == torch.float32 else 2e-3)
+        else:
+            assert want.min() > -1e-3
+            assert error < (1e-8 if dtype == torch.float32 else 1e-6)
+
+    @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 5000])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_one_token_per_row_is_left_out_or_none(self, vocab_size, dtype):
+        hidden, weight = make(70, vocab_size, dtype=dtype, spread=3.0)
+        ids = torch.arange(70) * 71 % vocab_size
+        ids[::7] = -1
+        logits = hidden.double() @ weight.double().T
+        is_left_out = torch.zeros_like(logits).scatter(1, ids.clamp_min(0)[:, None], 1.0).bool()
+        is_left_out[::7] = False
+        want = logits.masked_fill(is_left_out, -torch.inf).logsumexp(-1)
+        got = kernel.log_normalizer(hidden, weight, left_out_N=ids)
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-6 if dtype == torch.float32 else 5e-3)
+
+    @pytest.mark.parametrize("k", [1, 20, 300])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_token_that_the_sum_leaves_out_is_among_the_best(self, k, dtype):
+        hidden, weight = make(70, 300, dtype=dtype, spread=3.0)
+        logits = hidden.double() @ weight.double().T
+        ids = logits.argmax(1)
+        ids[::7] = -1
+        best, values, _ = kernel.top_tokens(hidden, weight, k, left_out_N=ids)
+        want = logits.topk(k)
+        torch.testing.assert_close(values.double(), want.values, rtol=0, atol=1e-5)
+        assert torch.equal(best.sort(1).values, want.indices.sort(1).values)
 
     def test_a_huge_logit_late_in_the_vocabulary_counts(self):
         # It outweighs everything before it, in the last slice, and overflows a sum with the shift so far.
@@ -249,16 +298,20 @@ class TestTheCodeOfAGPU:
     def test_ranks_all_tokens_slice_by_slice(self, num_rows, vocab_size, dtype):
         hidden, weight = make(num_rows, vocab_size, dtype=dtype)
         best = Best.of(num_rows, min(9, vocab_size), hidden.device)
-        kernel._rank(hidden, weight, best)
-        want = (hidden.float() @ weight.float().T).topk(best.ids.shape[1])
+        logits = hidden.float() @ weight.float().T
+        left_out = logits.argmax(1)
+        left_out[-1] = -1
+        kernel._rank(hidden, weight, best, left_out)
+        logits[:-1] = logits[:-1].scatter(1, left_out[:-1, None], -torch.inf)
+        want = logits.topk(best.ids.shape[1])
         torch.testing.assert_close(best.values, want.values)
-        torch.testing.assert_close((hidden.float() @ weight.float().T).gather(1, best.ids), want.values)
+        torch.testing.assert_close(logits.gather(1, best.ids), want.values)
 
     def test_slices_are_aligned(self):
         """Of rows that begin at odd places, cuBLAS takes several times as long."""
         hidden, weight = make(40, 5001)
         with ProductShapes(torch.float32) as seen:
-            kernel._rank(hidden, weight, Best.of(40, 3, hidden.device))
+            kernel._rank(hidden, weight, Best.of(40, 3, hidden.device), torch.zeros(40, dtype=torch.long))
         assert {columns for _, (_, columns) in seen.shapes} == {1024, 5001 - 4 * 1024}
 
     @pytest.mark.parametrize(

@@ -88,14 +88,15 @@ def _reduce(
 
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
-    """Return ``[N, K]`` float32, the logits of K tokens per row, summed in float64 or pairwise in float32."""
+    """Return ``[N, K]`` float64, the logits of K tokens per row, summed in float64 or pairwise in float32."""
     if hidden_N_H.is_cuda:
         from vllm_kl.plugin import triton_kernel
 
-        return triton_kernel.token_logits(hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K)
+        logits = triton_kernel.token_logits(hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K)
+        return logits.double()
     num_rows, num_ids = ids_N_K.shape
     hidden_size = hidden_N_H.shape[1]
-    logits = torch.empty(num_rows, num_ids, dtype=torch.float32)
+    logits = torch.empty(num_rows, num_ids, dtype=torch.float64)
     library = _library()[0]
     if library is not None and hidden_N_H.dtype in _NAME_OF and hidden_N_H.dtype == weight_V_H.dtype:
         hidden, weight, ids = hidden_N_H.contiguous(), weight_V_H.contiguous(), ids_N_K.contiguous()

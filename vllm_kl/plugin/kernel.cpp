@@ -155,7 +155,7 @@ void reduce(T* tile, int64_t stride, const float* shift, float* sums, int64_t nu
 }
 
 template <typename T>
-void token_logits(const T* hidden, const T* weight, const int64_t* ids, float* logits, int64_t num_rows, int64_t num_ids,
+void token_logits(const T* hidden, const T* weight, const int64_t* ids, double* logits, int64_t num_rows, int64_t num_ids,
                   int64_t hidden_size) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t n = 0; n < num_rows; n++) {
@@ -164,7 +164,7 @@ void token_logits(const T* hidden, const T* weight, const int64_t* ids, float* l
             double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < hidden_size; i++) sum += double(widen(a[i])) * double(widen(b[i]));
-            logits[n * num_ids + k] = float(sum);
+            logits[n * num_ids + k] = sum;
         }
     }
 }
@@ -184,7 +184,7 @@ REDUCE(reduce_float32, float)
 
 // hidden: [num_rows, hidden_size]; weight: [V, hidden_size]; ids, logits: [num_rows, num_ids]. The sums are doubles.
 #define TOKEN_LOGITS(NAME, T)                                                                                            \
-    extern "C" void NAME(const T* hidden, const T* weight, const int64_t* ids, float* logits, int64_t num_rows,          \
+    extern "C" void NAME(const T* hidden, const T* weight, const int64_t* ids, double* logits, int64_t num_rows,         \
                          int64_t num_ids, int64_t hidden_size) {                                                         \
         token_logits(hidden, weight, ids, logits, num_rows, num_ids, hidden_size);                                       \
     }

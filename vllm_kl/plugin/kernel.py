@@ -8,6 +8,11 @@ one running sum per row:
 
 All sums are in base 2, because ``exp2`` is cheaper than ``exp`` on a CPU.
 
+Cancellation. Where one token has nearly all the probability, its logit and the log-normalizer are nearly
+equal, and their difference keeps only their rounding errors: 1e-5 nats for a logit of 30 in float32. So the
+sum leaves out one token per row, the token of the sequence. Its logit is computed by itself, more exactly,
+and :mod:`.lm_head` puts both together.
+
 Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size.
 So the shift is subtracted inside the product, before the rounding: the logits that decide the sum are then
 near 0, where bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too
@@ -76,6 +81,8 @@ _MAX_STRETCH = 32
 _OUTWEIGHS = 4.0
 # An expected total above this, in units of 2 ** shift, gets a new shift for the next slices.
 _GROWN = 4.0
+# The logit of a token that a sum leaves out, in base 2, minus the shift. The compiled loops take no -inf.
+_HIDDEN = -(2.0**20)
 # Further candidates beside the k best, because rounding may misplace some; float32 logits rank them again.
 _SPARE_CANDIDATES = 8
 
@@ -97,56 +104,113 @@ def row_blocks(num_rows: int, hidden_size: int, top_k: int = 0, *, on_a_gpu: boo
     return _slices(num_rows, step)
 
 
-def log_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
-    """Return ``[N]`` float32: ``log sum_v exp(scale * hidden . weight_v)``, in nats.
+def log_normalizer(
+    hidden_N_H: torch.Tensor,
+    weight_V_H: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    left_out_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``[N]`` float64: ``log sum_v exp(scale * hidden . weight_v)``, in nats.
 
     Args:
         hidden_N_H: at most :data:`_MAX_ROWS` rows, see :func:`row_blocks`.
         weight_V_H: the head's matrix, in the same dtype.
         scale: factor of every logit: the head's scale divided by the temperature.
+        left_out_N: for each row the id of a token that the sum leaves out, int64; -1 leaves out none.
 
     >>> hidden, weight = torch.randn(3, 8), torch.randn(1000, 8)
     >>> want = (hidden @ weight.T).logsumexp(-1)
-    >>> torch.testing.assert_close(log_normalizer(hidden, weight), want)
+    >>> torch.testing.assert_close(log_normalizer(hidden, weight).float(), want)
+    >>> torch.allclose(log_normalizer(hidden, weight, left_out_N=torch.tensor([0, 1, -1])).exp()[:2].float(),
+    ...     want.exp()[:2] - (hidden @ weight.T).exp().diagonal()[:2], rtol=1e-4)
+    True
     """
-    return _walk(hidden_N_H, weight_V_H, scale * LOG2_E, None) / LOG2_E
+    return _walk(hidden_N_H, weight_V_H, scale * LOG2_E, None, left_out_N) / LOG2_E
 
 
 def top_tokens(
-    hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, k: int, *, scale: float = 1.0
+    hidden_N_H: torch.Tensor,
+    weight_V_H: torch.Tensor,
+    k: int,
+    *,
+    scale: float = 1.0,
+    left_out_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the best tokens' ids ``[N, k]`` int64 and logits ``[N, k]``, and the log-normalizer ``[N]``.
 
     The best token is first. The logits are unscaled. Float32 logits rank the candidates. Two tokens that
-    differ by less than the dtype's rounding may change places.
+    differ by less than the dtype's rounding may change places. The log-normalizer leaves out ``left_out_N``,
+    as in :func:`log_normalizer`; the best tokens do not.
     """
     best = Best.of(len(hidden_N_H), min(k + _SPARE_CANDIDATES, len(weight_V_H)), hidden_N_H.device)
-    normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best) / LOG2_E
-    logits_N_C = token_logits(hidden_N_H, weight_V_H, best.ids)
-    logits_N_k, order = logits_N_C.topk(min(k, logits_N_C.shape[1]), dim=1)
-    return best.ids.gather(1, order), logits_N_k, normalizer
+    normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best, left_out_N) / LOG2_E
+    ids_N_C, is_token = best.ids, best.values > -torch.inf
+    if left_out_N is not None:  # the walk did not see its logit
+        is_token &= ids_N_C != left_out_N[:, None]
+        ids_N_C = torch.cat([ids_N_C, left_out_N.clamp_min(0)[:, None]], dim=1)
+        is_token = torch.cat([is_token, left_out_N[:, None] >= 0], dim=1)
+    if not len(weight_V_H):
+        return ids_N_C[:, :0], ids_N_C[:, :0].double(), normalizer
+    logits_N_C = token_logits(hidden_N_H, weight_V_H, ids_N_C).where(is_token, -torch.inf)
+    logits_N_k, order = logits_N_C.topk(min(k, len(weight_V_H)), dim=1)
+    return ids_N_C.gather(1, order), logits_N_k, normalizer
 
 
-def _walk(hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None) -> torch.Tensor:
-    """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
+def _walk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale2: float,
+    best: Best | None,
+    left_out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return ``[N]`` float64, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
     if not len(weight):  # an empty shard of a tensor-parallel rank
-        return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+        return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float64)
+    if left_out is None:
+        left_out = torch.full((len(hidden),), -1, device=hidden.device)
     if hidden.is_cuda:
         from vllm_kl.plugin.triton_kernel import log2_normalizer
 
         if best is not None:
-            _rank(hidden, weight, best)
-        return log2_normalizer(hidden, weight, scale2)
-    walked = _walk_shifted_products(hidden, weight, scale2, best, product_dtype(hidden.dtype))
+            _rank(hidden, weight, best, left_out)
+        return log2_normalizer(hidden, weight, scale2, left_out).double()
+    walked = _walk_shifted_products(hidden, weight, scale2, best, left_out, product_dtype(hidden.dtype))
     if walked is None:
         if best is not None:
             best.forget()
-        walked = _walk_shifted_products(hidden, weight, scale2, best, torch.float32)
+        walked = _walk_shifted_products(hidden, weight, scale2, best, left_out, torch.float32)
     return walked
 
 
+class _Hidden:
+    """Hides one token of each row from the sums."""
+
+    def __init__(self, left_out_N: torch.Tensor) -> None:
+        self._by_row = left_out_N
+        self._tokens, self._rows = left_out_N.sort()
+        self._sorted = self._tokens.tolist()
+
+    def hide(self, logits_N_S: torch.Tensor, first_id: int) -> None:
+        """Hide the tokens in a slice of the vocabulary, whose logits are minus the shift, of all rows."""
+        low, high = (bisect.bisect_left(self._sorted, n) for n in (first_id, first_id + logits_N_S.shape[1]))
+        if low < high:
+            logits_N_S[self._rows[low:high], self._tokens[low:high] - first_id] = _HIDDEN
+
+    def hide_in_rows(self, logits_M_S: torch.Tensor, rows: slice | torch.Tensor, first_id: int) -> None:
+        """Hide the tokens in a slice of the vocabulary, of some rows: their logits become ``-inf``."""
+        places = self._by_row[rows] - first_id
+        (found,) = torch.where((places >= 0) & (places < logits_M_S.shape[1]))
+        logits_M_S[found, places[found]] = -torch.inf
+
+
 def _walk_shifted_products(
-    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, best: Best | None, dtype: torch.dtype
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale2: float,
+    best: Best | None,
+    left_out: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor | None:
     """Walk on a CPU: subtract the shift inside the product; then pass over its results once.
 
@@ -159,17 +223,10 @@ def _walk_shifted_products(
     padded = _padded(hidden, height, dtype)
     tile = _workspace("tile", (height, width), dtype)
     tile[num_rows:] = 0
+    tokens = _Hidden(left_out)
 
     done = min(vocab_size, _FIRST_COLUMNS)
-    shift = torch.empty(num_rows, dtype=torch.float32)
-    total = torch.empty(num_rows, dtype=torch.float64)  # in units of 2 ** shift
-    for rows in _slices(num_rows, num_exact):
-        logits = _float32_logits(hidden[rows], weight[:done], scale2)
-        shift[rows] = _representable(logits.amax(1), dtype)
-        sums = torch.empty(len(logits), dtype=torch.float32)
-        reduce(logits.sub_(shift[rows, None]), shift[rows], sums, None if best is None else best[rows], 0)
-        total[rows] = sums.double()
-
+    shift, total = _first_columns(hidden, weight[:done], scale2, best, tokens, dtype, num_exact)
     stretch = 1
     while done < vocab_size:
         slices = [
@@ -189,11 +246,14 @@ def _walk_shifted_products(
             # The last slice is as wide as the others, so it begins among columns that are done.
             first = columns.stop - width
             tile.addmm_(padded, _widened(weight[first : columns.stop], dtype).T, alpha=scale2)
-            reduce(tile[:num_rows, columns.start - first :], shift, mass, best, columns.start)
+            logits = tile[:num_rows, columns.start - first :]
+            tokens.hide(logits, columns.start)
+            reduce(logits, shift, mass, best, columns.start)
         outweighs = ~(masses <= _OUTWEIGHS * expected)  # so written that NaN and inf count, too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             for rows in torch.where(outweighs[i])[0].split(num_exact):
                 exact = _float32_logits(hidden[rows], weight[slices[i]], scale2)
+                tokens.hide_in_rows(exact, rows, slices[i].start)
                 new = torch.maximum(shift[rows], _representable(exact.amax(1), dtype))
                 factor = torch.exp2(shift[rows] - new)
                 masses[:, rows] *= factor
@@ -204,7 +264,33 @@ def _walk_shifted_products(
         done, stretch = slices[-1].stop, min(2 * stretch, _MAX_STRETCH)
     if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
         return None
-    return (shift.double() + total.log2_()).float()
+    return shift.double() + total.log2_()
+
+
+def _first_columns(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale2: float,
+    best: Best | None,
+    tokens: _Hidden,
+    dtype: torch.dtype,
+    num_exact: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first shift ``[N]`` float32, and the total of the first columns ``[N]`` float64."""
+    reduce = reducer(dtype)
+    shift = torch.empty(len(hidden), dtype=torch.float32)
+    total = torch.empty(len(hidden), dtype=torch.float64)  # in units of 2 ** shift
+    for rows in _slices(len(hidden), num_exact):
+        logits = _float32_logits(hidden[rows], weight, scale2)
+        tokens.hide_in_rows(logits, rows, 0)
+        largest = logits.amax(1)
+        is_any = largest != -torch.inf  # else there is one column, and it is hidden
+        shift[rows] = _representable(largest.where(is_any, 0), dtype)
+        logits = logits.sub_(shift[rows, None]).clamp_min_(_HIDDEN)
+        sums = torch.empty(len(logits), dtype=torch.float32)
+        reduce(logits, shift[rows], sums, None if best is None else best[rows], 0)
+        total[rows] = sums.where(is_any, 0).double()
+    return shift, total
 
 
 _buffers = threading.local()
@@ -276,8 +362,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
 
 
-def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best) -> None:
-    """Find the best tokens on a GPU: products with float32 results, slice by slice."""
+def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best, left_out: torch.Tensor) -> None:
+    """Find the best tokens on a GPU, without those left out: products with float32 results, by slices."""
     num_rows, vocab_size = len(hidden), len(weight)
     columns = min(vocab_size, max(1024, _CUDA_TILE // num_rows // _CUDA_ALIGNED * _CUDA_ALIGNED))
     tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
@@ -285,6 +371,10 @@ def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best) -> None:
         part = weight[columns_of_slice]
         logits = tile[: num_rows * len(part)].view(num_rows, len(part))
         _mm_float32(hidden, part.T, logits)
+        places = left_out[:, None] - columns_of_slice.start
+        is_here = (places >= 0) & (places < len(part))
+        places = places.clamp(0, len(part) - 1)
+        logits.scatter_(1, places, logits.gather(1, places).masked_fill_(is_here, -torch.inf))
         best.add(logits, None, columns_of_slice.start)
 
 

@@ -77,43 +77,48 @@ class MatrixHead:
         weight_V_H = self.lm_head.weight[: self.num_tokens]
         scale = self.scale / temperature
         is_sharded = get_tensor_model_parallel_world_size() > 1
+        local = ids_N_K - self.first_token
+        is_here = (local >= 0) & (local < self.num_tokens)
+        logits = torch.zeros(ids_N_K.shape, dtype=torch.float64, device=ids_N_K.device)
+        if self.num_tokens:  # 0: the vocabulary is so small that this rank's shard is empty
+            places = local.clamp(0, self.num_tokens - 1)
+            logits = kernel.token_logits(hidden_N_H, weight_V_H, places) * is_here
+        own = logits[:, :1]
         if is_sharded:
-            logits = torch.zeros(ids_N_K.shape, dtype=torch.float32, device=ids_N_K.device)
-            if self.num_tokens:  # 0: the vocabulary is so small that this rank's shard is empty
-                local = ids_N_K - self.first_token
-                is_here = (local >= 0) & (local < self.num_tokens)
-                logits = (
-                    kernel.token_logits(hidden_N_H, weight_V_H, local.clamp(0, self.num_tokens - 1)) * is_here
-                )
-            logits = tensor_model_parallel_all_reduce(logits)
-        else:
-            logits = kernel.token_logits(hidden_N_H, weight_V_H, ids_N_K)
+            logits = tensor_model_parallel_all_reduce(logits.float()).double()
+            own = own.where(is_here[:, :1], logits[:, :1])
+        left_out = local[:, 0].where(is_here[:, 0], -1)
         top_ids = top_logits = None
         if top_k:
-            top_ids, top_logits, normalizer = kernel.top_tokens(hidden_N_H, weight_V_H, top_k, scale=scale)
+            top_ids, top_logits, others = kernel.top_tokens(
+                hidden_N_H, weight_V_H, top_k, scale=scale, left_out_N=left_out
+            )
         else:
-            normalizer = kernel.log_normalizer(hidden_N_H, weight_V_H, scale=scale)
-        normalizer = normalizer[:, None]
+            others = kernel.log_normalizer(hidden_N_H, weight_V_H, scale=scale, left_out_N=left_out)
+        # Relative to the logit of the sequence's own token: numbers near 0 lose nothing.
+        others = others[:, None] - own * scale
         if is_sharded:
-            normalizer = tensor_model_parallel_all_gather(normalizer, dim=-1).logsumexp(-1, keepdim=True)
-        columns = [_log_probs(logits * scale, normalizer)]
+            others = tensor_model_parallel_all_gather(others.float(), dim=-1).double().logsumexp(-1, True)
+        normalizer = torch.logaddexp(others, torch.zeros_like(others))
+        base = logits[:, :1]
+        columns = [_log_probs((logits - base) * scale, normalizer)]
         if top_k:
             if is_sharded:
-                mine = torch.stack([(top_ids + self.first_token).float(), top_logits], dim=1)
+                mine = torch.stack([(top_ids + self.first_token).float(), top_logits.float()], dim=1)
                 # All ranks gather top_k columns. A shard of the vocabulary may have fewer tokens.
                 mine = F.pad(mine, (0, top_k - mine.shape[-1]), value=-torch.inf)
                 top_ids, top_logits = tensor_model_parallel_all_gather(mine, dim=-1).unbind(1)
                 top_logits, order = top_logits.topk(top_k, dim=-1)
                 top_ids = top_ids.gather(-1, order)
-            columns += [top_ids.float(), _log_probs(top_logits * scale, normalizer)]
+            columns += [top_ids.float(), _log_probs((top_logits - base) * scale, normalizer)]
         return torch.cat(columns, dim=1)
 
 
 def _log_probs(logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-    """Return ``logits - normalizer``; NaN, which the scorer refuses, where a log-prob is impossible."""
+    """Return ``logits - normalizer``, float32; NaN, which the scorer refuses, where that is impossible."""
     log_probs = logits - normalizer
     is_sound = normalizer.isfinite() & (log_probs <= _ROUNDING)
-    return torch.where(is_sound, log_probs.clamp_(max=0), torch.nan)
+    return torch.where(is_sound, log_probs.clamp_(max=0), torch.nan).float()
 
 
 @dataclass(frozen=True)

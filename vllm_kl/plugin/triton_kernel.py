@@ -41,13 +41,16 @@ _HOPPER = _Tile(128, 256, 64, num_warps=8, num_stages=3)
 _SMALL = _Tile(128, 128, 32, num_warps=8, num_stages=3)
 
 
-def log2_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, scale2: float) -> torch.Tensor:
+def log2_normalizer(
+    hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, scale2: float, left_out_N: torch.Tensor
+) -> torch.Tensor:
     """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``.
 
     Args:
         hidden_N_H: contiguous, on a GPU.
         weight_V_H: contiguous, in the same dtype, on the same GPU.
         scale2: factor of every logit, times ``log2(e)``.
+        left_out_N: for each row the id of a token that the sum leaves out, int64; -1 leaves out none.
     """
     assert hidden_N_H.is_contiguous()
     assert weight_V_H.is_contiguous()
@@ -63,6 +66,7 @@ def log2_normalizer(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, scale2: 
         matrices = tuple(map(TensorDescriptor.from_tensor, matrices, blocks))
     _normalize_slices[(triton.cdiv(num_rows, tile.rows) * num_slices,)](
         *matrices,
+        left_out_N.contiguous(),
         partial_S_N,
         num_rows,
         vocab_size,
@@ -103,6 +107,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _normalize_slices(
     hidden,  # [N, H]: a descriptor or a pointer
     weight,  # [V, H]: likewise
+    left_out,  # [N] int64: for each row a token that the sum leaves out, or -1
     partial,  # [S, N] float32, the output
     num_rows,
     vocab_size,
@@ -143,8 +148,11 @@ def _normalize_slices(
                 other=0.0,
             )
         product = tl.dot(a, b.T, product, input_precision="ieee")
-    logits = tl.where((tokens < vocab_size)[None, :], product * scale2, -float("inf"))
+    hidden_tokens = tl.load(left_out + rows, mask=rows < num_rows, other=-1)
+    is_summed = (tokens < vocab_size)[None, :] & (tokens[None, :] != hidden_tokens[:, None])
+    logits = tl.where(is_summed, product * scale2, -float("inf"))
     top = tl.max(logits, 1)
+    top = tl.where(top == -float("inf"), 0.0, top)  # a slice of one token, which is left out
     total = tl.sum(tl.exp2(logits - top[:, None]), 1)
     tl.store(partial + slice_index.to(tl.int64) * num_rows + rows, top + tl.log2(total), mask=rows < num_rows)
 
