@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from vllm_kl.plugin import cpu_loops, kernel
+from vllm_kl.plugin import cpu_loops, kernel, lm_head
 from vllm_kl.plugin.best_tokens import Best
 
 ON_A_GPU = pytest.param(
@@ -101,6 +102,21 @@ class TestLogNormalizer:
         else:
             assert want.min() > -1e-3
             assert error < (1e-8 if dtype == torch.float32 else 1e-6)
+
+    def test_the_head_keeps_the_digits_of_both_kinds_of_log_probs(self, monkeypatch):
+        monkeypatch.setattr(lm_head, "get_tensor_model_parallel_world_size", lambda: 1)
+        hidden, weight = make(50, 1000)
+        ids = torch.arange(50) * 16
+        hidden += weight[ids] * 30 / weight[ids].square().sum(1, keepdim=True)
+        head = lm_head.MatrixHead(SimpleNamespace(weight=weight), scale=1.0, num_tokens=1000, first_token=0)
+        asked = torch.stack([ids, ids + 1, ids], dim=1)
+        values = head.read(hidden, asked, top_k=2, temperature=1.0)
+        want = in_float64(hidden, weight)
+        assert (values[:, 0] - want.gather(1, ids[:, None])[:, 0]).abs().max() < 1e-8
+        assert (values[:, 1] - want.gather(1, ids[:, None] + 1)[:, 0]).abs().max() < 1e-5
+        assert torch.equal(values[:, 2], values[:, 0])
+        assert torch.equal(values[:, 3].long(), ids)
+        assert torch.equal(values[:, 5], values[:, 0])
 
     @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 5000])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
