@@ -11,7 +11,9 @@ not computed if the replica's prefix cache has it: an LRU of bounded size, which
 
 ``--load`` is the work of all groups without a cache, over what the replicas can compute: 0.8 keeps them busy
 for 0.8 of the time if nothing is found in a cache. Latencies count from the arrival of a group to its last
-log-prob. Their unit is the mean time of a group without a cache. Every rule gets the same dialogs.
+log-prob. Their unit is the mean time of a group without a cache. "Behind" is the time that the busiest replica
+still needs when the last dialog has come; where it is long, queues grow as long as dialogs come, and latencies
+tell only how long the simulation was. Every rule gets the same dialogs.
 """
 
 from __future__ import annotations
@@ -191,6 +193,7 @@ class Result:
     p50: float  # latency, in mean times of a group without a cache
     p99: float
     mean_wait: float  # time before a group is served, the same unit
+    behind: float  # time that the busiest replica still needs at the end, the same unit
     num_groups: int
 
 
@@ -238,8 +241,8 @@ def simulate(
         replica.free_at = start + seconds
         loads[router][name] += 1
         heapq.heappush(events, (replica.free_at, number, dialog, turn, (router, name)))
+        replica.busy += max(0.0, min(end, replica.free_at) - max(begin, start))
         if now >= begin:
-            replica.busy += max(0.0, min(end, replica.free_at) - min(end, start))
             waits.append(start - now)
             times.append(replica.free_at - now)
             num_hits += hit
@@ -253,6 +256,7 @@ def simulate(
         p50=float(p50),
         p99=float(p99),
         mean_wait=float(np.mean(waits)),
+        behind=max(0.0, *(replica.free_at - end for replica in replicas.values())),
         num_groups=len(times),
     )
 
@@ -278,7 +282,7 @@ def main() -> None:
     for num_replicas in args.replicas:
         num_groups = max(args.groups, args.groups_per_replica * num_replicas)
         dialogs = draw(work, num_replicas, num_groups, args.seed)
-        columns = ("rule", "cache hits", "busy", "busiest replica", "p50", "p99")
+        columns = ("rule", "cache hits", "busy", "busiest replica", "p50", "p99", "behind")
         table = make_table(f"N={num_replicas:,}, load {work.load:g}", *columns)
         for name, rule in rules(dialogs, args.spill, args.seed).items():
             if args.rules and not name.startswith(tuple(args.rules)):
@@ -294,7 +298,8 @@ def main() -> None:
             )
             rows.append({"replicas": num_replicas, "rule": name, **asdict(result)})
             shares = (f"{x:.2f}" for x in (result.hits, result.busy, result.busiest))
-            table.add_row(name, *shares, f"{result.p50:.2f}", f"{result.p99:.2f}")
+            latencies = (f"{x:.2f}" for x in (result.p50, result.p99))
+            table.add_row(name, *shares, *latencies, f"{result.behind:.0f}")
         report.table(table)
     took = time.perf_counter() - began
     report.line(machine_line(f"{work}, seed {args.seed}, {args.routers} routers, {took:.0f} s"))
