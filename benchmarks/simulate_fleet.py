@@ -11,9 +11,9 @@ not computed if the replica's prefix cache has it: an LRU of bounded size, which
 
 ``--load`` is the work of all groups without a cache, over what the replicas can compute: 0.8 keeps them busy
 for 0.8 of the time if nothing is found in a cache. Latencies count from the arrival of a group to its last
-log-prob. Their unit is the mean time of a group without a cache. "Behind" is the time that the busiest replica
-still needs when the last dialog has come; where it is long, queues grow as long as dialogs come, and latencies
-tell only how long the simulation was. Every rule gets the same dialogs.
+log-prob. Their unit is the mean time of a group without a cache. "Behind" is the time that the busiest
+replica still needs when the last dialog has come. Where it is long, queues grow as long as dialogs come, and
+latencies tell only how long the simulation was. Every rule gets the same dialogs.
 """
 
 from __future__ import annotations
