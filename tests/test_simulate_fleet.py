@@ -1,4 +1,4 @@
-"""The simulated fleet agrees with queueing theory where theory has a formula, and its cache with arithmetic."""
+"""The simulated fleet agrees with queueing theory where theory has a formula, its cache with arithmetic."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_dialog_that_moves_finds_only_the_system_prompt(fleet):
             (here, 0, 0), (here, 0, 1), (there, 0, 2), (here, 1, 0), (here, 0, 3), (there, 0, 4),
         ]
     ]  # fmt: skip
-    # A turn adds a response and a message. At turn 3 the first replica has the prompt of turn 1 and a response.
+    # A turn adds a response and a message. At turn 3 `here` has the prompt of turn 1 and its response.
     assert hits == [0, 1600 + 320, 0, 1600, 1600 + 640, 1600 + 960]
 
 
