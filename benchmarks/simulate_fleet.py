@@ -159,7 +159,7 @@ def two_choices(dialog: int, turn: int, loads: Mapping[str, int], *, rng: random
     return one if loads[one] <= loads[other] else other
 
 
-def rules(dialogs: Dialogs, spill: int, seed: int) -> dict[str, Choice]:
+def rules(dialogs: Dialogs, system_tokens: int, spill: int, seed: int) -> dict[str, Choice]:
     """Return the rules by their names in the tables."""
 
     def dialog_key(dialog: int, turn: int) -> bytes:
@@ -168,13 +168,20 @@ def rules(dialogs: Dialogs, spill: int, seed: int) -> dict[str, Choice]:
     def prompt_key(dialog: int, turn: int) -> bytes:
         return b"%d, %d" % (dialog, turn)
 
+    def beginning_key(dialog: int, turn: int) -> bytes:
+        """The first 2^k tokens, as many as there are: a dialog's key changes only when its length doubles."""
+        k = int(dialogs.prompts[dialog, turn]).bit_length() - 1
+        is_system = dialogs.has_system[dialog] and (1 << k) <= system_tokens
+        return b"system, %d" % k if is_system else b"%d, %d" % (dialog, k)
+
     def first_tokens_key(dialog: int, turn: int) -> bytes:
         return b"system" if dialogs.has_system[dialog] else b"%d" % dialog
 
     never = 1 << 60
     return {
-        f"affinity, spill {spill}": affine(dialog_key, spill),
-        "affinity, no spill": affine(dialog_key, never),
+        f"one key a dialog, spill {spill}": affine(dialog_key, spill),
+        "one key a dialog, no spill": affine(dialog_key, never),
+        f"hash of the first 2^k tokens, spill {spill}": affine(beginning_key, spill),
         f"hash of the whole prompt, spill {spill}": affine(prompt_key, spill),
         "least loaded": partial(least_loaded, rng=random.Random(seed)),
         "two choices (Serve's default)": partial(two_choices, rng=random.Random(seed)),
@@ -284,7 +291,7 @@ def main() -> None:
         dialogs = draw(work, num_replicas, num_groups, args.seed)
         columns = ("rule", "cache hits", "busy", "busiest replica", "p50", "p99", "behind")
         table = make_table(f"N={num_replicas:,}, load {work.load:g}", *columns)
-        for name, rule in rules(dialogs, args.spill, args.seed).items():
+        for name, rule in rules(dialogs, work.system_tokens, args.spill, args.seed).items():
             if args.rules and not name.startswith(tuple(args.rules)):
                 continue
             result = simulate(

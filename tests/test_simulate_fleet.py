@@ -25,7 +25,8 @@ def fleet():
 
 def run(fleet, work, rule, num_groups, *, num_replicas=1, cache_tokens=0, num_routers=1):
     dialogs = fleet.draw(work, num_replicas, num_groups, seed=1)
-    rules = {name.partition(",")[0]: rule for name, rule in fleet.rules(dialogs, 2, seed=1).items()}
+    all_rules = fleet.rules(dialogs, work.system_tokens, 2, seed=1)
+    rules = {name.partition(",")[0]: rule for name, rule in all_rules.items()}
     result = fleet.simulate(
         dialogs,
         rules[rule],
@@ -54,10 +55,10 @@ def test_random_groups_wait_as_long_as_pollaczek_and_khinchine_say(fleet, sigma,
 
 def test_one_replica_with_room_computes_each_token_of_a_dialog_once(fleet):
     work = fleet.Work(load=0.5)
-    dialogs, result = run(fleet, work, "affinity", 6000, cache_tokens=10**9)
+    dialogs, result = run(fleet, work, "one key a dialog", 6000, cache_tokens=10**9)
     new = dialogs.messages.sum() / dialogs.prompts.sum()
     assert result.hits == pytest.approx(1 - new, abs=0.01)
-    _, without = run(fleet, work, "affinity", 6000, cache_tokens=0)
+    _, without = run(fleet, work, "one key a dialog", 6000, cache_tokens=0)
     assert without.hits == 0.0
     assert without.busy == pytest.approx(work.load, rel=0.1)  # of some thousand groups
 
