@@ -34,7 +34,7 @@ pytestmark = [*local_ray.MARKS, pytest.mark.filterwarnings("ignore:GRPOTrainer i
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "grpo_ray"
-WITHIN = 2e-5  # nats: largest |KL - float64 KL| over some thousand tokens
+WITHIN = 2e-5  # nats: largest error over some thousand tokens
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_grpo_trainer_pushes_after_every_round_and_every_kl_is_right(
     finally:
         parts.close()
     assert parts.tracker.version == first + 3
-    assert all(row.error < WITHIN for row in rows)
+    assert all(max(row.error, row.reference_error) < WITHIN for row in rows)
     # In rounds: nothing is sampled while weights are pushed.
     assert [row.versions for row in rows] == [[first + update] for update in range(3)]
 
@@ -195,20 +195,22 @@ class Run:
         return commands
 
 
-def numbers_in(update: str) -> tuple[list[int], float, float]:
-    """Return the versions that sampled, their age and the largest error, of the line of an update."""
-    versions, staleness, error = re.search(
-        r"versions ([\d, ]+), staleness (\S+), largest .*\| (\S+)$", update.strip()
+def numbers_in(update: str) -> tuple[list[int], float, float, float]:
+    """Return the versions that sampled, their age and the largest errors, of the line of an update."""
+    versions, *others = re.search(
+        r"versions ([\d, ]+), staleness (\S+), largest .*\| (\S+), of the reference alone (\S+)$",
+        update.strip(),
     ).groups()
-    return list(map(int, versions.split(","))), float(staleness), float(error)
+    return list(map(int, versions.split(","))), *map(float, others)
 
 
 def check(updates: list[str], within: float = WITHIN) -> None:
     for i, update in enumerate(updates):
-        versions, staleness, error = numbers_in(update)
+        versions, staleness, error, reference_error = numbers_in(update)
         assert all(0 <= version <= i for version in versions), update
         assert staleness >= 0
         assert error < within
+        assert reference_error < WITHIN
 
 
 def test_the_program_runs_as_a_user_starts_it_and_leaves_nothing_behind(tmp_path):
@@ -230,7 +232,8 @@ def test_twenty_updates_raise_the_reward(tmp_path, loop, kl_in):
     assert run.end() == []
     assert run.process.returncode == 0, run.errors()
     assert len(updates) == 20
-    check(updates, within=5e-5)  # the largest of some 40,000 tokens, in float32
+    # Of some 40,000 tokens, single ones are sensitive: transformers in float32 is off by 2e-5 there.
+    check(updates, within=2e-4)
     first, last = map(float, re.search(r"last five (\S+) and (\S+),", summary).groups())
     assert last > first + 0.05
 

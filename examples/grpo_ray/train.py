@@ -214,7 +214,8 @@ def main() -> None:
     first, last = (statistics.fmean(row.reward for row in some) for some in (rows[:5], rows[-5:]))
     print(
         f"{args.updates} updates, reward of the first and last five {first:.3f} and {last:.3f}, largest "
-        f"|KL - float64| {max(row.error for row in rows):.1e} nats"
+        f"|KL - float64| {max(row.error for row in rows):.1e} nats, of the reference alone "
+        f"{max(row.reference_error for row in rows):.1e}"
     )
 
 

@@ -94,9 +94,14 @@ class Float64KL:
             for path in (policy_path, reference_path)
         ]
 
-    @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         """Return k1 of all scored tokens of the rollouts, end to end, ``[N]`` float64, nats."""
+        policy, reference = self.log_probs(rollouts)
+        return policy - reference
+
+    @torch.no_grad()
+    def log_probs(self, rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probs of policy and reference of the same tokens, each ``[N]`` float64, nats."""
         rows = [torch.tensor(rollout.token_ids) for rollout in rollouts]
         ids_B_T = pad_sequence(rows, batch_first=True)  # on the right: in a causal model, no token sees it
         policy, reference = (
@@ -104,7 +109,8 @@ class Float64KL:
             for model in self._models
         )
         mask_B_T = pad_sequence([torch.tensor(rollout.mask) for rollout in rollouts], batch_first=True)
-        return (policy - reference)[mask_B_T[:, 1:]]  # column t - 1 belongs to token t
+        mask_B_T = mask_B_T[:, 1:]  # column t - 1 of the log-probs belongs to token t
+        return policy[mask_B_T], reference[mask_B_T]
 
 
 def summarize(rollouts: list[Rollout], oracle: Float64KL, wall_s: float) -> BatchRow:
