@@ -1,7 +1,7 @@
 """Turns dialogs in plain messages into token ids and the mask of the assistant's tokens.
 
-The module gives the dialogs to :func:`~vllm_kl.batch.read_tokens.read_batch` as TorchRL's ``History``: ids and
-masks are those that the transforms give to the same dialogs.
+The module gives the dialogs to :func:`~vllm_kl.batch.read_tokens.read_batch` as TorchRL's ``History``: ids
+and masks are those that the transforms give to the same dialogs.
 """
 
 from __future__ import annotations

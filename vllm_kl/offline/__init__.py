@@ -1,6 +1,6 @@
 """Scores whole data sets with one pipeline of Ray Data: ``vllm-kl score`` and :func:`score_dataset`.
 
-    files -> parts.py: ranges of rows -> rows.py: token ids -> score_rows.py: log-probs -> write_part.py: files
+    files -> parts.py: ranges of rows -> rows.py: ids -> score_rows.py: log-probs -> write_part.py: files
 
 ``pipeline.py`` puts the stages together; read it first.
 """

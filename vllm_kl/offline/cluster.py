@@ -54,8 +54,8 @@ class Resources:
         total = ray.cluster_resources()
         engines = self.replicas * self.num_models
         needs = (
-            f"{engines} engines with {self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs each, and {_OPERATORS} "
-            "CPUs for Ray Data's reader and writer"
+            f"{engines} engines with {self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs each, and "
+            f"{_OPERATORS} CPUs for Ray Data's reader and writer"
         )
         for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)):
             if wanted > total.get(name, 0):

@@ -1,8 +1,8 @@
 """Reads ranges of files of JSON lines into Arrow tables whose columns have one type in the whole data set.
 
 A line belongs to the range in which its first byte lies. A column whose values have no common type becomes
-text, the JSON of each value; a value that cannot be what the scorer reads from its column becomes null, with an
-error for its row.
+text, the JSON of each value; a value that cannot be what the scorer reads from its column becomes null,
+with an error for its row.
 """
 
 from __future__ import annotations

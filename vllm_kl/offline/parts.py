@@ -1,7 +1,8 @@
 """Cuts the files of a data set into parts, and reads a part as a table.
 
-A part is a range of the rows of one file. The parts of a data set depend only on its files and on the size of a
-part, so a run that is started again has the same parts, and each part has one output file with its number.
+A part is a range of the rows of one file. The parts of a data set depend only on its files and on the size
+of a part, so a run that is started again has the same parts, and each part has one output file with its
+number.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ rendered, as :mod:`vllm_kl.batch` does it for TorchRL's batches. The module know
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,6 @@ class ReadRows:
 
     def __init__(self, layout: Layout, columns: Columns, texts: Texts) -> None:
         self._layout, self._columns, self._texts = layout, columns, texts
-        self._tokenizer: Any = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = self.read(table)
@@ -153,14 +153,18 @@ class ReadRows:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, loaded when it is first used."""
-        if self._tokenizer is None:
-            from transformers import AutoTokenizer
+        """The tokenizer, loaded once in a process."""
+        tokenizer = _load_tokenizer(self._texts.tokenizer)
+        if self._texts.add_eos and tokenizer.eos_token_id is None:
+            raise OptionError(f"add_eos=True, but the tokenizer {self._texts.tokenizer} has no EOS token")
+        return tokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self._texts.tokenizer)
-            if self._texts.add_eos and self._tokenizer.eos_token_id is None:
-                raise OptionError(f"--add-eos: the tokenizer {self._texts.tokenizer} has no EOS token")
-        return self._tokenizer
+
+@functools.cache
+def _load_tokenizer(path: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
 
 
 def _each(name: str, value: pa.Scalar, is_group: bool) -> list[pa.Scalar]:

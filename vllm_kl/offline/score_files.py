@@ -1,17 +1,15 @@
-"""Scores files into files: :func:`score_files` plans the parts, runs the pipeline and can be started again."""
+"""Scores files into files: plans the parts, runs the pipeline, and goes on where a killed run ended."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 import ray
 
 from vllm_kl.errors import EngineError, InputError, OptionError, VLLMKLError
@@ -20,7 +18,8 @@ from vllm_kl.offline.cluster import connected
 from vllm_kl.offline.columns import layout_of
 from vllm_kl.offline.manifest import NAME, Manifest, checksum, model_settings, package_versions
 from vllm_kl.offline.parts import Part, cut, find_files, numbered, part_bytes_of, read_part, survey
-from vllm_kl.offline.pipeline import Job, read_parts, whole_blocks
+from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
+from vllm_kl.offline.source import read_parts, surveys
 from vllm_kl.offline.storage import Folder
 from vllm_kl.offline.write_part import COUNTS, WritePart, file_name
 
@@ -83,8 +82,7 @@ def score_files(
     manifest = Manifest.read(folder)
     if manifest is not None:
         manifest.check_same(settings, files.out)
-        manifest.check_files()
-    with connected(address, job.resources), whole_blocks(), _plain_errors():
+    with connected(address, job.resources), whole_blocks(), plain_errors():
         if manifest is None:
             manifest = plan(files, job, settings)
             folder.make(COUNTS)
@@ -92,6 +90,8 @@ def score_files(
         first, step = files.shard
         parts = manifest.parts[first::step]
         todo = _missing(folder, parts, files.format)
+        if todo:
+            manifest.check_files()
         if on_plan is not None:
             on_plan(parts, todo)
         figures = list(_score(manifest, todo, folder, files.format, job, on_part)) if todo else []
@@ -105,12 +105,7 @@ def plan(files: Files, job: Job, settings: dict[str, Any]) -> Manifest:
     parts, types = _surveyed(cut_parts, job)
     schema = jsonl.schema_of(types, job.columns.role_of)
     layout_of(schema, job.columns)
-    taken = set(schema.names) & set(job.columns.all_added)
-    if taken:
-        raise InputError(
-            f"the data set has a column {sorted(taken)[0]!r} already, which this run would add: give a prefix "
-            "for the added columns (--prefix)"
-        )
+    job.check_free(schema.names)
     parts = numbered(parts, files.limit)
     if not parts:
         raise InputError(f"{', '.join(files.data)}: no rows")
@@ -124,23 +119,18 @@ def _surveyed(parts: list[Part], job: Job) -> tuple[list[Part], jsonl.Types]:
     """
     role_of = job.columns.role_of
     asked = [part for part in parts if part.format == "jsonl"]
-    ds = read_parts(asked, functools.partial(_survey_block, role_of=role_of)) if asked else None
-    found = [pickle.loads(row["survey"]) for row in ds.iter_rows()] if ds is not None else []
+    found = surveys(asked, role_of) if asked else []
     others = {part.path: part for part in parts if part.format != "jsonl"}
     found += [survey(part, role_of) for part in others.values()]
     num_rows = {(part.path, part.begin): part.num_rows for part, _ in found}
     types: jsonl.Types = {}
-    for _, of_part in sorted(found, key=lambda one: (one[0].path, one[0].begin)):
+    for _, of_part in found:
         for name, seen in of_part.items():
             types.setdefault(name, set()).update(seen)
     return [
         replace(part, num_rows=num_rows[part.path, part.begin]) if part.format == "jsonl" else part
         for part in parts
     ], types
-
-
-def _survey_block(part: Part, role_of: Mapping[str, str]) -> pa.Table:
-    return pa.table({"survey": [pickle.dumps(survey(part, role_of))]})
 
 
 def _missing(folder: Folder, parts: Sequence[Part], suffix: str) -> list[Part]:
@@ -167,7 +157,7 @@ def _score(
     ds = job.apply(read_parts(parts, read), layout_of(manifest.schema, job.columns))
     num_rows = {part.index: part.num_rows for part in parts}
     write = WritePart(folder, suffix, job.columns, num_rows)
-    for figures in ds.map_batches(write, batch_size=None, batch_format="pyarrow").iter_rows():
+    for figures in map_blocks(ds, write).iter_rows():
         if on_part is not None:
             on_part(figures)
         yield figures
@@ -210,7 +200,7 @@ def _clear(folder: Folder) -> None:
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """Raise the error of this package that a task or an actor of Ray raised, as itself."""
     try:
         yield

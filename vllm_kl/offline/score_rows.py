@@ -6,6 +6,7 @@ alike share their beginning. A row that cannot be scored gets the text of its er
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections import Counter
@@ -15,8 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from vllm_kl.diagnostics import mismatch
 from vllm_kl.errors import EngineError, InputError, MissingLogProbError
+from vllm_kl.kl import kl_estimate
 from vllm_kl.offline.columns import IDS, MASKS, NUM_CACHED, NUM_PROMPT, STARTS, Columns, Layout
 from vllm_kl.scorer import VLLMScorer
 
@@ -248,10 +252,48 @@ def _counted(table: pa.Table, name: str, figure: int) -> pa.Table:
 
 
 class CompareRows:
-    """A function for ``map_batches``: adds the per-token KL and the figures of the mismatch of two models."""
+    """A function for ``map_batches``: adds the per-token KL of two models, and their mismatch."""
 
     def __init__(self, layout: Layout, columns: Columns, estimator: str) -> None:
         self._layout, self._columns, self._estimator = layout, columns, estimator
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return table
+        policy, reference = (table.column(self._columns.added(name)) for name in (POLICY, REFERENCE))
+        kl: list[Any] = [None] * table.num_rows
+        figures: list[dict[str, float] | None] = [None] * table.num_rows
+        name = self._columns.added("error")
+        errors = table.column(name).to_pylist()
+        for i in range(table.num_rows):
+            if errors[i] is not None:
+                continue
+            try:
+                kl[i], figures[i] = self._compared(policy[i], reference[i])
+            except MissingLogProbError as error:  # a token of probability 0
+                errors[i] = str(error).replace("sample 0", "the row", 1)
+        type_ = pa.list_(pa.float32())
+        table = table.append_column(
+            self._columns.added("kl"), pa.array(kl, pa.list_(type_) if self._layout.is_group else type_)
+        )
+        table = table.append_column(self._columns.added("mismatch"), pa.array(figures, _mismatch_type()))
+        return table.drop_columns([name]).append_column(name, pa.array(errors, pa.string()))
+
+    def _compared(self, policy: pa.Scalar, reference: pa.Scalar) -> tuple[Any, dict[str, float] | None]:
+        sides = [
+            [
+                torch.tensor(one.values.to_numpy())
+                for one in (side.values if self._layout.is_group else [side])
+            ]
+            for side in (policy, reference)
+        ]
+        keep = [torch.ones(len(row), dtype=torch.bool) for row in sides[0]]
+        kl = [row.numpy() for row in kl_estimate(*sides, keep, estimator=self._estimator)]
+        scored = any(len(row) for row in keep)
+        figures = mismatch(*sides, keep, num_worst=0, limits={}).metrics if scored else None
+        return kl if self._layout.is_group else kl[0], figures
+
+
+@functools.cache
+def _mismatch_type() -> pa.DataType:
+    one = [torch.zeros(1)]
+    names = mismatch(one, one, [torch.ones(1, dtype=torch.bool)], num_worst=0, limits={}).metrics
+    return pa.struct([(name, pa.float64()) for name in names])

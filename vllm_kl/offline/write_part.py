@@ -1,7 +1,8 @@
 """Writes the rows of one part into its file: :class:`WritePart` is the last stage of the pipeline.
 
-The file's name follows from the part's place in the data set. The file is written under another name and renamed
-when it is whole, so a killed run leaves whole files only, and a second writer of the same part changes nothing.
+The file's name follows from the part's place in the data set. The file is written under another name and
+renamed when it is whole, so a killed run leaves whole files only, and a second writer of the same part
+changes nothing.
 """
 
 from __future__ import annotations
