@@ -1,7 +1,7 @@
 """Turns dialogs in plain messages into token ids and the mask of the assistant's tokens.
 
-The module gives the dialogs to :func:`~vllm_kl.batch.read_tokens.read_batch` as TorchRL's ``History``: ids
-and masks are those that the transforms give to the same dialogs.
+Ids and masks are those that the transforms give to the same dialogs as TorchRL's ``History``. Messages may
+have more keys than a ``History``, such as ``name``, if the chat template knows them.
 """
 
 from __future__ import annotations
@@ -9,14 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tensordict import TensorDict
-from torchrl.data.llm import History
-
-from vllm_kl.batch.read_tokens import InputKeys, read_batch
-from vllm_kl.errors import InputError
+from vllm_kl.batch.read_tokens import InputKeys, has_tags, render_dialogs
+from vllm_kl.errors import InputError, OptionError
 from vllm_kl.types import TokenBatch
-
-_KEY = ("history", "full")
 
 
 def read_messages(
@@ -32,22 +27,26 @@ def read_messages(
         template_kwargs: options of the chat template, such as ``chat_template``.
 
     Raises:
-        InputError: messages that the template cannot render; or it marks no tokens of the assistant.
-
-    >>> from vllm_kl.demo.task import make_tokenizer
-    >>> dialog = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-    >>> batch = read_messages([dialog], make_tokenizer(), {"chat_template_name": "chatml_format"})
-    >>> make_tokenizer().decode(batch.token_ids[0][batch.keep[0]])
-    '2<|im_end|>'
+        InputError: messages that the template cannot render, or one whose first token is the assistant's.
+        OptionError: the template marks no tokens of the assistant.
     """
     for i, dialog in enumerate(dialogs):
         check_messages(f"sample {i}: ", dialog)
-    history = History.from_chats([list(dialog) for dialog in dialogs])
-    td = TensorDict({_KEY: history}, batch_size=[len(dialogs)])
-    keys = InputKeys(
-        input_mode="history", key=_KEY, tokenizer=tokenizer, template_kwargs=template_kwargs or {}
-    )
-    return read_batch(td, keys, assistant_only=True)
+    template = {"chat_template": getattr(tokenizer, "chat_template", None), **(template_kwargs or {})}
+    if not has_tags(template["chat_template"]):
+        raise OptionError(
+            "the chat template does not mark the tokens of the assistant: give one that has {% generation %} "
+            "tags around the assistant's content (--chat-template, chat_template=), or score texts or ids"
+        )
+    keys = InputKeys(input_mode="history", key="history", tokenizer=tokenizer, template_kwargs=template)
+    token_ids, masks, report = render_dialogs(dialogs, keys, assistant_only=True)
+    assert masks is not None, "found or refused"
+    for i, mask in enumerate(masks):
+        if len(mask) and mask[0]:
+            raise InputError(
+                f"sample {i}: token 0 is the assistant's, and has no log-prob: begin with a prompt"
+            )
+    return TokenBatch.of(token_ids, masks, assistant=masks, stored=False, report=report)
 
 
 def check_messages(where: str, dialog: Any) -> None:
@@ -59,3 +58,5 @@ def check_messages(where: str, dialog: Any) -> None:
             raise InputError(
                 f"{where}message {j} is {str(message)[:60]!r}, expected a dict with 'role' and 'content'"
             )
+    if all(message["role"] != "assistant" for message in dialog):
+        raise InputError(f"{where}no message is the assistant's: there is nothing to score")

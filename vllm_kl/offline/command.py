@@ -64,75 +64,93 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+Data = Annotated[
+    list[str],
+    typer.Argument(
+        help="JSONL, Parquet or Arrow: files, folders, globs, s3:// and what fsspec reads; a folder of "
+        "datasets.save_to_disk; or - for JSONL on standard input."
+    ),
+]
+ModelName = Annotated[str, typer.Option(help="Path or name of the reference.")]
+Out = Annotated[str | None, typer.Option(help="Folder of the output; - for JSONL on standard output.")]
+Format = Annotated[Literal["parquet", "jsonl"], typer.Option("--format", help="Format of the files.")]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=YOURS: your name of the column NAME, such as response=chosen. Repeatable."),
+]
+Prefix = Annotated[str, typer.Option(help="Before the names of the added columns.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Of texts and messages; default: the model's.")]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="File of a chat template; default: the tokenizer's.", exists=True)
+]
+AddEos = Annotated[bool, typer.Option("--add-eos", help="Put EOS after each response text.")]
+Temperature = Annotated[float, typer.Option(help="Log-probs of softmax(logits / temperature).")]
+Topk = Annotated[int, typer.Option(min=0, help="Also the K most likely tokens of each position.")]
+Policy = Annotated[str | None, typer.Option(help="A second model: adds its log-probs and the per-token KL.")]
+Estimator = Annotated[str, typer.Option(help="Of the KL: k1, k2, k3 or abs.")]
+MaxLenPolicy = Annotated[
+    Literal["reject", "left"],
+    typer.Option(help="Too long for the engine: reject the row, or cut the prompt at the left."),
+]
+OnError = Annotated[
+    Literal["mark", "stop"], typer.Option(help="A row that cannot be scored: mark it, or stop.")
+]
+Engine = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an engine option of vLLM. Repeatable.")]
+PolicyEngine = Annotated[
+    list[str] | None, typer.Option(help="The same for the policy's engine; default: those of --engine.")
+]
+Replicas = Annotated[int, typer.Option(min=1, help="Engines of each model.")]
+NumGpus = Annotated[
+    float | None,
+    typer.Option(min=0, help="GPUs of each engine; default: tensor x pipeline parallel, 0 on a CPU."),
+]
+NumCpus = Annotated[float, typer.Option(min=0.1, help="Logical CPUs of each engine.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; default: a local Ray.")]
+Shard = Annotated[str, typer.Option(help="i/n: only every n-th part, from part i (from 0) on.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
+PartBytes = Annotated[
+    int | None, typer.Option(min=1, help="Bytes of the input per output file; default: by its size.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder of ours.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Count only; no engine starts.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="YAML file of these options; the command line wins.", callback=_read_config, is_eager=True
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+
+
 def score(
-    data: Annotated[
-        list[str],
-        typer.Argument(
-            help="JSONL, Parquet or Arrow: files, folders, globs, s3:// and what fsspec reads; a folder of "
-            "datasets.save_to_disk; or - for JSONL on standard input."
-        ),
-    ],
-    model: Annotated[str, typer.Option(help="Path or name of the reference.")],
-    out: Annotated[
-        str | None, typer.Option(help="Folder of the output; - for JSONL on standard output.")
-    ] = None,
-    output_format: Annotated[
-        Literal["parquet", "jsonl"], typer.Option("--format", help="Format of the files.")
-    ] = "parquet",
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=YOURS: your name of the column NAME, such as response=chosen. Repeatable."),
-    ] = None,
-    prefix: Annotated[str, typer.Option(help="Before the names of the added columns.")] = "",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Of texts and messages; default: the model's.")
-    ] = None,
-    chat_template: Annotated[
-        Path | None, typer.Option(help="File of a chat template; default: the tokenizer's.", exists=True)
-    ] = None,
-    add_eos: Annotated[bool, typer.Option("--add-eos", help="Put EOS after each response text.")] = False,
-    temperature: Annotated[float, typer.Option(help="Log-probs of softmax(logits / temperature).")] = 1.0,
-    topk: Annotated[int, typer.Option(min=0, help="Also the K most likely tokens of each position.")] = 0,
-    policy: Annotated[
-        str | None, typer.Option(help="A second model: adds its log-probs and the per-token KL.")
-    ] = None,
-    estimator: Annotated[str, typer.Option(help="Of the KL: k1, k2, k3 or abs.")] = "k1",
-    max_len_policy: Annotated[
-        Literal["reject", "left"],
-        typer.Option(help="Too long for the engine: reject the row, or cut the prompt at the left."),
-    ] = "reject",
-    on_error: Annotated[
-        Literal["mark", "stop"], typer.Option(help="A row that cannot be scored: mark it, or stop.")
-    ] = "mark",
-    engine: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: an engine option of vLLM. Repeatable.")
-    ] = None,
-    policy_engine: Annotated[
-        list[str] | None, typer.Option(help="The same for the policy's engine; default: those of --engine.")
-    ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Engines of each model.")] = 1,
-    num_gpus: Annotated[
-        float | None,
-        typer.Option(min=0, help="GPUs of each engine; default: tensor x pipeline parallel, 0 on a CPU."),
-    ] = None,
-    num_cpus: Annotated[float, typer.Option(min=0.1, help="Logical CPUs of each engine.")] = 1,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default: a local Ray.")] = None,
-    shard: Annotated[str, typer.Option(help="i/n: only every n-th part, from part i (from 0) on.")] = "0/1",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    part_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of the input per output file; default: by its size.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder of ours.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only; no engine starts.")] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="YAML file of these options; the command line wins.", callback=_read_config, is_eager=True
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one line of JSON on standard output.")
-    ] = False,
+    data: Data,
+    model: ModelName,
+    out: Out = None,
+    output_format: Format = "parquet",
+    column: Column = None,
+    prefix: Prefix = "",
+    tokenizer: Tokenizer = None,
+    chat_template: ChatTemplate = None,
+    add_eos: AddEos = False,
+    temperature: Temperature = 1.0,
+    topk: Topk = 0,
+    policy: Policy = None,
+    estimator: Estimator = "k1",
+    max_len_policy: MaxLenPolicy = "reject",
+    on_error: OnError = "mark",
+    engine: Engine = None,
+    policy_engine: PolicyEngine = None,
+    replicas: Replicas = 1,
+    num_gpus: NumGpus = None,
+    num_cpus: NumCpus = 1,
+    address: Address = None,
+    shard: Shard = "0/1",
+    limit: Limit = None,
+    part_bytes: PartBytes = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    config: Config = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score a data set: log-probs of a model for every row, written as Parquet or JSONL.
 

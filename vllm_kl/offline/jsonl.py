@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_kl.offline.columns import fits
+from vllm_kl.offline.columns import fits, is_list
 from vllm_kl.offline.storage import open_file
 
 _JSON = {b"vllm_kl": b"json"}  # metadata of the field of a column that holds JSON as text
@@ -81,6 +81,7 @@ def schema_of(types: Types, role_of: Mapping[str, str]) -> pa.Schema:
     fields = []
     for name, found in types.items():
         usable = {one for one in found if name in role_of and fits(role_of[name], one)}
+        usable = {one for one in usable if not pa.types.is_string(one)} or usable
         type_ = _common(usable) if usable else None
         if type_ is None:
             type_ = _common(found)
@@ -116,13 +117,13 @@ def _array(field: pa.Field, values: list[Any], errors: list[str | None]) -> pa.A
     if field.metadata == _JSON:
         values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     try:
-        return pa.array(values, field.type)
+        return _exact(values, field.type)
     except _MISFITS:
         pass
     fitting = []
     for i, value in enumerate(values):
         try:
-            pa.array([value], field.type)
+            _exact([value], field.type)
             fitting.append(value)
         except _MISFITS:
             fitting.append(None)
@@ -130,3 +131,19 @@ def _array(field: pa.Field, values: list[Any], errors: list[str | None]) -> pa.A
                 f"column {field.name!r} holds {str(value)[:60]!r}, expected {field.type} as in other rows"
             )
     return pa.array(fitting, field.type)
+
+
+def _exact(values: list[Any], type_: pa.DataType) -> pa.Array:
+    """Return the values as an array; refuse fractions and booleans for ints, which Arrow 26 would convert."""
+    array = pa.array(values, type_)
+    if pa.types.is_integer(_leaf(type_)):
+        found = _leaf(pa.array(values).type)
+        if not (pa.types.is_integer(found) or pa.types.is_null(found)):
+            raise pa.ArrowTypeError(f"{found} for {type_}")
+    return array
+
+
+def _leaf(type_: pa.DataType) -> pa.DataType:
+    while is_list(type_):
+        type_ = type_.value_type
+    return type_

@@ -17,6 +17,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -110,7 +111,7 @@ def whole_blocks() -> Iterator[None]:
     DataContext._set_current(mine)
     log = logging.getLogger("ray.data")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -147,6 +148,7 @@ def make_job(
     check_estimator(estimator, known=TOKEN_ESTIMATORS)
     if policy is None and policy_options is not None:
         raise OptionError("options of the policy's engine have an effect only with a policy")
+    model, policy, tokenizer = (_absolute(name) for name in (model, policy, tokenizer))
     options = dict(engine_options or {})
     theirs = dict(options if policy_options is None else policy_options)
     temperature = check_temperature(temperature)
@@ -166,6 +168,11 @@ def make_job(
             replicas=replicas, num_gpus=num_gpus, num_cpus=num_cpus, num_models=2 if policy else 1
         ),
     )
+
+
+def _absolute(name: str | None) -> str | None:
+    """Return a folder's whole path: actors run in other folders."""
+    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
 def score_dataset(
