@@ -157,22 +157,7 @@ def score(
     A run that was stopped or killed goes on where it was when the same command is given again. Exit codes: 0,
     all rows are scored; 3, some rows have an error instead; 1, the run failed; 2, an option is wrong.
     """
-    options = {
-        "policy": policy,
-        "columns": dict(_pair(one) for one in column or ()),
-        "prefix": prefix,
-        "tokenizer": tokenizer,
-        "chat_template": None if chat_template is None else chat_template.read_text(),
-        "add_eos": add_eos,
-        "temperature": temperature,
-        "topk": topk,
-        "estimator": estimator,
-        "max_len_policy": max_len_policy,
-        "on_error": on_error,
-        "replicas": replicas,
-        "num_gpus": num_gpus,
-        "num_cpus": num_cpus,
-    }
+    given = dict(locals())
     if out is None and not dry_run:
         raise typer.BadParameter("is missing: where to write", param_hint="--out")
     _quiet_libraries()
@@ -180,21 +165,39 @@ def score(
         _told_errors(),
         _streams(data, out or "", output_format, overwrite, as_json) as (data_, out_, format_),
     ):
-        options["engine_options"] = parse_engine_options(engine or ())
-        options["policy_options"] = None if not policy_engine else parse_engine_options(policy_engine)
-        files = {
+        options = {name: given[name] for name in _OF_JOB} | {
+            "columns": dict(_pair(one) for one in column or ()),
+            "chat_template": None if chat_template is None else chat_template.read_text(),
+            "engine_options": parse_engine_options(engine or ()),
+            "policy_options": None if not policy_engine else parse_engine_options(policy_engine),
+        }
+        files = {name: given[name] for name in ("limit", "part_bytes", "overwrite")} | {
             "data": tuple(data_),
             "out": out_,
             "format": format_,
-            "limit": limit,
             "shard": _shard(shard),
-            "part_bytes": part_bytes,
-            "overwrite": overwrite,
         }
         figures, num_rejected = _work(model, options, files, address, dry_run)
     if as_json:
         typer.echo(json.dumps(figures))
     raise typer.Exit(REJECTED if num_rejected else 0)
+
+
+# Options that go to make_job() as they are.
+_OF_JOB = (
+    "policy",
+    "prefix",
+    "tokenizer",
+    "add_eos",
+    "temperature",
+    "topk",
+    "estimator",
+    "max_len_policy",
+    "on_error",
+    "replicas",
+    "num_gpus",
+    "num_cpus",
+)
 
 
 def _work(

@@ -19,7 +19,8 @@ from vllm_kl.offline.storage import open_file
 _JSON = {b"vllm_kl": b"json"}  # metadata of the field of a column that holds JSON as text
 _MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
-Types = dict[str, set[pa.DataType]]  # of each column: the types that its values have
+# Of each column: the types that its values have. None: a value that Arrow has no type for.
+Types = dict[str, set[pa.DataType | None]]
 
 
 def lines(path: str, begin: int, end: int) -> Iterator[bytes]:
@@ -61,12 +62,11 @@ def types_of(path: str, begin: int, end: int, role_of: Mapping[str, str]) -> tup
     return num_rows, {name: _types(column, role_of.get(name)) for name, column in values.items()}
 
 
-def _types(values: list[Any], role: str | None) -> set[pa.DataType]:
+def _types(values: list[Any], role: str | None) -> set[pa.DataType | None]:
     found = _type(values)
     if found is not None and (role is None or fits(role, found)):
         return {found}
-    each = {_type([value]) for value in values}
-    return {pa.string() if one is None else one for one in each}
+    return {_type([value]) for value in values}
 
 
 def _type(values: list[Any]) -> pa.DataType | None:
@@ -80,7 +80,7 @@ def schema_of(types: Types, role_of: Mapping[str, str]) -> pa.Schema:
     """Return the columns of a data set from the types of the values in all of its parts."""
     fields = []
     for name, found in types.items():
-        usable = {one for one in found if name in role_of and fits(role_of[name], one)}
+        usable = {one for one in found if one and name in role_of and fits(role_of[name], one)}
         usable = {one for one in usable if not pa.types.is_string(one)} or usable
         type_ = _common(usable) if usable else None
         if type_ is None:
@@ -90,7 +90,9 @@ def schema_of(types: Types, role_of: Mapping[str, str]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _common(types: set[pa.DataType]) -> pa.DataType | None:
+def _common(types: set[pa.DataType | None]) -> pa.DataType | None:
+    if None in types:
+        return None
     schemas = [pa.schema([("x", one)]) for one in sorted(types, key=str)]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
