@@ -15,7 +15,7 @@ import pytest
 from tests import local_ray
 from tests.command import vllm_kl
 from tests.offline import helpers
-from tests.offline.helpers import BAD, check_same, run, table_of, write_data
+from tests.offline.helpers import BAD, check_same, table_of
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 
@@ -66,14 +66,6 @@ class TestOptions:
         assert "unknown option 'modle'" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def whole(cluster, ref_path, tmp_path_factory):
-    home = tmp_path_factory.mktemp("whole")
-    write_data(home / "data.jsonl", num_rows=90)
-    run(home / "data.jsonl", home / "out", ref_path)
-    return home / "data.jsonl", table_of(home / "out")
-
-
 def start(data, out, model, *options):
     """Start the command in the cluster of this process."""
     address = ray.get_runtime_context().gcs_address
@@ -102,15 +94,16 @@ def files_of(out):
     return list(out.glob("part-*"))
 
 
+def is_complete(out):
+    manifest = out / "_manifest.json"
+    return manifest.exists() and len(files_of(out)) == len(json.loads(manifest.read_text())["parts"])
+
+
 MOMENTS = {
     "before the first file": lambda out: helpers.scoring_actors(),
     "between files": lambda out: len(files_of(out)) >= 3,
     "during a write": lambda out: list(out.glob(".part-*")),
-    "at the last file": lambda out: (
-        len(files_of(out)) == len(json.loads((out / "_manifest.json").read_text())["parts"])
-        if (out / "_manifest.json").exists()
-        else False
-    ),
+    "after the last file": is_complete,
 }
 CI = ("between files",)
 
@@ -124,7 +117,8 @@ class TestKills:
         [pytest.param(name, marks=() if name in CI else pytest.mark.nightly) for name in MOMENTS],
     )
     def test_a_killed_driver_loses_nothing(self, whole, ref_path, tmp_path, moment):
-        data, table = whole
+        home, *_, table = whole
+        data = home / "data.jsonl"
         out = tmp_path / "out"
         killed = start(data, out, ref_path)
         until(lambda: MOMENTS[moment](out), killed)

@@ -8,20 +8,11 @@ import pytest
 
 from tests import local_ray
 from tests.offline import helpers
-from tests.offline.helpers import BAD, check_oracle, check_same, run, table_of, write_data
+from tests.offline.helpers import BAD, check_oracle, check_same, run, table_of
 from vllm_kl.errors import EngineError, InputError, OptionError
 
 pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
-
-
-@pytest.fixture(scope="module")
-def whole(cluster, ref_path, tmp_path_factory):
-    """A data set, the good ones of its rows, and the output of a run that nobody disturbed."""
-    home = tmp_path_factory.mktemp("whole")
-    good = write_data(home / "data.jsonl")
-    summary = run(home / "data.jsonl", home / "out", ref_path)
-    return home, good, summary, table_of(home / "out")
 
 
 def test_every_row_is_scored_or_has_an_error_in_the_order_of_the_input(whole, ref_oracle):
