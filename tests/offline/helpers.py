@@ -50,10 +50,10 @@ def job(model, **options):
     return make_job(str(model), **{"num_gpus": 0, "engine_options": ENGINE, **options})
 
 
-def run(data, out, model, *, files=None, on_part=None, **options):
+def run(data, out, model, *, files=None, on_plan=None, on_part=None, **options):
     """Score files in the cluster of this process; return the summary."""
     given = {"data": (str(data),), "out": str(out), "part_bytes": PART_BYTES, **(files or {})}
-    return score_files(Files(**given), job(model, **options), on_part=on_part)
+    return score_files(Files(**given), job(model, **options), on_plan=on_plan, on_part=on_part)
 
 
 def table_of(out):

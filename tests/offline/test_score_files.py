@@ -10,6 +10,8 @@ from tests import local_ray
 from tests.offline import helpers
 from tests.offline.helpers import BAD, check_oracle, check_same, run, table_of
 from vllm_kl.errors import EngineError, InputError, OptionError
+from vllm_kl.offline.dry_run import dry_run
+from vllm_kl.offline.score_files import Files
 
 pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
@@ -109,6 +111,29 @@ def test_a_cluster_that_is_too_small_is_refused_with_numbers(whole, ref_path, tm
         run(home / "data.jsonl", tmp_path / "out", ref_path, replicas=50)
     with pytest.raises(OptionError, match="has 3 logical GPUs, the plan takes 4"):
         helpers.job(ref_path, num_gpus=4).resources.check()
+
+
+def test_an_input_that_vanishes_is_an_error_and_finished_files_stay(whole, ref_path, tmp_path):
+    home, *_ = whole
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_bytes((home / "data.jsonl").read_bytes())
+    with pytest.raises(InputError, match=r"data\.jsonl was there at the start, and is gone now"):
+        run(data, out, ref_path, on_plan=lambda *_: data.unlink())
+    with pytest.raises(InputError, match="was there when this output was begun, and is gone now"):
+        run(data, out, ref_path)
+    data.write_bytes((home / "data.jsonl").read_bytes() + b"{}\n")
+    with pytest.raises(InputError, match=r"had \d+ bytes when this output was begun, and has \d+ now"):
+        run(data, out, ref_path)
+
+
+def test_a_dry_run_counts_what_a_run_scores(whole, ref_path):
+    home, good, summary, table = whole
+    files = Files(data=(str(home / "data.jsonl"),), out="", part_bytes=helpers.PART_BYTES)
+    counts = dry_run(files, helpers.job(ref_path))
+    # Three of the bad rows are bad for an engine only: an id, a length, a start.
+    assert (counts.rows, counts.unreadable, counts.sequences) == (table.num_rows, 3, len(good) + 3)
+    assert counts.tokens == summary.tokens + 3 + 1 + 330
+    assert counts.floor_tokens == counts.tokens - counts.shared_tokens
 
 
 @pytest.mark.parametrize(
