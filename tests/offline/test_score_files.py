@@ -107,7 +107,7 @@ def test_an_engine_that_cannot_start_is_an_error_with_its_reason(whole, ref_path
 
 def test_a_cluster_that_is_too_small_is_refused_with_numbers(whole, ref_path, tmp_path):
     home, *_ = whole
-    with pytest.raises(OptionError, match="has 4 logical CPUs, the plan takes 53"):
+    with pytest.raises(OptionError, match="has 4 logical CPUs, the plan takes 52"):
         run(home / "data.jsonl", tmp_path / "out", ref_path, replicas=50)
     with pytest.raises(OptionError, match="has 3 logical GPUs, the plan takes 4"):
         helpers.job(ref_path, num_gpus=4).resources.check()

@@ -15,7 +15,7 @@ import ray
 
 from vllm_kl.errors import OptionError
 
-_OPERATORS = 3  # stages beside the scorers, each a task of one CPU: read, write, and one that compares
+_OPERATORS = 2  # stages beside the scorers, each a task of one CPU: read; compare and write
 
 
 @dataclass(frozen=True, kw_only=True)
