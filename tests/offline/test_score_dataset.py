@@ -24,6 +24,7 @@ GROUPS = [
 
 def scored(rows, model, **options):
     ds = ray.data.from_items(rows)
+    ds.context.execution_options.preserve_order = True
     return score_dataset(ds, str(model), num_gpus=0, **{**helpers.ENGINE, **options}).take_all()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from vllm_kl.errors import OptionError
+from vllm_kl.errors import EngineError, OptionError
 
 _OPERATORS = 2  # stages beside the scorers, each a task of one CPU: read; compare and write
 
@@ -92,7 +92,11 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
         options |= {"object_store_memory": 1 << 30}
     else:
         options["address"] = address
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray 2.60 raises Exception itself where a local node does not start in time
+        where = "a local Ray did not start" if address is None else f"no Ray cluster at {address}"
+        raise EngineError(f"{where}: {error}") from error
     try:
         resources.check()
         yield

@@ -16,13 +16,14 @@ from vllm_kl.errors import InputError, OptionError
 Kind = Literal["prompt_and_response_ids", "ids", "messages", "texts"]
 
 # Columns that go from stage to stage and are not written.
-PART, IDS, STARTS, MASKS = "__part", "__token_ids", "__starts", "__masks"
+PART, ROW, IDS, STARTS, MASKS = "__part", "__row", "__token_ids", "__starts", "__masks"
 # Figures of the engine's calls for a block: in its first row, and 0 in the others.
 NUM_PROMPT, NUM_CACHED = "__num_prompt_tokens", "__num_cached_tokens"
 
 
 ADDED = (
     "ref_log_probs",
+    "start",
     "topk_ids",
     "topk_log_probs",
     "num_tokens",

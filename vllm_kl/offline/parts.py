@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from vllm_kl.errors import InputError
 from vllm_kl.offline import jsonl
-from vllm_kl.offline.columns import PART, Columns
+from vllm_kl.offline.columns import PART, ROW, Columns
 from vllm_kl.offline.storage import File, list_files, open_file
 
 Format = Literal["jsonl", "parquet", "arrow"]
@@ -45,10 +46,6 @@ class Part:
     end: int
     first_row: int = 0  # index in the data set of its first row
     num_rows: int = 0
-
-    def where(self, i: int) -> str:
-        """Return the place of row i of the part, for messages."""
-        return f"{self.path}, row {self.first_row + i}"
 
 
 def format_of(path: str) -> Format:
@@ -94,9 +91,11 @@ def part_bytes_of(files: Sequence[File]) -> int:
 def cut(files: Sequence[File], part_bytes: int) -> list[Part]:
     """Return the parts of a data set, without the numbers of their rows where the format does not tell."""
     parts: list[Part] = []
-    for file in files:
-        kind = format_of(file.path)
-        for begin, end, num_rows in _ranges(file, kind, part_bytes):
+    kinds = [format_of(file.path) for file in files]
+    with ThreadPoolExecutor(16) as pool:  # the footers of many files of an object store
+        ranges = list(pool.map(lambda file, kind: list(_ranges(file, kind, part_bytes)), files, kinds))
+    for file, kind, of_file in zip(files, kinds, ranges, strict=True):
+        for begin, end, num_rows in of_file:
             parts.append(Part(index=0, path=file.path, format=kind, begin=begin, end=end, num_rows=num_rows))
     return parts
 
@@ -166,7 +165,7 @@ def file_schema(part: Part) -> pa.Schema:
 
 
 def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
-    """Return the rows of a part, with its number in the column ``PART``.
+    """Return the rows of a part, with their numbers in ``ROW``, and the part's in ``PART``.
 
     JSONL also gets the column ``error``: the text for a line that is no JSON object, or whose value cannot be
     of its column's type.
@@ -183,6 +182,8 @@ def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
             f"{part.path} has changed: expected {part.num_rows} rows from row {part.first_row} of the data "
             f"set on, found {table.num_rows}"
         )
+    rows = range(part.first_row, part.first_row + part.num_rows)
+    table = table.append_column(ROW, pa.array(rows, pa.int64()))
     return table.append_column(PART, pa.array([part.index] * table.num_rows, pa.int32()))
 
 
@@ -202,7 +203,19 @@ def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
             batches = file.iter_batches(batch_size=_READ_ROWS, row_groups=[g for g, _ in groups])
         else:
             batches = iter(_arrow(part.path, stream))
-        return pa.Table.from_batches(list(_slice(batches, skip, part.num_rows)), schema=schema)
+        taken = list(_slice(batches, skip, part.num_rows))
+        return _conformed(pa.Table.from_batches(taken), schema) if taken else schema.empty_table()
+
+
+def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table with the columns of the whole data set; those that its file lacks are null."""
+    columns = [
+        table.column(field.name).cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _slice(batches: Iterator[pa.RecordBatch], skip: int, num_rows: int) -> Iterator[pa.RecordBatch]:

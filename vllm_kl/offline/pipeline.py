@@ -49,13 +49,13 @@ class Job:
     on_error: Literal["mark", "stop"] = "mark"
     resources: Resources = field(default_factory=Resources)
 
-    def check_free(self, names: Sequence[str]) -> None:
+    def check_free(self, names: Sequence[str], layout: Layout) -> None:
         """Refuse a data set that has a column which this job would add.
 
         Raises:
             InputError: it has one.
         """
-        if taken := sorted(set(names) & set(self.columns.all_added)):
+        if taken := sorted((set(names) - set(layout.read.values())) & set(self.columns.all_added)):
             raise InputError(
                 f"the data set has a column {taken[0]!r} already, which this run would add: give a prefix "
                 "for the added columns (--prefix, prefix=)"
@@ -199,7 +199,8 @@ def score_dataset(
 ) -> Dataset:
     """Return a data set with the log-probs of a model for each row, beside the columns that were there.
 
-    The pipeline runs when the result is used. Its engines live in actors of Ray Data.
+    The pipeline runs when the result is used. Its engines live in actors of Ray Data. Rows come in any order,
+    unless the data set was made with ``DataContext.execution_options.preserve_order``.
 
     Args:
         ds: a data set with one of these, the first that is there:
@@ -269,7 +270,7 @@ def score_dataset(
     )
     schema = ds.schema()
     layout = layout_of(pa.schema(list(zip(schema.names, schema.types, strict=True))), job.columns)
-    job.check_free(schema.names)
+    job.check_free(schema.names, layout)
     job.resources.check()
     if rows_per_block is not None:
         ds = ds.repartition(target_num_rows_per_block=rows_per_block)

@@ -104,8 +104,10 @@ def plan(files: Files, job: Job, settings: dict[str, Any]) -> Manifest:
     cut_parts = cut(found, files.part_bytes or part_bytes_of(found))
     parts, types = _surveyed(cut_parts, job)
     schema = jsonl.schema_of(types, job.columns.role_of)
-    layout_of(schema, job.columns)
-    job.check_free(schema.names)
+    job.check_free(schema.names, layout_of(schema, job.columns))
+    for field in schema:
+        if field.metadata and any(part.format != "jsonl" for part in parts):
+            raise InputError(f"column {field.name!r} has types in the files of the data set that do not fit")
     parts = numbered(parts, files.limit)
     if not parts:
         raise InputError(f"{', '.join(files.data)}: no rows")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,14 +20,13 @@ import torch
 from vllm_kl.diagnostics import mismatch
 from vllm_kl.errors import EngineError, InputError, MissingLogProbError
 from vllm_kl.kl import kl_estimate
-from vllm_kl.offline.columns import IDS, MASKS, NUM_CACHED, NUM_PROMPT, STARTS, Columns, Layout
+from vllm_kl.offline.columns import IDS, MASKS, NUM_CACHED, NUM_PROMPT, ROW, STARTS, Columns, Layout
 from vllm_kl.scorer import VLLMScorer
 
 logger = logging.getLogger("vllm_kl")
 
 MAX_STARTS = 4  # of an engine by one actor
 REFERENCE, POLICY = "ref_log_probs", "log_probs"  # the columns of the two sides
-_ONLY = re.compile(r"^sequence 0(: | (?=has|is|must))")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +90,35 @@ class ScoreRows:
         options = {"temperature": self._model.temperature, **self._model.engine_options}
         return VLLMScorer(self._model.path, **options)
 
+    def close(self) -> None:
+        """End the engine."""
+        self._scorer.close()
+
     def __call__(self, table: pa.Table) -> pa.Table:
         error = self._columns.added("error")
         errors = table.column(error).to_pylist()
         sequences = self._sequences(table, errors)
+        self._stop_at(errors, table)
         values, figures = self._score(sequences, errors)
+        self._stop_at(errors, table)
         table = table.drop_columns([error])
         for name, column in self._output(sequences, values, table.num_rows).items():
-            table = table.append_column(self._columns.added(name), column)
+            if not (name == "start" and self._layout.read.get("start") == self._columns.added("start")):
+                table = table.append_column(self._columns.added(name), column)
         for name, figure in figures.items():
             table = _counted(table, name, figure)
-        if self._on_error == "stop" and any(errors):
-            i = next(i for i, told in enumerate(errors) if told)
-            raise InputError(f"row {i} of its block: {errors[i]}")
         return table.append_column(error, pa.array(errors, pa.string()))
+
+    def _stop_at(self, errors: list[str | None], table: pa.Table) -> None:
+        """Raise the first row's error, if the user wants to stop at one."""
+        i = next((i for i, told in enumerate(errors) if told is not None), None)
+        if self._on_error == "stop" and i is not None:
+            where = (
+                f"row {table.column(ROW)[i]} of the data set"
+                if ROW in table.column_names
+                else f"row {i} of its block"
+            )
+            raise InputError(f"{where}: {errors[i]}")
 
     def _sequences(self, table: pa.Table, errors: list[str | None]) -> dict[int, list[_Sequence]]:
         """Return the sequences of each row that can be scored; write the errors of the others."""
@@ -144,7 +157,9 @@ class ScoreRows:
     def _told(self, error: Exception) -> str:
         """Return an error's text without the number that a sequence has in a call."""
         text = str(error)
-        return text.replace("sequence", "response", 1) if self._layout.is_group else _ONLY.sub("", text)
+        if self._layout.is_group:
+            return text.replace("sequence", "response", 1)
+        return text.replace("sequence 0", "the sequence", 1)
 
     def _score(
         self, sequences: dict[int, list[_Sequence]], errors: list[str | None]
@@ -159,7 +174,7 @@ class ScoreRows:
             ((i, _),) = sequences.items()
             errors[i] = self._told(error)
             sequences.clear()
-            return {}, {}
+            return {}, {NUM_PROMPT: 0, NUM_CACHED: 0}
         of_row = iter(values)
         return {i: [next(of_row) for _ in row] for i, row in sequences.items()}, figures
 

@@ -6,6 +6,7 @@ import functools
 import json
 import posixpath
 import uuid
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import fsspec
@@ -77,7 +78,8 @@ class Folder:
     """The folder of the output. A file is written under another name, and renamed when it is whole."""
 
     def __init__(self, place: str) -> None:
-        self.place = place.rstrip("/")
+        # Tasks of Ray run in other folders.
+        self.place = place.rstrip("/") if "://" in place else str(Path(place).resolve())
 
     def path(self, name: str) -> str:
         return f"{self.place}/{name}"
