@@ -61,6 +61,17 @@ def test_other_settings_are_refused_by_name(whole, ref_path, files, options, tol
         run(home / "data.jsonl", home / "out", ref_path, files=files, **options)
 
 
+def test_files_without_a_manifest_are_refused_and_never_removed(whole, ref_path, tmp_path):
+    home, *_ = whole
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part-00000000.parquet").write_bytes(b"somebody's")
+    with pytest.raises(OptionError, match=r"no _manifest\.json that tells what made them"):
+        run(home / "data.jsonl", tmp_path / "out", ref_path)
+    with pytest.raises(OptionError, match="--overwrite removes nothing there"):
+        run(home / "data.jsonl", tmp_path / "out", ref_path, files={"overwrite": True})
+    assert (tmp_path / "out" / "part-00000000.parquet").read_bytes() == b"somebody's"
+
+
 def test_another_model_is_refused(whole, policy_path):
     home, *_ = whole
     with pytest.raises(OptionError, match=r"model\.checksum was"):
@@ -80,6 +91,20 @@ def test_an_actor_and_an_engine_that_are_killed_are_started_again(whole, ref_pat
 
     run(home / "data.jsonl", tmp_path / "out", ref_path, on_part=kill)
     assert len(set(killed)) == 2
+    check_same(table_of(tmp_path / "out"), table)
+
+
+@pytest.mark.nightly
+def test_an_engine_that_dies_again_and_again_ends_the_run_with_its_log(whole, ref_path, tmp_path):
+    home, _, _, table = whole
+
+    def kill(_):
+        for _, engine in helpers.scoring_actors():
+            engine[-1].kill()
+
+    with pytest.raises(EngineError, match="the engine died 4 times"):
+        run(home / "data.jsonl", tmp_path / "out", ref_path, on_part=kill)
+    run(home / "data.jsonl", tmp_path / "out", ref_path)
     check_same(table_of(tmp_path / "out"), table)
 
 

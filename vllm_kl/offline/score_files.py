@@ -82,6 +82,8 @@ def score_files(
     manifest = Manifest.read(folder)
     if manifest is not None:
         manifest.check_same(settings, files.out)
+    elif any(name.startswith("part-") for name in folder.names()):
+        raise OptionError(f"{files.out} holds files of parts, but no {NAME} that tells what made them")
     with connected(address, job.resources), whole_blocks(), plain_errors():
         if manifest is None:
             manifest = plan(files, job, settings)
