@@ -85,9 +85,7 @@ def main() -> None:
 
     table = make_table("memory beside engine and Ray, MB", "rows", *COUNTED, "together", "engine", "seconds")
     with tempfile.TemporaryDirectory() as home:
-        model = build_architecture(
-            Path(home, "model"), "qwen2", max_position_embeddings=1024, num_hidden_layers=1, hidden_size=32
-        )
+        model = build_architecture(Path(home, "model"), "qwen2", max_position_embeddings=1024)
         for num_rows in args.rows or [2000, 8000]:
             data = Path(home, f"{num_rows}.parquet")
             write_rows(data, num_rows, args.tokens)
