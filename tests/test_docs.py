@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from tensordict import TensorDict
 
 import vllm_kl
+from tests import local_ray
 from vllm_kl import errors
 from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.plugin.allowed import PARTLY_RUN_VLLM, SINCE
@@ -70,6 +71,8 @@ NOT_RUN = "# Not run here: "
 CONTINUES = re.compile(r"^<!-- continues (\S+) -->$", flags=re.M)
 # Pages that push into the policy's engine: they get an engine whose weights tests replace.
 PUSHING = {"weights.md"}
+# Pages whose blocks use a Ray cluster that is there.
+ON_RAY = {"datasets.md"}
 
 
 class Runner:
@@ -135,9 +138,16 @@ def runner(tmp_path_factory, policy_path, ref_path, tied_paths, policy_llm, tied
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name
+    "page",
+    [
+        pytest.param(page, marks=local_ray.MARKS if page.name in ON_RAY else (), id=page.name)
+        for page in PAGES
+        if BLOCK.search(page.read_text())
+    ],
 )
-def test_the_examples_of_a_page_run(page, runner):
+def test_the_examples_of_a_page_run(page, runner, request):
+    if page.name in ON_RAY:
+        request.getfixturevalue("cluster")
     runner.run(page)
 
 

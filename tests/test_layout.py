@@ -75,7 +75,7 @@ def test_a_room_imports_only_rooms_below_it(room):
     ("package", "homes"),
     [
         ("torchrl", {"batch", "transforms"}),
-        ("ray", {"transforms", "weights"}),
+        ("ray", {"transforms", "weights", "offline"}),
         ("vllm", {"engines", "plugin", "weights", "transforms"}),
     ],
 )

@@ -456,6 +456,15 @@ class TestRay:
         assert "error_msg_lines.append(cause.error_message)" in built
         assert hasattr(ray.exceptions, "OwnerDiedError")
 
+    def test_ray_data_maps_whole_blocks_with_options_of_actors(self):
+        """offline/pipeline.py: on GPUs the public method refuses whole blocks, and warns of max_restarts."""
+        data = pytest.importorskip("ray.data", reason="pip install 'vllm-kl[ray]'")
+        taken = inspect.signature(data.Dataset.map_batches_internal).parameters
+        assert {"batch_size", "batch_format", "compute", "num_gpus", "runtime_env"} <= taken.keys()
+        assert "ray_remote_args" in taken
+        assert "You must provide `batch_size`" in source(data.Dataset.map_batches)
+        assert "target_max_block_size" in fields(data.DataContext)
+
 
 class TestTorchRL:
     def test_losses_leave_out_tokens_whose_recorded_log_prob_is_nan(self):

@@ -1,4 +1,4 @@
-"""Parses the arguments of the command ``vllm-kl``. ``demo``, ``doctor`` and ``view`` do the work."""
+"""Parses the arguments of the command ``vllm-kl``. The folders and ``doctor`` do the work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vllm_kl import __version__
 from vllm_kl.errors import OptionError, VLLMKLError
+from vllm_kl.offline.command import score
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -196,6 +197,9 @@ def view(
     )
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(page), "path": str(page.path)}))
+
+
+app.command()(score)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.plan import plan
 from vllm_kl.progress import show_progress
-from vllm_kl.types import ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
+from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
 from vllm_kl.weights.canary import Canary
 from vllm_kl.weights.checkpoint import average
 from vllm_kl.weights.collector_errors import check_collector
@@ -178,6 +178,24 @@ class VLLMScorer:
         """The version of the engine's weights. 0: those that it started with. ``None``: not known."""
         weights = getattr(self._engine, "weights", None)
         return None if weights is None else weights.version
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine's properties: its vocabulary, and the longest sequence that it scores."""
+        return self._engine.info
+
+    def check(self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None = None) -> None:
+        """Refuse what :meth:`score` would refuse, and send nothing.
+
+        Args:
+            token_ids, start: as in :meth:`score`.
+
+        Raises:
+            InputError: as in :meth:`score`.
+
+        >>> scorer.check([[5, 6, 7]], start=2)
+        """
+        check_requests(token_ids, start, self._engine.info, self._placeholders)
 
     def score(
         self,

@@ -89,12 +89,16 @@ class Dialog:
 
 
 def render(
-    history: History, tokenizer: Any, options: dict[str, Any], *, whose: str
+    history: History | Sequence[Sequence[dict[str, Any]]],
+    tokenizer: Any,
+    options: dict[str, Any],
+    *,
+    whose: str,
 ) -> tuple[list[Dialog], dict[str, str]]:
     """Render a batch of histories; return the dialogs, and notes about the template by kind.
 
     Args:
-        history: ``[B, messages]``.
+        history: ``[B, messages]``; or B dialogs in plain messages.
         tokenizer: a tokenizer of transformers.
         options: options of ``History.apply_chat_template``.
         whose: name of the template in messages.
@@ -105,7 +109,11 @@ def render(
     """
     renderer = _Renderer(tokenizer, whose)
     try:
-        history.apply_chat_template(tokenizer=renderer, **options)
+        if isinstance(history, History):
+            history.apply_chat_template(tokenizer=renderer, **options)
+        else:
+            for messages in history:
+                renderer.apply_chat_template(list(messages), **options)
     except KeyError as error:
         if options.get("chat_template") is None and error.args == (options.get("chat_template_name"),):
             raise OptionError(

@@ -342,6 +342,13 @@ def _render(
     history = td.get(keys.key)
     if not isinstance(history, History):
         raise InputError(f"{keys.key} must be a History, got {type(history).__name__}")
+    return render_dialogs(history, keys, assistant_only=assistant_only)
+
+
+def render_dialogs(
+    history: History | Sequence[Sequence[dict[str, Any]]], keys: InputKeys, *, assistant_only: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None, TextReport]:
+    """Return ids and assistant masks of histories, or of dialogs in plain messages."""
     options = {"add_generation_prompt": False, **keys.template_kwargs}
     options |= {"tokenize": True, "padding": False, "return_dict": True, "return_assistant_tokens_mask": True}
     options.pop("return_tensors", None)
@@ -363,6 +370,12 @@ def _render(
     return token_ids, masks, report_changes(dialogs, masks, ends).joined(of_turns, TextReport(notes=notes))
 
 
+def has_tags(template: Any) -> bool:
+    """Whether a tokenizer's chat template marks the tokens of the assistant."""
+    text = template.get("default", "") if isinstance(template, dict) else template
+    return bool(text and _TAG.search(text))
+
+
 def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
     """Set the tokenizer's own template in the options, if it has tags; return its name for messages."""
     if options.get("chat_template") is not None:
@@ -370,10 +383,9 @@ def _choose_template(tokenizer: Any, options: dict[str, Any]) -> str:
     if options.get("chat_template_name") is not None:
         return f"TorchRL's chat template {options['chat_template_name']!r}"
     own = getattr(tokenizer, "chat_template", None)
-    text = own.get("default", "") if isinstance(own, dict) else own
-    if text and _TAG.search(text):
+    if has_tags(own):
         # Without this, TorchRL 0.14 chooses one of its own templates by words in the tokenizer's path.
-        options["chat_template"] = text
+        options["chat_template"] = own["default"] if isinstance(own, dict) else own
         return "the tokenizer's own chat template"
     if own:
         warnings.warn(

