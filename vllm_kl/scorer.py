@@ -122,6 +122,7 @@ class VLLMScorer:
         placeholders: Placeholders = "refuse",
         timeout_s: float | None = TIMEOUT_S,
         devices: Devices | None = None,
+        replicas: Any = None,
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -140,6 +141,7 @@ class VLLMScorer:
             check_lora_request(lora_request),
             check_timeout(timeout_s),
             devices,
+            replicas,
         )
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
