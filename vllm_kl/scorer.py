@@ -33,7 +33,7 @@ from vllm_kl.checks import (
     check_temperature,
     check_timeout,
 )
-from vllm_kl.engines.base import Engine
+from vllm_kl.engines.base import Engine, OfReplicas
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make_engine import make_engine
@@ -446,9 +446,12 @@ class VLLMScorer:
                 self.weights.wake_up()
                 self._is_asleep = False
 
-    def _score_alone(self, request: ScoreRequest) -> ScoreResult:
+    def _score_alone(self, request: ScoreRequest) -> list[ScoreResult]:
+        """Return the result of the engine, or of each of its replicas."""
         self._check_awake()
-        return self._engine.score([request], share_prefix=False, alone=True)[0]
+        if isinstance(self._engine, OfReplicas):
+            return [results[0] for results in self._engine.score_on_each([request])]
+        return self._engine.score([request], share_prefix=False, alone=True)
 
     def _check_awake(self) -> None:
         if self._is_asleep:

@@ -11,24 +11,33 @@ older ones again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 from vllm_kl.engines.process import TIMEOUT_S
+from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.engines.replicas.prompt_router import RUNNING
-from vllm_kl.engines.replicas.replica import MAX_ONGOING
-from vllm_kl.engines.replicas.service import Service, fleet_of
+from vllm_kl.engines.replicas.replica import MAX_ONGOING, DyingError
+from vllm_kl.engines.replicas.service import Service
 from vllm_kl.engines.replicas.shards import Shard, cut
+from vllm_kl.engines.replicas.weights import ReplicatedWeights
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.weights.all_or_none import Outcome
+from vllm_kl.weights.checkpoint import InitialCheckpoint, Skeleton
 
-_TRIES = 3  # replicas that may die of one shard
+_DEATHS = (RayActorError, DyingError)
+_MOST_DEATHS = 3  # replicas that may die of one shard
 _LOOK_EVERY_S = 5.0
+_AGAIN_AFTER_S = 0.5  # a shard whose replica died, or serves another version than others
 
 
 class ReplicatedEngine:
@@ -38,24 +47,42 @@ class ReplicatedEngine:
     """
 
     info: EngineInfo
-    weights = None
 
     def __init__(
         self,
         model: str,
         *,
-        replicas: int,
+        replicas: Any,
         readout: str,
         options: dict[str, Any],
         lora_request: Any = None,
         timeout_s: float | None = TIMEOUT_S,
     ) -> None:
+        wish = wish_of(replicas)
+        checkpoint = InitialCheckpoint(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
         self._timeout_s = timeout_s
-        self._service = Service(model, start, fleet_of(replicas, options), timeout_s=timeout_s)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vllm_kl-shards", daemon=True).start()
-        self.info, self.settings, _ = self.on_all("describe")[0]
+        self._service = Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s)
+        self.info, self.settings, _ = self._result(self.on_each("describe")[0])
+        skeleton = Skeleton(
+            model,
+            revision=options.get("revision"),
+            trust_remote_code=options.get("trust_remote_code", False),
+            hf_overrides=options.get("hf_overrides"),
+        )
+        self.weights = ReplicatedWeights(
+            self.on_each, self._service.keep, skeleton, checkpoint, wish.weights_folder
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether :meth:`close` was not called."""
+        return self._service.is_open
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the replicas that run."""
+        return [self._result(outcome)[2] for outcome in self.on_each("describe")]
 
     def score(
         self,
@@ -66,30 +93,88 @@ class ReplicatedEngine:
         alone: bool = False,
     ) -> list[ScoreResult]:
         if alone:
-            return unpack(ScoreResult, self.on_all("score_alone", pack(requests))[0])
+            return self.score_on_each(requests)[0]
+        self._check_open()
         shards = cut(requests, RUNNING.get(self._service.name, ()))
-        return self._wait_for(_Call(self, requests, shards, share_prefix, on_done).run())
-
-    def on_all(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every replica that runs; return the results, or raise the first error."""
-        return self._service.handle.broadcast(method, *args).results(timeout_s=self._timeout_s)
-
-    def close(self) -> None:
-        self._service.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _wait_for(self, steps: Coroutine[Any, Any, Any]) -> Any:
-        future = asyncio.run_coroutine_threadsafe(steps, self._loop)
+        call = _Call(self, requests, shards, share_prefix, on_done)
+        future = asyncio.run_coroutine_threadsafe(call.run(), _loop())
         try:
             return future.result()
         except BaseException:
             future.cancel()  # Ctrl-C in this thread
             raise
 
+    def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
+        """Score the requests alone on each replica that runs."""
+        answers = map(self._result, self.on_each("score_alone", pack(requests)))
+        return [unpack(ScoreResult, answer) for answer in answers]
+
+    def on_each(self, method: str, *args: Any) -> list[Outcome]:
+        """Call a method of each replica that runs; return the outcomes.
+
+        A replica that dies of it has no outcome. If all die, those that come back are called.
+
+        Raises:
+            EngineError: no replica came back in time.
+        """
+        self._check_open()
+        while True:
+            try:
+                response = self._service.handle.broadcast(method, *args)
+                answers = response.results(timeout_s=self._timeout_s, return_exceptions=True)
+            except RayServeException:
+                answers = []  # no replica runs
+            except TimeoutError as error:
+                raise EngineError(
+                    f"a replica gave no answer for {self._timeout_s:g} s (timeout_s)"
+                ) from error
+            answers = [_cause(answer) for answer in answers]
+            if living := [answer for answer in answers if not isinstance(answer, _DEATHS)]:
+                return [(not isinstance(answer, Exception), answer) for answer in living]
+            time.sleep(_AGAIN_AFTER_S)
+            self._service.wait_for_a_replica()
+
+    def close(self) -> None:
+        self._service.close()
+        if hasattr(self, "weights"):
+            self.weights.release()
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            raise EngineError("the engine is closed: make a new VLLMScorer")
+
+    @staticmethod
+    def _result(outcome: Outcome) -> Any:
+        is_done, result = outcome
+        if not is_done:
+            raise result
+        return result
+
     @property
     def limit(self) -> int:
         """How many shards of a call are on their way at a time."""
         return MAX_ONGOING * self._service.fleet.most
+
+    async def ask(self, shard: Shard, requests: Sequence[ScoreRequest], share_prefix: bool) -> Any:
+        return await self._service.handle.score.remote(shard.key, pack(requests), share_prefix)
+
+    async def check_alive(self, silent_s: float) -> bool:
+        """Return whether a replica runs.
+
+        Args:
+            silent_s: for how long none did.
+
+        Raises:
+            EngineError: none does, and none comes back.
+        """
+        self._check_open()
+        if await asyncio.to_thread(self._service.num_running):
+            return True
+        await asyncio.to_thread(self._service.raise_failure)
+        if self._timeout_s is not None and silent_s > self._timeout_s:
+            state = await asyncio.to_thread(self._service.state)
+            raise EngineError(f"no replica runs for {self._timeout_s:g} s (timeout_s): {state}")
+        return False
 
 
 class _Call:
@@ -105,41 +190,90 @@ class _Call:
     ) -> None:
         self._engine, self._requests, self._share_prefix = engine, requests, share_prefix
         self._shards, self._on_done = shards, on_done
+        self._version = engine.weights.version  # of the newest weights that are known to serve
         self._results: dict[int, list[ScoreResult]] = {}  # by the shard's index
-        self._deaths: dict[int, int] = {}
+        self._deaths: Counter[int] = Counter()
+        self._waiting = deque(range(len(shards)))
+        self._asked = set(self._waiting)  # shards that wait or are on their way
 
     async def run(self) -> list[ScoreResult]:
-        waiting = deque(range(len(self._shards)))
         running: dict[asyncio.Task, int] = {}
+        heard = time.monotonic()
         try:
-            while waiting or running:
-                while waiting and len(running) < self._engine.limit:
-                    n = waiting.popleft()
-                    running[asyncio.ensure_future(self._ask(self._shards[n]))] = n
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            while self._waiting or running:
+                while self._waiting and len(running) < self._engine.limit:
+                    n = self._waiting.popleft()
+                    running[asyncio.ensure_future(self._ask(n))] = n
+                done, _ = await asyncio.wait(
+                    running, timeout=_LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
                 for task in done:
-                    self._take(running.pop(task), task, waiting)
+                    self._take(running.pop(task), task)
+                if done or await self._engine.check_alive(time.monotonic() - heard):
+                    heard = time.monotonic()
         finally:
             for task in running:
                 task.cancel()
-        found = [None] * len(self._requests)
+        found: dict[int, ScoreResult] = {}
         for n, results in self._results.items():
-            for place, result in zip(self._shards[n].places, results, strict=True):
-                found[place] = result
-        return found
+            found.update(zip(self._shards[n].places, results, strict=True))
+        return [found[place] for place in range(len(self._requests))]
 
-    async def _ask(self, shard: Shard) -> list[ScoreResult]:
-        packed = pack([self._requests[place] for place in shard.places])
-        answer = await self._engine._service.handle.score.remote(shard.key, packed, self._share_prefix)
-        return unpack(ScoreResult, answer)
+    async def _ask(self, n: int) -> list[ScoreResult]:
+        if self._deaths[n] or n in self._results:
+            await asyncio.sleep(_AGAIN_AFTER_S)
+        shard = self._shards[n]
+        requests = [self._requests[place] for place in shard.places]
+        return unpack(ScoreResult, await self._engine.ask(shard, requests, self._share_prefix))
 
-    def _take(self, n: int, task: asyncio.Task, waiting: deque[int]) -> None:
-        try:
-            results = task.result()
-        except RayTaskError as error:
-            raise error.cause or error from error
-        except RayError as error:
-            raise EngineError(f"a replica died: {error}") from error
+    def _take(self, n: int, task: asyncio.Task) -> None:
+        """Take a shard's results, or let it be asked again."""
+        self._asked.discard(n)
+        if (error := task.exception()) is not None:
+            self._ask_again_or_raise(n, _cause(error))
+            return
+        results = task.result()
         if n not in self._results and self._on_done is not None:
             self._on_done(len(results))
         self._results[n] = results
+        self._version = max(self._version, *(_version(result) for result in results))
+        behind = [m for m, known in self._results.items() if min(map(_version, known)) < self._version]
+        for m in behind:
+            if m not in self._asked:
+                self._ask_again(m)
+
+    def _ask_again(self, n: int) -> None:
+        self._asked.add(n)
+        self._waiting.append(n)
+
+    def _ask_again_or_raise(self, n: int, error: Exception) -> None:
+        if not isinstance(error, (*_DEATHS, RayServeException)):
+            raise error
+        self._deaths[n] += not isinstance(error, RayServeException)
+        if self._deaths[n] >= _MOST_DEATHS:
+            raise EngineError(
+                f"{_MOST_DEATHS} replicas died, one after the other, when they scored the same "
+                f"{len(self._shards[n].places)} sequences. The last one: {error}"
+            ) from error
+        self._ask_again(n)
+
+
+def _version(result: ScoreResult) -> int:
+    return result.weight_version or 0
+
+
+def _cause(answer: Any) -> Any:
+    """Return the error that was raised in a replica, for Ray's error about it."""
+    if isinstance(answer, RayTaskError) and isinstance(answer.cause, Exception):
+        return answer.cause
+    if isinstance(answer, RayError) and not isinstance(answer, RayActorError):
+        return EngineError(f"Ray lost the answer of a replica: {answer}")
+    return answer
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of all calls of this process."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="vllm_kl-shards", daemon=True).start()
+    return loop

@@ -3,8 +3,8 @@
 Serve makes the router in the process of each caller. The rule is :mod:`vllm_kl.engines.affinity`; the load of
 a replica is the number of its running requests, which Serve knows.
 
-Source: ``ray/serve/request_router.py``, Ray 2.60 (alpha). ``FIFOMixin`` is left out: it gives a chosen replica
-to whichever request waits longest.
+Source: ``ray/serve/request_router.py``, Ray 2.60 (alpha). ``FIFOMixin`` is left out: it gives the chosen
+replica to the request that waits longest.
 """
 
 from __future__ import annotations

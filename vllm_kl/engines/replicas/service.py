@@ -1,9 +1,11 @@
 """Starts and ends a deployment of replicas on Ray Serve, and Ray and Serve themselves where there are none.
 
-Ray     this process is in a cluster, or RAY_ADDRESS names one: it is used. Else a local Ray is started,
-        for all scorers of this process, and ends with the last of them.
-Serve   started without a proxy if the cluster has none: nothing comes over HTTP.
-the deployment has one user, this process. It ends with the scorer.
+    Ray             if this process is in a cluster, or RAY_ADDRESS names one, this one is used. Else a local
+                    Ray is started, for all scorers of this process; it ends with the last of them.
+    Serve           is started, without a proxy, if the cluster has none: nothing comes over HTTP.
+    the deployment  has one user, this process. It ends with the scorer, or when the process is gone.
+
+Serve checks the health of replicas, restarts them, and adds or removes some between ``min`` and ``max``.
 """
 
 from __future__ import annotations
@@ -14,17 +16,20 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 
+from vllm_kl.engines.replicas.fleet import Fleet, Wish, fleet_of
 from vllm_kl.engines.replicas.prompt_router import PromptRouter
-from vllm_kl.engines.replicas.replica import MAX_ONGOING, Replica, from_text
-from vllm_kl.errors import EngineError, OptionError
+from vllm_kl.engines.replicas.replica import MAX_ONGOING, USERS, Replica, from_text
+from vllm_kl.errors import EngineError
 
 logger = logging.getLogger("vllm_kl")
 
@@ -32,51 +37,53 @@ _SPILL = 2  # shards that the preferred replica may be behind the least loaded o
 _LOOK_EVERY_S = 0.2
 _NOTE_AFTER_S = 60.0
 _DEPLOYMENT = "replica"
+# With a new version Serve would start all replicas anew, with an equal one it calls their reconfigure().
+_CODE_VERSION = "1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fleet:
-    """How many replicas there are, and what each of them takes."""
-
-    fewest: int
-    most: int
-    num_cpus: float  # of Ray's, for one replica
-    num_gpus: int
-    num_threads: int  # of the engine, on a CPU
-
-    @property
-    def is_elastic(self) -> bool:
-        return self.fewest != self.most
-
-
-class _LocalRay:
-    """The local Ray that this process started, if it did, and the number of its users."""
+class _Ray:
+    """Ray and Serve as this process uses them; what it started ends with the last user."""
 
     def __init__(self) -> None:
-        self._lock, self._num_users, self._is_ours = threading.Lock(), 0, False
+        self._lock, self._num_users = threading.Lock(), 0
+        self.is_ours = self._is_serve_ours = False
 
-    def enter(self, num_cpus: int) -> None:
+    def enter(self, num_replicas: int) -> None:
         with self._lock:
             if not ray.is_initialized():
-                quiet = {"log_to_driver": False, "include_dashboard": False, "configure_logging": False}
+                quiet: dict[str, Any] = {"log_to_driver": False}
                 if os.environ.get("RAY_ADDRESS"):
-                    ray.init(log_to_driver=False)
+                    ray.init(**quiet)
                 else:
+                    quiet |= {"include_dashboard": False, "configure_logging": False}
+                    num_cpus = max(len(os.sched_getaffinity(0)), num_replicas)
                     ray.init(address="local", num_cpus=num_cpus, **quiet)
-                    self._is_ours = True
+                    self.is_ours = True
+            if self._num_users == 0:
+                actors = ray.util.list_named_actors(all_namespaces=True)
+                self._is_serve_ours = all(actor["namespace"] != "serve" for actor in actors)
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(proxy_location="Disabled")
             self._num_users += 1
 
     def leave(self) -> None:
         with self._lock:
             self._num_users -= 1
-            if self._num_users == 0 and self._is_ours:
-                self._is_ours = False
-                if ray.is_initialized():
+            if self._num_users or not ray.is_initialized():
+                return
+            with contextlib.suppress(RayError, RayServeException):
+                if self._is_serve_ours and not serve.status().applications:
                     serve.shutdown()
-                    ray.shutdown()
+            if self.is_ours:
+                self.is_ours = False
+                ray.shutdown()
 
 
-_RAY = _LocalRay()
+_RAY = _Ray()
+
+
+class _User:
+    """An actor that ends with the process that made it: while it lives, the deployment has its user."""
 
 
 class Service:
@@ -85,46 +92,72 @@ class Service:
     Args:
         model: the path or name of the model.
         start: arguments of :class:`~vllm_kl.engines.process.ProcessEngine`, which each replica gets.
-        fleet: how many replicas, and what each takes.
-        timeout_s: how long the start may take; ``None``: for ever.
+        wish: how many replicas.
+        written: what the model's files must be when a replica starts.
+        timeout_s: how long the start may take, and a call may be without a replica; ``None``: for ever.
 
     Raises:
         EngineError, OptionError, ...: of the replica that did not start.
     """
 
     def __init__(
-        self, model: str, start: Mapping[str, Any], fleet: Fleet, *, timeout_s: float | None
+        self, model: str, start: dict[str, Any], wish: Wish, *, written: str | None, timeout_s: float | None
     ) -> None:
         self.name = f"vllm_kl-{uuid.uuid4().hex[:12]}"
-        self.fleet, self._timeout_s = fleet, timeout_s
-        _RAY.enter(num_cpus=max(os.cpu_count() or 1, round(fleet.most * fleet.num_cpus)))
-        self._is_open = True
+        self._timeout_s = timeout_s
+        _RAY.enter(wish.most or wish.fewest)
+        self._finalizer = weakref.finalize(self, _end, self.name)
         try:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(proxy_location="Disabled")
-            self._app = _deployment(fleet).bind(model, dict(start))
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self.fleet = fleet_of(wish, start["options"], nodes)
+            user = None
+            if not _RAY.is_ours:  # a cluster that may outlive this process
+                user = self.name
+                self._user = ray.remote(num_cpus=0)(_User).options(name=user, namespace=USERS).remote()
+            self._deployment, self._args = _deployment(self.fleet), (model, start, written, user)
             self.handle = self._run()
-            self._wait()
+            self._wait_until(lambda app: app.status == "RUNNING", "start")
         except BaseException:
             self.close()
             raise
 
+    @property
+    def is_open(self) -> bool:
+        return self._finalizer.alive
+
     def _run(self) -> Any:
-        target = serve.RunTarget(target=self._app, name=self.name, route_prefix=None)
+        target = serve.RunTarget(target=self._deployment.bind(*self._args), name=self.name, route_prefix=None)
         return serve.run_many([target], wait_for_applications_running=False)[0]
 
-    def _wait(self) -> None:
-        """Wait until the deployment runs."""
+    def keep(self, config: Mapping[str, Any]) -> None:
+        """Let each replica call ``reconfigure(config)``: those that run, and those that start from now on."""
+        self._deployment = self._deployment.options(user_config=dict(config))
+        self._run()
+
+    def wait_for_a_replica(self) -> None:
+        """Return when a replica runs.
+
+        Raises:
+            EngineError, OptionError, ...: none comes back, or none within ``timeout_s``.
+        """
+        self._wait_until(lambda app: self.num_running() > 0, "come back")
+
+    def num_running(self) -> int:
+        """How many replicas run, by what Serve knows; 0 also if Serve cannot be asked."""
+        deployment = self._status()
+        return 0 if deployment is None else deployment.replica_states.get("RUNNING", 0)
+
+    def _wait_until(self, is_over: Any, what: str) -> None:
         began, has_told = time.monotonic(), False
         while True:
-            app = serve.status().applications[self.name]
+            with contextlib.suppress(RayError, RayServeException, KeyError):
+                if is_over(serve.status().applications[self.name]):
+                    return
             self.raise_failure()
-            if app.status == "RUNNING":
-                return
             waited = time.monotonic() - began
             if self._timeout_s is not None and waited > self._timeout_s:
                 raise EngineError(
-                    f"the replicas did not start within {self._timeout_s:g} s (timeout_s): {self.state()}"
+                    f"the replicas did not {what} within {self._timeout_s:g} s (timeout_s): {self.state()}"
                 )
             if waited > _NOTE_AFTER_S and not has_told:
                 has_told = True
@@ -132,8 +165,8 @@ class Service:
             time.sleep(_LOOK_EVERY_S)
 
     def raise_failure(self) -> None:
-        """Raise the error of a replica that did not start, if none runs."""
-        deployment = serve.status().applications[self.name].deployments.get(_DEPLOYMENT)
+        """Raise the error of a replica that did not start, if no replica runs."""
+        deployment = self._status()
         if deployment is None or deployment.replica_states.get("RUNNING"):
             return
         if (error := from_text(deployment.message)) is not None:
@@ -143,24 +176,31 @@ class Service:
 
     def state(self) -> str:
         """Return what Serve says of the replicas, and what Ray has left."""
-        deployment = serve.status().applications[self.name].deployments.get(_DEPLOYMENT)
+        deployment = self._status()
         if deployment is None:
-            return "Serve does not know them yet"
-        found = ", ".join(f"{n} {state}" for state, n in deployment.replica_states.items())
+            return "Serve does not know them, or cannot be asked"
+        found = ", ".join(f"{n} {state}" for state, n in deployment.replica_states.items()) or "none is there"
         need = {"CPU": self.fleet.num_cpus, "GPU": self.fleet.num_gpus}
-        return (
-            f"{found or 'none is there'}. {deployment.message} Each needs {need}; "
-            f"free are {ray.available_resources()}"
-        )
+        free = {name: n for name, n in ray.available_resources().items() if name in need}
+        return f"{found}. {deployment.message}\nEach needs {need}; free are {free}"
+
+    def _status(self) -> Any:
+        with contextlib.suppress(RayError, RayServeException, KeyError):
+            return serve.status().applications[self.name].deployments.get(_DEPLOYMENT)
+        return None
 
     def close(self) -> None:
         """End the replicas, and Ray if it was started for them. Safe to call twice."""
-        if self._is_open:
-            self._is_open = False
-            if ray.is_initialized():
-                with contextlib.suppress(Exception):  # Serve is gone, or ends
-                    serve.delete(self.name)
-            _RAY.leave()
+        self._finalizer()
+
+
+def _end(name: str) -> None:
+    if ray.is_initialized():
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):  # Serve is gone, or ends
+            serve.delete(name)
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=USERS))
+    _RAY.leave()
 
 
 def _deployment(fleet: Fleet) -> serve.Deployment:
@@ -176,7 +216,7 @@ def _deployment(fleet: Fleet) -> serve.Deployment:
                 "target_ongoing_requests": MAX_ONGOING / 2,
             }
         }
-    return serve.deployment(
+    deployment = serve.deployment(
         name=_DEPLOYMENT,
         max_ongoing_requests=MAX_ONGOING,
         max_constructor_retry_count=3,
@@ -194,11 +234,5 @@ def _deployment(fleet: Fleet) -> serve.Deployment:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
         **number,
     )(Replica)
-
-
-def fleet_of(replicas: int, options: Mapping[str, Any]) -> Fleet:
-    """Return the fleet that the argument ``replicas`` of :class:`~vllm_kl.VLLMScorer` asks for."""
-    if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
-        raise OptionError(f"replicas={replicas!r}: expected a number of at least 1")
-    num_threads = max(1, (os.cpu_count() or 1) // replicas)
-    return Fleet(fewest=replicas, most=replicas, num_cpus=1, num_gpus=0, num_threads=num_threads)
+    # Ray 2.60 has no public way to keep the version (ray/serve/_private/client.py: deploy_applications).
+    return deployment.options(version=_CODE_VERSION, _internal=True)
