@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import resource
 import signal
 import threading
 import time
@@ -14,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from tests import local_ray, replica_drivers, tiny
-from tests.lora import GROUP, error_of
+from tests import local_ray, replica_drivers, service_drivers, tiny
+from tests.lora import GROUP, PROMPT, error_of
 from tests.oracle import LOG_PROB_TOLERANCE
-from vllm_kl import VLLMScorer, push_weights
+from vllm_kl import VLLMReference, VLLMScorer, push_weights
 from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
 from vllm_kl.weights.checkpoint import Checkpoint
 
@@ -141,10 +140,12 @@ def test_bad_input_is_refused_before_anything_is_sent(scorer):
 
 
 def test_a_refresh_reaches_each_replica(scorer, policy_path, policy_oracle):
-    before = scorer.weight_version
+    before, pids = scorer.weight_version, pids_of(scorer)
     assert scorer.check_frozen() == 0.0
     assert scorer.refresh(policy_path) == before + 1 == scorer.weight_version
     assert scorer.check_frozen() == 0.0
+    time.sleep(1)  # Serve would start other replicas by now, if it took a refresh for another deployment
+    assert pids_of(scorer) == pids
     assert error_of(scorer, policy_oracle, MANY[:20], START) < LOG_PROB_TOLERANCE
     results = scorer._engine.score_on_each(requests_of(scorer, MANY[:3]))
     assert len(results) == 2
@@ -186,29 +187,73 @@ def test_a_push_is_no_refresh(scorer, policy_model, policy_oracle, ref_path):
     scorer.refresh(ref_path)
 
 
-@contextlib.contextmanager
-def no_more_files(pid):
-    """A process that can open no more files: it cannot read a checkpoint."""
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (8, limits[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+def versions_of(scorer):
+    """Return the version that each replica serves."""
+    results = scorer._engine.score_on_each(requests_of(scorer, MANY[:2]))
+    assert all(of_one[0].weight_version == of_one[1].weight_version for of_one in results)
+    return sorted(of_one[0].weight_version for of_one in results)
 
 
-def test_if_one_replica_cannot_load_the_weights_none_serves_them(scorer, policy_path, ref_oracle):
-    before = scorer.weight_version
-    with (
-        no_more_files(engine_pid(pids_of(scorer)[0])),
-        pytest.raises(WeightsError, match="refused the weights"),
+def written(scorer, path):
+    """Return a checkpoint in the engine's names."""
+    return scorer.weights.skeleton.write(scorer.weights.skeleton.read(str(path)))
+
+
+def test_if_one_replica_refuses_the_weights_none_serves_them(scorer, policy_path, ref_path, policy_oracle):
+    before, checkpoint = scorer.weight_version, written(scorer, policy_path)
+    ahead = {"version": before + 1, "folder": str(checkpoint.folder)}
+    scorer._engine._service.handle.reconfigure.remote(ahead).result()  # of one replica
+    assert versions_of(scorer) == [before, before + 1]
+    with pytest.raises(
+        WeightsError, match=f"(?s)replica . refused .*above {before + 1}.*All replicas keep the old weights"
     ):
-        scorer.refresh(policy_path)
+        scorer.refresh(ref_path)
     assert scorer.weight_version == before
+    assert versions_of(scorer) == [before, before + 1]
+    assert scorer.refresh(policy_path, version=before + 2) == before + 2
+    assert versions_of(scorer) == [before + 2] * 2
+    assert error_of(scorer, policy_oracle, MANY[:20], START) < LOG_PROB_TOLERANCE
+
+
+def test_what_was_committed_can_be_put_back(scorer, policy_path, ref_oracle, policy_oracle):
+    """What happens on the other replicas when one fails in its commit."""
+    before, checkpoint = scorer.weight_version, written(scorer, policy_path)
+    on_each = scorer._engine.on_each
+    on_each("prepare", str(checkpoint.folder), before + 1)
+    assert versions_of(scorer) == [before] * 2
+    assert on_each("commit") == [(True, True)] * 2
+    assert versions_of(scorer) == [before + 1] * 2
+    with pytest.raises(FrozenError, match="which no refresh"):
+        scorer.check_frozen()
+    on_each("put_back", "another failed")
+    on_each("end_push")
+    assert versions_of(scorer) == [before] * 2
     assert scorer.check_frozen() == 0.0
-    assert error_of(scorer, ref_oracle, MANY[:20], START) < LOG_PROB_TOLERANCE
-    assert scorer.stats.weight_version == before
+    assert error_of(scorer, ref_oracle, MANY[:8], START) < LOG_PROB_TOLERANCE
     assert scorer.refresh(policy_path) == before + 1
+    assert error_of(scorer, policy_oracle, MANY[:8], START) < LOG_PROB_TOLERANCE
+
+
+def test_shards_of_a_replica_that_is_behind_are_asked_again(scorer, policy_path, policy_oracle):
+    before, checkpoint = scorer.weight_version, written(scorer, policy_path)
+    on_each = scorer._engine.on_each
+    on_each("prepare", str(checkpoint.folder), before + 1)
+    on_each("commit")
+    scorer._engine._service.handle.put_back.remote("one of them is behind").result()
+    on_each("end_push")
+    assert versions_of(scorer) == [before, before + 1]
+    scorer.weights.version, scorer.weights._served = before + 1, checkpoint
+    told = {"version": before + 1, "folder": str(checkpoint.folder)}
+    later = threading.Timer(1.0, scorer._engine._service.keep, [told])
+    later.start()
+    began = time.monotonic()
+    rows, stats = scorer.score_and_tell(MANY, START)
+    assert time.monotonic() - began > 0.9
+    later.join()
+    assert stats.weight_version == before + 1
+    for ids, row in list(zip(MANY, rows, strict=True))[::20]:
+        assert far([row], [torch.tensor(policy_oracle.log_probs(ids)[START:])]) < LOG_PROB_TOLERANCE
+    assert versions_of(scorer) == [before + 1] * 2
 
 
 def test_a_folder_that_no_replica_sees_is_refused(scorer, tmp_path):
@@ -273,8 +318,7 @@ class TestWhatDies:
         for victim in before:  # one after the other, so both have started anew
             os.kill(victim, signal.SIGKILL)
             wait_for_two(scorer, other_than=[victim])
-        results = scorer._engine.score_on_each(requests_of(scorer, MANY[:2]))
-        assert [{r.weight_version for r in of_one} for of_one in results] == [{version}] * 2
+        assert versions_of(scorer) == [version] * 2
         assert error_of(scorer, policy_oracle, MANY[:20], START) < LOG_PROB_TOLERANCE
         assert scorer.check_frozen() == 0.0
 
@@ -297,8 +341,7 @@ class TestWhatDies:
         assert error_of(scorer, policy_oracle, MANY[:20], START) < LOG_PROB_TOLERANCE
         assert scorer.stats.weight_version == version
         wait_for_two(scorer, other_than=[victim])
-        results = scorer._engine.score_on_each(requests_of(scorer, MANY[:2]))
-        assert [{r.weight_version for r in of_one} for of_one in results] == [{version}] * 2
+        assert versions_of(scorer) == [version] * 2
 
     def test_serves_controller_may_die(self, scorer, ref_scorer, policy_path, policy_oracle):
         process_named("ray::ServeController").kill()
@@ -419,6 +462,26 @@ class TestStartsAndEnds:
         finally:
             driver.kill()
             driver.wait()
+
+
+@pytest.mark.nightly
+def test_a_named_service_may_have_replicas(cluster, ref_path, ref_oracle):
+    before = set(serve_apps())
+    one = {"min": 1, "max": 1, "cpus": 1, "gpus": 0}
+    for _ in range(2):  # the second user finds the same settings
+        transform = service_drivers.service(ref_path, "of replicas", replicas=one)
+    try:
+        found = VLLMReference.connect("of replicas")
+        for scorer in (transform.ref_model.scorer, found.scorer):
+            rows = scorer.score([torch.tensor(ids) for ids in GROUP], [len(PROMPT)] * len(GROUP))
+            truth = [torch.tensor(ref_oracle.log_probs(ids)[len(PROMPT) :]) for ids in GROUP]
+            assert far(rows, truth) < LOG_PROB_TOLERANCE
+        assert len(set(serve_apps()) - before) == 1
+        with pytest.raises(OptionError, match="max_model_len is 64, not 32"):
+            service_drivers.service(ref_path, "of replicas", replicas=one, max_model_len=32)
+    finally:
+        VLLMReference.close_service("of replicas")
+    until(lambda: set(serve_apps()) == before, 60)
 
 
 def replicas_of_ray():

@@ -102,7 +102,7 @@ def _replicated(
         from vllm_kl.engines.replicas.engine import ReplicatedEngine
     except ImportError as error:
         raise OptionError(
-            f"replicas={replicas!r} needs Ray Serve ({error}): pip install 'vllm-kl[ray]'"
+            f"replicas={replicas!r} needs Ray Serve, 2.60 or later ({error}): pip install -U 'vllm-kl[ray]'"
         ) from error
     return ReplicatedEngine(
         path,

@@ -4,14 +4,15 @@
         -> shards.py: whole groups               -> prompt_router.py: the replica that knows the prompt
         -> replica.py: an engine of its own      -> results as they come, put in the order of the requests
 
-A shard whose replica dies is asked again. A call whose shards come from two versions of the weights asks the
-older ones again.
+A shard whose replica dies is asked again. A push waits for the calls that run, so a call knows which version
+all replicas must serve. A shard with another version, of a replica that has just started, is asked again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -20,6 +21,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentBroadcastResponse
 
 from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.replicas.fleet import wish_of
@@ -29,7 +31,7 @@ from vllm_kl.engines.replicas.service import Service
 from vllm_kl.engines.replicas.shards import Shard, cut
 from vllm_kl.engines.replicas.weights import ReplicatedWeights
 from vllm_kl.engines.wire_format import pack, unpack
-from vllm_kl.errors import EngineError
+from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.all_or_none import Outcome
 from vllm_kl.weights.checkpoint import InitialCheckpoint, Skeleton
@@ -61,7 +63,7 @@ class ReplicatedEngine:
         wish = wish_of(replicas)
         checkpoint = InitialCheckpoint(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
-        self._timeout_s = timeout_s
+        self._timeout_s, self._owner_pid = timeout_s, os.getpid()
         self._service = Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s)
         self.info, self.settings, _ = self._result(self.on_each("describe")[0])
         skeleton = Skeleton(
@@ -95,14 +97,15 @@ class ReplicatedEngine:
         if alone:
             return self.score_on_each(requests)[0]
         self._check_open()
-        shards = cut(requests, RUNNING.get(self._service.name, ()))
-        call = _Call(self, requests, shards, share_prefix, on_done)
-        future = asyncio.run_coroutine_threadsafe(call.run(), _loop())
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C in this thread
-            raise
+        with self.weights.unchanged():
+            shards = cut(requests, RUNNING.get(self._service.name, ()))
+            call = _Call(self, requests, shards, share_prefix, on_done)
+            future = asyncio.run_coroutine_threadsafe(call.run(), _loop())
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()  # Ctrl-C in this thread
+                raise
 
     def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
         """Score the requests alone on each replica that runs."""
@@ -115,12 +118,12 @@ class ReplicatedEngine:
         A replica that dies of it has no outcome. If all die, those that come back are called.
 
         Raises:
-            EngineError: no replica came back in time.
+            EngineError: no replica came back in time, or all died again and again.
         """
         self._check_open()
-        while True:
+        for _ in range(_MOST_DEATHS):
             try:
-                response = self._service.handle.broadcast(method, *args)
+                response: DeploymentBroadcastResponse = self._service.handle.broadcast(method, *args)
                 answers = response.results(timeout_s=self._timeout_s, return_exceptions=True)
             except RayServeException:
                 answers = []  # no replica runs
@@ -133,6 +136,8 @@ class ReplicatedEngine:
                 return [(not isinstance(answer, Exception), answer) for answer in living]
             time.sleep(_AGAIN_AFTER_S)
             self._service.wait_for_a_replica()
+        told = f" The last one: {answers[0]}" if answers else ""
+        raise EngineError(f"all replicas died {_MOST_DEATHS} times, one after the other.{told}")
 
     def close(self) -> None:
         self._service.close()
@@ -140,6 +145,11 @@ class ReplicatedEngine:
             self.weights.release()
 
     def _check_open(self) -> None:
+        if os.getpid() != self._owner_pid:
+            raise EngineError(
+                "the replicas belong to the process that started them, not to a fork: make a new VLLMScorer "
+                "in the fork"
+            )
         if not self.is_open:
             raise EngineError("the engine is closed: make a new VLLMScorer")
 
@@ -176,6 +186,14 @@ class ReplicatedEngine:
             raise EngineError(f"no replica runs for {self._timeout_s:g} s (timeout_s): {state}")
         return False
 
+    def check_in_step(self, version: int, waited_s: float) -> None:
+        """Raise an error if a replica does not serve the version for too long."""
+        if self._timeout_s is not None and waited_s > self._timeout_s:
+            raise WeightsError(
+                f"a replica does not serve version {version} of the weights, as the others do, for "
+                f"{self._timeout_s:g} s (timeout_s).\nRefresh or push again, or make the scorer again"
+            )
+
 
 class _Call:
     """One call: its shards, and the results so far."""
@@ -190,13 +208,26 @@ class _Call:
     ) -> None:
         self._engine, self._requests, self._share_prefix = engine, requests, share_prefix
         self._shards, self._on_done = shards, on_done
-        self._version = engine.weights.version  # of the newest weights that are known to serve
         self._results: dict[int, list[ScoreResult]] = {}  # by the shard's index
         self._deaths: Counter[int] = Counter()
         self._waiting = deque(range(len(shards)))
-        self._asked = set(self._waiting)  # shards that wait or are on their way
 
     async def run(self) -> list[ScoreResult]:
+        version, began = self._engine.weights.version, time.monotonic()
+        while self._waiting:
+            await self._ask_all()
+            for n, results in self._results.items():
+                if any(result.weight_version != version for result in results):
+                    self._waiting.append(n)
+            if self._waiting:
+                self._engine.check_in_step(version, time.monotonic() - began)
+        found: dict[int, ScoreResult] = {}
+        for n, results in self._results.items():
+            found.update(zip(self._shards[n].places, results, strict=True))
+        return [found[place] for place in range(len(self._requests))]
+
+    async def _ask_all(self) -> None:
+        """Ask for the shards that wait, until all have come back."""
         running: dict[asyncio.Task, int] = {}
         heard = time.monotonic()
         try:
@@ -214,10 +245,6 @@ class _Call:
         finally:
             for task in running:
                 task.cancel()
-        found: dict[int, ScoreResult] = {}
-        for n, results in self._results.items():
-            found.update(zip(self._shards[n].places, results, strict=True))
-        return [found[place] for place in range(len(self._requests))]
 
     async def _ask(self, n: int) -> list[ScoreResult]:
         if self._deaths[n] or n in self._results:
@@ -228,7 +255,6 @@ class _Call:
 
     def _take(self, n: int, task: asyncio.Task) -> None:
         """Take a shard's results, or let it be asked again."""
-        self._asked.discard(n)
         if (error := task.exception()) is not None:
             self._ask_again_or_raise(n, _cause(error))
             return
@@ -236,15 +262,6 @@ class _Call:
         if n not in self._results and self._on_done is not None:
             self._on_done(len(results))
         self._results[n] = results
-        self._version = max(self._version, *(_version(result) for result in results))
-        behind = [m for m, known in self._results.items() if min(map(_version, known)) < self._version]
-        for m in behind:
-            if m not in self._asked:
-                self._ask_again(m)
-
-    def _ask_again(self, n: int) -> None:
-        self._asked.add(n)
-        self._waiting.append(n)
 
     def _ask_again_or_raise(self, n: int, error: Exception) -> None:
         if not isinstance(error, (*_DEATHS, RayServeException)):
@@ -255,11 +272,7 @@ class _Call:
                 f"{_MOST_DEATHS} replicas died, one after the other, when they scored the same "
                 f"{len(self._shards[n].places)} sequences. The last one: {error}"
             ) from error
-        self._ask_again(n)
-
-
-def _version(result: ScoreResult) -> int:
-    return result.weight_version or 0
+        self._waiting.append(n)
 
 
 def _cause(answer: Any) -> Any:

@@ -62,8 +62,9 @@ class _Ray:
             if self._num_users == 0:
                 actors = ray.util.list_named_actors(all_namespaces=True)
                 self._is_serve_ours = all(actor["namespace"] != "serve" for actor in actors)
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(proxy_location="Disabled")
+            if self._is_serve_ours:
+                logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
             self._num_users += 1
 
     def leave(self) -> None:
@@ -105,7 +106,10 @@ class Service:
     ) -> None:
         self.name = f"vllm_kl-{uuid.uuid4().hex[:12]}"
         self._timeout_s = timeout_s
-        _RAY.enter(wish.most or wish.fewest)
+        try:
+            _RAY.enter(wish.most or wish.fewest)
+        except (RayError, RayServeException, ConnectionError, OSError, RuntimeError) as error:
+            raise EngineError(f"Ray or Ray Serve did not start: {error}") from error
         self._finalizer = weakref.finalize(self, _end, self.name)
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -3,15 +3,16 @@
     all replicas prepare, and all commit, or none does     (weights/all_or_none.py)
         -> Serve keeps the folder and the version          each replica that starts later loads them
 
-A replica that dies meanwhile is no failure: it comes back with what Serve keeps. Until then its shards come
-back with another version, and are asked again.
+A replica that dies meanwhile is no failure: it comes back with what Serve keeps. Between a commit and its
+keeping it may come back with the old weights; then its shards are asked again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,38 @@ class ReplicatedWeights:
         self.skeleton, self._start, self._folder = skeleton, start, folder
         self._served: Checkpoint | None = None  # the last push; a replica that starts loads it
         self._lock = threading.Lock()
+        self._turns, self._num_calls, self._is_committing = threading.Condition(), 0, False
         self.version = 0
 
     @property
     def source(self) -> str:
         return self._start.unchanged() if self._served is None else str(self._served.folder)
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Let no push commit in the block, which is a call; several calls may run at a time."""
+        with self._turns:
+            self._turns.wait_for(lambda: not self._is_committing)
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._num_calls -= 1
+                self._turns.notify_all()
+
+    @contextlib.contextmanager
+    def _committing(self) -> Iterator[None]:
+        """Wait for the calls that run; calls that come meanwhile wait for the end of the block."""
+        try:
+            with self._turns:
+                self._is_committing = True
+                self._turns.wait_for(lambda: not self._num_calls)
+            yield
+        finally:
+            with self._turns:
+                self._is_committing = False
+                self._turns.notify_all()
 
     def next_version(self, version: int | None = None) -> int:
         return next_version(self.version, version)
@@ -65,7 +93,7 @@ class ReplicatedWeights:
             checkpoint = self._for_all_machines(checkpoint)
             try:
                 get_ready(self._run, "prepare", [[str(checkpoint.folder), version]])
-                with deferring_interrupts():  # until the replicas are in step
+                with self._committing(), deferring_interrupts():  # until the replicas are in step
                     commit(self._run, [], 1)
                     self._keep({"version": version, "folder": str(checkpoint.folder)})
                     self._served, self.version = checkpoint, version
