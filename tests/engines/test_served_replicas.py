@@ -51,8 +51,8 @@ def served(cluster, ref_path):
 def scorer(served, ref_path):
     """The same scorer, which serves the reference, by two replicas."""
     wait_for_two(served)
-    if served.weight_version:
-        served.refresh(ref_path)
+    if newest := max(versions_of(served)):
+        served.refresh(ref_path, version=newest + 1)
     return served
 
 
@@ -364,7 +364,7 @@ class TestWhatDies:
         before = pids_of(scorer)
         for victim in before:
             os.kill(victim, signal.SIGKILL)
-        monkeypatch.setattr(scorer._engine, "_timeout_s", 1.0)
+        monkeypatch.setattr(scorer._engine._service, "_timeout_s", 1.0)
         with pytest.raises(EngineError, match=r"no replica runs for 1 s \(timeout_s\): .*free are"):
             scorer.score(MANY, START)
         monkeypatch.undo()
@@ -397,7 +397,7 @@ class TestStartsAndEnds:
             )
         else:
             options["kv_cache_memory_bytes"] = 1 << 10
-            error, message = OptionError, "a replica did not start: .*kv_cache_memory_bytes"
+            error, message = EngineError, "a replica did not start: .*the KV of one sequence does not fit"
         before = set(serve_apps())
         with pytest.raises(error, match=message):
             VLLMScorer(path, replicas={"min": 1, "max": 1, "cpus": 1, "gpus": 0}, **options)

@@ -73,7 +73,12 @@ class ReplicatedEngine:
             hf_overrides=options.get("hf_overrides"),
         )
         self.weights = ReplicatedWeights(
-            self.on_each, self._service.keep, skeleton, checkpoint, wish.weights_folder
+            self.on_each,
+            self._service.keep,
+            self._service.is_changing,
+            skeleton,
+            checkpoint,
+            wish.weights_folder,
         )
 
     @property
@@ -121,7 +126,8 @@ class ReplicatedEngine:
             EngineError: no replica came back in time, or all died again and again.
         """
         self._check_open()
-        for _ in range(_MOST_DEATHS):
+        num_deaths, began = 0, time.monotonic()
+        while True:
             try:
                 response: DeploymentBroadcastResponse = self._service.handle.broadcast(method, *args)
                 answers = response.results(timeout_s=self._timeout_s, return_exceptions=True)
@@ -134,10 +140,13 @@ class ReplicatedEngine:
             answers = [_cause(answer) for answer in answers]
             if living := [answer for answer in answers if not isinstance(answer, _DEATHS)]:
                 return [(not isinstance(answer, Exception), answer) for answer in living]
+            num_deaths += bool(answers)
+            if num_deaths == _MOST_DEATHS:
+                raise EngineError(
+                    f"all replicas died {_MOST_DEATHS} times, one after the other. The last one: {answers[0]}"
+                )
             time.sleep(_AGAIN_AFTER_S)
-            self._service.wait_for_a_replica()
-        told = f" The last one: {answers[0]}" if answers else ""
-        raise EngineError(f"all replicas died {_MOST_DEATHS} times, one after the other.{told}")
+            self._service.check_alive(time.monotonic() - began)
 
     def close(self) -> None:
         self._service.close()
@@ -169,22 +178,9 @@ class ReplicatedEngine:
         return await self._service.handle.score.remote(shard.key, pack(requests), share_prefix)
 
     async def check_alive(self, silent_s: float) -> bool:
-        """Return whether a replica runs.
-
-        Args:
-            silent_s: for how long none did.
-
-        Raises:
-            EngineError: none does, and none comes back.
-        """
+        """Return whether a replica runs, as :meth:`Service.check_alive` does."""
         self._check_open()
-        if await asyncio.to_thread(self._service.num_running):
-            return True
-        await asyncio.to_thread(self._service.raise_failure)
-        if self._timeout_s is not None and silent_s > self._timeout_s:
-            state = await asyncio.to_thread(self._service.state)
-            raise EngineError(f"no replica runs for {self._timeout_s:g} s (timeout_s): {state}")
-        return False
+        return await asyncio.to_thread(self._service.check_alive, silent_s)
 
     def check_in_step(self, version: int, waited_s: float) -> None:
         """Raise an error if a replica does not serve the version for too long."""
@@ -238,9 +234,8 @@ class _Call:
                 done, _ = await asyncio.wait(
                     running, timeout=_LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
                 )
-                for task in done:
-                    self._take(running.pop(task), task)
-                if done or await self._engine.check_alive(time.monotonic() - heard):
+                came = [self._take(running.pop(task), task) for task in done]
+                if any(came) or await self._engine.check_alive(time.monotonic() - heard):
                     heard = time.monotonic()
         finally:
             for task in running:
@@ -253,15 +248,16 @@ class _Call:
         requests = [self._requests[place] for place in shard.places]
         return unpack(ScoreResult, await self._engine.ask(shard, requests, self._share_prefix))
 
-    def _take(self, n: int, task: asyncio.Task) -> None:
-        """Take a shard's results, or let it be asked again."""
+    def _take(self, n: int, task: asyncio.Task) -> bool:
+        """Take a shard's results and return True; or let it be asked again."""
         if (error := task.exception()) is not None:
             self._ask_again_or_raise(n, _cause(error))
-            return
+            return False
         results = task.result()
         if n not in self._results and self._on_done is not None:
             self._on_done(len(results))
         self._results[n] = results
+        return True
 
     def _ask_again_or_raise(self, n: int, error: Exception) -> None:
         if not isinstance(error, (*_DEATHS, RayServeException)):

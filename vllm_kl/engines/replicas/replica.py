@@ -55,7 +55,7 @@ class Replica:
         with _as_text():
             self._engine = ProcessEngine(model, **start)
         self._threads = ThreadPoolExecutor(_CALLS, thread_name_prefix="vllm_kl-replica")
-        self._is_prepared = False
+        self._is_prepared, self._kept = False, 0
         if user is not None:
             threading.Thread(target=_end_with, args=(user,), name="vllm_kl-user-watch", daemon=True).start()
 
@@ -83,7 +83,11 @@ class Replica:
     def _serve(self, version: int, folder: Path) -> None:
         if self._engine.weights.version < version:
             self._engine.weights.load(_checkpoint(folder), version=version)
-        self._is_as_written = True
+        self._is_as_written, self._kept = True, version
+
+    async def kept(self) -> int:
+        """Return the version that Serve has told this replica to serve; 0: none."""
+        return self._kept
 
     async def prepare(self, folder: str, version: int) -> None:
         await self._in_thread(self._engine.weights.prepare, _checkpoint(Path(folder)), version)

@@ -110,7 +110,7 @@ class Service:
             _RAY.enter(wish.most or wish.fewest)
         except (RayError, RayServeException, ConnectionError, OSError, RuntimeError) as error:
             raise EngineError(f"Ray or Ray Serve did not start: {error}") from error
-        self._finalizer = weakref.finalize(self, _end, self.name)
+        self._finalizer = weakref.finalize(self, _end, self.name, os.getpid())
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self.fleet = fleet_of(wish, start["options"], nodes)
@@ -120,7 +120,7 @@ class Service:
                 self._user = ray.remote(num_cpus=0)(_User).options(name=user, namespace=USERS).remote()
             self._deployment, self._args = _deployment(self.fleet), (model, start, written, user)
             self.handle = self._run()
-            self._wait_until(lambda app: app.status == "RUNNING", "start")
+            self._wait()
         except BaseException:
             self.close()
             raise
@@ -138,40 +138,49 @@ class Service:
         self._deployment = self._deployment.options(user_config=dict(config))
         self._run()
 
-    def wait_for_a_replica(self) -> None:
-        """Return when a replica runs.
+    def is_changing(self) -> bool:
+        """Whether a replica is in its ``reconfigure``. Serve sends no call to it then."""
+        deployment = self._status()
+        return deployment is not None and bool(deployment.replica_states.get("UPDATING"))
+
+    def check_alive(self, silent_s: float) -> bool:
+        """Return whether a replica runs, by what Serve knows.
+
+        Args:
+            silent_s: for how long none did.
 
         Raises:
-            EngineError, OptionError, ...: none comes back, or none within ``timeout_s``.
+            EngineError, OptionError, ...: none does, and none can start, or none did for ``timeout_s``.
         """
-        self._wait_until(lambda app: self.num_running() > 0, "come back")
-
-    def num_running(self) -> int:
-        """How many replicas run, by what Serve knows; 0 also if Serve cannot be asked."""
         deployment = self._status()
-        return 0 if deployment is None else deployment.replica_states.get("RUNNING", 0)
+        if deployment is not None and deployment.replica_states.get("RUNNING"):
+            return True
+        self._raise_failure(deployment)
+        if self._timeout_s is not None and silent_s > self._timeout_s:
+            raise EngineError(f"no replica runs for {self._timeout_s:g} s (timeout_s): {self.state()}")
+        return False
 
-    def _wait_until(self, is_over: Any, what: str) -> None:
+    def _wait(self) -> None:
+        """Wait until all replicas run."""
         began, has_told = time.monotonic(), False
         while True:
             with contextlib.suppress(RayError, RayServeException, KeyError):
-                if is_over(serve.status().applications[self.name]):
+                if serve.status().applications[self.name].status == "RUNNING":
                     return
-            self.raise_failure()
+            self._raise_failure(self._status())
             waited = time.monotonic() - began
             if self._timeout_s is not None and waited > self._timeout_s:
                 raise EngineError(
-                    f"the replicas did not {what} within {self._timeout_s:g} s (timeout_s): {self.state()}"
+                    f"the replicas did not start within {self._timeout_s:g} s (timeout_s): {self.state()}"
                 )
             if waited > _NOTE_AFTER_S and not has_told:
                 has_told = True
                 logger.warning("vllm_kl: the replicas are not ready yet: %s", self.state())
             time.sleep(_LOOK_EVERY_S)
 
-    def raise_failure(self) -> None:
-        """Raise the error of a replica that did not start, if no replica runs."""
-        deployment = self._status()
-        if deployment is None or deployment.replica_states.get("RUNNING"):
+    def _raise_failure(self, deployment: Any) -> None:
+        """Raise the error of a replica that did not start, if there is one."""
+        if deployment is None:
             return
         if (error := from_text(deployment.message)) is not None:
             raise type(error)(f"a replica did not start: {error}")
@@ -198,11 +207,13 @@ class Service:
         self._finalizer()
 
 
-def _end(name: str) -> None:
+def _end(name: str, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:  # a fork
+        return
     if ray.is_initialized():
         with contextlib.suppress(RayError, RayServeException, TimeoutError):  # Serve is gone, or ends
             serve.delete(name)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(RayError, ValueError):
             ray.kill(ray.get_actor(name, namespace=USERS))
     _RAY.leave()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ from vllm_kl.errors import OptionError
 from vllm_kl.weights.all_or_none import Outcome, commit, deferring_interrupts, get_ready
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, next_version
 
+_LOOK_EVERY_S = 0.05
+_KEPT_WITHIN_S = 30.0  # Serve's controller may be starting anew: no reason to wait for ever
+
 
 class ReplicatedWeights:
     """The weights of all replicas.
 
     Args:
         on_each: calls a method of each replica that runs; returns the outcomes.
-        keep: lets each replica that starts later call ``reconfigure`` with these values.
+        keep: lets each replica call ``reconfigure`` with these values, also those that start later.
+        is_changing: whether Serve is at this.
         skeleton: the names and shapes of the model's tensors.
         start: the checkpoint of version 0.
         folder: where pushed weights are kept, for all machines to see; ``None``: this machine's memory.
@@ -37,11 +42,12 @@ class ReplicatedWeights:
         self,
         on_each: Callable[..., Sequence[Outcome]],
         keep: Callable[[dict[str, Any]], None],
+        is_changing: Callable[[], bool],
         skeleton: Skeleton,
         start: InitialCheckpoint,
         folder: Path | None,
     ) -> None:
-        self._on_each, self._keep = on_each, keep
+        self._on_each, self._keep, self._is_changing = on_each, keep, is_changing
         self.skeleton, self._start, self._folder = skeleton, start, folder
         self._served: Checkpoint | None = None  # the last push; a replica that starts loads it
         self._lock = threading.Lock()
@@ -99,7 +105,17 @@ class ReplicatedWeights:
                     self._served, self.version = checkpoint, version
             finally:
                 self._on_each("end_push")
+            self._wait_until_kept(version)
             return version
+
+    def _wait_until_kept(self, version: int) -> None:
+        """Wait until Serve has told all replicas what it keeps, a few at a time: these take no calls then."""
+        deadline = time.monotonic() + _KEPT_WITHIN_S
+        while time.monotonic() < deadline:
+            kept = [is_done and kept for is_done, kept in self._on_each("kept")]
+            if all(one == version for one in kept) and not self._is_changing():
+                return
+            time.sleep(_LOOK_EVERY_S)
 
     def _run(self, step: str, args: Sequence[list[Any]]) -> Mapping[int, Outcome]:
         return dict(enumerate(self._on_each(step, *args[0])))
