@@ -365,7 +365,7 @@ class TestWhatDies:
         for victim in before:
             os.kill(victim, signal.SIGKILL)
         monkeypatch.setattr(scorer._engine._service, "_timeout_s", 1.0)
-        with pytest.raises(EngineError, match=r"no replica runs for 1 s \(timeout_s\): .*free are"):
+        with pytest.raises(EngineError, match=r"(?s)no replica runs for 1 s \(timeout_s\): .*free are"):
             scorer.score(MANY, START)
         monkeypatch.undo()
         wait_for_two(scorer, other_than=before)

@@ -49,35 +49,51 @@ class _Ray:
         self.is_ours = self._is_serve_ours = False
 
     def enter(self, num_replicas: int) -> None:
+        """Join Ray and Serve; start them where there are none."""
         with self._lock:
             if not ray.is_initialized():
-                quiet: dict[str, Any] = {"log_to_driver": False}
-                if os.environ.get("RAY_ADDRESS"):
-                    ray.init(**quiet)
-                else:
-                    quiet |= {"include_dashboard": False, "configure_logging": False}
-                    num_cpus = max(len(os.sched_getaffinity(0)), num_replicas)
-                    ray.init(address="local", num_cpus=num_cpus, **quiet)
-                    self.is_ours = True
-            if self._num_users == 0:
-                actors = ray.util.list_named_actors(all_namespaces=True)
-                self._is_serve_ours = all(actor["namespace"] != "serve" for actor in actors)
-            if self._is_serve_ours:
-                logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+                self._join(num_replicas)
+            try:
+                if self._num_users == 0:
+                    actors = ray.util.list_named_actors(all_namespaces=True)
+                    self._is_serve_ours = all(actor["namespace"] != "serve" for actor in actors)
+                if self._is_serve_ours:
+                    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+                serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+            except BaseException:
+                self._end_if_unused()
+                raise
             self._num_users += 1
 
     def leave(self) -> None:
+        """End what was started, if nobody else in this process uses it."""
         with self._lock:
             self._num_users -= 1
-            if self._num_users or not ray.is_initialized():
-                return
-            with contextlib.suppress(RayError, RayServeException):
-                if self._is_serve_ours and not serve.status().applications:
-                    serve.shutdown()
-            if self.is_ours:
-                self.is_ours = False
-                ray.shutdown()
+            if ray.is_initialized():
+                self._end_if_unused()
+
+    def _join(self, num_replicas: int) -> None:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False)
+            return
+        ray.init(
+            address="local",
+            num_cpus=max(len(os.sched_getaffinity(0)), num_replicas),
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        self.is_ours = True
+
+    def _end_if_unused(self) -> None:
+        if self._num_users:
+            return
+        with contextlib.suppress(RayError, RayServeException):
+            if self._is_serve_ours and not serve.status().applications:
+                serve.shutdown()
+        if self.is_ours:
+            self.is_ours = False
+            ray.shutdown()
 
 
 _RAY = _Ray()
@@ -108,7 +124,7 @@ class Service:
         self._timeout_s = timeout_s
         try:
             _RAY.enter(wish.most or wish.fewest)
-        except (RayError, RayServeException, ConnectionError, OSError, RuntimeError) as error:
+        except Exception as error:  # Ray raises Exception itself where its node does not start in time
             raise EngineError(f"Ray or Ray Serve did not start: {error}") from error
         self._finalizer = weakref.finalize(self, _end, self.name, os.getpid())
         try:
