@@ -75,13 +75,19 @@ def test_a_room_imports_only_rooms_below_it(room):
     ("package", "homes"),
     [
         ("torchrl", {"batch", "transforms"}),
-        ("ray", {"transforms", "weights", "offline"}),
+        ("ray", {"transforms", "weights", "engines", "offline"}),
         ("vllm", {"engines", "plugin", "weights", "transforms"}),
     ],
 )
 def test_a_package_is_imported_in_its_rooms_only(package, homes):
     users = {room_of(path) for path in FILES if any(name[0] == package for name in imported_by(path))}
     assert users - APPS <= homes
+
+
+def test_of_the_engines_only_the_replicas_import_ray():
+    users = {path.parent.name for path in FILES if any(name[0] == "ray" for name in imported_by(path))}
+    assert "replicas" in users
+    assert "engines" not in users
 
 
 def test_there_is_no_circle_and_there_are_at_most_nine_floors():

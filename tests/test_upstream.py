@@ -583,3 +583,35 @@ class TestTorchRL:
 
         update = source(LLMCollector.update_policy_weights_)
         assert "increment_version()" in update
+
+
+class TestRayServe:
+    """vllm_kl/engines/replicas/ runs on it."""
+
+    def test_a_deployment_keeps_its_version_only_by_this_argument(self):
+        """Service.keep: with another version Serve starts all replicas anew."""
+        serve = pytest.importorskip("ray.serve", reason="pip install 'vllm-kl[ray]'")
+        from ray.serve._private.client import ServeControllerClient
+
+        deployment = serve.deployment(name="replica")(Deployed).options(version="1", _internal=True)
+        assert deployment.options(user_config={"a": 1}).version == "1"
+        sends = source(ServeControllerClient.deploy_applications)
+        assert "version=deployment._version or get_random_string()" in sends
+
+    def test_a_router_has_these_names(self):
+        """PromptRouter."""
+        pytest.importorskip("ray.serve", reason="pip install 'vllm-kl[ray]'")
+        from ray.serve.request_router import RequestRouter
+
+        assert {"app_name", "choose_replicas", "initialize_state", "replica_queue_len_cache"} <= set(
+            vars(RequestRouter)
+        )
+        assert "update_replicas" in vars(RequestRouter)
+        waits = source(RequestRouter._choose_replicas_with_backoff)
+        assert "not pending_request.routing_context.should_backoff" in waits
+        one_request = source(RequestRouter._fulfill_next_pending_request)
+        assert "_get_pending_request_matching_internal_request_id" in one_request
+
+
+class Deployed:
+    """A class for a deployment."""

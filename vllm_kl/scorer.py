@@ -33,7 +33,7 @@ from vllm_kl.checks import (
     check_temperature,
     check_timeout,
 )
-from vllm_kl.engines.base import Engine
+from vllm_kl.engines.base import Engine, OfReplicas
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.make_engine import make_engine
@@ -85,13 +85,20 @@ class VLLMScorer:
             them. Give UUIDs, or indices among the GPUs that this process sees (``CUDA_VISIBLE_DEVICES``,
             which Ray sets for its actors). ``None`` takes the first GPUs. ``devices=1`` keeps a reference off
             the policy's GPU, if the policy runs on GPU 0.
+        replicas: for own engines: how many engines score, as replicas on Ray Serve (``pip install
+            'vllm-kl[ray]'``). A call is cut between them, and all of them serve a refresh or a push, or none
+            does. They run in the Ray cluster that this process is in or ``RAY_ADDRESS`` names; else on this
+            machine. ``"auto"`` starts one and adds others while there is more to do. A mapping has ``min``,
+            ``max``, ``cpus`` and ``gpus`` of one replica, and ``weights_folder``, which all machines of the
+            cluster share. ``None`` starts one engine without Ray.
         **engine_options: for own engines: vLLM's engine options, under vLLM's names. A vision-language model
             serves text only (``language_model_only=True``), unless an option says otherwise.
 
     Raises:
         OptionError: an engine option does not exist, cannot work (see :mod:`vllm_kl.engines.options`), or was
             given for an engine that already runs; ``model`` is a folder that does not exist or holds no
-            checkpoint; or the KV cache is too small for ``max_model_len``.
+            checkpoint; the KV cache is too small for ``max_model_len``; or ``replicas`` cannot be, or Ray is
+            not installed.
         ReadoutUnavailableError: the engine cannot do this read-out; the read-out cannot apply this
             temperature; the engine takes no adapters; or vLLM has wrapped the LM head for adapters, which
             makes prompt log-probs wrong.
@@ -122,6 +129,7 @@ class VLLMScorer:
         placeholders: Placeholders = "refuse",
         timeout_s: float | None = TIMEOUT_S,
         devices: Devices | None = None,
+        replicas: Any = None,
         **engine_options: Any,
     ) -> None:
         if readout not in get_args(ReadoutName):
@@ -140,6 +148,7 @@ class VLLMScorer:
             check_lora_request(lora_request),
             check_timeout(timeout_s),
             devices,
+            replicas,
         )
         self._canary = Canary(self._score_alone, self._engine.info)
         try:
@@ -462,9 +471,12 @@ class VLLMScorer:
                 self.weights.wake_up()
                 self._is_asleep = False
 
-    def _score_alone(self, request: ScoreRequest) -> ScoreResult:
+    def _score_alone(self, request: ScoreRequest) -> list[ScoreResult]:
+        """Return the result of the engine, or of each of its replicas."""
         self._check_awake()
-        return self._engine.score([request], share_prefix=False, alone=True)[0]
+        if isinstance(self._engine, OfReplicas):
+            return [results[0] for results in self._engine.score_on_each([request])]
+        return self._engine.score([request], share_prefix=False, alone=True)
 
     def _check_awake(self) -> None:
         if self._is_asleep:

@@ -100,6 +100,8 @@ def test_drivers_that_start_a_service_at_once_share_it_and_it_is_found_after_the
 def test_a_service_that_exists_needs_no_factory(shared, remote):
     found = RetrieveKL("from_collector", service_backend="ray", actor_name="shared")
     assert all(torch.equal(a, b) for a, b in zip(score(found), score(remote), strict=True))
+    connected = VLLMReference.connect("shared").scorer.score(SEQUENCES, PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(connected, score(remote), strict=True))
     assert len(services()) == 1
 
 

@@ -21,8 +21,9 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMScorer, finish_update, push_weights
 from vllm_kl.engines.generate import tells_versions
 from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.weights.all_or_none import deferring_interrupts
 from vllm_kl.weights.push import weights_of
-from vllm_kl.weights.replicas import ReplicaWeights, _deferring_interrupts
+from vllm_kl.weights.replicas import ReplicaWeights
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = local_ray.MARKS
@@ -222,7 +223,7 @@ def test_a_second_interrupt_stops_a_trainer_that_waits_for_a_replica_without_ans
     came = []
 
     def wait():
-        with _deferring_interrupts():
+        with deferring_interrupts():
             for number in range(3):
                 signal.raise_signal(signal.SIGINT)
                 came.append(number)

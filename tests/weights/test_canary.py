@@ -14,7 +14,9 @@ class TestNumbersThatAreNone:
     def canary(self, values):
         """A fake: an engine whose model gives what is asked of it."""
         result = ScoreResult(values=np.array(values, np.float32)[:, None], weight_version=0)
-        return Canary(lambda request: result, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
+        return Canary(
+            lambda request: [result], EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9)
+        )
 
     def test_a_model_that_gives_nan_is_not_said_to_have_been_changed(self):
         with pytest.raises(
@@ -27,7 +29,7 @@ class TestNumbersThatAreNone:
         now = [[-1.0, -2.0]]
 
         def scores(request):
-            return ScoreResult(values=np.array(now[0], np.float32)[:, None], weight_version=len(now))
+            return [ScoreResult(values=np.array(now[0], np.float32)[:, None], weight_version=len(now))]
 
         canary = Canary(scores, EngineInfo(readout="pooling", vocab_size=9, max_sequence_len=9))
         canary.remember()

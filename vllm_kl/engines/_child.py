@@ -6,6 +6,9 @@ The child reads calls ``(call_id, kind, body)`` from the connection:
     score, cancel             requests of several "score" calls share batches
     load, sleep, wake_up      exclusive: starts when all earlier calls are finished, and blocks all later ones
     score alone               exclusive, too
+    prepare                   loads weights beside the serving ones
+    commit, put back          exclusive: let them serve; undo that
+    drop prepared             ends these three
     started with              names the checkpoint and the version that the engine was started with
     weights, next version     questions about the weights
 
@@ -37,7 +40,7 @@ from vllm_kl.weights.checkpoint import Checkpoint
 
 _SIGN_OF_LIFE_S = 1.0
 _NO_CALL = -1  # the id in messages that answer no call
-_EXCLUSIVE = frozenset({"start", "load", "sleep", "wake_up", "score alone"})
+_EXCLUSIVE = frozenset({"start", "load", "commit", "put back", "sleep", "wake_up", "score alone"})
 
 
 def _kill_group() -> None:
@@ -110,6 +113,21 @@ class _Server:
     def _load(self, folder: Path, version: int | None) -> tuple[str, Any]:
         self._driver.weights.load(Checkpoint(folder), version=version)
         return self._weights()
+
+    def _prepare(self, folder: Path, version: int) -> tuple[str, Any]:
+        return "done", self._driver.weights.prepare(Checkpoint(folder), version=version)
+
+    def _commit(self) -> tuple[str, Any]:
+        self._driver.weights.commit()
+        return self._weights()
+
+    def _put_back(self, reason: str) -> tuple[str, Any]:
+        self._driver.weights.put_back(reason)
+        return self._weights()
+
+    def _drop_prepared(self) -> tuple[str, Any]:
+        self._driver.weights.drop_prepared()
+        return "done", None
 
     def _started_with(self, folder: Path, version: int) -> tuple[str, Any]:
         self._driver.weights.started_with(Checkpoint(folder), version)

@@ -8,7 +8,7 @@ interfaces.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.live_weights import Weights
@@ -39,6 +39,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End an engine that the scorer owns; leave any other engine running. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class OfReplicas(Protocol):
+    """An engine that is made of replicas, which can be asked one by one."""
+
+    def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
+        """Return the results of each replica that runs. No batch holds requests of other callers."""
         ...
 
 

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from vllm_kl.engines.process import ProcessEngine, engine_settings
+from vllm_kl.engines.base import Engine
+from vllm_kl.engines.process import engine_settings
 from vllm_kl.types import ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import InitialCheckpoint
 
-_LENT: ContextVar[ProcessEngine | None] = ContextVar("lent", default=None)
+_LENT: ContextVar[Engine | None] = ContextVar("lent", default=None)
 
 
 class BorrowedEngine:
@@ -24,7 +25,7 @@ class BorrowedEngine:
     weights = None
 
     def __init__(
-        self, owned: ProcessEngine, model: str, readout: str, options: dict[str, Any], lora_request: Any
+        self, owned: Engine, model: str, readout: str, options: dict[str, Any], lora_request: Any
     ) -> None:
         self._owned = owned
         self.info = owned.info
@@ -46,7 +47,7 @@ class BorrowedEngine:
 
 
 @contextmanager
-def lending(engine: ProcessEngine) -> Iterator[None]:
+def lending(engine: Engine) -> Iterator[None]:
     """Let each scorer that this thread makes inside the block, of any path, borrow the engine."""
     token = _LENT.set(engine)
     try:
@@ -55,6 +56,6 @@ def lending(engine: ProcessEngine) -> Iterator[None]:
         _LENT.reset(token)
 
 
-def lent() -> ProcessEngine | None:
+def lent() -> Engine | None:
     """Return the engine that a scorer must borrow; ``None``: it starts its own."""
     return _LENT.get()

@@ -29,6 +29,7 @@ def make_engine(
     lora_request: Any,
     timeout_s: float | None,
     devices: Devices | None,
+    replicas: Any = None,
 ) -> Engine:
     """Return the engine for a path or name (owned), a live ``vllm.LLM`` (shared) or an engine (unchanged).
 
@@ -42,6 +43,8 @@ def make_engine(
         path = checked_path(model, engine_options)
         if (owned := lent()) is not None:
             return BorrowedEngine(owned, path, readout, engine_options, lora_request)
+        if replicas is not None:
+            return _replicated(path, replicas, readout, engine_options, lora_request, timeout_s, devices)
         return ProcessEngine(
             path,
             readout=readout,
@@ -55,6 +58,10 @@ def make_engine(
         raise OptionError(
             "model must be a path, a model name, a live vllm.LLM or TorchRL's AsyncVLLM, got "
             f"{type(model).__name__}"
+        )
+    if replicas is not None:
+        raise OptionError(
+            f"replicas={replicas!r} has no effect on an engine that already runs: pass the path of its model"
         )
     if devices is not None:
         raise OptionError(
@@ -78,6 +85,33 @@ def make_engine(
             "engine is made"
         )
     return model
+
+
+def _replicated(
+    path: str,
+    replicas: Any,
+    readout: str,
+    engine_options: dict[str, Any],
+    lora_request: Any,
+    timeout_s: float | None,
+    devices: Devices | None,
+) -> Engine:
+    if devices is not None:
+        raise OptionError(f"devices={devices!r} has no effect on replicas: Ray gives each replica its GPUs")
+    try:
+        from vllm_kl.engines.replicas.engine import ReplicatedEngine
+    except ImportError as error:
+        raise OptionError(
+            f"replicas={replicas!r} needs Ray Serve, 2.60 or later ({error}): pip install -U 'vllm-kl[ray]'"
+        ) from error
+    return ReplicatedEngine(
+        path,
+        replicas=replicas,
+        readout=readout,
+        options=engine_options,
+        lora_request=lora_request,
+        timeout_s=timeout_s,
+    )
 
 
 def _are_all_options_known() -> bool:

@@ -159,14 +159,11 @@ class ProcessEngine:
         with self._child.call(kind, body) as answers:
             return next(answers)
 
-    def start_anew(self, checkpoint: Checkpoint, model: str, version: int) -> None:
-        """Start a new child with a checkpoint, and let it serve.
-
-        The old child serves until the new one is ready, so for a moment both need their memory. The old child
-        finishes its running calls.
+    def start_beside(self, checkpoint: Checkpoint, model: str, version: int) -> _Child:
+        """Return a new child that has a checkpoint. The serving child goes on, so both need their memory.
 
         Raises:
-            WeightsError, EngineError: the new child did not start. The old child goes on serving.
+            WeightsError, EngineError: the new child did not start.
         """
         child = _Child(str(complete(checkpoint.folder, model)), **self._child_options)
         try:
@@ -175,8 +172,15 @@ class ProcessEngine:
         except BaseException:
             child.end()
             raise
-        # The old child ends with its last running call, which holds the last reference to it.
-        self._child, self.info = child, child.info
+        return child
+
+    def serve_with(self, child: _Child) -> _Child:
+        """Let another child serve; return the old one, which ends with the last reference to it.
+
+        Its running calls hold such references.
+        """
+        old, self._child, self.info = self._child, child, child.info
+        return old
 
 
 class _Child:
@@ -288,6 +292,8 @@ class _OwnedWeights:
         # Version and folder of the weights that serve (folder None: the model's own); None: the child must be
         # asked.
         self._served: tuple[int, str | None] | None = (0, None)
+        # A child that is not serving: of prepared weights, or of those before a commit.
+        self._beside: _Child | None = None
         self._lock = threading.Lock()
 
     @functools.cached_property
@@ -327,22 +333,67 @@ class _OwnedWeights:
             return self._ask("load", folder=checkpoint.folder, version=version)
         except NeedsNewEngineError as error:
             version = self.next_version(version)
-            began = time.perf_counter()
-            try:
-                self._engine.start_anew(checkpoint, self._model, version)
-            except VLLMKLError as second:
-                raise WeightsError(
-                    f"the running engine cannot load these weights ({error.reason}), and a new engine does "
-                    f"not start with them ({second}). The old weights go on serving"
-                ) from second
-            logger.warning(
-                "vllm_kl: version %d is served by a new engine, which started in %.1f s. The running engine "
-                "could not load the weights: %s",
-                version,
-                time.perf_counter() - began,
-                error.reason,
-            )
+            self._engine.serve_with(self._start_beside(checkpoint, version, error))
             return version, str(checkpoint.folder)
+
+    def _start_beside(self, checkpoint: Checkpoint, version: int, why: NeedsNewEngineError) -> _Child:
+        began = time.perf_counter()
+        try:
+            child = self._engine.start_beside(checkpoint, self._model, version)
+        except VLLMKLError as second:
+            raise WeightsError(
+                f"the running engine cannot load these weights ({why.reason}), and a new engine does "
+                f"not start with them ({second}). The old weights go on serving"
+            ) from second
+        logger.warning(
+            "vllm_kl: version %d is served by a new engine, which started in %.1f s. The running engine "
+            "could not load the weights: %s",
+            version,
+            time.perf_counter() - began,
+            why.reason,
+        )
+        return child
+
+    def prepare(self, checkpoint: Checkpoint, version: int) -> None:
+        """Get ready to serve a checkpoint. :meth:`commit` lets it serve, :meth:`put_back` undoes that.
+
+        :meth:`drop_prepared` ends both.
+
+        Raises:
+            WeightsError: it cannot be loaded. The old weights go on serving.
+        """
+        with self._lock:
+            self._kept.append(checkpoint)
+            self._beside = None
+            try:
+                self._ask("prepare", folder=checkpoint.folder, version=version)
+            except NeedsNewEngineError as error:
+                self._beside = self._start_beside(checkpoint, version, error)
+
+    def commit(self) -> None:
+        """Serve what :meth:`prepare` got ready."""
+        with self._lock:
+            self._served = None
+            if self._beside is None:
+                self._served = self._ask("commit")
+            else:
+                self._beside = self._engine.serve_with(self._beside)
+
+    def put_back(self, reason: str) -> None:
+        """Serve what served before :meth:`commit`."""
+        with self._lock:
+            self._served = None
+            if self._beside is None:
+                self._served = self._ask("put back", reason=reason)
+            else:
+                self._beside = self._engine.serve_with(self._beside)
+
+    def drop_prepared(self) -> None:
+        """Forget what does not serve."""
+        with self._lock:
+            self._beside = None
+            self._ask("drop prepared")
+            self._settle(self._ask("weights"))
 
     def _ask_if_unsure(self) -> tuple[int, str | None]:
         if (served := self._served) is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from vllm_kl.engines.borrowed import lending
-from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.transforms.reference_settings import Served, served
 from vllm_kl.transforms.service_options import ServiceOptions
@@ -39,7 +38,7 @@ class BuildReference:
         wrappers would load their model a second time, so a factory is not called if the service has one.
         """
         engine = getattr(running.scorer, "_engine", None)
-        if isinstance(engine, ProcessEngine):
+        if hasattr(engine, "settings"):  # the service's own engine, or its replicas
             with lending(engine):
                 return self().settings
         return self().settings if self.factory is None else None

@@ -193,6 +193,22 @@ class VLLMReference(LLMWrapperBase):
         return self.scorer  # type: ignore[return-value]
 
     @staticmethod
+    def connect(name: str) -> VLLMReference:
+        """Return a reference that scores by the Ray service of this name, with the options of the service.
+
+        Args:
+            name: the ``actor_name`` that :class:`RetrieveKL` was given with ``service_backend="ray"``.
+
+        Raises:
+            EngineError: there is no such service in the Ray cluster, or this process is in no cluster.
+        """
+        from vllm_kl.transforms.ray_scorer import RayScorer
+        from vllm_kl.transforms.service_options import ServiceOptions
+
+        scorer = RayScorer(None, ServiceOptions(actor_name=name))
+        return VLLMReference(scorer, **scorer.attributes)
+
+    @staticmethod
     def close_service(name: str) -> None:
         """End the Ray service of this name and its engine, for all the processes that use it.
 

@@ -8,7 +8,7 @@ does not: its version is not that of a frozen reference.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,11 +24,12 @@ class Canary:
     """Remembers the log-probs of the sequence for each accepted version of the weights.
 
     Args:
-        score: scores one request alone, without the prefix cache.
+        score: scores one request alone, without the prefix cache; returns the result of each engine. Several
+            replicas are several engines.
         info: the engine's properties; the sequence is made to fit them.
     """
 
-    def __init__(self, score: Callable[[ScoreRequest], ScoreResult], info: EngineInfo) -> None:
+    def __init__(self, score: Callable[[ScoreRequest], Sequence[ScoreResult]], info: EngineInfo) -> None:
         self._score = score
         length = min(_LENGTH, info.max_sequence_len or _LENGTH)
         ids = np.random.default_rng(0).integers(0, info.vocab_size or 256, max(length, 2)).astype(np.int32)
@@ -43,7 +44,7 @@ class Canary:
             FrozenError: the weights give NaN, which proves nothing.
         """
         with self._turn:
-            self._accept(*self._look())
+            self._accept()
 
     def remembered(self, version: int | None) -> torch.Tensor | None:
         """Return the log-probs of an accepted version; ``None``: the version was not accepted."""
@@ -66,16 +67,18 @@ class Canary:
                     "nothing can be proved: the scorer does not remember log-probs of the engine's start. "
                     "Make the scorer with canary=True"
                 )
-            version, now = self._look()
-            if version not in self._known:
-                raise FrozenError(
-                    f"the engine serves version {version} of the weights, which no refresh() made, so the KL "
-                    "is against another reference than before (accepted versions: "
-                    f"{', '.join(map(str, self._known))}).\n"
-                    "Replace a reference with refresh(). Give the reference its own engine if a policy is "
-                    "pushed into this one"
-                )
-            return self._compare(version, now, tolerance)
+            return max(self._check(version, now, tolerance) for version, now in self._look())
+
+    def _check(self, version: int | None, now: torch.Tensor, tolerance: float) -> float:
+        if version not in self._known:
+            raise FrozenError(
+                f"the engine serves version {version} of the weights, which no refresh() made, so the KL "
+                "is against another reference than before (accepted versions: "
+                f"{', '.join(map(str, self._known))}).\n"
+                "Replace a reference with refresh(). Give the reference its own engine if a policy is "
+                "pushed into this one"
+            )
+        return self._compare(version, now, tolerance)
 
     @contextmanager
     def accepting_new_weights(self, tolerance: float = 0.0) -> Iterator[None]:
@@ -87,17 +90,21 @@ class Canary:
             FrozenError: the old weights have changed, and the block did not run; or the new weights give NaN.
         """
         with self._turn:
-            version, now = self._look()
-            if version in self._known:
-                self._compare(version, now, tolerance)
+            for version, now in self._look():
+                if version in self._known:
+                    self._compare(version, now, tolerance)
             yield
-            self._accept(*self._look())
+            self._accept()
 
-    def _look(self) -> tuple[int | None, torch.Tensor]:
-        result = self._score(self._request)
-        return result.weight_version, torch.from_numpy(result.values[:, 0].copy())
+    def _look(self) -> list[tuple[int | None, torch.Tensor]]:
+        """Return the version of each engine's weights, and their log-probs."""
+        return [
+            (result.weight_version, torch.from_numpy(result.values[:, 0].copy()))
+            for result in self._score(self._request)
+        ]
 
-    def _accept(self, version: int | None, log_probs: torch.Tensor) -> None:
+    def _accept(self) -> None:
+        version, log_probs = max(self._look(), key=lambda found: found[0] or 0)
         if (bad := log_probs.isnan()).any():  # NaN is not equal to NaN
             raise FrozenError(
                 f"the model gives NaN for {int(bad.sum())} of the {len(bad)} tokens of the canary, token "

@@ -144,6 +144,7 @@ class LiveWeights:
         self._record.is_shared &= is_shared
         _take(llm_engine)
         self._asleep = contextlib.ExitStack()
+        self._prepared: Prepared | None = None
 
     @property
     def version(self) -> int | None:
@@ -183,6 +184,33 @@ class LiveWeights:
                     "of generate"
                 )
             return run_sync(self._record.load(self._call, checkpoint, version))
+
+    def prepare(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
+        """Let the workers load a checkpoint beside the serving weights; return the version that it would get.
+
+        :meth:`commit` lets the weights serve, and :meth:`put_back` undoes that. :meth:`drop_prepared` ends
+        both.
+        """
+        with lock_of(self._engine):
+            steps = self._record.prepare(self._call, checkpoint, version, is_idle=False)
+            self._prepared = run_sync(steps)
+            return self._prepared.version
+
+    def commit(self) -> None:
+        """Let the workers adopt the prepared weights. No request may run."""
+        with lock_of(self._engine).replacing():
+            run_sync(self._record.commit(self._call, self._prepared))
+
+    def put_back(self, reason: str) -> None:
+        """Serve again what served before :meth:`commit`."""
+        with lock_of(self._engine).replacing():
+            run_sync(self._record.put_back(self._call, self._prepared, WeightsError(reason)))
+
+    def drop_prepared(self) -> None:
+        """Drop the prepared weights, unless they serve."""
+        with lock_of(self._engine):
+            self._prepared = None
+            run_sync(drop_prepared(self._call))
 
     def load_folder(self, folder: Path, *, version: int | None = None) -> int:
         """Load the folder of a checkpoint that another program wrote; return the version of the new weights.

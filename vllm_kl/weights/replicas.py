@@ -1,8 +1,6 @@
 """Reads and replaces the weights of all replicas of TorchRL's ``AsyncVLLM``, which are Ray actors.
 
-    all replicas prepare the new weights        one that cannot: none serves them
-        -> all replicas commit                  one that fails: the others put the old weights back
-
+All replicas serve a push, or none does (:mod:`vllm_kl.weights.all_or_none`).
 Each replica does it between its own requests (:mod:`vllm_kl.weights.replica`). While the replicas commit,
 some serve the new weights already and others the old ones; vLLM tells the version of every row that they
 generate.
@@ -13,7 +11,6 @@ The trainer's machine writes the checkpoint. Replicas on other machines get its 
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import uuid
 import weakref
@@ -26,13 +23,12 @@ import torch
 from vllm_kl.errors import EngineError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.weights import replica
 from vllm_kl.weights.adapters import check_adapter
+from vllm_kl.weights.all_or_none import Outcome, commit, deferring_interrupts, errors_of, get_ready, refused
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, skeleton_of
 from vllm_kl.weights.live_weights import LiveWeights
-from vllm_kl.weights.loading import NeedsNewEngineError
 from vllm_kl.weights.nccl import SentWeights, Transfer
 
 _BEAT_EVERY_S = 10.0
-Outcome = tuple[bool, Any]  # whether a replica's step is done; its result or its error
 
 
 def is_replicated(engine: Any) -> bool:
@@ -154,7 +150,7 @@ class ReplicaWeights:
                 version = self.next_version(version)
                 folders = self._folders(checkpoint, token)
                 self._ready("prepare", [[token, folder, version, is_foreign] for folder in folders])
-                with _deferring_interrupts():  # until the replicas are in step
+                with deferring_interrupts():  # until the replicas are in step
                     self._commit(token)
                     self._served = checkpoint
                 return version
@@ -183,7 +179,7 @@ class ReplicaWeights:
                     state,
                     lambda described: self._ready("prepare", [[token, described, version, False]] * number),
                 )
-                with _deferring_interrupts():
+                with deferring_interrupts():
                     self._commit(token)
                     self._served = sent
                 return version
@@ -193,17 +189,17 @@ class ReplicaWeights:
         outcomes = self._run("on_workers", {i: [method, *given] for i, given in enumerate(args)})
         return [self._result(i, outcome) for i, outcome in outcomes.items()]
 
+    def _run_all(self, step: str, args: Sequence[list[Any]]) -> dict[int, Outcome]:
+        """Run a step on all replicas, each with its own arguments."""
+        return self._run(step, dict(enumerate(args)))
+
     def _ready(self, step: str, args: list[list[Any]]) -> None:
         """Let all replicas get ready to commit. None commits if one cannot."""
-        if failed := _errors(self._run(step, dict(enumerate(args)))):
-            raise _refused(failed)
+        get_ready(self._run_all, step, args)
 
     def _commit(self, token: str) -> None:
         """Let all replicas serve what they prepared; if one cannot, put the old weights back on all."""
-        if failed := _errors(self._run("commit", self._to_all(token))):
-            reason = f"another replica failed: {next(iter(failed.values()))}"
-            put_back = _errors(self._run("put_back", self._to_all(token, reason)))
-            raise _failed(failed, {i: error for i, error in put_back.items() if i not in failed})
+        commit(self._run_all, [token], len(self._engine_or_raise().actors))
 
     def take_over(self, *, version: int | None = None, check: bool = True) -> int:
         """Give a version to weights that others loaded into the replicas; return the version.
@@ -217,7 +213,7 @@ class ReplicaWeights:
                 version = self.next_version(version)
                 args = self._to_all(token, version, check)
                 self._ready("prepare_take_over", list(args.values()))
-                with _deferring_interrupts():
+                with deferring_interrupts():
                     self._commit(token)
                 return version
 
@@ -241,8 +237,8 @@ class ReplicaWeights:
         heart.start()
         try:
             for i, args in self._to_all(token).items():
-                if failed := _errors(self._run("begin", {i: args})):
-                    raise _refused(failed)
+                if failed := errors_of(self._run("begin", {i: args})):
+                    raise refused(failed)
             yield
         finally:
             is_over.set()
@@ -363,31 +359,6 @@ def check_adapter_on(engine: Any, lora_request: Any) -> None:
 _WEIGHTS: weakref.WeakKeyDictionary[Any, ReplicaWeights] = weakref.WeakKeyDictionary()
 
 
-@contextlib.contextmanager
-def _deferring_interrupts() -> Iterator[None]:
-    """Let an interrupt (Ctrl-C) come at the end of the block; a second one comes at once.
-
-    A replica may never answer. Only the main thread gets interrupts.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-
-    def defer(number: int, frame: Any) -> None:
-        came.append(number)
-        if len(came) > 1 and callable(handler):
-            handler(number, frame)
-
-    handler = signal.signal(signal.SIGINT, defer)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if len(came) == 1 and callable(handler):
-            handler(signal.SIGINT, None)
-
-
 def _told(error: Exception) -> Exception:
     """Return an error of Ray as the error that was raised in the actor, or as one of ours."""
     from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -414,28 +385,3 @@ def _outcomes(calls: dict[int, Any]) -> dict[int, Outcome]:
         except RayError as error:
             found[i] = False, _told(error)
     return found
-
-
-def _errors(outcomes: dict[int, Outcome]) -> dict[int, Exception]:
-    return {i: error for i, (is_done, error) in outcomes.items() if not is_done}
-
-
-def _refused(failed: dict[int, Exception]) -> Exception:
-    index, error = next(iter(failed.items()))
-    if isinstance(error, NeedsNewEngineError):
-        return error
-    if isinstance(error, EngineError):
-        return EngineError(f"replica {index} failed: {error}.\nAll replicas keep the old weights")
-    return WeightsError(f"replica {index} refused the weights: {error}.\nAll replicas keep the old weights")
-
-
-def _failed(failed: dict[int, Exception], lost: dict[int, Exception]) -> Exception:
-    index, error = next(iter(failed.items()))
-    message = f"replica {index} could not serve the weights: {error}. The others serve the old weights again"
-    if lost:
-        other, second = next(iter(lost.items()))
-        message = (
-            f"replica {index} could not serve the weights ({error}), and replica {other} could not put the "
-            f"old weights back ({second}).\nPush again, or make a new AsyncVLLM"
-        )
-    return (EngineError if isinstance(error, EngineError) else WeightsError)(message)

@@ -1,0 +1,288 @@
+"""``ReplicatedEngine`` scores with replicas on Ray Serve, each of which owns an engine.
+
+    the requests of a call, sorted
+        -> shards.py: whole groups               -> prompt_router.py: the replica that knows the prompt
+        -> replica.py: an engine of its own      -> results as they come, put in the order of the requests
+
+A shard whose replica dies is asked again. A push waits for the calls that run, so a call knows which version
+all replicas must serve. A shard with another version, of a replica that has just started, is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentBroadcastResponse
+
+from vllm_kl.engines.process import TIMEOUT_S
+from vllm_kl.engines.replicas.fleet import wish_of
+from vllm_kl.engines.replicas.prompt_router import RUNNING
+from vllm_kl.engines.replicas.replica import MAX_ONGOING, DyingError
+from vllm_kl.engines.replicas.service import Service
+from vllm_kl.engines.replicas.shards import Shard, cut
+from vllm_kl.engines.replicas.weights import ReplicatedWeights
+from vllm_kl.engines.wire_format import pack, unpack
+from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.weights.all_or_none import Outcome
+from vllm_kl.weights.checkpoint import InitialCheckpoint, Skeleton
+
+_DEATHS = (RayActorError, DyingError)
+_MOST_DEATHS = 3  # replicas that may die of one shard
+_LOOK_EVERY_S = 5.0
+_AGAIN_AFTER_S = 0.5  # a shard whose replica died, or serves another version than others
+
+
+class ReplicatedEngine:
+    """An engine of replicas. Several threads may call it at a time.
+
+    The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
+    """
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        replicas: Any,
+        readout: str,
+        options: dict[str, Any],
+        lora_request: Any = None,
+        timeout_s: float | None = TIMEOUT_S,
+    ) -> None:
+        wish = wish_of(replicas)
+        checkpoint = InitialCheckpoint(model)
+        start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
+        self._timeout_s, self._owner_pid = timeout_s, os.getpid()
+        self._service = Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s)
+        self.info, self.settings, _ = self._result(self.on_each("describe")[0])
+        skeleton = Skeleton(
+            model,
+            revision=options.get("revision"),
+            trust_remote_code=options.get("trust_remote_code", False),
+            hf_overrides=options.get("hf_overrides"),
+        )
+        self.weights = ReplicatedWeights(
+            self.on_each,
+            self._service.keep,
+            self._service.is_changing,
+            skeleton,
+            checkpoint,
+            wish.weights_folder,
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether :meth:`close` was not called."""
+        return self._service.is_open
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the replicas that run."""
+        return [self._result(outcome)[2] for outcome in self.on_each("describe")]
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        share_prefix: bool,
+        on_done: Callable[[int], None] | None = None,
+        alone: bool = False,
+    ) -> list[ScoreResult]:
+        if alone:
+            return self.score_on_each(requests)[0]
+        self._check_open()
+        with self.weights.unchanged():
+            shards = cut(requests, RUNNING.get(self._service.name, ()))
+            call = _Call(self, requests, shards, share_prefix, on_done)
+            future = asyncio.run_coroutine_threadsafe(call.run(), _loop())
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()  # Ctrl-C in this thread
+                raise
+
+    def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
+        """Score the requests alone on each replica that runs."""
+        answers = map(self._result, self.on_each("score_alone", pack(requests)))
+        return [unpack(ScoreResult, answer) for answer in answers]
+
+    def on_each(self, method: str, *args: Any) -> list[Outcome]:
+        """Call a method of each replica that runs; return the outcomes.
+
+        A replica that dies of it has no outcome. If all die, those that come back are called.
+
+        Raises:
+            EngineError: no replica came back in time, or all died again and again.
+        """
+        self._check_open()
+        num_deaths, began = 0, time.monotonic()
+        while True:
+            try:
+                response: DeploymentBroadcastResponse = self._service.handle.broadcast(method, *args)
+                answers = response.results(timeout_s=self._timeout_s, return_exceptions=True)
+            except RayServeException:
+                answers = []  # no replica runs
+            except TimeoutError as error:
+                raise EngineError(
+                    f"a replica gave no answer for {self._timeout_s:g} s (timeout_s)"
+                ) from error
+            answers = [_cause(answer) for answer in answers]
+            if living := [answer for answer in answers if not isinstance(answer, _DEATHS)]:
+                return [(not isinstance(answer, Exception), answer) for answer in living]
+            num_deaths += bool(answers)
+            if num_deaths == _MOST_DEATHS:
+                raise EngineError(
+                    f"all replicas died {_MOST_DEATHS} times, one after the other. The last one: {answers[0]}"
+                )
+            time.sleep(_AGAIN_AFTER_S)
+            self._service.check_alive(time.monotonic() - began)
+
+    def close(self) -> None:
+        self._service.close()
+        if hasattr(self, "weights"):
+            self.weights.release()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._owner_pid:
+            raise EngineError(
+                "the replicas belong to the process that started them, not to a fork: make a new VLLMScorer "
+                "in the fork"
+            )
+        if not self.is_open:
+            raise EngineError("the engine is closed: make a new VLLMScorer")
+
+    @staticmethod
+    def _result(outcome: Outcome) -> Any:
+        is_done, result = outcome
+        if not is_done:
+            raise result
+        return result
+
+    @property
+    def limit(self) -> int:
+        """How many shards of a call are on their way at a time."""
+        return MAX_ONGOING * self._service.fleet.most
+
+    async def ask(self, shard: Shard, requests: Sequence[ScoreRequest], share_prefix: bool) -> Any:
+        return await self._service.handle.score.remote(shard.key, pack(requests), share_prefix)
+
+    async def check_alive(self, silent_s: float) -> bool:
+        """Return whether a replica runs, as :meth:`Service.check_alive` does."""
+        self._check_open()
+        return await asyncio.to_thread(self._service.check_alive, silent_s)
+
+    def check_in_step(self, version: int, waited_s: float) -> None:
+        """Raise an error if a replica does not serve the version for too long."""
+        if self._timeout_s is not None and waited_s > self._timeout_s:
+            raise WeightsError(
+                f"a replica does not serve version {version} of the weights, as the others do, for "
+                f"{self._timeout_s:g} s (timeout_s).\nRefresh or push again, or make the scorer again"
+            )
+
+
+class _Call:
+    """One call: its shards, and the results so far."""
+
+    def __init__(
+        self,
+        engine: ReplicatedEngine,
+        requests: Sequence[ScoreRequest],
+        shards: list[Shard],
+        share_prefix: bool,
+        on_done: Callable[[int], None] | None,
+    ) -> None:
+        self._engine, self._requests, self._share_prefix = engine, requests, share_prefix
+        self._shards, self._on_done = shards, on_done
+        self._results: dict[int, list[ScoreResult]] = {}  # by the shard's index
+        self._deaths: Counter[int] = Counter()
+        self._waiting = deque(range(len(shards)))
+
+    async def run(self) -> list[ScoreResult]:
+        version, began = self._engine.weights.version, time.monotonic()
+        while self._waiting:
+            await self._ask_all()
+            for n, results in self._results.items():
+                if any(result.weight_version != version for result in results):
+                    self._waiting.append(n)
+            if self._waiting:
+                self._engine.check_in_step(version, time.monotonic() - began)
+        found: dict[int, ScoreResult] = {}
+        for n, results in self._results.items():
+            found.update(zip(self._shards[n].places, results, strict=True))
+        return [found[place] for place in range(len(self._requests))]
+
+    async def _ask_all(self) -> None:
+        """Ask for the shards that wait, until all have come back."""
+        running: dict[asyncio.Task, int] = {}
+        heard = time.monotonic()
+        try:
+            while self._waiting or running:
+                while self._waiting and len(running) < self._engine.limit:
+                    n = self._waiting.popleft()
+                    running[asyncio.ensure_future(self._ask(n))] = n
+                done, _ = await asyncio.wait(
+                    running, timeout=_LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                came = [self._take(running.pop(task), task) for task in done]
+                if any(came) or await self._engine.check_alive(time.monotonic() - heard):
+                    heard = time.monotonic()
+        finally:
+            for task in running:
+                task.cancel()
+
+    async def _ask(self, n: int) -> list[ScoreResult]:
+        if self._deaths[n] or n in self._results:
+            await asyncio.sleep(_AGAIN_AFTER_S)
+        shard = self._shards[n]
+        requests = [self._requests[place] for place in shard.places]
+        return unpack(ScoreResult, await self._engine.ask(shard, requests, self._share_prefix))
+
+    def _take(self, n: int, task: asyncio.Task) -> bool:
+        """Take a shard's results and return True; or let it be asked again."""
+        if (error := task.exception()) is not None:
+            self._ask_again_or_raise(n, _cause(error))
+            return False
+        results = task.result()
+        if n not in self._results and self._on_done is not None:
+            self._on_done(len(results))
+        self._results[n] = results
+        return True
+
+    def _ask_again_or_raise(self, n: int, error: Exception) -> None:
+        if not isinstance(error, (*_DEATHS, RayServeException)):
+            raise error
+        self._deaths[n] += not isinstance(error, RayServeException)
+        if self._deaths[n] >= _MOST_DEATHS:
+            raise EngineError(
+                f"{_MOST_DEATHS} replicas died, one after the other, when they scored the same "
+                f"{len(self._shards[n].places)} sequences. The last one: {error}"
+            ) from error
+        self._waiting.append(n)
+
+
+def _cause(answer: Any) -> Any:
+    """Return the error that was raised in a replica, for Ray's error about it."""
+    if isinstance(answer, RayTaskError) and isinstance(answer.cause, Exception):
+        return answer.cause
+    if isinstance(answer, RayError) and not isinstance(answer, RayActorError):
+        return EngineError(f"Ray lost the answer of a replica: {answer}")
+    return answer
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of all calls of this process."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="vllm_kl-shards", daemon=True).start()
+    return loop
