@@ -78,6 +78,7 @@ def test_another_model_is_refused(whole, policy_path):
         run(home / "data.jsonl", home / "out", policy_path)
 
 
+@pytest.mark.nightly
 def test_an_actor_and_an_engine_that_are_killed_are_started_again(whole, ref_path, tmp_path):
     home, _, _, table = whole
     killed = []
@@ -108,6 +109,7 @@ def test_an_engine_that_dies_again_and_again_ends_the_run_with_its_log(whole, re
     check_same(table_of(tmp_path / "out"), table)
 
 
+@pytest.mark.nightly
 def test_files_that_are_gone_are_made_again_and_no_others(whole, ref_path, tmp_path):
     """As after a kill: the output lacks files, and has what a writer that was killed has left."""
     home, _, _, table = whole
