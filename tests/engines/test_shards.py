@@ -70,6 +70,16 @@ def test_a_prompt_has_one_key_in_all_calls():
     assert cut(first, REPLICAS)[0].key == cut(second, REPLICAS)[0].key == cut(second, [])[0].key
 
 
+def test_a_dialog_keeps_its_key_until_it_is_twice_as_long():
+    dialog = list(range(1, 4097))
+    keys = {}
+    for start in (1024, 1025, 1500, 2047, 2048, 4095):
+        request = ScoreRequest(token_ids=np.array(dialog, np.int32), start=start)
+        keys[start] = cut([request], REPLICAS)[0].key
+    assert keys[1024] == keys[1025] == keys[1500] == keys[2047]
+    assert keys[2048] == keys[4095] != keys[1024]
+
+
 def test_a_large_call_has_several_shards_for_each_replica_and_a_small_one_few():
     assert len(cut(requests_of([(100, [500] * 4)] * 90), REPLICAS)) >= 8 * len(REPLICAS)
     assert len(cut(requests_of([(10, [10])] * 20), [])) == 1

@@ -2,6 +2,10 @@
 
 A group is what follows one prompt. Its requests stay in one shard, because a replica computes the prompt
 once. Only a group that exceeds a shard is split.
+
+The key of a prompt is its first 2 ** k tokens, with the largest k. So a dialog whose prompt grows keeps its
+key, and its replica, until it is twice as long; a key of the whole prompt would change with every turn
+(benchmarks/simulate_fleet.py).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ _MOST_TOKENS = 32768
 class Shard:
     """Some requests of a call, for one replica."""
 
-    key: bytes  # of the first prompt
+    key: bytes  # of the first prompt's beginning
     places: list[int] = field(default_factory=list)  # indices of the requests in the call
     num_tokens: int = 0  # with each prompt once
 
@@ -64,7 +68,8 @@ def _groups(requests: Sequence[ScoreRequest]) -> Iterator[list[int]]:
 def _split(group: list[int], requests: Sequence[ScoreRequest], num_replicas: int) -> Iterator[Shard]:
     """Yield a group as one shard, or as several of the largest size."""
     first = requests[group[0]]
-    piece = Shard(_hash(first.token_ids[: first.start].tobytes()), num_tokens=first.start)
+    beginning = first.token_ids[: 1 << (first.start.bit_length() - 1)]
+    piece = Shard(_hash(beginning.tobytes()), num_tokens=first.start)
     for n in group:
         num_tokens = len(requests[n].token_ids) - first.start
         if piece.places and piece.num_tokens + num_tokens > _MOST_TOKENS:
@@ -81,5 +86,5 @@ def _most_tokens(total: int, num_replicas: int) -> int:
     return min(max(share, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
-def _hash(prompt: bytes) -> bytes:
-    return hashlib.blake2b(prompt, digest_size=16).digest()
+def _hash(ids: bytes) -> bytes:
+    return hashlib.blake2b(ids, digest_size=16).digest()
