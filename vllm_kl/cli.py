@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.console import Console
 from vllm_kl import __version__
 from vllm_kl.errors import OptionError, VLLMKLError
 from vllm_kl.offline.command import score
+
+if TYPE_CHECKING:
+    from vllm_kl.view.samples import Sample
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -161,7 +164,10 @@ def doctor(as_json: Json = False) -> None:
 def view(
     file: Annotated[
         Path,
-        typer.Argument(help="Scored samples as JSON lines: rollouts.jsonl of the demo, or write_samples()."),
+        typer.Argument(
+            help="Scored samples as JSON lines: rollouts.jsonl of the demo, or write_samples(); or the "
+            "folder of vllm-kl score --policy."
+        ),
     ],
     html: Annotated[Path, typer.Option(help="The page to write.")],
     tokenizer: Annotated[
@@ -181,7 +187,7 @@ def view(
     try:
         if file.exists() and html.exists() and html.samefile(file):
             raise OptionError(f"--html {html} is the file of the samples: name another file for the page")
-        samples = read_samples(file)
+        samples = _read_scored(file) if file.is_dir() else read_samples(file)
         if tokenizer is not None:
             samples = with_texts(samples, tokenizer)
         page = write_page(samples, html, title=title, limit=limit)
@@ -197,6 +203,16 @@ def view(
     )
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(page), "path": str(page.path)}))
+
+
+def _read_scored(folder: Path) -> list[Sample]:
+    try:
+        from vllm_kl.offline.samples import read_scored
+    except ImportError as error:
+        raise OptionError(
+            f"{folder} is a folder; to read it: pip install 'vllm-kl[ray]' ({error})"
+        ) from error
+    return read_scored(folder)
 
 
 app.command()(score)

@@ -20,9 +20,9 @@ PART, ROW, IDS, STARTS, MASKS = "__part", "__row", "__token_ids", "__starts", "_
 # Figures of the engine's calls for a block: in its first row, and 0 in the others.
 NUM_PROMPT, NUM_CACHED = "__num_prompt_tokens", "__num_cached_tokens"
 
-
+REFERENCE, POLICY = "ref_log_probs", "log_probs"  # the log-probs of the two sides
 ADDED = (
-    "ref_log_probs",
+    REFERENCE,
     "start",
     "topk_ids",
     "topk_log_probs",
@@ -31,7 +31,7 @@ ADDED = (
     "num_cut",
     "token_ids",
     "mask",
-    "log_probs",
+    POLICY,
     "kl",
     "mismatch",
     "error",

@@ -28,9 +28,9 @@ from vllm_kl.engines.devices import has_gpu
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import TOKEN_ESTIMATORS, check_estimator
 from vllm_kl.offline.cluster import Resources
-from vllm_kl.offline.columns import Columns, Layout, layout_of, visible
+from vllm_kl.offline.columns import POLICY, REFERENCE, Columns, Layout, layout_of, visible
 from vllm_kl.offline.rows import ReadRows, Texts
-from vllm_kl.offline.score_rows import POLICY, REFERENCE, CompareRows, Model, ScoreRows
+from vllm_kl.offline.score_rows import CompareRows, Model, ScoreRows
 
 _MAX_RESTARTS = 3  # of an actor; Ray Data's default is to restart it for ever
 

@@ -20,13 +20,23 @@ import torch
 from vllm_kl.diagnostics import mismatch
 from vllm_kl.errors import EngineError, InputError, MissingLogProbError
 from vllm_kl.kl import kl_estimate
-from vllm_kl.offline.columns import IDS, MASKS, NUM_CACHED, NUM_PROMPT, ROW, STARTS, Columns, Layout
+from vllm_kl.offline.columns import (
+    IDS,
+    MASKS,
+    NUM_CACHED,
+    NUM_PROMPT,
+    POLICY,
+    REFERENCE,
+    ROW,
+    STARTS,
+    Columns,
+    Layout,
+)
 from vllm_kl.scorer import VLLMScorer
 
 logger = logging.getLogger("vllm_kl")
 
 MAX_STARTS = 4  # of an engine by one actor
-REFERENCE, POLICY = "ref_log_probs", "log_probs"  # the columns of the two sides
 
 
 @dataclass(frozen=True, kw_only=True)
