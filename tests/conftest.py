@@ -166,7 +166,7 @@ def lora_oracles(
 def cluster() -> Iterator[None]:
     """A local Ray. It is told of GPUs that it has not: AsyncVLLM wants them, and uses none on a CPU."""
     ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-    ray.init(num_cpus=4, num_gpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=6, num_gpus=3, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

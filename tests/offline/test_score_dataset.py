@@ -60,6 +60,7 @@ def test_groups_with_the_most_likely_tokens_and_two_models(
     check_oracle(long["x_ref_log_probs"][0], cut + [1] * 30, len(cut), ref_oracle)
 
 
+@pytest.mark.nightly
 def test_dialogs_and_equality_with_the_scorer(cluster, ref_path, ref_oracle, ref_scorer):
     found = scored([{"messages": DIALOG, "id": i} for i in range(3)], ref_path)
     row = found[0]

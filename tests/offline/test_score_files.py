@@ -10,10 +10,11 @@ from tests import local_ray
 from tests.offline import helpers
 from tests.offline.helpers import BAD, check_oracle, check_same, run, table_of
 from vllm_kl.errors import EngineError, InputError, OptionError
+from vllm_kl.offline import cluster
 from vllm_kl.offline.dry_run import dry_run
 from vllm_kl.offline.score_files import Files
 
-pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
+ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
 
 
@@ -126,18 +127,32 @@ def test_files_that_are_gone_are_made_again_and_no_others(whole, ref_path, tmp_p
     check_same(table_of(home / "out"), table)
 
 
+@pytest.mark.nightly
 def test_an_engine_that_cannot_start_is_an_error_with_its_reason(whole, ref_path, tmp_path):
     home, *_ = whole
     with pytest.raises((EngineError, OptionError), match="max_model_len"):
         run(home / "data.jsonl", tmp_path / "out", ref_path, engine_options={"max_model_len": 10**9})
 
 
-def test_a_cluster_that_is_too_small_is_refused_with_numbers(whole, ref_path, tmp_path):
+class Holder:
+    def hold(self):
+        """Return when this actor has its CPUs."""
+
+
+def test_a_cluster_that_is_too_small_is_refused_with_numbers(whole, ref_path, tmp_path, monkeypatch):
     home, *_ = whole
-    with pytest.raises(OptionError, match="has 4 logical CPUs, the plan takes 52"):
+    with pytest.raises(OptionError, match="has 6 logical CPUs, the plan takes 52"):
         run(home / "data.jsonl", tmp_path / "out", ref_path, replicas=50)
     with pytest.raises(OptionError, match="has 3 logical GPUs, the plan takes 4"):
         helpers.job(ref_path, num_gpus=4).resources.check()
+    holder = ray.remote(num_cpus=2)(Holder).remote()
+    ray.get(holder.hold.remote())
+    monkeypatch.setattr(cluster, "_FREE_WITHIN_S", 0.5)
+    with pytest.raises(
+        OptionError, match=r"of the 6 logical CPUs of the Ray cluster \d are free, the plan takes 5"
+    ):
+        helpers.job(ref_path, replicas=3).resources.check()
+    ray.kill(holder)
 
 
 def test_an_input_that_vanishes_is_an_error_and_finished_files_stay(whole, ref_path, tmp_path):
@@ -153,6 +168,7 @@ def test_an_input_that_vanishes_is_an_error_and_finished_files_stay(whole, ref_p
         run(data, out, ref_path)
 
 
+@pytest.mark.nightly
 def test_a_dry_run_counts_what_a_run_scores(whole, ref_path):
     home, good, summary, table = whole
     files = Files(data=(str(home / "data.jsonl"),), out="", part_bytes=helpers.PART_BYTES)

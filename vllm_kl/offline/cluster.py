@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import ray
 from vllm_kl.errors import EngineError, OptionError
 
 _OPERATORS = 2  # stages beside the scorers, each a task of one CPU: read; compare and write
+_FREE_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,10 @@ class Resources:
         return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
     def check(self) -> None:
-        """Refuse a plan that the cluster cannot hold.
+        """Refuse a plan that the cluster cannot hold, beside what others use of it.
 
         Raises:
-            OptionError: too few CPUs or GPUs, in all or on each node.
+            OptionError: too few CPUs or GPUs, in all, free, or on each node.
         """
         total = ray.cluster_resources()
         engines = self.replicas * self.num_models
@@ -57,11 +59,18 @@ class Resources:
             f"{engines} engines with {self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs each, and "
             f"{_OPERATORS} CPUs for Ray Data's reader and writer"
         )
-        for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)):
+        for name, wanted in self._wanted:
             if wanted > total.get(name, 0):
                 raise OptionError(
                     f"the Ray cluster has {total.get(name, 0):g} logical {name}s, the plan takes {wanted:g}: "
                     f"{needs}. Take fewer --replicas, or a larger cluster"
+                )
+        free = self._free()
+        for name, wanted in self._wanted:
+            if wanted > free.get(name, 0):
+                raise OptionError(
+                    f"of the {total[name]:g} logical {name}s of the Ray cluster {free.get(name, 0):g} are "
+                    f"free, the plan takes {wanted:g}: {needs}. Take fewer --replicas, or wait for the others"
                 )
         places = sum(self._places(node["Resources"]) for node in ray.nodes() if node["Alive"])
         if places < engines:
@@ -69,6 +78,19 @@ class Resources:
                 f"the nodes of the Ray cluster have room for {places} engines, the plan takes {needs}. An "
                 "engine must fit on one node"
             )
+
+    @property
+    def _wanted(self) -> list[tuple[str, float]]:
+        return [(name, wanted) for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)) if wanted]
+
+    def _free(self) -> dict[str, float]:
+        """Return what the cluster has free. What just ended counts as used for a moment longer."""
+        until = time.monotonic() + _FREE_WITHIN_S
+        while True:
+            free = ray.available_resources()
+            if all(wanted <= free.get(name, 0) for name, wanted in self._wanted) or time.monotonic() > until:
+                return free
+            time.sleep(0.2)
 
     def _places(self, node: dict[str, float]) -> int:
         each = [("CPU", self.num_cpus), ("GPU", self.num_gpus)]
