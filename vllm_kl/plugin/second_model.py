@@ -123,7 +123,8 @@ def _explain(error: Exception, folder: str | None, model: str) -> str:
 def _folder_of(model: str) -> Path:
     from transformers.utils import cached_file
 
-    return Path(cached_file(model, "config.json")).parent
+    # Without a network, a question to the hub is repeated for 20 s.
+    return Path(cached_file(model, "config.json", local_files_only=True)).parent
 
 
 def _tensors(folder: Path) -> dict[str, tuple[str, list[int]]]:
