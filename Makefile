@@ -29,7 +29,7 @@ nightly: .venv/installed
 	.venv/bin/python -m pytest -m nightly --ignore tests/weights/test_pushes.py $(ARGS)
 
 compat: $(COMPAT)/installed
-	$(COMPAT)/bin/python -m pytest -m compat $(ARGS)
+	$(COMPAT)/bin/python -m pytest -m "compat and not nightly" $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
