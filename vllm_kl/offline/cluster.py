@@ -40,11 +40,13 @@ class Resources:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a replica on CPUs: its share of the cores."""
-        if self.num_gpus or self.replicas * self.num_models == 1:
+        if self.num_gpus:
             return {}
-        # Ray gives an actor one thread for each logical CPU; vLLM's own binding gives each engine all cores.
-        num_threads = max(1, len(os.sched_getaffinity(0)) // (self.replicas * self.num_models))
-        defaults = {"OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        engines = self.replicas * self.num_models
+        # Ray gives an actor one thread for each of its logical CPUs.
+        defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // engines))}
+        if engines > 1:  # vLLM's own binding gives each engine all cores
+            defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
     def check(self) -> None:
