@@ -25,9 +25,8 @@ def scored(request, tmp_path):
     """A folder of a group of two responses, and of a row that was not scored."""
     folder = Folder(str(tmp_path / "out"))
     folder.make(COUNTS)
-    columns = {f"column.{name}": value for name, value in vars(COLUMNS).items()}
     part = Part(index=0, path="data.parquet", format="parquet", begin=0, end=2, num_rows=2)
-    settings = {"format": request.param, "policy.checksum": "", **columns}
+    settings = {"format": request.param, "policy.checksum": "", **COLUMNS.settings}
     Manifest(settings=settings, files=[], schema=INPUT, parts=[part]).write(folder)
     table = pa.table(
         {

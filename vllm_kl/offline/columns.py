@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -38,6 +38,9 @@ ADDED = (
 )
 
 
+_SETTING = "column."  # before the names of the columns, in the settings of a manifest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """The names of the columns to read, and the prefix of the names of those that are added."""
@@ -64,6 +67,16 @@ class Columns:
             if name not in known:
                 raise OptionError(f"column {name!r} cannot be renamed: known are {', '.join(known)}")
         return cls(**names, prefix=prefix)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Columns:
+        """Return the columns of an output, of the settings in its manifest."""
+        return cls(**{f.name: settings[_SETTING + f.name] for f in fields(cls)})
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The columns as settings of a manifest."""
+        return {_SETTING + f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def role_of(self) -> dict[str, str]:

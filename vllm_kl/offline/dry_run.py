@@ -17,11 +17,9 @@ import pyarrow as pa
 
 from vllm_kl.offline.cluster import Resources, connected
 from vllm_kl.offline.columns import IDS, MASKS, STARTS, layout_of
-from vllm_kl.offline.parts import read_part
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
 from vllm_kl.offline.rows import ReadRows
-from vllm_kl.offline.score_files import Files, plain_errors, plan
-from vllm_kl.offline.source import read_parts
+from vllm_kl.offline.score_files import Files, plain_errors, plan, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +45,8 @@ def dry_run(files: Files, job: Job, *, address: str | None = None) -> Counts:
         manifest = plan(files, job, {})
         first, step = files.shard
         layout = layout_of(manifest.schema, job.columns)
-        read = functools.partial(read_part, schema=manifest.schema, columns=job.columns)
-        ds = map_blocks(
-            read_parts(manifest.parts[first::step], read), ReadRows(layout, job.columns, job.texts)
-        )
+        parts = read(manifest, manifest.parts[first::step], job.columns)
+        ds = map_blocks(parts, ReadRows(layout, job.columns, job.texts))
         sums: Counter[str] = Counter()
         for counts in map_blocks(ds, functools.partial(_count, error=job.columns.added("error"))).iter_rows():
             sums.update(counts)

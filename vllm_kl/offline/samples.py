@@ -16,8 +16,6 @@ from vllm_kl.offline.storage import Folder
 from vllm_kl.offline.write_part import file_name
 from vllm_kl.view.samples import Sample
 
-_OF_COLUMNS = "column."
-
 
 def read_scored(folder: str | Path) -> list[Sample]:
     """Return all rows of the folder that were scored, a group's responses one by one.
@@ -28,13 +26,7 @@ def read_scored(folder: str | Path) -> list[Sample]:
     manifest = Manifest.read(Folder(str(folder)))
     if manifest is None:
         raise InputError(f"{folder} is no output of vllm-kl score: it has no manifest")
-    columns = Columns(
-        **{
-            name.removeprefix(_OF_COLUMNS): value
-            for name, value in manifest.settings.items()
-            if name.startswith(_OF_COLUMNS)
-        }
-    )
+    columns = Columns.from_settings(manifest.settings)
     if "policy.checksum" not in manifest.settings:
         raise InputError(
             f"{folder} has the log-probs of one model: a page compares two. Score with --policy MODEL2"

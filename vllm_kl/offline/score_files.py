@@ -7,15 +7,16 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.data import Dataset
 
 from vllm_kl.errors import EngineError, InputError, OptionError, VLLMKLError
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.cluster import connected
-from vllm_kl.offline.columns import layout_of
+from vllm_kl.offline.columns import Columns, layout_of
 from vllm_kl.offline.manifest import NAME, Manifest, checksum, model_settings, package_versions
 from vllm_kl.offline.parts import Part, cut, find_files, numbered, part_bytes_of, read_part, survey
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
@@ -148,6 +149,11 @@ def _missing(folder: Folder, parts: Sequence[Part], suffix: str) -> list[Part]:
     return missing
 
 
+def read(manifest: Manifest, parts: Sequence[Part], columns: Columns) -> Dataset:
+    """Return the rows of some parts, a block for each part."""
+    return read_parts(parts, functools.partial(read_part, schema=manifest.schema, columns=columns))
+
+
 def _score(
     manifest: Manifest,
     parts: Sequence[Part],
@@ -157,8 +163,7 @@ def _score(
     on_part: Callable[[Mapping[str, Any]], None] | None,
 ) -> Iterator[Mapping[str, Any]]:
     """Run the pipeline; return the figures of each part when its file is there."""
-    read = functools.partial(read_part, schema=manifest.schema, columns=job.columns)
-    ds = job.apply(read_parts(parts, read), layout_of(manifest.schema, job.columns))
+    ds = job.apply(read(manifest, parts, job.columns), layout_of(manifest.schema, job.columns))
     num_rows = {part.index: part.num_rows for part in parts}
     write = WritePart(folder, suffix, job.columns, num_rows)
     for figures in map_blocks(ds, write).iter_rows():
@@ -226,7 +231,6 @@ def _cause(error: BaseException | None) -> BaseException | None:
 
 def _settings(files: Files, job: Job) -> dict[str, Any]:
     """Return everything that changes the output."""
-    columns = {f"column.{name}": value for name, value in asdict(job.columns).items()}
     models = {"model": job.model} | ({} if job.policy is None else {"policy": job.policy})
     settings: dict[str, Any] = {
         "data": list(files.data),
@@ -246,4 +250,4 @@ def _settings(files: Files, job: Job) -> dict[str, Any]:
         settings["estimator"] = job.estimator
     if job.texts.tokenizer not in (None, job.model.path):
         settings["tokenizer.checksum"] = checksum(job.texts.tokenizer)
-    return {**settings, **columns, **package_versions()}
+    return {**settings, **job.columns.settings, **package_versions()}
