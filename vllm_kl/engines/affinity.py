@@ -9,6 +9,7 @@ Source: D. G. Thaler, C. V. Ravishankar, "Using name-based mappings to increase 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 
@@ -47,6 +48,7 @@ def choose(key: bytes, loads: Mapping[str, int], *, spill: int) -> str:
     )
 
 
+@functools.lru_cache(1 << 16)  # a caller cuts by the order of a key, and its router chooses by it
 def _weight(key: bytes, replica: str) -> bytes:
     # The length in front keeps (b"a", "bc") and (b"ab", "c") apart.
     text = len(key).to_bytes(8, "big") + key + replica.encode()
