@@ -1,6 +1,6 @@
 """Measures what replicas and Ray Data cost and gain on one machine.
 
-    python benchmarks/bench_scaling.py                 # all three cases, a quarter of an hour on two cores
+    python benchmarks/bench_scaling.py                 # all three cases, half an hour on two cores
     python benchmarks/bench_scaling.py --case dialogs
 
     replicas  groups of 8 responses (P=256, R=128): two replicas of one thread each, one replica of one
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -67,10 +68,12 @@ def time_groups(model: str, rounds: int, num_groups: int, replicas: object) -> d
         return {"first": first, "seconds": seconds[1:], "tokens": num_groups * GROUP * (PROMPT + RESPONSE)}
 
 
-def time_dialogs(model: str, rounds: int, spill: int) -> dict:
-    from vllm_kl.engines.replicas import service
+def time_dialogs(model: str, rounds: int, has_affinity: bool) -> dict:
+    from vllm_kl.engines.replicas import prompt_router
 
-    service._SPILL = spill
+    if not has_affinity:
+        draw = random.Random(0)
+        prompt_router.choose = lambda key, loads, spill: min(loads, key=lambda r: (loads[r], draw.random()))
     num_dialogs, num_turns, turn = 48, 5, 256
     with make_scorer(model, 2) as scorer:
         first, seconds, cached, prompts = check(model, scorer), [], 0, 0
@@ -207,8 +210,8 @@ PROVIDERS = {
         "an engine without Ray, two threads": lambda a: time_groups(a.model, a.rounds, a.groups, None),
     },
     "dialogs": {
-        "affinity, spill 2": lambda a: time_dialogs(a.model, a.rounds, 2),
-        "least loaded": lambda a: time_dialogs(a.model, a.rounds, 0),
+        "affinity": lambda a: time_dialogs(a.model, a.rounds, True),
+        "the least loaded, at random": lambda a: time_dialogs(a.model, a.rounds, False),
     },
     "files": {
         "vllm-kl score": lambda a: time_files(a.model, a.data, True),
