@@ -223,7 +223,7 @@ def floor(
     vocab_size, hidden_size = weight.shape
 
     class NoHead:
-        def read(self, hidden_N_H, ids_N_K, *, top_k, temperature):
+        def read(self, hidden_N_H, ids_N_K, *, top_k, temperature, entropy=False):
             return torch.zeros(len(ids_N_K), 1, device=weight.device)
 
     def product(num_rows: int, dtype: torch.dtype, rows: int, columns: int, vocab: int = vocab_size) -> float:

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 # Largest error of a log-prob computed in float32, in nats.
 LOG_PROB_TOLERANCE = 5e-6
+# Largest error of an entropy computed in float32, in nats. The error of a logit counts with its probability
+# times its distance from the mean logit, which is a few nats.
+ENTROPY_TOLERANCE = 1e-5
 # A KL is the difference of two log-probs, and decoding uses other kernels than prefill.
 KL_TOLERANCE = 2e-5
 
@@ -37,10 +40,27 @@ class Oracle:
             result.append(row[int(token_ids[t])] - normalizer)
         return result
 
+    def entropies(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+        """Return L entropies, nats: entry t is that of p(. | tokens before token t), entry 0 is NaN."""
+        rows = self.logits(token_ids)[:-1] / temperature
+        return [math.nan, *(entropy(row.tolist()) for row in rows)]
+
     def masked(self, token_ids: Sequence[int], keep: Sequence[bool]) -> torch.Tensor:
         """Return ``[L]`` float64: log-probs of kept tokens, 0.0 elsewhere."""
         values = self.log_probs(token_ids)
         return torch.tensor([v if k else 0.0 for v, k in zip(values, keep, strict=True)], dtype=torch.float64)
+
+
+def entropy(logits: Sequence[float]) -> float:
+    """Return the entropy of softmax(logits), nats, exact also where it is 1e-20.
+
+    Relative to the largest logit, log Z and the mean logit are sums over the other tokens.
+    """
+    top = max(logits)
+    others = [x - top for x in logits]
+    others.remove(0.0)
+    rest = math.fsum(math.exp(x) for x in others)
+    return math.log1p(rest) - math.fsum(math.exp(x) * x for x in others if x > -math.inf) / (1 + rest)
 
 
 def kl(policy: Oracle, reference: Oracle, token_ids: Sequence[int], keep: Sequence[bool]) -> torch.Tensor:

@@ -108,7 +108,7 @@ def peak_of_scoring(model: str, reads: bool) -> int:
     from vllm_kl.plugin import pooler
 
     class NoHead:
-        def read(self, hidden_N_H, ids_N_K, *, top_k, temperature):
+        def read(self, hidden_N_H, ids_N_K, *, top_k, temperature, entropy=False):
             return torch.zeros(len(ids_N_K), 1 + 2 * top_k)
 
     if not reads:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.oracle import entropy as exact_entropy
 from vllm_kl.plugin import cpu_loops, kernel, lm_head
 from vllm_kl.plugin.best_tokens import Best
 
@@ -205,6 +209,196 @@ class TestLogNormalizer:
         assert mine < 1e-3
 
 
+def exact_entropies(hidden, weight, scale=1.0):
+    return torch.tensor(
+        [exact_entropy(row) for row in (hidden.double() @ weight.double().T * scale).tolist()],
+        dtype=torch.float64,
+    )
+
+
+def head_of(weight, monkeypatch):
+    monkeypatch.setattr(lm_head, "get_tensor_model_parallel_world_size", lambda: 1)
+    return lm_head.MatrixHead(
+        SimpleNamespace(weight=weight), scale=1.0, num_tokens=len(weight), first_token=0
+    )
+
+
+def read_entropies(hidden, weight, ids, monkeypatch, temperature=1.0):
+    """The entropies as the read-out computes them, beside the log-probs of one token per row."""
+    head = head_of(weight, monkeypatch)
+    both = head.read(hidden, ids[:, None], top_k=0, temperature=temperature, entropy=True)
+    without = head.read(hidden, ids[:, None], top_k=0, temperature=temperature)
+    torch.testing.assert_close(both[:, :1], without, rtol=1e-6, atol=1e-6)  # sums in another order
+    assert both.shape == (len(hidden), 2)
+    return both[:, 1].double()
+
+
+# Largest errors of entropies, in nats, by the dtype of the product. A float32 product is wrong by rounding. A
+# 16-bit product rounds the logits x, so the entropy is wrong by sum_v p_v (x_v - mean) error_v: most where a
+# few tokens share the mass.
+ENTROPY_ATOL = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.usefixtures("products", "loops")
+class TestEntropy:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("spread", "temperature"), [(0.1, 1.0), (3.0, 0.7), (12.0, 1.0), (12.0, 4.0)])
+    def test_agrees_with_float64(self, products, monkeypatch, dtype, temperature, spread):
+        hidden, weight = make(20, 4000, dtype=dtype, spread=spread)
+        want = exact_entropies(hidden, weight, 1 / temperature)
+        best = (hidden.float() @ weight.float().T).topk(2).indices
+        atol = ENTROPY_ATOL[dtype if products == "own" else torch.float32]
+        for ids in (torch.arange(20) * 71, best[:, 0], best[:, 1]):
+            got = read_entropies(hidden, weight, ids, monkeypatch, temperature)
+            print(f"{(got - want).abs().max():.1e}", end=" ")
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=atol)
+            assert (got >= 0).all()
+            assert (got <= math.log(4000) + 1e-5).all()
+
+    @pytest.mark.parametrize("vocab_size", [1, 2, 64, 65, 255, 2050])
+    @pytest.mark.parametrize("num_rows", [1, 77])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_any_number_of_rows_and_columns(self, monkeypatch, num_rows, vocab_size, dtype):
+        hidden, weight = make(num_rows, vocab_size, dtype=dtype)
+        ids = torch.arange(num_rows) * 71 % vocab_size
+        got = read_entropies(hidden, weight, ids, monkeypatch)
+        want = exact_entropies(hidden, weight)
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-6 if dtype == torch.float32 else 5e-3)
+        if vocab_size == 1:
+            assert (got == 0).all()
+
+    @pytest.mark.parametrize("logit", [30.0, 60.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_token_that_is_nearly_certain_keeps_its_digits(self, monkeypatch, dtype, logit):
+        """Of log Z and the mean logit, each near 30, the difference would be 1e-5 instead of 1e-8."""
+        hidden, weight = make(100, 5000)
+        ids = torch.arange(100) * 16
+        own = weight[ids]
+        hidden += own * (logit / (own * own).sum(1, keepdim=True))
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        want = exact_entropies(hidden, weight)
+        assert want.min() < 1e-6
+        got = read_entropies(hidden, weight, ids, monkeypatch)
+        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-30)
+        # The certain token is another than the sequence's own: its entropy keeps absolute digits only.
+        got = read_entropies(hidden, weight, ids + 1, monkeypatch)
+        torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
+        assert (got >= 0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_huge_logits_late_in_the_vocabulary_count(self, monkeypatch, dtype):
+        """The shift moves in the middle of a stretch, and the sums so far move with it."""
+        hidden, weight = make(40, 20_000, dtype=dtype)
+        large = (4 * hidden[7].float()).to(dtype)
+        weight[9000], weight[14_000] = large, (0.999 * large.float()).to(dtype)
+        want = exact_entropies(hidden, weight)
+        for ids in (torch.full((40,), 9000), torch.full((40,), 3)):
+            got = read_entropies(hidden, weight, ids, monkeypatch)
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-4 if dtype == torch.float32 else 2e-2)
+
+    def test_equal_logits_have_the_logarithm_of_the_vocabulary(self, monkeypatch):
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden, weight = torch.ones(3, 64).to(dtype), torch.full((20_000, 64), 0.3).to(dtype)
+            got = read_entropies(hidden, weight, torch.arange(3), monkeypatch)
+            torch.testing.assert_close(
+                got, torch.full((3,), math.log(20_000), dtype=torch.float64), rtol=0, atol=1e-5
+            )
+
+    def test_a_row_that_is_not_a_number_is_not_hidden(self, monkeypatch):
+        hidden, weight = make(3, 1000)
+        hidden[1, 0] = torch.nan
+        ids = torch.tensor([1, 2, 3])
+        head = head_of(weight, monkeypatch)
+        both = head.read(hidden, ids[:, None], top_k=0, temperature=1.0, entropy=True)
+        assert both.isfinite().all(1).tolist() == [True, False, True]
+
+    def test_beside_the_best_tokens(self, monkeypatch):
+        hidden, weight = make(50, 3000, spread=3.0)
+        head, ids = head_of(weight, monkeypatch), torch.arange(50)[:, None]
+        without = head.read(hidden, ids, top_k=4, temperature=0.8)
+        values = head.read(hidden, ids, top_k=4, temperature=0.8, entropy=True)
+        torch.testing.assert_close(values[:, :-1], without, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            values[:, -1].double(), exact_entropies(hidden, weight, 1 / 0.8), rtol=0, atol=2e-5
+        )
+
+    @pytest.mark.parametrize("num_ranks", [2, 3])
+    def test_ranks_join_the_entropies_of_their_shards(self, monkeypatch, num_ranks):
+        """Ranks in threads, which meet where tensor-parallel workers exchange tensors."""
+        hidden, weight = make(50, 300, spread=4.0)
+        ids = (torch.arange(50) * 7 % 300)[:, None]
+        hidden[:20] += weight[ids[:20, 0]] * 40 / weight[ids[:20, 0]].square().sum(1, keepdim=True)
+        want = exact_entropies(hidden, weight)
+        per_rank = -(-300 // num_ranks)
+        for rank, values in enumerate(
+            on_ranks(
+                num_ranks,
+                monkeypatch,
+                lambda r: shard(weight, r, per_rank).read(
+                    hidden, ids, top_k=3, temperature=1.0, entropy=True
+                ),
+            )
+        ):
+            torch.testing.assert_close(values[:, -1].double(), want, rtol=2e-5, atol=1e-5, msg=str(rank))
+            certain = slice(0, 20)
+            torch.testing.assert_close(values[certain, -1].double(), want[certain], rtol=1e-3, atol=1e-30)
+
+
+def shard(weight, rank, per_rank):
+    first = rank * per_rank
+    part = weight[first : first + per_rank]
+    return lm_head.MatrixHead(
+        SimpleNamespace(weight=part), scale=1.0, num_tokens=len(part), first_token=first
+    )
+
+
+def on_ranks(num_ranks, monkeypatch, work):
+    """Run ``work(rank)`` in a thread for each rank; return the results."""
+    barrier, given = threading.Barrier(num_ranks), {}
+    rank_of = threading.local()
+
+    def exchange(tensor):
+        given[rank_of.rank] = tensor
+        barrier.wait()
+        tensors = [given[rank] for rank in range(num_ranks)]
+        barrier.wait()
+        return tensors
+
+    monkeypatch.setattr(lm_head, "get_tensor_model_parallel_world_size", lambda: num_ranks)
+    monkeypatch.setattr(
+        lm_head, "tensor_model_parallel_all_gather", lambda t, dim: torch.cat(exchange(t), dim)
+    )
+    monkeypatch.setattr(
+        lm_head, "tensor_model_parallel_all_reduce", lambda t: torch.stack(exchange(t)).sum(0)
+    )
+
+    def run(rank):
+        rank_of.rank = rank
+        return work(rank)
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(run, range(num_ranks)))
+
+
+class TestModelHead:
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_entropies_of_a_models_own_logits(self, temperature):
+        """A head with a soft cap, whose model masks a token."""
+        hidden, weight = make(40, 1000, spread=6.0)
+
+        def compute_logits(hidden):
+            logits = 5 * ((hidden @ weight.T) / 5).tanh()
+            logits[:, 17] = -torch.inf
+            return logits
+
+        head = lm_head.ModelHead(SimpleNamespace(compute_logits=compute_logits), 1000, [])
+        ids = torch.arange(40)[:, None] + 100
+        values = head.read(hidden, ids, top_k=2, temperature=temperature, entropy=True)
+        assert torch.equal(values[:, :-1], head.read(hidden, ids, top_k=2, temperature=temperature))
+        want = [exact_entropy(row) for row in (compute_logits(hidden).double() / temperature).tolist()]
+        torch.testing.assert_close(values[:, -1].double(), torch.tensor(want).double(), rtol=0, atol=5e-6)
+
+
 @pytest.mark.usefixtures("loops")
 class TestReduceSlice:
     @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 4e-6), (torch.float32, 6e-7)])
@@ -216,7 +410,13 @@ class TestReduceSlice:
                     tile *= 8
                     before, part = tile.clone(), tile[:, skipped:]
                     want = part.double().exp2().sum(1)
-                    shift, sums = torch.randn(num_rows).mul(9).round(), torch.empty(num_rows)
+                    want_moments = (part.double() * part.double().exp2()).sum(1)
+                    sizes = (part.double() * part.double().exp2()).abs().sum(1)
+                    shift = torch.randn(num_rows).mul(9).round()
+                    sums, moments = torch.empty(2, num_rows)
+                    cpu_loops.reducer(dtype)(part.clone(), shift, sums, None, 0, moments)
+                    torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
+                    assert ((moments.double() - want_moments).abs() <= rtol * sizes).all()
                     cpu_loops.reducer(dtype)(part, shift, sums, None, 0)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
                     assert torch.equal(part.float(), -shift[:, None].expand_as(part))

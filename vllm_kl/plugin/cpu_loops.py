@@ -33,31 +33,40 @@ _NAME_OF = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 # Rows that a PyTorch operation takes at a time, and bytes that it gathers: so its copies stay small.
 _ROWS = 512
 _MAX_GATHERED_BYTES = 8 << 20
+# Two to this power is 0 in float32.
+_LEAST = -1024.0
 
 
-Reduce = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Best | None", int], None]
+Reduce = Callable[..., None]
 
 
 def reducer(dtype: torch.dtype) -> Reduce:
-    """Return the function ``reduce(tile_N_S, shift_N, sums_N, best, first_id)`` for products in ``dtype``.
+    """Return the function ``reduce(tile_N_S, shift_N, masses_N, best, first_id, moments_N=None)``.
 
-    ``reduce`` writes the sum of ``2 ** tile`` over each row, and fills the tile with ``-shift`` for the next
-    product.
+    It is for products in ``dtype``. It writes the sum of ``2 ** tile`` over each row, and fills the tile with
+    ``-shift`` for the next product.
 
     - ``tile_N_S``: logits in base 2, minus ``shift``; ``dtype`` or float32. The rows need not be contiguous.
     - ``shift_N``: float32, whole numbers that ``dtype`` holds.
-    - ``sums_N``: float32, the output.
+    - ``masses_N``: float32, gets the sums.
     - ``best``: gets the best tokens of the slice; or ``None``. A walk over the vocabulary must use one
       reducer only, because each keeps the candidates in its own order.
     - ``first_id``: the id of the slice's first token.
+    - ``moments_N``: float32, gets the sums of ``tile * 2 ** tile``; ``None``: they are not computed.
     """
     return _reduce_compiled if dtype in _NAME_OF and _library()[0] is not None else _reduce
 
 
 def _reduce_compiled(
-    tile_N_S: torch.Tensor, shift_N: torch.Tensor, sums_N: torch.Tensor, best: Best | None, first_id: int
+    tile_N_S: torch.Tensor,
+    shift_N: torch.Tensor,
+    masses_N: torch.Tensor,
+    best: Best | None,
+    first_id: int,
+    moments_N: torch.Tensor | None = None,
 ) -> None:
-    assert shift_N.dtype == sums_N.dtype == torch.float32
+    assert shift_N.dtype == masses_N.dtype == torch.float32
+    assert moments_N is None or moments_N.dtype == torch.float32
     assert tile_N_S.stride(1) == 1
     num_rows, num_columns = tile_N_S.shape
     found = (
@@ -68,7 +77,8 @@ def _reduce_compiled(
             tile_N_S.data_ptr(),
             tile_N_S.stride(0),
             shift_N.data_ptr(),
-            sums_N.data_ptr(),
+            masses_N.data_ptr(),
+            None if moments_N is None else moments_N.data_ptr(),
             num_rows,
             num_columns,
         ),
@@ -77,13 +87,23 @@ def _reduce_compiled(
 
 
 def _reduce(
-    tile_N_S: torch.Tensor, shift_N: torch.Tensor, sums_N: torch.Tensor, best: Best | None, first_id: int
+    tile_N_S: torch.Tensor,
+    shift_N: torch.Tensor,
+    masses_N: torch.Tensor,
+    best: Best | None,
+    first_id: int,
+    moments_N: torch.Tensor | None = None,
 ) -> None:
     for low in range(0, len(tile_N_S), _ROWS):
         rows = slice(low, low + _ROWS)
         if best is not None:
             best[rows].add(tile_N_S[rows], shift_N[rows], first_id)
-        torch.sum(tile_N_S[rows].float().exp2_(), 1, out=sums_N[rows])
+        logits = tile_N_S[rows].float()
+        powers = logits.exp2_() if moments_N is None else logits.exp2()
+        torch.sum(powers, 1, out=masses_N[rows])
+        if moments_N is not None:
+            # The hidden token's logit is -inf in float16, and 0 * -inf is NaN.
+            torch.sum(powers.mul_(logits.clamp_min_(_LEAST)), 1, out=moments_N[rows])
         tile_N_S[rows] = -shift_N[rows, None]
 
 
@@ -137,16 +157,9 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     for name in _NAME_OF.values():
         reduce, logits = getattr(library, f"reduce_{name}"), getattr(library, f"token_logits_{name}")
         reduce.argtypes = [
-            pointer,
-            number,
-            pointer,
-            pointer,
-            number,
-            number,
-            pointer,
-            pointer,
-            number,
-            number,
+            *[pointer, number, pointer, pointer, pointer],
+            *[number, number],
+            *[pointer, pointer, number, number],
         ]
         logits.argtypes = [*[pointer] * 4, *[number] * 3]
         reduce.restype = logits.restype = None

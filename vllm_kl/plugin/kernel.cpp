@@ -61,12 +61,20 @@ inline float power_of_two(float x) {
     return p * from_bits(std::uint32_t(exponent) << 23);
 }
 
-// Returns the sum of 2 ** x over a row, and fills the row for the next product.
-inline float sum_row(bfloat16* row, int64_t num_columns, float fill) {
+// The sums of a row: of 2 ** x, and of x * 2 ** x.
+struct Sums {
+    float mass, moment;
+};
+
+// Returns the sums of a row, and fills the row for the next product. Without kMoment the moment is 0.
+template <bool kMoment>
+inline Sums sum_row(bfloat16* row, int64_t num_columns, float fill) {
     const bfloat16 narrow_fill = narrow(fill);
-    float low = 0.0f, high = 0.0f;
+    float low = 0.0f, high = 0.0f, low_moment = 0.0f, high_moment = 0.0f;
     const auto take_one = [&](int64_t i) {
-        low += power_of_two<bfloat16>(widen(row[i]));
+        const float x = widen(row[i]), power = power_of_two<bfloat16>(x);
+        low += power;
+        if constexpr (kMoment) low_moment += power * x;
         row[i] = narrow_fill;
     };
     // Two numbers in a word are cheaper to widen.
@@ -75,24 +83,33 @@ inline float sum_row(bfloat16* row, int64_t num_columns, float fill) {
     if (start + 2 * num_pairs < num_columns) take_one(num_columns - 1);
     auto* pairs = reinterpret_cast<std::uint32_t*>(row + start);
     const std::uint32_t fill_pair = narrow_fill * 0x10001u;
-#pragma omp simd reduction(+ : low, high)
+#pragma omp simd reduction(+ : low, high, low_moment, high_moment)
     for (int64_t i = 0; i < num_pairs; i++) {
         const std::uint32_t pair = pairs[i];
-        low += power_of_two<bfloat16>(from_bits(pair << 16));
-        high += power_of_two<bfloat16>(from_bits(pair & 0xffff0000u));
+        const float x = from_bits(pair << 16), y = from_bits(pair & 0xffff0000u);
+        const float power_x = power_of_two<bfloat16>(x), power_y = power_of_two<bfloat16>(y);
+        low += power_x;
+        high += power_y;
+        if constexpr (kMoment) {
+            low_moment += power_x * x;
+            high_moment += power_y * y;
+        }
         pairs[i] = fill_pair;
     }
-    return low + high;
+    return {low + high, low_moment + high_moment};
 }
 
-inline float sum_row(float* row, int64_t num_columns, float fill) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
+template <bool kMoment>
+inline Sums sum_row(float* row, int64_t num_columns, float fill) {
+    float mass = 0.0f, moment = 0.0f;
+#pragma omp simd reduction(+ : mass, moment)
     for (int64_t i = 0; i < num_columns; i++) {
-        sum += power_of_two<float>(row[i]);
+        const float x = row[i], power = power_of_two<float>(x);
+        mass += power;
+        if constexpr (kMoment) moment += power * x;
         row[i] = fill;
     }
-    return sum;
+    return {mass, moment};
 }
 
 // The best tokens of a row so far, in a heap. Its root, entry 0, is the worst of them.
@@ -136,9 +153,9 @@ struct Best {
 };
 
 // Each thread goes from its last row to its first: the product has left the last rows in the core's cache.
-template <typename T>
-void reduce(T* tile, int64_t stride, const float* shift, float* sums, int64_t num_rows, int64_t num_columns,
-            float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id) {
+template <bool kMoment, typename T>
+void reduce(T* tile, int64_t stride, const float* shift, float* masses, float* moments, int64_t num_rows,
+            int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id) {
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
@@ -149,7 +166,9 @@ void reduce(T* tile, int64_t stride, const float* shift, float* sums, int64_t nu
                 Best best{best_values + n * num_best, best_ids + n * num_best, num_best};
                 best.add(row, num_columns, shift[n], first_id);
             }
-            sums[n] = sum_row(row, num_columns, -shift[n]);
+            const Sums sums = sum_row<kMoment>(row, num_columns, -shift[n]);
+            masses[n] = sums.mass;
+            if constexpr (kMoment) moments[n] = sums.moment;
         }
     }
 }
@@ -171,13 +190,14 @@ void token_logits(const T* hidden, const T* weight, const int64_t* ids, double* 
 
 }  // namespace
 
-// tile: rows of num_columns logits in base 2, minus shift, `stride` apart; is filled with -shift. sums, shift: [num_rows].
-// best_values, best_ids: [num_rows, num_best], or num_best = 0.
+// tile: rows of num_columns logits in base 2, minus shift, `stride` apart; is filled with -shift. shift, masses, moments:
+// [num_rows]; moments may be null. best_values, best_ids: [num_rows, num_best], or num_best = 0.
 #define REDUCE(NAME, T)                                                                                                  \
-    extern "C" void NAME(T* tile, int64_t stride, const float* shift, float* sums, int64_t num_rows,                     \
+    extern "C" void NAME(T* tile, int64_t stride, const float* shift, float* masses, float* moments, int64_t num_rows,   \
                          int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best,                   \
                          int64_t first_id) {                                                                             \
-        reduce(tile, stride, shift, sums, num_rows, num_columns, best_values, best_ids, num_best, first_id);             \
+        const auto run = moments ? reduce<true, T> : reduce<false, T>;                                                   \
+        run(tile, stride, shift, masses, moments, num_rows, num_columns, best_values, best_ids, num_best, first_id);     \
     }
 REDUCE(reduce_bfloat16, bfloat16)
 REDUCE(reduce_float32, float)

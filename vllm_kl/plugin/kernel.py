@@ -4,19 +4,23 @@ The ``[N, V]`` logits never exist. The kernel walks over the vocabulary in slice
 one running sum per row:
 
     logits of a slice = scale * hidden @ weight[a:b].T             one matrix product
-    total            += sum(2 ** (log2(e) * logits - shift))       shift: close to log2 of the final total
+    x                 = log2(e) * logits - shift                   shift: close to log2 of the final mass
+    mass             += sum(2 ** x)
+    moment           += sum(x * 2 ** x)                            only for the entropy
 
-All sums are in base 2, because ``exp2`` is cheaper than ``exp`` on a CPU.
+All sums are in base 2, because ``exp2`` is cheaper than ``exp`` on a CPU. The log-normalizer is ``shift +
+log2(mass)``. The entropy is ``log2(mass) - moment / mass``, whatever the shift.
 
 Cancellation. Where one token has nearly all the probability, its logit and the log-normalizer are nearly
 equal, and their difference keeps only their rounding errors: 1e-5 nats for a logit of 30 in float32. So the
 sum leaves out one token per row, the token of the sequence. Its logit is computed by itself, more exactly,
-and :mod:`.lm_head` puts both together.
+and :mod:`.lm_head` puts both together, for the entropy as well.
 
 Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size.
 So the shift is subtracted inside the product, before the rounding: the logits that decide the sum are then
 near 0, where bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too
-coarsely. The kernel then computes the slice again for this row, in float32. Logits of single tokens are
+coarsely. The kernel then computes the slice again for this row, in float32. Mass and moment are sums over the
+same rounded logits, so they give the exact entropy of a distribution nearby. Logits of single tokens are
 summed in float64. On a GPU another kernel (:mod:`.triton_kernel`) sums in float32. On a CPU that multiplies
 16-bit matrices one number at a time (for example without AVX-512) the kernel widens both matrices to float32,
 slice by slice.
@@ -40,6 +44,7 @@ import functools
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -110,6 +115,7 @@ def log_normalizer(
     *,
     scale: float = 1.0,
     left_out_N: torch.Tensor | None = None,
+    entropy_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``[N]`` float64: ``log sum_v exp(scale * hidden . weight_v)``, in nats.
 
@@ -118,6 +124,8 @@ def log_normalizer(
         weight_V_H: the head's matrix, in the same dtype.
         scale: factor of every logit: the head's scale divided by the temperature.
         left_out_N: for each row the id of a token that the sum leaves out, int64; -1 leaves out none.
+        entropy_N: gets the entropy of the tokens in the sum, float64, in nats: that of their softmax. It is 0
+            where the sum has no token. ``None``: it is not computed.
 
     >>> hidden, weight = torch.randn(3, 8), torch.randn(1000, 8)
     >>> want = (hidden @ weight.T).logsumexp(-1)
@@ -125,8 +133,11 @@ def log_normalizer(
     >>> torch.allclose(log_normalizer(hidden, weight, left_out_N=torch.tensor([0, 1, -1])).exp()[:2].float(),
     ...     want.exp()[:2] - (hidden @ weight.T).exp().diagonal()[:2], rtol=1e-4)
     True
+    >>> entropy, probs = torch.empty(3, dtype=torch.float64), (hidden @ weight.T).softmax(-1)
+    >>> _ = log_normalizer(hidden, weight, entropy_N=entropy)
+    >>> torch.testing.assert_close(entropy.float(), -(probs * probs.log()).sum(-1))
     """
-    return _walk(hidden_N_H, weight_V_H, scale * LOG2_E, None, left_out_N) / LOG2_E
+    return _walk(hidden_N_H, weight_V_H, scale, None, left_out_N, entropy_N)
 
 
 def top_tokens(
@@ -136,15 +147,16 @@ def top_tokens(
     *,
     scale: float = 1.0,
     left_out_N: torch.Tensor | None = None,
+    entropy_N: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the best tokens' ids ``[N, k]`` int64 and logits ``[N, k]``, and the log-normalizer ``[N]``.
 
     The best token is first. The logits are unscaled. Float32 logits rank the candidates. Two tokens that
-    differ by less than the dtype's rounding may change places. The log-normalizer leaves out ``left_out_N``,
-    as in :func:`log_normalizer`; the best tokens do not.
+    differ by less than the dtype's rounding may change places. The log-normalizer and ``entropy_N`` leave out
+    ``left_out_N``, as in :func:`log_normalizer`; the best tokens do not.
     """
     best = Best.of(len(hidden_N_H), min(k + _SPARE_CANDIDATES, len(weight_V_H)), hidden_N_H.device)
-    normalizer = _walk(hidden_N_H, weight_V_H, scale * LOG2_E, best, left_out_N) / LOG2_E
+    normalizer = _walk(hidden_N_H, weight_V_H, scale, best, left_out_N, entropy_N)
     ids_N_C, is_token = best.ids, best.values > -torch.inf
     if left_out_N is not None:  # the walk did not see its logit
         is_token &= ids_N_C != left_out_N[:, None]
@@ -160,13 +172,17 @@ def top_tokens(
 def _walk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    scale2: float,
+    scale: float,
     best: Best | None,
     left_out: torch.Tensor | None,
+    entropy: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return ``[N]`` float64, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``."""
+    """Return ``[N]`` float64: ``log sum_v exp(scale * hidden . weight_v)``; write the entropy."""
     if not len(weight):  # an empty shard of a tensor-parallel rank
+        if entropy is not None:
+            entropy.zero_()
         return hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float64)
+    scale2 = scale * LOG2_E
     if left_out is None:
         left_out = torch.full((len(hidden),), -1, device=hidden.device)
     if hidden.is_cuda:
@@ -174,13 +190,56 @@ def _walk(
 
         if best is not None:
             _rank(hidden, weight, best, left_out)
-        return log2_normalizer(hidden, weight, scale2, left_out).double()
-    walked = _walk_shifted_products(hidden, weight, scale2, best, left_out, product_dtype(hidden.dtype))
-    if walked is None:
+        return log2_normalizer(hidden, weight, scale2, left_out, entropy).double() / LOG2_E
+    arguments = (hidden, weight, scale2, best, left_out, entropy is not None)
+    sums = _walk_shifted_products(*arguments, product_dtype(hidden.dtype))
+    if sums is None:
         if best is not None:
             best.forget()
-        walked = _walk_shifted_products(hidden, weight, scale2, best, left_out, torch.float32)
-    return walked
+        sums = _walk_shifted_products(*arguments, torch.float32)
+    if entropy is not None:
+        entropy.copy_(sums.entropy2() / LOG2_E)
+    return sums.normalizer2() / LOG2_E
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over tokens of each row, in units of ``2 ** shift``. x is a logit in base 2, minus the shift."""
+
+    shift: torch.Tensor  # [N] float32, whole numbers
+    mass: torch.Tensor  # [N], or [S, N] for each of S slices: sum of 2 ** x
+    moment: torch.Tensor | None  # in the same shape: sum of x * 2 ** x; None: no entropy is wanted
+
+    def move(self, rows: slice | torch.Tensor, by: torch.Tensor) -> None:
+        """Change the units of some rows, before their shift is lowered by ``by``."""
+        factor = torch.exp2(by)
+        if self.moment is not None:
+            self.moment[..., rows] = (self.moment[..., rows] + by * self.mass[..., rows]) * factor
+        self.mass[..., rows] *= factor
+
+    def put(self, i: int, rows: torch.Tensor, logits_M_S: torch.Tensor) -> None:
+        """Replace the sums of slice i and some rows by those of float32 logits minus the shift."""
+        if self.moment is None:
+            self.mass[i, rows] = logits_M_S.exp2_().sum(1)
+            return
+        powers = torch.exp2(logits_M_S, out=_workspace("powers", tuple(logits_M_S.shape), torch.float32))
+        self.mass[i, rows] = powers.sum(1)
+        self.moment[i, rows] = powers.mul_(logits_M_S.clamp_min_(_HIDDEN)).sum(1)  # 0 * -inf is NaN
+
+    def add(self, of_slices: _Sums) -> None:
+        """Add the sums of all slices."""
+        self.mass += of_slices.mass.sum(0)
+        if self.moment is not None:
+            self.moment += of_slices.moment.sum(0)
+
+    def normalizer2(self) -> torch.Tensor:
+        """Return the log-normalizer in base 2, ``[N]`` float64."""
+        return self.shift.double() + self.mass.log2()
+
+    def entropy2(self) -> torch.Tensor:
+        """Return the entropy in base 2, ``[N]`` float64; 0 where no token is summed."""
+        entropy = self.mass.log2() - self.moment / self.mass
+        return entropy.clamp_min_(0).masked_fill_(self.mass == 0, 0)
 
 
 class _Hidden:
@@ -210,8 +269,9 @@ def _walk_shifted_products(
     scale2: float,
     best: Best | None,
     left_out: torch.Tensor,
+    with_moment: bool,
     dtype: torch.dtype,
-) -> torch.Tensor | None:
+) -> _Sums | None:
     """Walk on a CPU: subtract the shift inside the product; then pass over its results once.
 
     Returns ``None`` if the logits are too large for products in ``dtype``, as with a temperature near 0.
@@ -226,45 +286,47 @@ def _walk_shifted_products(
     tokens = _Hidden(left_out)
 
     done = min(vocab_size, _FIRST_COLUMNS)
-    shift, total = _first_columns(hidden, weight[:done], scale2, best, tokens, dtype, num_exact)
-    stretch = 1
+    total = _first_columns(hidden, weight[:done], scale2, best, tokens, with_moment, dtype, num_exact)
+    shift, stretch = total.shift, 1
     while done < vocab_size:
         slices = [
             slice(low, min(low + width, vocab_size)) for low in range(done, vocab_size, width)[:stretch]
         ]
         # The total after this stretch, if its columns are like the earlier ones.
-        expected = total * (slices[-1].stop / done)
+        growth = slices[-1].stop / done
+        expected = total.mass * growth
         if (expected > _GROWN).any():
-            old, shift = shift, _representable(shift + expected.log2().float(), dtype)
-            factor = torch.exp2((old - shift).double())
-            total, expected = total * factor, expected * factor
+            new = _representable(shift + expected.log2().float(), dtype)
+            total.move(slice(None), (shift - new).double())
+            shift.copy_(new)
+            expected = total.mass * growth
         if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
             return None
-        masses = torch.empty(len(slices), num_rows, dtype=torch.float32)
+        masses, moments = torch.empty(2, len(slices), num_rows, dtype=torch.float32)
+        of_slices = _Sums(shift, masses, moments if with_moment else None)
         tile[:num_rows] = -shift[:, None]
-        for columns, mass in zip(slices, masses, strict=True):
+        for i, columns in enumerate(slices):
             # The last slice is as wide as the others, so it begins among columns that are done.
             first = columns.stop - width
             tile.addmm_(padded, _widened(weight[first : columns.stop], dtype).T, alpha=scale2)
             logits = tile[:num_rows, columns.start - first :]
             tokens.hide(logits, columns.start)
-            reduce(logits, shift, mass, best, columns.start)
+            reduce(logits, shift, masses[i], best, columns.start, moments[i] if with_moment else None)
         outweighs = ~(masses <= _OUTWEIGHS * expected)  # so written that NaN and inf count, too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             for rows in torch.where(outweighs[i])[0].split(num_exact):
                 exact = _float32_logits(hidden[rows], weight[slices[i]], scale2)
                 tokens.hide_in_rows(exact, rows, slices[i].start)
                 new = torch.maximum(shift[rows], _representable(exact.amax(1), dtype))
-                factor = torch.exp2(shift[rows] - new)
-                masses[:, rows] *= factor
-                total[rows] *= factor
+                for sums in (total, of_slices):
+                    sums.move(rows, shift[rows] - new)
                 shift[rows] = new
-                masses[i, rows] = exact.sub_(new[:, None]).exp2_().sum(1)
-        total += masses.sum(0)
+                of_slices.put(i, rows, exact.sub_(new[:, None]))
+        total.add(of_slices)
         done, stretch = slices[-1].stop, min(2 * stretch, _MAX_STRETCH)
     if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
         return None
-    return shift.double() + total.log2_()
+    return total
 
 
 def _first_columns(
@@ -273,13 +335,14 @@ def _first_columns(
     scale2: float,
     best: Best | None,
     tokens: _Hidden,
+    with_moment: bool,
     dtype: torch.dtype,
     num_exact: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first shift ``[N]`` float32, and the total of the first columns ``[N]`` float64."""
+) -> _Sums:
+    """Return the first shift, and the sums of the first columns ``[N]`` in float64."""
     reduce = reducer(dtype)
     shift = torch.empty(len(hidden), dtype=torch.float32)
-    total = torch.empty(len(hidden), dtype=torch.float64)  # in units of 2 ** shift
+    mass, moment = torch.zeros(2, len(hidden), dtype=torch.float64)
     for rows in _slices(len(hidden), num_exact):
         logits = _float32_logits(hidden[rows], weight, scale2)
         tokens.hide_in_rows(logits, rows, 0)
@@ -287,10 +350,13 @@ def _first_columns(
         is_any = largest != -torch.inf  # else there is one column, and it is hidden
         shift[rows] = _representable(largest.where(is_any, 0), dtype)
         logits = logits.sub_(shift[rows, None]).clamp_min_(_HIDDEN)
-        sums = torch.empty(len(logits), dtype=torch.float32)
-        reduce(logits, shift[rows], sums, None if best is None else best[rows], 0)
-        total[rows] = sums.where(is_any, 0).double()
-    return shift, total
+        sums, moments = torch.empty(2, len(logits), dtype=torch.float32)
+        of_rows = None if best is None else best[rows]
+        reduce(logits, shift[rows], sums, of_rows, 0, moments if with_moment else None)
+        mass[rows] = sums.where(is_any, 0).double()
+        if with_moment:
+            moment[rows] = moments.where(is_any, 0).double()
+    return _Sums(shift, mass, moment if with_moment else None)
 
 
 _buffers = threading.local()

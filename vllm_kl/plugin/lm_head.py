@@ -39,6 +39,8 @@ logger = init_logger("vllm.vllm_kl")  # below vLLM's root logger: its level and 
 _MAX_LOGITS_BYTES = 48 << 20
 # Rounding may make a log-prob positive. Up to so many nats it becomes 0, above it becomes NaN.
 _ROUNDING = 0.05
+# Its exponential is 0 in float64; unlike -inf, 0 times this is 0.
+_LEAST = -1e4
 
 
 # LoRA's wrappers of a model's LogitsProcessors, each with its module's name.
@@ -49,12 +51,19 @@ class Head(Protocol):
     """An LM head as the pooler sees it."""
 
     def read(
-        self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
+        self,
+        hidden_N_H: torch.Tensor,
+        ids_N_K: torch.Tensor,
+        *,
+        top_k: int,
+        temperature: float,
+        entropy: bool = False,
     ) -> torch.Tensor:
         """Return ``[N, K + 2 * top_k]`` float32: log-probs of K tokens, then ids and log-probs of the best.
 
-        Log-probs are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below
-        2 ** 24, which float32 holds exactly.
+        With ``entropy`` there is one column more, the last: the entropy of the distribution. Log-probs and
+        entropy are those of ``softmax(logits / temperature)``, in nats. Ids are whole numbers below 2 ** 24,
+        which float32 holds exactly.
         """
         ...
 
@@ -64,6 +73,9 @@ class MatrixHead:
     """A head with ``logits = scale * hidden @ weight.T``.
 
     Each tensor-parallel rank sums over its shard of the vocabulary.
+
+    The entropy is put together of groups: that of the groups' probabilities, plus the mean of the entropies
+    inside of them. The groups are the sequence's own token and the others; and of the others the shards.
     """
 
     lm_head: torch.nn.Module  # the module, not its weight, because a push may replace the weight
@@ -72,7 +84,13 @@ class MatrixHead:
     first_token: int  # id of the shard's first token
 
     def read(
-        self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
+        self,
+        hidden_N_H: torch.Tensor,
+        ids_N_K: torch.Tensor,
+        *,
+        top_k: int,
+        temperature: float,
+        entropy: bool = False,
     ) -> torch.Tensor:
         weight_V_H = self.lm_head.weight[: self.num_tokens]
         scale = self.scale / temperature
@@ -87,18 +105,17 @@ class MatrixHead:
         if is_sharded:
             logits = tensor_model_parallel_all_reduce(logits.float()).double()
             own = own.where(is_here[:, :1], logits[:, :1])
-        left_out = local[:, 0].where(is_here[:, 0], -1)
+        of_others = own.new_empty(len(own)) if entropy else None
+        sums = {"scale": scale, "left_out_N": local[:, 0].where(is_here[:, 0], -1), "entropy_N": of_others}
         top_ids = top_logits = None
         if top_k:
-            top_ids, top_logits, others = kernel.top_tokens(
-                hidden_N_H, weight_V_H, top_k, scale=scale, left_out_N=left_out
-            )
+            top_ids, top_logits, others = kernel.top_tokens(hidden_N_H, weight_V_H, top_k, **sums)
         else:
-            others = kernel.log_normalizer(hidden_N_H, weight_V_H, scale=scale, left_out_N=left_out)
+            others = kernel.log_normalizer(hidden_N_H, weight_V_H, **sums)
         # Relative to the logit of the sequence's own token: numbers near 0 lose nothing.
         others = others[:, None] - own * scale
         if is_sharded:
-            others = tensor_model_parallel_all_gather(others.float(), dim=-1).double().logsumexp(-1, True)
+            others, of_others = _joined(others, of_others)
         normalizer = torch.logaddexp(others, torch.zeros_like(others))
         base = logits[:, :1]
         columns = [_log_probs((logits - base) * scale, normalizer)]
@@ -111,7 +128,40 @@ class MatrixHead:
                 top_logits, order = top_logits.topk(top_k, dim=-1)
                 top_ids = top_ids.gather(-1, order)
             columns += [top_ids.float(), _log_probs((top_logits - base) * scale, normalizer)]
+        if of_others is not None:
+            columns.append(_entropy(others, of_others[:, None], normalizer))
         return torch.cat(columns, dim=1)
+
+
+def _joined(
+    others_N_1: torch.Tensor, entropy_N: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the log-normalizer, ``[N, 1]``, and the entropy of all ranks' shards, ``[N]`` float64."""
+    mine = others_N_1 if entropy_N is None else torch.cat([others_N_1, entropy_N[:, None]], dim=1)
+    gathered = tensor_model_parallel_all_gather(mine.float(), dim=-1).double()
+    if entropy_N is None:
+        return gathered.logsumexp(-1, True), None
+    others_N_R, entropies_N_R = gathered.unflatten(-1, (-1, 2)).unbind(-1)
+    joined = others_N_R.logsumexp(-1, True)
+    weights = (others_N_R - joined).exp()
+    entropy = (torch.special.entr(weights) + weights * entropies_N_R).sum(-1)
+    return joined, entropy.masked_fill_(joined[:, 0] == -torch.inf, 0)  # no other token
+
+
+def _entropy(others: torch.Tensor, of_others: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of a distribution, ``[N, 1]`` float32, in nats; NaN where there is none.
+
+    It is the log-normalizer minus the mean logit, both relative to the logit of the sequence's own token. So
+    both go to 0 with the other tokens' probability, and keep their digits.
+
+    Args:
+        others: the log-normalizer of the other tokens, relative to the own token's logit, ``[N, 1]``.
+        of_others: the entropy of the other tokens' distribution, ``[N, 1]``.
+        normalizer: the log-normalizer of all tokens, relative to the own token's logit, ``[N, 1]``.
+    """
+    finite = others.clamp_min(_LEAST)
+    entropy = normalizer + finite.sigmoid() * (of_others - finite)
+    return torch.where(normalizer.isfinite(), entropy.clamp_min_(0), torch.nan).float()
 
 
 def _log_probs(logits: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
@@ -130,11 +180,16 @@ class ModelHead:
     adapters: Adapters
 
     def read(
-        self, hidden_N_H: torch.Tensor, ids_N_K: torch.Tensor, *, top_k: int, temperature: float
+        self,
+        hidden_N_H: torch.Tensor,
+        ids_N_K: torch.Tensor,
+        *,
+        top_k: int,
+        temperature: float,
+        entropy: bool = False,
     ) -> torch.Tensor:
-        values = hidden_N_H.new_full(
-            (len(ids_N_K), ids_N_K.shape[1] + 2 * top_k), torch.nan, dtype=torch.float32
-        )
+        num_columns = ids_N_K.shape[1] + 2 * top_k + entropy
+        values = hidden_N_H.new_full((len(ids_N_K), num_columns), torch.nan, dtype=torch.float32)
         bytes_per_row = 12 * self.vocab_size  # the model's logits, a float32 copy, the log-softmax
         step = max(16, _MAX_LOGITS_BYTES // bytes_per_row // 16 * 16)
         for low in range(0, len(ids_N_K), step):
@@ -149,6 +204,9 @@ class ModelHead:
             if top_k:
                 top_log_probs, top_ids = log_probs.topk(top_k, dim=1)
                 columns += [top_ids.float(), top_log_probs]
+            if entropy:
+                probs = log_probs.exp()
+                columns.append(-probs.mul_(log_probs.clamp_min_(_LEAST)).sum(1, keepdim=True))
             values[rows] = torch.cat(columns, dim=1)
         return values
 

@@ -4,7 +4,9 @@ A program of the first kernel multiplies some rows with some tokens of the vocab
 logits to one number per row while the tile is in registers. So no logits are written to the GPU's memory.
 Rows and tokens are read by Hopper's tensor memory accelerator if the GPU has one.
 
-Of one number per row and slice of the vocabulary, PyTorch makes the sum over all slices.
+Of one number per row and slice of the vocabulary, PyTorch makes the sum over all slices. For the entropy each
+slice has a second number, the entropy of its own tokens. The entropy of all is that of the slices' weights,
+plus the weighted mean of these: all terms are positive, so no digits are lost.
 
 Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867; the order of programs, Triton's
 tutorial on matrix multiplication. Measured on an H100: benchmarks/LOG.md.
@@ -42,7 +44,11 @@ _SMALL = _Tile(128, 128, 32, num_warps=8, num_stages=3)
 
 
 def log2_normalizer(
-    hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, scale2: float, left_out_N: torch.Tensor
+    hidden_N_H: torch.Tensor,
+    weight_V_H: torch.Tensor,
+    scale2: float,
+    left_out_N: torch.Tensor,
+    entropy_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``[N]`` float32, base 2: ``log2 sum_v 2 ** (scale2 * hidden . weight_v)``.
 
@@ -51,6 +57,7 @@ def log2_normalizer(
         weight_V_H: contiguous, in the same dtype, on the same GPU.
         scale2: factor of every logit, times ``log2(e)``.
         left_out_N: for each row the id of a token that the sum leaves out, int64; -1 leaves out none.
+        entropy_N: gets the entropy of the tokens in the sum, in nats; ``None``: it is not computed.
     """
     assert hidden_N_H.is_contiguous()
     assert weight_V_H.is_contiguous()
@@ -59,6 +66,7 @@ def log2_normalizer(
     tile = _HOPPER if is_hopper else _SMALL
     num_slices = triton.cdiv(vocab_size, tile.tokens)
     partial_S_N = torch.empty(num_slices, num_rows, dtype=torch.float32, device=hidden_N_H.device)
+    entropies_S_N = partial_S_N if entropy_N is None else torch.empty_like(partial_S_N)
     is_described = is_hopper and hidden_size % tile.depth == 0
     matrices = (hidden_N_H, weight_V_H)
     if is_described:
@@ -68,6 +76,7 @@ def log2_normalizer(
         *matrices,
         left_out_N.contiguous(),
         partial_S_N,
+        entropies_S_N,
         num_rows,
         vocab_size,
         scale2,
@@ -75,10 +84,16 @@ def log2_normalizer(
         *tile[:3],
         _GROUP,
         is_described,
+        entropy_N is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return partial_S_N.mul_(_LN_2).logsumexp(0).div_(_LN_2)
+    normalizer = partial_S_N.mul_(_LN_2).logsumexp(0)
+    if entropy_N is not None:
+        weights_S_N = partial_S_N.sub_(normalizer).exp_()
+        joined = torch.special.entr(weights_S_N).add_(weights_S_N.mul_(entropies_S_N)).sum(0)
+        entropy_N.copy_(joined.masked_fill_(normalizer == -torch.inf, 0))
+    return normalizer.div_(_LN_2)
 
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
@@ -109,6 +124,7 @@ def _normalize_slices(
     weight,  # [V, H]: likewise
     left_out,  # [N] int64: for each row a token that the sum leaves out, or -1
     partial,  # [S, N] float32, the output
+    entropies,  # [S, N] float32, the second output: in nats
     num_rows,
     vocab_size,
     scale2,
@@ -118,6 +134,7 @@ def _normalize_slices(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     IS_DESCRIBED: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
 ):
     program = tl.program_id(0)
     num_blocks = tl.cdiv(num_rows, ROWS)
@@ -153,8 +170,14 @@ def _normalize_slices(
     logits = tl.where(is_summed, product * scale2, -float("inf"))
     top = tl.max(logits, 1)
     top = tl.where(top == -float("inf"), 0.0, top)  # a slice of one token, which is left out
-    total = tl.sum(tl.exp2(logits - top[:, None]), 1)
-    tl.store(partial + slice_index.to(tl.int64) * num_rows + rows, top + tl.log2(total), mask=rows < num_rows)
+    powers = tl.exp2(logits - top[:, None])
+    total = tl.sum(powers, 1)
+    places_of_rows = slice_index.to(tl.int64) * num_rows + rows
+    tl.store(partial + places_of_rows, top + tl.log2(total), mask=rows < num_rows)
+    if WITH_ENTROPY:
+        moment = tl.sum(tl.where(is_summed, powers * (logits - top[:, None]), 0.0), 1)
+        entropy = tl.where(total > 0.0, tl.log2(total) - moment / total, 0.0) * 0.6931471805599453
+        tl.store(entropies + places_of_rows, tl.maximum(entropy, 0.0), mask=rows < num_rows)
 
 
 @triton.jit
