@@ -54,6 +54,36 @@ def test_temperature_and_best_tokens_agree_with_float64(ref_path, ref_oracle):
             torch.testing.assert_close(best.log_probs.double(), want.values, rtol=0, atol=1e-4)
 
 
+def test_entropies_agree_with_float64(ref_path, ref_oracle):
+    with VLLMScorer(str(ref_path), **OPTIONS) as scorer:
+        _, entropies = scorer.score(SEQUENCES, 40, temperature=0.7, entropy=True)
+        for got, ids in zip(entropies, SEQUENCES, strict=True):
+            want = torch.tensor(ref_oracle.entropies(ids, 0.7)[40:], dtype=torch.float64)
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("hidden_size", "num_rows", "vocab_size"), [(256, 130, 20_001), (77, 3, 5), (64, 40, 1)]
+)
+def test_the_kernels_entropies_agree_with_float64(dtype, hidden_size, num_rows, vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator).to(dtype)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator).mul(4 / hidden_size**0.5).to(dtype)
+    left_out = torch.arange(num_rows) % vocab_size
+    left_out[::3] = -1
+    logits = hidden.double() @ weight.double().T
+    logits[left_out >= 0] = logits[left_out >= 0].scatter(1, left_out[left_out >= 0, None], -torch.inf)
+    # One number per row without a token in the sum: 0.
+    want = torch.special.entr(logits.softmax(-1)).sum(-1).nan_to_num(0)
+    got = torch.empty(num_rows, dtype=torch.float64, device="cuda")
+    normalizer = kernel.log_normalizer(
+        hidden.cuda(), weight.cuda(), left_out_N=left_out.cuda(), entropy_N=got
+    )
+    torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(normalizer.cpu().double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("hidden_size", "num_rows"), [(256, 300), (256, 1), (77, 130), (8, 5), (1152, 129)])
 def test_the_kernel_agrees_with_float64(dtype, hidden_size, num_rows):

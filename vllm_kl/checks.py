@@ -217,11 +217,14 @@ def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[in
     return starts
 
 
-def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False) -> None:
+def check_can(
+    info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False, entropy: bool = False
+) -> None:
     """Refuse a call that the read-out cannot do.
 
     Raises:
-        ReadoutUnavailableError: the read-out cannot apply the temperature, or return these log-probs.
+        ReadoutUnavailableError: the read-out cannot apply the temperature, or return these log-probs or the
+            entropy.
     """
     for name, is_wanted, what in (
         (
@@ -231,6 +234,7 @@ def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k:
         ),
         ("ids", ids, "return log-probs of chosen ids"),
         ("top_k", top_k, "return the most likely tokens"),
+        ("entropy", entropy, "return the entropy, which needs the log-probs of all tokens"),
     ):
         if is_wanted and name not in info.can:
             raise ReadoutUnavailableError(
@@ -240,14 +244,16 @@ def check_can(info: EngineInfo, temperature: float, *, ids: bool = False, top_k:
 
 
 def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreResult]) -> list[torch.Tensor]:
-    """Return the checked values of each sequence. -inf is a log-prob; NaN and numbers above 0 are not.
+    """Return the checked values of each sequence.
+
+    -inf is a log-prob; NaN and numbers above 0 are not. An entropy is a finite number, and not below 0.
 
     Args:
         requests: by the number of the sequence; all with the same number of columns.
         results: one per request, in the same order.
 
     Raises:
-        MissingLogProbError: a result has too few rows, or a log-prob is not valid.
+        MissingLogProbError: a result has too few rows, or a log-prob or an entropy is not valid.
     """
     if not requests:
         return []
@@ -262,14 +268,22 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     largest = np.full(values.shape[1], 1e-3, np.float32)  # rounding cannot make a log-prob that large
     are_ids = slice(1 + request.num_ids, 1 + request.num_ids + request.top_k)
     largest[are_ids] = np.finfo(np.float32).max
+    if request.entropy:
+        largest[-1] = np.finfo(np.float32).max
     is_wrong = ~(values <= largest)  # also True for NaN
+    if request.entropy:
+        is_wrong[:, -1] |= values[:, -1] < 0
     if is_wrong.any():
         is_wrong_row = is_wrong.any(axis=1)
         n, row = place_of(torch.from_numpy(is_wrong_row), lengths)
         at = int(is_wrong_row.argmax())
         i, request = list(requests.items())[n]
         value = values[at][is_wrong[at]][0]
+        is_entropy = request.entropy and not is_wrong[at, :-1].any()
+        what = "an entropy" if is_entropy else "a log-prob"
         cause = "No log-prob is above 0: the model overflows in the engine's dtype, or these are logits."
+        if is_entropy:
+            cause = "An entropy is finite and not below 0: the model overflows in the engine's dtype."
         if np.isnan(value):
             cause = (
                 "Either the model gives NaN, because its activations overflow in the engine's dtype or its "
@@ -278,7 +292,7 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
                 "'float32'."
             )
         raise MissingLogProbError(
-            f"sequence {i}, token {request.start + row}: the engine returned {value} instead of a log-prob "
+            f"sequence {i}, token {request.start + row}: the engine returned {value} instead of {what} "
             f"({int(is_wrong_row[at : at - row + lengths[n]].sum())} such tokens). {cause}"
         )
     return list(torch.from_numpy(values).split(lengths))

@@ -43,4 +43,5 @@ def plan(requests: Sequence[ScoreRequest]) -> Plan:
 
 def _key(request: ScoreRequest) -> tuple:
     ids = b"" if request.ids is None else request.ids.tobytes()
-    return request.token_ids.tobytes(), request.start, request.temperature, request.top_k, ids
+    asked = (request.temperature, request.top_k, request.entropy)
+    return request.token_ids.tobytes(), request.start, *asked, ids

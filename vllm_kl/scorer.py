@@ -19,7 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 
@@ -206,6 +206,7 @@ class VLLMScorer:
         """
         check_requests(token_ids, start, self._engine.info, self._placeholders)
 
+    @overload
     def score(
         self,
         token_ids: Sequence[TokenIds],
@@ -213,7 +214,29 @@ class VLLMScorer:
         *,
         temperature: float | None = None,
         progress: bool = False,
-    ) -> list[torch.Tensor]:
+        entropy: Literal[False] = False,
+    ) -> list[torch.Tensor]: ...
+
+    @overload
+    def score(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        progress: bool = False,
+        entropy: Literal[True],
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+
+    def score(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        progress: bool = False,
+        entropy: bool = False,
+    ) -> list[torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the log-probs of every sequence's tokens from ``start`` on.
 
         Args:
@@ -222,23 +245,34 @@ class VLLMScorer:
                 ``1 <= start <= len``. ``None`` is 1. ``start == len`` scores nothing and costs nothing.
             temperature: replaces the scorer's temperature in this call.
             progress: show a progress bar on standard error.
+            entropy: also return the entropy of the distribution that each token was scored with.
 
         Returns:
             B float32 CPU tensors; element j of tensor i is
             ``log p(token_ids[i][start + j] | token_ids[i][:start + j])`` in nats, shape ``[len - start]``.
 
+            With ``entropy=True`` a pair: these tensors, and B float32 CPU tensors of the same shapes. Their
+            element j of tensor i is ``-sum_v p(v) log p(v)`` in nats over the vocabulary, with
+            ``p(v) = p(v | token_ids[i][:start + j])``: from 0 to the logarithm of the vocabulary's size.
+
         Raises:
             InputError: a sequence is empty or longer than the engine takes; a start is out of range; an id is
                 outside the vocabulary, or stands for an image; the temperature is not positive. The message
                 names the sequence. Nothing was sent.
-            ReadoutUnavailableError: the read-out cannot apply this temperature.
-            MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token.
+            ReadoutUnavailableError: the read-out cannot apply this temperature, or return the entropy.
+            MissingLogProbError: the engine returned no number, NaN or a number above 0 for a token; or an
+                entropy that is infinite or below 0.
             EngineError: the engine died, or a replica of an ``AsyncVLLM`` died or cannot be reached: the
                 message names the replica.
             WeightsError: the replicas of an ``AsyncVLLM`` serve different versions of the weights.
+
+        >>> log_probs, entropies = scorer.score([[5, 6, 7], [5, 6]], entropy=True)
+        >>> [row.shape == entropy.shape for row, entropy in zip(log_probs, entropies)]
+        [True, True]
         """
-        values, _ = self._read(token_ids, start, temperature, progress)
-        return [row[:, 0].clone() for row in values]
+        values, _ = self._read(token_ids, start, temperature, progress, entropy=entropy)
+        log_probs = [row[:, 0].clone() for row in values]
+        return (log_probs, [row[:, -1].clone() for row in values]) if entropy else log_probs
 
     def score_and_tell(
         self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None = None
@@ -291,18 +325,19 @@ class VLLMScorer:
         *,
         temperature: float | None = None,
         progress: bool = False,
+        entropy: bool = False,
     ) -> list[TopK]:
         """Return the k most likely tokens at every position from ``start`` on, with their log-probs.
 
         Args:
-            token_ids, start, temperature, progress: as in :meth:`score`.
+            token_ids, start, temperature, progress, entropy: as in :meth:`score`.
             k: how many tokens per position, from 1 to the size of the vocabulary.
 
         Returns:
             B :class:`~vllm_kl.types.TopK`: ids and log-probs of the k tokens, ``[len - start, k]``, most
-            likely first; and log-probs of the sequence's own tokens, ``[len - start]``. Log-probs are float32
-            CPU tensors, in nats. Two tokens may change places if their logits differ by less than the model's
-            dtype resolves.
+            likely first; log-probs of the sequence's own tokens, ``[len - start]``; and with ``entropy`` the
+            entropies, ``[len - start]``. Log-probs and entropies are float32 CPU tensors, in nats. Two tokens
+            may change places if their logits differ by less than the model's dtype resolves.
 
         Raises:
             InputError: as in :meth:`score`; or k is out of range.
@@ -316,12 +351,13 @@ class VLLMScorer:
             raise InputError(
                 f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}"
             )
-        values, _ = self._read(token_ids, start, temperature, progress, top_k=k)
+        values, _ = self._read(token_ids, start, temperature, progress, top_k=k, entropy=entropy)
         return [
             TopK(
                 token_ids=row[:, 1 : 1 + k].long(),
-                log_probs=row[:, 1 + k :].clone(),
+                log_probs=row[:, 1 + k : 1 + 2 * k].clone(),
                 target_log_probs=row[:, 0].clone(),
+                entropy=row[:, -1].clone() if entropy else None,
             )
             for row in values
         ]
@@ -335,20 +371,22 @@ class VLLMScorer:
         *,
         ids: Sequence[Any] | None = None,
         top_k: int = 0,
+        entropy: bool = False,
     ) -> tuple[list[torch.Tensor], ScoreStats]:
         """Score B sequences; return the values of each, and the figures of the call.
 
-        Values are ``[len - start, 1 + K + 2 * top_k]`` float32, with the columns of ``ScoreResult.values``.
+        Values are float32 ``[len - start, columns]``, with the columns of ``ScoreResult.values``.
         """
         began = time.perf_counter()
         self._check_awake()
         info = self._engine.info
         temperature = self.temperature if temperature is None else check_temperature(temperature)
-        check_can(info, temperature, ids=ids is not None, top_k=top_k > 0)
+        check_can(info, temperature, ids=ids is not None, top_k=top_k > 0, entropy=entropy)
         sequences, starts = check_requests(token_ids, start, info, self._placeholders)
         chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
+        wanted = {"temperature": temperature, "top_k": top_k, "entropy": entropy}
         asked = [
-            ScoreRequest(token_ids=sequence, start=first, temperature=temperature, ids=rows, top_k=top_k)
+            ScoreRequest(token_ids=sequence, start=first, ids=rows, **wanted)
             for sequence, first, rows in zip(sequences, starts, chosen, strict=True)
         ]
         requests = {i: request for i, request in enumerate(asked) if request.start < len(request.token_ids)}

@@ -28,6 +28,7 @@ class ScoreRequest:
     temperature: float = 1.0  # log-probs are those of softmax(logits / temperature)
     ids: np.ndarray | None = None  # [L - start, K] int32: tokens to score beside the sequence's own
     top_k: int = 0  # how many of the most likely tokens to return per row
+    entropy: bool = False  # whether to return the entropy of the distribution of each row
 
     @property
     def num_ids(self) -> int:
@@ -37,15 +38,16 @@ class ScoreRequest:
     @property
     def num_columns(self) -> int:
         """The number of columns of :attr:`ScoreResult.values`."""
-        return 1 + self.num_ids + 2 * self.top_k
+        return 1 + self.num_ids + 2 * self.top_k + self.entropy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreResult:
     """The answer of an engine to one request. R = L - start rows; row j belongs to token start + j."""
 
-    # [R, 1 + K + 2 k] float32, in nats. Columns: the log-prob of the sequence's token; K log-probs of
-    # ``ids``; the ids of the k most likely tokens; their k log-probs. NaN: the engine returned no number.
+    # [R, num_columns] float32, in nats. Columns: the log-prob of the sequence's token; K log-probs of
+    # ``ids``; the ids of the k most likely tokens; their k log-probs; with ``entropy`` the entropy. NaN: the
+    # engine returned no number.
     values: np.ndarray
     num_cached_tokens: int = 0  # tokens whose KV came from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1
@@ -59,6 +61,7 @@ class TopK:
     token_ids: torch.Tensor  # [R, k] int64
     log_probs: torch.Tensor  # [R, k] float32, nats
     target_log_probs: torch.Tensor  # [R] float32, nats: of the sequence's own tokens
+    entropy: torch.Tensor | None = None  # [R] float32, nats: of each row's distribution; None: not asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +72,7 @@ class EngineInfo:
     vocab_size: int | None  # every id must be below it; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
     # Features beyond the log-probs of the sequence's own tokens at temperature 1.
-    can: frozenset[Literal["temperature", "ids", "top_k"]] = frozenset()
+    can: frozenset[Literal["temperature", "ids", "top_k", "entropy"]] = frozenset()
     max_ids: int | None = None  # largest number of chosen ids per row; None: no limit
     # Why the engine is slower than expected, or its log-probs are different. The scorer logs each note as a
     # warning.

@@ -92,6 +92,8 @@ def test_replicas_score_in_order_and_as_one_engine_does(scorer, ref_scorer, ref_
     )
     best, theirs = (s.score_topk(MANY[:8], 3, START) for s in (scorer, ref_scorer))
     assert far([b.log_probs for b in best], [b.log_probs for b in theirs]) < 2e-6
+    ours, theirs = (s.score(MANY, START, entropy=True)[1] for s in (scorer, ref_scorer))
+    assert far(ours, theirs) < 5e-6
 
 
 def test_both_replicas_work_and_tell_of_their_progress(scorer):

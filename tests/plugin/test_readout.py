@@ -16,9 +16,9 @@ from vllm import PoolingParams, SamplingParams
 
 from tests import tiny
 from tests.compat import since
-from tests.oracle import LOG_PROB_TOLERANCE
+from tests.oracle import ENTROPY_TOLERANCE, LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, errors, plugin
-from vllm_kl.checks import check_ids
+from vllm_kl.checks import check_ids, check_results
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import _Blocking
 from vllm_kl.plugin import allowed, cache_cap, scoring_models, text_only
@@ -158,6 +158,66 @@ class TestChosenAndBestTokens:
             errors.ReadoutUnavailableError, match="'flat' cannot return log-probs of chosen ids"
         ):
             VLLMScorer(policy_llm).score_ids([[1, 2]], [[[1]]])
+
+
+def assert_entropies(got, oracle, sequences, starts, temperature=1.0):
+    for values, ids, first in zip(got, sequences, starts, strict=True):
+        want = torch.tensor(oracle.entropies(ids, temperature)[first:], dtype=torch.float64)
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values.double(), want, rtol=0, atol=ENTROPY_TOLERANCE)
+
+
+class TestEntropy:
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_entropies_agree_with_float64(self, ref_scorer, ref_oracle, table, temperature):
+        sequences, starts = table[0], [10, 1, 64]
+        log_probs, entropies = ref_scorer.score(sequences, starts, temperature=temperature, entropy=True)
+        assert_entropies(entropies, ref_oracle, sequences, starts, temperature)
+        for a, b in zip(log_probs, ref_scorer.score(sequences, starts, temperature=temperature), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_shared_prompts_and_chunks_change_nothing(self, ref_scorer, ref_oracle):
+        """The engine takes fewer tokens in a step than a sequence has, and its prompt from the cache."""
+        prompt = random_ids(960, 200)
+        group = [[*prompt, *random_ids(970 + i, 20 + 30 * i)] for i in range(3)]
+        for share_prefix in (True, False):
+            ref_scorer.share_prefix = share_prefix
+            try:
+                _, entropies = ref_scorer.score(group, 200, entropy=True)
+            finally:
+                ref_scorer.share_prefix = True
+            assert_entropies(entropies, ref_oracle, group, [200] * 3)
+
+    def test_beside_the_best_tokens(self, ref_scorer, ref_oracle, table):
+        sequences = table[0]
+        both = ref_scorer.score_topk(sequences, 4, entropy=True)
+        assert_entropies([best.entropy for best in both], ref_oracle, sequences, [1] * 3)
+        for a, b in zip(both, ref_scorer.score_topk(sequences, 4), strict=True):
+            assert b.entropy is None
+            assert torch.equal(a.token_ids, b.token_ids)
+            torch.testing.assert_close(a.log_probs, b.log_probs, rtol=0, atol=LOG_PROB_TOLERANCE)
+
+    def test_nothing_to_score_gives_empty_rows(self, ref_scorer):
+        log_probs, entropies = ref_scorer.score([[1, 2], [1, 2]], [2, 1], entropy=True)
+        assert [len(row) for row in log_probs] == [len(row) for row in entropies] == [0, 1]
+        assert ref_scorer.score([], entropy=True) == ([], [])
+
+    def test_a_read_out_that_cannot_refuses(self, policy_llm):
+        scorer = VLLMScorer(policy_llm)
+        for call in (scorer.score, lambda ids, entropy: scorer.score_topk(ids, 2, entropy=entropy)):
+            with pytest.raises(errors.ReadoutUnavailableError, match="'flat' cannot return"):
+                call([[1, 2]], entropy=True)
+        with pytest.raises(errors.ReadoutUnavailableError, match="cannot return the entropy"):
+            scorer.score([[1, 2]], entropy=True)
+
+    @pytest.mark.parametrize("value", [-1e-3, np.inf, np.nan])
+    def test_an_entropy_that_cannot_be_is_refused(self, value):
+        request = ScoreRequest(token_ids=np.array([1, 2, 3], np.int32), start=1, entropy=True)
+        values = np.array([[-1.0, 0.5], [-1.0, value]], np.float32)
+        with pytest.raises(errors.MissingLogProbError, match="sequence 4, token 2: .* instead of an entropy"):
+            check_results({4: request}, [ScoreResult(values=values)])
+        values[1, 1] = 0.0
+        assert check_results({4: request}, [ScoreResult(values=values)])[0].shape == (2, 2)
 
 
 class TestSharing:
@@ -316,6 +376,12 @@ class TestEngine:
                 scorer.score_ids(sequences, chosen), ref_scorer.score_ids(sequences, chosen), strict=True
             ):
                 torch.testing.assert_close(a, b, rtol=0, atol=LOG_PROB_TOLERANCE)
+            for a, b in zip(
+                scorer.score(sequences, entropy=True)[1],
+                ref_scorer.score(sequences, entropy=True)[1],
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=0, atol=ENTROPY_TOLERANCE)
             for k in (5, VOCAB):  # more than a rank's share, too
                 for a, b in zip(
                     scorer.score_topk(sequences, k), ref_scorer.score_topk(sequences, k), strict=True

@@ -66,7 +66,7 @@ class PoolingEngine:
             readout="pooling",
             vocab_size=config.model_config.get_vocab_size(),
             max_sequence_len=config.model_config.max_model_len,
-            can=frozenset({"temperature", "ids", "top_k"}),
+            can=frozenset({"temperature", "ids", "top_k", "entropy"}),
             placeholders=placeholders,
             notes=notes_on(config.model_config, placeholders),
         )
@@ -120,6 +120,7 @@ class PoolingEngine:
             top_k=request.top_k,
             num_ids=request.num_ids,
             ids=b"" if request.ids is None else request.ids.tobytes(),
+            entropy=request.entropy,
         )
         params = PoolingParams(
             task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout)

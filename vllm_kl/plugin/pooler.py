@@ -66,7 +66,7 @@ class LogProbPooler(Pooler):
             # The third limit: vLLM's profile run passes fewer ids than tokens.
             first, last = max(readout.start - 1, high - count), min(high, length - 1, token_ids.shape[1] - 1)
             if first < last:
-                same = (readout.temperature, readout.top_k, readout.num_ids)
+                same = (readout.temperature, readout.top_k, readout.num_ids, readout.entropy)
                 spans[same].append(_Span(i, readout, first, last, offset + first - (high - count)))
             offset += count
         for group in spans.values():
@@ -111,6 +111,7 @@ class LogProbPooler(Pooler):
                 wanted[block],
                 top_k=readout.top_k,
                 temperature=readout.temperature,
+                entropy=readout.entropy,
             )
         return values
 

@@ -22,11 +22,12 @@ class Readout(NamedTuple):
     top_k: int = 0  # number of best tokens per row
     num_ids: int = 0  # number of chosen tokens per row
     ids: bytes = b""  # the chosen tokens: int32, [L - start, num_ids]
+    entropy: bool = False  # whether to return the entropy of each row's distribution
 
     @property
     def num_columns(self) -> int:
-        """The number of columns: the token, the chosen ids, then ids and log-probs of the best tokens."""
-        return 1 + self.num_ids + 2 * self.top_k
+        """The token, the chosen ids, ids and log-probs of the best tokens, the entropy: how many columns."""
+        return 1 + self.num_ids + 2 * self.top_k + self.entropy
 
     def chosen_ids(self) -> torch.Tensor:
         """Return ``[L - start, num_ids]`` int64."""
