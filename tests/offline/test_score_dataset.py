@@ -9,6 +9,7 @@ from tests import local_ray
 from tests.offline import helpers
 from tests.offline.helpers import check_oracle
 from tests.offline.test_rows import DIALOG
+from tests.oracle import ENTROPY_TOLERANCE
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.offline import score_dataset
 
@@ -38,6 +39,7 @@ def test_groups_with_the_most_likely_tokens_and_two_models(
         columns={"prompt_ids": "q", "response_ids": "a"},
         prefix="x_",
         topk=3,
+        entropy=True,
         max_len_policy="left",
     )
     first, outside, long = found
@@ -53,6 +55,11 @@ def test_groups_with_the_most_likely_tokens_and_two_models(
         assert torch.equal(kl, torch.tensor(first["x_kl"][i]))
     best = ref_scorer.score_topk([prompt + response for response in responses], 3, len(prompt))
     assert first["x_topk_ids"] == [one.token_ids.tolist() for one in best]
+    assert [len(row) for row in first["x_entropy"]] == [len(response) for response in responses]
+    for i, response in enumerate(responses):
+        want = ref_oracle.entropies(prompt + response)[len(prompt) :]
+        assert first["x_entropy"][i] == pytest.approx(want, abs=ENTROPY_TOLERANCE)
+    assert outside["x_entropy"] is None
     assert first["x_mismatch"]["num_tokens"] == 6
     # The longest sequences of a model of 320 tokens: the prompt loses 10 tokens at the left.
     assert (long["x_error"], long["x_num_cut"], long["x_start"]) == (None, [10, 0], [300, 300])

@@ -51,6 +51,7 @@ def test_a_second_start_changes_nothing_and_starts_no_engine(whole, ref_path):
     ("files", "options", "told"),
     [
         ({}, {"temperature": 0.7}, "model.temperature was 1.0, is 0.7"),
+        ({}, {"entropy": True}, "entropy was false, is true"),
         ({}, {"columns": {"response_ids": "chosen"}}, 'column.response_ids was "response_ids", is "chosen"'),
         ({}, {"engine_options": {"dtype": "bfloat16"}}, 'model.engine.dtype was "float32", is "bfloat16"'),
         ({"limit": 5}, {}, "limit was null, is 5"),

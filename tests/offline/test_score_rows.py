@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.offline import helpers
 from tests.offline.helpers import check_oracle
+from tests.oracle import ENTROPY_TOLERANCE
 from vllm_kl.errors import InputError
 from vllm_kl.offline.columns import NUM_PROMPT, Columns, layout_of
 from vllm_kl.offline.rows import ReadRows, Texts
@@ -71,3 +72,16 @@ def test_the_first_bad_row_can_stop_the_run(stage, monkeypatch):
     monkeypatch.setattr(stage.made, "_on_error", "stop")
     with pytest.raises(InputError, match="row 1 of its block: the sequence: start is 0"):
         stage([{"ids": [5, 6], "start": 1}, {"ids": [1, 2], "start": 0}])
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_entropies_stand_beside_the_log_probs(stage, monkeypatch, ref_oracle, top_k):
+    monkeypatch.setattr(stage.made, "_entropy", True)
+    monkeypatch.setattr(stage.made, "_top_k", top_k)
+    table = stage([{"ids": [5, 6, 7, 8], "start": 2}, {"ids": [1, 2], "start": 0}])
+    assert table["entropy"].type == pa.list_(pa.float32())
+    entropies, nothing = table["entropy"].to_pylist()
+    assert entropies == pytest.approx(ref_oracle.entropies([5, 6, 7, 8])[2:], abs=ENTROPY_TOLERANCE)
+    assert nothing is None
+    check_oracle(table["ref_log_probs"].to_pylist()[0], [5, 6, 7, 8], 2, ref_oracle)
+    assert ("topk_ids" in table.column_names) == bool(top_k)

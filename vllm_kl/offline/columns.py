@@ -26,6 +26,7 @@ ADDED = (
     "start",
     "topk_ids",
     "topk_log_probs",
+    "entropy",
     "num_tokens",
     "sum",
     "num_cut",

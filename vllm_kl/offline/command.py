@@ -86,6 +86,9 @@ ChatTemplate = Annotated[
 AddEos = Annotated[bool, typer.Option("--add-eos", help="Put EOS after each response text.")]
 Temperature = Annotated[float, typer.Option(help="Log-probs of softmax(logits / temperature).")]
 Topk = Annotated[int, typer.Option(min=0, help="Also the K most likely tokens of each position.")]
+Entropy = Annotated[
+    bool, typer.Option("--entropy", help="Also the entropy of the reference's distribution at each position.")
+]
 Policy = Annotated[str | None, typer.Option(help="A second model: adds its log-probs and the per-token KL.")]
 Estimator = Annotated[str, typer.Option(help="Of the KL: k1, k2, k3 or abs.")]
 MaxLenPolicy = Annotated[
@@ -134,6 +137,7 @@ def score(
     add_eos: AddEos = False,
     temperature: Temperature = 1.0,
     topk: Topk = 0,
+    entropy: Entropy = False,
     policy: Policy = None,
     estimator: Estimator = "k1",
     max_len_policy: MaxLenPolicy = "reject",
@@ -191,6 +195,7 @@ _OF_JOB = (
     "add_eos",
     "temperature",
     "topk",
+    "entropy",
     "estimator",
     "max_len_policy",
     "on_error",

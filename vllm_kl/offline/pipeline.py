@@ -44,6 +44,7 @@ class Job:
     columns: Columns = field(default_factory=Columns)
     texts: Texts = field(default_factory=Texts)
     top_k: int = 0
+    entropy: bool = False
     estimator: str = "k1"
     max_len_policy: Literal["reject", "left"] = "reject"
     on_error: Literal["mark", "stop"] = "mark"
@@ -64,13 +65,13 @@ class Job:
     def apply(self, ds: Dataset, layout: Layout) -> Dataset:
         """Return the data set with the stages that read, score and compare its rows."""
         ds = map_blocks(ds, ReadRows(layout, self.columns, self.texts))
-        ds = self._scored(ds, layout, self.model, REFERENCE, top_k=self.top_k)
+        ds = self._scored(ds, layout, self.model, REFERENCE, top_k=self.top_k, entropy=self.entropy)
         if self.policy is None:
             return ds
         ds = self._scored(ds, layout, self.policy, POLICY)
         return map_blocks(ds, CompareRows(layout, self.columns, self.estimator))
 
-    def _scored(self, ds: Dataset, layout: Layout, model: Model, name: str, *, top_k: int = 0) -> Dataset:
+    def _scored(self, ds: Dataset, layout: Layout, model: Model, name: str, **wanted: Any) -> Dataset:
         environment = self.resources.environment
         return map_blocks(
             ds,
@@ -78,7 +79,7 @@ class Job:
             fn_constructor_args=(model, layout, self.columns),
             fn_constructor_kwargs={
                 "name": name,
-                "top_k": top_k,
+                **wanted,
                 "max_len_policy": self.max_len_policy,
                 "on_error": self.on_error,
             },
@@ -132,6 +133,7 @@ def make_job(
     add_eos: bool = False,
     temperature: float = 1.0,
     topk: int = 0,
+    entropy: bool = False,
     estimator: str = "k1",
     max_len_policy: Literal["reject", "left"] = "reject",
     on_error: Literal["mark", "stop"] = "mark",
@@ -163,6 +165,7 @@ def make_job(
         columns=Columns.renamed(columns or {}, prefix),
         texts=Texts(tokenizer=tokenizer or model, chat_template=chat_template, add_eos=add_eos),
         top_k=topk,
+        entropy=entropy,
         estimator=estimator,
         max_len_policy=max_len_policy,
         on_error=on_error,
@@ -189,6 +192,7 @@ def score_dataset(
     add_eos: bool = False,
     temperature: float = 1.0,
     topk: int = 0,
+    entropy: bool = False,
     estimator: str = "k1",
     max_len_policy: Literal["reject", "left"] = "reject",
     on_error: Literal["mark", "stop"] = "mark",
@@ -222,6 +226,7 @@ def score_dataset(
         add_eos: put the EOS token after each response text.
         temperature: the log-probs are those of ``softmax(logits / temperature)``.
         topk: also add the K most likely tokens of every scored position.
+        entropy: also add the entropy of the distribution of ``model`` at every scored position.
         estimator: of the KL: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"`` (:func:`vllm_kl.kl_estimate`).
         max_len_policy: ``"reject"`` gives a row that is too long for the engine an error; ``"left"`` cuts its
             prompt from the left.
@@ -243,6 +248,7 @@ def score_dataset(
         - ``error``: null, or why the row could not be scored;
         - of texts and messages ``token_ids``; of messages ``mask``, true at the scored tokens;
         - with ``topk`` ``topk_ids`` and ``topk_log_probs``, K of each scored token, most likely first;
+        - with ``entropy`` ``entropy``: list of float32, nats, one of each scored token;
         - with ``max_len_policy="left"`` ``num_cut``, the tokens of the prompt that were cut off;
         - with ``policy`` ``log_probs`` and ``kl``, per token; and ``mismatch``, the metrics of
           :func:`vllm_kl.mismatch`, a struct.
@@ -261,6 +267,7 @@ def score_dataset(
         add_eos=add_eos,
         temperature=temperature,
         topk=topk,
+        entropy=entropy,
         estimator=estimator,
         max_len_policy=max_len_policy,
         on_error=on_error,

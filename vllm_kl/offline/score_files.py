@@ -238,6 +238,7 @@ def _settings(files: Files, job: Job) -> dict[str, Any]:
         "part_bytes": files.part_bytes,
         "format": files.format,
         "topk": job.top_k,
+        "entropy": job.entropy,
         "max_len_policy": job.max_len_policy,
         "chat_template": job.texts.chat_template,
         "template_options": job.texts.options,

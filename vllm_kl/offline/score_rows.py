@@ -33,6 +33,7 @@ from vllm_kl.offline.columns import (
     Layout,
 )
 from vllm_kl.scorer import VLLMScorer
+from vllm_kl.types import TopK
 
 logger = logging.getLogger("vllm_kl")
 
@@ -66,6 +67,14 @@ class _Sequence(NamedTuple):
         return values if self.keep is None else values[self.keep]
 
 
+class _Values(NamedTuple):
+    """What the engine returned for one sequence."""
+
+    log_probs: torch.Tensor  # [L - start] float32
+    entropy: torch.Tensor | None = None  # the same shape
+    best: TopK | None = None
+
+
 class ScoreRows:
     """A stage for ``map_batches``: adds the log-probs of a model to a table that ``ReadRows`` made.
 
@@ -75,6 +84,7 @@ class ScoreRows:
         columns: the names of the added columns.
         name: the column of the log-probs.
         top_k: also add the K most likely tokens of every scored position.
+        entropy: also add the entropy of the model's distribution at every scored position.
         max_len_policy: what to do with a sequence that is too long for the engine.
         on_error: ``"stop"`` raises the first row's error.
     """
@@ -87,11 +97,13 @@ class ScoreRows:
         *,
         name: str = REFERENCE,
         top_k: int = 0,
+        entropy: bool = False,
         max_len_policy: Literal["reject", "left"] = "reject",
         on_error: Literal["mark", "stop"] = "mark",
     ) -> None:
         self._model, self._layout, self._columns, self._name = model, layout, columns, name
-        self._top_k, self._max_len_policy, self._on_error = top_k, max_len_policy, on_error
+        self._top_k, self._entropy = top_k, entropy
+        self._max_len_policy, self._on_error = max_len_policy, on_error
         self._num_starts = 0
         self._scorer = self._start()
 
@@ -173,7 +185,7 @@ class ScoreRows:
 
     def _score(
         self, sequences: dict[int, list[_Sequence]], errors: list[str | None]
-    ) -> tuple[dict[int, list[Any]], dict[str, int]]:
+    ) -> tuple[dict[int, list[_Values]], dict[str, int]]:
         """Return the values of each row's sequences, and the figures of the call."""
         flat = [one for row in sequences.values() for one in row]
         try:
@@ -190,9 +202,9 @@ class ScoreRows:
 
     def _score_alone(
         self, sequences: dict[int, list[_Sequence]], errors: list[str | None]
-    ) -> tuple[dict[int, list[Any]], dict[str, int]]:
+    ) -> tuple[dict[int, list[_Values]], dict[str, int]]:
         """Score each row in a call of its own: one of them has a token without a log-prob."""
-        values: dict[int, list[Any]] = {}
+        values: dict[int, list[_Values]] = {}
         sums: Counter[str] = Counter()
         for i in list(sequences):
             one = {i: sequences.pop(i)}
@@ -202,7 +214,7 @@ class ScoreRows:
             sums.update(figures)
         return values, dict(sums)
 
-    def _asked(self, flat: list[_Sequence]) -> tuple[list[Any], dict[str, int]]:
+    def _asked(self, flat: list[_Sequence]) -> tuple[list[_Values], dict[str, int]]:
         """Ask the engine; if it died, start it again, a few times in the life of this object."""
         ids, starts = (
             [one.token_ids[one.num_cut :] for one in flat],
@@ -210,11 +222,7 @@ class ScoreRows:
         )
         while True:
             try:
-                values = (
-                    self._scorer.score_topk(ids, self._top_k, starts)
-                    if self._top_k
-                    else self._scorer.score(ids, starts)
-                )
+                values = self._values(ids, starts)
                 break
             except EngineError as error:
                 self._scorer.close()
@@ -225,32 +233,46 @@ class ScoreRows:
         stats = self._scorer.stats
         return values, {NUM_PROMPT: stats.num_prompt_tokens, NUM_CACHED: stats.num_cached_tokens}
 
+    def _values(self, ids: list[np.ndarray], starts: list[int]) -> list[_Values]:
+        """Return what is wanted of each sequence, of one call of the engine."""
+        if self._top_k:
+            found = self._scorer.score_topk(ids, self._top_k, starts, entropy=self._entropy)
+            return [_Values(best.target_log_probs, best.entropy, best) for best in found]
+        if self._entropy:
+            return list(map(_Values, *self._scorer.score(ids, starts, entropy=True)))
+        return list(map(_Values, self._scorer.score(ids, starts)))
+
     def _output(
-        self, sequences: dict[int, list[_Sequence]], values: dict[int, list[Any]], num_rows: int
+        self, sequences: dict[int, list[_Sequence]], values: dict[int, list[_Values]], num_rows: int
     ) -> dict[str, pa.Array]:
         """Return the columns to add, in the order of the output."""
 
-        def column(of_sequence: Callable[[_Sequence, Any], Any], type_: pa.DataType) -> pa.Array:
+        def column(of_sequence: Callable[[_Sequence, _Values], Any], type_: pa.DataType) -> pa.Array:
             found: list[Any] = [None] * num_rows
             for i, row in values.items():
                 each = [of_sequence(one, value) for one, value in zip(sequences[i], row, strict=True)]
                 found[i] = each if self._layout.is_group else each[0]
             return pa.array(found, pa.list_(type_) if self._layout.is_group else type_)
 
-        def log_probs(one: _Sequence, value: Any) -> np.ndarray:
-            return one.kept((value.target_log_probs if self._top_k else value).numpy())
+        def log_probs(one: _Sequence, value: _Values) -> np.ndarray:
+            return one.kept(value.log_probs.numpy())
 
         columns = {self._name: column(log_probs, pa.list_(pa.float32()))}
         if self._top_k:
             columns |= {
                 "topk_ids": column(
-                    lambda one, value: list(one.kept(value.token_ids.numpy())), pa.list_(pa.list_(pa.int32()))
+                    lambda one, value: list(one.kept(value.best.token_ids.numpy())),
+                    pa.list_(pa.list_(pa.int32())),
                 ),
                 "topk_log_probs": column(
-                    lambda one, value: list(one.kept(value.log_probs.numpy())),
+                    lambda one, value: list(one.kept(value.best.log_probs.numpy())),
                     pa.list_(pa.list_(pa.float32())),
                 ),
             }
+        if self._entropy:
+            columns["entropy"] = column(
+                lambda one, value: one.kept(value.entropy.numpy()), pa.list_(pa.float32())
+            )
         if self._name != REFERENCE:
             return columns
         columns["start"] = column(lambda one, _: one.start, pa.int64())
