@@ -1,9 +1,12 @@
 """Writes the reference's log-probs that TRL's DPOTrainer would compute itself, and a teacher's best tokens.
 
-    python examples/dpo_reference.py preferences.jsonl --model PATH_OR_NAME --out scored.jsonl
+    python examples/dpo_reference.py ids preferences.jsonl --tokenizer MODEL --out ids.jsonl
+    vllm-kl score ids.jsonl --model MODEL --out scored --engine max_model_len=1024 [--topk K]
+    python examples/dpo_reference.py columns preferences.jsonl scored --out scored.jsonl
 
-Each line of the input is a pair as TRL reads it: ``prompt``, ``chosen`` and ``rejected``, all texts, or all
-lists of messages. The output has the same lines with more columns:
+Each line of preferences.jsonl is a pair as TRL reads it: ``prompt``, ``chosen`` and ``rejected``, all texts,
+or all lists of messages. ``ids`` tokenizes each pair as TRL does. ``columns`` writes the same lines with more
+columns:
 
 - ``ref_chosen_logps``, ``ref_rejected_logps``: sums of log-probs over the tokens of a completion, in nats.
   They are null where TRL leaves the row out, because its prompt alone has ``--max-length`` tokens.
@@ -17,17 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# For a short run on a CPU: nothing is compiled at the first request.
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-
+import pyarrow.parquet as pq
 from transformers import AutoTokenizer
 
-from vllm_kl import VLLMScorer
+ADDED = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def token_ids(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
@@ -64,71 +64,95 @@ def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) ->
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
 
 
-def score(
-    rows: Sequence[dict[str, Any]],
-    scorer: VLLMScorer,
-    tokenizer: Any,
-    *,
-    max_length: int = 1024,
-    top_k: int = 0,
-) -> list[dict[str, Any]]:
-    """Return the rows with the columns of the reference; the prompt of a pair is computed once.
+def to_ids(
+    rows: Iterable[dict[str, Any]], tokenizer: Any, *, max_length: int = 1024
+) -> Iterator[dict[str, Any]]:
+    """Yield rows for ``vllm-kl score``: a pair is a group of two responses, which share their prompt.
 
     Args:
         rows: pairs of TRL's.
-        scorer: the reference, or the teacher.
         tokenizer: of the model that is trained.
-        max_length: of TRL's ``DPOConfig``; longer sequences are cut at their end.
-        top_k: how many best tokens are written for each token of the chosen completion.
+        max_length: of TRL's ``DPOConfig``; longer sequences are cut at their end. Where the prompt alone is
+            as long, nothing is left of the responses.
 
     Raises:
         ValueError: a completion has no tokens; the number of the row is told.
     """
-    sequences, starts, scored = [], [], []
     for n, row in enumerate(rows):
         try:
             prompt, *completions = token_ids(row, tokenizer)
         except ValueError as error:
             raise ValueError(f"row {n}: {error}") from error
-        scored.append(len(prompt) < max_length)
-        if scored[-1]:
-            sequences += [(prompt + completion)[:max_length] for completion in completions]
-            starts += [len(prompt)] * 2
-    # Log-probs are added as float64: a sum over thousands of float32 numbers loses digits.
-    sums = iter([float(values.double().sum()) for values in scorer.score(sequences, starts, progress=True)])
-    best = iter(scorer.score_topk(sequences[::2], top_k, starts[::2]) if top_k else [])
-    result = []
-    for row, is_scored in zip(rows, scored, strict=True):
-        added: dict[str, Any] = dict.fromkeys(("ref_chosen_logps", "ref_rejected_logps"))
-        if is_scored:
-            added = {name: next(sums) for name in added}
-        if top_k:
-            top = next(best) if is_scored else None
-            added["chosen_topk_ids"] = None if top is None else top.token_ids.tolist()
-            added["chosen_topk_log_probs"] = None if top is None else top.log_probs.tolist()
-        result.append(row | added)
-    return result
+        left = max(0, max_length - len(prompt))
+        yield {"prompt_ids": prompt[:max_length], "response_ids": [ids[:left] for ids in completions]}
+
+
+def with_columns(
+    rows: Iterable[dict[str, Any]], scored: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the pairs with the columns of the reference.
+
+    Args:
+        rows: pairs of TRL's.
+        scored: the rows that ``vllm-kl score`` has written for them.
+
+    Raises:
+        ValueError: a row was not scored, or there are fewer or more rows than pairs.
+    """
+    for n, (row, found) in enumerate(zip(rows, scored, strict=True)):
+        if found["error"] is not None:
+            raise ValueError(f"row {n} was not scored: {found['error']}")
+        is_scored = all(found["num_tokens"])
+        added = dict(zip(ADDED, found["sum"] if is_scored else [None, None], strict=True))
+        for name in ("topk_ids", "topk_log_probs"):
+            if name in found:
+                added[f"chosen_{name}"] = found[name][0] if is_scored else None
+        yield row | added
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file."""
+    with path.open(encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.strip())
+
+
+def read_scored(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what ``vllm-kl score`` has added, row by row."""
+    names = {"error", "num_tokens", "sum", "topk_ids", "topk_log_probs"}
+    for path in sorted(folder.glob("part-*.parquet")):
+        file = pq.ParquetFile(path)
+        for batch in file.iter_batches(columns=[name for name in file.schema_arrow.names if name in names]):
+            yield from batch.to_pylist()
+
+
+def write_jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write the rows to a file."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main() -> None:
-    """Score a file."""
+    """Run one of the two steps around ``vllm-kl score``."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="JSONL")
-    parser.add_argument("--model", required=True, help="the reference, or the teacher")
-    parser.add_argument("--tokenizer", help="of the model that is trained; the reference's unless told")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL")
-    parser.add_argument("--max-length", type=int, default=1024, help="that of DPOConfig")
-    parser.add_argument("--topk", type=int, default=0, metavar="K")
-    parser.add_argument("--dtype", default="auto", help="of the engine: float32, bfloat16, ...")
+    steps = parser.add_subparsers(dest="step", required=True)
+    ids = steps.add_parser("ids", help="tokenize the pairs")
+    ids.add_argument("data", type=Path, help="JSONL")
+    ids.add_argument("--tokenizer", required=True, help="of the model that is trained")
+    ids.add_argument("--max-length", type=int, default=1024, help="that of DPOConfig")
+    columns = steps.add_parser("columns", help="put the sums beside the pairs")
+    columns.add_argument("data", type=Path, help="JSONL, the same as before")
+    columns.add_argument("scored", type=Path, help="the folder that vllm-kl score has written")
+    for step in (ids, columns):
+        step.add_argument("--out", type=Path, required=True, help="JSONL")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.data.read_text().splitlines() if line.strip()]
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    with VLLMScorer(args.model, dtype=args.dtype, max_model_len=args.max_length) as scorer:
-        scored = score(rows, scorer, tokenizer, max_length=args.max_length, top_k=args.topk)
-    args.out.write_text("".join(json.dumps(row) + "\n" for row in scored))
-    print(f"{len(scored)} rows in {args.out}")
+    rows = read_jsonl(args.data)
+    if args.step == "ids":
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        write_jsonl(to_ids(rows, tokenizer, max_length=args.max_length), args.out)
+    else:
+        write_jsonl(with_columns(rows, read_scored(args.scored)), args.out)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ CONTINUES = re.compile(r"^<!-- continues (\S+) -->$", flags=re.M)
 # Pages that push into the policy's engine: they get an engine whose weights tests replace.
 PUSHING = {"weights.md"}
 # Pages whose blocks use a Ray cluster that is there.
-ON_RAY = {"datasets.md"}
+ON_RAY = {"datasets.md", "dpo.md"}
 
 
 class Runner:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import local_ray
+from tests.offline import helpers
 from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl.demo.task import make_tokenizer
+
+pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
+pytestmark = local_ray.MARKS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -64,11 +71,26 @@ def expected_ids(row, tokenizer):
     return [tokenizer(part).input_ids for part in parts]
 
 
-@pytest.mark.parametrize("rows", [DIALOGS, TEXTS], ids=["dialogs", "texts"])
-def test_sums_and_best_tokens_are_those_of_float64(example, ref_scorer, ref_oracle, tokenizer, rows):
-    scored = example.score(rows, ref_scorer, tokenizer, max_length=MAX_LENGTH, top_k=3)
-    for row, source in zip(scored, rows, strict=True):
+LONG = DIALOGS[0] | {"prompt": said("user", "long " * 30)}
+ROWS = [*DIALOGS, LONG, *TEXTS]
+
+
+@pytest.fixture(scope="module")
+def scored(example, cluster, ref_path, tmp_path_factory):
+    """The rows of ROWS with the columns of the reference."""
+    home = tmp_path_factory.mktemp("dpo")
+    ids = example.to_ids(ROWS, make_tokenizer(), max_length=MAX_LENGTH)
+    example.write_jsonl(ids, home / "ids.jsonl")
+    summary = helpers.run(home / "ids.jsonl", home / "out", ref_path, topk=3)
+    assert summary.rejected == 0
+    return list(example.with_columns(ROWS, example.read_scored(home / "out")))
+
+
+def test_sums_and_best_tokens_are_those_of_float64(scored, ref_oracle, tokenizer):
+    for row, source in zip(scored, ROWS, strict=True):
         assert {name: row[name] for name in source} == source
+        if source is LONG:
+            continue
         prompt, chosen, rejected = expected_ids(source, tokenizer)
         for name, completion in (("ref_chosen_logps", chosen), ("ref_rejected_logps", rejected)):
             allowed = LOG_PROB_TOLERANCE * len(completion)
@@ -84,29 +106,36 @@ def test_sums_and_best_tokens_are_those_of_float64(example, ref_scorer, ref_orac
         )
 
 
-def test_a_prompt_that_fills_the_length_has_no_sums(example, ref_scorer, tokenizer):
-    long = DIALOGS[0] | {"prompt": said("user", "long " * 30)}
-    scored = example.score([long, *DIALOGS], ref_scorer, tokenizer, max_length=MAX_LENGTH)
-    alone = example.score(DIALOGS, ref_scorer, tokenizer, max_length=MAX_LENGTH)
-    assert scored[0]["ref_chosen_logps"] is None
-    assert scored[0]["ref_rejected_logps"] is None
-    for row, same in zip(scored[1:], alone, strict=True):
-        assert row["ref_rejected_logps"] == pytest.approx(same["ref_rejected_logps"], abs=1e-3)
+def test_a_prompt_that_fills_the_length_has_no_sums(scored):
+    row = scored[ROWS.index(LONG)]
+    added = ("ref_chosen_logps", "ref_rejected_logps", "chosen_topk_ids", "chosen_topk_log_probs")
+    assert {row[name] for name in added} == {None}
 
 
-def test_an_empty_completion_is_refused_by_row(example, ref_scorer, tokenizer):
+def test_a_row_that_cannot_be_written_is_told_by_its_number(example, tokenizer):
     empty = DIALOGS[1] | {"rejected": []}
     with pytest.raises(ValueError, match="row 1: 'rejected' has no tokens"):
-        example.score([DIALOGS[0], empty], ref_scorer, tokenizer)
+        list(example.to_ids([DIALOGS[0], empty], tokenizer))
+    with pytest.raises(ValueError, match="row 0 was not scored: too long"):
+        list(example.with_columns(DIALOGS, [{"error": "too long"}]))
+    found = {"error": None, "num_tokens": [1, 1], "sum": [-1.0, -2.0]}
+    with pytest.raises(ValueError, match="shorter"):
+        list(example.with_columns(DIALOGS, [found]))
 
 
 @pytest.mark.nightly
-def test_the_program_writes_the_file(example, ref_path, tmp_path, monkeypatch):
+def test_the_three_commands_write_the_file(cluster, ref_path, tmp_path):
     source, out = tmp_path / "preferences.jsonl", tmp_path / "scored.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in DIALOGS))
-    arguments = ["dpo_reference.py", str(source), "--model", str(ref_path), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--max-length", str(MAX_LENGTH), "--dtype", "float32"])
-    example.main()
+    program = EXAMPLES / "dpo_reference.py"
+    ids, folder = tmp_path / "ids.jsonl", tmp_path / "scored"
+    ids_step = ["ids", source, "--tokenizer", ref_path, "--max-length", MAX_LENGTH, "--out", ids]
+    subprocess.run([sys.executable, program, *map(str, ids_step)], check=True)
+    process = helpers.start(ids, folder, ref_path)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    columns_step = ["columns", source, folder, "--out", out]
+    subprocess.run([sys.executable, program, *map(str, columns_step)], check=True)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in DIALOGS]
     assert all(row["ref_chosen_logps"] < 0 for row in rows)
@@ -126,7 +155,7 @@ def trainer_class():
 @pytest.mark.filterwarnings("ignore")  # TRL's and those of the libraries that it brings
 @pytest.mark.parametrize("rows", [DIALOGS, TEXTS], ids=["dialogs", "texts"])
 def test_dpo_trainer_takes_the_columns_and_has_the_loss_of_its_own(
-    example, trainer_class, ref_scorer, ref_path, policy_path, tokenizer, tmp_path, rows
+    scored, trainer_class, ref_path, policy_path, tokenizer, tmp_path, rows
 ):
     """The reference's sums, and the loss of a policy with other weights."""
     from datasets import Dataset
@@ -159,9 +188,9 @@ def test_dpo_trainer_takes_the_columns_and_has_the_loss_of_its_own(
     def load(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
-    scored = example.score(rows, ref_scorer, tokenizer, max_length=MAX_LENGTH)
+    with_sums = [row for row, source in zip(scored, ROWS, strict=True) if source in rows]
     _, expected = trained(DPOTrainer, rows)
-    trainer, loss = trained(trainer_class, scored, precompute_ref_log_probs=True)
+    trainer, loss = trained(trainer_class, with_sums, precompute_ref_log_probs=True)
     assert trainer.ref_model is None
     assert loss == pytest.approx(expected, abs=1e-4)
     assert loss != pytest.approx(0.6931, abs=1e-3)  # that of equal models

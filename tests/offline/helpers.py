@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 
 import psutil
 import pyarrow as pa
@@ -54,6 +57,46 @@ def run(data, out, model, *, files=None, on_plan=None, on_part=None, **options):
     """Score files in the cluster of this process; return the summary."""
     given = {"data": (str(data),), "out": str(out), "part_bytes": PART_BYTES, **(files or {})}
     return score_files(Files(**given), job(model, **options), on_plan=on_plan, on_part=on_part)
+
+
+def start(data, out, model, *options, address=None, stdin=None):
+    """Start the command ``vllm-kl score`` in the cluster of this process, or in another one."""
+    import ray
+
+    address = address or ray.get_runtime_context().gcs_address
+    options_of_engine = [f"--engine={name}={json.dumps(value)}" for name, value in ENGINE.items()]
+    args = [
+        "score",
+        data,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--address",
+        address,
+        "--num-gpus",
+        0,
+        *options_of_engine,
+    ]
+    args += ["--part-bytes", PART_BYTES, *options]
+    code = "from vllm_kl.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition, process, timeout_s=240):
+    """Wait until a condition is true; the process must live."""
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    return found
 
 
 def table_of(out):

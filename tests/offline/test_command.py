@@ -7,19 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 
 from tests import local_ray
 from tests.command import vllm_kl
 from tests.offline import helpers
-from tests.offline.helpers import BAD, check_same, table_of
+from tests.offline.helpers import BAD, check_same, start, table_of, until
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-
-ENGINE = [f"--engine={name}={json.dumps(value)}" for name, value in helpers.ENGINE.items()]
 
 
 class TestOptions:
@@ -66,28 +65,43 @@ class TestOptions:
         assert "unknown option 'modle'" in done.stderr
 
 
-def start(data, out, model, *options):
-    """Start the command in the cluster of this process."""
-    address = ray.get_runtime_context().gcs_address
-    args = ["score", data, "--model", model, "--out", out, "--address", address, "--num-gpus", 0, *ENGINE]
-    args += ["--part-bytes", helpers.PART_BYTES, *options]
-    code = "from vllm_kl.cli import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.mark.usefixtures("cluster")
+class TestStreams:
+    pytestmark = local_ray.MARKS
 
+    def test_rows_of_standard_input_come_back_on_standard_output(self, whole, ref_path):
+        home, *_, table = whole
+        with (home / "data.jsonl").open() as data:
+            process = start("-", "-", ref_path, stdin=data)
+            printed, told = process.communicate(timeout=300)
+        assert process.returncode == 3, told
+        rows = [json.loads(line) for line in printed.splitlines()]
+        check_same(pa.Table.from_pylist(rows, table.schema), table)
+        assert f"{len(rows)} rows in" in told
 
-def until(condition, process, timeout_s=240):
-    """Wait until a condition is true; the process must live."""
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    return found
+    @pytest.mark.nightly
+    def test_a_reader_that_leaves_is_an_error_without_a_traceback(self, whole, ref_path):
+        home, *_ = whole
+        process = start(home / "data.jsonl", "-", ref_path)
+        process.stdout.close()
+        told = process.stderr.read()
+        assert process.wait(timeout=300) == 1
+        assert "the reader of standard output left" in told
+        assert "Traceback" not in told
+        assert "Exception ignored" not in told
+
+    @pytest.mark.nightly
+    def test_json_lines_hold_the_rows_of_parquet(self, whole, ref_path, tmp_path):
+        home, *_, table = whole
+        out = tmp_path / "out"
+        process = start(home / "data.jsonl", out, ref_path, "--format", "jsonl", "--json")
+        printed, told = process.communicate(timeout=300)
+        assert process.returncode == 3, told
+        (line,) = printed.splitlines()
+        files = json.loads(line)["files"]
+        assert files == sorted(map(str, out.glob("part-*.jsonl")))
+        rows = [json.loads(line) for path in files for line in Path(path).read_text().splitlines()]
+        check_same(pa.Table.from_pylist(rows, table.schema), table)
 
 
 def files_of(out):
@@ -136,3 +150,49 @@ class TestKills:
         assert {path: path.read_bytes() for path in before} == before
         assert not list(out.glob(".part-*"))
         check_same(table_of(out), table)
+
+
+@pytest.mark.nightly
+class TestAddress:
+    pytestmark = local_ray.MARKS
+
+    def test_another_cluster_is_used_and_left_as_it_was(self, whole, ref_path, tmp_path):
+        home, *_, table = whole
+        with local_ray.second_cluster() as address:
+            before = state_of(address)
+            process = start(home / "data.jsonl", tmp_path / "out", ref_path, address=address)
+            _, told = process.communicate(timeout=300)
+            assert process.returncode == 3, told
+            check_same(table_of(tmp_path / "out"), table)
+            after = state_of(address)
+            assert after["free"] == before["free"] == {"CPU": 4.0}
+            assert after["actors"] == before["actors"] == []
+            assert after["nodes"] == before["nodes"]
+
+    def test_an_address_without_a_cluster_is_a_clear_error(self, whole, ref_path, tmp_path):
+        home, *_ = whole
+        process = start(home / "data.jsonl", tmp_path / "out", ref_path, address="127.0.0.1:1")
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "no Ray cluster at 127.0.0.1:1" in told
+        assert "Traceback" not in told
+
+
+def state_of(address):
+    """Return the nodes, the actors that live, and the free CPUs of a cluster, as another driver sees them."""
+    code = (
+        "import json, ray, sys, time\n"
+        "from ray._private.state import actors\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)\n"
+        "living = lambda: [one for one in actors().values() if one['State'] != 'DEAD']\n"
+        "end = time.monotonic() + 30\n"
+        "while living() and time.monotonic() < end: time.sleep(0.5)\n"
+        "free = {'CPU': ray.available_resources().get('CPU')}\n"
+        "nodes = [node['NodeID'] for node in ray.nodes() if node['Alive']]\n"
+        "names = [one['ActorClassName'] for one in living()]\n"
+        "print(json.dumps({'actors': names, 'free': free, 'nodes': nodes}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], stdout=subprocess.PIPE, check=True, timeout=120
+    )
+    return json.loads(done.stdout.splitlines()[-1])

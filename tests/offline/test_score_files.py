@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests import local_ray
 from tests.offline import helpers
-from tests.offline.helpers import BAD, check_oracle, check_same, run, table_of
+from tests.offline.helpers import BAD, check_oracle, check_same, run, start, table_of
 from vllm_kl.errors import EngineError, InputError, OptionError
 from vllm_kl.offline import cluster
 from vllm_kl.offline.dry_run import dry_run
@@ -74,6 +75,63 @@ def test_files_without_a_manifest_are_refused_and_never_removed(whole, ref_path,
     assert (tmp_path / "out" / "part-00000000.parquet").read_bytes() == b"somebody's"
 
 
+def test_overwrite_keeps_the_old_files_until_nothing_is_wrong_with_the_new_run(whole, ref_path, tmp_path):
+    home, *_, table = whole
+    (tmp_path / "data.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match="nothing that can be scored"):
+        run(tmp_path / "data.jsonl", home / "out", ref_path, files={"overwrite": True})
+    with pytest.raises(OptionError, match="would remove the files of the other shards"):
+        run(home / "data.jsonl", home / "out", ref_path, files={"overwrite": True, "shard": (0, 2)})
+    assert table_of(home / "out").equals(table)
+
+
+def test_an_output_inside_the_input_is_never_read_as_input(whole, ref_path):
+    home, *_, table = whole
+    with pytest.raises(InputError, match="is in the folder of the output"):
+        run(home / "out", home / "out", ref_path, files={"overwrite": True})
+    assert table_of(home / "out").equals(table)
+
+
+@pytest.mark.nightly
+def test_overwrite_begins_anew(whole, ref_path, tmp_path):
+    home, *_, table = whole
+    run(home / "data.jsonl", tmp_path / "out", ref_path, files={"limit": 20})
+    (tmp_path / "out" / "._manifest.json.0123abcd").write_bytes(b"{")  # of a killed writer
+    again = run(home / "data.jsonl", tmp_path / "out", ref_path, files={"overwrite": True})
+    assert again.rows == table.num_rows
+    check_same(table_of(tmp_path / "out"), table)
+    assert not list((tmp_path / "out").glob("._*"))
+
+
+@pytest.mark.nightly
+def test_shards_that_run_at_once_make_the_output_of_one_run(whole, ref_path, tmp_path):
+    home, *_, table = whole
+    data, out = home / "data.jsonl", tmp_path / "out"
+    shards = [start(data, out, ref_path, "--shard", f"{i}/2", "--json") for i in range(2)]
+    told = [shard.communicate(timeout=500) for shard in shards]
+    assert [shard.returncode for shard in shards] == [3, 3], told
+    figures = [json.loads(printed) for printed, _ in told]
+    assert sum(one["rows"] for one in figures) == table.num_rows
+    assert sum(one["rejected"] for one in figures) == len(BAD)
+    assert not set(figures[0]["files"]) & set(figures[1]["files"])
+    check_same(table_of(out), table)
+    assert run(data, out, ref_path).tokens == 0  # nothing is left to do
+
+
+@pytest.mark.nightly
+def test_two_replicas_write_the_rows_of_one_in_their_order(whole, ref_path, tmp_path):
+    home, *_, table = whole
+    actors = set()
+
+    def count(_):
+        actors.update(actor.pid for actor, _ in helpers.scoring_actors())
+
+    summary = run(home / "data.jsonl", tmp_path / "out", ref_path, replicas=2, on_part=count)
+    assert len(actors) == 2
+    assert (summary.rows, summary.rejected) == (table.num_rows, len(BAD))
+    check_same(table_of(tmp_path / "out"), table)
+
+
 def test_another_model_is_refused(whole, policy_path):
     home, *_ = whole
     with pytest.raises(OptionError, match=r"model\.checksum was"):
@@ -103,10 +161,28 @@ def test_an_engine_that_dies_again_and_again_ends_the_run_with_its_log(whole, re
 
     def kill(_):
         for _, engine in helpers.scoring_actors():
+            log = Path(f"/proc/{engine[-1].pid}/fd/2").resolve()
+            with log.open("a") as file:
+                file.write("what the engine wrote last\n")
             engine[-1].kill()
 
-    with pytest.raises(EngineError, match="the engine died 4 times"):
+    with pytest.raises(EngineError, match=r"(?s)the engine died 4 times: .*what the engine wrote last"):
         run(home / "data.jsonl", tmp_path / "out", ref_path, on_part=kill)
+    run(home / "data.jsonl", tmp_path / "out", ref_path)
+    check_same(table_of(tmp_path / "out"), table)
+
+
+@pytest.mark.nightly
+def test_an_actor_that_dies_again_and_again_ends_the_run(whole, ref_path, tmp_path):
+    home, _, _, table = whole
+
+    def kill(_):
+        for actor, _ in helpers.scoring_actors():
+            actor.kill()
+
+    with pytest.raises(EngineError, match="died too often|actor died"):
+        run(home / "data.jsonl", tmp_path / "out", ref_path, on_part=kill)
+    assert 0 < len(list((tmp_path / "out").glob("part-*"))) < len(list((home / "out").glob("part-*")))
     run(home / "data.jsonl", tmp_path / "out", ref_path)
     check_same(table_of(tmp_path / "out"), table)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 import signal
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,3 +77,28 @@ def test_a_part_that_is_not_whole_is_never_written(folder, tmp_path):
     with pytest.raises(AssertionError, match="whole"):
         WritePart(folder, "parquet", Columns(), {0: 6})(part(0))
     assert not list((tmp_path / "out").glob("*part-*"))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_it_counts(
+    folder, tmp_path, monkeypatch
+):
+    """After a power cut a name without its content would pass for a finished part."""
+    seen = []
+    fsync, move = os.fsync, shutil.move
+
+    def sync(fd):
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        seen.append(
+            ("sync", path.name.split(".")[1] if path.is_file() else "folder", path.stat().st_size > 0)
+        )
+        fsync(fd)
+
+    def rename(source, target):
+        move(source, target)
+        seen.append(("rename", Path(target).name.split(".")[0]))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(shutil, "move", rename)
+    folder.write("a.json", b"{}")
+    assert seen == [("sync", "a", True), ("rename", "a"), ("sync", "folder", True)]
+    assert (tmp_path / "out" / "a.json").read_bytes() == b"{}"

@@ -309,10 +309,20 @@ def _streams(
             return
         folder = Path(home, "out")
         yield data, str(folder), "jsonl"
-        for path in sorted(folder.glob("part-*")):
+        _print_files(sorted(folder.glob("part-*")))
+
+
+def _print_files(paths: Sequence[Path]) -> None:
+    try:
+        for path in paths:
             with path.open("rb") as file:
                 shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # What is left in the buffer must go somewhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo("error: the reader of standard output left before all rows were written", err=True)
+        raise typer.Exit(FAILED) from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ number.
 from __future__ import annotations
 
 import itertools
+import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,8 +75,30 @@ def find_files(data: str | Sequence[str]) -> list[File]:
         splits = [file for file in found if posixpath.basename(file.path) == "dataset_dict.json"]
         if splits:
             raise InputError(f"{place} holds several splits: give the folder of one, such as {place}/train")
+        found = _of_save_to_disk(found)
         files += [file for file in found if len(found) == 1 or posixpath.splitext(file.path)[1] in SUFFIXES]
     return [file for file in files if posixpath.basename(file.path) not in _SIDE_FILES]
+
+
+def _of_save_to_disk(files: Sequence[File]) -> list[File]:
+    """Leave out what ``map`` of ``datasets`` keeps beside the files of ``save_to_disk``.
+
+    The state.json of such a folder names the files of the data set (datasets 5.2).
+    """
+    named: dict[str, set[str]] = {}
+    for file in files:
+        folder, name = posixpath.split(file.path)
+        if name == "state.json":
+            with open_file(file.path) as stream:
+                state = json.load(stream)
+            if isinstance(state, dict) and "_data_files" in state:
+                named[folder] = {entry["filename"] for entry in state["_data_files"]}
+    kept = []
+    for file in files:
+        folder, name = posixpath.split(file.path)
+        if folder not in named or name in named[folder]:
+            kept.append(file)
+    return kept
 
 
 _SIDE_FILES = {"state.json", "dataset_info.json", "dataset_dict.json"}  # of datasets.save_to_disk

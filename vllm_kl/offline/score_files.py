@@ -79,15 +79,17 @@ def score_files(
     folder = Folder(files.out)
     settings = _settings(files, job)
     if files.overwrite:
-        _clear(folder)
-    manifest = Manifest.read(folder)
+        _check_removable(folder, files.shard)
+    manifest = None if files.overwrite else Manifest.read(folder)
     if manifest is not None:
         manifest.check_same(settings, files.out)
-    elif any(name.startswith("part-") for name in folder.names()):
+    elif not files.overwrite and any(name.startswith("part-") for name in folder.names()):
         raise OptionError(f"{files.out} holds files of parts, but no {NAME} that tells what made them")
     with connected(address, job.resources), whole_blocks(), plain_errors():
         if manifest is None:
             manifest = plan(files, job, settings)
+            if files.overwrite:  # now that nothing is wrong with the new run
+                _clear(folder)
             folder.make(COUNTS)
             manifest.write(folder)
         first, step = files.shard
@@ -104,6 +106,8 @@ def score_files(
 def plan(files: Files, job: Job, settings: dict[str, Any]) -> Manifest:
     """Return the manifest of a new output: the input's files, columns and parts."""
     found = find_files(files.data)
+    if inside := [file.path for file in found if files.out and Folder(files.out).holds(file.path)]:
+        raise InputError(f"{inside[0]} is in the folder of the output, {files.out}: give another --out")
     cut_parts = cut(found, files.part_bytes or part_bytes_of(found))
     parts, types = _surveyed(cut_parts, job)
     schema = jsonl.schema_of(types, job.columns.role_of)
@@ -191,20 +195,37 @@ def _summary(
     )
 
 
-def _clear(folder: Folder) -> None:
-    """Remove the files of an earlier run.
+def _check_removable(folder: Folder, shard: tuple[int, int]) -> None:
+    """Refuse to begin anew where others would lose their files.
 
     Raises:
-        OptionError: the folder holds other files.
+        OptionError: the folder holds files of others; or other shards write into it.
     """
+    if shard[1] > 1:
+        raise OptionError(
+            f"--overwrite with --shard {shard[0]}/{shard[1]} would remove the files of the other shards: "
+            f"remove {folder.place} before the first of them starts"
+        )
     names = folder.names()
-    ours = {name for name in names if name in (NAME, COUNTS) or name.lstrip(".").startswith("part-")}
-    if names - ours or (names and NAME not in names):
+    others = names - _ours(names)
+    if NAME not in names:
+        others |= {name for name in names if name.startswith("part-")}
+    if others:
         raise OptionError(
             f"{folder.place} holds files that no run of vllm-kl score made "
-            f"({sorted(names - ours or names)[0]}): --overwrite removes nothing there. Give another --out"
+            f"({min(others)}): --overwrite removes nothing there. Give another --out"
         )
-    for name in sorted(ours, key=NAME.__eq__):  # the manifest last: a killed removal can be done again
+
+
+def _ours(names: set[str]) -> set[str]:
+    """Return the names of what a run writes."""
+    return {name for name in names if name.lstrip(".").startswith(("part-", NAME)) or name == COUNTS}
+
+
+def _clear(folder: Folder) -> None:
+    """Remove the files of an earlier run."""
+    # The manifest last: a killed removal can be done again.
+    for name in sorted(_ours(folder.names()), key=NAME.__eq__):
         folder.remove(name)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
+import os
 import posixpath
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.implementations.local import LocalFileSystem
 
-from vllm_kl.errors import OptionError
+from vllm_kl.errors import InputError, OptionError, VLLMKLError
 
 
 class File(NamedTuple):
@@ -24,10 +29,15 @@ class File(NamedTuple):
 
 
 @functools.cache
-def _arrow(scheme: str) -> Any:
+def _arrow(scheme: str, bucket: str) -> Any:
     from pyarrow import fs
 
-    return ArrowFSWrapper(fs.FileSystem.from_uri(f"{scheme}://x/x")[0])
+    # Arrow 26 asks for the region of the bucket, and repeats a failed request to gs:// for 15 minutes.
+    options = f"?retry_limit_seconds={_RETRY_S}" if scheme == "gs" else ""
+    return ArrowFSWrapper(fs.FileSystem.from_uri(f"{scheme}://{bucket}{options}")[0])
+
+
+_RETRY_S = 15
 
 
 def _open_store(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -37,9 +47,22 @@ def _open_store(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
         scheme, _, path = place.partition("://")
         if scheme not in ("s3", "gs"):
             raise OptionError(f"{place}: {error}") from error
-        return _arrow(scheme), path
+        return _arrow(scheme, path.partition("/")[0]), path
     except ValueError as error:
         raise OptionError(f"{place}: {error}") from error
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the place in the error of a store that is not this disk: each has error classes of its own."""
+    try:
+        yield
+    except (VLLMKLError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if "://" not in place:
+            raise
+        raise InputError(f"{place} cannot be reached: {type(error).__name__}: {error}") from error
 
 
 def list_files(place: str) -> list[File]:
@@ -47,6 +70,11 @@ def list_files(place: str) -> list[File]:
 
     Names that begin with ``.`` or ``_`` are left out, as Arrow and Ray leave them out.
     """
+    with _named(place):
+        return _list_files(place)
+
+
+def _list_files(place: str) -> list[File]:
     store, path = _open_store(place)
     if any(letter in path for letter in "*?["):
         found = [entry for entry in store.glob(path, detail=True).values() if entry["type"] == "file"]
@@ -64,14 +92,28 @@ def list_files(place: str) -> list[File]:
 
 def size_of(path: str) -> int | None:
     """Return the size of a file; ``None``: there is none."""
-    store, inside = _open_store(path)
-    return store.info(inside)["size"] if store.exists(inside) else None
+    with _named(path):
+        store, inside = _open_store(path)
+        return store.info(inside)["size"] if store.exists(inside) else None
 
 
 def open_file(path: str) -> IO[bytes]:
     """Open a file for reading, at any place in it."""
-    store, inside = _open_store(path)
-    return store.open(inside, "rb")
+    with _named(path):
+        store, inside = _open_store(path)
+        return store.open(inside, "rb")
+
+
+def _sync_folder(path: str) -> None:
+    """Put the names in a local folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does so by itself, or never
+            raise
+    finally:
+        os.close(folder)
 
 
 class Folder:
@@ -84,27 +126,47 @@ class Folder:
     def path(self, name: str) -> str:
         return f"{self.place}/{name}"
 
+    def holds(self, path: str) -> bool:
+        """Whether a file of the input is in this folder."""
+        return path.startswith(f"{self.place}/")
+
     def names(self) -> set[str]:
         """Return the names of all files in the folder, not in its folders."""
-        store, path = _open_store(self.place)
-        store.invalidate_cache()
-        if not store.isdir(path):
-            return set()
-        return {posixpath.basename(name) for name in store.ls(path, detail=False)}
+        with _named(self.place):
+            store, path = _open_store(self.place)
+            store.invalidate_cache()
+            if not store.isdir(path):
+                return set()
+            return {posixpath.basename(name.rstrip("/")) for name in store.ls(path, detail=False)}
 
     def make(self, name: str = "") -> None:
         """Make the folder, or a folder in it, if it is not there."""
-        store, path = _open_store(self.path(name))
-        store.makedirs(path, exist_ok=True)
+        with _named(self.path(name)):
+            store, path = _open_store(self.path(name))
+            store.makedirs(path, exist_ok=True)
 
     def write(self, name: str, content: Any) -> None:
-        """Write a file, whole or not at all. ``content``: bytes, or a function that gets the open file."""
+        """Write a file, whole or not at all. ``content``: bytes, or a function that gets the open file.
+
+        On a local disk this holds after a power cut, too: the content is on the disk before the file has its
+        name, and the name is there before this returns.
+        """
+        with _named(self.path(name)):
+            self._write(name, content)
+
+    def _write(self, name: str, content: Any) -> None:
         store, path = _open_store(self.path(name))
         unfinished = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}"
+        is_local = isinstance(store, LocalFileSystem)
         try:
             with store.open(unfinished, "wb") as stream:
                 content(stream) if callable(content) else stream.write(content)
+                if is_local:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             store.mv(unfinished, path)
+            if is_local:
+                _sync_folder(posixpath.dirname(path))
         except BaseException:
             if store.exists(unfinished):
                 store.rm_file(unfinished)
@@ -112,12 +174,12 @@ class Folder:
 
     def read_json(self, name: str) -> Any:
         """Return the content of a file of JSON; ``None``: there is none."""
-        store, path = _open_store(self.path(name))
-        if not store.exists(path):
-            return None
-        return json.loads(store.cat_file(path))
+        with _named(self.path(name)):
+            store, path = _open_store(self.path(name))
+            return json.loads(store.cat_file(path)) if store.exists(path) else None
 
     def remove(self, name: str) -> None:
-        store, path = _open_store(self.path(name))
-        if store.exists(path):
-            store.rm(path, recursive=True)
+        with _named(self.path(name)):
+            store, path = _open_store(self.path(name))
+            if store.exists(path):
+                store.rm(path, recursive=True)
