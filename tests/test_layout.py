@@ -57,12 +57,13 @@ ALLOWED = {
     "errors": set(),
     "types": set(),
     "lifetime": set(),
+    "routing": set(),
     "batch": {"errors", "types", "lifetime"},
     "kl": {"errors", "types", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
     "plugin": {"errors", "types", "lifetime"},
     "weights": {"errors", "types", "lifetime", "batch", "plugin"},
-    "engines": {"errors", "types", "lifetime", "plugin", "weights"},
+    "engines": {"errors", "types", "lifetime", "routing", "plugin", "weights"},
 }
 
 

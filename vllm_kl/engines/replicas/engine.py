@@ -28,10 +28,10 @@ from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.engines.replicas.prompt_router import RUNNING
 from vllm_kl.engines.replicas.replica import MAX_ONGOING, DyingError
 from vllm_kl.engines.replicas.service import Service
-from vllm_kl.engines.replicas.shards import Shard, cut
 from vllm_kl.engines.replicas.weights import ReplicatedWeights
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.routing.shards import Shard, cut
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.all_or_none import Outcome
 from vllm_kl.weights.checkpoint import InitialCheckpoint, Skeleton
