@@ -31,6 +31,7 @@ MSGPACK = "application/vnd.msgpack"
 NDJSON = "application/x-ndjson"
 _SETTINGS = ("temperature", "top_k", "share_prefix", "alone", "placeholders", "allow_nan", "stream")
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
+_MOST_IDS = 1 << 24
 _NONE = np.empty(0, _INT)
 
 
@@ -95,7 +96,7 @@ def unpack_question(data: bytes, *, most_sequences: int) -> dict[str, Any]:
         body = msgpack.unpackb(data)
     except Exception as error:  # msgpack has no common class of what it raises
         raise InputError(f"the body is not msgpack: {type(error).__name__} {error}") from None
-    if not isinstance(body, dict) or not all(isinstance(name, str) for name in body):
+    if not isinstance(body, dict):
         raise InputError(f"the body is a msgpack {type(body).__name__}, expected a map of names and values")
     lengths, starts = (_ints(body, name) for name in ("lengths", "starts"))
     if len(lengths) > most_sequences:  # checked here, because each sequence becomes an object
@@ -107,7 +108,7 @@ def unpack_question(data: bytes, *, most_sequences: int) -> dict[str, Any]:
     fields["token_ids"] = _cut(_ints(body, "token_ids"), lengths, "token_ids", "the sum of lengths")
     if body.get("ids") is not None:
         num_ids = fields.pop("num_ids", None)
-        if type(num_ids) is not int or num_ids < 1:
+        if type(num_ids) is not int or not 1 <= num_ids <= _MOST_IDS:
             raise InputError(f"num_ids is {num_ids!r}, expected how many chosen ids a row has, at least 1")
         if len(starts) != len(lengths):
             raise InputError(f"starts has {len(starts)} numbers for {len(lengths)} sequences")

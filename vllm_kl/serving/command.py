@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import json
 import os
@@ -85,12 +84,13 @@ def _replicas(number: str, num_gpus: float | None, num_cpus: float | None) -> An
 
 
 def _serve(arguments: dict[str, Any], http: dict[str, Any], drain_s: float) -> None:
-    for package in ("ray", "torch"):
-        if importlib.util.find_spec(package) is None:
-            raise OptionError("vllm-kl serve needs Ray and vLLM: pip install 'vllm-kl[cpu,ray]', or gpu")
     _quiet_libraries()
-    from vllm_kl.serving.application import started
-
+    try:
+        from vllm_kl.serving.application import started
+    except ImportError as error:
+        raise OptionError(
+            f"vllm-kl serve needs Ray Serve and vLLM ({error}): pip install 'vllm-kl[cpu,ray]', or gpu"
+        ) from error
     console = Console(stderr=True)
     has_ended = threading.Event()
     with started(arguments, http) as server:
