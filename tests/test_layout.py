@@ -58,12 +58,13 @@ ALLOWED = {
     "types": set(),
     "lifetime": set(),
     "routing": set(),
+    "client": {"errors", "routing"},
     "batch": {"errors", "types", "lifetime"},
     "kl": {"errors", "types", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
     "plugin": {"errors", "types", "lifetime"},
     "weights": {"errors", "types", "lifetime", "batch", "plugin"},
-    "engines": {"errors", "types", "lifetime", "routing", "plugin", "weights"},
+    "engines": {"errors", "types", "lifetime", "routing", "client", "plugin", "weights"},
 }
 
 
@@ -76,7 +77,7 @@ def test_a_room_imports_only_rooms_below_it(room):
     ("package", "homes"),
     [
         ("torchrl", {"batch", "transforms"}),
-        ("ray", {"transforms", "weights", "engines", "offline"}),
+        ("ray", {"transforms", "weights", "engines", "offline", "serving"}),
         ("vllm", {"engines", "plugin", "weights", "transforms"}),
     ],
 )

@@ -8,9 +8,7 @@ import textwrap
 
 from tests.client.faulty_server import log_probs, serving
 
-BLOCKED = (
-    "torch vllm ray torchrl tensordict transformers jinja2 packaging platformdirs fastapi pydantic orjson"
-)
+BLOCKED = "torch vllm ray torchrl tensordict transformers jinja2 packaging platformdirs fastapi orjson"
 BLOCK = f"""
 import sys
 

@@ -317,7 +317,7 @@ def test_a_reference_of_a_server_is_a_reference(remote, make_reference, tokenize
     assert far(list(found), list(theirs)) < 2e-6
 
 
-def test_sigterm_lets_requests_end_and_takes_no_more(server, key, ref_scorer):
+def test_sigterm_lets_requests_end_and_takes_no_more(server, http, key, ref_scorer):
     """The last test: the server ends."""
     found = {}
     ids, starts = many(100, seed=3)
@@ -328,7 +328,8 @@ def test_sigterm_lets_requests_end_and_takes_no_more(server, key, ref_scorer):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    time.sleep(0.3)
+    while thread.is_alive() and not figures(http)["vllm_kl_waiting_tokens"]:
+        time.sleep(0.02)
     assert server.end() == 0
     thread.join(60)
     assert far(found["rows"], ref_scorer.score(ids, starts)) < 2e-6
