@@ -50,11 +50,11 @@ def serving(model: Path, *options: str, cluster: str, key: str = "") -> Iterator
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
-            line = process.stdout.readline()
-            if not line:
+            told = next((line for line in process.stdout if line.startswith("{")), None)  # Ray talks, too
+            if told is None:
                 log.seek(0)
                 raise AssertionError(f"no server: {log.read()}")
-            yield Server(process, json.loads(line)["address"])
+            yield Server(process, json.loads(told)["address"])
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
