@@ -31,7 +31,7 @@ from functools import partial
 import numpy as np
 from common import Report, machine_line, make_table
 
-from vllm_kl.engines.affinity import choose
+from vllm_kl.routing.affinity import choose
 
 SYSTEM = -1  # the key of the common system prompt in a cache; dialogs have their numbers
 Choice = Callable[[int, int, Mapping[str, int]], str]  # dialog, turn, loads -> replica

@@ -169,7 +169,8 @@ class TestDoctor:
 
     def test_bounds_are_those_of_the_project(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        wanted = " ".join([*project["dependencies"], *project["optional-dependencies"]["cpu"]])
+        extras = project["optional-dependencies"]
+        wanted = " ".join([*project["dependencies"], *extras["torchrl"], *extras["cpu"]])
         for name, allowed in doctor.ALLOWED.items():
             found = re.search(rf"\b{name}(?:-cpu)?([<>=][\d.,<>=]+)", wanted)
             assert doctor.SpecifierSet(found[1]) == allowed

@@ -57,12 +57,14 @@ ALLOWED = {
     "errors": set(),
     "types": set(),
     "lifetime": set(),
+    "routing": set(),
+    "client": {"errors", "routing"},
     "batch": {"errors", "types", "lifetime"},
     "kl": {"errors", "types", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
     "plugin": {"errors", "types", "lifetime"},
     "weights": {"errors", "types", "lifetime", "batch", "plugin"},
-    "engines": {"errors", "types", "lifetime", "plugin", "weights"},
+    "engines": {"errors", "types", "lifetime", "routing", "client", "plugin", "weights"},
 }
 
 
@@ -75,7 +77,7 @@ def test_a_room_imports_only_rooms_below_it(room):
     ("package", "homes"),
     [
         ("torchrl", {"batch", "transforms"}),
-        ("ray", {"transforms", "weights", "engines", "offline"}),
+        ("ray", {"transforms", "weights", "engines", "offline", "serving"}),
         ("vllm", {"engines", "plugin", "weights", "transforms"}),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_kl.engines.affinity import choose
+from vllm_kl.routing.affinity import choose
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # One turn without a cache: groups arrive at random, and no group depends on another one.

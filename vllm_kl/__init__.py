@@ -107,13 +107,26 @@ _PUBLIC = {
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
+# Packages that only an extra installs; without them vllm_kl.client works.
+_OF_EXTRAS = ("jinja2", "packaging", "platformdirs", "tensordict", "torch", "torchrl", "transformers")
+
 __all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'vllm_kl' has no attribute {name!r}")
-    return getattr(import_module(f"vllm_kl.{_MODULE_OF[name]}"), name)
+    try:
+        module = import_module(f"vllm_kl.{_MODULE_OF[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _OF_EXTRAS:
+            raise
+        raise ImportError(
+            f"vllm_kl.{name} needs {error.name}: pip install 'vllm-kl[cpu]' or 'vllm-kl[gpu]' for engines, "
+            "'vllm-kl[torchrl]' to ask a server. vllm_kl.client asks a server without them",
+            name=error.name,
+        ) from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from vllm_kl import __version__
 from vllm_kl.errors import OptionError, VLLMKLError
 from vllm_kl.offline.command import score
+from vllm_kl.serving.command import serve
 
 if TYPE_CHECKING:
     from vllm_kl.view.samples import Sample
@@ -216,6 +217,7 @@ def _read_scored(folder: Path) -> list[Sample]:
 
 
 app.command()(score)
+app.command()(serve)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from vllm_kl.checks import (
 from vllm_kl.engines.base import Engine, OfReplicas
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.http_server import HttpServer
 from vllm_kl.engines.make_engine import make_engine
 from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.engines.process import TIMEOUT_S
@@ -55,7 +56,8 @@ class VLLMScorer:
     """Returns the log-probs of tokens that the caller gives. It generates nothing.
 
     Args:
-        model: the path or name of a model, a live ``vllm.LLM``, TorchRL's ``AsyncVLLM``, or an
+        model: the path or name of a model, a live ``vllm.LLM``, TorchRL's ``AsyncVLLM``, the address of a
+            server (``vllm-kl serve``) such as ``"http://127.0.0.1:8000"`` or a list of such addresses, or an
             :class:`~vllm_kl.engines.base.Engine`. For a path or name, the scorer starts its own engine in a
             child process, which ends when this process ends. A ``vllm.LLM`` and an ``AsyncVLLM`` are shared:
             :meth:`close` leaves them running.
@@ -80,7 +82,7 @@ class VLLMScorer:
         timeout_s: for own engines: how many seconds a start, a score, a push or a refresh may pass without a
             sign of life from the engine. After that the scorer ends the engine and raises an error with the
             engine's log. The engine gives a sign every second while it computes, and none while it starts or
-            loads weights. ``None`` waits for ever.
+            loads weights. For a server: how long it may say nothing. ``None`` waits for ever.
         devices: for own engines: the GPUs to run on, ``tensor_parallel_size * pipeline_parallel_size`` of
             them. Give UUIDs, or indices among the GPUs that this process sees (``CUDA_VISIBLE_DEVICES``,
             which Ray sets for its actors). ``None`` takes the first GPUs. ``devices=1`` keeps a reference off
@@ -536,8 +538,11 @@ class VLLMScorer:
     def __deepcopy__(self, memo: dict[int, Any]) -> VLLMScorer:
         return self  # TorchRL copies transforms: the copy scores with the same engine
 
-    def __reduce__(self) -> Any:
+    def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self._engine, HttpServer):
+            return vars(self)
         raise OptionError(
             "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process "
-            "(ref_model_factory), or keep it in a Ray actor (RetrieveKL(..., service_backend='ray'))"
+            "(ref_model_factory), keep it in a Ray actor (RetrieveKL(..., service_backend='ray')), or serve "
+            "it (vllm-kl serve) and make a scorer of its address"
         )

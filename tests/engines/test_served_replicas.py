@@ -366,7 +366,7 @@ class TestWhatDies:
         before = pids_of(scorer)
         for victim in before:
             os.kill(victim, signal.SIGKILL)
-        monkeypatch.setattr(scorer._engine._service, "_timeout_s", 1.0)
+        monkeypatch.setattr(scorer._engine._service, "timeout_s", 1.0)
         with pytest.raises(EngineError, match=r"(?s)no replica runs for 1 s \(timeout_s\): .*free are"):
             scorer.score(MANY, START)
         monkeypatch.undo()

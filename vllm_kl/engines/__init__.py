@@ -3,7 +3,7 @@
 make_engine        chooses the engine for what a scorer was given
 process            an engine that the scorer owns, in a child process; ``_child`` is the child's main program
 replicas           an engine of replicas on Ray Serve, each of which owns a ``process`` engine
-affinity           which replica gets a prompt
+http_server        servers of ``vllm-kl serve``, asked over HTTP
 start_engine       starts a vLLM engine in the child: defaults, checks, notes
 pooling            the ``pooling`` read-out: log-probs come out of the engine as tensors
 generate           the ``token_ids`` and ``flat`` read-outs, through ``generate()`` of a live engine

@@ -1,4 +1,4 @@
-"""Makes the engine for a scorer's ``model``: a path, a name, a live ``vllm.LLM`` or an engine."""
+"""Makes the engine for a scorer's ``model``: a path, a name, an address, a live ``vllm.LLM`` or an engine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vllm_kl.engines.base import Engine
 from vllm_kl.engines.borrowed import BorrowedEngine, lent
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
+from vllm_kl.engines.http_server import HttpServer
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
@@ -31,16 +32,17 @@ def make_engine(
     devices: Devices | None,
     replicas: Any = None,
 ) -> Engine:
-    """Return the engine for a path or name (owned), a live ``vllm.LLM`` (shared) or an engine (unchanged).
+    """Return the engine of a path or name (owned), a live ``vllm.LLM`` (shared), an address, or an engine.
 
     The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
     """
+    if addresses := _addresses(model):
+        for name, given in {"devices": devices, "replicas": replicas, "lora_request": lora_request}.items():
+            if given is not None:
+                raise OptionError(f"{name} has no effect on a server: give it where the server is started")
+        return HttpServer(addresses, readout=readout, timeout_s=timeout_s, **engine_options)
     if isinstance(model, (str, os.PathLike)):
-        engine_options = check_options(engine_options)
-        if _are_all_options_known():
-            check_names(engine_options, NAMES)
-        _check_picklable(engine_options)
-        path = checked_path(model, engine_options)
+        path, engine_options = check_model(model, engine_options)
         if (owned := lent()) is not None:
             return BorrowedEngine(owned, path, readout, engine_options, lora_request)
         if replicas is not None:
@@ -85,6 +87,28 @@ def make_engine(
             "engine is made"
         )
     return model
+
+
+def _addresses(model: Any) -> list[str]:
+    """Return the addresses of servers, if ``model`` is one or several; else nothing."""
+    given = [model] if isinstance(model, str) else model if isinstance(model, (list, tuple)) else []
+    are_addresses = [isinstance(one, str) and one.startswith(("http://", "https://")) for one in given]
+    if any(are_addresses) and not all(are_addresses):
+        raise OptionError(f"model {model!r}: expected addresses only, such as http://host:port")
+    return list(given) if any(are_addresses) else []
+
+
+def check_model(model: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the path or name of a model, and its engine's options, if an engine can start with them.
+
+    Raises:
+        OptionError: there is no such model, or an option does not exist or cannot work.
+    """
+    options = check_options(options)
+    if _are_all_options_known():
+        check_names(options, NAMES)
+    _check_picklable(options)
+    return checked_path(model, options), options
 
 
 def _replicated(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ class Canary:
         self._request = ScoreRequest(token_ids=ids, start=1)
         self._known: dict[int | None, torch.Tensor] = {}
         self._turn = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_turn": threading.Lock()}
 
     def remember(self) -> None:
         """Accept the engine's weights.

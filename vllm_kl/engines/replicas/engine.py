@@ -11,6 +11,7 @@ all replicas must serve. A shard with another version, of a replica that has jus
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import os
 import threading
@@ -27,59 +28,35 @@ from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.engines.replicas.prompt_router import RUNNING
 from vllm_kl.engines.replicas.replica import MAX_ONGOING, DyingError
-from vllm_kl.engines.replicas.service import Service
-from vllm_kl.engines.replicas.shards import Shard, cut
+from vllm_kl.engines.replicas.service import Deployed, Front, Service
 from vllm_kl.engines.replicas.weights import ReplicatedWeights
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.routing.shards import Shard, cut
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.all_or_none import Outcome
 from vllm_kl.weights.checkpoint import InitialCheckpoint, Skeleton
 
+OnResults = Callable[[Sequence[int], Sequence[ScoreResult]], None]
 _DEATHS = (RayActorError, DyingError)
 _MOST_DEATHS = 3  # replicas that may die of one shard
 _LOOK_EVERY_S = 5.0
 _AGAIN_AFTER_S = 0.5  # a shard whose replica died, or serves another version than others
 
 
-class ReplicatedEngine:
-    """An engine of replicas. Several threads may call it at a time.
+class Replicas:
+    """Replicas that run, for a process that calls them. Several threads may do so at a time.
 
-    The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
+    Args:
+        service: their deployment.
     """
 
     info: EngineInfo
+    weights: Any  # with ``version`` and ``unchanged()``
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        replicas: Any,
-        readout: str,
-        options: dict[str, Any],
-        lora_request: Any = None,
-        timeout_s: float | None = TIMEOUT_S,
-    ) -> None:
-        wish = wish_of(replicas)
-        checkpoint = InitialCheckpoint(model)
-        start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
-        self._timeout_s, self._owner_pid = timeout_s, os.getpid()
-        self._service = Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s)
+    def __init__(self, service: Deployed) -> None:
+        self._service, self._owner_pid = service, os.getpid()
         self.info, self.settings, _ = self._result(self.on_each("describe")[0])
-        skeleton = Skeleton(
-            model,
-            revision=options.get("revision"),
-            trust_remote_code=options.get("trust_remote_code", False),
-            hf_overrides=options.get("hf_overrides"),
-        )
-        self.weights = ReplicatedWeights(
-            self.on_each,
-            self._service.keep,
-            self._service.is_changing,
-            skeleton,
-            checkpoint,
-            wish.weights_folder,
-        )
 
     @property
     def is_open(self) -> bool:
@@ -101,16 +78,25 @@ class ReplicatedEngine:
     ) -> list[ScoreResult]:
         if alone:
             return self.score_on_each(requests)[0]
+
+        def on_results(places: Sequence[int], results: Sequence[ScoreResult]) -> None:
+            if on_done is not None:
+                on_done(len(results))
+
         self._check_open()
         with self.weights.unchanged():
-            shards = cut(requests, RUNNING.get(self._service.name, ()))
-            call = _Call(self, requests, shards, share_prefix, on_done)
+            call = self.call(requests, share_prefix=share_prefix, on_results=on_results)
             future = asyncio.run_coroutine_threadsafe(call.run(), _loop())
             try:
                 return future.result()
             except BaseException:
                 future.cancel()  # Ctrl-C in this thread
                 raise
+
+    def call(self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_results: OnResults) -> Call:
+        """Return a call that runs in an event loop. The weights must not change meanwhile."""
+        shards = cut(requests, RUNNING.get(self._service.name, ()))
+        return Call(self, requests, shards, share_prefix, on_results)
 
     def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
         """Score the requests alone on each replica that runs."""
@@ -130,12 +116,12 @@ class ReplicatedEngine:
         while True:
             try:
                 response: DeploymentBroadcastResponse = self._service.handle.broadcast(method, *args)
-                answers = response.results(timeout_s=self._timeout_s, return_exceptions=True)
+                answers = response.results(timeout_s=self._service.timeout_s, return_exceptions=True)
             except RayServeException:
                 answers = []  # no replica runs
             except TimeoutError as error:
                 raise EngineError(
-                    f"a replica gave no answer for {self._timeout_s:g} s (timeout_s)"
+                    f"a replica gave no answer for {self._service.timeout_s:g} s (timeout_s)"
                 ) from error
             answers = [_cause(answer) for answer in answers]
             if living := [answer for answer in answers if not isinstance(answer, _DEATHS)]:
@@ -147,11 +133,6 @@ class ReplicatedEngine:
                 )
             time.sleep(_AGAIN_AFTER_S)
             self._service.check_alive(time.monotonic() - began)
-
-    def close(self) -> None:
-        self._service.close()
-        if hasattr(self, "weights"):
-            self.weights.release()
 
     def _check_open(self) -> None:
         if os.getpid() != self._owner_pid:
@@ -174,8 +155,17 @@ class ReplicatedEngine:
         """How many shards of a call are on their way at a time."""
         return MAX_ONGOING * self._service.fleet.most
 
-    async def ask(self, shard: Shard, requests: Sequence[ScoreRequest], share_prefix: bool) -> Any:
-        return await self._service.handle.score.remote(shard.key, pack(requests), share_prefix)
+    async def ask(
+        self, shard: Shard, requests: Sequence[ScoreRequest], share_prefix: bool
+    ) -> tuple[list[ScoreResult], float]:
+        """Return the results of a shard, and how many seconds its replica took."""
+        response = self._service.handle.score.remote(shard.key, pack(requests), share_prefix)
+        try:
+            packed, took_s = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        return unpack(ScoreResult, packed), took_s
 
     async def check_alive(self, silent_s: float) -> bool:
         """Return whether a replica runs, as :meth:`Service.check_alive` does."""
@@ -184,39 +174,88 @@ class ReplicatedEngine:
 
     def check_in_step(self, version: int, waited_s: float) -> None:
         """Raise an error if a replica does not serve the version for too long."""
-        if self._timeout_s is not None and waited_s > self._timeout_s:
+        if self._service.timeout_s is not None and waited_s > self._service.timeout_s:
             raise WeightsError(
                 f"a replica does not serve version {version} of the weights, as the others do, for "
-                f"{self._timeout_s:g} s (timeout_s).\nRefresh or push again, or make the scorer again"
+                f"{self._service.timeout_s:g} s (timeout_s).\nRefresh or push again, or make the scorer again"
             )
 
 
-class _Call:
-    """One call: its shards, and the results so far."""
+class ReplicatedEngine(Replicas):
+    """An engine of replicas that this process starts and ends.
+
+    The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
+    """
 
     def __init__(
         self,
-        engine: ReplicatedEngine,
+        model: str,
+        *,
+        replicas: Any,
+        readout: str,
+        options: dict[str, Any],
+        lora_request: Any = None,
+        timeout_s: float | None = TIMEOUT_S,
+        front: Front | None = None,
+    ) -> None:
+        wish = wish_of(replicas)
+        checkpoint = InitialCheckpoint(model)
+        start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
+        super().__init__(
+            Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s, front=front)
+        )
+        skeleton = Skeleton(
+            model,
+            revision=options.get("revision"),
+            trust_remote_code=options.get("trust_remote_code", False),
+            hf_overrides=options.get("hf_overrides"),
+        )
+        self.weights = ReplicatedWeights(
+            self.on_each,
+            self._service.keep,
+            self._service.is_changing,
+            skeleton,
+            checkpoint,
+            wish.weights_folder,
+        )
+
+    def close(self) -> None:
+        self._service.close()
+        if hasattr(self, "weights"):
+            self.weights.release()
+
+
+class Call:
+    """One call: its shards, and the results so far.
+
+    Args:
+        on_results: called with the indices of requests and their results, once for each shard.
+    """
+
+    def __init__(
+        self,
+        engine: Replicas,
         requests: Sequence[ScoreRequest],
         shards: list[Shard],
         share_prefix: bool,
-        on_done: Callable[[int], None] | None,
+        on_results: OnResults,
     ) -> None:
         self._engine, self._requests, self._share_prefix = engine, requests, share_prefix
-        self._shards, self._on_done = shards, on_done
+        self._shards, self._on_results = shards, on_results
         self._results: dict[int, list[ScoreResult]] = {}  # by the shard's index
+        self._told: set[int] = set()
+        self.queued_s = 0.0  # seconds until a replica began with the first shard
         self._deaths: Counter[int] = Counter()
         self._waiting = deque(range(len(shards)))
 
     async def run(self) -> list[ScoreResult]:
-        version, began = self._engine.weights.version, time.monotonic()
+        """Return one result per request, in the order of the requests. Cancelling this frees the replicas."""
+        self._version, self._began = self._engine.weights.version, time.monotonic()
         while self._waiting:
             await self._ask_all()
-            for n, results in self._results.items():
-                if any(result.weight_version != version for result in results):
-                    self._waiting.append(n)
+            self._waiting += [n for n, results in self._results.items() if not self._is_in_step(results)]
             if self._waiting:
-                self._engine.check_in_step(version, time.monotonic() - began)
+                self._engine.check_in_step(self._version, time.monotonic() - self._began)
         found: dict[int, ScoreResult] = {}
         for n, results in self._results.items():
             found.update(zip(self._shards[n].places, results, strict=True))
@@ -230,7 +269,9 @@ class _Call:
             while self._waiting or running:
                 while self._waiting and len(running) < self._engine.limit:
                     n = self._waiting.popleft()
-                    running[asyncio.ensure_future(self._ask(n))] = n
+                    # Inside an HTTP request Ray 2.60 gives all calls of a handle one id, by which its router
+                    # finds them again (ray/serve/_private/default_impl.py): so a context without a request.
+                    running[asyncio.create_task(self._ask(n), context=contextvars.Context())] = n
                 done, _ = await asyncio.wait(
                     running, timeout=_LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -241,12 +282,18 @@ class _Call:
             for task in running:
                 task.cancel()
 
+    def _is_in_step(self, results: Sequence[ScoreResult]) -> bool:
+        return all(result.weight_version == self._version for result in results)
+
     async def _ask(self, n: int) -> list[ScoreResult]:
         if self._deaths[n] or n in self._results:
             await asyncio.sleep(_AGAIN_AFTER_S)
         shard = self._shards[n]
         requests = [self._requests[place] for place in shard.places]
-        return unpack(ScoreResult, await self._engine.ask(shard, requests, self._share_prefix))
+        results, took_s = await self._engine.ask(shard, requests, self._share_prefix)
+        if not self._results:
+            self.queued_s = time.monotonic() - self._began - took_s
+        return results
 
     def _take(self, n: int, task: asyncio.Task) -> bool:
         """Take a shard's results and return True; or let it be asked again."""
@@ -254,8 +301,9 @@ class _Call:
             self._ask_again_or_raise(n, _cause(error))
             return False
         results = task.result()
-        if n not in self._results and self._on_done is not None:
-            self._on_done(len(results))
+        if n not in self._told and self._is_in_step(results):
+            self._told.add(n)
+            self._on_results(self._shards[n].places, results)
         self._results[n] = results
         return True
 

@@ -1,6 +1,6 @@
 """``PromptRouter`` lets Ray Serve send a shard to the replica that prefers its prompt.
 
-Serve makes the router in the process of each caller. The rule is :mod:`vllm_kl.engines.affinity`; the load of
+Serve makes the router in the process of each caller. The rule is :mod:`vllm_kl.routing.affinity`; the load of
 a replica is the number of its running requests, which Serve knows.
 
 Source: ``ray/serve/request_router.py``, Ray 2.60 (alpha). ``FIFOMixin`` is left out: it gives the chosen
@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from vllm_kl.engines.affinity import choose, order
+from vllm_kl.routing.affinity import choose, order
 
 # Name of the Serve application -> the ids of its replicas that run, in this process's view.
 RUNNING: dict[str, tuple[str, ...]] = {}

@@ -35,6 +35,10 @@ _MARK = "vllm_kl's error: "
 _LOOK_EVERY_S = 2.0
 
 
+class _CancelledError(Exception):
+    """Nobody waits for the results any more."""
+
+
 class DyingError(EngineError):
     """The engine of a replica died, so the replica ends. The message has the engine's log."""
 
@@ -63,17 +67,35 @@ class Replica:
         """Return what the caller must know of the engine, its settings, and this process's id."""
         return self._engine.info, self._engine.settings, os.getpid()
 
-    async def score(self, key: bytes, packed: Packed, share_prefix: bool) -> Packed:
-        """Score one shard. ``key`` is for the router."""
-        return await self._in_thread(self._score, packed, share_prefix, False)
+    async def score(self, key: bytes, packed: Packed, share_prefix: bool) -> tuple[Packed, float]:
+        """Score one shard; return its results, and how many seconds that took.
+
+        Cancelling this frees the engine. ``key`` is for the router.
+        """
+        is_cancelled = threading.Event()
+        try:
+            return await self._in_thread(self._score, packed, share_prefix, is_cancelled)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            raise
+
+    def _score(
+        self, packed: Packed, share_prefix: bool, is_cancelled: threading.Event
+    ) -> tuple[Packed, float]:
+        def go_on(_: int) -> None:
+            if is_cancelled.is_set():
+                raise _CancelledError  # so the engine drops the requests that are left
+
+        began = time.monotonic()
+        results = self._engine.score(unpack(ScoreRequest, packed), share_prefix=share_prefix, on_done=go_on)
+        return pack(results), time.monotonic() - began
 
     async def score_alone(self, packed: Packed) -> Packed:
         """Score requests without the prefix cache, and without requests of other callers."""
-        return await self._in_thread(self._score, packed, False, True)
+        return await self._in_thread(self._score_alone, packed)
 
-    def _score(self, packed: Packed, share_prefix: bool, alone: bool) -> Packed:
-        requests = unpack(ScoreRequest, packed)
-        return pack(self._engine.score(requests, share_prefix=share_prefix, alone=alone))
+    def _score_alone(self, packed: Packed) -> Packed:
+        return pack(self._engine.score(unpack(ScoreRequest, packed), share_prefix=False, alone=True))
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve a version of the weights. Serve calls this when a replica starts, and after a refresh."""

@@ -2,7 +2,8 @@
 
     Ray             if this process is in a cluster, or RAY_ADDRESS names one, this one is used. Else a local
                     Ray is started, for all scorers of this process; it ends with the last of them.
-    Serve           is started, without a proxy, if the cluster has none: nothing comes over HTTP.
+    Serve           is started, if the cluster has none; without a proxy, unless there is a door: else nothing
+                    comes over HTTP.
     the deployment  has one user, this process. It ends with the scorer, or when the process is gone.
 
 Serve checks the health of replicas, restarts them, and adds or removes some between ``min`` and ``max``.
@@ -18,13 +19,14 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from vllm_kl.engines.replicas.fleet import Fleet, Wish, fleet_of
 from vllm_kl.engines.replicas.prompt_router import PromptRouter
@@ -36,7 +38,7 @@ logger = logging.getLogger("vllm_kl")
 _SPILL = 2  # shards that the preferred replica may be behind the least loaded one
 _LOOK_EVERY_S = 0.2
 _NOTE_AFTER_S = 60.0
-_DEPLOYMENT = "replica"
+DEPLOYMENT = "replica"
 # With a new version Serve would start all replicas anew, with an equal one it calls their reconfigure().
 _CODE_VERSION = "1"
 
@@ -48,8 +50,8 @@ class _Ray:
         self._lock, self._num_users = threading.Lock(), 0
         self.is_ours = self._is_serve_ours = False
 
-    def enter(self, num_replicas: int) -> None:
-        """Join Ray and Serve; start them where there are none."""
+    def enter(self, num_replicas: int, http: Mapping[str, Any] | None) -> None:
+        """Join Ray and Serve; start them where there are none, Serve with a proxy if ``http`` is given."""
         with self._lock:
             if not ray.is_initialized():
                 self._join(num_replicas)
@@ -59,7 +61,16 @@ class _Ray:
                     self._is_serve_ours = all(actor["namespace"] != "serve" for actor in actors)
                 if self._is_serve_ours:
                     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-                serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+                elif http is not None:
+                    raise RayServeException(
+                        "Serve runs in this cluster, with its own HTTP options. Deploy into it: "
+                        "serve run vllm_kl.serving:app model=..."
+                    )
+                serve.start(
+                    proxy_location="Disabled" if http is None else "HeadOnly",
+                    http_options=None if http is None else dict(http),
+                    logging_config={"log_level": "WARNING", "enable_access_log": False},
+                )
             except BaseException:
                 self._end_if_unused()
                 raise
@@ -103,56 +114,20 @@ class _User:
     """An actor that ends with the process that made it: while it lives, the deployment has its user."""
 
 
-class Service:
-    """A deployment that runs.
+class Deployed:
+    """A deployment of replicas that runs, as any process of the cluster sees it.
 
     Args:
-        model: the path or name of the model.
-        start: arguments of :class:`~vllm_kl.engines.process.ProcessEngine`, which each replica gets.
-        wish: how many replicas.
-        written: what the model's files must be when a replica starts.
-        timeout_s: how long the start may take, and a call may be without a replica; ``None``: for ever.
-
-    Raises:
-        EngineError, OptionError, ...: of the replica that did not start.
+        name: of the Serve application.
+        handle: of the deployment.
+        fleet: how many replicas it has.
+        timeout_s: how long a call may be without a replica; ``None``: for ever.
     """
 
-    def __init__(
-        self, model: str, start: dict[str, Any], wish: Wish, *, written: str | None, timeout_s: float | None
-    ) -> None:
-        self.name = f"vllm_kl-{uuid.uuid4().hex[:12]}"
-        self._timeout_s = timeout_s
-        try:
-            _RAY.enter(wish.most or wish.fewest)
-        except Exception as error:  # Ray raises Exception itself where its node does not start in time
-            raise EngineError(f"Ray or Ray Serve did not start: {error}") from error
-        self._finalizer = weakref.finalize(self, _end, self.name, os.getpid())
-        try:
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            self.fleet = fleet_of(wish, start["options"], nodes)
-            user = None
-            if not _RAY.is_ours:  # a cluster that may outlive this process
-                user = self.name
-                self._user = ray.remote(num_cpus=0)(_User).options(name=user, namespace=USERS).remote()
-            self._deployment, self._args = _deployment(self.fleet), (model, start, written, user)
-            self.handle = self._run()
-            self._wait()
-        except BaseException:
-            self.close()
-            raise
+    is_open = True
 
-    @property
-    def is_open(self) -> bool:
-        return self._finalizer.alive
-
-    def _run(self) -> Any:
-        target = serve.RunTarget(target=self._deployment.bind(*self._args), name=self.name, route_prefix=None)
-        return serve.run_many([target], wait_for_applications_running=False)[0]
-
-    def keep(self, config: Mapping[str, Any]) -> None:
-        """Let each replica call ``reconfigure(config)``: those that run, and those that start from now on."""
-        self._deployment = self._deployment.options(user_config=dict(config))
-        self._run()
+    def __init__(self, name: str, handle: DeploymentHandle, fleet: Fleet, timeout_s: float | None) -> None:
+        self.name, self.handle, self.fleet, self.timeout_s = name, handle, fleet, timeout_s
 
     def is_changing(self) -> bool:
         """Whether a replica is in its ``reconfigure``. Serve sends no call to it then."""
@@ -172,27 +147,9 @@ class Service:
         if deployment is not None and deployment.replica_states.get("RUNNING"):
             return True
         self._raise_failure(deployment)
-        if self._timeout_s is not None and silent_s > self._timeout_s:
-            raise EngineError(f"no replica runs for {self._timeout_s:g} s (timeout_s): {self.state()}")
+        if self.timeout_s is not None and silent_s > self.timeout_s:
+            raise EngineError(f"no replica runs for {self.timeout_s:g} s (timeout_s): {self.state()}")
         return False
-
-    def _wait(self) -> None:
-        """Wait until all replicas run."""
-        began, has_told = time.monotonic(), False
-        while True:
-            with contextlib.suppress(RayError, RayServeException, KeyError):
-                if serve.status().applications[self.name].status == "RUNNING":
-                    return
-            self._raise_failure(self._status())
-            waited = time.monotonic() - began
-            if self._timeout_s is not None and waited > self._timeout_s:
-                raise EngineError(
-                    f"the replicas did not start within {self._timeout_s:g} s (timeout_s): {self.state()}"
-                )
-            if waited > _NOTE_AFTER_S and not has_told:
-                has_told = True
-                logger.warning("vllm_kl: the replicas are not ready yet: %s", self.state())
-            time.sleep(_LOOK_EVERY_S)
 
     def _raise_failure(self, deployment: Any) -> None:
         """Raise the error of a replica that did not start, if there is one."""
@@ -215,8 +172,99 @@ class Service:
 
     def _status(self) -> Any:
         with contextlib.suppress(RayError, RayServeException, KeyError):
-            return serve.status().applications[self.name].deployments.get(_DEPLOYMENT)
+            return serve.status().applications[self.name].deployments.get(DEPLOYMENT)
         return None
+
+
+class Front(Protocol):
+    """Puts another deployment in front of the replicas: the one that requests over HTTP come to."""
+
+    http: Mapping[str, Any]  # Serve's HTTP options
+
+    def bind(self, replicas: serve.Application, fleet: Fleet) -> serve.Application:
+        """Return the application of both deployments."""
+        ...
+
+
+class Service(Deployed):
+    """A deployment that this process starts and ends.
+
+    Args:
+        model: the path or name of the model.
+        start: arguments of :class:`~vllm_kl.engines.process.ProcessEngine`, which each replica gets.
+        wish: how many replicas.
+        written: what the model's files must be when a replica starts.
+        timeout_s: how long the start may take, and a call may be without a replica; ``None``: for ever.
+        front: what stands before the replicas; ``None``: only this process calls them.
+
+    Raises:
+        EngineError, OptionError, ...: of the replica that did not start.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        start: dict[str, Any],
+        wish: Wish,
+        *,
+        written: str | None,
+        timeout_s: float | None,
+        front: Front | None = None,
+    ) -> None:
+        self.name, self.timeout_s, self._front = f"vllm_kl-{uuid.uuid4().hex[:12]}", timeout_s, front
+        try:
+            _RAY.enter(wish.most or wish.fewest, None if front is None else front.http)
+        except Exception as error:  # Ray raises Exception itself where its node does not start in time
+            raise EngineError(f"Ray or Ray Serve did not start: {error}") from error
+        self._finalizer = weakref.finalize(self, _end, self.name, os.getpid())
+        try:
+            self.fleet = fleet_here(wish, start["options"])
+            user = None
+            if not _RAY.is_ours:  # a cluster that may outlive this process
+                user = self.name
+                self._user = ray.remote(num_cpus=0)(_User).options(name=user, namespace=USERS).remote()
+            self._deployment, self._args = deployment_of(self.fleet), (model, start, written, user)
+            self._run()
+            self.handle = serve.get_deployment_handle(DEPLOYMENT, app_name=self.name)
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        return self._finalizer.alive
+
+    def _run(self) -> None:
+        target = self._deployment.bind(*self._args)
+        if self._front is not None:
+            target = self._front.bind(target, self.fleet)
+        prefix = None if self._front is None else "/"
+        target = serve.RunTarget(target=target, name=self.name, route_prefix=prefix)
+        serve.run_many([target], wait_for_applications_running=False)
+
+    def keep(self, config: Mapping[str, Any]) -> None:
+        """Let each replica call ``reconfigure(config)``: those that run, and those that start from now on."""
+        self._deployment = self._deployment.options(user_config=dict(config))
+        self._run()
+
+    def _wait(self) -> None:
+        """Wait until all replicas run."""
+        began, has_told = time.monotonic(), False
+        while True:
+            with contextlib.suppress(RayError, RayServeException, KeyError):
+                if serve.status().applications[self.name].status == "RUNNING":
+                    return
+            self._raise_failure(self._status())
+            waited = time.monotonic() - began
+            if self.timeout_s is not None and waited > self.timeout_s:
+                raise EngineError(
+                    f"the replicas did not start within {self.timeout_s:g} s (timeout_s): {self.state()}"
+                )
+            if waited > _NOTE_AFTER_S and not has_told:
+                has_told = True
+                logger.warning("vllm_kl: the replicas are not ready yet: %s", self.state())
+            time.sleep(_LOOK_EVERY_S)
 
     def close(self) -> None:
         """End the replicas, and Ray if it was started for them. Safe to call twice."""
@@ -234,7 +282,13 @@ def _end(name: str, owner_pid: int) -> None:
     _RAY.leave()
 
 
-def _deployment(fleet: Fleet) -> serve.Deployment:
+def fleet_here(wish: Wish, options: Mapping[str, Any]) -> Fleet:
+    """Return the fleet on the cluster of this process."""
+    return fleet_of(wish, options, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def deployment_of(fleet: Fleet) -> serve.Deployment:
+    """Return the deployment of the replicas, which has no arguments yet."""
     environment = {}
     if not fleet.num_gpus:
         environment = {"OMP_NUM_THREADS": str(fleet.num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -248,7 +302,7 @@ def _deployment(fleet: Fleet) -> serve.Deployment:
             }
         }
     deployment = serve.deployment(
-        name=_DEPLOYMENT,
+        name=DEPLOYMENT,
         max_ongoing_requests=MAX_ONGOING,
         max_constructor_retry_count=3,
         health_check_period_s=2,

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vllm_kl.engines.affinity import choose, order
+from vllm_kl.routing.affinity import choose, order
 
 REPLICAS = [f"replica-{n}" for n in range(8)]
 KEYS = [n.to_bytes(4, "big") for n in range(4000)]

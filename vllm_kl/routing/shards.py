@@ -14,13 +14,29 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from vllm_kl.engines.affinity import order
-from vllm_kl.types import ScoreRequest
+import numpy as np
 
-_PER_REPLICA = 8  # shards of a large call: the replica that ends last ends at most one shard late
-_FEWEST_TOKENS = 1024  # a shard costs some milliseconds beside its scoring
-_MOST_TOKENS = 32768
+from vllm_kl.routing.affinity import order
+
+
+class Request(Protocol):
+    """What is cut: a sequence, and the index of its first token to score."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...  # [L] int32
+    @property
+    def start(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large the shards of a call are."""
+
+    per_replica: int = 8  # of a large call: the replica that ends last ends at most one shard late
+    fewest_tokens: int = 1024  # a shard costs some milliseconds beside its scoring
+    most_tokens: int = 32768
 
 
 @dataclass(slots=True)
@@ -32,16 +48,17 @@ class Shard:
     num_tokens: int = 0  # with each prompt once
 
 
-def cut(requests: Sequence[ScoreRequest], replicas: Sequence[str]) -> list[Shard]:
+def cut(requests: Sequence[Request], replicas: Sequence[str], sizes: Sizes = Sizes()) -> list[Shard]:
     """Return the shards of a call.
 
     Args:
         requests: sorted, as :func:`vllm_kl.plan.plan` returns them: requests of one prompt are neighbours.
         replicas: the ids of the replicas. A shard has prompts of one preferred replica.
+        sizes: how large they are.
     """
-    pieces = [piece for group in _groups(requests) for piece in _split(group, requests, len(replicas))]
-    total = sum(piece.num_tokens for piece in pieces)
-    most = _most_tokens(total, len(replicas))
+    pieces = [piece for group in _groups(requests) for piece in _split(group, requests, sizes.most_tokens)]
+    share = sum(piece.num_tokens for piece in pieces) // (sizes.per_replica * max(len(replicas), 1))
+    most = min(max(share, sizes.fewest_tokens), sizes.most_tokens)
     open_shards: dict[str, Shard] = {}
     shards = []
     for piece in pieces:
@@ -55,7 +72,7 @@ def cut(requests: Sequence[ScoreRequest], replicas: Sequence[str]) -> list[Shard
     return shards
 
 
-def _groups(requests: Sequence[ScoreRequest]) -> Iterator[list[int]]:
+def _groups(requests: Sequence[Request]) -> Iterator[list[int]]:
     """Yield the indices of the requests of each prompt."""
 
     def prompt(n: int) -> bytes:
@@ -65,25 +82,20 @@ def _groups(requests: Sequence[ScoreRequest]) -> Iterator[list[int]]:
         yield list(group)
 
 
-def _split(group: list[int], requests: Sequence[ScoreRequest], num_replicas: int) -> Iterator[Shard]:
+def _split(group: list[int], requests: Sequence[Request], most_tokens: int) -> Iterator[Shard]:
     """Yield a group as one shard, or as several of the largest size."""
     first = requests[group[0]]
     beginning = first.token_ids[: 1 << (first.start.bit_length() - 1)]
     piece = Shard(_hash(beginning.tobytes()), num_tokens=first.start)
     for n in group:
         num_tokens = len(requests[n].token_ids) - first.start
-        if piece.places and piece.num_tokens + num_tokens > _MOST_TOKENS:
+        if piece.places and piece.num_tokens + num_tokens > most_tokens:
             yield piece
             # The next piece has a key of its own, so it may go to another replica.
             piece = Shard(_hash(requests[n].token_ids.tobytes()), num_tokens=first.start)
         piece.places.append(n)
         piece.num_tokens += num_tokens
     yield piece
-
-
-def _most_tokens(total: int, num_replicas: int) -> int:
-    share = total // (_PER_REPLICA * max(num_replicas, 1))
-    return min(max(share, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
 def _hash(ids: bytes) -> bytes:

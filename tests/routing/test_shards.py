@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kl.plan import plan
+from vllm_kl.routing.affinity import order
+from vllm_kl.routing.shards import Sizes, cut
 from vllm_kl.types import ScoreRequest
-
-pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
-
-from vllm_kl.engines.affinity import order
-from vllm_kl.engines.replicas import shards
-from vllm_kl.engines.replicas.shards import cut
 
 REPLICAS = ["a", "b", "c"]
 
@@ -52,7 +47,7 @@ def test_a_group_that_exceeds_a_shard_is_split_and_spread():
     requests = requests_of([(100, [2000 + k for k in range(64)])])
     found = cut(requests, REPLICAS)
     assert len(found) > 3
-    assert all(shard.num_tokens <= shards._MOST_TOKENS for shard in found)
+    assert all(shard.num_tokens <= Sizes().most_tokens for shard in found)
     assert len({shard.key for shard in found}) == len(found)
 
 

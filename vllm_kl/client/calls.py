@@ -1,0 +1,192 @@
+"""What a call sends and what comes back, without sending: parts of a call, headers, errors, times to wait.
+
+A call is cut as :mod:`vllm_kl.routing.shards` cuts it, with larger parts: sequences of one prompt stay
+together, and go to the server that the prompt prefers. ``X-Session-ID`` is the key of that prompt, so that a
+router between client and servers can do the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import httpx
+import msgpack
+import numpy as np
+
+from vllm_kl import errors
+from vllm_kl.client.wire_format import MSGPACK, Answer, Question, answer_of, pack_question
+from vllm_kl.errors import EngineError, InputError, OptionError, VLLMKLError, WeightsError
+from vllm_kl.routing.affinity import order
+from vllm_kl.routing.shards import Sizes, cut
+
+SIZES = Sizes(per_replica=4, fewest_tokens=16384, most_tokens=131072)
+_BUSY = (429, 502, 503, 504)  # another try may go better
+_SEQUENCE = re.compile(r"\bsequence (\d+)\b")
+
+
+class BusyError(EngineError):
+    """A server cannot answer now."""
+
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some sequences of a call, in one request."""
+
+    places: Sequence[int]  # indices of the sequences in the call
+    body: bytes
+    headers: dict[str, str]
+    addresses: Sequence[str]  # of the servers, the preferred one first
+
+
+class _Row(NamedTuple):
+    token_ids: np.ndarray
+    start: int
+
+
+def parts_of(question: Question, addresses: Sequence[str]) -> Iterator[Part]:
+    """Yield the parts of a call."""
+    keys = [ids.tobytes() for ids in question.token_ids]
+    places = sorted(range(len(keys)), key=keys.__getitem__)
+    # The server refuses starts that cannot be; here they only must not break the cut.
+    rows = [
+        _Row(ids, max(1, min(start, len(ids))))
+        for ids, start in ((question.token_ids[i], question.starts[i]) for i in places)
+    ]
+    for shard in cut(rows, addresses, SIZES):
+        of_part = [places[n] for n in shard.places]
+        yield Part(
+            places=of_part,
+            body=pack_question(Question(**question.select(of_part))),
+            headers={"Content-Type": MSGPACK, "Accept": MSGPACK, "X-Session-ID": shard.key.hex()},
+            addresses=order(shard.key, addresses),
+        )
+
+
+def answer_in(fields: dict[str, Any], part: Part) -> Answer:
+    """Return the answer of a msgpack map, with the indices of the call.
+
+    Raises:
+        VLLMKLError: the map has a problem document instead.
+    """
+    if "problem" in fields:
+        raise _error_in(fields["problem"], part)
+    answer = answer_of(fields)
+    return dataclasses.replace(answer, index=[part.places[n] for n in answer.index])
+
+
+def checked(response: httpx.Response, part: Part | None = None) -> httpx.Response:
+    """Return a response that is no error; its body was read.
+
+    Raises:
+        BusyError: another try may go better.
+        VLLMKLError: the error that the server had, under its own type.
+    """
+    if response.is_success:
+        return response
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if response.status_code in _BUSY:
+        error = BusyError(f"{response.url.host} is busy: {_detail(response, problem)}")
+        after = response.headers.get("retry-after", "")
+        error.retry_after_s = float(after) if after.isdecimal() else None
+        raise error
+    if response.status_code in (401, 403):
+        raise OptionError(f"{response.url}: {_detail(response, problem)}")
+    if not isinstance(problem, dict) or not str(problem.get("type")).startswith("urn:vllm-kl:"):
+        raise EngineError(
+            f"{response.url} answered {response.status_code} {response.reason_phrase}: there is no vllm-kl "
+            "server at this address, or a proxy before it failed"
+        )
+    raise _error_in(problem, part)
+
+
+def _detail(response: httpx.Response, problem: Any) -> str:
+    told = problem.get("detail") if isinstance(problem, dict) else None
+    return told or f"{response.status_code} {response.reason_phrase}"
+
+
+def _error_in(problem: dict[str, Any], part: Part | None) -> VLLMKLError:
+    name = str(problem["type"]).rpartition(":")[2]
+    kind = getattr(errors, name) if name in errors.__all__ else EngineError
+    message = str(problem.get("detail"))
+    if part is not None:  # the server counts the sequences of the part
+        message = _SEQUENCE.sub(lambda found: f"sequence {_place(part, int(found[1]))}", message)
+    return kind(message)
+
+
+def _place(part: Part, n: int) -> int:
+    return part.places[n] if n < len(part.places) else n
+
+
+def rows_of(
+    token_ids: Sequence[Any], start: int | Sequence[int] | None
+) -> tuple[list[np.ndarray], list[int]]:
+    """Return sequences and starts as a question has them. The server checks the rest.
+
+    Raises:
+        InputError: a sequence does not consist of whole numbers of 32 bits, or the starts are not as many.
+    """
+    sequences = [ints(f"sequence {i}", ids, 1) for i, ids in enumerate(token_ids)]
+    if start is None or isinstance(start, (int, np.integer)):
+        return sequences, [1 if start is None else int(start)] * len(sequences)
+    starts = [int(one) for one in start]
+    if len(starts) != len(sequences):
+        raise InputError(
+            f"start has {len(starts)} entries for {len(sequences)} sequences; give one int, or one per "
+            "sequence"
+        )
+    return sequences, starts
+
+
+def ints(name: str, given: Any, num_dimensions: int) -> np.ndarray:
+    """Return an int32 array."""
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} must be an array of ints: {error}") from error
+    if not array.size:
+        return np.empty((0,) * num_dimensions, np.int32)
+    if array.ndim != num_dimensions or array.dtype.kind not in "iu":
+        raise InputError(
+            f"{name} must be ints in {num_dimensions} dimension(s), got shape {list(array.shape)} and dtype "
+            f"{array.dtype}"
+        )
+    bounds = np.iinfo(np.int32)
+    if array.min() < bounds.min or array.max() > bounds.max:
+        raise InputError(f"{name} has an id that is outside any vocabulary: {array.max()} or {array.min()}")
+    return array.astype(np.int32, copy=False)
+
+
+class Origin:
+    """What made the answers of a call: all of them must agree."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def add(self, answer: Answer) -> None:
+        """Take an answer in.
+
+        Raises:
+            WeightsError: other weights made it than the answers before.
+        """
+        origin = {name: answer.origin[name] for name in ("model", "weights", "weight_version")}
+        if self.found and origin != self.found:
+            raise WeightsError(
+                f"the servers' weights changed during the call, or the servers differ: {self.found} and "
+                f"{origin}. Score again"
+            )
+        self.found = origin
+
+
+def frames(data: msgpack.Unpacker, chunk: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the maps that a chunk of a streamed answer completes."""
+    data.feed(chunk)
+    yield from data

@@ -1,0 +1,451 @@
+"""``AsyncClient`` asks servers over HTTP; ``Client`` is the same for callers without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+import msgpack
+import numpy as np
+import tenacity
+
+from vllm_kl.client import calls
+from vllm_kl.client.calls import BusyError, Origin, Part
+from vllm_kl.client.wire_format import Answer, Question
+from vllm_kl.errors import EngineError, InputError, OptionError
+
+logger = logging.getLogger("vllm_kl")
+
+KEY_VARIABLE = "VLLM_KL_API_KEY"
+_CONNECT_S = 5.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
+# Nothing was answered, so the same request may be sent again: scoring changes nothing.
+_AGAIN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout, httpx.PoolTimeout, BusyError)
+T = TypeVar("T")
+
+
+class TopK(NamedTuple):
+    """The k most likely tokens of every scored row of one sequence, most likely first."""
+
+    token_ids: np.ndarray  # [R, k] int32
+    log_probs: np.ndarray  # [R, k] float32, nats
+    target_log_probs: np.ndarray  # [R] float32, nats: of the sequence's own tokens
+
+
+class AsyncClient:
+    """Asks one server, or several that serve the same model.
+
+    Args:
+        addresses: such as ``"http://127.0.0.1:8000"``, or a list of them. Sequences of one prompt go to the
+            server that the prompt prefers, and to the next one if that cannot be reached.
+        api_key_file: a file with the server's API key; ``None`` reads the environment variable
+            ``VLLM_KL_API_KEY``, if it is set.
+        timeout_s: how long a server may say nothing while it scores; ``None``: for ever.
+        retry_s: for how long a request is sent again while servers cannot be reached or are busy.
+        concurrency: how many requests of a call are on their way at a time.
+
+    Raises:
+        OptionError: an address is not one, or the key's file cannot be read.
+    """
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        *,
+        api_key_file: str | os.PathLike[str] | None = None,
+        timeout_s: float | None = 600.0,
+        retry_s: float = 120.0,
+        concurrency: int = 8,
+    ) -> None:
+        self.addresses = [addresses] if isinstance(addresses, str) else list(addresses)
+        for address in self.addresses:
+            if httpx.URL(address).scheme not in ("http", "https"):
+                raise OptionError(f"address {address!r}: expected http://host:port or https://host:port")
+        if not self.addresses:
+            raise OptionError("no address is given: expected http://host:port")
+        self.addresses = [address.rstrip("/") for address in self.addresses]
+        self._api_key_file, self._timeout_s, self._retry_s = api_key_file, timeout_s, retry_s
+        self._concurrency = concurrency
+        self._http_of: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._http_headers()  # refuse a wrong file now
+
+    async def score(
+        self, token_ids: Sequence[Any], start: int | Sequence[int] | None = None, *, temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        """Return the log-probs of every sequence's tokens from ``start`` on.
+
+        Args:
+            token_ids: B sequences of ints (lists or arrays), of any lengths.
+            start: the index of the first token to score, one for all sequences or one for each;
+                ``1 <= start <= len``. ``None`` is 1.
+            temperature: the log-probs are those of ``softmax(logits / temperature)``.
+
+        Returns:
+            B float32 arrays ``[len - start]``, in nats.
+
+        Raises:
+            InputError: a sequence cannot be scored; the message names it.
+            OptionError: the key is missing or wrong.
+            EngineError: no server answers, or the server failed.
+            WeightsError: the weights changed during the call.
+        """
+        sequences, starts = calls.rows_of(token_ids, start)
+        values = await self.values(Question(token_ids=sequences, starts=starts, temperature=temperature))
+        return [answer.values[n][:, 0] for answer, n in values]
+
+    async def score_ids(
+        self,
+        token_ids: Sequence[Any],
+        ids: Sequence[Any],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        """Return the log-probs of chosen tokens at every position from ``start`` on.
+
+        Args:
+            token_ids, start, temperature: as in :meth:`score`.
+            ids: for each sequence the tokens to score, ``[len - start, K]`` ints; K is the same for all.
+
+        Returns:
+            B float32 arrays ``[len - start, K]``, in nats.
+        """
+        sequences, starts = calls.rows_of(token_ids, start)
+        chosen = [calls.ints(f"ids of sequence {i}", rows, 2) for i, rows in enumerate(ids)]
+        num_ids = next((rows.shape[1] for rows in chosen if rows.size), 1)
+        chosen = [rows if rows.size else rows.reshape(0, num_ids) for rows in chosen]
+        if {rows.shape[1] for rows in chosen} - {num_ids} or len(chosen) != len(sequences):
+            raise InputError(f"ids must have {num_ids} ids in each row of {len(sequences)} sequences")
+        question = Question(token_ids=sequences, starts=starts, temperature=temperature, ids=chosen)
+        return [answer.values[n][:, 1:] for answer, n in await self.values(question)]
+
+    async def score_topk(
+        self,
+        token_ids: Sequence[Any],
+        k: int,
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> list[TopK]:
+        """Return the k most likely tokens at every position from ``start`` on, with their log-probs.
+
+        Args:
+            token_ids, start, temperature: as in :meth:`score`.
+            k: how many tokens per position, from 1 to the size of the vocabulary.
+        """
+        sequences, starts = calls.rows_of(token_ids, start)
+        question = Question(token_ids=sequences, starts=starts, temperature=temperature, top_k=k)
+        return [
+            TopK(rows[:, 1 : 1 + k].astype(np.int32), rows[:, 1 + k :], rows[:, 0])
+            for rows in (answer.values[n] for answer, n in await self.values(question))
+        ]
+
+    async def stream(
+        self, token_ids: Sequence[Any], start: int | Sequence[int] | None = None, *, temperature: float = 1.0
+    ) -> AsyncIterator[tuple[int, np.ndarray]]:
+        """Yield the index of a sequence and its log-probs, as :meth:`score` returns them, as they finish."""
+        sequences, starts = calls.rows_of(token_ids, start)
+        question = Question(token_ids=sequences, starts=starts, temperature=temperature, stream=True)
+        async with aclosing(self._answers(question)) as answers:
+            async for answer in answers:
+                for i, rows in zip(answer.index, answer.values, strict=True):
+                    yield i, rows[:, 0]
+
+    async def model(self) -> dict[str, Any]:
+        """Return what the first server that answers says of itself: its model, its weights, its limits."""
+
+        async def get(address: str) -> dict[str, Any]:
+            response = await self._http().get(f"{address}/v1/model", timeout=_CONNECT_S)
+            return calls.checked(response).json()
+
+        return await self._persist(get, self.addresses)
+
+    async def values(
+        self, question: Question, on_done: Callable[[int], None] | None = None
+    ) -> list[tuple[Answer, int]]:
+        """Return for each sequence its answer, and its place there.
+
+        Args:
+            on_done: called with the number of sequences that finished since its last call.
+        """
+        found: dict[int, tuple[Answer, int]] = {}
+        async with aclosing(self._answers(question)) as answers:
+            async for answer in answers:
+                found.update((i, (answer, n)) for n, i in enumerate(answer.index))
+                if on_done is not None:
+                    on_done(len(answer.index))
+        return [found[i] for i in range(len(question.token_ids))]
+
+    async def _answers(self, question: Question) -> AsyncIterator[Answer]:
+        """Yield answers as they come, each sequence once."""
+        origin, turn = Origin(), asyncio.Semaphore(self._concurrency)
+        found: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
+        ask = self._stream_part if question.stream else self._ask_part
+
+        async def run(part: Part) -> None:
+            try:
+                async with turn:
+                    await ask(part, found.put_nowait)
+                found.put_nowait(None)
+            except Exception as error:
+                found.put_nowait(error)
+
+        tasks = [asyncio.create_task(run(part)) for part in calls.parts_of(question, self.addresses)]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                one = await found.get()
+                if isinstance(one, Exception):
+                    raise one
+                if one is None:
+                    num_running -= 1
+                    continue
+                origin.add(one)
+                yield one
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _ask_part(self, part: Part, on_answer: Callable[[Answer], None]) -> None:
+        async def post(address: str) -> Answer:
+            response = await self._http().post(
+                f"{address}/v1/logprobs", content=part.body, headers=part.headers
+            )
+            return calls.answer_in(msgpack.unpackb(calls.checked(response, part).content), part)
+
+        on_answer(await self._persist(post, part.addresses))
+
+    async def _stream_part(self, part: Part, on_answer: Callable[[Answer], None]) -> None:
+        told: set[int] = set()  # of an earlier try, whose connection broke
+
+        async def post(address: str) -> None:
+            path, unpacker = f"{address}/v1/logprobs", msgpack.Unpacker(max_buffer_size=0)
+            async with self._http().stream("POST", path, content=part.body, headers=part.headers) as response:
+                if not response.is_success:
+                    await response.aread()
+                calls.checked(response, part)
+                async for chunk in response.aiter_bytes():
+                    for fields in calls.frames(unpacker, chunk):
+                        answer = calls.answer_in(fields, part)
+                        if answer.index and told.isdisjoint(answer.index):
+                            told.update(answer.index)
+                            on_answer(answer)
+            if len(told) < len(part.places):
+                raise BusyError(f"{address} ended its answer before its end")
+
+        await self._persist(post, part.addresses)
+
+    async def _persist(self, ask: Callable[[str], Coroutine[Any, Any, T]], addresses: Sequence[str]) -> T:
+        """Ask one server after the other, until one answers.
+
+        Raises:
+            EngineError: none did in time.
+        """
+        tries = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(_AGAIN),
+            stop=tenacity.stop_after_delay(self._retry_s),
+            wait=functools.partial(_wait_s, num_addresses=len(addresses)),
+            before_sleep=functools.partial(_tell, retry_s=self._retry_s),
+            reraise=True,
+        )
+        try:
+            async for attempt in tries:
+                with attempt:
+                    number = attempt.retry_state.attempt_number - 1
+                    return await ask(addresses[number % len(addresses)])
+        except httpx.TimeoutException as error:
+            raise EngineError(
+                f"{error.request.url.host} said nothing for {self._timeout_s} s (timeout_s)"
+            ) from error
+        except httpx.HTTPError as error:
+            raise EngineError(
+                f"no server answers at {', '.join(addresses)} ({type(error).__name__}: {error}). Start one: "
+                "vllm-kl serve MODEL"
+            ) from error
+        raise AssertionError("tenacity returns or raises")
+
+    def _http(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if self._http_of is None or self._http_of[0] is not loop:
+            is_tls = any(address.startswith("https") for address in self.addresses)
+            self._http_of = (
+                loop,
+                httpx.AsyncClient(
+                    headers=self._http_headers(),
+                    timeout=httpx.Timeout(self._timeout_s, connect=_CONNECT_S),
+                    limits=httpx.Limits(
+                        max_connections=None, max_keepalive_connections=2 * self._concurrency
+                    ),
+                    verify=is_tls,  # loading certificates takes 20 ms
+                ),
+            )
+        return self._http_of[1]
+
+    def _http_headers(self) -> dict[str, str]:
+        if self._api_key_file is None:
+            key = os.environ.get(KEY_VARIABLE)
+        else:
+            try:
+                key = Path(self._api_key_file).read_text().strip()
+            except OSError as error:
+                raise OptionError(f"the file of the API key cannot be read: {error}") from error
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    async def aclose(self) -> None:
+        """Close the connections. A call opens new ones."""
+        if self._http_of is not None:
+            loop, http = self._http_of
+            self._http_of = None
+            if loop is asyncio.get_running_loop():
+                await http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_http_of": None}
+
+
+class Client:
+    """:class:`AsyncClient` for callers without an event loop. Threads may share it; it can be pickled.
+
+    The arguments, methods and errors are those of :class:`AsyncClient`.
+    """
+
+    def __init__(self, addresses: str | Sequence[str], **options: Any) -> None:
+        self._client = AsyncClient(addresses, **options)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses of the servers."""
+        return self._client.addresses
+
+    def score(
+        self, token_ids: Sequence[Any], start: int | Sequence[int] | None = None, *, temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        """As :meth:`AsyncClient.score`."""
+        return run(self._client.score(token_ids, start, temperature=temperature))
+
+    def score_ids(
+        self,
+        token_ids: Sequence[Any],
+        ids: Sequence[Any],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> list[np.ndarray]:
+        """As :meth:`AsyncClient.score_ids`."""
+        return run(self._client.score_ids(token_ids, ids, start, temperature=temperature))
+
+    def score_topk(
+        self,
+        token_ids: Sequence[Any],
+        k: int,
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> list[TopK]:
+        """As :meth:`AsyncClient.score_topk`."""
+        return run(self._client.score_topk(token_ids, k, start, temperature=temperature))
+
+    def model(self) -> dict[str, Any]:
+        """As :meth:`AsyncClient.model`."""
+        return run(self._client.model())
+
+    def values(
+        self, question: Question, on_done: Callable[[int], None] | None = None
+    ) -> list[tuple[Answer, int]]:
+        """As :meth:`AsyncClient.values`."""
+        return run(self._client.values(question, on_done))
+
+    def close(self) -> None:
+        """Close the connections. A call opens new ones."""
+        run(self._client.aclose())
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def score(
+    addresses: str | Sequence[str],
+    token_ids: Sequence[Any],
+    start: int | Sequence[int] | None = None,
+    **options: Any,
+) -> list[np.ndarray]:
+    """Return the log-probs of every sequence's tokens from ``start`` on: one call of a new :class:`Client`.
+
+    Args:
+        addresses: of the server, such as ``"http://127.0.0.1:8000"``, or of several.
+        token_ids, start: as in :meth:`AsyncClient.score`; ``temperature=`` too.
+        **options: of :class:`AsyncClient`.
+
+    >>> # score("http://127.0.0.1:8000", [[5, 6, 7]], start=1)[0].shape    # (2,)
+    """
+    return run(ascore(addresses, token_ids, start, **options))
+
+
+async def ascore(
+    addresses: str | Sequence[str],
+    token_ids: Sequence[Any],
+    start: int | Sequence[int] | None = None,
+    *,
+    temperature: float = 1.0,
+    **options: Any,
+) -> list[np.ndarray]:
+    """As :func:`score`, in a running event loop."""
+    async with AsyncClient(addresses, **options) as client:
+        return await client.score(token_ids, start, temperature=temperature)
+
+
+def _wait_s(state: tenacity.RetryCallState, *, num_addresses: int) -> float:
+    """Return how long to wait before the next try: as the server asks, else longer from round to round."""
+    error = state.outcome.exception()
+    if isinstance(error, BusyError) and error.retry_after_s is not None:
+        return error.retry_after_s
+    if state.attempt_number < num_addresses:
+        return 0.0  # another server
+    longest = min(_FIRST_WAIT_S * 2 ** min(state.attempt_number // num_addresses, 16), _LONGEST_WAIT_S)
+    return float(np.random.default_rng().uniform(0.5, 1.0)) * longest
+
+
+def _tell(state: tenacity.RetryCallState, *, retry_s: float) -> None:
+    level = logging.WARNING if math.log2(state.attempt_number).is_integer() else logging.DEBUG
+    error = state.outcome.exception()
+    where = f"{error.request.url.netloc.decode()}: " if isinstance(error, httpx.RequestError) else ""
+    what = f"{where}{error or type(error).__name__}"
+    logger.log(level, "vllm_kl: try %d: %s. Asked again for up to %g s", state.attempt_number, what, retry_s)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns that runs in the event loop of all clients of this process."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # Ctrl-C in this thread
+        raise
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="vllm_kl-client", daemon=True).start()
+    return loop
+
+
+os.register_at_fork(after_in_child=_loop.cache_clear)  # a fork has no such thread

@@ -1,0 +1,108 @@
+"""``HttpServer`` is the engine of ``VLLMScorer("http://host:port")``: servers of ``vllm-kl serve`` score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from vllm_kl.client.client import Client
+from vllm_kl.client.wire_format import Question
+from vllm_kl.errors import OptionError, ReadoutUnavailableError, WeightsError
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+_OPTIONS = ("api_key_file", "concurrency", "retry_s")
+
+
+class HttpServer:
+    """One server, or several that serve the same weights. It can be pickled: no engine moves.
+
+    Args:
+        addresses: of the servers.
+        readout: ``"auto"``, or the one that the servers have.
+        timeout_s: how long a server may say nothing; ``None``: for ever.
+        **options: of :class:`vllm_kl.client.AsyncClient`.
+
+    Raises:
+        OptionError: an option is unknown, or the key is missing or wrong.
+        ReadoutUnavailableError: the servers have another read-out.
+        EngineError: no server answers.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], *, readout: str, timeout_s: float | None, **options: Any
+    ) -> None:
+        if unknown := [name for name in options if name not in _OPTIONS]:
+            raise OptionError(
+                f"engine options have no effect on a server: {', '.join(unknown)}. Give them to "
+                f"vllm-kl serve (--engine NAME=VALUE). Known are {', '.join(_OPTIONS)}"
+            )
+        self.client = Client(addresses, timeout_s=timeout_s, **options)
+        told = self.client.model()
+        self.info = EngineInfo(
+            **{
+                name: told[name]
+                for name in ("readout", "vocab_size", "max_sequence_len", "max_ids", "length_side")
+            },
+            can=frozenset(told["can"]),
+            notes=tuple(told["notes"]),
+            placeholders={int(token): what for token, what in told["placeholders"].items()},
+        )
+        if readout not in ("auto", self.info.readout):
+            raise ReadoutUnavailableError(
+                f"readout={readout!r} is not available: the server has {self.info.readout!r}"
+            )
+        self.settings = {"model": told["model"], "the model's files": told["weights"], "readout": readout}
+        self.weights = _ServedWeights(self.client)
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        share_prefix: bool,
+        on_done: Callable[[int], None] | None = None,
+        alone: bool = False,
+    ) -> list[ScoreResult]:
+        first = requests[0]  # a call has one temperature and one k
+        question = Question(
+            token_ids=[request.token_ids for request in requests],
+            starts=[request.start for request in requests],
+            temperature=first.temperature,
+            ids=None if first.ids is None else [request.ids for request in requests],
+            top_k=first.top_k,
+            share_prefix=share_prefix,
+            alone=alone,
+            placeholders="as_text",  # the scorer has checked the requests, and checks the results
+            allow_nan=True,
+        )
+        return [
+            ScoreResult(
+                values=answer.values[n],
+                num_cached_tokens=answer.num_cached_tokens[n],
+                rescored=answer.rescored[n],
+                weight_version=answer.origin["weight_version"],
+            )
+            for answer, n in self.client.values(question, on_done)
+        ]
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class _ServedWeights:
+    """The weights of a server: their version can be asked, and they cannot be replaced from here."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def version(self) -> int | None:
+        return self._client.model()["weight_version"]
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise WeightsError(
+            f"the weights of a server ({self._client.addresses[0]}) cannot be replaced, read or put to sleep "
+            "over HTTP. Start another server with the new weights"
+        )
+
+    skeleton = source = property(_refuse)
+    next_version = load = sleep = wake_up = _refuse
