@@ -40,6 +40,7 @@ from vllm_kl.engines.http_server import HttpServer
 from vllm_kl.engines.make_engine import make_engine
 from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.engines.process import TIMEOUT_S
+from vllm_kl.engines.stock_server import StockServer
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.plan import plan
 from vllm_kl.progress import show_progress
@@ -64,7 +65,8 @@ class VLLMScorer:
         readout: how the engine returns log-probs. ``"pooling"`` (own engines only) computes them inside the
             engine, at prefill speed. ``"token_ids"`` (shared engines on a GPU) asks vLLM for the needed rows
             and tokens only. ``"flat"`` works with every engine. ``"auto"`` takes the first of the three that
-            the engine supports, and logs which one it took.
+            the engine supports, and logs which one it took. Of servers, ``"http-flat"`` is that of a stock
+            vLLM server.
         canary: score a fixed sequence now and remember its log-probs, so that :meth:`check_frozen` can prove
             later that the weights have not changed. ``None`` means yes, unless ``model`` is an
             :class:`~vllm_kl.engines.base.Engine`.
@@ -166,7 +168,7 @@ class VLLMScorer:
 
     @property
     def readout(self) -> str:
-        """The read-out in use: ``"flat"``, ``"token_ids"`` or ``"pooling"``."""
+        """The read-out in use: ``"pooling"``, ``"token_ids"``, ``"flat"`` or ``"http-flat"``."""
         return self._engine.info.readout
 
     @property
@@ -396,9 +398,15 @@ class VLLMScorer:
         results = []
         if planned.requests:
             with show_progress(len(planned.requests), enabled=progress) as on_done:
-                results = self._engine.score(
-                    planned.requests, share_prefix=self.share_prefix, on_done=on_done
-                )
+                try:
+                    results = self._engine.score(
+                        planned.requests, share_prefix=self.share_prefix, on_done=on_done
+                    )
+                except InputError as error:  # of a server that knows more of its model than this process
+                    if error.sample is None:
+                        raise
+                    i = list(requests)[planned.result_of.index(error.sample)]
+                    raise InputError(f"sequence {i}: {error}") from None
         scored = dict(zip(requests, check_results(requests, planned.restore(results)), strict=True))
         values = [scored[i] if i in scored else torch.empty(0, r.num_columns) for i, r in enumerate(asked)]
         versions = {result.weight_version for result in results}
@@ -539,7 +547,7 @@ class VLLMScorer:
         return self  # TorchRL copies transforms: the copy scores with the same engine
 
     def __getstate__(self) -> dict[str, Any]:
-        if isinstance(self._engine, HttpServer):
+        if isinstance(self._engine, (HttpServer, StockServer)):
             return vars(self)
         raise OptionError(
             "a VLLMScorer holds a running engine and cannot be pickled: make it in the other process "

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
-ReadoutName = Literal["auto", "pooling", "token_ids", "flat"]
+ReadoutName = Literal["auto", "pooling", "token_ids", "flat", "http-flat"]
 Rows = torch.Tensor | list[torch.Tensor]  # a dense [B, W], or B rows [W] of any lengths
 
 
@@ -68,7 +68,7 @@ class TopK:
 class EngineInfo:
     """The properties of an engine that a scorer must know before it sends requests."""
 
-    readout: Literal["pooling", "token_ids", "flat", "logits"]  # "logits": a transformers model
+    readout: Literal["pooling", "token_ids", "flat", "http-flat", "logits"]  # "logits": transformers
     vocab_size: int | None  # every id must be below it; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
     # Features beyond the log-probs of the sequence's own tokens at temperature 1.

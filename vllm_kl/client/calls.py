@@ -87,17 +87,9 @@ def checked(response: httpx.Response, part: Part | None = None) -> httpx.Respons
         BusyError: another try may go better.
         VLLMKLError: the error that the server had, under its own type.
     """
-    if response.is_success:
+    if not_busy(response).is_success:
         return response
-    try:
-        problem = response.json()
-    except ValueError:
-        problem = None
-    if response.status_code in _BUSY:
-        error = BusyError(f"{response.url.host} is busy: {_detail(response, problem)}")
-        after = response.headers.get("retry-after", "")
-        error.retry_after_s = float(after) if after.isdecimal() else None
-        raise error
+    problem = _problem_of(response)
     if response.status_code in (401, 403):
         raise OptionError(f"{response.url}: {_detail(response, problem)}")
     if not isinstance(problem, dict) or not str(problem.get("type")).startswith("urn:vllm-kl:"):
@@ -106,6 +98,27 @@ def checked(response: httpx.Response, part: Part | None = None) -> httpx.Respons
             "server at this address, or a proxy before it failed"
         )
     raise _error_in(problem, part)
+
+
+def not_busy(response: httpx.Response) -> httpx.Response:
+    """Return a response that another try would not change; its body was read.
+
+    Raises:
+        BusyError: another try may go better.
+    """
+    if response.status_code in _BUSY:
+        error = BusyError(f"{response.url.host} is busy: {_detail(response, _problem_of(response))}")
+        after = response.headers.get("retry-after", "")
+        error.retry_after_s = float(after) if after.isdecimal() else None
+        raise error
+    return response
+
+
+def _problem_of(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _detail(response: httpx.Response, problem: Any) -> str:

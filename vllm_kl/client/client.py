@@ -169,6 +169,21 @@ class AsyncClient:
 
         return await self._persist(get, self.addresses)
 
+    async def send(self, method: str, path: str, *, json: Any = None, number: int = 0) -> httpx.Response:
+        """Return the answer of a server to any request, errors too, unless another try may go better.
+
+        Args:
+            method, path, json: of the request; its body is JSON.
+            number: of the request: one server after the other is the first to be asked.
+        """
+
+        async def ask(address: str) -> httpx.Response:
+            response = await self._http().request(method, f"{address}{path}", json=json)
+            return calls.not_busy(response)
+
+        first = number % len(self.addresses)
+        return await self._persist(ask, self.addresses[first:] + self.addresses[:first])
+
     async def values(
         self, question: Question, on_done: Callable[[int], None] | None = None
     ) -> list[tuple[Answer, int]]:
@@ -325,18 +340,18 @@ class Client:
     """
 
     def __init__(self, addresses: str | Sequence[str], **options: Any) -> None:
-        self._client = AsyncClient(addresses, **options)
+        self.asynchronous = AsyncClient(addresses, **options)
 
     @property
     def addresses(self) -> list[str]:
         """The addresses of the servers."""
-        return self._client.addresses
+        return self.asynchronous.addresses
 
     def score(
         self, token_ids: Sequence[Any], start: int | Sequence[int] | None = None, *, temperature: float = 1.0
     ) -> list[np.ndarray]:
         """As :meth:`AsyncClient.score`."""
-        return run(self._client.score(token_ids, start, temperature=temperature))
+        return run(self.asynchronous.score(token_ids, start, temperature=temperature))
 
     def score_ids(
         self,
@@ -347,7 +362,7 @@ class Client:
         temperature: float = 1.0,
     ) -> list[np.ndarray]:
         """As :meth:`AsyncClient.score_ids`."""
-        return run(self._client.score_ids(token_ids, ids, start, temperature=temperature))
+        return run(self.asynchronous.score_ids(token_ids, ids, start, temperature=temperature))
 
     def score_topk(
         self,
@@ -358,21 +373,25 @@ class Client:
         temperature: float = 1.0,
     ) -> list[TopK]:
         """As :meth:`AsyncClient.score_topk`."""
-        return run(self._client.score_topk(token_ids, k, start, temperature=temperature))
+        return run(self.asynchronous.score_topk(token_ids, k, start, temperature=temperature))
 
     def model(self) -> dict[str, Any]:
         """As :meth:`AsyncClient.model`."""
-        return run(self._client.model())
+        return run(self.asynchronous.model())
+
+    def send(self, method: str, path: str, *, json: Any = None) -> httpx.Response:
+        """As :meth:`AsyncClient.send`."""
+        return run(self.asynchronous.send(method, path, json=json))
 
     def values(
         self, question: Question, on_done: Callable[[int], None] | None = None
     ) -> list[tuple[Answer, int]]:
         """As :meth:`AsyncClient.values`."""
-        return run(self._client.values(question, on_done))
+        return run(self.asynchronous.values(question, on_done))
 
     def close(self) -> None:
         """Close the connections. A call opens new ones."""
-        run(self._client.aclose())
+        run(self.asynchronous.aclose())
 
     def __enter__(self) -> Client:
         return self

@@ -7,36 +7,25 @@ from typing import Any, NoReturn
 
 from vllm_kl.client.client import Client
 from vllm_kl.client.wire_format import Question
-from vllm_kl.errors import OptionError, ReadoutUnavailableError, WeightsError
+from vllm_kl.errors import ReadoutUnavailableError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-
-_OPTIONS = ("api_key_file", "concurrency", "retry_s")
 
 
 class HttpServer:
     """One server, or several that serve the same weights. It can be pickled: no engine moves.
 
     Args:
-        addresses: of the servers.
+        client: asks the servers.
         readout: ``"auto"``, or the one that the servers have.
-        timeout_s: how long a server may say nothing; ``None``: for ever.
-        **options: of :class:`vllm_kl.client.AsyncClient`.
 
     Raises:
-        OptionError: an option is unknown, or the key is missing or wrong.
+        OptionError: the key is missing or wrong.
         ReadoutUnavailableError: the servers have another read-out.
         EngineError: no server answers.
     """
 
-    def __init__(
-        self, addresses: Sequence[str], *, readout: str, timeout_s: float | None, **options: Any
-    ) -> None:
-        if unknown := [name for name in options if name not in _OPTIONS]:
-            raise OptionError(
-                f"engine options have no effect on a server: {', '.join(unknown)}. Give them to "
-                f"vllm-kl serve (--engine NAME=VALUE). Known are {', '.join(_OPTIONS)}"
-            )
-        self.client = Client(addresses, timeout_s=timeout_s, **options)
+    def __init__(self, client: Client, readout: str) -> None:
+        self.client = client
         told = self.client.model()
         self.info = EngineInfo(
             **{

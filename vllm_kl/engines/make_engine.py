@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_kl.client.client import Client
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.borrowed import BorrowedEngine, lent
 from vllm_kl.engines.devices import Devices
@@ -18,6 +19,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.http_server import HttpServer
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import ProcessEngine
+from vllm_kl.engines.stock_server import StockServer, is_stock
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
 from vllm_kl.plugin.allowed import KNOWN_VLLM
 from vllm_kl.types import EngineInfo, ReadoutName
@@ -40,7 +42,7 @@ def make_engine(
         for name, given in {"devices": devices, "replicas": replicas, "lora_request": lora_request}.items():
             if given is not None:
                 raise OptionError(f"{name} has no effect on a server: give it where the server is started")
-        return HttpServer(addresses, readout=readout, timeout_s=timeout_s, **engine_options)
+        return _served(addresses, readout, timeout_s, engine_options)
     if isinstance(model, (str, os.PathLike)):
         path, engine_options = check_model(model, engine_options)
         if (owned := lent()) is not None:
@@ -96,6 +98,29 @@ def _addresses(model: Any) -> list[str]:
     if any(are_addresses) and not all(are_addresses):
         raise OptionError(f"model {model!r}: expected addresses only, such as http://host:port")
     return list(given) if any(are_addresses) else []
+
+
+def _served(
+    addresses: list[str], readout: str, timeout_s: float | None, options: dict[str, Any]
+) -> HttpServer | StockServer:
+    """Return the engine of servers, which are of ``vllm-kl serve`` or stock vLLM servers."""
+    known = ("api_key_file", "concurrency", "retry_s", "served_model_name")
+    if unknown := [name for name in options if name not in known]:
+        raise OptionError(
+            f"engine options have no effect on a server: {', '.join(unknown)}. Give them where it is started "
+            f"(vllm-kl serve --engine NAME=VALUE). Known here are {', '.join(known)}"
+        )
+    name = options.pop("served_model_name", None)
+    client = Client(addresses, timeout_s=timeout_s, **options)
+    try:
+        if readout == "http-flat" or is_stock(client):
+            return StockServer(client, readout, name, concurrency=options.get("concurrency", 64))
+        if name is not None:
+            raise OptionError("served_model_name has no effect on vllm-kl serve, which has one model")
+        return HttpServer(client, readout)
+    except BaseException:
+        client.close()
+        raise
 
 
 def check_model(model: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
