@@ -32,6 +32,7 @@ def answer_to(body, origin=ORIGIN, sequences=slice(None)):
             values=[log_probs(*pairs[i])[:, None] for i in index],
             num_ids=0,
             top_k=0,
+            has_entropy=False,
             num_cached_tokens=[0] * len(index),
             rescored=[False] * len(index),
             origin=origin,

@@ -47,10 +47,12 @@ def test_a_question_comes_out_as_it_went_in(lengths, num_ids):
         assert [rows.tolist() for rows in fields["ids"]] == [rows.tolist() for rows in asked.ids]
 
 
-@given(LENGTHS, st.integers(0, 2), st.integers(0, 2))
-def test_an_answer_keeps_each_bit(lengths, num_ids, top_k):
+@given(LENGTHS, st.integers(0, 2), st.integers(0, 2), st.booleans())
+def test_an_answer_keeps_each_bit(lengths, num_ids, top_k, has_entropy):
     draw = np.random.default_rng(len(lengths))
-    values = [draw.normal(size=(n, 1 + num_ids + 2 * top_k)).astype(np.float32) for n in lengths]
+    values = [
+        draw.normal(size=(n, 1 + num_ids + 2 * top_k + has_entropy)).astype(np.float32) for n in lengths
+    ]
     for rows in values:
         rows[:, 1 + num_ids : 1 + num_ids + top_k] = draw.integers(0, 1 << 24, (len(rows), top_k))
         rows[:1, 0] = -np.inf
@@ -59,6 +61,7 @@ def test_an_answer_keeps_each_bit(lengths, num_ids, top_k):
         values=values,
         num_ids=num_ids,
         top_k=top_k,
+        has_entropy=has_entropy,
         num_cached_tokens=[n // 2 for n in lengths],
         rescored=[n > 3 for n in lengths],
         origin={"model": "m", "weight_version": None, "timings": {"queue_s": 0.5}},

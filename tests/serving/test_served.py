@@ -97,6 +97,8 @@ def test_a_server_scores_as_a_local_engine_does(remote, ref_scorer, ref_oracle):
     best, of_local = (scorer.score_topk(IDS[:8], 3, STARTS[:8]) for scorer in (remote, ref_scorer))
     assert far([b.log_probs for b in best], [b.log_probs for b in of_local]) < 2e-6
     assert all((a.token_ids == b.token_ids).all() for a, b in zip(best, of_local, strict=True))
+    pairs = [scorer.score(IDS, STARTS, entropy=True) for scorer in (remote, ref_scorer)]
+    assert all(far(ours, of_local) < 2e-6 for ours, of_local in zip(*pairs, strict=True))
 
 
 def test_bits_are_those_of_a_local_engine_in_each_form(remote, ref_scorer, http):

@@ -79,8 +79,13 @@ class AsyncClient:
         self._http_headers()  # refuse a wrong file now
 
     async def score(
-        self, token_ids: Sequence[Any], start: int | Sequence[int] | None = None, *, temperature: float = 1.0
-    ) -> list[np.ndarray]:
+        self,
+        token_ids: Sequence[Any],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
         """Return the log-probs of every sequence's tokens from ``start`` on.
 
         Args:
@@ -88,19 +93,24 @@ class AsyncClient:
             start: the index of the first token to score, one for all sequences or one for each;
                 ``1 <= start <= len``. ``None`` is 1.
             temperature: the log-probs are those of ``softmax(logits / temperature)``.
+            entropy: also return the entropy of the distribution that each token was scored with.
 
         Returns:
-            B float32 arrays ``[len - start]``, in nats.
+            B float32 arrays ``[len - start]``, in nats. With ``entropy=True`` a pair: these, and as many arrays
+            of the same shapes with the entropies.
 
         Raises:
             InputError: a sequence cannot be scored; the message names it.
+            ReadoutUnavailableError: the server's read-out cannot do what is asked for.
             OptionError: the key is missing or wrong.
             EngineError: no server answers, or the server failed.
             WeightsError: the weights changed during the call.
         """
         sequences, starts = calls.rows_of(token_ids, start)
-        values = await self.values(Question(token_ids=sequences, starts=starts, temperature=temperature))
-        return [answer.values[n][:, 0] for answer, n in values]
+        question = Question(token_ids=sequences, starts=starts, temperature=temperature, entropy=entropy)
+        values = [answer.values[n] for answer, n in await self.values(question)]
+        log_probs = [rows[:, 0] for rows in values]
+        return (log_probs, [rows[:, -1] for rows in values]) if entropy else log_probs
 
     async def score_ids(
         self,
@@ -348,10 +358,15 @@ class Client:
         return self.asynchronous.addresses
 
     def score(
-        self, token_ids: Sequence[Any], start: int | Sequence[int] | None = None, *, temperature: float = 1.0
-    ) -> list[np.ndarray]:
+        self,
+        token_ids: Sequence[Any],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> Any:
         """As :meth:`AsyncClient.score`."""
-        return run(self.asynchronous.score(token_ids, start, temperature=temperature))
+        return run(self.asynchronous.score(token_ids, start, temperature=temperature, entropy=entropy))
 
     def score_ids(
         self,

@@ -4,15 +4,15 @@ The arrays of all sequences are laid end to end. B sequences, N scored rows, K c
 
     question   token_ids  int32, all tokens     lengths    int32 [B]    starts         int32 [B]
                ids        int32 [N, K]          num_ids    K            top_k          k
-               temperature, share_prefix, alone, placeholders, allow_nan, stream
+               temperature, entropy, share_prefix, alone, placeholders, allow_nan, stream
     answer     index      int32 [B], the sequences that these are       rows           int32 [B], sums to N
                log_probs  float32 [N]           chosen     float32 [N, K]
-               top_ids    int32 [N, k]          top_log_probs  float32 [N, k]
-               num_cached_tokens, rescored      int32 [B]    num_ids    K    top_k    k
+               top_ids    int32 [N, k]          top_log_probs  float32 [N, k]          entropy  float32 [N]
+               num_cached_tokens, rescored      int32 [B]    num_ids    K    top_k    k    has_entropy
                model, weights, weight_version, timings
 
-A question without ``ids``, or with ``top_k`` 0, leaves them out, and so does its answer. A streamed answer is
-one such map after the other. Python's own pickle is never used: a body comes from anyone.
+A question without ``ids``, with ``top_k`` 0 or without ``entropy`` gets an answer without them. A streamed
+answer is one such map after the other. Python's own pickle is never used: a body comes from anyone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,16 @@ from vllm_kl.errors import InputError
 
 MSGPACK = "application/vnd.msgpack"
 NDJSON = "application/x-ndjson"
-_SETTINGS = ("temperature", "top_k", "share_prefix", "alone", "placeholders", "allow_nan", "stream")
+_SETTINGS = (
+    "temperature",
+    "top_k",
+    "entropy",
+    "share_prefix",
+    "alone",
+    "placeholders",
+    "allow_nan",
+    "stream",
+)
 _INT, _FLOAT = np.dtype("<i4"), np.dtype("<f4")
 _MOST_IDS = 1 << 24
 _NONE = np.empty(0, _INT)
@@ -48,6 +57,7 @@ class Question:
     temperature: float = 1.0
     ids: Sequence[np.ndarray] | None = None  # B x [L - start, K] int32: tokens to score beside the sequence's
     top_k: int = 0
+    entropy: bool = False  # whether to return the entropy of the distribution of each row
     share_prefix: bool = True
     alone: bool = False  # in no batch with requests of other callers
     placeholders: str = "refuse"  # or "as_text": what to do with an id that stands for an image
@@ -65,10 +75,11 @@ class Answer:
     """The values of some sequences of a question."""
 
     index: Sequence[int]  # B: which sequences of the question
-    # B x [R, 1 + K + 2 k] float32: the columns of :class:`vllm_kl.types.ScoreResult`.
+    # B x [R, 1 + K + 2 k + has_entropy] float32: the columns of :class:`vllm_kl.types.ScoreResult`.
     values: Sequence[np.ndarray]
     num_ids: int  # K
     top_k: int  # k
+    has_entropy: bool
     num_cached_tokens: Sequence[int]  # B
     rescored: Sequence[bool]  # B
     origin: dict[str, Any] = field(default_factory=dict)  # model, weights, weight_version, timings
@@ -120,7 +131,7 @@ def unpack_question(data: bytes, *, most_sequences: int) -> dict[str, Any]:
 
 def fields_of(answer: Answer) -> dict[str, Any]:
     """Return an answer's map: its arrays are bytes."""
-    width = 1 + answer.num_ids + 2 * answer.top_k
+    width = 1 + answer.num_ids + 2 * answer.top_k + answer.has_entropy
     values = np.concatenate([np.empty((0, width), _FLOAT), *answer.values])
     arrays = {
         "index": (answer.index, _INT),
@@ -129,7 +140,7 @@ def fields_of(answer: Answer) -> dict[str, Any]:
         "rescored": (answer.rescored, _INT),
         **{column.name: (values[:, column.of], column.kind) for column in columns(answer)},
     }
-    counts = {"num_ids": answer.num_ids, "top_k": answer.top_k}
+    counts = {"num_ids": answer.num_ids, "top_k": answer.top_k, "has_entropy": answer.has_entropy}
     return counts | answer.origin | {name: _raw(array, kind) for name, (array, kind) in arrays.items()}
 
 
@@ -148,6 +159,7 @@ def columns(answer: Answer) -> list[Column]:
         "chosen": answer.num_ids,
         "top_ids": answer.top_k,
         "top_log_probs": answer.top_k,
+        "entropy": int(answer.has_entropy),
     }
     ends = itertools.accumulate(widths.values())
     return [
@@ -168,13 +180,15 @@ def answer_of(fields: dict[str, Any]) -> Answer:
     index, rows, num_cached, rescored = (
         np.frombuffer(fields.pop(name), _INT) for name in ("index", "rows", "num_cached_tokens", "rescored")
     )
-    num_rows, num_ids, top_k = int(rows.sum()), fields.pop("num_ids"), fields.pop("top_k")
-    values = np.empty((num_rows, 1 + num_ids + 2 * top_k), np.float32)
+    num_rows = int(rows.sum())
+    num_ids, top_k, has_entropy = (fields.pop(name) for name in ("num_ids", "top_k", "has_entropy"))
+    values = np.empty((num_rows, 1 + num_ids + 2 * top_k + has_entropy), np.float32)
     answer = Answer(
         index=index.tolist(),
         values=np.split(values, np.cumsum(rows)[:-1]) if len(rows) else [],
         num_ids=num_ids,
         top_k=top_k,
+        has_entropy=has_entropy,
         num_cached_tokens=num_cached.tolist(),
         rescored=rescored.astype(bool).tolist(),
         origin=fields,

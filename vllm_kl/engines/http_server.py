@@ -58,6 +58,7 @@ class HttpServer:
             temperature=first.temperature,
             ids=None if first.ids is None else [request.ids for request in requests],
             top_k=first.top_k,
+            entropy=first.entropy,
             share_prefix=share_prefix,
             alone=alone,
             placeholders="as_text",  # the scorer has checked the requests, and checks the results

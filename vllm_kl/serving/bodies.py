@@ -46,6 +46,7 @@ class Settings(BaseModel):
     model: str | None = Field(None, description="Refuse the question if the server serves another model.")
     temperature: float = Field(1.0, description="Log-probs of softmax(logits / temperature).")
     top_k: int = Field(0, ge=0, description="How many of the most likely tokens to return for each row.")
+    entropy: bool = Field(False, description="Return the entropy of the distribution of each row, too.")
     stream: bool = Field(False, description="Answer as the sequences finish: NDJSON, or msgpack maps.")
     encoding: Literal["list", "base64"] = Field("list", description="Of the arrays in an answer in JSON.")
     share_prefix: bool = Field(True, description="Read the prefix cache.")
@@ -165,7 +166,9 @@ def _as_lists(answer: Answer) -> dict[str, Any]:
     """Return an answer with its arrays as lists, one for each sequence; -inf is null, as JSON has none."""
     lists = {}
     for name, of, kind in columns(answer):
-        blocks = (rows[:, 0] if name == "log_probs" else rows[:, of] for rows in answer.values)
+        blocks = (
+            rows[:, of.start] if name in ("log_probs", "entropy") else rows[:, of] for rows in answer.values
+        )
         lists[name] = [np.ascontiguousarray(block, kind) for block in blocks]
     counts = {"index": list(answer.index), "num_cached_tokens": list(answer.num_cached_tokens)}
     return counts | lists | answer.origin

@@ -35,18 +35,26 @@ class Job:
         limits.check(
             sequences=len(question.token_ids),
             tokens=num_tokens + (sum(ids.size for ids in question.ids) if question.ids else 0),
-            numbers=max(rows, 0) * (1 + num_ids + 2 * question.top_k),
+            numbers=max(rows, 0) * (1 + num_ids + 2 * question.top_k + question.entropy),
         )
         if question.top_k > (info.vocab_size or question.top_k):
             raise InputError(f"top_k is {question.top_k}, expected at most {info.vocab_size}")
         temperature = check_temperature(question.temperature)
-        check_can(info, temperature, ids=question.ids is not None, top_k=question.top_k > 0)
+        wanted = {"ids": question.ids is not None, "top_k": question.top_k > 0, "entropy": question.entropy}
+        check_can(info, temperature, **wanted)
         sequences, starts = check_requests(question.token_ids, question.starts, info, question.placeholders)
         chosen = [None] * len(sequences)
         if question.ids is not None:
             chosen = check_ids(question.ids, sequences, starts, info)
         self._requests = [
-            ScoreRequest(token_ids=ids, start=start, temperature=temperature, ids=of, top_k=question.top_k)
+            ScoreRequest(
+                token_ids=ids,
+                start=start,
+                temperature=temperature,
+                ids=of,
+                top_k=question.top_k,
+                entropy=question.entropy,
+            )
             for ids, start, of in zip(sequences, starts, chosen, strict=True)
         ]
         lengths = [len(ids) for ids in sequences]
@@ -91,12 +99,13 @@ class Job:
         found = {i: (self._requests[i], result) for i, result in zip(index, results, strict=True) if result}
         if not self._question.allow_nan:  # NaN is an error
             check_results({i: request for i, (request, _) in found.items()}, [r for _, r in found.values()])
-        columns = 1 + self.num_ids + 2 * self._question.top_k
+        columns = 1 + self.num_ids + 2 * self._question.top_k + self._question.entropy
         return Answer(
             index=index,
             values=[r.values if r else np.empty((0, columns), np.float32) for r in results],
             num_ids=self.num_ids,
             top_k=self._question.top_k,
+            has_entropy=self._question.entropy,
             num_cached_tokens=[r.num_cached_tokens if r else 0 for r in results],
             rescored=[bool(r and r.rescored) for r in results],
             origin=origin or {},
