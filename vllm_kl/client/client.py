@@ -96,8 +96,8 @@ class AsyncClient:
             entropy: also return the entropy of the distribution that each token was scored with.
 
         Returns:
-            B float32 arrays ``[len - start]``, in nats. With ``entropy=True`` a pair: these, and as many arrays
-            of the same shapes with the entropies.
+            B float32 arrays ``[len - start]``, in nats. With ``entropy=True`` a pair: these, and as many
+            arrays of the same shapes with the entropies.
 
         Raises:
             InputError: a sequence cannot be scored; the message names it.
