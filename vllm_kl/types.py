@@ -81,6 +81,7 @@ class EngineInfo:
     placeholders: Mapping[int, str] = field(default_factory=dict)
     # Only for models whose log-probs depend on a length (engines/length_dependence.py); None: all others.
     length_side: Literal["short", "long", "row"] | None = None
+    dtype: str | None = None  # of the model, such as "bfloat16"; None: not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

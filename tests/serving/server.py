@@ -35,18 +35,23 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(model: Path, *options: str, cluster: str, key: str = "") -> Iterator[Server]:
+def serving(
+    model: Path, *options: str, cluster: str = "", key: str = "", port: int | None = None
+) -> Iterator[Server]:
     """Yield a server of a tiny model with one replica.
 
     Args:
-        cluster: the address of the Ray that it joins.
+        cluster: the address of the Ray that it joins; "": a Ray of its own.
         key: its API key; "": everybody may ask.
+        port: where it listens; ``None``: at any free port.
     """
     command = [sys.executable, "-c", "from vllm_kl.cli import main; main()", "serve", str(model)]
-    command += ["--port", str(free_port()), "--num-cpus", "1", "--num-gpus", "0", *options]
+    command += ["--port", str(port or free_port()), "--num-cpus", "1", "--num-gpus", "0", *options]
     for name, value in tiny.ENGINE_OPTIONS.items():
         command += ["--engine", f"{name}={value}"]
     environment = {**os.environ, "RAY_ADDRESS": cluster, "VLLM_KL_API_KEY": key}
+    if not cluster:
+        del environment["RAY_ADDRESS"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

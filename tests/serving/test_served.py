@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
+import importlib
 import json
 import pickle
 import random
 import re
+import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
+import hypothesis
 import msgpack
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -29,8 +37,16 @@ from vllm_kl.errors import FrozenError, InputError, OptionError, ReadoutUnavaila
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = local_ray.MARKS
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 KEY = "a key of the tests"
-LIMITS = {"max_sequences": 500, "max_tokens": 60_000, "max_bytes": 1 << 20, "max_numbers": 1 << 20}
+LIMITS = {
+    "max_sequences": 500,
+    "max_tokens": 60_000,
+    "max_bytes": 1 << 20,
+    "max_numbers": 1 << 20,
+    "max_waiting_tokens": 120_000,
+    "max_body_s": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +277,8 @@ def test_other_routes_are_problems_and_the_document_names_ours(http):
     assert set(body) == {"application/json", MSGPACK}
     assert {"token_ids", "start", "top_k"} <= set(body["application/json"]["schema"]["properties"])
     told = http.get("/v1/model").json()
-    assert (told["readout"], told["vocab_size"]) == ("pooling", 259)
+    assert (told["readout"], told["vocab_size"], told["dtype"]) == ("pooling", 259, "float32")
+    assert {"vllm-kl", "torch"} <= set(told["versions"])
     assert told["limits"] | LIMITS == told["limits"]
 
 
@@ -317,6 +334,168 @@ def test_a_reference_of_a_server_is_a_reference(remote, make_reference, tokenize
         )
     )
     assert far(list(found), list(theirs)) < 2e-6
+
+
+def test_a_full_server_says_when_to_come_again_and_the_client_does(server, http, key, ref_scorer):
+    draw = random.Random(11)
+    calls = [[[draw.randrange(200) for _ in range(280)] for _ in range(200)] for _ in range(4)]
+
+    async def at_once():
+        async with httpx.AsyncClient(headers=http.headers, timeout=60) as asked:
+            posts = (asked.post(f"{server.address}/v1/logprobs", json={"token_ids": ids}) for ids in calls)
+            return await asyncio.gather(*posts)
+
+    answers = asyncio.run(at_once())
+    assert {answer.status_code for answer in answers} == {200, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert re.search(r"tokens wait, of at most 120000: ask again later", refused.json()["detail"])
+
+    async def until_they_are_answered():
+        async with AsyncClient(server.address) as client:
+            return await asyncio.gather(*(client.score(ids) for ids in calls))
+
+    for ids, rows in zip(calls, asyncio.run(until_they_are_answered()), strict=True):
+        assert far(rows[:3], ref_scorer.score(ids[:3])) < 2e-6
+
+
+def test_connections_that_send_slowly_cost_nobody_else(server, http):
+    """Half of them never end their headers, half never end their body: those are answered with 408."""
+    host, port = httpx.URL(server.address).host, httpx.URL(server.address).port
+    line = b"POST /v1/logprobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    line += f"Authorization: Bearer {KEY}\r\n".encode()
+    with contextlib.ExitStack() as opened:
+        slow = [opened.enter_context(socket.create_connection((host, port))) for _ in range(100)]
+        for n, connection in enumerate(slow):
+            connection.sendall(line if n % 2 else line + b'Content-Length: 1000\r\n\r\n{"tok')
+        began = time.monotonic()
+        assert http.post("/v1/logprobs", json={"token_ids": [[5, 6]]}).status_code == 200
+        assert time.monotonic() - began < 3
+        for connection in slow[::2]:
+            connection.settimeout(30)
+            assert b" 408 " in connection.recv(100)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "distill"])
+def test_a_plain_training_loop_asks_the_server(server, key, ref_path, policy_path, loss, monkeypatch):
+    """A policy that is the reference has no KL to it at first; another one has, and learns from a teacher."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("served_reference")
+    small = ["--server", server.address, "--updates", "4", "--prompts", "2", "--group", "4", "--lr", "1e-3"]
+    kls = example.train(example.parse_arguments([str(ref_path), "--loss", loss, *small]))
+    assert abs(kls[0]) < 1e-5
+    kls = example.train(example.parse_arguments([str(policy_path), "--loss", loss, *small]))
+    assert kls[0] > 0.1
+    if loss == "distill":
+        assert kls[-1] < 0.8 * kls[0]
+
+
+@pytest.mark.nightly
+def test_trls_trainer_gets_the_numbers_of_its_own_reference(server, key, ref_path, policy_path, tmp_path):
+    pytest.importorskip("trl", minversion="1.16", reason="pip install 'trl>=1.16'")
+    code = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import torch, trl_grpo
+from transformers import AutoModelForCausalLM
+own = AutoModelForCausalLM.from_pretrained({str(ref_path)!r}, dtype=torch.float32).eval()
+ask, seen = trl_grpo.served_log_probs, []
+
+def compared(client, input_ids, mask, num_kept, *, temperature):
+    found = ask(client, input_ids, mask, num_kept, temperature=temperature)
+    with torch.no_grad():
+        theirs, *_ = trl_grpo.GRPOTrainer._get_per_token_logps_and_entropies(
+            trainers[0], own, input_ids, mask, num_kept
+        )
+    kept = mask[:, -num_kept:].bool()
+    seen.append((found - theirs)[kept].abs().max().item())
+    return found
+
+trainers = []
+init = trl_grpo.ServedReference.__init__
+def remember(self, *args, **kwargs):
+    trainers.append(self)
+    init(self, *args, **kwargs)
+trl_grpo.ServedReference.__init__ = remember
+trl_grpo.served_log_probs = compared
+options = ["--server", {server.address!r}, "--steps", "2", "--group", "4", "--out", {str(tmp_path)!r}]
+trainer = trl_grpo.main([{str(policy_path)!r}, *options])
+kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+print("RESULT", max(seen), *kl)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    farthest, *kls = map(float, done.stdout.rpartition("RESULT")[2].split())
+    assert farthest < 1e-5
+    assert len(kls) == 2
+    assert min(kls) > 0.01
+
+
+def memory_of_the_door():
+    doors = [p for p in psutil.process_iter() if " ".join(p.cmdline()[:1]).endswith(":door")]
+    assert len(doors) == 1
+    return doors[0].memory_info().rss
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+def test_twenty_thousand_hostile_bodies_never_fail_or_hang(server, http, ref_scorer):
+    """From the OpenAPI document, and from msgpack bodies that were changed; memory stays."""
+    schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
+    counts, sizes = collections.Counter(), []
+
+    def check(answer):
+        counts[answer.status_code] += 1
+        assert answer.status_code < 500, answer.text
+        if counts.total() % 2000 == 0:
+            sizes.append(memory_of_the_door())
+
+    schema = schemathesis.openapi.from_dict(http.get("/openapi.json").json())
+    every = hypothesis.settings(
+        max_examples=2600,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    for operation in schema.get_all_operations():
+
+        @every
+        @hypothesis.given(case=operation.ok().as_strategy())
+        def ask(case):
+            sent = case.as_transport_kwargs(base_url=server.address)
+            sent = {
+                name: value for name, value in sent.items() if name in ("method", "url", "json", "params")
+            }
+            headers = {"Accept": random.choice(["application/json", MSGPACK, "*/*"])}
+            check(http.request(**sent, headers=headers))
+
+        ask()
+
+    draw = random.Random(5)
+    whole = [
+        pack_question(Question(token_ids=[np.arange(n, dtype=np.int32)] * 3, starts=[1] * 3, **more))
+        for n, more in [(2, {}), (9, {"top_k": 3}), (40, {"stream": True}), (5, {"entropy": True})]
+    ]
+    while counts.total() < 20_000:
+        body = bytearray(draw.choice(whole))
+        for _ in range(draw.choice([1, 1, 2, 8])):
+            kind, at = draw.randrange(4), draw.randrange(len(body))
+            if kind == 0:
+                body[at] = draw.randrange(256)
+            elif kind == 1:
+                del body[at : at + draw.randrange(1, 9)]
+                body = body or bytearray(b"\x80")
+            elif kind == 2:
+                body[at:at] = draw.randbytes(draw.randrange(1, 9))
+            else:
+                body[at:at] = draw.choice(whole)[: draw.randrange(60)]
+        accept = draw.choice([MSGPACK, "application/json"])
+        check(http.post("/v1/logprobs", content=bytes(body), headers=PACKED | {"Accept": accept}))
+    print(counts, [size >> 20 for size in sizes])
+    assert sizes[-1] < sizes[1] + (32 << 20)
+    ids = [[5, 6, 7, 8]]
+    found = http.post("/v1/logprobs", json={"token_ids": ids}).json()["log_probs"]
+    assert far(found, ref_scorer.score(ids)) < 2e-6
 
 
 def test_sigterm_lets_requests_end_and_takes_no_more(server, http, key, ref_scorer):

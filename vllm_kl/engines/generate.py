@@ -421,4 +421,5 @@ def _info(config: Any, readout: Literal["token_ids", "flat"], llm_engine: Any) -
         placeholders=placeholders,
         notes=tuple(notes),
         length_side=side,
+        dtype=str(model.dtype).removeprefix("torch."),
     )

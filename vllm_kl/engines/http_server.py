@@ -30,7 +30,7 @@ class HttpServer:
         self.info = EngineInfo(
             **{
                 name: told[name]
-                for name in ("readout", "vocab_size", "max_sequence_len", "max_ids", "length_side")
+                for name in ("readout", "vocab_size", "max_sequence_len", "max_ids", "length_side", "dtype")
             },
             can=frozenset(told["can"]),
             notes=tuple(told["notes"]),

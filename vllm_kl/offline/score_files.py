@@ -13,11 +13,12 @@ from typing import Any
 import ray
 from ray.data import Dataset
 
+from vllm_kl.doctor import package_versions
 from vllm_kl.errors import EngineError, InputError, OptionError, VLLMKLError
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.cluster import connected
 from vllm_kl.offline.columns import Columns, layout_of
-from vllm_kl.offline.manifest import NAME, Manifest, checksum, model_settings, package_versions
+from vllm_kl.offline.manifest import NAME, Manifest, checksum, model_settings
 from vllm_kl.offline.parts import Part, cut, find_files, numbered, part_bytes_of, read_part, survey
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
 from vllm_kl.offline.source import read_parts, surveys
@@ -272,4 +273,5 @@ def _settings(files: Files, job: Job) -> dict[str, Any]:
         settings["estimator"] = job.estimator
     if job.texts.tokenizer not in (None, job.model.path):
         settings["tokenizer.checksum"] = checksum(job.texts.tokenizer)
-    return {**settings, **job.columns.settings, **package_versions()}
+    versions = {f"version.{package}": found for package, found in package_versions().items()}
+    return {**settings, **job.columns.settings, **versions}

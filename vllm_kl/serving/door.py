@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 
 from vllm_kl import __version__
 from vllm_kl.client.wire_format import Answer
+from vllm_kl.doctor import package_versions
 from vllm_kl.engines.replicas.engine import Replicas
 from vllm_kl.engines.replicas.fleet import Fleet
 from vllm_kl.engines.replicas.service import Deployed
@@ -130,7 +131,7 @@ class Door:
             "can": sorted(info["can"]),
             "placeholders": {str(token): what for token, what in info["placeholders"].items()},
             "limits": setup.limits.model_dump(),
-            "vllm_kl": __version__,
+            "versions": package_versions(),
         }
 
     @property
