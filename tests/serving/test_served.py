@@ -27,9 +27,10 @@ import pytest
 import torch
 
 from tests import local_ray
+from tests.collectors import NUM_ENVS, check_kl, collect
 from tests.oracle import LOG_PROB_TOLERANCE
 from tests.serving.server import serving
-from vllm_kl import VLLMReference, VLLMScorer, push_weights
+from vllm_kl import RetrieveKL, VLLMReference, VLLMScorer, push_weights
 from vllm_kl.client import AsyncClient, Client
 from vllm_kl.client.wire_format import MSGPACK, Question, pack_question
 from vllm_kl.errors import FrozenError, InputError, OptionError, ReadoutUnavailableError, WeightsError
@@ -320,19 +321,18 @@ def test_a_client_that_goes_away_frees_its_work(http, server, stream):
     assert figures(http)["vllm_kl_fed_tokens_total"] == before["vllm_kl_fed_tokens_total"]
 
 
-def test_a_reference_of_a_server_is_a_reference(remote, make_reference, tokenizer):
+def test_a_reference_of_a_server_is_a_reference(server, key, make_reference):
     from tensordict import TensorDict
 
     batch = TensorDict({}, batch_size=[2])
     batch["tokens", "full"] = torch.randint(0, 200, (2, 12))
     batch["tokens", "prompt"] = batch["tokens", "full"][:, :5]
+    options = {"input_mode": "tokens", "pad_output": True}
+    served = VLLMReference(server.address, **options)
     found, theirs = (
-        reference(batch.clone())["ref_log_probs", "full"]
-        for reference in (
-            VLLMReference(remote, tokenizer, input_mode="tokens", pad_output=True),
-            make_reference(input_mode="tokens", pad_output=True),
-        )
+        reference(batch.clone())["ref_log_probs", "full"] for reference in (served, make_reference(**options))
     )
+    served.close()
     assert far(list(found), list(theirs)) < 2e-6
 
 
@@ -374,6 +374,17 @@ def test_connections_that_send_slowly_cost_nobody_else(server, http):
         for connection in slow[::2]:
             connection.settimeout(30)
             assert b" 408 " in connection.recv(100)
+
+
+def test_a_collector_takes_the_kl_to_the_served_model(
+    server, key, make_env, make_policy, tokenizer, policy_oracle, ref_oracle
+):
+    """A reference of a server can be pickled: collectors in other processes get it so."""
+    reference = pickle.loads(pickle.dumps(VLLMReference(server.address, tokenizer)))
+    env = make_env(1).append_transform(RetrieveKL("from_collector", reference))
+    for data in collect(env, make_policy(), turns=NUM_ENVS):
+        check_kl(data, policy_oracle, ref_oracle)
+    reference.close()
 
 
 @pytest.mark.parametrize("loss", ["grpo", "distill"])

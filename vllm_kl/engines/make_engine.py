@@ -38,7 +38,7 @@ def make_engine(
 
     The arguments and errors are those of :class:`~vllm_kl.VLLMScorer`.
     """
-    if addresses := _addresses(model):
+    if addresses := addresses_of(model):
         for name, given in {"devices": devices, "replicas": replicas, "lora_request": lora_request}.items():
             if given is not None:
                 raise OptionError(f"{name} has no effect on a server: give it where the server is started")
@@ -91,7 +91,7 @@ def make_engine(
     return model
 
 
-def _addresses(model: Any) -> list[str]:
+def addresses_of(model: Any) -> list[str]:
     """Return the addresses of servers, if ``model`` is one or several; else nothing."""
     given = [model] if isinstance(model, str) else model if isinstance(model, (list, tuple)) else []
     are_addresses = [isinstance(one, str) and one.startswith(("http://", "https://")) for one in given]

@@ -21,7 +21,7 @@ from vllm_kl.batch.alignment import PaddingSide, to_layout
 from vllm_kl.batch.read_tokens import InputMode, keys_of, nested, read_batch, rows_of
 from vllm_kl.batch.tokenize_texts import TextWatch
 from vllm_kl.batch.write_entries import set_rows
-from vllm_kl.engines.make_engine import checked_path
+from vllm_kl.engines.make_engine import addresses_of, checked_path
 from vllm_kl.errors import OptionError
 from vllm_kl.scorer import VLLMScorer
 from vllm_kl.transforms.score_batch import score_batch
@@ -50,9 +50,9 @@ class VLLMReference(LLMWrapperBase):
 
     Args:
         scorer_or_model: a ``VLLMScorer``, which others may share. Or the model that a new scorer takes: a
-            path, a name, or a live ``vllm.LLM``.
+            path, a name, the address of a server, or a live ``vllm.LLM``.
         tokenizer: a transformers tokenizer, or a path or name. ``None`` loads the model's own, if the model
-            is a path. It is only used if the tensordict has no ids.
+            is a path. A server has none. It is only used if the tensordict has no ids.
 
     Keyword Args:
         input_mode: ``"history"``, ``"text"`` or ``"tokens"``: the entry that is tokenized if there are no
@@ -307,7 +307,7 @@ def _load_tokenizer(tokenizer: Any, model: Any) -> Any:
     Raises:
         OptionError: it cannot be loaded.
     """
-    if tokenizer is None and not isinstance(model, (str, os.PathLike)):
+    if tokenizer is None and (not isinstance(model, (str, os.PathLike)) or addresses_of(model)):
         get_tokenizer = getattr(model, "get_tokenizer", None)
         return get_tokenizer() if get_tokenizer is not None else None
     if not isinstance(tokenizer, (str, os.PathLike, type(None))):
