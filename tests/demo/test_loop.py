@@ -87,15 +87,19 @@ class TestTraining:
         """Computes the KL again, apart from the demo; the checkpoints of other versions give another."""
         out, figures, _ = run
         samples = read_samples(out / "rollouts.jsonl")
-        errors = {version: [] for version in range(UPDATES)}
+        errors, others = ({version: [] for version in range(UPDATES)} for _ in range(2))
         for sample in samples:
             own = log_probs(sample.policy_version, sample)
             torch.testing.assert_close(torch.tensor(sample.log_probs).double(), own, rtol=0, atol=2e-5)
             kl = own - log_probs(0, sample)  # the policy begins as a copy of the reference
             errors[sample.policy_version].append((torch.tensor(sample.kl).double() - kl).abs().max())
             other = log_probs((sample.policy_version + 1) % UPDATES, sample)
-            assert (torch.tensor(sample.log_probs).double() - other).abs().max() > 1e-4
+            others[sample.policy_version].append(
+                (torch.tensor(sample.log_probs).double() - other).abs().max()
+            )
         assert len(samples) == 16 * UPDATES
+        # Of one answer whose tokens are all nearly certain, two checkpoints may say the same.
+        assert min(float(torch.stack(rows).max()) for rows in others.values()) > 1e-3
         worst = max(float(torch.stack(rows).max()) for rows in errors.values())
         assert worst <= 2e-5
         assert worst == pytest.approx(figures["max_abs_err"], abs=1e-7)
