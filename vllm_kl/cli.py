@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from vllm_kl import __version__
 from vllm_kl.errors import OptionError, VLLMKLError
 from vllm_kl.offline.command import score
+from vllm_kl.quiet import quiet_demo
 from vllm_kl.serving.command import serve
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def demo(
 ) -> None:
     """Train a small model on arithmetic (cached), collect GRPO groups, and check every KL against float64."""
     _check_demo(train, batches, group, log)
-    _quiet_libraries()
+    quiet_demo()
     console = Console(stderr=as_json)
     given = {
         "batches": train or batches,
@@ -123,19 +123,6 @@ def _check_demo(train: int | None, batches: int | None, group: int, log: str | N
         raise typer.BadParameter("has an effect only with --train", param_hint="--log")
     if log in ("tensorboard", "wandb") and importlib.util.find_spec(log) is None:
         raise typer.BadParameter(f"needs the package {log}: pip install {log}", param_hint="--log")
-
-
-def _quiet_libraries() -> None:
-    """Set the environment that vLLM, torch and torchrl read when they are first imported."""
-    for name, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "RL_LOGGING_LEVEL": "ERROR",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from vllm_kl.engines.arguments import parse_engine_options
 from vllm_kl.errors import OptionError, VLLMKLError
+from vllm_kl.quiet import quiet_ray
 
 if TYPE_CHECKING:
     from vllm_kl.offline.parts import Part
@@ -164,7 +165,7 @@ def score(
     given = dict(locals())
     if out is None and not dry_run:
         raise typer.BadParameter("is missing: where to write", param_hint="--out")
-    _quiet_libraries()
+    quiet_ray()
     with (
         _told_errors(),
         _streams(data, out or "", output_format, overwrite, as_json) as (data_, out_, format_),
@@ -347,14 +348,3 @@ def _shard(text: str) -> tuple[int, int]:
     if match is None or not int(match[1]) < int(match[2]):
         raise typer.BadParameter(f"{text!r}, expected i/n with 0 <= i < n", param_hint="--shard")
     return int(match[1]), int(match[2])
-
-
-def _quiet_libraries() -> None:
-    """Set what Ray and vLLM read when they are first imported: neither prints into the progress."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-    }.items():
-        os.environ.setdefault(name, value)

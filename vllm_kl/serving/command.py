@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from vllm_kl.engines.arguments import parse_engine_options
 from vllm_kl.errors import OptionError, VLLMKLError
+from vllm_kl.quiet import quiet_ray
 
 ModelName = Annotated[str, typer.Argument(help="Path or name of the reference.")]
 Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: at all of this machine's.")]
@@ -84,7 +84,7 @@ def _replicas(number: str, num_gpus: float | None, num_cpus: float | None) -> An
 
 
 def _serve(arguments: dict[str, Any], http: dict[str, Any], drain_s: float) -> None:
-    _quiet_libraries()
+    quiet_ray()
     try:
         from vllm_kl.serving.application import started
     except ImportError as error:
@@ -111,14 +111,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _quiet_libraries() -> None:
-    """Set what Ray and vLLM read when they are first imported."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-    }.items():
-        os.environ.setdefault(name, value)

@@ -1,0 +1,39 @@
+"""Keeps libraries from printing into a command's output: sets what they read when first imported.
+
+Variables that the user has set stay as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_DEMO = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "RL_LOGGING_LEVEL": "ERROR",
+}
+
+
+def quiet_ray() -> None:
+    """Keep Ray from printing into a command's progress; keep Ray and vLLM from sending statistics."""
+    _set(_RAY)
+
+
+def quiet_demo() -> None:
+    """Keep vLLM, torch and TorchRL from printing into the demo's output. The engine runs in this process."""
+    _set(_DEMO)
+
+
+def _set(defaults: Mapping[str, str]) -> None:
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
