@@ -148,9 +148,14 @@ def mismatch(
     worst = []
     for n in r_N.abs().where(keep_N, -1.0).topk(min(num_worst, int(keep_N.sum()))).indices.tolist():
         sample, position = sample_at(n, lengths)
-        place = {"sample": sample, "position": position}
-        values = {"log_prob": float(sampled_N[n]), "scorer_log_prob": float(scored_N[n])}
-        worst.append(WorstToken(**place, **values, **_context(token_ids, tokenizer, **place)))
+        token = WorstToken(
+            sample=sample,
+            position=position,
+            log_prob=float(sampled_N[n]),
+            scorer_log_prob=float(scored_N[n]),
+            **_context(token_ids, tokenizer, sample=sample, position=position),
+        )
+        worst.append(token)
     if exceeded:
         figures = "; ".join(f"{name} {text}" for name, text in exceeded.items())
         example = f" Worst: {worst[0]}." if worst else ""

@@ -196,11 +196,11 @@ def _packages(version_of: Callable[[str], str | None], has_gpu: bool) -> Iterato
             "both are installed and overwrite each other's files",
             f"pip uninstall -y {drop} && pip install --force-reinstall --no-deps {keep}",
         )
-    pair = version_of("torchrl"), version_of("tensordict")
-    if all(pair) and Version(pair[0]).release[:2] != Version(pair[1]).release[:2]:
+    torchrl, tensordict = version_of("torchrl"), version_of("tensordict")
+    if torchrl and tensordict and Version(torchrl).release[:2] != Version(tensordict).release[:2]:
         yield _fail(
             "torchrl and tensordict",
-            f"their versions do not fit: torchrl {pair[0]} with tensordict {pair[1]}",
+            f"their versions do not fit: torchrl {torchrl} with tensordict {tensordict}",
             "pip install 'torchrl>=0.14.1,<0.15' 'tensordict>=0.14,<0.15'",
         )
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -37,6 +37,7 @@ from vllm_kl.types import widths_of
 
 Estimator = Literal["k1", "k2", "k3", "abs", "topk"]
 Direction = Literal["reverse", "forward"]
+_Shape = tuple[int, ...]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 # The estimators that need only the two log-probs of the sampled token.
 TOKEN_ESTIMATORS: tuple[str, ...] = tuple(name for name in ESTIMATORS if name != "topk")
@@ -171,7 +172,7 @@ def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def packed_sides(
-    sides: dict[str, torch.Tensor | Sequence[torch.Tensor]], estimator: str = "k1"
+    sides: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], estimator: str = "k1"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
     """Check the log-probs of two sides; return both and the mask laid end to end, and the samples' lengths.
 
@@ -186,13 +187,14 @@ def packed_sides(
         MissingLogProbError: a value inside the mask is not finite.
     """
     *names, last = sides
-    mask = sides[last]
-    is_dense = isinstance(mask, torch.Tensor)
-    if any(isinstance(side, torch.Tensor) != is_dense for side in sides.values()):
+    log_probs, ref_log_probs, mask = sides.values()
+    dense = [side for side in sides.values() if isinstance(side, torch.Tensor)]
+    if len(dense) not in (0, len(sides)):
         raise InputError(f"{', '.join(names)} and {last} must all be tensors, or all be lists of tensors")
-    if is_dense:
-        check_same_shape("", *(tuple(side.shape) for side in sides.values()), estimator)
-        packed = [side.reshape(mask.numel(), *side.shape[mask.dim() :]) for side in sides.values()]
+    if isinstance(mask, torch.Tensor):
+        policy_shape, ref_shape, mask_shape = (tuple(side.shape) for side in dense)
+        check_same_shape("", policy_shape, ref_shape, mask_shape, estimator)
+        packed = [side.reshape(mask.numel(), *side.shape[mask.dim() :]) for side in dense]
         lengths = [mask.shape[-1]] * math.prod(mask.shape[:-1])
     else:
         counts = [len(rows) for rows in sides.values()]
@@ -201,8 +203,9 @@ def packed_sides(
                 f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} "
                 "samples"
             )
-        for i, rows in enumerate(zip(*sides.values(), strict=True)):
-            check_same_shape(f"sample {i}: ", *(tuple(row.shape) for row in rows), estimator)
+        for i, (row, ref_row, kept) in enumerate(zip(log_probs, ref_log_probs, mask, strict=True)):
+            shapes = tuple(row.shape), tuple(ref_row.shape), tuple(kept.shape)
+            check_same_shape(f"sample {i}: ", *shapes, estimator)
         packed = [torch.cat(list(rows)) if len(rows) else torch.empty(0) for rows in sides.values()]
         lengths = widths_of(list(mask))
     keep = packed[2].bool()
@@ -212,7 +215,7 @@ def packed_sides(
     return policy, ref, keep, lengths
 
 
-def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:
+def check_same_shape(where: str, policy: _Shape, ref: _Shape, mask: _Shape, estimator: str = "k1") -> None:
     """Refuse log-probs and a mask of different shapes.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_kl.types import ScoreRequest, ScoreResult
 
@@ -34,14 +35,14 @@ def plan(requests: Sequence[ScoreRequest]) -> Plan:
     ([[7, 8], [7, 8, 9]], [1, 0, 1])
     """
     keys = [_key(request) for request in requests]
-    first_of: dict[tuple, int] = {}
+    first_of: dict[tuple[Any, ...], int] = {}
     for i, key in enumerate(keys):
         first_of.setdefault(key, i)
     place = {key: n for n, key in enumerate(sorted(first_of))}
     return Plan(requests=[requests[first_of[key]] for key in place], result_of=[place[key] for key in keys])
 
 
-def _key(request: ScoreRequest) -> tuple:
+def _key(request: ScoreRequest) -> tuple[Any, ...]:
     ids = b"" if request.ids is None else request.ids.tobytes()
     asked = (request.temperature, request.top_k, request.entropy)
     return request.token_ids.tobytes(), request.start, *asked, ids

@@ -13,6 +13,7 @@ This module handles plain token ids only. ``batch/`` handles tensordicts, chat t
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import numbers
 import os
@@ -178,7 +179,7 @@ class VLLMScorer:
         Raises:
             WeightsError: the scorer cannot read or replace the weights of this kind of engine.
         """
-        weights = getattr(self._engine, "weights", None)
+        weights: Weights | None = getattr(self._engine, "weights", None)
         if weights is None:
             raise WeightsError(
                 f"the weights of a {type(self._engine).__name__} cannot be read or replaced here: make the "
@@ -231,6 +232,17 @@ class VLLMScorer:
         progress: bool = False,
         entropy: Literal[True],
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+
+    @overload
+    def score(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        progress: bool = False,
+        entropy: bool,
+    ) -> list[torch.Tensor] | tuple[list[torch.Tensor], list[torch.Tensor]]: ...
 
     def score(
         self,
@@ -388,9 +400,9 @@ class VLLMScorer:
         check_can(info, temperature, ids=ids is not None, top_k=top_k > 0, entropy=entropy)
         sequences, starts = check_requests(token_ids, start, info, self._placeholders)
         chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
-        wanted = {"temperature": temperature, "top_k": top_k, "entropy": entropy}
+        request = functools.partial(ScoreRequest, temperature=temperature, top_k=top_k, entropy=entropy)
         asked = [
-            ScoreRequest(token_ids=sequence, start=first, ids=rows, **wanted)
+            request(token_ids=sequence, start=first, ids=rows)
             for sequence, first, rows in zip(sequences, starts, chosen, strict=True)
         ]
         requests = {i: request for i, request in enumerate(asked) if request.start < len(request.token_ids)}

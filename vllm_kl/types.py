@@ -192,6 +192,7 @@ class TokenBatch:
         widths = lengths if widths is None else widths
         places = None
         if widths != lengths:
+            assert columns is not None, "padded rows need the columns of their tokens"
             begins = itertools.accumulate(widths, initial=0)
             places = torch.cat([row + begin for row, begin in zip(columns, begins, strict=False)])
         return cls(

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -175,7 +175,8 @@ class AsyncClient:
 
         async def get(address: str) -> dict[str, Any]:
             response = await self._http().get(f"{address}/v1/model", timeout=_CONNECT_S)
-            return calls.checked(response).json()
+            told: dict[str, Any] = calls.checked(response).json()
+            return told
 
         return await self._persist(get, self.addresses)
 
@@ -210,7 +211,7 @@ class AsyncClient:
                     on_done(len(answer.index))
         return [found[i] for i in range(len(question.token_ids))]
 
-    async def _answers(self, question: Question) -> AsyncIterator[Answer]:
+    async def _answers(self, question: Question) -> AsyncGenerator[Answer, None]:
         """Yield answers as they come, each sequence once."""
         origin, turn = Origin(), asyncio.Semaphore(self._concurrency)
         found: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
@@ -443,23 +444,29 @@ async def ascore(
 ) -> list[np.ndarray]:
     """As :func:`score`, in a running event loop."""
     async with AsyncClient(addresses, **options) as client:
-        return await client.score(token_ids, start, temperature=temperature)
+        log_probs: list[np.ndarray] = await client.score(token_ids, start, temperature=temperature)
+        return log_probs
 
 
 def _wait_s(state: tenacity.RetryCallState, *, num_addresses: int) -> float:
     """Return how long to wait before the next try: as the server asks, else longer from round to round."""
-    error = state.outcome.exception()
+    error = _error_of(state)
     if isinstance(error, BusyError) and error.retry_after_s is not None:
         return error.retry_after_s
     if state.attempt_number < num_addresses:
         return 0.0  # another server
-    longest = min(_FIRST_WAIT_S * 2 ** min(state.attempt_number // num_addresses, 16), _LONGEST_WAIT_S)
+    longest: float = min(_FIRST_WAIT_S * 2 ** min(state.attempt_number // num_addresses, 16), _LONGEST_WAIT_S)
     return float(np.random.default_rng().uniform(0.5, 1.0)) * longest
+
+
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    assert state.outcome is not None, "tenacity waits after a try, not before"
+    return state.outcome.exception()
 
 
 def _tell(state: tenacity.RetryCallState, *, retry_s: float) -> None:
     level = logging.WARNING if math.log2(state.attempt_number).is_integer() else logging.DEBUG
-    error = state.outcome.exception()
+    error = _error_of(state)
     where = f"{error.request.url.netloc.decode()}: " if isinstance(error, httpx.RequestError) else ""
     what = f"{where}{error or type(error).__name__}"
     logger.log(level, "vllm_kl: try %d: %s. Asked again for up to %g s", state.attempt_number, what, retry_s)

@@ -94,7 +94,8 @@ def pack_question(question: Question) -> bytes:
     if question.ids is not None:
         body["num_ids"] = question.ids[0].shape[1] if question.ids else 1
         body["ids"] = _raw(np.concatenate([_NONE, *(ids.ravel() for ids in question.ids)]), _INT)
-    return msgpack.packb(body)
+    packed: bytes = msgpack.packb(body)
+    return packed
 
 
 def unpack_question(data: bytes, *, most_sequences: int) -> dict[str, Any]:
@@ -171,7 +172,8 @@ def columns(answer: Answer) -> list[Column]:
 
 def pack_answer(answer: Answer) -> bytes:
     """Return the body of an answer."""
-    return msgpack.packb(fields_of(answer))
+    packed: bytes = msgpack.packb(fields_of(answer))
+    return packed
 
 
 def answer_of(fields: dict[str, Any]) -> Answer:
