@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +90,36 @@ def test_what_is_no_data_is_an_error(tmp_path):
     (tmp_path / "x.arrow").write_bytes(b"no")
     with pytest.raises(InputError, match="no whole file of Arrow"):
         cut(find_files(str(tmp_path / "x.arrow")), 10)
+
+
+class Harmful:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_no_value_of_a_file_is_unpickled(tmp_path, kind, is_nested):
+    """Ray Data registers a type of column whose values are pickles."""
+    extension = pytest.importorskip("ray.data.extensions", reason="pip install 'vllm-kl[ray]'")
+    harmful = extension.ArrowPythonObjectArray.from_objects([Harmful(tmp_path / "run"), None])
+    if is_nested:
+        harmful = pa.StructArray.from_arrays([harmful], ["inner"])
+    path = tmp_path / f"data.{kind}"
+    table = pa.table({"ids": [[1, 2], [3, 4]], "note": harmful})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(InputError, match="column 'note' holds pickled Python objects"):
+        rows_of(str(path), 10**6)[0].to_pylist()  # as the writer of JSONL does
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_that_changed_or_is_gone_is_an_error(tmp_path):

@@ -142,7 +142,7 @@ def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, in
         return
     with open_file(file.path) as stream:
         if kind == "parquet":
-            metadata = _parquet(file.path, stream).metadata
+            metadata = open_parquet(file.path, stream).metadata
             groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
         else:
@@ -154,18 +154,51 @@ def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, in
         yield begin, end, end - begin
 
 
-def _parquet(path: str, stream: Any) -> pq.ParquetFile:
+def open_parquet(path: str, stream: Any) -> pq.ParquetFile:
+    """Return a reader of a Parquet file.
+
+    Raises:
+        InputError: it is no Parquet file, or reading a value of it would run code.
+    """
     try:
-        return pq.ParquetFile(stream)
+        file = pq.ParquetFile(stream)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is no whole Parquet file: {error}") from error
+    _refuse_pickles(path, file.schema_arrow)
+    return file
 
 
 def _arrow(path: str, stream: Any) -> pa.ipc.RecordBatchStreamReader:
     try:
-        return pa.ipc.open_stream(stream)
+        reader = pa.ipc.open_stream(stream)
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is no whole file of Arrow's streaming format: {error}") from error
+    _refuse_pickles(path, reader.schema)
+    return reader
+
+
+def _refuse_pickles(path: str, schema: pa.Schema) -> None:
+    """Refuse columns of pickled Python objects: to read one runs the code that the file's author chose.
+
+    Source: ``data/_internal/object_extensions/arrow.py``, Ray 2.60. Ray's own readers refuse them, too.
+
+    Raises:
+        InputError: there is such a column.
+    """
+    for column in schema:
+        if _holds_pickles(column.type):
+            raise InputError(
+                f"{path}: column {column.name!r} holds pickled Python objects, which can run any code when "
+                "they are read. Write the file without this column, or its values as text, numbers and lists"
+            )
+
+
+def _holds_pickles(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name == "ray.data.arrow_pickled_object" or _holds_pickles(kind.storage_type)
+    if pa.types.is_dictionary(kind):  # it has no fields
+        return _holds_pickles(kind.value_type)
+    return any(_holds_pickles(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def survey(part: Part, role_of: Mapping[str, str]) -> tuple[Part, jsonl.Types]:
@@ -183,7 +216,7 @@ def file_schema(part: Part) -> pa.Schema:
     """Return the columns of a Parquet or Arrow file."""
     with open_file(part.path) as stream:
         if part.format == "parquet":
-            return _parquet(part.path, stream).schema_arrow
+            return open_parquet(part.path, stream).schema_arrow
         return _arrow(part.path, stream).schema
 
 
@@ -216,7 +249,7 @@ def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
     with open_file(part.path) as stream:
         skip = part.begin
         if part.format == "parquet":
-            file = _parquet(part.path, stream)
+            file = open_parquet(part.path, stream)
             ends = itertools.accumulate(
                 file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)
             )

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from vllm_kl.errors import InputError
 from vllm_kl.offline.columns import POLICY, REFERENCE, Columns, Layout, layout_of
 from vllm_kl.offline.manifest import Manifest
+from vllm_kl.offline.parts import open_parquet
 from vllm_kl.offline.storage import Folder
 from vllm_kl.offline.write_part import file_name
 from vllm_kl.view.samples import Sample
@@ -51,7 +50,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)
         return
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+    for batch in open_parquet(str(path), path).iter_batches(batch_size=256):
         yield from batch.to_pylist()
 
 
