@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 
 import msgpack
 import numpy as np
@@ -86,11 +87,14 @@ def body(**changes):
         (b"\xc1", "not msgpack"),
         (body()[:-3], "not msgpack"),
         (b"\x91" * 5000, "not msgpack"),
-        (msgpack.packb([1]), "a msgpack list, expected a map"),
+        (msgpack.packb([1]), "not one map without lists"),
+        (msgpack.packb("text"), "a msgpack str, expected a map"),
+        (body(model={"name": "m"}), "a map in a map"),
+        (msgpack.packb({str(n): n for n in range(100)}), "not one map"),
         (msgpack.packb({1: 2}), "int is not allowed for map key"),
         (body(token_ids=...), "token_ids is NoneType, expected raw little-endian int32"),
         (body(token_ids=b"123"), "token_ids is 3 bytes"),
-        (body(token_ids=[1, 2]), "token_ids is list"),
+        (body(token_ids=[1, 2]), "not one map without lists"),
         (body(token_ids=b"1234"), "token_ids has 1 numbers, expected 7: the sum of lengths"),
         (body(lengths=np.int32([-1, 8]).tobytes()), "lengths has a number below 0"),
         (body(lengths=np.int32([2**31 - 1] * 4).tobytes()), "expected 8589934588"),
@@ -109,6 +113,19 @@ def test_a_body_that_is_wrong_is_refused_by_name(data, message):
 def test_sequences_are_counted_before_they_become_objects():
     with pytest.raises(TooLargeError, match="2 sequences, but this server takes at most 1"):
         unpack_question(body(), most_sequences=1)
+
+
+@pytest.mark.parametrize("empty", [b"\x90", b"\x80", b"\x81\xa0\x80"], ids=["lists", "maps", "maps in maps"])
+def test_many_empty_objects_in_a_small_body_take_no_memory(empty):
+    number = (4 << 20) // len(empty)
+    data = b"\x81\xa1a\xdd" + number.to_bytes(4, "big") + empty * number
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="not one map without lists"):
+            unpack_question(data, most_sequences=10)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.binary(max_size=200))

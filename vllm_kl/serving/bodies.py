@@ -84,8 +84,8 @@ def read_question(data: bytes, content_type: str, limits: Limits) -> tuple[Quest
 
 
 def _of_json(data: bytes, limits: Limits) -> tuple[Question, Settings]:
-    if data.count(b"[") > limits.max_sequences + limits.max_tokens:  # each list becomes an object
-        raise InputError("the body has more lists than this server takes sequences and rows")
+    if data.count(b"[") + data.count(b"{") > limits.max_sequences + limits.max_tokens:  # each takes memory
+        raise InputError("the body has more lists and objects than this server takes sequences and rows")
     body = Body.model_validate_json(data)
     num_sequences = len(body.token_ids)
     starts = body.start if isinstance(body.start, list) else [body.start] * num_sequences
