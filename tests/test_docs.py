@@ -26,7 +26,7 @@ from vllm_kl.plugin.allowed import PARTLY_RUN_VLLM, SINCE
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.joinpath("docs").glob("*.md"))]
-PROSE = [*PAGES, ROOT / "CONTRIBUTING.md"]
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 # A program, and a module that needs Triton, which a CPU has not.
 NOT_IMPORTED = {"vllm_kl.engines._child", "vllm_kl.plugin.triton_kernel"}
 if importlib.util.find_spec("hydra") is None:
