@@ -37,7 +37,7 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 
 docs: .venv/installed
-	.venv/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 gpu-check: $(filter .venv-gpu/installed,$(GPU_PYTHON:bin/python=installed))
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(ARGS)
