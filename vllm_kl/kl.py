@@ -191,7 +191,7 @@ def packed_sides(
     if any(isinstance(side, torch.Tensor) != is_dense for side in sides.values()):
         raise InputError(f"{', '.join(names)} and {last} must all be tensors, or all be lists of tensors")
     if is_dense:
-        check_same_shape("", *(tuple(side.shape) for side in sides.values()), estimator)
+        check_same_shape("", {name: tuple(side.shape) for name, side in sides.items()}, estimator)
         packed = [side.reshape(mask.numel(), *side.shape[mask.dim() :]) for side in sides.values()]
         lengths = [mask.shape[-1]] * math.prod(mask.shape[:-1])
     else:
@@ -202,7 +202,8 @@ def packed_sides(
                 "samples"
             )
         for i, rows in enumerate(zip(*sides.values(), strict=True)):
-            check_same_shape(f"sample {i}: ", *(tuple(row.shape) for row in rows), estimator)
+            shapes = {name: tuple(row.shape) for name, row in zip(sides, rows, strict=True)}
+            check_same_shape(f"sample {i}: ", shapes, estimator)
         packed = [torch.cat(list(rows)) if len(rows) else torch.empty(0) for rows in sides.values()]
         lengths = widths_of(list(mask))
     keep = packed[2].bool()
@@ -212,22 +213,29 @@ def packed_sides(
     return policy, ref, keep, lengths
 
 
-def check_same_shape(where: str, policy: tuple, ref: tuple, mask: tuple, estimator: str = "k1") -> None:
+def check_same_shape(where: str, shapes: dict[str, tuple[int, ...]], estimator: str = "k1") -> None:
     """Refuse log-probs and a mask of different shapes.
+
+    Args:
+        where: the beginning of the message.
+        shapes: the name that the message uses -> shape, of the two sides' log-probs and of the mask, in this
+            order.
+        estimator: ``"topk"`` has K log-probs per token.
 
     Raises:
         InputError: the shapes differ.
     """
-    tokens = policy[:-1] if estimator == "topk" else policy
-    if policy != ref or tokens != mask:
+    one, other, mask = shapes.values()
+    tokens = one[:-1] if estimator == "topk" else one
+    if one != other or tokens != mask:
         hint = (
             "The first two must be [..., T, K] and the mask [..., T]"
             if estimator == "topk"
             else "They must have the same shape"
         )
+        *sides, last = (f"{name} {list(shape)}" for name, shape in shapes.items())
         raise InputError(
-            f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. "
-            f"{hint}; both sides of a KL share one pad_output."
+            f"{where}{', '.join(sides)} and {last} do not fit. {hint}; both sides share one pad_output."
         )
 
 
