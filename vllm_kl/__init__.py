@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion as EnginePolicyVersion
     from vllm_kl.transforms.estimation import Estimation as Estimation
     from vllm_kl.transforms.from_collector import FromCollector as FromCollector
+    from vllm_kl.transforms.importance_weights import ImportanceWeights as ImportanceWeights
     from vllm_kl.transforms.kl_computation import KLComputation as KLComputation
     from vllm_kl.transforms.log_metrics import LogMetrics as LogMetrics
     from vllm_kl.transforms.lora_wrapper import LoRAWrapper as LoRAWrapper
@@ -90,6 +91,7 @@ _PUBLIC = {
     "transforms.engine_policy_version": "EnginePolicyVersion",
     "transforms.estimation": "Estimation",
     "transforms.from_collector": "FromCollector",
+    "transforms.importance_weights": "ImportanceWeights",
     "transforms.kl_computation": "KLComputation",
     "transforms.log_metrics": "LogMetrics",
     "transforms.lora_wrapper": "LoRAWrapper",
