@@ -275,7 +275,7 @@ class _Ratios:
         return counts | _floats(values)
 
     def trl(self) -> dict[str, float]:
-        """Return the figures of TRL's ``GRPOTrainer`` (``trl/trainer/grpo_trainer.py``, 1.12)."""
+        """Return the figures of TRL's ``GRPOTrainer`` (``trl/trainer/grpo_trainer.py``, 1.16.0)."""
         if not len(self.weights):
             return {}
         difference = (self.trained - self.sampled).abs()
@@ -290,7 +290,7 @@ class _Ratios:
         return _floats(values)
 
     def verl(self) -> dict[str, float]:
-        """Return the figures of verl (``verl/trainer/ppo/rollout_corr_helper.py``, main, 2026)."""
+        """Return the figures of verl (``verl/trainer/ppo/rollout_corr_helper.py``, 20c30bf)."""
         if not len(self.weights):
             return {}
         values = self._verl_weights() | self._verl_bounds() | self._verl_difference()
@@ -350,7 +350,7 @@ class _Ratios:
         }
 
     def nemo_rl(self) -> dict[str, float]:
-        """Return the figures of NeMo RL (``nemo_rl/algorithms/loss/loss_functions.py``, main, 2026)."""
+        """Return the figures of NeMo RL (``nemo_rl/algorithms/loss/loss_functions.py``, 006907a)."""
         if not len(self.weights):
             return {}
         r = self.trained - self.sampled

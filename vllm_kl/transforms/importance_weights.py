@@ -100,7 +100,8 @@ class ImportanceWeights(NextTransform):
             raise OptionError(f"names={names!r} does not exist; choose one of {', '.join(get_args(Names))}")
         for key in {log_probs_full_key, sampler_log_probs_full_key, mask_key}:
             check_distinct([weights_key, key])
-        super().__init__(in_keys=[log_probs_full_key, mask_key], out_keys=[weights_key])
+        in_keys = list(dict.fromkeys([log_probs_full_key, sampler_log_probs_full_key, mask_key]))
+        super().__init__(in_keys=in_keys, out_keys=[weights_key])
         self.log_probs_full_key = log_probs_full_key
         self.sampler_log_probs_full_key = sampler_log_probs_full_key
         self.level, self.mode, self.low, self.high = level, mode, low, high
