@@ -139,7 +139,7 @@ def test_bad_input_is_refused_by_name():
     sampled, scored, masks = sides()
     with pytest.raises(InputError, match="the mask keeps no token"):
         mismatch(sampled, scored, [torch.zeros_like(mask) for mask in masks])
-    with pytest.raises(InputError, match=r"sample 0: log_probs \[40\], ref_log_probs \[39\]"):
+    with pytest.raises(InputError, match=r"sample 0: log_probs \[40\], scorer_log_probs \[39\] and mask"):
         mismatch(sampled, [scored[0][1:], *scored[1:]], masks)
     with pytest.raises(InputError, match="5, 4 and 5 samples"):
         mismatch(sampled, scored[1:], masks)

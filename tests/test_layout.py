@@ -62,6 +62,7 @@ ALLOWED = {
     "batch": {"errors", "types", "lifetime"},
     "kl": {"errors", "types", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
+    "importance": {"errors", "types", "batch", "kl"},
     "plugin": {"errors", "types", "lifetime"},
     "weights": {"errors", "types", "lifetime", "batch", "plugin"},
     "engines": {"errors", "types", "lifetime", "routing", "client", "plugin", "weights"},

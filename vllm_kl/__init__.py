@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from vllm_kl.errors import StaleError as StaleError
     from vllm_kl.errors import VLLMKLError as VLLMKLError
     from vllm_kl.errors import WeightsError as WeightsError
+    from vllm_kl.importance import Importance as Importance
+    from vllm_kl.importance import importance_weights as importance_weights
     from vllm_kl.kl import kl_estimate as kl_estimate
     from vllm_kl.scorer import VLLMScorer as VLLMScorer
     from vllm_kl.transforms.audit import Audit as Audit
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from vllm_kl.transforms.engine_policy_version import EnginePolicyVersion as EnginePolicyVersion
     from vllm_kl.transforms.estimation import Estimation as Estimation
     from vllm_kl.transforms.from_collector import FromCollector as FromCollector
+    from vllm_kl.transforms.importance_weights import ImportanceWeights as ImportanceWeights
     from vllm_kl.transforms.kl_computation import KLComputation as KLComputation
     from vllm_kl.transforms.log_metrics import LogMetrics as LogMetrics
     from vllm_kl.transforms.lora_wrapper import LoRAWrapper as LoRAWrapper
@@ -79,6 +82,7 @@ _PUBLIC = {
     "engines.base": "Engine",
     "errors": "CollectorError DriftError EngineError FrozenError InputError MissingLogProbError OptionError "
     "ReadoutUnavailableError StaleError VLLMKLError WeightsError",
+    "importance": "Importance importance_weights",
     "kl": "kl_estimate",
     "scorer": "VLLMScorer",
     "transforms.audit": "Audit",
@@ -87,6 +91,7 @@ _PUBLIC = {
     "transforms.engine_policy_version": "EnginePolicyVersion",
     "transforms.estimation": "Estimation",
     "transforms.from_collector": "FromCollector",
+    "transforms.importance_weights": "ImportanceWeights",
     "transforms.kl_computation": "KLComputation",
     "transforms.log_metrics": "LogMetrics",
     "transforms.lora_wrapper": "LoRAWrapper",

@@ -37,7 +37,6 @@ from vllm_kl.types import widths_of
 
 Estimator = Literal["k1", "k2", "k3", "abs", "topk"]
 Direction = Literal["reverse", "forward"]
-_Shape = tuple[int, ...]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 # The estimators that need only the two log-probs of the sampled token.
 TOKEN_ESTIMATORS: tuple[str, ...] = tuple(name for name in ESTIMATORS if name != "topk")
@@ -192,8 +191,8 @@ def packed_sides(
     if len(dense) not in (0, len(sides)):
         raise InputError(f"{', '.join(names)} and {last} must all be tensors, or all be lists of tensors")
     if isinstance(mask, torch.Tensor):
-        policy_shape, ref_shape, mask_shape = (tuple(side.shape) for side in dense)
-        check_same_shape("", policy_shape, ref_shape, mask_shape, estimator)
+        shapes = {name: tuple(side.shape) for name, side in zip(sides, dense, strict=True)}
+        check_same_shape("", shapes, estimator)
         packed = [side.reshape(mask.numel(), *side.shape[mask.dim() :]) for side in dense]
         lengths = [mask.shape[-1]] * math.prod(mask.shape[:-1])
     else:
@@ -203,9 +202,9 @@ def packed_sides(
                 f"{', '.join(names)} and {last} have {', '.join(map(str, counts[:-1]))} and {counts[-1]} "
                 "samples"
             )
-        for i, (row, ref_row, kept) in enumerate(zip(log_probs, ref_log_probs, mask, strict=True)):
-            shapes = tuple(row.shape), tuple(ref_row.shape), tuple(kept.shape)
-            check_same_shape(f"sample {i}: ", *shapes, estimator)
+        for i, rows in enumerate(zip(log_probs, ref_log_probs, mask, strict=True)):
+            shapes = {name: tuple(row.shape) for name, row in zip(sides, rows, strict=True)}
+            check_same_shape(f"sample {i}: ", shapes, estimator)
         packed = [torch.cat(list(rows)) if len(rows) else torch.empty(0) for rows in sides.values()]
         lengths = widths_of(list(mask))
     keep = packed[2].bool()
@@ -215,22 +214,29 @@ def packed_sides(
     return policy, ref, keep, lengths
 
 
-def check_same_shape(where: str, policy: _Shape, ref: _Shape, mask: _Shape, estimator: str = "k1") -> None:
+def check_same_shape(where: str, shapes: dict[str, tuple[int, ...]], estimator: str = "k1") -> None:
     """Refuse log-probs and a mask of different shapes.
+
+    Args:
+        where: the beginning of the message.
+        shapes: the name that the message uses -> shape, of the two sides' log-probs and of the mask, in this
+            order.
+        estimator: ``"topk"`` has K log-probs per token.
 
     Raises:
         InputError: the shapes differ.
     """
-    tokens = policy[:-1] if estimator == "topk" else policy
-    if policy != ref or tokens != mask:
+    one, other, mask = shapes.values()
+    tokens = one[:-1] if estimator == "topk" else one
+    if one != other or tokens != mask:
         hint = (
             "The first two must be [..., T, K] and the mask [..., T]"
             if estimator == "topk"
             else "They must have the same shape"
         )
+        *sides, last = (f"{name} {list(shape)}" for name, shape in shapes.items())
         raise InputError(
-            f"{where}log_probs {list(policy)}, ref_log_probs {list(ref)} and mask {list(mask)} do not fit. "
-            f"{hint}; both sides of a KL share one pad_output."
+            f"{where}{', '.join(sides)} and {last} do not fit. {hint}; both sides share one pad_output."
         )
 
 

@@ -19,12 +19,12 @@ class LogMetrics(TrainerHookBase):
 
     Args:
         transform: :class:`~vllm_kl.RetrieveKL`, :class:`~vllm_kl.KLComputation`,
-            :class:`~vllm_kl.RetrieveLogProb`, :class:`~vllm_kl.RetokenizedTurns`, or another object with
-            ``metrics``.
+            :class:`~vllm_kl.RetrieveLogProb`, :class:`~vllm_kl.ImportanceWeights`,
+            :class:`~vllm_kl.RetokenizedTurns`, or another object with ``metrics``.
 
     Keyword Args:
-        prefix: what the names begin with: ``"vllm_kl"`` makes ``vllm_kl/kl_k1_token_mean_nats``. Each
-            transform of a run needs a prefix of its own.
+        prefix: what the names begin with: ``"vllm_kl"`` makes ``vllm_kl/kl_k1_token_mean_nats``; ``""``
+            leaves them as they are. Each transform of a run needs a prefix of its own.
 
     Raises:
         OptionError: the transform has no ``metrics``.
@@ -48,7 +48,8 @@ class LogMetrics(TrainerHookBase):
 
     def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float]:
         """Return the figures by their names in the log. A trainer calls this with each collected batch."""
-        return {f"{self._prefix}/{name}": value for name, value in self._transform.metrics.items()}
+        before = f"{self._prefix}/" if self._prefix else ""
+        return {f"{before}{name}": value for name, value in self._transform.metrics.items()}
 
     def log(self, logger: Logger, step: int | None = None) -> dict[str, float]:
         """Give the figures to a TorchRL logger (csv, tensorboard, wandb, mlflow, ...); return them."""
