@@ -21,6 +21,10 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.errors import FrozenError, OptionError, ReadoutUnavailableError, WeightsError
 from vllm_kl.weights.push import push_weights, weights_of
 
+# vLLM rounds an adapter's product to float32 before it adds it to the base's. The products of ref_path are
+# larger than those of policy_path: 5.02e-6 nats on a CPU with AVX2.
+ADAPTED_TOLERANCE = 2 * LOG_PROB_TOLERANCE
+
 
 @pytest.fixture(scope="module")
 def scorers(lora_llm, lora_requests):
@@ -345,7 +349,7 @@ def test_a_push_changes_the_base_and_adapters_apply_on_top(
     version = push_weights(lora_llm, AutoModelForCausalLM.from_pretrained(ref_path).state_dict())
     try:
         for scorer, truth in zip(scorers, truths, strict=True):
-            assert error_of(scorer, truth) < LOG_PROB_TOLERANCE
+            assert error_of(scorer, truth) < ADAPTED_TOLERANCE
             assert scorer.stats.weight_version == scorer.weight_version == version
             with pytest.raises(
                 FrozenError, match=f"the engine serves version {version} of the weights, which no refresh"
