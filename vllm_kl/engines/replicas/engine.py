@@ -28,7 +28,7 @@ from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.engines.replicas.prompt_router import RUNNING
 from vllm_kl.engines.replicas.replica import MAX_ONGOING, DyingError
-from vllm_kl.engines.replicas.service import Deployed, Front, Service
+from vllm_kl.engines.replicas.service import Deployed, Service
 from vllm_kl.engines.replicas.weights import ReplicatedWeights
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, WeightsError
@@ -196,14 +196,11 @@ class ReplicatedEngine(Replicas):
         options: dict[str, Any],
         lora_request: Any = None,
         timeout_s: float | None = TIMEOUT_S,
-        front: Front | None = None,
     ) -> None:
         wish = wish_of(replicas)
         checkpoint = InitialCheckpoint(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
-        super().__init__(
-            Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s, front=front)
-        )
+        super().__init__(Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s))
         skeleton = Skeleton(
             model,
             revision=options.get("revision"),
