@@ -56,14 +56,15 @@ def rooms() -> dict[str, set[str]]:
 ALLOWED = {
     "errors": set(),
     "types": set(),
+    "columns": set(),
     "lifetime": set(),
     "routing": set(),
-    "client": {"errors", "routing"},
+    "client": {"errors", "columns", "routing"},
     "batch": {"errors", "types", "lifetime"},
     "kl": {"errors", "types", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
     "importance": {"errors", "types", "batch", "kl"},
-    "plugin": {"errors", "types", "lifetime"},
+    "plugin": {"errors", "types", "columns", "lifetime"},
     "weights": {"errors", "types", "lifetime", "batch", "plugin"},
     "engines": {"errors", "types", "lifetime", "routing", "client", "plugin", "weights"},
 }

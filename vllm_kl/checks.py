@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import numbers
@@ -12,11 +13,42 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_kl.columns import num_columns
 from vllm_kl.engines.placeholders import Placeholders
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult, place_of
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor
+
+
+def make_requests(
+    info: EngineInfo,
+    token_ids: Sequence[TokenIds],
+    start: int | Sequence[int] | None,
+    *,
+    temperature: float,
+    ids: Sequence[Any] | None = None,
+    top_k: int | None = None,
+    entropy: bool = False,
+    placeholders: Placeholders = "refuse",
+) -> list[ScoreRequest]:
+    """Return one request per sequence, also for those with nothing to score.
+
+    Raises:
+        InputError: a sequence, a start, the temperature, an id or k cannot be scored.
+        ReadoutUnavailableError: the read-out cannot do what is asked.
+    """
+    temperature = check_temperature(temperature)
+    if top_k is not None:
+        _check_top_k(top_k, info)
+    check_can(info, temperature, ids=ids is not None, top_k=top_k is not None, entropy=entropy)
+    sequences, starts = check_requests(token_ids, start, info, placeholders)
+    chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
+    request = functools.partial(ScoreRequest, temperature=temperature, top_k=top_k or 0, entropy=entropy)
+    return [
+        request(token_ids=sequence, start=first, ids=rows)
+        for sequence, first, rows in zip(sequences, starts, chosen, strict=True)
+    ]
 
 
 def check_requests(
@@ -109,6 +141,11 @@ def check_temperature(temperature: float) -> float:
             "to compare."
         )
     return float(temperature)
+
+
+def _check_top_k(k: Any, info: EngineInfo) -> None:
+    if not isinstance(k, numbers.Integral) or k < 1 or (info.vocab_size or k) < k:
+        raise InputError(f"k is {k!r}, expected 1 <= k <= {info.vocab_size or 'the vocabulary'}")
 
 
 def check_timeout(timeout_s: float | None) -> float | None:
@@ -258,7 +295,8 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     if not requests:
         return []
     for (i, request), result in zip(requests.items(), results, strict=True):
-        want, got = (len(request.token_ids) - request.start, request.num_columns), result.values.shape
+        columns = num_columns(request.num_ids, request.top_k, request.entropy)
+        want, got = (len(request.token_ids) - request.start, columns), result.values.shape
         if got != want:
             raise MissingLogProbError(
                 f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}"

@@ -13,9 +13,7 @@ This module handles plain token ids only. ``batch/`` handles tensordicts, chat t
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import numbers
 import os
 import time
 import warnings
@@ -27,13 +25,14 @@ import torch
 from vllm_kl.checks import (
     TokenIds,
     check_can,
-    check_ids,
     check_lora_request,
     check_requests,
     check_results,
     check_temperature,
     check_timeout,
+    make_requests,
 )
+from vllm_kl.columns import num_columns
 from vllm_kl.engines.base import Engine, OfReplicas
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
@@ -363,10 +362,6 @@ class VLLMScorer:
         >>> best.token_ids.shape, bool((best.log_probs.diff() <= 0).all())
         (torch.Size([2, 3]), True)
         """
-        if not isinstance(k, numbers.Integral) or k < 1 or (self._engine.info.vocab_size or k) < k:
-            raise InputError(
-                f"k is {k!r}, expected 1 <= k <= {self._engine.info.vocab_size or 'the vocabulary'}"
-            )
         values, _ = self._read(token_ids, start, temperature, progress, top_k=k, entropy=entropy)
         return [
             TopK(
@@ -386,7 +381,7 @@ class VLLMScorer:
         progress: bool,
         *,
         ids: Sequence[Any] | None = None,
-        top_k: int = 0,
+        top_k: int | None = None,
         entropy: bool = False,
     ) -> tuple[list[torch.Tensor], ScoreStats]:
         """Score B sequences; return the values of each, and the figures of the call.
@@ -395,16 +390,16 @@ class VLLMScorer:
         """
         began = time.perf_counter()
         self._check_awake()
-        info = self._engine.info
-        temperature = self.temperature if temperature is None else check_temperature(temperature)
-        check_can(info, temperature, ids=ids is not None, top_k=top_k > 0, entropy=entropy)
-        sequences, starts = check_requests(token_ids, start, info, self._placeholders)
-        chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
-        request = functools.partial(ScoreRequest, temperature=temperature, top_k=top_k, entropy=entropy)
-        asked = [
-            request(token_ids=sequence, start=first, ids=rows)
-            for sequence, first, rows in zip(sequences, starts, chosen, strict=True)
-        ]
+        asked = make_requests(
+            self._engine.info,
+            token_ids,
+            start,
+            temperature=self.temperature if temperature is None else temperature,
+            ids=ids,
+            top_k=top_k,
+            entropy=entropy,
+            placeholders=self._placeholders,
+        )
         requests = {i: request for i, request in enumerate(asked) if request.start < len(request.token_ids)}
         planned = plan(list(requests.values()))
         results = []
@@ -420,7 +415,18 @@ class VLLMScorer:
                     i = list(requests)[planned.result_of.index(error.sample)]
                     raise InputError(f"sequence {i}: {error}") from None
         scored = dict(zip(requests, check_results(requests, planned.restore(results)), strict=True))
-        values = [scored[i] if i in scored else torch.empty(0, r.num_columns) for i, r in enumerate(asked)]
+        values = [
+            scored[i] if i in scored else torch.empty(0, num_columns(r.num_ids, r.top_k, r.entropy))
+            for i, r in enumerate(asked)
+        ]
+        stats = self._figures(list(requests.values()), planned.requests, results, began)
+        self.stats = stats
+        return values, stats
+
+    def _figures(
+        self, wanted: list[ScoreRequest], sent: list[ScoreRequest], results: list[ScoreResult], began: float
+    ) -> ScoreStats:
+        """Return the figures of a call: what its caller wanted, what was sent, what came back."""
         versions = {result.weight_version for result in results}
         if len(versions) > 1:
             found = sorted(map(str, versions))
@@ -428,11 +434,11 @@ class VLLMScorer:
                 f"the engine's weights changed during the call: versions {found}. Score again. On a "
                 "vllm.LLM, push with push_weights(), which waits until the call has ended"
             )
-        num_prompt_tokens = sum(len(r.token_ids) for r in requests.values())
-        num_sent_tokens = sum(len(r.token_ids) for r in planned.requests)
-        stats = ScoreStats(
-            num_requests=len(requests),
-            num_scored_tokens=num_prompt_tokens - sum(r.start for r in requests.values()),
+        num_prompt_tokens = sum(len(request.token_ids) for request in wanted)
+        num_sent_tokens = sum(len(request.token_ids) for request in sent)
+        return ScoreStats(
+            num_requests=len(wanted),
+            num_scored_tokens=num_prompt_tokens - sum(request.start for request in wanted),
             num_prompt_tokens=num_prompt_tokens,
             num_cached_tokens=num_prompt_tokens - num_sent_tokens + sum(r.num_cached_tokens for r in results),
             num_rescored=sum(r.rescored for r in results),
@@ -440,8 +446,6 @@ class VLLMScorer:
             wall_s=time.perf_counter() - began,
             weight_version=versions.pop() if versions else None,
         )
-        self.stats = stats
-        return values, stats
 
     def check_frozen(self, tolerance: float = 0.0) -> float:
         """Prove that the engine's weights are those of its start, or of the last :meth:`refresh`.

@@ -35,19 +35,13 @@ class ScoreRequest:
         """K, the number of chosen tokens of a row."""
         return 0 if self.ids is None else self.ids.shape[1]
 
-    @property
-    def num_columns(self) -> int:
-        """The number of columns of :attr:`ScoreResult.values`."""
-        return 1 + self.num_ids + 2 * self.top_k + self.entropy
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreResult:
     """The answer of an engine to one request. R = L - start rows; row j belongs to token start + j."""
 
-    # [R, num_columns] float32, in nats. Columns: the log-prob of the sequence's token; K log-probs of
-    # ``ids``; the ids of the k most likely tokens; their k log-probs; with ``entropy`` the entropy. NaN: the
-    # engine returned no number.
+    # [R, num_columns(K, k, entropy)] float32, in nats, with the columns of columns.py. NaN: the engine
+    # returned no number.
     values: np.ndarray
     num_cached_tokens: int = 0  # tokens whose KV came from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1

@@ -20,11 +20,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import numpy as np
 
+from vllm_kl.columns import Column, blocks, num_columns
 from vllm_kl.errors import InputError
 
 MSGPACK = "application/vnd.msgpack"
@@ -64,6 +65,16 @@ class Question:
     placeholders: str = "refuse"  # or "as_text": what to do with an id that stands for an image
     allow_nan: bool = False  # NaN, where the model gave no number, instead of an error
     stream: bool = False  # answer as the sequences finish
+
+    @property
+    def num_ids(self) -> int:
+        """K, the number of chosen ids of a row."""
+        return self.ids[0].shape[1] if self.ids else 0
+
+    @property
+    def num_columns(self) -> int:
+        """The number of columns of an answer's values."""
+        return num_columns(self.num_ids, self.top_k, self.entropy)
 
     def select(self, places: Sequence[int]) -> dict[str, Any]:
         """Return the fields of a question about some of the sequences, with the other fields as they are."""
@@ -144,7 +155,7 @@ def unpack_question(data: bytes, *, most_sequences: int) -> dict[str, Any]:
 
 def fields_of(answer: Answer) -> dict[str, Any]:
     """Return an answer's map: its arrays are bytes."""
-    width = 1 + answer.num_ids + 2 * answer.top_k + answer.has_entropy
+    width = num_columns(answer.num_ids, answer.top_k, answer.has_entropy)
     values = np.concatenate([np.empty((0, width), _FLOAT), *answer.values])
     arrays = {
         "index": (answer.index, _INT),
@@ -157,29 +168,9 @@ def fields_of(answer: Answer) -> dict[str, Any]:
     return counts | answer.origin | {name: _raw(array, kind) for name, (array, kind) in arrays.items()}
 
 
-class Column(NamedTuple):
-    """A named block of the columns of an answer's values."""
-
-    name: str
-    of: slice
-    kind: np.dtype  # on the wire
-
-
 def columns(answer: Answer) -> list[Column]:
-    """Return the blocks that an answer has, in the order of its columns."""
-    widths = {
-        "log_probs": 1,
-        "chosen": answer.num_ids,
-        "top_ids": answer.top_k,
-        "top_log_probs": answer.top_k,
-        "entropy": int(answer.has_entropy),
-    }
-    ends = itertools.accumulate(widths.values())
-    return [
-        Column(name, slice(end - width, end), _INT if name == "top_ids" else _FLOAT)
-        for (name, width), end in zip(widths.items(), ends, strict=True)
-        if width
-    ]
+    """Return the blocks of columns that an answer has."""
+    return blocks(answer.num_ids, answer.top_k, answer.has_entropy)
 
 
 def pack_answer(answer: Answer) -> bytes:
@@ -196,7 +187,7 @@ def answer_of(fields: dict[str, Any]) -> Answer:
     )
     num_rows = int(rows.sum())
     num_ids, top_k, has_entropy = (fields.pop(name) for name in ("num_ids", "top_k", "has_entropy"))
-    values = np.empty((num_rows, 1 + num_ids + 2 * top_k + has_entropy), np.float32)
+    values = np.empty((num_rows, num_columns(num_ids, top_k, has_entropy)), np.float32)
     answer = Answer(
         index=index.tolist(),
         values=np.split(values, np.cumsum(rows)[:-1]) if len(rows) else [],

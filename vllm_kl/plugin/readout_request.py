@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vllm_kl.columns import num_columns
+
 KEY = "vllm_kl"
 
 
@@ -26,8 +28,8 @@ class Readout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """The token, the chosen ids, ids and log-probs of the best tokens, the entropy: how many columns."""
-        return 1 + self.num_ids + 2 * self.top_k + self.entropy
+        """The number of columns of a row's values."""
+        return num_columns(self.num_ids, self.top_k, self.entropy)
 
     def chosen_ids(self) -> torch.Tensor:
         """Return ``[L - start, num_ids]`` int64."""

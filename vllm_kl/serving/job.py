@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kl.checks import check_can, check_ids, check_requests, check_results, check_temperature
+from vllm_kl.checks import check_results, make_requests
 from vllm_kl.client.wire_format import Answer, Question
 from vllm_kl.engines.replicas.engine import Replicas
-from vllm_kl.errors import InputError
 from vllm_kl.plan import plan
 from vllm_kl.serving.limits import Limits
-from vllm_kl.types import ScoreRequest, ScoreResult
+from vllm_kl.types import ScoreResult
 
 
 class Job:
@@ -28,44 +27,32 @@ class Job:
     """
 
     def __init__(self, question: Question, replicas: Replicas, limits: Limits) -> None:
-        info, self._question, self._replicas = replicas.info, question, replicas
+        self._question, self._replicas = question, replicas
         num_tokens = sum(map(len, question.token_ids))
-        num_ids = question.ids[0].shape[1] if question.ids else 0
         rows = num_tokens - sum(question.starts)
         limits.check(
             sequences=len(question.token_ids),
             tokens=num_tokens + (sum(ids.size for ids in question.ids) if question.ids else 0),
-            numbers=max(rows, 0) * (1 + num_ids + 2 * question.top_k + question.entropy),
+            numbers=max(rows, 0) * question.num_columns,
         )
-        if question.top_k > (info.vocab_size or question.top_k):
-            raise InputError(f"top_k is {question.top_k}, expected at most {info.vocab_size}")
-        temperature = check_temperature(question.temperature)
-        wanted = {"ids": question.ids is not None, "top_k": question.top_k > 0, "entropy": question.entropy}
-        check_can(info, temperature, **wanted)
-        sequences, starts = check_requests(question.token_ids, question.starts, info, question.placeholders)
-        chosen = [None] * len(sequences)
-        if question.ids is not None:
-            chosen = check_ids(question.ids, sequences, starts, info)
-        self._requests = [
-            ScoreRequest(
-                token_ids=ids,
-                start=start,
-                temperature=temperature,
-                ids=of,
-                top_k=question.top_k,
-                entropy=question.entropy,
-            )
-            for ids, start, of in zip(sequences, starts, chosen, strict=True)
-        ]
-        lengths = [len(ids) for ids in sequences]
-        self._unscored = [i for i, start in enumerate(starts) if start == lengths[i]]
-        scored = [i for i, start in enumerate(starts) if start < lengths[i]]
+        self._requests = make_requests(
+            replicas.info,
+            question.token_ids,
+            question.starts,
+            temperature=question.temperature,
+            ids=question.ids,
+            top_k=question.top_k or None,
+            entropy=question.entropy,
+            placeholders=question.placeholders,
+        )
+        scored = [i for i, request in enumerate(self._requests) if request.start < len(request.token_ids)]
+        self._unscored = sorted(set(range(len(self._requests))).difference(scored))
         planned = plan([self._requests[i] for i in scored])
         self._planned = planned.requests
         self._asked_by: list[list[int]] = [[] for _ in self._planned]  # which sequences each request is for
         for i, place in zip(scored, planned.result_of, strict=True):
             self._asked_by[place].append(i)
-        self.num_sequences, self.num_tokens, self.num_ids = len(sequences), num_tokens, num_ids
+        self.num_sequences, self.num_tokens = len(self._requests), num_tokens
         self.num_computed_tokens = 0
         self.queued_s = 0.0
 
@@ -99,11 +86,11 @@ class Job:
         found = {i: (self._requests[i], result) for i, result in zip(index, results, strict=True) if result}
         if not self._question.allow_nan:  # NaN is an error
             check_results({i: request for i, (request, _) in found.items()}, [r for _, r in found.values()])
-        columns = 1 + self.num_ids + 2 * self._question.top_k + self._question.entropy
+        nothing = np.empty((0, self._question.num_columns), np.float32)
         return Answer(
             index=index,
-            values=[r.values if r else np.empty((0, columns), np.float32) for r in results],
-            num_ids=self.num_ids,
+            values=[r.values if r else nothing for r in results],
+            num_ids=self._question.num_ids,
             top_k=self._question.top_k,
             has_entropy=self._question.entropy,
             num_cached_tokens=[r.num_cached_tokens if r else 0 for r in results],
