@@ -17,16 +17,14 @@ class HttpServer:
     Args:
         client: asks the servers.
         readout: ``"auto"``, or the one that the servers have.
+        told: what a server says of itself (``GET /v1/model``).
 
     Raises:
-        OptionError: the key is missing or wrong.
         ReadoutUnavailableError: the servers have another read-out.
-        EngineError: no server answers.
     """
 
-    def __init__(self, client: Client, readout: str) -> None:
+    def __init__(self, client: Client, readout: str, told: dict[str, Any]) -> None:
         self.client = client
-        told = self.client.model()
         self.info = EngineInfo(
             **{
                 name: told[name]

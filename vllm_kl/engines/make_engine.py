@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_kl.client.calls import checked
 from vllm_kl.client.client import Client
 from vllm_kl.engines.base import Engine
 from vllm_kl.engines.borrowed import BorrowedEngine, lent
@@ -19,7 +20,7 @@ from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.http_server import HttpServer
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import ProcessEngine
-from vllm_kl.engines.stock_server import StockServer, is_stock
+from vllm_kl.engines.stock_server import StockServer
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
 from vllm_kl.plugin.allowed import KNOWN_VLLM
 from vllm_kl.types import EngineInfo, ReadoutName
@@ -113,11 +114,12 @@ def _served(
     name = options.pop("served_model_name", None)
     client = Client(addresses, timeout_s=timeout_s, **options)
     try:
-        if readout == "http-flat" or is_stock(client):
+        told = None if readout == "http-flat" else client.send("GET", "/v1/model")
+        if told is None or told.status_code == 404:  # a stock vLLM server has no such path
             return StockServer(client, readout, name, concurrency=options.get("concurrency", 64))
         if name is not None:
             raise OptionError("served_model_name has no effect on vllm-kl serve, which has one model")
-        return HttpServer(client, readout)
+        return HttpServer(client, readout, checked(told).json())
     except BaseException:
         client.close()
         raise

@@ -30,15 +30,6 @@ _NOTE = (
 )
 
 
-def is_stock(client: Client) -> bool:
-    """Whether a server is none of ``vllm-kl serve``.
-
-    Raises:
-        EngineError: no server answers.
-    """
-    return client.send("GET", "/v1/model").status_code == 404
-
-
 class StockServer:
     """One stock vLLM server, or several that serve the same weights. It can be pickled.
 
@@ -70,7 +61,10 @@ class StockServer:
                 "does 'http-flat'. vllm-kl serve MODEL starts a server that does 'pooling'"
             )
         self._client, self._concurrency = client, concurrency
-        served = _answer(client.send("GET", "/v1/models"))["data"]
+        told = client.send("GET", "/v1/models")
+        served = _answer(told).get("data")
+        if not isinstance(served, list):
+            raise EngineError(f"{told.url} names no models. Expected a vLLM server")
         self._model, most = _chosen(served, served_model_name, client.addresses[0])
         # 403: vLLM 0.32 was started without --enable-scale-out. 404: an older or another server.
         probe = self._body(TOKENS, ScoreRequest(token_ids=np.zeros(2, np.int32), start=1))
