@@ -59,6 +59,7 @@ ALLOWED = {
     "columns": set(),
     "lifetime": set(),
     "routing": set(),
+    "ray_address": {"errors"},
     "client": {"errors", "columns", "routing"},
     "batch": {"errors", "types", "lifetime"},
     "kl": {"errors", "types", "batch"},
@@ -66,7 +67,17 @@ ALLOWED = {
     "importance": {"errors", "types", "batch", "kl"},
     "plugin": {"errors", "types", "columns", "lifetime"},
     "weights": {"errors", "types", "lifetime", "batch", "plugin"},
-    "engines": {"errors", "types", "lifetime", "routing", "client", "plugin", "weights"},
+    "engines": {
+        "errors",
+        "types",
+        "columns",
+        "lifetime",
+        "ray_address",
+        "routing",
+        "client",
+        "plugin",
+        "weights",
+    },
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from vllm_kl.errors import EngineError, OptionError
+from vllm_kl.ray_address import check_address
 
 _OPERATORS = 2  # stages beside the scorers, each a task of one CPU: read; compare and write
 _FREE_WITHIN_S = 10.0
@@ -105,6 +106,7 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
 
     Raises:
         OptionError: the plan does not fit.
+        EngineError: there is no such cluster.
     """
     if ray.is_initialized():
         resources.check()
@@ -115,6 +117,7 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": int(resources.cpus + 0.999)}
         options |= {"object_store_memory": 1 << 30}
     else:
+        check_address(address)
         options["address"] = address
     try:
         ray.init(**options)

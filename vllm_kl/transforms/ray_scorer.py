@@ -26,6 +26,7 @@ import ray
 import torch
 
 from vllm_kl.errors import EngineError, FrozenError, OptionError
+from vllm_kl.ray_address import check_address
 from vllm_kl.transforms.reference_settings import Proof, Served, differences
 from vllm_kl.transforms.service_options import IDLE_TIMEOUT_S, ServiceOptions
 from vllm_kl.types import Scorer, ScoreStats
@@ -418,11 +419,12 @@ def _join_ray(config: Mapping[str, Any], *, must_run: bool, name: str | None = N
     """Let this process join a Ray cluster; start one, unless the service must be in a running one.
 
     Raises:
-        EngineError: no cluster runs, and the service must be in one.
+        EngineError: no cluster runs, and the service must be in one; or none is at the given address.
     """
     if ray.is_initialized():
         return
     config = {"log_to_driver": False, "include_dashboard": False, **config}
+    check_address(config.get("address"))
     if name is None and not must_run:  # an actor of this process alone
         ray.init(**config)
         return

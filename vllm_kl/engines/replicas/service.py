@@ -32,6 +32,7 @@ from vllm_kl.engines.replicas.fleet import Fleet, Wish, fleet_of
 from vllm_kl.engines.replicas.prompt_router import PromptRouter
 from vllm_kl.engines.replicas.replica import MAX_ONGOING, USERS, Replica, from_text
 from vllm_kl.errors import EngineError
+from vllm_kl.ray_address import check_address
 
 logger = logging.getLogger("vllm_kl")
 
@@ -84,7 +85,8 @@ class _Ray:
                 self._end_if_unused()
 
     def _join(self, num_replicas: int) -> None:
-        if os.environ.get("RAY_ADDRESS"):
+        if address := os.environ.get("RAY_ADDRESS"):
+            check_address(address)
             ray.init(log_to_driver=False)
             return
         ray.init(
