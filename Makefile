@@ -27,6 +27,7 @@ nightly: .venv/installed
 	.venv/bin/python -m pytest -m "nightly or not nightly" --table docs/architectures.md \
 		tests/weights/test_pushes.py $(ARGS)
 	.venv/bin/python -m pytest -m nightly --ignore tests/weights/test_pushes.py $(ARGS)
+	$(MAKE) compat VLLM=0.27.1
 	$(MAKE) compat VLLM=0.30.0
 
 compat: $(COMPAT)/installed

@@ -250,6 +250,7 @@ def test_the_version_names_what_is_not_installed(monkeypatch):
     assert lines == [f"vllm-kl {__version__}", "torch 2.13.0", "torchrl not installed", "vllm 0.32.0"]
 
 
+@pytest.mark.nightly
 def test_the_example_collects_with_any_two_models(policy_path, ref_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "collect.py", "--policy", policy_path, "--reference", ref_path],

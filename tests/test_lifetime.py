@@ -53,11 +53,11 @@ def wait_until_gone(group):
 @pytest.mark.parametrize(
     ("way", "multiprocessing"),
     [
-        ("exit", "0"),
+        pytest.param("exit", "0", marks=pytest.mark.nightly),
         pytest.param("exception", "0", marks=pytest.mark.nightly),
         pytest.param(signal.SIGTERM, "0", marks=pytest.mark.nightly),
-        pytest.param(signal.SIGKILL, "0", marks=pytest.mark.nightly),
-        (signal.SIGKILL, "1"),
+        (signal.SIGKILL, "0"),
+        pytest.param(signal.SIGKILL, "1", marks=pytest.mark.nightly),
     ],
     ids=["exit", "exception", "SIGTERM", "SIGKILL", "SIGKILL-of-an-engine-with-processes-of-its-own"],
 )
@@ -183,7 +183,11 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("code", [SHARED_TRAINER, FORKING_TRAINER], ids=["spawned", "forked"])
+@pytest.mark.parametrize(
+    "code",
+    [pytest.param(SHARED_TRAINER, marks=pytest.mark.nightly), FORKING_TRAINER],
+    ids=["spawned", "forked"],
+)
 def test_a_trainer_that_is_killed_leaves_neither_the_engine_of_its_policy_nor_weights(
     ref_path, tmp_path, code
 ):
@@ -220,6 +224,7 @@ def weights_left_by(pid):
     return list(lifetime.SHARED_MEMORY.glob(f"{lifetime.PREFIX}_{pid}_*"))
 
 
+@pytest.mark.nightly
 def test_a_trainer_that_is_killed_while_it_pushes_leaves_no_engine_behind(ref_path):
     with subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(ref_path)],

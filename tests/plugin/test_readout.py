@@ -362,6 +362,7 @@ class TestPlugin:
 
 
 class TestEngine:
+    @pytest.mark.nightly
     def test_tensor_parallel_ranks_share_the_vocabulary(self, ref_path, ref_scorer, table):
         sequences, _ = table
         options = {

@@ -158,6 +158,7 @@ def test_a_factory_that_fails_says_why(shared, ref_path):
         VLLMReference.close_service("fails")  # nothing is left of it
 
 
+@pytest.mark.nightly
 def test_a_newcomer_whose_call_fails_does_not_end_the_service_of_others(
     cluster, ref_path, ref_oracle, tmp_path
 ):
@@ -334,6 +335,7 @@ def made_of(model, **options):
     return transformers_wrapper(model, return_log_probs=True, log_probs_key="ref_log_probs", **options)
 
 
+@pytest.mark.nightly
 def test_a_model_that_was_sent_is_compared_by_its_weights(
     cluster, ref_path, policy_model, ref_model, ref_oracle
 ):

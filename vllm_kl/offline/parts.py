@@ -220,6 +220,13 @@ def file_schema(part: Part) -> pa.Schema:
         return _arrow(part.path, stream).schema
 
 
+def features_of(parts: Sequence[Part]) -> dict[bytes, bytes] | None:
+    """Return what ``datasets`` wrote into the first file about its columns, such as a label's names."""
+    first = next((part for part in parts if part.format != "jsonl"), None)
+    metadata = (file_schema(first).metadata if first else None) or {}
+    return {key: value for key, value in metadata.items() if key == b"huggingface"} or None
+
+
 def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
     """Return the rows of a part, with their numbers in ``ROW``, and the part's in ``PART``.
 

@@ -19,7 +19,16 @@ from vllm_kl.offline import jsonl
 from vllm_kl.offline.cluster import connected
 from vllm_kl.offline.columns import Columns, layout_of
 from vllm_kl.offline.manifest import NAME, Manifest, checksum, model_settings
-from vllm_kl.offline.parts import Part, cut, find_files, numbered, part_bytes_of, read_part, survey
+from vllm_kl.offline.parts import (
+    Part,
+    cut,
+    features_of,
+    find_files,
+    numbered,
+    part_bytes_of,
+    read_part,
+    survey,
+)
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
 from vllm_kl.offline.source import read_parts, surveys
 from vllm_kl.offline.storage import Folder
@@ -111,7 +120,7 @@ def plan(files: Files, job: Job, settings: dict[str, Any]) -> Manifest:
         raise InputError(f"{inside[0]} is in the folder of the output, {files.out}: give another --out")
     cut_parts = cut(found, files.part_bytes or part_bytes_of(found))
     parts, types = _surveyed(cut_parts, job)
-    schema = jsonl.schema_of(types, job.columns.role_of)
+    schema = jsonl.schema_of(types, job.columns.role_of).with_metadata(features_of(cut_parts))
     job.check_free(schema.names, layout_of(schema, job.columns))
     for field in schema:
         if field.metadata and any(part.format != "jsonl" for part in parts):
