@@ -36,7 +36,9 @@ def s3():
     """A bucket on a server of S3; its environment variables are set."""
     program = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
     if program is None:
-        pytest.skip("pip install 'moto[server]' into any environment, and set MOTO_SERVER to its moto_server")
+        pytest.skip(
+            "pip install 'moto[server]>=5.2.5' into any environment, and set MOTO_SERVER to its moto_server"
+        )
     url = f"http://127.0.0.1:{free_port()}"
     command = [program, "-H", "127.0.0.1", "-p", url.rpartition(":")[2]]
     with (
