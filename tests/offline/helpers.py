@@ -89,13 +89,13 @@ def start(data, out, model, *options, address=None, stdin=None):
     )
 
 
-def until(condition, process, timeout_s=240):
+def until(condition, process, timeout_s=240, every_s=0.002):
     """Wait until a condition is true; the process must live."""
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
-        time.sleep(0.002)
+        time.sleep(every_s)
     return found
 
 
