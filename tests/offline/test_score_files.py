@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from pathlib import Path
 
 import pytest
 
 from tests import local_ray
 from tests.offline import helpers
+from tests.offline.dying import ActorDies, EngineDies
 from tests.offline.helpers import BAD, check_oracle, check_same, run, start, table_of
 from vllm_kl.errors import EngineError, InputError, OptionError
-from vllm_kl.offline import cluster
+from vllm_kl.offline import cluster, pipeline
 from vllm_kl.offline.dry_run import dry_run
 from vllm_kl.offline.score_files import Files
 
@@ -156,38 +155,29 @@ def test_an_actor_and_an_engine_that_are_killed_are_started_again(whole, ref_pat
     check_same(table_of(tmp_path / "out"), table)
 
 
-MANY = {"part_bytes": 400}  # parts: up to three of them are on their way when an engine is killed
+MANY = {"part_bytes": 400}  # parts of a few rows
 
 
 @pytest.mark.nightly
-def test_an_engine_that_dies_again_and_again_ends_the_run_with_its_log(whole, ref_path, tmp_path):
+def test_an_engine_that_dies_again_and_again_ends_the_run_with_its_log(
+    whole, ref_path, tmp_path, monkeypatch
+):
     home, _, _, table = whole
-
-    def kill(_):
-        for _, processes in helpers.scoring_actors():
-            for engine in processes[-1:]:
-                with contextlib.suppress(FileNotFoundError):  # it is dead already
-                    log = Path(f"/proc/{engine.pid}/fd/2").resolve(strict=True)
-                    with log.open("a") as file:
-                        file.write("what the engine wrote last\n")
-                    engine.kill()
-
-    with pytest.raises(EngineError, match=r"(?s)the engine died 4 times: .*what the engine wrote last"):
-        run(home / "data.jsonl", tmp_path / "out", ref_path, files=MANY, on_part=kill)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "ScoreRows", EngineDies)
+        with pytest.raises(EngineError, match=r"(?s)the engine died 4 times: .*what the engine wrote last"):
+            run(home / "data.jsonl", tmp_path / "out", ref_path, files=MANY)
     run(home / "data.jsonl", tmp_path / "out", ref_path, files=MANY)
     check_same(table_of(tmp_path / "out"), table)
 
 
 @pytest.mark.nightly
-def test_an_actor_that_dies_again_and_again_ends_the_run(whole, ref_path, tmp_path):
+def test_an_actor_that_dies_again_and_again_ends_the_run(whole, ref_path, tmp_path, monkeypatch):
     home, _, _, table = whole
-
-    def kill(_):
-        for actor, _ in helpers.scoring_actors():
-            actor.kill()
-
-    with pytest.raises(EngineError, match="died too often|actor died"):
-        run(home / "data.jsonl", tmp_path / "out", ref_path, files=MANY, on_part=kill)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "ScoreRows", ActorDies)
+        with pytest.raises(EngineError, match="died too often|actor died"):
+            run(home / "data.jsonl", tmp_path / "out", ref_path, files=MANY)
     num_parts = len(list((tmp_path / "out").glob("part-*")))
     run(home / "data.jsonl", tmp_path / "out", ref_path, files=MANY)
     assert 0 < num_parts < len(list((tmp_path / "out").glob("part-*")))
