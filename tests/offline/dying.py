@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -17,9 +18,10 @@ class EngineDies(ScoreRows):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         pid = self._scorer._engine.pid
-        with Path(f"/proc/{pid}/fd/2").resolve(strict=True).open("a") as log:
-            log.write("what the engine wrote last\n")
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError):  # the last one is dead
+            with Path(f"/proc/{pid}/fd/2").resolve(strict=True).open("a") as log:
+                log.write("what the engine wrote last\n")
+            os.kill(pid, signal.SIGKILL)
         return super().__call__(table)
 
 

@@ -105,6 +105,7 @@ class ScoreRows:
         self._top_k, self._entropy = top_k, entropy
         self._max_len_policy, self._on_error = max_len_policy, on_error
         self._num_starts = 0
+        self._given_up: EngineError | None = None  # why no engine is started again
         self._scorer = self._start()
 
     def _start(self) -> VLLMScorer:
@@ -215,7 +216,12 @@ class ScoreRows:
         return values, dict(sums)
 
     def _asked(self, flat: list[_Sequence]) -> tuple[list[_Values], dict[str, int]]:
-        """Ask the engine; if it died, start it again, a few times in the life of this object."""
+        """Ask the engine; if it died, start it again, a few times in the life of this object.
+
+        Ray has the next block in the queue already. Its error is the same, because either may be told.
+        """
+        if self._given_up is not None:
+            raise self._given_up
         ids, starts = (
             [one.token_ids[one.num_cut :] for one in flat],
             [one.start - one.num_cut for one in flat],
@@ -227,7 +233,8 @@ class ScoreRows:
             except EngineError as error:
                 self._scorer.close()
                 if self._num_starts >= MAX_STARTS:
-                    raise EngineError(f"the engine died {MAX_STARTS} times: {error}") from error
+                    self._given_up = EngineError(f"the engine died {MAX_STARTS} times: {error}")
+                    raise self._given_up from error
                 logger.warning("vllm_kl: the engine died and is started again: %s", error)
                 self._scorer = self._start()
         stats = self._scorer.stats
