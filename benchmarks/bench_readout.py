@@ -50,10 +50,11 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count, which peers need: 20 s
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # huge pages for all providers, as in our engine's process
 
-import models
 import numpy as np
 import torch
-from common import Report, machine_line, make_table, median_ratio, on_a_gpu, p20_p50_p80
+
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, on_a_gpu, p20_p50_p80
 
 SHAPES = ["256x128x8", "1024x128x16", "64x512x4", "2048x64x32"]
 MODELS = {"tiny": models.tiny, "96M": models.size_96m, "0.5B": models.qwen25_05b, "7B": models.qwen25_7b}

@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common import as_markdown, machine, make_table, on_a_gpu
 from rich.markup import escape
+
+from vllm_kl.bench.report import as_markdown, machine, make_table, on_a_gpu
 
 ROOT = Path(__file__).parents[1]
 _MOST_LINES = 30  # lines of a failed part's log
