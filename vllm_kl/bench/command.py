@@ -33,6 +33,7 @@ from vllm_kl.quiet import quiet_bench
 
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
 _READOUTS = ("auto", "pooling", "token_ids", "flat")
+_WIDTH = 132
 _MANY = ("--shapes", "--providers", "--readouts")  # options that take several values
 
 
@@ -126,19 +127,20 @@ def measure(
     if context.invoked_subcommand is not None:
         return
     quiet_bench()
-    with _told_errors(), _home(out) as home:
+    with _told_errors(), tempfile.TemporaryDirectory(prefix="vllm_kl_bench_") as home:
         traffics = _traffics(shapes, lengths, sequences)
-        setup = _setup(model, shape, dtype, engine, traffics, home)
+        setup = _setup(model, shape, dtype, engine, traffics, Path(home))
         names = _provider_names(providers, setup.device)
         _check_of_ours(names, readouts, no_share, replicas)
-        ours = dataclasses.replace(setup, share_prefix=not no_share, replicas=replicas)
+        setup = dataclasses.replace(setup, share_prefix=not no_share, replicas=replicas)
         plan = Plan(
             setup=setup,
             traffics=traffics,
-            providers=_settings(names, readouts or ["auto"], ours),
+            providers=_settings(names, readouts or ["auto"], setup),
             rounds=rounds,
             peer_rounds=peer_rounds,
-            log_folder=home,
+            log_folder=_log_folder(out, Path(home)),
+            are_asked_for=bool(providers),
         )
         figures = _run(plan, shape or str(model), out, as_json)
     if as_json:
@@ -148,7 +150,7 @@ def measure(
 
 def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, Any]:
     """Measure, print and write; return the figures of ``--json``."""
-    console = Console(stderr=True)
+    console = _console(is_error=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=Bench.num_steps(plan))
@@ -159,7 +161,7 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
             on_step=lambda what, num: progress.update(task, description=what, advance=num),
         ).run()
     rows = rows_of(plan, measured, model)
-    report = Report(_anew(out), console=console if as_json else Console())
+    report = Report(_anew(out), console=console if as_json else _console(is_error=False))
     for table in result_tables(rows):
         report.table(table)
     for name, error in measured.failures.items():
@@ -281,18 +283,21 @@ def _settings(names: Sequence[str], readouts: Sequence[str], setup: Setup) -> di
     return settings
 
 
-@contextlib.contextmanager
-def _home(out: Path | None) -> Iterator[Path]:
-    """Yield the folder for logs and for a model with random weights."""
-    with tempfile.TemporaryDirectory(prefix="vllm_kl_bench_") as temporary:
-        if out is None:
-            yield Path(temporary)
-            return
-        home = out / "logs"
-        home.mkdir(parents=True, exist_ok=True)
-        for log in home.glob("*.log"):
-            log.unlink()
-        yield home
+def _log_folder(out: Path | None, temporary: Path) -> Path:
+    """Return the folder for the providers' logs, without those of an earlier run."""
+    if out is None:
+        return temporary
+    folder = out / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for log in folder.glob("*.log"):
+        log.unlink()
+    return folder
+
+
+def _console(*, is_error: bool) -> Console:
+    """Return the console; a file or a pipe gets lines that are wide enough for the tables."""
+    console = Console(stderr=is_error)
+    return console if console.is_terminal else Console(stderr=is_error, width=_WIDTH)
 
 
 @contextlib.contextmanager

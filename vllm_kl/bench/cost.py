@@ -18,11 +18,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one call with shared prompts costs at least."""
+    """What one call costs at least."""
 
     sequences: int
     fed_tokens: int
-    computed_tokens: int  # a prompt counts once
+    computed_tokens: int  # a prompt counts once, unless prompts are not shared
     scored_tokens: int
     flop: float | None  # None: the model's size is not known
     bytes: float | None
@@ -30,14 +30,16 @@ class Cost:
     bound: str  # "compute", "memory" or ""
 
 
-def cost_of(traffic: Traffic, size: Mapping[str, int] | None, dtype: str, limits: Any) -> Cost:
+def cost_of(
+    traffic: Traffic, size: Mapping[str, int] | None, dtype: str, limits: Any, *, share_prefix: bool = True
+) -> Cost:
     """Return the cost of one call. ``size`` and ``limits`` are what ``bench.truth`` tells."""
-    computed = traffic.computed_tokens
+    computed = traffic.computed_tokens if share_prefix else traffic.fed_tokens
     flop = size_bytes = least_s = None
     bound = ""
     if size is not None:
         flop = 2.0 * size["body"] * computed + 2.0 * size["head"] * traffic.scored_tokens
-        flop += 4.0 * size["layers"] * size["attention"] * _attended(traffic)
+        flop += 4.0 * size["layers"] * size["attention"] * _attended(traffic, share_prefix)
         size_bytes = _BYTES[dtype] * (size["parameters"] + float(size["layers"] * size["kv"] * computed))
         compute_s, memory_s = flop / limits.flop_per_s, size_bytes / limits.bytes_per_s
         least_s, bound = max((compute_s, "compute"), (memory_s, "memory"))
@@ -53,9 +55,10 @@ def cost_of(traffic: Traffic, size: Mapping[str, int] | None, dtype: str, limits
     )
 
 
-def _attended(traffic: Traffic) -> float:
+def _attended(traffic: Traffic, share_prefix: bool) -> float:
     """Return the pairs of a computed token and a token that it attends to."""
     return sum(
-        prompt * prompt / 2 + sum(prompt * response + response * response / 2 for response in responses)
+        (1 if share_prefix else len(responses)) * prompt * prompt / 2
+        + sum(prompt * response + response * response / 2 for response in responses)
         for prompt, responses in traffic.groups
     )

@@ -110,8 +110,6 @@ def save_random(shape: str, folder: Path, *, max_tokens: int, device: str = "cpu
     """
     import torch
 
-    from vllm_kl.demo.task import make_tokenizer
-
     sizes = sizes_of(shape)
     config = {"max_position_embeddings": max(8192, max_tokens), "initializer_range": 0.06}
     with torch.device(device):
@@ -125,3 +123,14 @@ def save_random(shape: str, folder: Path, *, max_tokens: int, device: str = "cpu
             model = _qwen2(**widths, **heads, **config)
         model.bfloat16().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+
+
+def make_tokenizer() -> Any:
+    """Return a tokenizer of two special tokens, for what asks for a tokenizer and is given token ids only."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    pad, end = "<|pad|>", "<|end|>"
+    backend = Tokenizer(WordLevel({pad: 0, end: 1}, unk_token=pad))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=end)

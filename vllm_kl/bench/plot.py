@@ -23,12 +23,12 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
     )
     lengths.legend(fontsize=8)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    names = [name for name in _names(rows) if name != "floor"]
+    names = [name for name in _names(rows) if name != "floor"] or ["floor"]
     for n, name in enumerate(names):
         of = {row["shape"]: row.get("fraction_of_floor") or 0 for row in rows if row["provider"] == name}
         places = [i + (n + 0.5) / len(names) * 0.8 - 0.4 for i in range(len(shapes))]
         floors.bar(places, [of.get(shape, 0) for shape in shapes], 0.8 / len(names), label=name)
-    floors.set_xticks(range(len(shapes)), shapes, fontsize=7)
+    floors.set_xticks(range(len(shapes)), shapes, fontsize=7, rotation=15)
     floors.axhline(1, color="gray", linewidth=0.8)
     floors.set_ylabel("fraction of the floor's speed")
     figure.savefig(path, dpi=120)
@@ -42,8 +42,11 @@ def _names(rows: Sequence[Row]) -> list[str]:
 def _throughput(axes: Any, rows: Sequence[Row], label: str, place: Callable[[Row], float]) -> None:
     for name in _names(rows):
         points = sorted((place(row), row["tok_per_s"]) for row in rows if row["provider"] == name)
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    axes.set_xscale("log", base=2)
+        axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.8, label=name)
+    axes.set_xscale("log")
+    ticks = sorted({place(row) for row in rows})
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_yscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("tokens fed per second")

@@ -23,6 +23,7 @@ from vllm_kl.bench.types import Provider, Setup
 from vllm_kl.errors import EngineError, VLLMKLError
 
 _LOG_LINES = 12  # of a provider that died
+_JOIN_S = 60.0
 
 
 class ProviderProcess:
@@ -35,8 +36,8 @@ class ProviderProcess:
         log_folder: an existing folder.
 
     Raises:
-        EngineError: the provider failed, or its process ended. The message holds the provider's error, or the
-            end of its log. All methods raise it.
+        VLLMKLError: the provider failed. An error of this package comes as it was raised; any other, and the
+            end of the process, is an EngineError with the error or the end of the log. All methods raise it.
     """
 
     def __init__(self, name: str, find: Callable[[], Provider], setup: Setup, log_folder: Path) -> None:
@@ -63,7 +64,7 @@ class ProviderProcess:
     def end(self) -> dict[str, int]:
         """End the process; return its peak memory and its peak GPU memory, in bytes; 0: not known."""
         peaks = self._ask("end")
-        self._process.join()
+        self._join()
         self._connection.close()
         return peaks
 
@@ -82,15 +83,22 @@ class ProviderProcess:
         try:
             error, answer = self._connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join()
+            self._join()
             status = self._process.exitcode
             raise EngineError(
                 f"its process ended with exit status {status}; its log ends with\n{self._tail()}"
             ) from None
         if error is not None:
-            self._process.join()
-            raise EngineError(error)
+            self._join()
+            raise error
         return answer
+
+    def _join(self) -> None:
+        """Wait for the end of the process, which has nothing to do; a library's thread may hold it."""
+        self._process.join(_JOIN_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
 
     def _tail(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
@@ -117,10 +125,10 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
     except (EOFError, KeyboardInterrupt):
         return  # the parent has ended
     except VLLMKLError as error:
-        connection.send((str(error), None))
+        connection.send((error, None))
     except Exception as error:  # a peer's errors are of any type
         traceback.print_exc()
-        connection.send((f"{type(error).__name__}: {error}", None))
+        connection.send((EngineError(f"{type(error).__name__}: {error}"), None))
 
 
 def _answer_to(question: tuple[Any, ...], running: Any, energy: EnergyMeter) -> Any:

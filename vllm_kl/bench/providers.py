@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vllm_kl.bench.floor import floor
+from vllm_kl.bench.models import make_tokenizer
 from vllm_kl.bench.types import Provider, Running, Setup
 from vllm_kl.errors import OptionError
 
@@ -81,8 +82,6 @@ def torchrl(setup: Setup) -> Iterator[Running]:
 def _tokenizer(setup: Setup) -> Any:
     """Return the model's tokenizer, or any: TorchRL wants one, and only token ids are scored."""
     from transformers import AutoTokenizer
-
-    from vllm_kl.demo.task import make_tokenizer
 
     try:
         return AutoTokenizer.from_pretrained(setup.model, **setup.loading)

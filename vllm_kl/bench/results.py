@@ -30,7 +30,7 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
     rows = []
     for traffic in plan.traffics:
         seconds = measured.seconds[traffic.name]
-        for name in [name for name in order if name in seconds and name not in measured.failures]:
+        for name in [name for name in order if name in seconds]:
             rows.append(_row(plan, measured, traffic, name) | common)
     return rows
 

@@ -26,7 +26,7 @@ from vllm_kl.bench.providers import PEERS, find
 from vllm_kl.bench.traffic import Traffic, usable_ids
 from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
-from vllm_kl.errors import EngineError, VLLMKLError
+from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
 
 _CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
 
@@ -41,6 +41,7 @@ class Plan:
     rounds: int
     peer_rounds: int
     log_folder: Path
+    are_asked_for: bool = True  # the providers; else those that are not available here are left out
 
 
 @dataclass(kw_only=True)
@@ -119,7 +120,8 @@ class Bench:
         self._measured.facts, self._setup = facts, dataclasses.replace(self._setup, dtype=facts["dtype"])
         self._ids = usable_ids(facts["vocab_size"], facts["special_ids"])
         for traffic in self._plan.traffics:
-            cost = cost_of(traffic, facts["size"], facts["dtype"], facts["limits"])
+            known = (facts["size"], facts["dtype"], facts["limits"])
+            cost = cost_of(traffic, *known, share_prefix=self._setup.share_prefix)
             self._measured.costs[traffic.name] = cost
             for by_shape in ("seconds", "joules", "errors", "told"):
                 getattr(self._measured, by_shape)[traffic.name] = {}
@@ -130,7 +132,7 @@ class Bench:
                 self._truth[traffic.name] = process.score(*self._few(traffic))
             facts["check"] = process.told()["check"]
             process.end()
-        except EngineError as error:
+        except VLLMKLError as error:
             self._truth.clear()
             process.kill()
             self._on_line(f"the log-probs are NOT checked: {error}")
@@ -156,8 +158,11 @@ class Bench:
         try:
             work()
         except VLLMKLError as error:
-            self._on_line(f"{name} failed: {error}")
-            self._measured.failures[name] = str(error)
+            if isinstance(error, ReadoutUnavailableError) and not self._plan.are_asked_for:
+                self._on_line(f"{name} is left out: {error}")
+            else:
+                self._on_line(f"{name} failed: {error}")
+                self._measured.failures[name] = str(error)
             if (process := self._running.pop(name, None)) is not None:
                 process.kill()
 

@@ -30,7 +30,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "s p80": _number("s_p80", ".3g"),
     "tokens/s fed": _number("tok_per_s", ",.0f"),
     "computed": _number("computed_tok_per_s", ",.0f"),
-    "TFLOP/s": _number("flop_per_s", ",.2f", 1e12),
+    "TFLOP/s": _number("flop_per_s", ",.3g", 1e12),
     "MFU": _number("mfu", ".2f"),
     "tokens/J": _number("tok_per_joule", ",.0f"),
     "times TorchRL": _number("ratio_to_torchrl", ".2f"),
@@ -46,14 +46,19 @@ _MEMORY: dict[str, Callable[[Row], str]] = {
 def result_tables(rows: Sequence[Row]) -> list[Table]:
     """Return one table for each shape, and one of the peak memory."""
     tables = [
-        _table(_title(shape), _COLUMNS, [row for row in rows if row["shape"] == shape])
+        _table(title_of(shape), _COLUMNS, [row for row in rows if row["shape"] == shape])
         for shape in dict.fromkeys(row["shape"] for row in rows)
     ]
     last = {row["provider"]: row for row in rows if row.get("peak_bytes") or row.get("gpu_peak_bytes")}
     return [*tables, _table("peak memory", _MEMORY, list(last.values()))] if last else tables
 
 
-def _title(shape: str) -> str:
+def title_of(shape: str) -> str:
+    """Return the title of a shape's table.
+
+    >>> title_of("256,128,8")
+    'P=256 R=128 G=8'
+    """
     parts = shape.split(",")
     return "P={} R={} G={}".format(*parts) if len(parts) == 3 else shape
 
