@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from vllm_kl.types import ScoreRequest, ScoreResult
 
 
@@ -49,28 +46,3 @@ def _key(request: ScoreRequest) -> tuple[Any, ...]:
     ids = b"" if request.ids is None else request.ids.tobytes()
     asked = (request.temperature, request.top_k, request.entropy)
     return request.token_ids.tobytes(), request.start, *asked, ids
-
-
-def shared_tokens(sequences: Sequence[tuple[npt.NDArray[Any], int]]) -> int:
-    """Return how many tokens of sequences with their starts need not be computed, in one call.
-
-    >>> a, b = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])
-    >>> shared_tokens([(a, 3), (b, 3), (a, 3)])  # b shares 2 of its tokens: token 2 predicts token 3
-    6
-    """
-    # As plan() orders them: by the bytes of the ids.
-    ordered = sorted((np.asarray(ids, np.int32).tobytes(), start) for ids, start in sequences)
-    shared, last = 0, np.empty(0, np.int32)
-    seen: set[tuple[bytes, int]] = set()
-    for content, start in ordered:
-        ids = np.frombuffer(content, np.int32)
-        if (content, start) in seen:
-            shared += len(ids)
-            continue
-        seen.add((content, start))
-        num = min(len(ids), len(last))
-        differs = np.flatnonzero(ids[:num] != last[:num])
-        common = int(differs[0]) if len(differs) else num
-        shared += min(common, max(0, start - 1))
-        last = ids
-    return shared

@@ -32,6 +32,7 @@ def run(ref_path, tmp_path_factory):
     return out, done
 
 
+@pytest.mark.timeout(600)
 class TestRun:
     def test_the_last_line_is_json_with_the_promised_fields(self, run):
         figures = json.loads(run[1].stdout.splitlines()[-1])

@@ -19,6 +19,7 @@ from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
 from vllm_kl.bench.truth import Limits, truth
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError
+from vllm_kl.offline.dry_run import shared_tokens
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -91,8 +92,9 @@ class TestTraffic:
         traffic = Traffic(name="t", groups=((10, (4, 1, 6)), (3, (2,))))
         assert traffic.fed_tokens == 30 + 11 + 5
         assert traffic.scored_tokens == 13
-        # Each sibling computes the prompt's last token again: its row predicts the first scored token.
         assert traffic.computed_tokens == 10 + 11 + 2 * 1 + 5
+        drawn = list(zip(*traffic.draw(usable_ids(5000, [0]), 0), strict=True))
+        assert traffic.computed_tokens == traffic.fed_tokens - shared_tokens(drawn)
 
     def test_a_file_of_lengths_is_one_call_and_a_wrong_line_is_named(self, tmp_path):
         file = tmp_path / "lengths.jsonl"

@@ -259,9 +259,7 @@ def _check_of_ours(
 ) -> None:
     given = {"--readouts": readouts, "--no-share": no_share, "--replicas": replicas > 1}
     if "ours" not in names and (useless := [option for option, value in given.items() if value]):
-        raise OptionError(
-            f"{useless[0]} has an effect on the provider ours only, which is not among --providers"
-        )
+        raise OptionError(f"{useless[0]} has no effect without the provider ours among --providers")
     for readout in readouts or ():
         if readout not in _READOUTS:
             raise OptionError(f"--readouts {readout!r}: expected {', '.join(_READOUTS)}")

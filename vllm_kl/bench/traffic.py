@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.plan import shared_tokens
 
 Sequences = list[np.ndarray]
 _CHECKED_TOKENS = 256  # of each response, because the check in float64 holds their logits
@@ -42,9 +41,11 @@ class Traffic:
 
     @property
     def computed_tokens(self) -> int:
-        """The tokens that must be computed where prompts are shared."""
-        sequences, starts = self.draw(np.arange(1 << 20), seed=0)
-        return self.fed_tokens - shared_tokens(list(zip(sequences, starts, strict=True)))
+        """The tokens that must be computed where prompts are shared.
+
+        A sibling computes the last token of the prompt again: its row predicts the first scored token.
+        """
+        return self.fed_tokens - sum((len(responses) - 1) * (prompt - 1) for prompt, responses in self.groups)
 
     @property
     def longest(self) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from vllm_kl.offline.cluster import Resources, connected
@@ -18,7 +20,6 @@ from vllm_kl.offline.columns import IDS, MASKS, STARTS, layout_of
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
 from vllm_kl.offline.rows import ReadRows
 from vllm_kl.offline.score_files import Files, plain_errors, plan, read
-from vllm_kl.plan import shared_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +73,28 @@ def _count(table: pa.Table, error: str) -> pa.Table:
         "shared_tokens": shared_tokens(sequences),
     }
     return pa.table({name: [count] for name, count in counts.items()})
+
+
+def shared_tokens(sequences: Sequence[tuple[np.ndarray, int]]) -> int:
+    """Return how many tokens of sequences with their starts need not be computed, in one call.
+
+    >>> a, b = np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5])
+    >>> shared_tokens([(a, 3), (b, 3), (a, 3)])  # b shares 2 of its tokens: token 2 predicts token 3
+    6
+    """
+    # As vllm_kl.plan orders them: by the bytes of the ids.
+    ordered = sorted((np.asarray(ids, np.int32).tobytes(), start) for ids, start in sequences)
+    shared, last = 0, np.empty(0, np.int32)
+    seen: set[tuple[bytes, int]] = set()
+    for content, start in ordered:
+        ids = np.frombuffer(content, np.int32)
+        if (content, start) in seen:
+            shared += len(ids)
+            continue
+        seen.add((content, start))
+        num = min(len(ids), len(last))
+        differs = np.flatnonzero(ids[:num] != last[:num])
+        common = int(differs[0]) if len(differs) else num
+        shared += min(common, max(0, start - 1))
+        last = ids
+    return shared
