@@ -241,7 +241,6 @@ def _setup(
     if "dtype" in options:
         raise OptionError("--engine dtype=...: give --dtype, which all providers take")
     longest = max(one.longest for one in traffics)
-    options.setdefault("max_model_len", max(256, longest + 1))  # + 1: generate() samples a token
     device = "cuda" if on_a_gpu() else "cpu"
     return Setup(
         model=str(model), dtype=dtype, device=device, engine=options, shape=shape, max_tokens=longest

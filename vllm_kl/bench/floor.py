@@ -24,9 +24,8 @@ def floor(setup: Setup) -> Iterator[Running]:
     from vllm_kl.engines.start_engine import start as start_engine
     from vllm_kl.types import ScoreRequest
 
-    driver: Any = start_engine(
-        model=setup.model, readout="pooling", options={"dtype": setup.dtype, **setup.engine}
-    )
+    options = setup.engine_options(generates=False)
+    driver: Any = start_engine(model=setup.model, readout="pooling", options=options)
     model = driver._core.engine_core.model_executor.driver_worker.worker.get_model()
     head = model.pooler._head
     weight = head.lm_head.weight[: head.num_tokens]

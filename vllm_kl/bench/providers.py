@@ -23,7 +23,7 @@ def ours(setup: Setup) -> Iterator[Running]:
     """``VLLMScorer``, with an engine of its own, or replicas."""
     from vllm_kl import VLLMScorer
 
-    options = {"dtype": setup.dtype, **setup.engine}
+    options = setup.engine_options(generates=setup.readout not in ("auto", "pooling"))
     if setup.replicas > 1:
         options["replicas"] = setup.replicas
     choices = {"readout": setup.readout, "share_prefix": setup.share_prefix}
@@ -44,10 +44,11 @@ def _shared_llm(setup: Setup) -> Any:
     import vllm
 
     # 2,048: vLLM holds the logits of all prompt tokens of a step.
-    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048, **setup.engine}
+    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048}
+    settings |= setup.engine_options(generates=True)
     if setup.device == "cpu":
         settings.setdefault("kv_cache_memory_bytes", 512 << 20)
-    llm = vllm.LLM(setup.model, dtype=setup.dtype, **settings)
+    llm = vllm.LLM(setup.model, **settings)
     generate = llm.generate
     llm.generate = lambda *a, **k: generate(*a, **{"use_tqdm": False, **k})
     return llm

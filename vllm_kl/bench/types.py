@@ -28,6 +28,10 @@ class Setup:
     shape: str | None = None  # of a model with random weights, which is to be saved at ``model``
     max_tokens: int = 0  # the longest sequence
 
+    def engine_options(self, *, generates: bool) -> dict[str, Any]:
+        """Return the options of an engine of vLLM. One that generates samples a token after each sequence."""
+        return {"max_model_len": self.max_tokens + generates, "dtype": self.dtype, **self.engine}
+
     @property
     def loading(self) -> dict[str, Any]:
         """The options of vLLM that transformers takes, too."""
