@@ -151,6 +151,13 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
         assert plans[-1].providers["ours[flat]"].readout == "flat"
 
 
+def test_an_installation_of_the_client_alone_is_told_what_is_missing(invoke, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = invoke("bench", "--shape", "tiny", "--providers", "ours")
+    assert done.exit_code == 2
+    assert "needs torch and transformers and vllm: pip install 'vllm-kl[gpu]'" in done.stderr
+
+
 def test_the_command_is_there_without_torch_vllm_or_ray():
     """An installation of the client alone has the command, and its help."""
     code = (

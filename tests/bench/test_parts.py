@@ -16,9 +16,9 @@ from vllm_kl.bench.cost import cost_of
 from vllm_kl.bench.meters import EnergyMeter
 from vllm_kl.bench.results import read_rows
 from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
-from vllm_kl.bench.truth import Limits, truth
+from vllm_kl.bench.truth import Limits, _widest, truth
 from vllm_kl.bench.types import Setup
-from vllm_kl.errors import InputError, MissingLogProbError, OptionError
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
 from vllm_kl.offline.dry_run import shared_tokens
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -130,6 +130,19 @@ def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     assert cost_of(traffic, None, "bfloat16", limits).flop is None
 
 
+@pytest.mark.parametrize(
+    ("free_gb", "expected"), [(12, "float64"), (6, "float32"), (3, "bfloat16"), (2, "takes 2 GiB")]
+)
+def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected, monkeypatch):
+    monkeypatch.setattr("vllm_kl.bench.truth._free_bytes", lambda device: free_gb * 10**9)
+    setup = Setup(model="m", dtype="bfloat16", device="cpu")
+    if expected.startswith("takes"):
+        with pytest.raises(VLLMKLError, match=expected):
+            _widest(setup, "bfloat16", {"parameters": 10**9})
+    else:
+        assert _widest(setup, "bfloat16", {"parameters": 10**9}) == expected
+
+
 def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_path):
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
@@ -169,6 +182,11 @@ class TestCompare:
         (one,) = compare([row(), row("floor")], after, tolerance=0.1, figure="tok_per_s")
         assert one.is_worse
         assert told in one.message
+
+    @pytest.mark.parametrize("name", ["parameters", "dtype", "fed_tokens", "share_prefix"])
+    def test_runs_of_different_things_are_refused(self, name):
+        with pytest.raises(OptionError, match=f"{name} is 1 in the first run and 2"):
+            compare([row(**{name: 1})], [row(**{name: 2})], tolerance=0.1, figure="tok_per_s")
 
     def test_seconds_of_two_machines_are_not_compared(self):
         assert figure_for([row()], [row()]) == "tok_per_s"

@@ -132,6 +132,7 @@ def measure(
         setup = _setup(model, shape, dtype, engine, traffics, Path(home))
         names = _provider_names(providers, setup.device)
         _check_of_ours(names, readouts, no_share, replicas)
+        _check_installed()
         setup = dataclasses.replace(setup, share_prefix=not no_share, replicas=replicas)
         plan = Plan(
             setup=setup,
@@ -262,6 +263,14 @@ def _check_of_ours(
     for readout in readouts or ():
         if readout not in _READOUTS:
             raise OptionError(f"--readouts {readout!r}: expected {', '.join(_READOUTS)}")
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("torch", "transformers", "vllm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"vllm-kl bench needs {' and '.join(missing)}: pip install 'vllm-kl[gpu]', or 'vllm-kl[cpu]'"
+        )
 
 
 def _settings(names: Sequence[str], readouts: Sequence[str], setup: Setup) -> dict[str, Setup]:

@@ -47,8 +47,9 @@ def compare(
         tolerance: a figure may be smaller by this share: 0.1 allows 0.9 of it.
 
     Raises:
-        OptionError: the first run has no row with this figure.
+        OptionError: the first run has no row with this figure, or the runs measured different things.
     """
+    _check_same(before, after)
     then = {(row["provider"], row["shape"]): row for row in after}
     pairs = [
         (row, then.get((row["provider"], row["shape"])))
@@ -59,6 +60,20 @@ def compare(
         needed = {"ratio_to_torchrl": "torchrl", "fraction_of_floor": "floor"}.get(figure, "ours")
         raise OptionError(f"the first run has no {figure}: run it with --providers ours {needed}")
     return [_difference(old, new, tolerance, figure) for old, new in pairs]
+
+
+def _check_same(before: Sequence[Row], after: Sequence[Row]) -> None:
+    """Refuse runs of other models, types or lengths: a row of one says nothing about a row of the other."""
+    then = {(row["provider"], row["shape"]): row for row in after}
+    for row in before:
+        other = then.get((row["provider"], row["shape"]), {})
+        for name in ("parameters", "dtype", "fed_tokens", "share_prefix"):
+            given = row.get(name), other.get(name)
+            if None not in given and given[0] != given[1]:
+                raise OptionError(
+                    f"{row['provider']}, {row['shape']}: {name} is {given[0]} in the first run and "
+                    f"{given[1]} in the second: compare runs of the same model and options"
+                )
 
 
 def _difference(old: Row, new: Row | None, tolerance: float, figure: Figure) -> Difference:

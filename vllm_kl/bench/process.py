@@ -71,7 +71,7 @@ class ProviderProcess:
     def kill(self) -> None:
         """End the process at once, whatever it does."""
         self._process.terminate()  # an engine of its own ends with it
-        self._process.join()
+        self._join()
         self._connection.close()
 
     def _ask(self, *question: Any) -> Any:
