@@ -84,7 +84,7 @@ class Bench:
         self._running: dict[str, ProviderProcess] = {}
 
     def run(self) -> Measured:
-        """Return what was measured. No process is left, whatever happens.
+        """Return what was measured, also after Ctrl-C. No process is left, whatever happens.
 
         Raises:
             VLLMKLError: there is no such model.
@@ -101,6 +101,10 @@ class Bench:
                     self._measure(traffic, together)
                 for name in list(self._running):
                     self._attempt(name, functools.partial(self._end, name))
+        except KeyboardInterrupt:
+            if not any(self._measured.seconds.values()):
+                raise
+            self._measured.failures["the run"] = "stopped by Ctrl-C; what was measured before is kept"
         finally:
             for process in self._running.values():
                 process.kill()
