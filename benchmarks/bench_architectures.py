@@ -30,10 +30,10 @@ if not Path("/dev/nvidiactl").exists():
 
 import numpy as np
 import torch
-from common import Report, machine_line, make_table
 
 from tests import tiny
 from tests.engines.test_architectures import REQUESTS, Run, log_probs_in_float64, run_engine
+from vllm_kl.bench.report import Report, machine_line, make_table
 
 NAMES = list(tiny.ARCHITECTURES)
 # In nats. The first allows for the GPU's other kernels without TF32, the second for two layers in 16 bits.

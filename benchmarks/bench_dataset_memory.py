@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 import psutil
-from common import Report, make_table
+
+from vllm_kl.bench.report import Report, make_table
 
 ENGINE = ("dtype=float32", "max_model_len=1024", "kv_cache_memory_bytes=67108864", "enforce_eager=true")
 COUNTED = ("driver", "actor", "workers")

@@ -22,12 +22,12 @@ import random
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
-from common import Report, machine_line, make_table
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from vllm_kl import VLLMScorer, kl_estimate
+from vllm_kl.bench.report import Report, machine_line, make_table
 from vllm_kl.demo.task import make_problem, make_tokenizer
 from vllm_kl.demo.train import checkpoints
 from vllm_kl.kl import TOKEN_ESTIMATORS

@@ -37,11 +37,12 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR"
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
-import models
 import numpy as np
 import psutil
 import torch
-from common import Report, machine_line, make_table
+
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table
 
 VOCAB = 32_000
 PROMPT, RESPONSE, GROUP, NUM_PROMPTS = 256, 32, 8, 2

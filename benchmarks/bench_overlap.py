@@ -39,10 +39,8 @@ os.environ.update(
     RL_LOGGING_LEVEL="ERROR",
 )
 
-import models
 import torch
 import vllm
-from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
 from tensordict import TensorDict, lazy_stack, set_list_to_stack
 from torch.utils.data import DataLoader
@@ -54,6 +52,8 @@ from torchrl.modules.llm import vLLMWrapper
 from transformers import AutoModelForCausalLM
 
 from vllm_kl import RetrieveKL, VLLMReference, fill_deferred
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from vllm_kl.demo.task import make_tokenizer
 
 CORES = sorted(os.sched_getaffinity(0))

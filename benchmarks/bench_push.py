@@ -39,10 +39,11 @@ os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION=
 if not Path("/dev/nvidiactl").exists():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
-import models
 import torch
-from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
 from rich.table import Table
+
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, p20_p50_p80
 
 # All with tied embeddings.
 SIZES = {"5M": models.size_5m, "168M": models.size_168m, "494M": models.qwen25_05b}

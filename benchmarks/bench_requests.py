@@ -26,10 +26,8 @@ from pathlib import Path
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", TORCH_COMPILE_DISABLE="1")
 os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1")
 
-import models
 import numpy as np
 import vllm
-from common import Report, machine_line, make_table, median_ratio
 from vllm.inputs import TokensPrompt
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -37,6 +35,8 @@ from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_kl import VLLMScorer, plugin
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.pooling import PoolingEngine
 from vllm_kl.engines.start_engine import start as start_engine

@@ -29,9 +29,10 @@ from pathlib import Path
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import models
 import numpy as np
-from common import Report, machine_line, make_table
+
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table
 
 VOCAB = 8_192
 OPTIONS = {"dtype": "float32", "max_model_len": 2048, "kv_cache_memory_bytes": 512 << 20}

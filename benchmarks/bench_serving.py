@@ -34,10 +34,11 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", VLLM_LOG
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import httpx
-import models
 import numpy as np
 import torch
-from common import Report, machine_line, make_table, median_ratio, p20_p50_p80
+
+from vllm_kl.bench import models
+from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, p20_p50_p80
 
 MODELS = {"tiny": models.tiny, "5M": models.size_5m, "96M": models.size_96m}
 GROUP, PROMPT, RESPONSE = 8, 256, 128

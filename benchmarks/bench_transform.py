@@ -26,13 +26,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
-from common import Report, machine_line, make_table
 from tensordict import TensorDict, TensorDictBase, lazy_stack, set_list_to_stack
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.envs.llm.transforms import KLComputation as TorchRLKLComputation
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from vllm_kl import KLComputation, RetrieveKL, VLLMReference, VLLMScorer
+from vllm_kl.bench.report import Report, machine_line, make_table
 from vllm_kl.types import EngineInfo, ScoreResult
 
 VOCAB_SIZE = 4096

@@ -6,8 +6,8 @@
 
     tests           pytest -m gpu
     architectures   bench_architectures.py: float32 and bfloat16 against float64
-    readout-0.5B    bench_readout.py: ours, TorchRL's way, vLLM's flat way, transformers, TRL's fused head if
-    readout-7B      installed, and the floor of prefill; with peak memory
+    readout-0.5B    vllm-kl bench: ours, TorchRL's way, vLLM's own, transformers, TRL's fused head and SGLang
+    readout-7B      if they are installed, and the floor of prefill; with peak memory
 
 Each part runs as its own command. If a part fails or takes longer than --timeout, the file gets the end of
 its log, the next part starts, and the exit status becomes 1. The file is written anew after every part.
@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common import as_markdown, machine, make_table, on_a_gpu
 from rich.markup import escape
+
+from vllm_kl.bench.report import as_markdown, machine, make_table, on_a_gpu
 
 ROOT = Path(__file__).parents[1]
 _MOST_LINES = 30  # lines of a failed part's log
@@ -38,33 +39,20 @@ def commands(small: bool) -> dict[str, list[str]]:
     """Return names and commands of the parts, without the option that names the output file."""
     script = lambda name: [sys.executable, str(ROOT / "benchmarks" / name)]  # noqa: E731
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    bench = [sys.executable, "-c", "from vllm_kl.cli import main; main()", "bench", "--shape"]
     if small:
-        few = [
-            "--providers",
-            "ours",
-            "flat",
-            "transformers",
-            "floor",
-            "--sequences",
-            "8",
-            "--rounds",
-            "2",
-            "--peer-rounds",
-            "2",
-        ]
+        few = ["--providers", "ours", "flat", "transformers", "floor", "--sequences", "8"]
+        rounds = ["--rounds", "2", "--peer-rounds", "2"]
         return {
             "tests": [*tests, "tests/test_gpu.py"],
             "architectures": [*script("bench_architectures.py"), "--names", "llama"],
-            "readout-tiny": [*script("bench_readout.py"), "--model", "tiny", "--shapes", "64x16x4", *few],
+            "readout-tiny": [*bench, "tiny", "--shapes", "64,16,4", *few, *rounds],
         }
-    shapes = ["--shapes", "1024x1024x16", "4096x512x8"]
+    shapes = ["--shapes", "1024,1024,16", "4096,512,8", "--readouts", "auto", "flat"]
     return {
         "tests": [*tests, "tests"],
         "architectures": script("bench_architectures.py"),
-        **{
-            f"readout-{model}": [*script("bench_readout.py"), "--model", model, *shapes]
-            for model in ("0.5B", "7B")
-        },
+        **{f"readout-{model}": [*bench, model, *shapes] for model in ("0.5B", "7B")},
     }
 
 
@@ -82,6 +70,9 @@ def run(name: str, command: list[str], folder: Path, timeout_s: float) -> Outcom
     tables, log = folder / f"{name}.md", folder / f"{name}.log"
     is_pytest = "pytest" in command
     target = [f"--junitxml={tables}"] if is_pytest else ["--markdown", str(tables)]
+    if "bench" in command:
+        tables = folder / name / "bench.md"
+        target = ["--out", str(tables.parent)]
     began = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as file:

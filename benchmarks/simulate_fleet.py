@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
-from common import Report, machine_line, make_table
 
+from vllm_kl.bench.report import Report, machine_line, make_table
 from vllm_kl.routing.affinity import choose
 
 SYSTEM = -1  # the key of the common system prompt in a cache; dialogs have their numbers

@@ -16,7 +16,7 @@ import vllm_kl
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.joinpath("vllm_kl").rglob("*.py"))
-APPS = {"demo", "view", "cli", "doctor"}
+APPS = {"bench", "demo", "view", "cli", "doctor"}
 
 
 @cache

@@ -105,6 +105,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 def test_the_installed_wheel_works_from_an_empty_folder(python, tmp_path):
     command = python.parent / "vllm-kl"
     assert "serve" in run(command, "--help", cwd=tmp_path)
+    assert "--lengths" in run(command, "bench", "--help", cwd=tmp_path)
     assert run(command, "--version", cwd=tmp_path).startswith(f"vllm-kl {vllm_kl.__version__}\n")
     report = json.loads(run(command, "doctor", "--json", cwd=tmp_path).splitlines()[-1])
     assert report["ok"], report

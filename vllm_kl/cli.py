@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from vllm_kl import __version__
+from vllm_kl.bench.command import bench
 from vllm_kl.errors import OptionError, VLLMKLError
 from vllm_kl.offline.command import score
 from vllm_kl.quiet import quiet_demo
@@ -204,6 +205,7 @@ def _read_scored(folder: Path) -> list[Sample]:
 
 
 app.command()(score)
+app.add_typer(bench, name="bench")
 app.command()(serve)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -22,6 +23,16 @@ _DEMO = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "RL_LOGGING_LEVEL": "ERROR",
 }
+_BENCH = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RL_LOGGING_LEVEL": "ERROR",
+}
+_BENCH_ON_CPU = {
+    "TORCH_COMPILE_DISABLE": "1",  # vLLM's rank count, which peers need, compiles for 20 s
+    "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for all providers, as in an owned engine's process
+}
 
 
 def quiet_ray() -> None:
@@ -32,6 +43,14 @@ def quiet_ray() -> None:
 def quiet_demo() -> None:
     """Keep vLLM, torch and TorchRL from printing into the demo's output. The engine runs in this process."""
     _set(_DEMO)
+
+
+def quiet_bench() -> None:
+    """Keep libraries from printing, in this process and those of the providers."""
+    quiet_ray()
+    _set(_BENCH)
+    if not Path("/dev/nvidiactl").exists():
+        _set(_BENCH_ON_CPU)
 
 
 def _set(defaults: Mapping[str, str]) -> None:

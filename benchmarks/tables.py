@@ -1,0 +1,116 @@
+"""Writes the tables of README.md and benchmarks/README.md from the files of results in benchmarks/results/.
+
+    python benchmarks/tables.py            # writes the tables anew
+    python benchmarks/tables.py --check    # exit status 1 if a table is not that of its file
+
+A table stands between two comments, each at the end of a line; the first names its file and its kind:
+
+    Some text. <!-- results: readout-zen3.jsonl, floor -->
+
+    | the table | ... and what is written here is replaced. <!-- end of results -->
+
+whole: all providers and columns of each shape. headline: times as fast as the other ways. floor: ours and the
+floor. A file is ``results.jsonl`` of ``vllm-kl bench --out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_kl.bench.report import as_markdown, make_table
+from vllm_kl.bench.results import read_rows
+from vllm_kl.bench.tables import result_tables, title_of
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+_BLOCK = re.compile(r"(<!-- results: (\S+), (\w+) -->\n\n).*?( <!-- end of results -->)", flags=re.S)
+Rows = Sequence[dict[str, Any]]
+
+
+def whole(rows: Rows) -> str:
+    return "\n".join(map(as_markdown, result_tables(rows))) + "\n" + _wrapped(_origin(rows))
+
+
+def headline(rows: Rows) -> str:
+    names = {"torchrl": "TorchRL's `vLLMWrapper`", "transformers": "transformers, padded"}
+    table = make_table(
+        "", "", *(f"times as fast as {name}" for name in names.values()), "of the floor's speed"
+    )
+    for row in _ours(rows):
+        ratios = (row["ratios"][name] for name in names)
+        table.add_row(
+            title_of(row["shape"]),
+            *(_two_digits(ratio) for ratio in ratios),
+            f"{row['fraction_of_floor']:.2f}",
+        )
+    errors = [row["max_abs_err"] for row in rows if row["max_abs_err"] is not None]
+    told = f"{_origin(rows)}. Errors of all ways: at most {min(errors):.2f} to {max(errors):.2f} nats."
+    return f"{as_markdown(table)}\n{_wrapped(told)}"
+
+
+def floor(rows: Rows) -> str:
+    floors = {row["shape"]: row for row in rows if row["provider"] == "floor"}
+    table = make_table("", "", "ours, s", "floor, s", "of the floor (median of pairs)")
+    for row in _ours(rows):
+        cells = (row["s_p50"], floors[row["shape"]]["s_p50"], row["fraction_of_floor"])
+        table.add_row(title_of(row["shape"]), *(f"{cell:.2f}" for cell in cells))
+    return f"{as_markdown(table)}\n{_wrapped(_origin(rows))}"
+
+
+KINDS: dict[str, Callable[[Rows], str]] = {"whole": whole, "headline": headline, "floor": floor}
+
+
+def _ours(rows: Rows) -> Rows:
+    return [row for row in rows if row["provider"] == "ours"]
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
+def _origin(rows: Rows) -> str:
+    """Return when, where and with what the rows were measured."""
+    row = rows[0]
+    versions = [f"{name} {version}" for name, version in row["versions"].items()]
+    where = [row["date"], *row["hardware"].values(), *versions, f"commit {row['commit']}"]
+    rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
+    return f"{', '.join(where)}; {row['dtype']}, {row['sequences']} sequences, {rounds}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=115, break_long_words=False, break_on_hyphens=False)
+
+
+def with_tables(text: str) -> str:
+    """Return a page with every table made anew from its file."""
+
+    def made(block: re.Match[str]) -> str:
+        rows = read_rows(ROOT / "benchmarks" / "results" / block[2])
+        return f"{block[1]}{KINDS[block[3]](rows)}{block[4]}"
+
+    return _BLOCK.sub(made, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    stale = [page for page in PAGES if with_tables(page.read_text()) != page.read_text()]
+    for page in stale:
+        if args.check:
+            print(f"{page.relative_to(ROOT)}: a table is not that of its file: python benchmarks/tables.py")
+        else:
+            page.write_text(with_tables(page.read_text()))
+    sys.exit(bool(args.check and stale))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What the benchmark is made of: lengths, costs, the check, energy, the comparison, the tables of pages."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_kl.bench.check import check
+from vllm_kl.bench.command import WORSE
+from vllm_kl.bench.compare import compare, figure_for
+from vllm_kl.bench.cost import cost_of
+from vllm_kl.bench.meters import EnergyMeter
+from vllm_kl.bench.results import read_rows
+from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
+from vllm_kl.bench.truth import Limits, _widest, truth
+from vllm_kl.bench.types import Setup
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
+from vllm_kl.offline.dry_run import shared_tokens
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module", params=[0.12, 0.01])
+def scored(request, tmp_path_factory):
+    """Log-probs of a model with large or with tiny logits, and those of all of its positions."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        initializer_range=request.param,
+    )
+    path = tmp_path_factory.mktemp("model")
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    (running,) = truth(Setup(model=str(path), dtype="auto", device="cpu"))
+    sequences, starts = from_shape("20,30,2", 2).draw(usable_ids(300, [0]), 1)
+    all_of = [row.numpy() for row in running.score(sequences, [1, 1])]
+    right = [row.numpy() for row in running.score(sequences, starts)]
+    assert running.told()["check"] == "float64"
+    return all_of, right
+
+
+class TestCheck:
+    """A provider that reads other rows, or has a sign wrong, is not timed, however flat the model is."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_the_models_own_log_probs_pass(self, scored, dtype):
+        _, right = scored
+        assert check([row.astype(np.float32) for row in right], right, dtype) < 1e-6
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("shift", [-1, 1])
+    def test_log_probs_one_place_beside_their_own_are_refused(self, scored, dtype, shift):
+        all_of, right = scored
+        moved = [np.roll(row, shift)[19:] for row in all_of]
+        with pytest.raises(MissingLogProbError, match="not timed"):
+            check(moved, right, dtype)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_wrong_sign_is_refused(self, scored, dtype):
+        with pytest.raises(MissingLogProbError, match="not timed"):
+            check([-row for row in scored[1]], scored[1], dtype)
+
+    def test_a_missing_row_and_nan_are_refused(self, scored):
+        _, right = scored
+        with pytest.raises(MissingLogProbError, match="shapes"):
+            check([row[1:] for row in right], right, "float32")
+        with pytest.raises(MissingLogProbError, match="2 of 60 log-probs are not finite"):
+            check([np.where(np.arange(len(row)) == 3, np.nan, row) for row in right], right, "float32")
+
+
+class TestTraffic:
+    def test_sequences_of_a_group_share_their_prompt_and_nothing_else(self):
+        traffic = from_shape("5,3,2", 3)
+        sequences, starts = traffic.draw(usable_ids(1000, [7, 9]), 0)
+        assert (len(sequences), starts, traffic.longest) == (4, [5] * 4, 8)
+        assert (sequences[0][:5] == sequences[1][:5]).all()
+        assert (sequences[0][:5] != sequences[2][:5]).any()
+        assert not np.isin(sequences, [7, 9]).any()
+
+    def test_counts_are_those_of_plain_loops(self):
+        traffic = Traffic(name="t", groups=((10, (4, 1, 6)), (3, (2,))))
+        assert traffic.fed_tokens == 30 + 11 + 5
+        assert traffic.scored_tokens == 13
+        assert traffic.computed_tokens == 10 + 11 + 2 * 1 + 5
+        drawn = list(zip(*traffic.draw(usable_ids(5000, [0]), 0), strict=True))
+        assert traffic.computed_tokens == traffic.fed_tokens - shared_tokens(drawn)
+
+    def test_a_file_of_lengths_is_one_call_and_a_wrong_line_is_named(self, tmp_path):
+        file = tmp_path / "lengths.jsonl"
+        file.write_text('{"prompt": 5, "responses": [2, 3]}\n\n{"prompt": 4, "responses": [1]}\n')
+        assert from_file(file).groups == ((5, (2, 3)), (4, (1,)))
+        for line in (
+            '{"prompt": 5}',
+            '{"prompt": 0, "responses": [1]}',
+            '{"prompt": 5, "responses": []}',
+            "5",
+            "{",
+        ):
+            file.write_text(f'{{"prompt": 5, "responses": [2]}}\n{line}\n')
+            with pytest.raises(InputError, match="line 2: got"):
+                from_file(file)
+        file.write_text("\n")
+        with pytest.raises(OptionError, match="empty"):
+            from_file(file)
+
+
+def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
+    size = {"parameters": 100, "body": 50, "head": 30, "layers": 2, "attention": 8, "kv": 4}
+    traffic = Traffic(name="t", groups=((10, (4, 4)),))
+    limits = Limits(1e3, 1e9, None)
+    shared = cost_of(traffic, size, "bfloat16", limits)
+    attended = 10 * 10 / 2 + 2 * (10 * 4 + 4 * 4 / 2)
+    assert shared.flop == 2 * 50 * 19 + 2 * 30 * 8 + 4 * 2 * 8 * attended
+    assert shared.bytes == 2 * (100 + 2 * 4 * 19)
+    assert (shared.bound, shared.least_s) == ("compute", shared.flop / 1e3)
+    alone = cost_of(traffic, size, "bfloat16", limits, share_prefix=False)
+    assert (shared.computed_tokens, alone.computed_tokens) == (19, 28)
+    assert alone.flop - shared.flop == 2 * 50 * 9 + 4 * 2 * 8 * 50
+    assert cost_of(traffic, None, "bfloat16", limits).flop is None
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "expected"), [(12, "float64"), (6, "float32"), (3, "bfloat16"), (2, "takes 2 GiB")]
+)
+def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected, monkeypatch):
+    monkeypatch.setattr("vllm_kl.bench.truth._free_bytes", lambda device: free_gb * 10**9)
+    setup = Setup(model="m", dtype="bfloat16", device="cpu")
+    if expected.startswith("takes"):
+        with pytest.raises(VLLMKLError, match=expected):
+            _widest(setup, "bfloat16", {"parameters": 10**9})
+    else:
+        assert _widest(setup, "bfloat16", {"parameters": 10**9}) == expected
+
+
+def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_path):
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    zone.joinpath("max_energy_range_uj").write_text("10000000\n")
+    counter = zone / "energy_uj"
+    counter.write_text("9000000\n")
+    meter = EnergyMeter(tmp_path)
+    counter.write_text("9500000\n")
+    assert meter() == 0.5
+    counter.write_text("1500000\n")
+    assert meter() == 2.0
+    assert EnergyMeter(tmp_path / "none")() is None
+
+
+def row(provider="ours", shape="8,4,2", **figures):
+    known = {"tok_per_s": 100.0, "fraction_of_floor": 0.8, "max_abs_err": 1e-6, "hardware": {"CPU": "a"}}
+    return {"provider": provider, "shape": shape, **known, **figures}
+
+
+class TestCompare:
+    def test_within_the_tolerance_is_not_worse_and_the_message_has_the_tolerance(self):
+        (one,) = compare([row()], [row(tok_per_s=91.0)], tolerance=0.1, figure="tok_per_s")
+        assert not one.is_worse
+        assert one.message == (
+            "ours, 8,4,2: tok_per_s 100 -> 91, 0.910 of before; within the tolerance, tolerance 0.1"
+        )
+
+    @pytest.mark.parametrize(
+        ("after", "told"),
+        [
+            ([row(tok_per_s=89.0)], "worse, tolerance 0.1"),
+            ([row(max_abs_err=1e-3)], "max_abs_err 1.0e-06 -> 1.0e-03"),
+            ([row("flat")], "the second run has none"),
+        ],
+    )
+    def test_slower_less_exact_and_missing_are_worse(self, after, told):
+        (one,) = compare([row(), row("floor")], after, tolerance=0.1, figure="tok_per_s")
+        assert one.is_worse
+        assert told in one.message
+
+    @pytest.mark.parametrize("name", ["parameters", "dtype", "fed_tokens", "share_prefix"])
+    def test_runs_of_different_things_are_refused(self, name):
+        with pytest.raises(OptionError, match=f"{name} is 1 in the first run and 2"):
+            compare([row(**{name: 1})], [row(**{name: 2})], tolerance=0.1, figure="tok_per_s")
+
+    def test_seconds_of_two_machines_are_not_compared(self):
+        assert figure_for([row()], [row()]) == "tok_per_s"
+        assert figure_for([row()], [row(hardware={"CPU": "b"})]) == "fraction_of_floor"
+
+    def test_the_command_exits_with_its_own_code_where_a_run_is_worse(self, tmp_path):
+        from typer.testing import CliRunner
+
+        from vllm_kl.cli import app
+
+        for name, figure in (("a", 100.0), ("b", 80.0)):
+            tmp_path.joinpath(name).write_text(json.dumps(row(tok_per_s=figure)) + "\n")
+        command = ["bench", "compare", str(tmp_path / "a"), str(tmp_path / "b")]
+        worse = CliRunner().invoke(app, command)
+        assert (worse.exit_code, "0.800 of before; worse, tolerance 0.1" in worse.output) == (WORSE, True)
+        assert CliRunner().invoke(app, [*command, "--tolerance", "0.25"]).exit_code == 0
+        missing = CliRunner().invoke(app, [*command, "--by", "ratio_to_torchrl"])
+        assert (missing.exit_code, "has no ratio_to_torchrl" in missing.stderr) == (2, True)
+
+    def test_a_file_that_holds_no_results_is_named(self, tmp_path):
+        with pytest.raises(OptionError, match="expected a file of results"):
+            read_rows(tmp_path)
+        tmp_path.joinpath("results.jsonl").write_text('{"prompt": 3}\n')
+        with pytest.raises(InputError, match="line 1: no row"):
+            read_rows(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield importlib.import_module("tables")
+
+
+class TestTablesOfPages:
+    def test_the_figures_of_both_readmes_are_those_of_their_files(self, tables):
+        for page in tables.PAGES:
+            text = page.read_text()
+            assert tables.with_tables(text) == text, f"{page}: python benchmarks/tables.py"
+            assert tables._BLOCK.search(text)
+
+    def test_a_changed_figure_is_found_and_written_anew(self, tables):
+        text = tables.PAGES[0].read_text()
+        assert "|                   15 |" not in text
+        changed = text.replace(" 116 |", " 216 |")
+        assert changed != text
+        assert tables.with_tables(changed) == text

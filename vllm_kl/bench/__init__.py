@@ -1,0 +1,1 @@
+"""Measures how fast log-probs are read: the command ``vllm-kl bench``."""

@@ -1,0 +1,64 @@
+"""Counts what a call costs, before anything is measured: tokens, operations, bytes, and the bound.
+
+Operations: two for each weight that a token is multiplied with, the products of attention, and the LM head on
+the scored rows only. Bytes: each weight is read once, and the keys and values of each token are written once;
+an engine that works in steps reads more. The bound is what the machine's own speeds make of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_kl.bench.traffic import Traffic
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one call costs at least."""
+
+    sequences: int
+    fed_tokens: int
+    computed_tokens: int  # a prompt counts once, unless prompts are not shared
+    scored_tokens: int
+    flop: float | None  # None: the model's size is not known
+    bytes: float | None
+    least_s: float | None  # at the machine's measured speeds
+    bound: str  # "compute", "memory" or ""
+
+
+def cost_of(
+    traffic: Traffic, size: Mapping[str, int] | None, dtype: str, limits: Any, *, share_prefix: bool = True
+) -> Cost:
+    """Return the cost of one call. ``size`` and ``limits`` are what ``bench.truth`` tells."""
+    computed = traffic.computed_tokens if share_prefix else traffic.fed_tokens
+    flop = size_bytes = least_s = None
+    bound = ""
+    if size is not None:
+        flop = 2.0 * size["body"] * computed + 2.0 * size["head"] * traffic.scored_tokens
+        flop += 4.0 * size["layers"] * size["attention"] * _attended(traffic, share_prefix)
+        size_bytes = _BYTES[dtype] * (size["parameters"] + float(size["layers"] * size["kv"] * computed))
+        compute_s, memory_s = flop / limits.flop_per_s, size_bytes / limits.bytes_per_s
+        least_s, bound = max((compute_s, "compute"), (memory_s, "memory"))
+    return Cost(
+        sequences=traffic.num_sequences,
+        fed_tokens=traffic.fed_tokens,
+        computed_tokens=computed,
+        scored_tokens=traffic.scored_tokens,
+        flop=flop,
+        bytes=size_bytes,
+        least_s=least_s,
+        bound=bound,
+    )
+
+
+def _attended(traffic: Traffic, share_prefix: bool) -> float:
+    """Return the pairs of a computed token and a token that it attends to."""
+    return sum(
+        (1 if share_prefix else len(responses)) * prompt * prompt / 2
+        + sum(prompt * response + response * response / 2 for response in responses)
+        for prompt, responses in traffic.groups
+    )

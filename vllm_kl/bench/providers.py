@@ -1,0 +1,235 @@
+"""The ways to score that are compared. Each runs in a process of its own.
+
+A provider is a generator: it starts, yields a :class:`~vllm_kl.bench.types.Running`, and ends what it has
+started when it goes on. vLLM, torch and the peers are imported in the functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from vllm_kl.bench.floor import floor
+from vllm_kl.bench.models import make_tokenizer
+from vllm_kl.bench.types import Provider, Running, Setup
+from vllm_kl.errors import OptionError
+
+
+def ours(setup: Setup) -> Iterator[Running]:
+    """``VLLMScorer``, with an engine of its own, or replicas."""
+    from vllm_kl import VLLMScorer
+
+    options = setup.engine_options(generates=setup.readout not in ("auto", "pooling"))
+    if setup.replicas > 1:
+        options["replicas"] = setup.replicas
+    choices = {"readout": setup.readout, "share_prefix": setup.share_prefix}
+    with VLLMScorer(setup.model, **choices, **options) as scorer:
+
+        def told() -> dict[str, Any]:
+            stats = scorer.stats
+            return {
+                "readout": scorer.readout,
+                "engine_computed_tokens": stats.num_prompt_tokens - stats.num_cached_tokens,
+                "num_rescored": stats.num_rescored,
+            }
+
+        yield Running(scorer.score, getattr(scorer._engine, "pid", 0), told)
+
+
+def _shared_llm(setup: Setup) -> Any:
+    import vllm
+
+    # 2,048: vLLM holds the logits of all prompt tokens of a step.
+    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048}
+    settings |= setup.engine_options(generates=True)
+    if setup.device == "cpu":
+        settings.setdefault("kv_cache_memory_bytes", 512 << 20)
+    llm = vllm.LLM(setup.model, **settings)
+    generate = llm.generate
+    llm.generate = lambda *a, **k: generate(*a, **{"use_tqdm": False, **k})
+    return llm
+
+
+def torchrl(setup: Setup) -> Iterator[Running]:
+    """TorchRL's ``vLLMWrapper``: dicts of ``prompt_logprobs``."""
+    import torch
+    from tensordict import TensorDict, lazy_stack, set_list_to_stack
+    from torchrl.modules.llm import vLLMWrapper
+    from torchrl.modules.llm.policies import Masks, Tokens
+
+    set_list_to_stack(True).set()
+    settings = {
+        "input_mode": "tokens",
+        "generate": False,
+        "pad_output": False,
+        "tokenizer": _tokenizer(setup),
+    }
+    wrapper = vLLMWrapper(_shared_llm(setup), **settings)
+
+    def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
+        ids = [torch.from_numpy(row) for row in sequences]
+        masks = [Masks(all_attention_mask=torch.ones_like(row, dtype=torch.bool)) for row in ids]
+        rows = [TensorDict(tokens=Tokens(full=s), masks=m) for s, m in zip(ids, masks, strict=True)]
+        found = wrapper(lazy_stack(rows)).get(("log_probs", "full"), as_list=True)
+        return [row[start:] for row, start in zip(found, starts, strict=True)]
+
+    yield Running(score)
+
+
+def _tokenizer(setup: Setup) -> Any:
+    """Return the model's tokenizer, or any: TorchRL wants one, and only token ids are scored."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(setup.model, **setup.loading)
+    except (OSError, ValueError):
+        return make_tokenizer()
+
+
+def _native(setup: Setup, readout: str) -> Iterator[Running]:
+    """vLLM's own way, through its public API, and as vLLM does it by default: without shared prefixes."""
+    from vllm_kl import VLLMScorer
+
+    scorer = VLLMScorer(_shared_llm(setup), readout=readout, share_prefix=False)
+    yield Running(scorer.score, told=lambda: {"readout": scorer.readout})
+
+
+def flat(setup: Setup) -> Iterator[Running]:
+    """vLLM's leanest prompt log-probs: ``flat_logprobs=True, prompt_logprobs=0, detokenize=False``."""
+    yield from _native(setup, "flat")
+
+
+def token_ids(setup: Setup) -> Iterator[Running]:
+    """vLLM's ``prompt_logprob_token_ids``, which needs its V2 model runner and so a GPU."""
+    yield from _native(setup, "token_ids")
+
+
+def load_model(setup: Setup, dtype: str) -> Any:
+    """Return the model by transformers, on the device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=getattr(torch, dtype), **setup.loading)
+    return model.to(setup.device).eval()
+
+
+def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Running]:
+    """Score with transformers, in slices of like sequences whose logits take 1 GiB."""
+    import torch
+
+    model = load_model(setup, setup.dtype)
+    vocab_size = model.config.get_text_config().vocab_size
+
+    @torch.no_grad()
+    def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
+        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), starts[i]))
+        most = max(len(row) - start for row, start in zip(sequences, starts, strict=True))
+        num_rows = max(1, (1 << 30) // (vocab_size * 4 * most))
+        scored: dict[int, Any] = {}
+        for low in range(0, len(order), num_rows):
+            part = order[low : low + num_rows]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sequences[i]) for i in part], True)
+            first = min(starts[i] for i in part)
+            found = read(model, ids.to(setup.device), first).cpu()
+            for row, i in zip(found, part, strict=True):
+                scored[i] = row[starts[i] - first : len(sequences[i]) - first]
+        return [scored[i] for i in range(len(sequences))]
+
+    yield Running(score)
+
+
+def transformers(setup: Setup) -> Iterator[Running]:
+    """transformers: a padded batch, and logits of the scored rows only."""
+
+    def read(model: Any, ids: Any, start: int) -> Any:
+        logits = model(ids, logits_to_keep=ids.shape[1] - start + 1, use_cache=False).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0]
+
+    yield from _padded(setup, read)
+
+
+def trl(setup: Setup) -> Iterator[Running]:
+    """TRL 1.16's fused head, called as TRL's trainers call it."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    def read(model: Any, ids: Any, start: int) -> Any:
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
+        targets = ids[:, start:]
+        weight = model.get_output_embeddings().weight
+        fused = ChunkedLogProbFunction.apply(
+            *(hidden.flatten(0, 1), weight, None, targets.flatten(), 1.0, 32_768, None, 1.0, ())
+        )
+        return fused[0].view(targets.shape)
+
+    yield from _padded(setup, read)
+
+
+def sglang(setup: Setup) -> Iterator[Running]:
+    """SGLang's engine with ``logprob_start_len``: it shares prefixes and skips the prompts' logits."""
+    import sglang as package
+
+    options = {"dtype": setup.dtype, "context_length": setup.max_tokens + 1, "skip_tokenizer_init": True}
+    engine = package.Engine(model_path=setup.model, log_level="error", **options)
+
+    def score(sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
+        asked = {"input_ids": [row.tolist() for row in sequences], "return_logprob": True}
+        first = [start - 1 for start in starts]
+        answers = engine.generate(sampling_params={"max_new_tokens": 0}, logprob_start_len=first, **asked)
+        rows = [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
+        # The first entry is of the token before, and empty.
+        return [
+            np.asarray(row[len(row) - (len(ids) - start) :], np.float32)
+            for row, ids, start in zip(rows, sequences, starts, strict=True)
+        ]
+
+    try:
+        yield Running(score, pid=0)
+    finally:
+        engine.shutdown()
+
+
+PROVIDERS: dict[str, Provider] = {
+    made.__name__: made for made in (ours, torchrl, flat, token_ids, sglang, transformers, trl, floor)
+}
+# Other ways to score; they are slow, so they take part in fewer rounds.
+PEERS = frozenset(PROVIDERS) - {"ours", "floor"}
+
+
+def usable(device: str) -> list[str]:
+    """Return the providers that this machine can run, by what is installed."""
+    packages = {"trl": "trl", "sglang": "sglang", "torchrl": "torchrl"}
+    names = [name for name in PROVIDERS if name not in packages or find_spec(packages[name]) is not None]
+    return [name for name in names if device == "cuda" or name not in ("token_ids", "sglang")]
+
+
+def find(name: str) -> Provider:
+    """Return a provider by its name, or one of the user's by ``module:function``.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"--providers {name}: {error}") from error
+    if found is None:
+        raise OptionError(
+            f"--providers {name!r}: expected {', '.join(PROVIDERS)}, or module:function of your own"
+        )
+    return found
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that cannot be, without an import of the user's own modules."""
+    for name in names:
+        if ":" not in name:
+            find(name)
+    if doubled := sorted({name for name in names if list(names).count(name) > 1}):
+        raise OptionError(f"--providers: {', '.join(doubled)} is given twice")

@@ -1,0 +1,130 @@
+"""Makes the rows of a benchmark: one for each provider and shape, with all that is needed to judge it.
+
+A row is a dict that JSON can hold. A value that was not measured is ``None``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_kl.bench.floor import ENGINE, HEAD
+from vllm_kl.bench.report import machine, median_ratio, p20_p50_p80
+from vllm_kl.bench.run import Measured, Plan
+from vllm_kl.bench.traffic import Traffic
+from vllm_kl.errors import InputError, OptionError
+
+Row = dict[str, Any]
+
+
+def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
+    """Return the rows, in the order of the shapes and the providers."""
+    order = [*plan.providers]
+    if "floor" in order:
+        place = order.index("floor") + 1
+        order[place:place] = [ENGINE, HEAD]
+    common = _common(plan, measured, model)
+    rows = []
+    for traffic in plan.traffics:
+        seconds = measured.seconds[traffic.name]
+        for name in [name for name in order if name in seconds]:
+            rows.append(_row(plan, measured, traffic, name) | common)
+    return rows
+
+
+def _row(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
+    seconds, cost = measured.seconds[traffic.name], measured.costs[traffic.name]
+    runs = seconds[name]
+    p20, p50, p80 = p20_p50_p80(runs)
+    prompt, response, group = traffic.means
+    ratios = {
+        peer: median_ratio(others, runs) for peer, others in seconds.items() if peer not in (ENGINE, HEAD)
+    }
+    flop_per_s = None if cost.flop is None or name == HEAD else cost.flop / p50
+    peak = measured.facts["limits"].data_sheet_flop_per_s
+    joules = measured.joules[traffic.name].get(name)
+    return {
+        "provider": name,
+        "shape": traffic.name,
+        "unit": "tokens/s",
+        "tok_per_s": cost.fed_tokens / p50,
+        "ratio_to_torchrl": ratios.get("torchrl"),
+        "fraction_of_floor": ratios.get("floor"),
+        "max_abs_err": measured.errors[traffic.name].get(name),
+        "check": measured.facts["check"] or None,
+        "s_p20": p20,
+        "s_p50": p50,
+        "s_p80": p80,
+        "seconds": runs,
+        "scored_tok_per_s": cost.scored_tokens / p50,
+        "computed_tok_per_s": cost.computed_tokens / p50,
+        "flop_per_s": flop_per_s,
+        "mfu": None if flop_per_s is None or peak is None else flop_per_s / peak,
+        "joules": None if joules is None else statistics.median(joules),
+        "tok_per_joule": None if not joules else cost.fed_tokens / statistics.median(joules),
+        "ratios": ratios,
+        "sequences": cost.sequences,
+        "fed_tokens": cost.fed_tokens,
+        "computed_tokens": cost.computed_tokens,
+        "scored_tokens": cost.scored_tokens,
+        "prompt_tokens": prompt,
+        "response_tokens": response,
+        "group": group,
+        **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
+        **measured.told[traffic.name].get(name, {}),
+    }
+
+
+def _common(plan: Plan, measured: Measured, model: str) -> Row:
+    """Return what all rows of a run share."""
+    size, setup = measured.facts["size"], next(iter(plan.providers.values()))
+    facts = machine()
+    hardware = {name: facts.pop(name) for name in ("CPU", "GPU", "driver") if name in facts}
+    return {
+        "question": "readout",
+        "model": model,
+        "parameters": None if size is None else size["parameters"],
+        "dtype": measured.facts["dtype"],
+        "share_prefix": setup.share_prefix,
+        "replicas": setup.replicas,
+        "engine": dict(setup.engine),
+        "rounds": plan.rounds,
+        "peer_rounds": plan.peer_rounds,
+        "took_turns": measured.took_turns,
+        "date": facts.pop("date"),
+        "commit": facts.pop("commit"),
+        "hardware": hardware,
+        "versions": facts,
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file, or of ``results.jsonl`` in a folder.
+
+    Raises:
+        OptionError: the file cannot be read.
+        InputError: a line is no row of a benchmark; the message names the line.
+    """
+    file = path / "results.jsonl" if path.is_dir() else path
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise OptionError(f"{path}: expected a file of results, or the folder of --out: {error}") from error
+    rows = []
+    for n, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"provider", "shape", "tok_per_s"} <= row.keys():
+            raise InputError(f"{file}, line {n}: no row of vllm-kl bench, but {line[:60]!r}")
+        rows.append(row)
+    return rows

@@ -1,0 +1,225 @@
+"""Runs providers on the same sequences: a check against the model, then rounds in which they take turns.
+
+truth.py       the model's size, the machine's speeds, the log-probs in float64
+cost.py        the cost card
+process.py     each provider starts in a process of its own
+check.py       a provider whose log-probs are not the model's is refused before anything is timed
+rounds         new ids in each, so that no cache of an earlier round helps
+results.py     one row for each provider and shape
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_kl.bench.check import check
+from vllm_kl.bench.cost import Cost, cost_of
+from vllm_kl.bench.process import ProviderProcess
+from vllm_kl.bench.providers import PEERS, find
+from vllm_kl.bench.traffic import Traffic, usable_ids
+from vllm_kl.bench.truth import truth
+from vllm_kl.bench.types import Setup
+from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
+
+_CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a benchmark does."""
+
+    setup: Setup
+    traffics: Sequence[Traffic]
+    providers: Mapping[str, Setup]  # by the name in the tables; the settings that differ are in each setup
+    rounds: int
+    peer_rounds: int
+    log_folder: Path
+    are_asked_for: bool = True  # the providers; else those that are not available here are left out
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """What was measured; the keys are names of shapes, then of providers."""
+
+    facts: dict[str, Any] = field(default_factory=dict)  # of the model and the machine
+    costs: dict[str, Cost] = field(default_factory=dict)
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    joules: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # the largest, nats
+    told: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
+    failures: dict[str, str] = field(default_factory=dict)  # by provider
+    took_turns: bool = True
+
+
+class Bench:
+    """Runs a plan.
+
+    Args:
+        on_costs: called with the costs before anything is measured.
+        on_line: called with what a user should read while it runs.
+        on_step: called with what is done next, and how many steps are done by that.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        on_costs: Callable[[Measured], None],
+        on_line: Callable[[str], None],
+        on_step: Callable[[str, int], None],
+    ) -> None:
+        self._plan, self._setup = plan, plan.setup
+        self._on_costs, self._on_line, self._on_step = on_costs, on_line, on_step
+        self._measured = Measured()
+        self._ids = np.empty(0)
+        self._truth: dict[str, list[np.ndarray]] = {}
+        self._running: dict[str, ProviderProcess] = {}
+
+    def run(self) -> Measured:
+        """Return what was measured, also after Ctrl-C. No process is left, whatever happens.
+
+        Raises:
+            VLLMKLError: there is no such model.
+        """
+        try:
+            self._learn()
+            # The floor first, because it searches for its fastest way and needs an idle machine.
+            names = sorted(self._plan.providers, key=lambda name: name != "floor")
+            for together in self._together(names):
+                for name in together:
+                    self._on_step(f"{name} starts", 1)
+                    self._attempt(name, functools.partial(self._start, name))
+                for traffic in self._plan.traffics:
+                    self._measure(traffic, together)
+                for name in list(self._running):
+                    self._attempt(name, functools.partial(self._end, name))
+        except KeyboardInterrupt:
+            if not any(self._measured.seconds.values()):
+                raise
+            self._measured.failures["the run"] = "stopped by Ctrl-C; what was measured before is kept"
+        finally:
+            for process in self._running.values():
+                process.kill()
+        return self._measured
+
+    @staticmethod
+    def num_steps(plan: Plan) -> int:
+        """Return how many steps a run has, for a progress bar."""
+        of_each = [1 + len(plan.traffics) * (1 + _rounds_of(name, plan)) for name in plan.providers]
+        return 1 + sum(of_each)
+
+    def _learn(self) -> None:
+        self._on_step("reading the model", 0)
+        process = ProviderProcess("truth", _truth, self._setup, self._plan.log_folder)
+        self._running["truth"] = process
+        facts = process.told()
+        self._measured.facts, self._setup = facts, dataclasses.replace(self._setup, dtype=facts["dtype"])
+        self._ids = usable_ids(facts["vocab_size"], facts["special_ids"])
+        for traffic in self._plan.traffics:
+            known = (facts["size"], facts["dtype"], facts["limits"])
+            cost = cost_of(traffic, *known, share_prefix=self._setup.share_prefix)
+            self._measured.costs[traffic.name] = cost
+            for by_shape in ("seconds", "joules", "errors", "told"):
+                getattr(self._measured, by_shape)[traffic.name] = {}
+        self._on_costs(self._measured)
+        self._on_step("the model's own log-probs", 1)
+        try:
+            for traffic in self._plan.traffics:
+                self._truth[traffic.name] = process.score(*self._few(traffic))
+            facts["check"] = process.told()["check"]
+            process.end()
+        except VLLMKLError as error:
+            self._truth.clear()
+            process.kill()
+            self._on_line(f"the log-probs are NOT checked: {error}")
+        else:
+            self._on_line(f"the log-probs are checked against the model in {facts['check']}, by transformers")
+        del self._running["truth"]
+
+    def _together(self, names: list[str]) -> list[list[str]]:
+        """Return the providers that are in memory at the same time."""
+        size = self._measured.facts["size"]
+        if self._setup.device == "cpu" and (size is None or _fits(size["parameters"], len(names))):
+            return [names]
+        self._measured.took_turns = len(names) < 2
+        if not self._measured.took_turns:
+            self._on_line("providers run one after another, because the memory holds one model at a time")
+        return [[name] for name in names]
+
+    def _few(self, traffic: Traffic) -> tuple[list[np.ndarray], list[int]]:
+        return traffic.few().draw(self._ids, _CHECKED)
+
+    def _attempt(self, name: str, work: Callable[[], None]) -> None:
+        """Do some work of a provider; after a failure, go on without the provider."""
+        try:
+            work()
+        except VLLMKLError as error:
+            if isinstance(error, ReadoutUnavailableError) and not self._plan.are_asked_for:
+                self._on_line(f"{name} is left out: {error}")
+            else:
+                self._on_line(f"{name} failed: {error}")
+                self._measured.failures[name] = str(error)
+            if (process := self._running.pop(name, None)) is not None:
+                process.kill()
+
+    def _start(self, name: str) -> None:
+        setup = dataclasses.replace(self._plan.providers[name], dtype=self._setup.dtype)
+        kind = "ours" if name.startswith("ours[") else name
+        self._running[name] = ProviderProcess(
+            name, functools.partial(find, kind), setup, self._plan.log_folder
+        )
+
+    def _end(self, name: str) -> None:
+        process = self._running.pop(name)
+        self._measured.peaks[name] = process.end()
+
+    def _measure(self, traffic: Traffic, names: Sequence[str]) -> None:
+        for name in [name for name in names if name in self._running]:
+            self._on_step(f"{name}, {traffic.name}: check", 1)
+            self._attempt(name, functools.partial(self._check, name, traffic))
+        for n in range(self._plan.rounds):
+            drawn = traffic.draw(self._ids, n)
+            for name in [name for name in names if name in self._running]:
+                if n < _rounds_of(name, self._plan):
+                    self._on_step(f"{name}, {traffic.name}: round {n + 1}", 1)
+                    self._attempt(name, functools.partial(self._time, name, traffic, drawn))
+
+    def _check(self, name: str, traffic: Traffic) -> None:
+        process = self._running[name]
+        if name != "floor":
+            scored = process.score(*self._few(traffic))
+            if traffic.name in self._truth:
+                error = check(scored, self._truth[traffic.name], self._setup.dtype)
+                self._measured.errors[traffic.name][name] = error
+        if name not in PEERS:  # the few sequences have warmed up the peers
+            process.time(*traffic.draw(self._ids, _WARM_UP))
+
+    def _time(self, name: str, traffic: Traffic, drawn: tuple[list[np.ndarray], list[int]]) -> None:
+        taken = self._running[name].time(*drawn)
+        for part, seconds in {name: taken["seconds"], **taken["parts"]}.items():
+            self._measured.seconds[traffic.name].setdefault(part, []).append(seconds)
+        if taken["joules"] is not None:
+            self._measured.joules[traffic.name].setdefault(name, []).append(taken["joules"])
+        self._measured.told[traffic.name][name] = self._running[name].told()
+
+
+def _truth() -> Any:
+    return truth
+
+
+def _rounds_of(name: str, plan: Plan) -> int:
+    return min(plan.rounds, plan.peer_rounds) if name in PEERS or ":" in name else plan.rounds
+
+
+def _fits(num_parameters: int, num_models: int) -> bool:
+    """Return whether as many models fit into the memory, at four bytes a weight, as on a CPU they may."""
+    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+    return 4 * num_parameters * num_models < 0.8 * free

@@ -1,0 +1,87 @@
+"""Turns the rows of a benchmark into tables: on the screen, in the Markdown file, and in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from vllm_kl.bench.cost import Cost
+from vllm_kl.bench.floor import ENGINE, HEAD
+from vllm_kl.bench.report import make_table
+
+Row = Mapping[str, Any]
+_SHOWN_AS = {ENGINE: "  engine without LM head", HEAD: "  LM-head product"}
+
+
+def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.get(name)
+        return "" if value is None else format(value / scale, form)
+
+    return cell
+
+
+# Columns that no row has a value for are left out.
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "s p20": _number("s_p20", ".3g"),
+    "s p50": _number("s_p50", ".3g"),
+    "s p80": _number("s_p80", ".3g"),
+    "tokens/s fed": _number("tok_per_s", ",.0f"),
+    "computed": _number("computed_tok_per_s", ",.0f"),
+    "TFLOP/s": _number("flop_per_s", ",.3g", 1e12),
+    "MFU": _number("mfu", ".2f"),
+    "tokens/J": _number("tok_per_joule", ",.0f"),
+    "times TorchRL": _number("ratio_to_torchrl", ".2f"),
+    "of the floor": _number("fraction_of_floor", ".2f"),
+    "largest error": _number("max_abs_err", ".1e"),
+}
+_MEMORY: dict[str, Callable[[Row], str]] = {
+    "process, MiB": _number("peak_bytes", ",.0f", 1 << 20),
+    "GPU, MiB": _number("gpu_peak_bytes", ",.0f", 1 << 20),
+}
+
+
+def result_tables(rows: Sequence[Row]) -> list[Table]:
+    """Return one table for each shape, and one of the peak memory."""
+    tables = [
+        _table(title_of(shape), _COLUMNS, [row for row in rows if row["shape"] == shape])
+        for shape in dict.fromkeys(row["shape"] for row in rows)
+    ]
+    last = {row["provider"]: row for row in rows if row.get("peak_bytes") or row.get("gpu_peak_bytes")}
+    return [*tables, _table("peak memory", _MEMORY, list(last.values()))] if last else tables
+
+
+def title_of(shape: str) -> str:
+    """Return the title of a shape's table.
+
+    >>> title_of("256,128,8")
+    'P=256 R=128 G=8'
+    """
+    parts = shape.split(",")
+    return "P={} R={} G={}".format(*parts) if len(parts) == 3 else shape
+
+
+def _table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> Table:
+    used = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
+    table = make_table(title, "provider", *used)
+    for row in rows:
+        name = row["provider"]
+        table.add_row(_SHOWN_AS.get(name, name), *(cell(row) for cell in used.values()))
+    return table
+
+
+def cost_table(costs: Mapping[str, Cost]) -> Table:
+    """Return the cost card."""
+    names = ("sequences", "fed", "computed", "scored", "TFLOP", "GB", "at least, s", "bound")
+    table = make_table("One call: tokens, operations, bytes, and the bound of this machine", "shape", *names)
+    for shape, cost in costs.items():
+        tokens = (cost.sequences, cost.fed_tokens, cost.computed_tokens, cost.scored_tokens)
+        work = (_or_blank(cost.flop, 1e12), _or_blank(cost.bytes, 1e9), _or_blank(cost.least_s, 1))
+        table.add_row(shape, *(f"{number:,}" for number in tokens), *work, cost.bound)
+    return table
+
+
+def _or_blank(value: float | None, scale: float) -> str:
+    return "" if value is None else f"{value / scale:.3g}"
