@@ -26,7 +26,7 @@ class EngineDies(ScoreRows):
 
 
 class ActorDies(ScoreRows):
-    """Its actor is killed at each second block."""
+    """Its actor is killed at its fourth block."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,6 +34,6 @@ class ActorDies(ScoreRows):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         self._num_blocks += 1
-        if self._num_blocks == 2:
+        if self._num_blocks == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(table)
