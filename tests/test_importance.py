@@ -374,3 +374,8 @@ def test_equal_log_probs_have_weight_one(batch, options):
     found = importance_weights(sides, sides, masks, **options)
     for row, mask in zip(found.weights, masks, strict=True):
         assert torch.equal(row, mask.float())
+
+
+def test_a_bound_that_no_float_holds_is_refused():
+    with pytest.raises(OptionError, match="high must be a finite number at least 1"):
+        importance_weights([torch.zeros(1)], [torch.zeros(1)], [torch.ones(1)], high=10**400)

@@ -199,3 +199,31 @@ def test_a_kl_that_is_not_finite_says_nothing_of_log_probs():
         match=r"its value is inf \(1 such tokens in this sample\)\.\nScore this batch again",
     ):
         kl_estimate(*far, estimator="k3", clamp_log_ratio=None)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (None, "log_probs is NoneType, expected a tensor"),
+        (torch.tensor(-1.0), "log_probs is a tensor without dimensions"),
+        ([[-1.0, -2.0]], r"log_probs: sample 0 is list, expected a tensor \[T\]"),
+        ([torch.tensor(-1.0)], r"log_probs: sample 0 is shape \[\]"),
+    ],
+)
+def test_what_is_no_tensor_of_rows_is_refused_by_name(side, message):
+    with pytest.raises(InputError, match=message):
+        kl_estimate(side, side, side)
+
+
+def test_a_bound_that_no_float_holds_is_refused():
+    row = torch.zeros(1, 2)
+    for name in ("clamp_log_ratio", "clamp_output"):
+        with pytest.raises(OptionError, match=f"{name} must be a positive number of nats"):
+            kl_estimate(row, row, row, **{name: 10**400})
+
+
+def test_an_estimate_of_distributions_may_have_no_samples_and_sums_beyond_its_dtype():
+    assert kl_estimate([], [], [], estimator="topk") == []
+    half = torch.full((1, 2, 9), -60_000.0, dtype=torch.float16)  # their sum is no number of float16
+    kept = torch.tensor([[True, True]])
+    assert kl_estimate(half, half, kept, estimator="topk").tolist() == [[0.0, 0.0]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
@@ -63,7 +62,8 @@ def check_requests(
         InputError: a sequence is empty, not flat or too long; an id is outside the vocabulary, or stands for
             an image; a start is out of range; the number of starts is not the number of sequences.
     """
-    sequences = [_to_array(i, ids) for i, ids in enumerate(token_ids)]
+    each = _listed("token_ids", token_ids)
+    sequences = [_to_array(i, ids) for i, ids in enumerate(each)]
     starts = _to_starts(start, len(sequences))
     lengths = [len(ids) for ids in sequences]
     for i, (length, first) in enumerate(zip(lengths, starts, strict=True)):
@@ -73,8 +73,8 @@ def check_requests(
             )
         if not 1 <= first <= length:
             raise InputError(
-                f"sequence {i}: start is {first}, expected 1 <= start <= {length} (its length). Token 0 has "
-                "no log-prob: nothing comes before it."
+                f"sequence {i}: start is {_shown(first)}, expected 1 <= start <= {length} (its length). "
+                "Token 0 has no log-prob: nothing comes before it."
             )
         if info.max_sequence_len is not None and length > info.max_sequence_len:
             raise InputError(
@@ -98,6 +98,7 @@ def check_ids(
     Raises:
         InputError: an entry has another shape; an id is outside the vocabulary; K differs between sequences.
     """
+    ids = _listed("ids", ids)
     if len(ids) != len(sequences):
         raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
     top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
@@ -135,17 +136,18 @@ def check_temperature(temperature: float) -> float:
     Raises:
         InputError: the temperature is not a positive, finite number.
     """
-    if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
+    # 1e-30 is a bound of float32, which the engine divides logits by.
+    if not isinstance(temperature, numbers.Real) or not 1e-30 <= temperature <= 1e30:
         raise InputError(
-            f"temperature must be positive and finite, got {temperature!r}. Greedy sampling has no log-probs "
-            "to compare."
+            f"temperature must be positive and finite, between 1e-30 and 1e30, got {_shown(temperature)}. "
+            "Greedy sampling has no log-probs to compare."
         )
     return float(temperature)
 
 
 def _check_top_k(k: Any, info: EngineInfo) -> None:
     if not isinstance(k, numbers.Integral) or k < 1 or (info.vocab_size or k) < k:
-        raise InputError(f"k is {k!r}, expected 1 <= k <= {info.vocab_size or 'the vocabulary'}")
+        raise InputError(f"k is {_shown(k)}, expected 1 <= k <= {info.vocab_size or 'the vocabulary'}")
 
 
 def check_timeout(timeout_s: float | None) -> float | None:
@@ -225,16 +227,33 @@ def _to_array(i: int, ids: TokenIds) -> np.ndarray:
             f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype "
             f"{array.dtype}"
         )
+    if array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"sequence {i} has the id {array.max()}, which is outside any vocabulary")
     return array.astype(np.int64, copy=False)
 
 
-def _as_array(name: str, ids: Any) -> np.ndarray:
-    if isinstance(ids, torch.Tensor):
-        return ids.detach().cpu().numpy()
+def _listed(name: str, given: Any) -> list[Any]:
     try:
-        return np.asarray(ids)
-    except ValueError as error:  # rows of different lengths
+        return list(given)
+    except TypeError as error:  # a number, or a tensor without dimensions
+        raise InputError(f"{name} is {_shown(given)}, expected ints for each of the sequences") from error
+
+
+def _as_array(name: str, ids: Any) -> np.ndarray:
+    try:
+        return ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    # Rows of different lengths; a tensor that numpy has no dtype for, or that has no values.
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{name} must be an array of ints: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message, shortened. Python refuses to print an int of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[int]:

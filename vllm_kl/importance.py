@@ -43,7 +43,7 @@ from typing import Literal, get_args
 import torch
 
 from vllm_kl.errors import OptionError
-from vllm_kl.kl import packed_sides
+from vllm_kl.kl import is_bound, packed_sides
 
 Level = Literal["token", "sequence", "geometric"]
 Mode = Literal["truncate", "mask"]
@@ -104,12 +104,12 @@ class Weighting:
 
 def _check_bound(name: str, value: float | None, least: float, most: float) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_fine = is_number and least <= value <= most and 0 < value < math.inf
+    is_fine = is_number and least <= value <= most and is_bound(value) and value != math.inf
     if value is not None and not is_fine:
         between = "at least 1" if most == math.inf else "above 0 and at most 1"
         raise OptionError(
-            f"{name} must be a finite number {between}, or None for no bound; got {value!r}. The weight of "
-            "equal log-probs is 1, so the bounds must have 1 between them"
+            f"{name} must be a finite number {between}, or None for no bound; got {str(value)[:60]}. The "
+            "weight of equal log-probs is 1, so the bounds must have 1 between them"
         )
 
 

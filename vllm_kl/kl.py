@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -61,10 +62,15 @@ def check_estimator(
             f"direction={direction!r} does not exist; choose one of {', '.join(get_args(Direction))}"
         )
     for name, bound in (("clamp_log_ratio", clamp_log_ratio), ("clamp_output", clamp_output)):
-        if bound is not None and (not isinstance(bound, numbers.Real) or not bound > 0):
+        if bound is not None and not (isinstance(bound, numbers.Real) and is_bound(bound)):
             raise OptionError(
-                f"{name} must be a positive number of nats, or None for no bound; got {bound!r}"
+                f"{name} must be a positive number of nats, or None for no bound; got {str(bound)[:60]}"
             )
+
+
+def is_bound(number: Any) -> bool:
+    """Whether a number is positive and can be a float: an int, or a fraction, can be too large for one."""
+    return bool(0 < number <= sys.float_info.max or number == math.inf)
 
 
 def kl_estimate(
@@ -187,6 +193,8 @@ def packed_sides(
     """
     *names, last = sides
     log_probs, ref_log_probs, mask = sides.values()
+    for name, side in sides.items():
+        _check_side(name, side)
     dense = [side for side in sides.values() if isinstance(side, torch.Tensor)]
     if len(dense) not in (0, len(sides)):
         raise InputError(f"{', '.join(names)} and {last} must all be tensors, or all be lists of tensors")
@@ -206,12 +214,27 @@ def packed_sides(
             shapes = {name: tuple(row.shape) for name, row in zip(sides, rows, strict=True)}
             check_same_shape(f"sample {i}: ", shapes, estimator)
         packed = [torch.cat(list(rows)) if len(rows) else torch.empty(0) for rows in sides.values()]
+        if estimator == "topk" and not counts[0]:
+            packed[:2] = [torch.empty(0, 1)] * 2
         lengths = widths_of(list(mask))
     keep = packed[2].bool()
     policy, ref = (
         only_kept(side, keep, lengths, what=name) for name, side in zip(names, packed[:2], strict=True)
     )
     return policy, ref, keep, lengths
+
+
+def _check_side(name: str, side: Any) -> None:
+    """Refuse what is neither a tensor of rows nor a list of rows that are tensors."""
+    if isinstance(side, torch.Tensor) and side.dim():
+        return
+    if not isinstance(side, (list, tuple)):
+        what = "a tensor without dimensions" if isinstance(side, torch.Tensor) else type(side).__name__
+        raise InputError(f"{name} is {what}, expected a tensor [B, T], or a list of B tensors [T]")
+    for i, row in enumerate(side):
+        if not isinstance(row, torch.Tensor) or not row.dim():
+            what = f"shape {list(row.shape)}" if isinstance(row, torch.Tensor) else type(row).__name__
+            raise InputError(f"{name}: sample {i} is {what}, expected a tensor [T]: torch.tensor(...)")
 
 
 def check_same_shape(where: str, shapes: dict[str, tuple[int, ...]], estimator: str = "k1") -> None:

@@ -362,3 +362,9 @@ def test_calls_outside_of_the_tags_are_unmarked(content):
     batch = read(make(template), [*turns, say("tool", "weather: rain"), say("assistant", "rain")])
     assert figures(batch)["unmarked_chars"] == len("weather" + "Paris")
     assert "'weather'" in batch.report.warnings["unmarked"]
+
+
+def test_a_dialog_that_renders_to_nothing_is_refused_where_texts_begin_with_bos():
+    tokenizer = make("{% for m in messages %}{{ m.content }}{% endfor %}", bos="<s>", adds="<s> $A")
+    with pytest.raises(InputError, match="sample 1 has no tokens"):
+        read(tokenizer, TURNS, [say("user", ""), say("assistant", "")], assistant_only=False)

@@ -252,3 +252,19 @@ def test_prompts_padded_in_any_way_end_where_they_end_or_are_refused(samples, pr
         is_padded = prompt_side is not None and len({len(prompt) for prompt, _ in samples}) > 1
         assert isinstance(got, str)
         assert is_padded or any(PAD in (prompt[0], prompt[-1]) for prompt, _ in samples)
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        (torch.tensor([[1.7, 2.0]]), "dtype torch.float32"),
+        (torch.tensor([[True, False]]), "dtype torch.bool"),
+        (torch.tensor([[[1], [2]]]), r"shape \[2, 1\]"),
+        (torch.tensor([3]), r"shape \[\]"),
+    ],
+)
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_ids_that_are_no_rows_of_ints_are_refused(ids, found, is_ragged):
+    td = TensorDict(tokens=Tokens(full=ids, batch_size=(1,)), batch_size=(1,))
+    with pytest.raises(InputError, match=rf"sample 0: \('tokens', 'full'\) has .*{found}.*, expected a row"):
+        read_batch(lazy_stack(list(td.unbind(0))) if is_ragged else td, KEYS, assistant_only=False)

@@ -320,3 +320,13 @@ def test_truncated_content_is_missed_and_no_template_is_blamed(side, tokens, los
     batch = read(tokenizer, turns, truncation=True, max_length=num_tokens - num_cut)
     assert set(batch.report.warnings) == {"truncated"}
     assert (figures(batch)["cut_messages"], figures(batch)["cut_chars"]) == (1, len(lost))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("calls", [5, True, DEEP, [DEEP], [{"function": {"arguments": DEEP}}], {"a": 1}])
+def test_tool_calls_of_any_kind_are_looked_at(calls):
+    (found,) = find_messages("yes", [{"role": "assistant", "content": "yes", "tool_calls": calls}])
+    assert found.num_found <= found.num_chars
+    assert found.spans == [(0, 3)]

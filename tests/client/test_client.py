@@ -9,6 +9,7 @@ import pickle
 import random
 import time
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -150,6 +151,39 @@ def test_another_server_is_named_as_such():
         score(server.address, [[5, 6]])
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>Please log in</html>",
+        b"",
+        msgpack.packb([1]),
+        msgpack.packb({"problem": 5}),
+        msgpack.packb({"index": b"", "rows": b""}),
+        lambda request: answer_to(request.body, origin={}),
+        lambda request: answer_to(request.body, sequences=slice(0, 0)),
+        lambda request: answer_to(request.body) + b"more",
+        lambda request: msgpack.packb(msgpack.unpackb(answer_to(request.body)) | {"num_ids": 2**31}),
+        lambda request: msgpack.packb(
+            msgpack.unpackb(answer_to(request.body)) | {"index": np.int32([7]).tobytes()}
+        ),
+    ],
+)
+def test_what_is_no_answer_of_ours_is_an_error_of_ours(body):
+    def answer(request):
+        request.send(200, body(request) if callable(body) else body, {})
+
+    with serving(answer) as server, pytest.raises(EngineError, match=r"no answer of vllm-kl serve \("):
+        score(server.address, [[5, 6]])
+
+
+def test_settings_may_be_numbers_of_numpy_and_nothing_else():
+    with serving() as server:
+        check(score(server.address, [[5, 6]], temperature=np.float32(0.5)), [[5, 6]], [1])
+    for wrong in (None.__class__, 10**400, "\ud800"):
+        with pytest.raises(InputError, match="a setting cannot be sent .*temperature="):
+            score(GONE, [[5, 6]], temperature=wrong)
+
+
 def test_a_server_that_cannot_be_reached_is_left_out():
     with serving() as one, serving() as other:
         check(score([GONE, one.address, other.address], IDS, STARTS))
@@ -247,6 +281,10 @@ def test_a_fork_has_its_own_connections():
         ([[5, 6], [7.5, 1]], 1, "sequence 1 must be ints.*dtype float64"),
         ([[5, 2**31]], 1, "sequence 0 has an id that is outside any vocabulary"),
         ([[5, 6]], [1, 1], "start has 2 entries for 1 sequences"),
+        (None, 1, "token_ids must be a list of sequences"),
+        ([[5, 6, 7]], [1.7], "start must be an int, or one int per sequence"),
+        ([[5, 6], [5, 6]], [1, 2**31], "sequence 1: start is outside 32 bits"),
+        ([[5, 6]], "ab", "start must be an int, or one int per sequence"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_here(token_ids, start, message):

@@ -102,12 +102,25 @@ def body(**changes):
         (body(num_ids=0), "num_ids is 0"),
         (body(num_ids=True), "num_ids is True"),
         (body(num_ids=2**63), "num_ids is 9223372036854775808"),
+        # 2**31 rows of 2**24 ids each, 512 times: 2**64 numbers.
+        (
+            msgpack.packb(
+                {
+                    "token_ids": b"",
+                    "ids": b"",
+                    "lengths": bytes(4 * 512),
+                    "starts": np.full(512, -(2**31), np.int32).tobytes(),
+                    "num_ids": 2**24,
+                }
+            ),
+            "ids has 0 numbers, expected 18446744073709551616",
+        ),
         (body(num_ids=2**20), "expected .*: as many as scored rows times num_ids"),
     ],
 )
 def test_a_body_that_is_wrong_is_refused_by_name(data, message):
     with pytest.raises(InputError, match=message):
-        unpack_question(data, most_sequences=10)
+        unpack_question(data, most_sequences=1000)
 
 
 def test_sequences_are_counted_before_they_become_objects():

@@ -12,11 +12,14 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
 from tests import local_ray
 from tests.command import vllm_kl
 from tests.offline import helpers
 from tests.offline.helpers import BAD, check_same, start, table_of, until
+from vllm_kl.cli import app
+from vllm_kl.offline import command
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 
@@ -63,6 +66,43 @@ class TestOptions:
         (tmp_path / "score.yaml").write_text("modle: x\n")
         done = vllm_kl("score", "--config", tmp_path / "score.yaml")
         assert "unknown option 'modle'" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            (b"limit: 2.5", "unable to parse string as an integer"),
+            (b"topk: true", "unable to parse string as an integer"),
+            (b"model: [a, b]", "model is ['a', 'b'], expected one value"),
+            (b"data: [[a]]", "data is [['a']], expected values, or names and values"),
+            (b"prefix: \xe9", "can't decode byte"),
+            (b"model: 2001-13-45", "month must be in 1..12"),
+            (b"1: 2\nfoo: 3", "unknown option 1"),
+            (b"add-eos: true\nadd_eos: false", "has the option 'add_eos' twice"),
+        ],
+    )
+    def test_a_file_of_options_is_as_strict_as_the_command_line(self, tmp_path, text, told):
+        path = tmp_path / "score.yaml"
+        path.write_bytes(text)
+        found = CliRunner().invoke(
+            app, ["score", "x.jsonl", "--model", "m", "--out", "o", "--config", str(path)]
+        )
+        assert found.exit_code == 2
+        assert told in " ".join(found.output.replace("\u2502", " ").split())
+
+    def test_a_file_of_options_means_what_the_command_line_means(self, tmp_path, monkeypatch):
+        path, seen = tmp_path / "score.yaml", []
+        path.write_text("data: one.jsonl\nmodel: m\nout: 5\nlimit: null\nengine: {a: 2020-01-02, b: [1]}\n")
+        monkeypatch.setattr(command, "_work", lambda *given: seen.append(given) or ({}, 0))
+        assert CliRunner().invoke(app, ["score", "--config", str(path)]).exit_code == 0
+        ((model, options, files, *_),) = seen
+        assert (model, files["data"], files["out"], files["limit"]) == ("m", ("one.jsonl",), "5", None)
+        assert options["engine_options"] == {"a": "2020-01-02", "b": [1]}
+
+    def test_a_chat_template_that_is_no_text_is_refused(self, tmp_path):
+        (tmp_path / "template").write_bytes(b"\xe9")
+        options = ["--model", "m", "--out", "o", "--chat-template", str(tmp_path / "template")]
+        found = CliRunner().invoke(app, ["score", "x.jsonl", *options])
+        assert (found.exit_code, "is not UTF-8" in found.output) == (1, True)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -163,3 +163,76 @@ def test_a_part_is_a_mebibyte_less_of_small_data_and_more_of_very_large_ones():
     sizes = {1 << 10: 16 << 10, 1 << 22: 1 << 17, 1 << 30: 1 << 20, 10**12: 10**8}
     for total, expected in sizes.items():
         assert part_bytes_of([File("x", total)]) == expected
+
+
+def test_a_line_with_half_of_a_surrogate_pair_has_an_error_and_the_others_are_read(tmp_path):
+    """JSON can write it, and no column of Arrow can hold it. Whole pairs are characters."""
+    path = tmp_path / "data.jsonl"
+    lines = [
+        r'{"ids": [1], "x": "\ud83d\ude00"}',
+        r'{"ids": [2], "x": "\ud83d"}',
+        r'{"ids": [3], "\udc00": 1}',
+    ]
+    path.write_bytes("\n".join(lines).encode() + b'\n{"ids": [4], "x": "\xed\xa0\x80"}\n')
+    rows = rows_of(str(path), 10**6)[0].to_pylist()
+    assert [row["ids"] for row in rows] == [[1], None, None, None]
+    assert rows[0]["x"] == "\U0001f600"
+    assert [row["error"] is None for row in rows] == [True, False, False, False]
+    assert "half of a surrogate pair" in rows[1]["error"]
+    assert "not UTF-8" in rows[3]["error"]
+
+
+def test_a_column_that_parquet_has_no_type_for_is_json(tmp_path):
+    deep = json.loads("[" * 70 + "]" * 70)
+    rows = [{"ids": [1], "x": {}, "y": [{"a": {}}], "z": deep}, {"ids": [2], "x": {}, "y": [], "z": []}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    table = rows_of(str(path), 10**6)[0]
+    pq.write_table(table, tmp_path / "out.parquet")
+    for found, sent in zip(pq.read_table(tmp_path / "out.parquet").to_pylist(), rows, strict=True):
+        assert {name: json.loads(found[name]) for name in "xyz"} == {name: sent[name] for name in "xyz"}
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "x": {"a": 1}}))
+    assert rows_of(str(path), 10**6)[0].column("x").to_pylist() == [{"a": None}, {"a": 1}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_damaged_file_is_named(tmp_path, kind):
+    path = tmp_path / f"data.{kind}"
+    write(path, kind)
+    whole = path.read_bytes()
+    told = []
+    for place in range(0, len(whole), 97):
+        path.write_bytes(whole[:place] + b"\x00\xff\x80" + whole[place + 3 :])
+        try:
+            rows_of(str(path), 10**6)
+        except InputError as error:
+            told.append(str(error))
+    assert len(told) > 3
+    assert all(str(path) in one for one in told)
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    twins = pa.Table.from_arrays([pa.array([[1]]), pa.array([[2]])], names=["ids", "ids"])
+    pq.write_table(twins, tmp_path / "data.parquet")
+    with pytest.raises(InputError, match="has 2 columns with the name 'ids'"):
+        rows_of(str(tmp_path), 10**6)
+
+
+def test_files_whose_columns_have_no_type_together_are_refused(tmp_path):
+    pq.write_table(pa.table({"ids": [[1]], "x": [2**60 + 1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"ids": [[1]], "x": [0.5]}), tmp_path / "b.parquet")
+    with pytest.raises(
+        InputError, match=r"a\.parquet: column 'x' holds int64, of which not every value fits"
+    ):
+        rows_of(str(tmp_path), 10**6)
+
+
+def test_a_state_of_another_program_is_no_matter(tmp_path):
+    write(tmp_path / "data.arrow", "arrow")
+    (tmp_path / "state.json").write_text('{"_data_files": [5, {"name": "x"}, {"filename": "data.arrow"}]}')
+    assert len(find_files(str(tmp_path))) == 1
+    (tmp_path / "state.json").write_text('{"_data_files": 5}')
+    assert len(find_files(str(tmp_path))) == 1
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"state\.json is not JSON"):
+        find_files(str(tmp_path))

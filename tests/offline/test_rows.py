@@ -13,7 +13,7 @@ from tests import tiny
 from vllm_kl.batch.read_messages import read_messages
 from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.offline.columns import IDS, MASKS, STARTS, Columns, layout_of
+from vllm_kl.offline.columns import IDS, MASKS, OF_STAGES, STARTS, Columns, layout_of, visible
 from vllm_kl.offline.dry_run import shared_tokens
 from vllm_kl.offline.rows import ReadRows, Texts
 
@@ -163,3 +163,8 @@ def test_shared_tokens_are_those_of_a_perfect_prefix_cache():
     rest = {tuple(ids) for ids, _ in sequences}
     must = len(distinct) + sum(len(ids) - 5 for ids in rest)
     assert sum(len(ids) for ids, _ in sequences) - shared_tokens(sequences) == must
+
+
+def test_only_the_columns_of_the_stages_are_hidden():
+    """pandas writes an index as the column ``__index_level_0__``."""
+    assert visible(["x", "__index_level_0__", *OF_STAGES]) == ["x", "__index_level_0__"]

@@ -262,6 +262,7 @@ def test_a_dry_run_counts_what_a_run_scores(whole, ref_path):
             "'prompt_ids' holds list<.*double>, expected a list of ints",
         ),
         ({"prompt_ids": [1], "response_ids": [2], "error": "x"}, "has a column 'error' already"),
+        ({"ids": [1, 2], "__part": 0}, "has a column '__part', a name that is used here"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_before_an_engine_starts(ref_path, tmp_path, line, told):

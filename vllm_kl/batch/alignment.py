@@ -102,8 +102,8 @@ def only_kept(
     """
     keep = keep_N.to(values_N.device)
     kept = torch.where(keep if values_N.dim() == 1 else keep[:, None], values_N, 0.0)
-    # With K log-probs per token, the sum is not finite if one of them is not.
-    check_finite(kept if kept.dim() == 1 else kept.sum(-1), lengths, what=what)
+    # With K log-probs per token, the sum is not finite if one of them is not; float64 sums do not overflow.
+    check_finite(kept if kept.dim() == 1 else kept.sum(-1, dtype=torch.float64), lengths, what=what)
     return kept
 
 

@@ -130,7 +130,8 @@ def render(
             "one, or {'strftime_now': ...}."
         )
     begin, _ = added_tokens(tokenizer)
-    bare = [i for i, dialog in enumerate(renderer.dialogs) if begin and dialog.token_ids[0] != begin[0]]
+    firsts = [dialog.token_ids[:1].tolist() for dialog in renderer.dialogs]  # [] if nothing was rendered
+    bare = [i for i, first in enumerate(firsts) if first and first != begin[:1]] if begin else []
     if bare and begin[0] == getattr(tokenizer, "bos_token_id", None):
         notes["no_bos"] = (
             f"{whose} renders no BOS (first in sample {bare[0]}), though the tokenizer begins every text "

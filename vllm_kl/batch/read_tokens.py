@@ -34,6 +34,8 @@ _NO_TAGS = (
 )
 _TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
+_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 InputMode = Literal["history", "text", "tokens"]
 
 
@@ -137,6 +139,7 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
         ids = read_rows(td, keys.key)
     is_stored, report = ids is not None, TextReport()
     if is_stored:
+        _check_ids(ids, nested(keys.tokens_key, "full"))
         lengths, places = _real_tokens(ids, read_rows(td, nested(keys.masks_key, "all_attention_mask")), keys)
         ids_N = pack(ids, places).long()
         assistant = _stored_assistant_mask(td, ids, lengths, places, keys, assistant_only)
@@ -167,6 +170,16 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
         stored=is_stored,
         report=report.joined(doubled_bos(ids_N, firsts, lengths, keys.tokenizer)),
     )
+
+
+def _check_ids(ids: Rows, name: NestedKey) -> None:
+    """Raise InputError if a sample's ids are no flat row of ints."""
+    for i, row in enumerate(ids[:1] if isinstance(ids, torch.Tensor) else ids):
+        if not isinstance(row, torch.Tensor) or row.dim() != 1 or row.dtype not in _INTS:
+            shape = f"shape {list(row.shape)} and dtype {row.dtype}" if hasattr(row, "dtype") else repr(row)
+            raise InputError(
+                f"sample {i}: {name} has {shape[:80]}, expected a row of ints, one for each token"
+            )
 
 
 def _real_tokens(ids: Rows, attention: Rows | None, keys: InputKeys) -> tuple[list[int], torch.Tensor | None]:

@@ -153,7 +153,8 @@ def _words_of_calls(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
     Each text comes with the JSON that holds it, because a template may print this JSON unchanged.
     """
-    for call in message.get("tool_calls") or ():
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, (list, tuple)) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(function, dict):
             yield from _leaves([function.get("name"), function.get("arguments")], "")
@@ -176,7 +177,7 @@ def _leaves(value: Any, whole: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         if isinstance(parsed, (dict, list)):
             yield from _leaves(parsed, value)

@@ -7,7 +7,9 @@ router between client and servers can do the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from vllm_kl.routing.shards import Sizes, cut
 
 SIZES = Sizes(per_replica=4, fewest_tokens=16384, most_tokens=131072)
 _BUSY = (429, 502, 503, 504)  # another try may go better
+_ORIGIN = ("model", "weights", "weight_version")  # of all answers of a call the same
 _SEQUENCE = re.compile(r"\bsequence (\d+)\b")
 
 
@@ -73,11 +76,44 @@ def answer_in(fields: dict[str, Any], part: Part) -> Answer:
 
     Raises:
         VLLMKLError: the map has a problem document instead.
+        EngineError: it is neither.
     """
-    if "problem" in fields:
+    if isinstance(fields, dict) and isinstance(fields.get("problem"), dict):
         raise _error_in(fields["problem"], part)
-    answer = answer_of(fields)
-    return dataclasses.replace(answer, index=[part.places[n] for n in answer.index])
+    with _no_answer():
+        answer = answer_of(fields)
+        missing = [name for name in _ORIGIN if name not in answer.origin]
+        if missing or len(set(answer.index)) != len(answer.index) or min(answer.index, default=0) < 0:
+            raise ValueError(f"{missing or list(answer.index)}")
+        return dataclasses.replace(answer, index=[part.places[n] for n in answer.index])
+
+
+def whole_answer(data: bytes, part: Part) -> Answer:
+    """Return the answer of a body, which must have every sequence of the part.
+
+    Raises:
+        VLLMKLError: the body has a problem document instead.
+        EngineError: it is neither, or sequences are missing.
+    """
+    with _no_answer():
+        fields = msgpack.unpackb(data)
+    answer = answer_in(fields, part)
+    with _no_answer():
+        if set(answer.index) != set(part.places):
+            raise ValueError(f"{len(answer.index)} of {len(part.places)} sequences")
+    return answer
+
+
+@contextlib.contextmanager
+def _no_answer() -> Iterator[None]:
+    """Say of what cannot be read that no server of ours wrote it."""
+    try:
+        yield
+    except Exception as error:  # msgpack has no common class of what it raises
+        raise EngineError(
+            f"what came is no answer of vllm-kl serve ({type(error).__name__}: {error}): another server is "
+            "at this address, or one of another version, or a proxy changed the answer"
+        ) from error
 
 
 def checked(response: httpx.Response, part: Part | None = None) -> httpx.Response:
@@ -127,9 +163,10 @@ def _detail(response: httpx.Response, problem: Any) -> str:
 
 
 def _error_in(problem: dict[str, Any], part: Part | None) -> VLLMKLError:
-    name = str(problem["type"]).rpartition(":")[2]
+    name = str(problem.get("type")).rpartition(":")[2]
     kind = getattr(errors, name) if name in errors.__all__ else EngineError
-    message = str(problem.get("detail"))
+    told = problem.get("detail")
+    message = told if isinstance(told, str) and told else f"a server failed and did not say why: {problem}"
     if part is not None:  # the server counts the sequences of the part
         message = _SEQUENCE.sub(lambda found: f"sequence {_place(part, int(found[1]))}", message)
     return kind(message)
@@ -147,10 +184,20 @@ def rows_of(
     Raises:
         InputError: a sequence does not consist of whole numbers of 32 bits, or the starts are not as many.
     """
-    sequences = [ints(f"sequence {i}", ids, 1) for i, ids in enumerate(token_ids)]
+    try:
+        each = list(token_ids)
+    except TypeError as error:  # a number, or a tensor without dimensions
+        raise InputError(f"token_ids must be a list of sequences of ints: {error}") from error
+    sequences = [ints(f"sequence {i}", ids, 1) for i, ids in enumerate(each)]
     if start is None or isinstance(start, (int, np.integer)):
-        return sequences, [1 if start is None else int(start)] * len(sequences)
-    starts = [int(one) for one in start]
+        start = [1 if start is None else int(start)] * len(sequences)
+    try:
+        starts = [operator.index(one) for one in start]
+    except TypeError as error:
+        raise InputError(f"start must be an int, or one int per sequence: {error}") from error
+    for i, one in enumerate(starts):
+        if not -(2**31) <= one < 2**31:
+            raise InputError(f"sequence {i}: start is outside 32 bits, expected 1 <= start <= its length")
     if len(starts) != len(sequences):
         raise InputError(
             f"start has {len(starts)} entries for {len(sequences)} sequences; give one int, or one per "
@@ -163,7 +210,8 @@ def ints(name: str, given: Any, num_dimensions: int) -> np.ndarray:
     """Return an int32 array."""
     try:
         array = np.asarray(given)
-    except ValueError as error:  # rows of different lengths
+    # Rows of different lengths; a tensor that numpy has no dtype for, or that has no values.
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{name} must be an array of ints: {error}") from error
     if not array.size:
         return np.empty((0,) * num_dimensions, np.int32)
@@ -190,7 +238,7 @@ class Origin:
         Raises:
             WeightsError: other weights made it than the answers before.
         """
-        origin = {name: answer.origin[name] for name in ("model", "weights", "weight_version")}
+        origin = {name: answer.origin[name] for name in _ORIGIN}
         if self.found and origin != self.found:
             raise WeightsError(
                 f"the servers' weights changed during the call, or the servers differ: {self.found} and "
@@ -200,6 +248,12 @@ class Origin:
 
 
 def frames(data: msgpack.Unpacker, chunk: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the maps that a chunk of a streamed answer completes."""
-    data.feed(chunk)
-    yield from data
+    """Yield the maps that a chunk of a streamed answer completes.
+
+    Raises:
+        EngineError: the chunk is no msgpack.
+    """
+    with _no_answer():
+        data.feed(chunk)
+        found = list(data)
+    yield from found

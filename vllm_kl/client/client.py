@@ -246,7 +246,7 @@ class AsyncClient:
             response = await self._http().post(
                 f"{address}/v1/logprobs", content=part.body, headers=part.headers
             )
-            return calls.answer_in(msgpack.unpackb(calls.checked(response, part).content), part)
+            return calls.whole_answer(calls.checked(response, part).content, part)
 
         on_answer(await self._persist(post, part.addresses))
 

@@ -98,7 +98,11 @@ class Answer:
 
 
 def pack_question(question: Question) -> bytes:
-    """Return the body of a question."""
+    """Return the body of a question.
+
+    Raises:
+        InputError: a setting, such as the temperature, is no number or text that can be sent.
+    """
     body = {name: getattr(question, name) for name in _SETTINGS}
     body["token_ids"] = _raw(np.concatenate([_NONE, *question.token_ids]), _INT)
     body["lengths"] = _raw([len(ids) for ids in question.token_ids], _INT)
@@ -106,7 +110,11 @@ def pack_question(question: Question) -> bytes:
     if question.ids is not None:
         body["num_ids"] = question.ids[0].shape[1] if question.ids else 1
         body["ids"] = _raw(np.concatenate([_NONE, *(ids.ravel() for ids in question.ids)]), _INT)
-    packed: bytes = msgpack.packb(body)
+    try:
+        packed: bytes = msgpack.packb(body, default=np.generic.item)
+    except (TypeError, ValueError, OverflowError) as error:
+        settings = ", ".join(f"{name}={str(body[name])[:60]!r}" for name in _SETTINGS)
+        raise InputError(f"a setting cannot be sent ({error}): {settings}") from error
     return packed
 
 
@@ -180,20 +188,32 @@ def pack_answer(answer: Answer) -> bytes:
 
 
 def answer_of(fields: dict[str, Any]) -> Answer:
-    """Return the answer of a map that :func:`fields_of` made."""
+    """Return the answer of a map that :func:`fields_of` made.
+
+    Raises:
+        ValueError, TypeError, KeyError: it did not make this map. No memory is taken for what is not there.
+    """
     fields = dict(fields)
     index, rows, num_cached, rescored = (
         np.frombuffer(fields.pop(name), _INT) for name in ("index", "rows", "num_cached_tokens", "rescored")
     )
     num_rows = int(rows.sum())
     num_ids, top_k, has_entropy = (fields.pop(name) for name in ("num_ids", "top_k", "has_entropy"))
-    values = np.empty((num_rows, num_columns(num_ids, top_k, has_entropy)), np.float32)
+    if not len(index) == len(rows) == len(num_cached) == len(rescored) or (rows < 0).any():
+        raise ValueError("index, rows, num_cached_tokens and rescored do not fit each other")
+    if type(num_ids) is not int or type(top_k) is not int or min(num_ids, top_k) < 0:
+        raise ValueError(f"num_ids is {num_ids!r} and top_k is {top_k!r}, expected two counts")
+    for column in blocks(num_ids, top_k, bool(has_entropy)):  # before memory is taken for them
+        num_bytes = 4 * num_rows * (column.of.stop - column.of.start)
+        if len(fields[column.name]) != num_bytes:
+            raise ValueError(f"{column.name} has {len(fields[column.name])} bytes, expected {num_bytes}")
+    values = np.empty((num_rows, num_columns(num_ids, top_k, bool(has_entropy))), np.float32)
     answer = Answer(
         index=index.tolist(),
         values=np.split(values, np.cumsum(rows)[:-1]) if len(rows) else [],
         num_ids=num_ids,
         top_k=top_k,
-        has_entropy=has_entropy,
+        has_entropy=bool(has_entropy),
         num_cached_tokens=num_cached.tolist(),
         rescored=rescored.astype(bool).tolist(),
         origin=fields,
@@ -217,8 +237,7 @@ def _ints(body: dict[str, Any], name: str) -> np.ndarray:
 
 
 def _cut(numbers: np.ndarray, lengths: np.ndarray, name: str, what: str) -> list[np.ndarray]:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    expected = int(ends[-1]) if len(ends) else 0
+    expected = sum(lengths.tolist())  # Python's ints do not overflow
     if len(numbers) != expected:
         raise InputError(f"{name} has {len(numbers)} numbers, expected {expected}: {what}")
-    return np.split(numbers, ends[:-1]) if len(ends) else []
+    return np.split(numbers, np.cumsum(lengths, dtype=np.int64)[:-1]) if len(lengths) else []

@@ -28,6 +28,6 @@ def parse_engine_options(given: Iterable[str]) -> dict[str, Any]:
             raise OptionError(f"engine option {name!r} is given twice")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options

@@ -19,6 +19,7 @@ Kind = Literal["prompt_and_response_ids", "ids", "messages", "texts"]
 PART, ROW, IDS, STARTS, MASKS = "__part", "__row", "__token_ids", "__starts", "__masks"
 # Figures of the engine's calls for a block: in its first row, and 0 in the others.
 NUM_PROMPT, NUM_CACHED = "__num_prompt_tokens", "__num_cached_tokens"
+OF_STAGES = (PART, ROW, IDS, STARTS, MASKS, NUM_PROMPT, NUM_CACHED)
 
 REFERENCE, POLICY = "ref_log_probs", "log_probs"  # the log-probs of the two sides
 ADDED = (
@@ -203,4 +204,4 @@ def is_list(type_: pa.DataType) -> bool:
 
 def visible(names: list[str]) -> list[str]:
     """Return the columns that are written: those of the stages are not."""
-    return [name for name in names if not name.startswith("__")]
+    return [name for name in names if name not in OF_STAGES]

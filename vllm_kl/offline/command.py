@@ -35,34 +35,51 @@ FAILED, REJECTED = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take the values of a file as the defaults of the options."""
+    """Take the values of a file as the defaults of the options, as if they were texts on the command line."""
     if path is None:
         return path
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise typer.BadParameter(str(error)) from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    # A date such as 2001-13-45 is a ValueError of the datetime module.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{path} holds a {type(content).__name__}, expected options and values")
-    names = {name.lstrip("-").replace("-", "_"): p.name for p in context.command.params for name in p.opts}
-    unknown = sorted(name for name in content if str(name).replace("-", "_") not in names)
-    if unknown:
-        raise typer.BadParameter(
-            f"{path} has the unknown option {unknown[0]!r}; known are {', '.join(sorted(names))}"
-        )
-    context.default_map = {
-        names[name.replace("-", "_")]: [f"{key}={_text(one)}" for key, one in value.items()]
-        if isinstance(value, dict)
-        else value
-        for name, value in content.items()
-    }
+    known = {name.lstrip("-").replace("-", "_"): p for p in context.command.params for name in p.opts}
+    values: dict[str, str | list[str]] = {}
+    for name, value in content.items():
+        option = known.get(str(name).replace("-", "_"))
+        if option is None:
+            raise typer.BadParameter(
+                f"{path} has the unknown option {name!r}; known are {', '.join(sorted(known))}"
+            )
+        if option.name in values:
+            raise typer.BadParameter(f"{path} has the option {name!r} twice")
+        if value is not None:
+            takes_many = option.multiple or option.nargs == -1
+            values[option.name] = _as_arguments(f"{path}: {name}", value, takes_many)
+    context.default_map = values
     return path
 
 
+def _as_arguments(where: str, value: Any, takes_many: bool) -> str | list[str]:
+    """Return a value of YAML as the texts that the command line would have."""
+    if not takes_many:
+        if isinstance(value, (dict, list)):
+            raise typer.BadParameter(f"{where} is {str(value)[:60]}, expected one value")
+        return _text(value)
+    if isinstance(value, dict):
+        return [f"{key}={_text(one)}" for key, one in value.items()]
+    each = value if isinstance(value, list) else [value]
+    if any(isinstance(one, (dict, list)) for one in each):
+        raise typer.BadParameter(f"{where} is {str(value)[:60]}, expected values, or names and values")
+    return [_text(one) for one in each]
+
+
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # a date, for example
 
 
 Data = Annotated[
@@ -172,7 +189,7 @@ def score(
     ):
         options = {name: given[name] for name in _OF_JOB} | {
             "columns": dict(_pair(one) for one in column or ()),
-            "chat_template": None if chat_template is None else chat_template.read_text(),
+            "chat_template": None if chat_template is None else _read_template(chat_template),
             "engine_options": parse_engine_options(engine or ()),
             "policy_options": None if not policy_engine else parse_engine_options(policy_engine),
         }
@@ -343,8 +360,15 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--chat-template {path} is not UTF-8: {error}") from error
+
+
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise typer.BadParameter(f"{text!r}, expected i/n with 0 <= i < n", param_hint="--shard")
     return int(match[1]), int(match[2])

@@ -8,6 +8,7 @@ with an error for its row.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from vllm_kl.offline.columns import fits, is_list
 from vllm_kl.offline.storage import open_file
 
 _JSON = {b"vllm_kl": b"json"}  # metadata of the field of a column that holds JSON as text
+_MAYBE_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_DEEPEST = 30  # of lists and structs in each other: Arrow 26 reads no schema of more than 64
 _MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
 
 # Of each column: the types that its values have. None: a value that Arrow has no type for.
@@ -35,11 +38,17 @@ def lines(path: str, begin: int, end: int) -> Iterator[bytes]:
 
 
 def parse(line: bytes) -> dict[str, Any] | str:
-    """Return a line's object, or the text of its error."""
+    """Return a line's object, or the text of its error. A column of Arrow holds what is UTF-8 only."""
     try:
-        value = json.loads(line)
+        text = line.decode("utf-8-sig")
+        value = json.loads(text)
+        if _MAYBE_HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return f"the line is not UTF-8 at byte {error.start}"
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        return f"the line has {half}, half of a surrogate pair: write both halves, or none"
     except (ValueError, RecursionError) as error:
         return f"the line is not JSON: {error}"
     return value if isinstance(value, dict) else f"the line is {str(value)[:60]!r}, expected a JSON object"
@@ -95,9 +104,18 @@ def _common(types: set[pa.DataType | None]) -> pa.DataType | None:
         return None
     schemas = [pa.schema([("x", one)]) for one in sorted(types, key=str)]
     try:
-        return pa.unify_schemas(schemas, promote_options="permissive").field("x").type
+        type_ = pa.unify_schemas(schemas, promote_options="permissive").field("x").type
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return None
+    return type_ if _can_be_written(type_) else None
+
+
+def _can_be_written(type_: pa.DataType, depth: int = 0) -> bool:
+    """Whether a column of the type can be written: Parquet has no structs without fields."""
+    inner = [type_.field(i).type for i in range(type_.num_fields)]
+    if depth > _DEEPEST or (pa.types.is_struct(type_) and not inner):
+        return False
+    return all(_can_be_written(one, depth + 1) for one in inner)
 
 
 def read(path: str, begin: int, end: int, num_rows: int, schema: pa.Schema, error: str) -> pa.Table:

@@ -48,16 +48,27 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Folder) -> Manifest | None:
-        """Return the manifest of a folder; ``None``: it has none."""
+        """Return the manifest of a folder; ``None``: it has none.
+
+        Raises:
+            InputError: the file is not a manifest.
+        """
         content = folder.read_json(NAME)
         if content is None:
             return None
-        return cls(
-            settings=content["settings"],
-            files=[File(*file) for file in content["files"]],
-            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["schema"]))),
-            parts=[Part(**part) for part in content["parts"]],
-        )
+        try:
+            found = cls(
+                settings=dict(content["settings"]),
+                files=[File(*file) for file in content["files"]],
+                schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["schema"]))),
+                parts=[Part(**part) for part in content["parts"]],
+            )
+        except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
+            raise InputError(
+                f"{folder.path(NAME)} is no manifest of vllm-kl score ({type(error).__name__}: {error}): "
+                "give another folder"
+            ) from error
+        return found
 
     def check_same(self, settings: Mapping[str, Any], place: str) -> None:
         """Refuse settings that differ from those that made the files of the folder.

@@ -7,9 +7,10 @@ number.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,10 +19,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vllm_kl.errors import InputError
+from vllm_kl.errors import InputError, VLLMKLError
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.columns import PART, ROW, Columns
-from vllm_kl.offline.storage import File, list_files, open_file
+from vllm_kl.offline.storage import File, list_files, open_file, parse_json
 
 Format = Literal["jsonl", "parquet", "arrow"]
 SUFFIXES: dict[str, Format] = {
@@ -90,9 +91,10 @@ def _of_save_to_disk(files: Sequence[File]) -> list[File]:
         folder, name = posixpath.split(file.path)
         if name == "state.json":
             with open_file(file.path) as stream:
-                state = json.load(stream)
-            if isinstance(state, dict) and "_data_files" in state:
-                named[folder] = {entry["filename"] for entry in state["_data_files"]}
+                state = parse_json(file.path, stream.read())
+            if isinstance(state, dict) and isinstance(state.get("_data_files"), list):
+                entries = [entry for entry in state["_data_files"] if isinstance(entry, dict)]
+                named[folder] = {entry.get("filename") for entry in entries}
     kept = []
     for file in files:
         folder, name = posixpath.split(file.path)
@@ -140,18 +142,23 @@ def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, in
         for begin in range(0, file.size, part_bytes):
             yield begin, min(begin + part_bytes, file.size), 0
         return
-    with open_file(file.path) as stream:
+    with open_file(file.path) as stream, _whole(file.path, kind):
         if kind == "parquet":
             metadata = open_parquet(file.path, stream).metadata
             groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
         else:
-            sizes = [(batch.num_rows, batch.nbytes) for batch in _arrow(file.path, stream)]
+            sizes = [(batch.num_rows, _size_of(batch)) for batch in _arrow(file.path, stream)]
     num_rows, num_bytes = (sum(column) for column in zip((0, 0), *sizes, strict=True))
     step = max(1, num_rows * part_bytes // max(1, num_bytes))
     for begin in range(0, num_rows, step):
         end = min(begin + step, num_rows)
         yield begin, end, end - begin
+
+
+def _size_of(batch: pa.RecordBatch) -> int:
+    batch.validate()  # the size is computed from offsets, which may be damaged
+    return batch.nbytes
 
 
 def open_parquet(path: str, stream: Any) -> pq.ParquetFile:
@@ -160,21 +167,47 @@ def open_parquet(path: str, stream: Any) -> pq.ParquetFile:
     Raises:
         InputError: it is no Parquet file, or reading a value of it would run code.
     """
-    try:
+    with _whole(path, "parquet"):
         file = pq.ParquetFile(stream)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no whole Parquet file: {error}") from error
-    _refuse_pickles(path, file.schema_arrow)
+        _check_schema(path, file.schema_arrow)
     return file
 
 
 def _arrow(path: str, stream: Any) -> pa.ipc.RecordBatchStreamReader:
-    try:
+    with _whole(path, "arrow"):
         reader = pa.ipc.open_stream(stream)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no whole file of Arrow's streaming format: {error}") from error
-    _refuse_pickles(path, reader.schema)
+        _check_schema(path, reader.schema)
     return reader
+
+
+_KINDS = {"parquet": "Parquet file", "arrow": "file of Arrow's streaming format"}
+
+
+@contextlib.contextmanager
+def _whole(path: str, kind: Format) -> Iterator[None]:
+    """Say of a file that is damaged that it is.
+
+    Raises:
+        InputError: Arrow cannot read it. It raises errors of Python, too: MemoryError for a damaged size.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
+        if isinstance(error, (VLLMKLError, FileNotFoundError)):
+            raise
+        raise InputError(f"{path} is no whole {_KINDS[kind]}: {error}") from error
+
+
+def _check_schema(path: str, schema: pa.Schema) -> None:
+    """Refuse columns that cannot be told apart, or whose values cannot be read safely.
+
+    Raises:
+        InputError: there are such columns.
+    """
+    name, count = next(iter(Counter(schema.names).most_common(1)), ("", 1))
+    if count > 1:
+        raise InputError(f"{path} has {count} columns with the name {name!r}: rename them")
+    _refuse_pickles(path, schema)
 
 
 def _refuse_pickles(path: str, schema: pa.Schema) -> None:
@@ -253,7 +286,7 @@ def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
 def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
     if part.format == "jsonl":
         return jsonl.read(part.path, part.begin, part.end, part.num_rows, schema, columns.added("error"))
-    with open_file(part.path) as stream:
+    with open_file(part.path) as stream, _whole(part.path, part.format):
         skip = part.begin
         if part.format == "parquet":
             file = open_parquet(part.path, stream)
@@ -267,17 +300,26 @@ def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
         else:
             batches = iter(_arrow(part.path, stream))
         taken = list(_slice(batches, skip, part.num_rows))
-        return _conformed(pa.Table.from_batches(taken), schema) if taken else schema.empty_table()
+        table = pa.Table.from_batches(taken) if taken else schema.empty_table()
+        table.validate(full=True)  # Arrow trusts the offsets and texts of a file until it reads them
+    return _conformed(part.path, table, schema)
 
 
-def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+def _conformed(path: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return the table with the columns of the whole data set; those that its file lacks are null."""
-    columns = [
-        table.column(field.name).cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(table.num_rows, field.type)
-        for field in schema
-    ]
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        found = table.column(field.name)
+        try:
+            columns.append(found.cast(field.type))
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{path}: column {field.name!r} holds {found.type}, of which not every value fits "
+                f"{field.type}, the type in all files together: {error}"
+            ) from error
     return pa.Table.from_arrays(columns, schema=schema)
 
 

@@ -28,7 +28,7 @@ from vllm_kl.engines.devices import has_gpu
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import TOKEN_ESTIMATORS, check_estimator
 from vllm_kl.offline.cluster import Resources
-from vllm_kl.offline.columns import POLICY, REFERENCE, Columns, Layout, layout_of, visible
+from vllm_kl.offline.columns import OF_STAGES, POLICY, REFERENCE, Columns, Layout, layout_of, visible
 from vllm_kl.offline.rows import ReadRows, Texts
 from vllm_kl.offline.score_rows import CompareRows, Model, ScoreRows
 
@@ -56,6 +56,8 @@ class Job:
         Raises:
             InputError: it has one.
         """
+        if taken := sorted(set(names) & set(OF_STAGES)):
+            raise InputError(f"the data set has a column {taken[0]!r}, a name that is used here: rename it")
         if taken := sorted((set(names) - set(layout.read.values())) & set(self.columns.all_added)):
             raise InputError(
                 f"the data set has a column {taken[0]!r} already, which this run would add: give a prefix "

@@ -90,6 +90,18 @@ def _list_files(place: str) -> list[File]:
     return sorted(File(scheme + entry["name"].removeprefix(scheme), entry["size"]) for entry in found)
 
 
+def parse_json(path: str, data: bytes) -> Any:
+    """Return the content of a file of JSON.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
 def size_of(path: str) -> int | None:
     """Return the size of a file; ``None``: there is none."""
     with _named(path):
@@ -173,10 +185,14 @@ class Folder:
             raise
 
     def read_json(self, name: str) -> Any:
-        """Return the content of a file of JSON; ``None``: there is none."""
+        """Return the content of a file of JSON; ``None``: there is none.
+
+        Raises:
+            InputError: the file is not JSON.
+        """
         with _named(self.path(name)):
             store, path = _open_store(self.path(name))
-            return json.loads(store.cat_file(path)) if store.exists(path) else None
+            return parse_json(self.path(name), store.cat_file(path)) if store.exists(path) else None
 
     def remove(self, name: str) -> None:
         with _named(self.path(name)):

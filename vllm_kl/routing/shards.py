@@ -1,7 +1,7 @@
 """Cuts the requests of a call into shards: whole groups, sized by tokens, one replica's prompts together.
 
-A group is what follows one prompt. Its requests stay in one shard, because a replica computes the prompt
-once. Only a group that exceeds a shard is split.
+A group is what follows one prompt. Its requests, which are neighbours, stay in one shard, because a replica
+computes the prompt once. Only a group that exceeds a shard is split.
 
 The key of a prompt is its first 2 ** k tokens, with the largest k. So a dialog whose prompt grows keeps its
 key, and its replica, until it is twice as long; a key of the whole prompt would change with every turn

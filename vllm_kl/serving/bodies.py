@@ -94,6 +94,8 @@ def _of_json(data: bytes, limits: Limits) -> tuple[Question, Settings]:
         widths = {len(row) for rows in body.ids for row in rows}
         if len(widths) > 1:
             raise InputError(f"ids has rows of {min(widths)} to {max(widths)} ids, expected as many in each")
+        if widths == {0}:
+            raise InputError("ids has rows of 0 ids, expected at least one id to score in each")
         num_ids = widths.pop() if widths else 1
         ids = [np.array(rows, np.int32).reshape(-1, num_ids) for rows in body.ids]
     token_ids = [np.array(sequence, np.int32) for sequence in body.token_ids]

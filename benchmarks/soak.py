@@ -1,0 +1,428 @@
+"""Is a scorer the same after an hour as after a minute? Threads score, push, refresh and err, all at once.
+
+    python benchmarks/soak.py --minutes 60 --out soak_out
+
+One engine of the scorer's own, and a tiny model whose weights change between two sets of random ones. Four
+kinds of threads use it together:
+
+    dialogs   renders dialogs by a chat template, scores them, and asks which version scored
+    groups    scores groups of responses to one prompt, in a random order, with starts
+    best      asks for the most likely tokens, or for the entropy
+    weights   pushes one of the two sets, refreshes to it, or proves that the reference is frozen
+    wrong     gives ids, starts, temperatures and weights that must be refused
+
+Each number is compared with float64 (tests/oracle.py) of the weights of the version that it claims. A
+call that tells no version must be of one set of weights as a whole. Meanwhile the main thread samples what
+the process and its engine hold: memory (PSS, which counts a page of two processes half for each), file
+descriptors, threads, and the scorer's files in /dev/shm. Each window, of a minute, is a line of
+``soak.jsonl``, with the latencies of its calls.
+
+The verdict is by the median slope of all pairs of windows (Theil and Sen), without the first three minutes,
+or the first half of a shorter run, in which caches fill. The growth of the rest must stay below a tolerance,
+which the table shows. Exit code 1: something grew, or a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' oracle and tiny models
+
+import psutil
+import torch
+from common import Report, machine_line, make_table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import tiny
+from tests.oracle import ENTROPY_TOLERANCE, LOG_PROB_TOLERANCE, Oracle, entropy
+from vllm_kl import VLLMScorer, push_weights
+from vllm_kl.batch.alignment import scored_spans
+from vllm_kl.batch.read_messages import read_messages
+from vllm_kl.errors import FrozenError, InputError, WeightsError
+from vllm_kl.lifetime import PREFIX, SHARED_MEMORY
+
+K = 3
+GROUP = 6
+MIB = 1 << 20
+WARM_UP_S = 180.0
+
+
+class Tolerance(NamedTuple):
+    """How much a figure may grow in a run: a fraction of its median, and an amount."""
+
+    fraction: float
+    amount: float
+    unit: str
+
+
+# The allocator of each process keeps some freed pages, so memory is flat within a few per cent. A descriptor,
+# a thread or a file that is left at each push or call would be hundreds in an hour; one or two come and go
+# with a push that a sample meets. Other programs on the machine move latencies.
+TOLERANCES = {
+    "pss_mib": Tolerance(0.03, 8.0, "MiB"),
+    "fds": Tolerance(0.0, 2.0, ""),
+    "threads": Tolerance(0.0, 2.0, ""),
+    "shm_files": Tolerance(0.0, 2.0, ""),
+    "shm_mib": Tolerance(0.0, 4.0, "MiB"),
+    "p50_ms": Tolerance(0.25, 5.0, "ms"),
+    "p99_ms": Tolerance(0.5, 20.0, "ms"),
+}
+
+
+class Truth(NamedTuple):
+    """What one sequence scores with one set of weights: float64, nats; entry t belongs to token t + 1."""
+
+    log_probs: torch.Tensor  # [L - 1]
+    entropies: torch.Tensor  # [L - 1]
+    all_log_probs: torch.Tensor  # [L - 1, V]
+
+
+class Soak:
+    """The threads' common ground: the scorer, the truths, and what was found.
+
+    Attributes:
+        set_of: version -> which of the two sets of weights it has.
+        faults: texts of results that were wrong.
+    """
+
+    def __init__(self, home: Path, seed: int) -> None:
+        self.paths = [tiny.build(home / str(n), seed=n, tie_word_embeddings=True) for n in range(2)]
+        self.states = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in self.paths]
+        self.tokenizer = AutoTokenizer.from_pretrained(self.paths[0])
+        self.oracles = [Oracle(path) for path in self.paths]
+        self.dialogs, self.groups = _dialogs(seed), _groups(seed)
+        self.truths: dict[tuple[int, ...], list[Truth]] = {}
+        for ids in [*itertools.chain(*self.groups), *(self.rendered(dialog)[0] for dialog in self.dialogs)]:
+            self.truths[tuple(ids)] = [_truth(oracle, ids) for oracle in self.oracles]
+        self.scorer = VLLMScorer(str(self.paths[0]), **tiny.ENGINE_OPTIONS)
+        self.set_of = {self.scorer.weight_version: 0}
+        self.faults: list[str] = []
+        self.latencies: dict[str, list[float]] = defaultdict(list)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.lock, self.has_ended = threading.Lock(), threading.Event()
+
+    def rendered(self, dialog: list[dict[str, str]]) -> tuple[list[int], tuple[int, int]]:
+        """Return the ids of a dialog, and the span of its scored tokens."""
+        batch = read_messages([dialog], self.tokenizer)
+        return batch.token_ids[0].tolist(), scored_spans(batch.packed_keep, batch.lengths)[0]
+
+    def timed(self, kind: str, call: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        found = call()
+        with self.lock:
+            self.latencies[kind].append(time.perf_counter() - began)
+            self.counts[kind] += 1
+        return found
+
+    def check(self, kind: str, errors: list[float], tolerance: float, told: str = "") -> None:
+        """Note a fault if no set of weights, or not the one that is claimed, gives these numbers."""
+        if not min(errors) < tolerance:
+            self.faults.append(f"{kind}: {told} errors {errors} against {len(errors)} sets of weights")
+
+
+def _dialogs(seed: int) -> list[list[dict[str, str]]]:
+    draw = random.Random(seed)
+    words = ["one", "two", "plus", "is", "what", "é", "7", "\n"]
+
+    def said() -> str:
+        return " ".join(draw.choices(words, k=draw.randrange(1, 12)))
+
+    return [
+        [
+            {"role": role, "content": said()}
+            for _ in range(draw.randrange(1, 4))
+            for role in ("user", "assistant")
+        ]
+        for _ in range(12)
+    ]
+
+
+def _groups(seed: int) -> list[list[list[int]]]:
+    """Return groups of sequences with one prompt each, longer than a block of the prefix cache."""
+    draw = random.Random(seed + 1)
+    groups = []
+    for _ in range(6):
+        prompt = [draw.randrange(250) for _ in range(draw.randrange(20, 100))]
+        groups.append([[*prompt, *(draw.randrange(250) for _ in range(24))] for _ in range(GROUP)])
+    return groups
+
+
+def _truth(oracle: Oracle, ids: list[int]) -> Truth:
+    logits = oracle.logits(ids)[:-1]
+    return Truth(
+        torch.tensor(oracle.log_probs(ids)[1:], dtype=torch.float64),
+        torch.tensor([entropy(row.tolist()) for row in logits], dtype=torch.float64),
+        logits.log_softmax(-1),
+    )
+
+
+def score_dialogs(soak: Soak, draw: random.Random) -> None:
+    dialogs = draw.sample(soak.dialogs, draw.randrange(1, 7))
+    rendered = [soak.rendered(dialog) for dialog in dialogs]
+    ids, starts = [ids for ids, _ in rendered], [span[0] for _, span in rendered]
+    rows, stats = soak.timed("dialogs", lambda: soak.scorer.score_and_tell(ids, starts))
+    which = soak.set_of[stats.weight_version]
+    for one, start, row in zip(ids, starts, rows, strict=True):
+        truth = soak.truths[tuple(one)][which].log_probs[start - 1 :]
+        soak.check("dialogs", [_distance(row, truth)], LOG_PROB_TOLERANCE, f"version {stats.weight_version}:")
+
+
+def score_groups(soak: Soak, draw: random.Random) -> None:
+    ids = list(itertools.chain(*draw.sample(soak.groups, 2)))
+    draw.shuffle(ids)
+    starts = [len(one) - 24 for one in ids]
+    rows, stats = soak.timed("groups", lambda: soak.scorer.score_and_tell(ids, starts))
+    which = soak.set_of[stats.weight_version]
+    for one, start, row in zip(ids, starts, rows, strict=True):
+        truth = soak.truths[tuple(one)][which].log_probs[start - 1 :]
+        soak.check("groups", [_distance(row, truth)], LOG_PROB_TOLERANCE, f"version {stats.weight_version}:")
+
+
+def score_best(soak: Soak, draw: random.Random) -> None:
+    """The call tells no version: all of its numbers are of one set of weights."""
+    ids = draw.choice(soak.groups)[: draw.randrange(1, GROUP + 1)]
+    truths = [soak.truths[tuple(one)] for one in ids]
+    if draw.random() < 0.5:
+        found = soak.timed("best", lambda: soak.scorer.score_topk(ids, K, entropy=True))
+        log_probs, entropies = [one.target_log_probs for one in found], [one.entropy for one in found]
+        errors = [
+            max(
+                _distance(one.log_probs, truth[which].all_log_probs.gather(1, one.token_ids))
+                for one, truth in zip(found, truths, strict=True)
+            )
+            for which in range(2)
+        ]
+        soak.check("best", errors, LOG_PROB_TOLERANCE, "top k:")
+        best = [
+            max(
+                _distance(one.log_probs, truth[which].all_log_probs.topk(K).values)
+                for one, truth in zip(found, truths, strict=True)
+            )
+            for which in range(2)
+        ]
+        soak.check("best", best, LOG_PROB_TOLERANCE, "largest k:")
+    else:
+        log_probs, entropies = soak.timed("best", lambda: soak.scorer.score(ids, entropy=True))
+    errors = [max(map(_distance, log_probs, (t[which].log_probs for t in truths))) for which in range(2)]
+    soak.check("best", errors, LOG_PROB_TOLERANCE, "log-probs:")
+    which = errors.index(min(errors))
+    of_entropy = max(map(_distance, entropies, (t[which].entropies for t in truths)))
+    soak.check("best", [of_entropy], ENTROPY_TOLERANCE, "entropies:")
+
+
+def change_weights(soak: Soak, draw: random.Random) -> None:
+    which, version = draw.randrange(2), soak.scorer.weight_version + 1
+    soak.set_of[version] = which
+    how = draw.choice(["push", "refresh", "refresh from a folder", "check"])
+    if how == "push":
+        found = soak.timed("push", lambda: push_weights(soak.scorer, soak.states[which], version=version))
+    elif how == "check":
+        try:
+            found = soak.timed("check", soak.scorer.check_frozen)
+        except FrozenError:  # the last change was a push
+            found = 0.0
+        version = 0.0
+    else:
+        source = soak.states[which] if how == "refresh" else soak.paths[which]
+        found = soak.timed("refresh", lambda: soak.scorer.refresh(source, version=version))
+    if found != version:
+        soak.faults.append(f"{how}: returned {found}, expected {version}")
+    soak.has_ended.wait(draw.uniform(0.2, 1.0))
+
+
+def give_wrong_input(soak: Soak, draw: random.Random) -> None:
+    good = draw.choice(soak.groups)[0]
+    calls: list[tuple[str, type[Exception], Callable[[], Any]]] = [
+        ("sequence 1, token 2: id 100000", InputError, lambda: soak.scorer.score([good, [1, 2, 100_000]])),
+        ("sequence 0: start is 0", InputError, lambda: soak.scorer.score([good], 0)),
+        ("sequence 1 is empty", InputError, lambda: soak.scorer.score([good, []])),
+        ("sequence 0 has 999 tokens", InputError, lambda: soak.scorer.score([[5] * 999])),
+        ("temperature must be", InputError, lambda: soak.scorer.score([good], temperature=0.0)),
+        ("k is 0", InputError, lambda: soak.scorer.score_topk([good], 0)),
+        ("", WeightsError, lambda: push_weights(soak.scorer, {"no.such": torch.zeros(2)})),
+        ("sample 0: no message is the assistant's", InputError, lambda: soak.rendered(soak.dialogs[0][:1])),
+    ]
+    message, kind, call = draw.choice(calls)
+    try:
+        soak.timed("wrong", call)
+    except kind as error:
+        if message not in str(error):
+            soak.faults.append(f"wrong: expected {message!r} in {error}")
+        with soak.lock:
+            soak.counts["wrong"] += 1
+    else:
+        soak.faults.append(f"wrong: {message or kind.__name__} was not refused")
+    soak.has_ended.wait(0.05)
+
+
+def _distance(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found.double() - truth).abs().max())
+
+
+WORK = {
+    "dialogs": score_dialogs,
+    "groups": score_groups,
+    "best": score_best,
+    "weights": change_weights,
+    "wrong": give_wrong_input,
+}
+
+
+def work(soak: Soak, kind: str, seed: int) -> None:
+    """Do one kind of work until the end; an error that is not expected is a fault, and ends the soak."""
+    draw = random.Random(seed)
+    while not soak.has_ended.is_set():
+        try:
+            WORK[kind](soak, draw)
+        except Exception as error:
+            soak.faults.append(f"{kind}: {type(error).__name__}: {error}")
+        if soak.faults:
+            soak.has_ended.set()
+
+
+def held() -> dict[str, float]:
+    """Return what this process and its children hold now."""
+    me = psutil.Process()
+    sums: dict[str, float] = defaultdict(float)
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            memory = process.memory_full_info()
+            figures = {"pss_mib": memory.pss / MIB, "rss_mib": memory.rss / MIB}
+            figures |= {"fds": process.num_fds(), "threads": process.num_threads(), "processes": 1}
+        except psutil.NoSuchProcess:
+            continue
+        for name, figure in figures.items():
+            sums[name] += figure
+    shared = []
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}_{os.getpid()}_*"):
+        with contextlib.suppress(OSError):  # a push that ends removes it meanwhile
+            shared += [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {**sums, "shm_files": len(shared), "shm_mib": sum(shared) / MIB}
+
+
+def watch(soak: Soak, seconds: float, out: Path) -> list[dict[str, float]]:
+    """Sample until the end; return the windows, each of which is also a line of a file."""
+    windows, began = [], time.monotonic()
+    window_s = min(60.0, seconds / 10)
+    with out.open("w") as lines:
+        while not soak.has_ended.is_set() and time.monotonic() - began < seconds:
+            samples, until = [], time.monotonic() + window_s
+            while time.monotonic() < until and not soak.has_ended.wait(max(0.2, window_s / 12)):
+                samples.append(held())
+            with soak.lock:
+                taken, soak.latencies = soak.latencies, defaultdict(list)
+                counts = dict(soak.counts)
+            if not samples:
+                break
+            window = {name: statistics.median(one[name] for one in samples) for name in samples[0]}
+            scoring = [1e3 * s for kind in ("dialogs", "groups", "best") for s in taken[kind]]
+            window |= {"at_s": time.monotonic() - began, **_percentiles("", scoring)}
+            window |= {f"calls_{kind}": number for kind, number in counts.items()}
+            for kind, of_kind in taken.items():
+                window |= _percentiles(f"{kind}_", [1e3 * s for s in of_kind])
+            windows.append(window)
+            lines.write(json.dumps(window) + "\n")
+            lines.flush()
+    return windows
+
+
+def _percentiles(prefix: str, times_ms: list[float]) -> dict[str, float]:
+    if len(times_ms) < 2:
+        return {}
+    cuts = statistics.quantiles(times_ms, n=100, method="inclusive")
+    return {f"{prefix}p50_ms": cuts[49], f"{prefix}p99_ms": cuts[98]}
+
+
+def growth(windows: list[dict[str, float]], name: str) -> tuple[float, float]:
+    """Return the growth of a figure after the warm-up by the median slope, and its median."""
+    warm_s = min(WARM_UP_S, windows[-1]["at_s"] / 2)
+    kept = [(w["at_s"], w[name]) for w in windows if name in w and w["at_s"] >= warm_s]
+    slopes = [(b - a) / (t - s) for (s, a), (t, b) in itertools.combinations(kept, 2)]
+    if not slopes:
+        return 0.0, 0.0
+    return statistics.median(slopes) * (kept[-1][0] - kept[0][0]), statistics.median(v for _, v in kept)
+
+
+def judge(windows: list[dict[str, float]], report: Report) -> bool:
+    """Print the table of the figures; return whether all of them are flat."""
+    table = make_table("After the warm-up", "figure", "median", "first", "last", "growth", "tolerance", "")
+    are_flat = True
+    for name, tolerance in TOLERANCES.items():
+        grown, median = growth(windows, name)
+        most = tolerance.fraction * median + tolerance.amount
+        are_flat &= grown <= most
+        seen = [window[name] for window in windows if name in window] or [0.0]  # the first of the whole run
+        figures = (median, seen[0], seen[-1], grown, most)
+        table.add_row(f"{name}", *(f"{one:,.1f}" for one in figures), "flat" if grown <= most else "GROWS")
+    report.table(table)
+    return are_flat
+
+
+def plot(windows: list[dict[str, float]], path: Path) -> None:
+    """Draw each figure of the verdict over time, divided by its median."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(TOLERANCES), 1, sharex=True, figsize=(8, 1.6 * len(TOLERANCES)))
+    for axis, name in zip(axes, TOLERANCES, strict=True):
+        points = [(window["at_s"] / 60, window[name]) for window in windows if name in window]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1)
+        axis.set_ylabel(name)
+        axis.set_ylim(0, 1.15 * max((value for _, value in points), default=1) or 1)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("minutes")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, default=Path("soak_out"), help="folder of the two files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, help="also append the table to this file")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.markdown)
+    report.line(machine_line())
+    with tempfile.TemporaryDirectory(prefix="vllm_kl_soak_") as home:
+        soak = Soak(Path(home), options.seed)
+        threads = [
+            threading.Thread(target=work, args=(soak, kind, options.seed + n), name=f"soak-{kind}")
+            for n, kind in enumerate(WORK)
+        ]
+        for thread in threads:
+            thread.start()
+        windows = watch(soak, 60 * options.minutes, options.out / "soak.jsonl")
+        soak.has_ended.set()
+        for thread in threads:
+            thread.join()
+        soak.scorer.close()
+    plot(windows, options.out / "soak.png")
+    report.line(", ".join(f"{number:,} {kind}" for kind, number in sorted(soak.counts.items())) + " calls")
+    are_flat = judge(windows, report) if len(windows) > 2 else False
+    for fault in soak.faults:
+        report.line(f"wrong result: {fault}")
+    report.line(f"{options.out}/soak.jsonl, {options.out}/soak.png: " + ("flat" if are_flat else "not flat"))
+    raise SystemExit(int(bool(soak.faults) or not are_flat))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Runs many cases of each property of this folder, counts them, and prints a table.
+
+    python -m tests.fuzz.run --cases 1000000 --minutes 25
+
+Each round runs every property with other random numbers. A property that fails is printed with the smallest
+input that fails it, and is not run again; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import random
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import Phase, given, seed, settings
+from rich.console import Console
+from rich.table import Table
+
+from tests.fuzz.strategies import OPTIONS, OUTCOMES
+
+CHUNK = 300  # cases of a property in a round, times its share
+
+
+@dataclass
+class Property:
+    """A property and what was counted of it."""
+
+    name: str
+    body: FunctionType
+    strategies: dict
+    share: float
+    cases: int = 0
+    wall_s: float = 0.0
+    outcomes: Counter = field(default_factory=Counter)
+    fault: str | None = None
+
+
+def properties(only: str | None) -> list[Property]:
+    """Return the properties of all modules of this folder."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        module = importlib.import_module(f"tests.fuzz.{path.stem}")
+        for name, test in vars(module).items():
+            if hasattr(test, "of_fuzz"):
+                found.append(
+                    Property(
+                        f"{path.stem.removeprefix('test_')}: {name[5:].replace('_', ' ')}", *test.of_fuzz
+                    )
+                )
+    return [one for one in found if only is None or only in one.name]
+
+
+def run(one: Property, number: int, most: int) -> None:
+    """Run some cases of a property, and count those that ran."""
+
+    def counted(**arguments: object) -> None:
+        one.cases += 1
+        one.body(**arguments)
+
+    phases = (Phase.generate, Phase.shrink)
+    limits = settings(max_examples=most, database=None, phases=phases, print_blob=False, **OPTIONS)
+    test = limits(seed(number)(given(**one.strategies)(counted)))
+    before, began = OUTCOMES.copy(), time.perf_counter()
+    try:
+        test()
+    except Exception:
+        one.fault = traceback.format_exc()
+    one.wall_s += time.perf_counter() - began
+    one.outcomes += OUTCOMES - before
+
+
+def rounds(every: list[Property], options: argparse.Namespace, console: Console) -> None:
+    """Run rounds until there are enough cases, the time is over, or every property failed."""
+    began, rng = time.monotonic(), random.Random(options.seed)
+
+    def left() -> int:
+        is_over = time.monotonic() - began > 60 * options.minutes
+        return 0 if is_over else options.cases - sum(one.cases for one in every)
+
+    while left() > 0 and any(one.fault is None for one in every):
+        for one in every:
+            if one.fault is None and left() > 0:
+                run(one, rng.randrange(2**32), max(1, min(left(), int(CHUNK * one.share))))
+                if one.fault:
+                    console.print(f"{one.name}\n{one.fault}", markup=False, highlight=False)
+        total = sum(one.cases for one in every)
+        console.print(f"{total:,} cases, {time.monotonic() - began:.0f} s", highlight=False)
+
+
+def table_of(every: list[Property]) -> Table:
+    """Return what was counted of each property."""
+    table = Table("property", "cases", "answered", "refused", "s", "failed")
+    for one in every:
+        counts = (one.cases, one.outcomes["answered"], one.outcomes["refused"])
+        failed = "" if one.fault is None else "yes"
+        table.add_row(one.name, *(f"{number:,}" for number in counts), f"{one.wall_s:.0f}", failed)
+    return table
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=100_000, help="how many in all")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after this time")
+    parser.add_argument("--seed", type=int, help="of the random numbers; default: another each time")
+    parser.add_argument("--only", help="properties with this text in their names")
+    options = parser.parse_args()
+    console, every = Console(width=140), properties(options.only)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C shows what was counted until then
+        rounds(every, options, console)
+    console.print(table_of(every))
+    num_failed = sum(one.fault is not None for one in every)
+    console.print(
+        f"{sum(one.cases for one in every):,} cases, {num_failed} properties failed", highlight=False
+    )
+    raise SystemExit(int(bool(num_failed)))
+
+
+if __name__ == "__main__":
+    main()
