@@ -111,8 +111,12 @@ class TestRun:
         figures = json.loads(printed.splitlines()[-1])
         assert (figures["rows"], figures["rejected"]) == (table.num_rows, len(BAD))
         assert {name: modified(f"{out.place}/{name}") for name in before} == before
-        tables = [pq.read_table(pa.BufferReader(open_file(path).read())) for path in figures["files"]]
-        check_same(pa.concat_tables(tables), table)
+        check_same(pa.concat_tables(map(read_parquet, figures["files"])), table)
+
+
+def read_parquet(path):
+    with open_file(path) as stream:
+        return pq.read_table(pa.BufferReader(stream.read()))
 
 
 def modified(path):
