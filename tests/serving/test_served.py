@@ -169,7 +169,7 @@ def test_a_server_refuses_what_a_local_engine_refuses(server, key, ref_scorer):
             with pytest.raises(InputError) as ours:
                 client.score(ids, start)
             assert str(ours.value) == str(theirs.value)
-        with pytest.raises(InputError, match="top_k is 9999"):
+        with pytest.raises(InputError, match="k is 9999, expected 1 <= k"):
             client.score_topk([[5, 6]], 9999)
         with pytest.raises(InputError, match="temperature must be positive"):
             client.score([[5, 6]], temperature=0.0)
@@ -245,7 +245,7 @@ PACKED = {"Content-Type": MSGPACK}
         (b'{"token_ids": [[5, 6]], "temperature": NaN}', JSON, 422, ""),
         (b'{"token_ids": [[5, 6]], "prompt": "x"}', JSON, 422, "prompt: Extra inputs"),
         (b'{"token_ids": [[5, 6]], "model": "gpt"}', JSON, 404, "model 'gpt' is not served here"),
-        (b'{"token_ids": [[5, 6]], "top_k": 99999}', JSON, 422, "top_k is 99999"),
+        (b'{"token_ids": [[5, 6]], "top_k": 99999}', JSON, 422, "k is 99999, expected 1 <= k"),
         (json.dumps({"token_ids": [[5, 6]] * 501}).encode(), JSON, 413, "501 sequences.*at most 500"),
         (json.dumps({"token_ids": [[5] * 300] * 250}).encode(), JSON, 413, "75000 tokens.*at most 60000"),
         (b'{"token_ids": [%s], "top_k": 250}' % b",".join([b"[5,6,7]"] * 5), JSON, 200, ""),
