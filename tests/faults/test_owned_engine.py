@@ -1,0 +1,270 @@
+"""An owned engine whose process is killed, has no memory, or whose owner is interrupted, in each phase.
+
+Each fault ends in the right error within its limit and leaves no process; the next scorer of this process
+works. The other files with faults: ``tests/test_lifetime.py`` (owners that are killed, an engine that is
+killed between calls), ``tests/test_concurrency.py`` (an engine that hangs, Ctrl-C while it scores),
+``tests/weights/`` (pushes), ``tests/serving/test_killed.py`` (replicas and servers under load).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl import VLLMScorer, lifetime, push_weights
+from vllm_kl.errors import EngineError, OptionError, WeightsError
+
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+
+IDS = list(range(5, 60))
+LONG = [[5 + n % 90, *list(range(5, 95)) * 3] for n in range(200)]  # many steps of the engine
+ENDS_WITHIN_S = 20.0
+
+
+def engines():
+    """Return the engines that this process has started, and what they have started."""
+    me = psutil.Process()
+    found = []
+    for child in me.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "vllm_kl.engines._child" in child.cmdline():
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """See that a test leaves no engine, and nothing in shared memory, of this process."""
+    before = {process.pid for process in engines()}
+    prefix = f"{lifetime.PREFIX}_{os.getpid()}_*"
+    files = set(lifetime.SHARED_MEMORY.glob(prefix))
+    yield
+    until = time.monotonic() + ENDS_WITHIN_S
+    while (left := {process.pid for process in engines()} - before) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == set()
+    assert set(lifetime.SHARED_MEMORY.glob(prefix)) == files
+
+
+def start(path, **options):
+    return VLLMScorer(str(path), **{**tiny.ENGINE_OPTIONS, **options})
+
+
+def check_right(scorer, oracle):
+    """The scorer gives the log-probs of the oracle's weights."""
+    truth = oracle.log_probs(IDS)[1:]
+    scored = scorer.score([IDS])[0].tolist()
+    assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
+
+
+def kill_the_new_engine(after_s, known):
+    """Kill the next engine that this process starts, some time after its start."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        new = [process for process in engines() if process.pid not in known]
+        if new:
+            time.sleep(after_s)
+            new[0].kill()
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0, 4.0])
+def test_an_engine_that_is_killed_while_it_starts_is_an_error(ref_path, after_s):
+    known = {process.pid for process in engines()}
+    killer = threading.Thread(target=kill_the_new_engine, args=(after_s, known))
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="the engine process died"):
+        start(ref_path)
+    assert time.monotonic() - began < 60
+    killer.join()
+
+
+def test_an_engine_that_is_killed_while_threads_score_fails_each_call_and_the_next_one_works(
+    ref_path, ref_oracle
+):
+    with start(ref_path) as scorer, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(scorer.score, LONG) for _ in range(3)]
+        calls.append(pool.submit(scorer.check_frozen))
+        time.sleep(0.2)
+        os.kill(scorer._engine.pid, signal.SIGKILL)
+        for call in calls:
+            error = call.exception(timeout=ENDS_WITHIN_S)
+            assert isinstance(error, EngineError), error
+    with start(ref_path) as scorer:
+        check_right(scorer, ref_oracle)
+
+
+def test_an_engine_that_is_killed_while_it_refreshes_is_an_error(ref_path):
+    state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
+    with start(ref_path) as scorer, ThreadPoolExecutor(1) as pool:
+        scoring = threading.Event()
+
+        def refresh():
+            scoring.set()
+            while True:
+                scorer.refresh(state)
+
+        refreshing = pool.submit(refresh)
+        scoring.wait()
+        time.sleep(0.5)
+        os.kill(scorer._engine.pid, signal.SIGKILL)
+        assert isinstance(refreshing.exception(timeout=ENDS_WITHIN_S), (EngineError, WeightsError))
+        with pytest.raises(EngineError, match="closed|died"):
+            scorer.score([IDS])
+
+
+def test_an_engine_without_memory_is_an_error_and_the_next_one_works(ref_path, ref_oracle):
+    with start(ref_path) as scorer:
+        engine = psutil.Process(scorer._engine.pid)
+
+        def score_with_less_and_less():
+            for n in range(40):  # what an allocator has already mapped it may still give
+                most = engine.memory_info().vms - (n << 24)
+                engine.rlimit(psutil.RLIMIT_AS, (most, most))
+                scorer.score(LONG)
+
+        began = time.monotonic()
+        with pytest.raises(EngineError):
+            score_with_less_and_less()
+        assert time.monotonic() - began < 300
+    with start(ref_path) as scorer:
+        check_right(scorer, ref_oracle)
+
+
+@contextlib.contextmanager
+def interrupted(after_s):
+    """Raise KeyboardInterrupt in the main thread, as Ctrl-C does, some time after the block begins."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("after_s", [0.02, 0.5, 3.0])
+def test_a_start_that_is_interrupted_leaves_no_engine(ref_path, after_s):
+    with interrupted(after_s), pytest.raises(KeyboardInterrupt):
+        start(ref_path)
+
+
+def test_a_close_that_is_interrupted_can_be_repeated(ref_path):
+    for after_s in (0.001, 0.01, 0.05):
+        scorer = start(ref_path)
+        with contextlib.suppress(KeyboardInterrupt), interrupted(after_s):
+            scorer.close()
+        scorer.close()
+        scorer.close()
+        with pytest.raises(EngineError, match="the engine is closed: make a new VLLMScorer"):
+            scorer.score([IDS])
+
+
+def test_proofs_and_top_k_that_are_interrupted_leave_an_engine_that_is_right(ref_path, ref_oracle):
+    with start(ref_path) as scorer:
+        for call in (
+            scorer.check_frozen,
+            lambda: scorer.score_topk(LONG, 5),
+            lambda: scorer.score(LONG, entropy=True),
+            lambda: scorer.score_ids(LONG[:2], [[[1]] * 270] * 2),
+        ):
+            for after_s in (0.001, 0.02, 0.1):
+                with contextlib.suppress(KeyboardInterrupt), interrupted(after_s):
+                    call()
+            check_right(scorer, ref_oracle)
+
+
+def test_weights_that_shared_memory_has_no_room_for_leave_the_old_ones(ref_path, ref_oracle):
+    """A limit on the size of a file acts as a full ``/dev/shm`` does: a write fails."""
+    state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
+    with start(ref_path) as scorer:
+        version = scorer.weight_version
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for call in (lambda: push_weights(scorer, state), lambda: scorer.refresh(state)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
+            try:
+                with pytest.raises(WeightsError, match="(?i)written|write|too large|space"):
+                    call()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+        assert scorer.weight_version == version
+        check_right(scorer, ref_oracle)
+        assert scorer.check_frozen() == 0.0
+
+
+def _score_elsewhere(scorer, ids):
+    return scorer.score(ids)
+
+
+def test_two_scorers_share_a_process_and_neither_goes_to_another(
+    ref_path, policy_path, ref_oracle, policy_oracle
+):
+    with start(ref_path) as one, start(policy_path) as other:
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(5):
+                first, second = (
+                    pool.submit(check_right, one, ref_oracle),
+                    pool.submit(check_right, other, policy_oracle),
+                )
+                first.result()
+                second.result()
+        with pytest.raises(OptionError, match="cannot be pickled"):
+            pickle.dumps(one)
+        with (
+            multiprocessing.get_context("spawn").Pool(1) as pool,
+            pytest.raises(OptionError, match="cannot be pickled"),
+        ):
+            pool.apply(_score_elsewhere, (one, [IDS]))
+        fork = multiprocessing.get_context("fork").Process(target=_refused_in_a_fork, args=(one,))
+        fork.start()
+        fork.join(30)
+        assert fork.exitcode == 0
+        one.close()
+        one.close()
+        check_right(other, policy_oracle)
+
+
+def _refused_in_a_fork(scorer):
+    with pytest.raises(EngineError, match="not to a fork"):
+        scorer.score([IDS])
+    scorer.close()
+
+
+def test_threads_that_score_while_another_closes_get_a_right_result_or_an_error(ref_path, ref_oracle):
+    truth = ref_oracle.log_probs(IDS)[1:]
+    scorer = start(ref_path)
+
+    def score():
+        for _ in range(10_000):
+            scored = scorer.score([IDS])[0].tolist()
+            assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(score) for _ in range(4)]
+        time.sleep(1)
+        scorer.close()
+        for call in calls:
+            error = call.exception(timeout=ENDS_WITHIN_S)
+            assert isinstance(error, EngineError), error
+            assert "closed" in str(error)
