@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
 IDS = list(range(5, 60))
 LONG = [[5 + n % 90, *list(range(5, 95)) * 3] for n in range(200)]  # many steps of the engine
-ENDS_WITHIN_S = 20.0
+ENDS_WITHIN_S = 60.0  # an engine whose start was interrupted inside Popen ends when it has imported vLLM
 
 
 def engines():

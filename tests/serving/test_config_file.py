@@ -52,7 +52,8 @@ def serve_run(file, address):
             [sys.executable, "-c", code, "run", str(file)],
             stdout=told,
             stderr=told,
-            env=os.environ | {"RAY_ADDRESS": address},
+            # ray start asks for a token where this user has one; who joins must say so (Ray 2.60).
+            env={"RAY_AUTH_MODE": "token"} | os.environ | {"RAY_ADDRESS": address},
         )
     try:
         yield process, log

@@ -211,11 +211,12 @@ class _Child:
                 env={**_environment(start["options"]), **os.environ, **environment},
                 start_new_session=True,  # its own process group, which Ctrl-C in a terminal does not reach
             )
+            undo.callback(self.process.kill)
+            self._calls = _Calls(Connection(os.dup(ours.fileno())), timeout_s)
+            self._why_ended = "the engine was closed during the call"
+            self._owner_pid = os.getpid()
+            self._finalizer = weakref.finalize(self, _end, self.process, ours, self._log, self._owner_pid)
             undo.pop_all()
-        self._calls = _Calls(Connection(os.dup(ours.fileno())), timeout_s)
-        self._why_ended = "the engine was closed during the call"
-        self._owner_pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _end, self.process, ours, self._log, self._owner_pid)
         try:
             with self.call("start", {"model": model, **start}) as answers:
                 self.info: EngineInfo = next(answers)
