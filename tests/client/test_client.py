@@ -166,6 +166,9 @@ def test_another_server_is_named_as_such():
         lambda request: msgpack.packb(
             msgpack.unpackb(answer_to(request.body)) | {"index": np.int32([7]).tobytes()}
         ),
+        lambda request: msgpack.packb(
+            msgpack.unpackb(answer_to(request.body)) | {"rows": np.int32([0]).tobytes(), "log_probs": b""}
+        ),
     ],
 )
 def test_what_is_no_answer_of_ours_is_an_error_of_ours(body):

@@ -42,6 +42,7 @@ class Part:
     """Some sequences of a call, in one request."""
 
     places: Sequence[int]  # indices of the sequences in the call
+    shapes: Sequence[tuple[int, int]]  # of each sequence's values: its scored tokens, and their columns
     body: bytes
     headers: dict[str, str]
     addresses: Sequence[str]  # of the servers, the preferred one first
@@ -65,6 +66,10 @@ def parts_of(question: Question, addresses: Sequence[str]) -> Iterator[Part]:
         of_part = [places[n] for n in shard.places]
         yield Part(
             places=of_part,
+            shapes=[
+                (max(0, len(question.token_ids[i]) - question.starts[i]), question.num_columns)
+                for i in of_part
+            ],
             body=pack_question(Question(**question.select(of_part))),
             headers={"Content-Type": MSGPACK, "Accept": MSGPACK, "X-Session-ID": shard.key.hex()},
             addresses=order(shard.key, addresses),
@@ -85,6 +90,12 @@ def answer_in(fields: dict[str, Any], part: Part) -> Answer:
         missing = [name for name in _ORIGIN if name not in answer.origin]
         if missing or len(set(answer.index)) != len(answer.index) or min(answer.index, default=0) < 0:
             raise ValueError(f"{missing or list(answer.index)}")
+        for n, values in zip(answer.index, answer.values, strict=True):
+            if values.shape != part.shapes[n]:
+                raise ValueError(
+                    f"sequence {part.places[n]} has values of shape {[*values.shape]}, expected "
+                    f"{[*part.shapes[n]]}"
+                )
         return dataclasses.replace(answer, index=[part.places[n] for n in answer.index])
 
 
