@@ -104,6 +104,8 @@ def main(given: list[str] | None = None) -> GRPOTrainer:
             max_completion_length=16,
             logging_steps=1,
             report_to=[],
+            bf16=torch.cuda.is_available(),  # TRL's default, which a CPU refuses
+            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=data,
         server=args.server,
