@@ -146,7 +146,7 @@ def check_temperature(temperature: float) -> float:
 
 
 def _check_top_k(k: Any, info: EngineInfo) -> None:
-    if not isinstance(k, numbers.Integral) or k < 1 or (info.vocab_size or k) < k:
+    if not isinstance(k, (int, np.integer)) or k < 1 or (info.vocab_size or k) < k:
         raise InputError(f"k is {_shown(k)}, expected 1 <= k <= {info.vocab_size or 'the vocabulary'}")
 
 
