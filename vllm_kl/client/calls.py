@@ -42,7 +42,7 @@ class Part:
     """Some sequences of a call, in one request."""
 
     places: Sequence[int]  # indices of the sequences in the call
-    shapes: Sequence[tuple[int, int]]  # of each sequence's values: its scored tokens, and their columns
+    num_rows: Sequence[int]  # of each sequence: its scored tokens
     body: bytes
     headers: dict[str, str]
     addresses: Sequence[str]  # of the servers, the preferred one first
@@ -66,11 +66,8 @@ def parts_of(question: Question, addresses: Sequence[str]) -> Iterator[Part]:
         of_part = [places[n] for n in shard.places]
         yield Part(
             places=of_part,
-            shapes=[
-                (max(0, len(question.token_ids[i]) - question.starts[i]), question.num_columns)
-                for i in of_part
-            ],
             body=pack_question(Question(**question.select(of_part))),
+            num_rows=[max(0, len(question.token_ids[i]) - question.starts[i]) for i in of_part],
             headers={"Content-Type": MSGPACK, "Accept": MSGPACK, "X-Session-ID": shard.key.hex()},
             addresses=order(shard.key, addresses),
         )
@@ -91,10 +88,9 @@ def answer_in(fields: dict[str, Any], part: Part) -> Answer:
         if missing or len(set(answer.index)) != len(answer.index) or min(answer.index, default=0) < 0:
             raise ValueError(f"{missing or list(answer.index)}")
         for n, values in zip(answer.index, answer.values, strict=True):
-            if values.shape != part.shapes[n]:
+            if len(values) != part.num_rows[n]:
                 raise ValueError(
-                    f"sequence {part.places[n]} has values of shape {[*values.shape]}, expected "
-                    f"{[*part.shapes[n]]}"
+                    f"sequence {part.places[n]} has {len(values)} rows, expected {part.num_rows[n]}"
                 )
         return dataclasses.replace(answer, index=[part.places[n] for n in answer.index])
 
