@@ -45,7 +45,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' oracle and 
 
 import psutil
 import torch
-from common import Report, machine_line, make_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
@@ -53,6 +52,7 @@ from tests.oracle import ENTROPY_TOLERANCE, LOG_PROB_TOLERANCE, Oracle, entropy
 from vllm_kl import VLLMScorer, push_weights
 from vllm_kl.batch.alignment import scored_spans
 from vllm_kl.batch.read_messages import read_messages
+from vllm_kl.bench.report import Report, machine_line, make_table
 from vllm_kl.errors import FrozenError, InputError, WeightsError
 from vllm_kl.lifetime import PREFIX, SHARED_MEMORY
 
@@ -174,23 +174,22 @@ def _truth(oracle: Oracle, ids: list[int]) -> Truth:
 def score_dialogs(soak: Soak, draw: random.Random) -> None:
     dialogs = draw.sample(soak.dialogs, draw.randrange(1, 7))
     rendered = [soak.rendered(dialog) for dialog in dialogs]
-    ids, starts = [ids for ids, _ in rendered], [span[0] for _, span in rendered]
-    rows, stats = soak.timed("dialogs", lambda: soak.scorer.score_and_tell(ids, starts))
-    which = soak.set_of[stats.weight_version]
-    for one, start, row in zip(ids, starts, rows, strict=True):
-        truth = soak.truths[tuple(one)][which].log_probs[start - 1 :]
-        soak.check("dialogs", [_distance(row, truth)], LOG_PROB_TOLERANCE, f"version {stats.weight_version}:")
+    _score_and_check(soak, "dialogs", [ids for ids, _ in rendered], [span[0] for _, span in rendered])
 
 
 def score_groups(soak: Soak, draw: random.Random) -> None:
     ids = list(itertools.chain(*draw.sample(soak.groups, 2)))
     draw.shuffle(ids)
-    starts = [len(one) - 24 for one in ids]
-    rows, stats = soak.timed("groups", lambda: soak.scorer.score_and_tell(ids, starts))
+    _score_and_check(soak, "groups", ids, [len(one) - 24 for one in ids])
+
+
+def _score_and_check(soak: Soak, kind: str, ids: list[list[int]], starts: list[int]) -> None:
+    """Score, and compare with the weights of the version that the call tells."""
+    rows, stats = soak.timed(kind, lambda: soak.scorer.score_and_tell(ids, starts))
     which = soak.set_of[stats.weight_version]
     for one, start, row in zip(ids, starts, rows, strict=True):
         truth = soak.truths[tuple(one)][which].log_probs[start - 1 :]
-        soak.check("groups", [_distance(row, truth)], LOG_PROB_TOLERANCE, f"version {stats.weight_version}:")
+        soak.check(kind, [_distance(row, truth)], LOG_PROB_TOLERANCE, f"version {stats.weight_version}:")
 
 
 def score_best(soak: Soak, draw: random.Random) -> None:
