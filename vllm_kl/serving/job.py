@@ -46,7 +46,9 @@ class Job:
             placeholders=question.placeholders,
         )
         scored = [i for i, request in enumerate(self._requests) if request.start < len(request.token_ids)]
-        self._unscored = sorted(set(range(len(self._requests))).difference(scored))
+        self._unscored = [
+            i for i, request in enumerate(self._requests) if request.start == len(request.token_ids)
+        ]
         planned = plan([self._requests[i] for i in scored])
         self._planned = planned.requests
         self._asked_by: list[list[int]] = [[] for _ in self._planned]  # which sequences each request is for
