@@ -23,9 +23,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_kl.quiet import on_a_gpu
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-if not Path("/dev/nvidiactl").exists():
+if not on_a_gpu():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count, which the flat read-out needs: 20 s
 
 import numpy as np

@@ -32,9 +32,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vllm_kl.quiet import on_a_gpu
+
 # Read by vLLM and torch at import, in the children.
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-if not Path("/dev/nvidiactl").exists():
+if not on_a_gpu():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
 import numpy as np

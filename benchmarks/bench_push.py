@@ -34,9 +34,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_kl.quiet import on_a_gpu
+
 # vLLM and torch read these variables at import, in the children. "RPC, reload" needs pickle.
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
-if not Path("/dev/nvidiactl").exists():
+if not on_a_gpu():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM's rank count: 20 s
 
 import torch

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vllm_kl.quiet import on_a_gpu
+
 # vLLM, torch and torchrl read these variables at import.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -15,7 +17,7 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
 )
-if not Path("/dev/nvidiactl").exists():
+if not on_a_gpu():
     # Without this, vLLM compiles its rank count for prompt log-probs in 20 s. On a GPU, the kernel needs
     # compilation.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"

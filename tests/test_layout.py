@@ -37,6 +37,22 @@ def told(name: tuple[str, ...]) -> tuple[str, ...]:
     return name if home is None else ("vllm_kl", *home.split("."), name[1])
 
 
+def names_in(module: Path) -> set[str]:
+    """Return what a file has at its top, and a folder: names that another file can import from it."""
+    if module.is_dir():
+        inside = {path.stem for path in module.iterdir()}
+        return inside | (names_in(module / "__init__.py") if "__init__" in inside else set())
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return names
+
+
 def room_of(path: Path) -> str:
     return path.relative_to(ROOT / "vllm_kl").parts[0].removesuffix(".py")
 
@@ -143,3 +159,15 @@ def test_functions_stay_small():
                 if num_lines > 60:
                     long.append(f"{path.name}: {node.name}")
     assert not long
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tests", "vllm_kl"])
+def test_what_files_import_from_this_project_is_there(folder):
+    """No test starts the long scripts, and a move of a module must not break them."""
+    for path in ROOT.joinpath(folder).rglob("*.py"):
+        for name in map(told, imported_by(path)):
+            if name[0] in ("vllm_kl", "tests", "benchmarks") and len(name) > 1:
+                module = ROOT.joinpath(*name[:-1])
+                module = module if module.is_dir() else module.with_suffix(".py")
+                there = names_in(module) if module.exists() else set()
+                assert name[-1] in there, f"{path} imports {'.'.join(name)}"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from vllm_kl.demo.task import make_tokenizer
+from vllm_kl.quiet import on_a_gpu
 
 MAX_MODEL_LEN = 320
 ENGINE_OPTIONS = {
@@ -19,7 +20,7 @@ ENGINE_OPTIONS = {
     "kv_cache_memory_bytes": 64 << 20,
     "block_size": 32,
 }
-if Path("/dev/nvidiactl").exists():  # else vLLM refuses a GPU that another test's engine uses, too
+if on_a_gpu():  # else vLLM refuses a GPU that another test's engine uses, too
     ENGINE_OPTIONS["gpu_memory_utilization"] = 0.01
 
 

@@ -35,6 +35,11 @@ _BENCH_ON_CPU = {
 }
 
 
+def on_a_gpu() -> bool:
+    """Return whether this machine has an NVIDIA GPU, without importing torch or initialising CUDA."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def quiet_ray() -> None:
     """Keep Ray from printing into a command's progress; keep Ray and vLLM from sending statistics."""
     _set(_RAY)
@@ -49,7 +54,7 @@ def quiet_bench() -> None:
     """Keep libraries from printing, in this process and those of the providers."""
     quiet_ray()
     _set(_BENCH)
-    if not Path("/dev/nvidiactl").exists():
+    if not on_a_gpu():
         _set(_BENCH_ON_CPU)
 
 

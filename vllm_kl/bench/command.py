@@ -22,14 +22,14 @@ from typer.core import TyperGroup
 from vllm_kl.bench import models, traffic
 from vllm_kl.bench.compare import Figure, compare, figure_for
 from vllm_kl.bench.providers import check_names, usable
-from vllm_kl.bench.report import Report, machine_line, on_a_gpu
+from vllm_kl.bench.report import Report, machine_line
 from vllm_kl.bench.results import read_rows, rows_of, write_rows
 from vllm_kl.bench.run import Bench, Measured, Plan
 from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
 from vllm_kl.errors import OptionError, VLLMKLError
-from vllm_kl.quiet import quiet_bench
+from vllm_kl.quiet import on_a_gpu, quiet_bench
 
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
 _READOUTS = ("auto", "pooling", "token_ids", "flat")

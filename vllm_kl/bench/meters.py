@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_kl.bench.report import on_a_gpu
+from vllm_kl.quiet import on_a_gpu
 
 _POWERCAP = Path("/sys/class/powercap")
 

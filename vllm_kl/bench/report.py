@@ -28,11 +28,6 @@ PACKAGES = (
 )
 
 
-def on_a_gpu() -> bool:
-    """Return whether there is an NVIDIA GPU, without initialising CUDA."""
-    return Path("/dev/nvidiactl").exists()
-
-
 def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
     """Return an empty table. The first column and the columns in ``left`` hold text, the others numbers."""
     table = Table(title=title)
