@@ -5,7 +5,7 @@
 
 The rows hold token ids, in Parquet. Each size is scored by a driver of its own, in a local Ray of its own.
 Every half second the resident memory is read, without shared pages: of the driver, of the scoring actor, of
-Ray's other workers (they read and write), and of the engine and Ray's own services, which are not counted.
+Ray's workers (they read and write), and of the engine and Ray's own services, which are not counted.
 The object store is shared memory; its pages are in a column of their own.
 
 ``--stand-in`` puts an object that answers -1.0 for each token in the place of the engine, because two CPU
@@ -28,6 +28,7 @@ from vllm_kl.bench.report import Report, make_table
 
 ENGINE = ("dtype=float32", "max_model_len=1024", "kv_cache_memory_bytes=67108864", "enforce_eager=true")
 COUNTED = ("driver", "actor", "workers")
+OF_RAY = ("Agent", "_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker")  # one each a Ray
 # Runs the command with a stand-in for the engine. The class is pickled by value, so actors find it.
 STAND_IN = """
 import sys
@@ -86,7 +87,7 @@ def kind_of(process: psutil.Process, driver: int) -> str:
         return "driver"
     command = " ".join(process.cmdline())
     if command.startswith("ray::"):
-        if "Agent" in command:
+        if any(name in command for name in OF_RAY):
             return "services"
         return "actor" if "ScoreRows" in command else "workers"
     parents = [" ".join(parent.cmdline()) for parent in process.parents()]
