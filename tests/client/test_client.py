@@ -293,3 +293,86 @@ def test_a_fork_has_its_own_connections():
 def test_what_cannot_be_sent_is_refused_here(token_ids, start, message):
     with pytest.raises(InputError, match=message):
         score(GONE, token_ids, start)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        # As many rows in all as there are scored tokens, but of the wrong sequences.
+        ([[[1], [2], [3]], [[4]]], r"ids of sequence 0 has shape \[3, 1\], expected \[2, 1\]"),
+        ([[[1], [2]], [[3, 4], [5, 6]]], r"ids of sequence 1 has shape \[2, 2\], expected \[2, 1\]"),
+        ([[[1], [2]]], "ids has 1 entries for 2 sequences"),
+    ],
+)
+def test_chosen_ids_of_other_rows_are_refused_here(ids, message):
+    with Client(GONE) as client, pytest.raises(InputError, match=message):
+        client.score_ids([[5, 6, 7], [5, 6, 8]], ids)
+
+
+def takes_at_most(most):
+    """Return what refuses requests with more sequences."""
+
+    def answer(request):
+        fields = faulty_server.unpack_question(request.body, most_sequences=999)
+        if len(fields["token_ids"]) > most:
+            return problem(413, "InputError", f"at most {most} sequences: cut it")(request)
+        return faulty_server.score(request)
+
+    return answer
+
+
+def test_a_part_that_is_too_large_for_a_server_is_cut(monkeypatch):
+    monkeypatch.setattr(calls, "SIZES", Sizes())
+    with serving(*[takes_at_most(5)] * 99) as server:
+        check(score(server.address, IDS, STARTS))
+        assert len(server.seen) > len(IDS) / 5
+    with (
+        serving(*[lambda request: request.send(413, b"a proxy's text", {})] * 99) as server,
+        pytest.raises(InputError, match="127.0.0.1: 413"),
+    ):
+        score(server.address, IDS, STARTS)
+
+
+def test_time_in_which_a_server_scored_is_no_time_of_failures():
+    def long_work(request):
+        time.sleep(0.5)
+        hang_up(request)
+
+    with serving(long_work) as server:
+        check(score(server.address, [[5, 6]], retry_s=0.3), [[5, 6]], [1])
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (404, b"Path '/v1/logprobs' not found. Ping http://.../-/routes for available routes."),
+        (500, b"Internal Server Error"),
+    ],
+)
+def test_a_proxy_of_serve_without_its_door_is_asked_again(status, text):
+    with serving(*[lambda request: request.send(status, text, {"Content-Type": "text/plain"})] * 2) as server:
+        check(score(server.address, [[5, 6]]), [[5, 6]], [1])
+
+
+def test_another_server_is_asked_before_a_busy_one_has_rested():
+    full = problem(429, "EngineError", "full", Retry_After="60")
+    with serving(full) as one, serving(full) as other:
+        began = time.monotonic()
+        check(score([one.address, other.address], [[5, 6]], retry_s=0.5), [[5, 6]], [1])
+        assert one.seen
+        assert other.seen
+        assert time.monotonic() - began < 10
+
+
+def test_frames_of_a_second_try_may_be_cut_otherwise(monkeypatch):
+    monkeypatch.setattr(calls, "SIZES", Sizes())
+    part = lambda *bounds: lambda body: answer_to(body, sequences=slice(*bounds))  # noqa: E731
+    with serving(chunked(part(0, 5), None), chunked(part(0, 9), part(9, None))) as server:
+
+        async def ask():
+            async with AsyncClient(server.address) as client:
+                return [one async for one in client.stream(IDS, STARTS)]
+
+        found = asyncio.run(ask())
+    assert sorted(i for i, _ in found) == list(range(len(IDS)))
+    check([row for _, row in sorted(found, key=lambda one: one[0])])

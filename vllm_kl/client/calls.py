@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 
 from vllm_kl import errors
-from vllm_kl.client.wire_format import MSGPACK, Answer, Question, answer_of, pack_question
+from vllm_kl.client.wire_format import MSGPACK, Answer, Question, TooLargeError, answer_of, pack_question
 from vllm_kl.errors import EngineError, InputError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.routing.affinity import order
 from vllm_kl.routing.shards import Sizes, cut
@@ -41,11 +41,20 @@ class BusyError(EngineError):
 class Part:
     """Some sequences of a call, in one request."""
 
+    call: Question  # the question about all sequences
     places: Sequence[int]  # indices of the sequences in the call
     num_rows: Sequence[int]  # of each sequence: its scored tokens
     body: bytes
     headers: dict[str, str]
     addresses: Sequence[str]  # of the servers, the preferred one first
+
+    def halves(self) -> list[Part]:
+        """Return two parts with half of the sequences each: for a server that takes no more."""
+        middle = len(self.places) // 2
+        key, addresses = self.headers["X-Session-ID"], self.addresses
+        return [
+            _part(self.call, some, key, addresses) for some in (self.places[:middle], self.places[middle:])
+        ]
 
 
 class _Row(NamedTuple):
@@ -64,13 +73,18 @@ def parts_of(question: Question, addresses: Sequence[str]) -> Iterator[Part]:
     ]
     for shard in cut(rows, addresses, SIZES):
         of_part = [places[n] for n in shard.places]
-        yield Part(
-            places=of_part,
-            body=pack_question(Question(**question.select(of_part))),
-            num_rows=[max(0, len(question.token_ids[i]) - question.starts[i]) for i in of_part],
-            headers={"Content-Type": MSGPACK, "Accept": MSGPACK, "X-Session-ID": shard.key.hex()},
-            addresses=order(shard.key, addresses),
-        )
+        yield _part(question, of_part, shard.key.hex(), order(shard.key, addresses))
+
+
+def _part(question: Question, places: Sequence[int], key: str, addresses: Sequence[str]) -> Part:
+    return Part(
+        call=question,
+        places=places,
+        num_rows=[max(0, len(question.token_ids[i]) - question.starts[i]) for i in places],
+        body=pack_question(Question(**question.select(places))),
+        headers={"Content-Type": MSGPACK, "Accept": MSGPACK, "X-Session-ID": key},
+        addresses=addresses,
+    )
 
 
 def answer_in(fields: dict[str, Any], part: Part) -> Answer:
@@ -111,6 +125,19 @@ def whole_answer(data: bytes, part: Part) -> Answer:
     return answer
 
 
+def untold(answer: Answer, told: set[int]) -> Answer:
+    """Return the answer without the sequences in ``told``, and add the others there."""
+    new = [n for n, i in enumerate(answer.index) if i not in told]
+    told.update(answer.index)
+    return dataclasses.replace(
+        answer,
+        **{
+            name: [getattr(answer, name)[n] for n in new]
+            for name in ("index", "values", "num_cached_tokens", "rescored")
+        },
+    )
+
+
 @contextlib.contextmanager
 def _no_answer() -> Iterator[None]:
     """Say of what cannot be read that no server of ours wrote it."""
@@ -128,11 +155,14 @@ def checked(response: httpx.Response, part: Part | None = None) -> httpx.Respons
 
     Raises:
         BusyError: another try may go better.
+        TooLargeError: the server, or a proxy before it, takes no request of this size.
         VLLMKLError: the error that the server had, under its own type.
     """
     if not_busy(response).is_success:
         return response
     problem = _problem_of(response)
+    if response.status_code == 413:
+        raise TooLargeError(f"{response.url.host}: {_detail(response, problem)}")
     if response.status_code in (401, 403):
         raise OptionError(f"{response.url}: {_detail(response, problem)}")
     if not isinstance(problem, dict) or not str(problem.get("type")).startswith("urn:vllm-kl:"):
@@ -149,12 +179,19 @@ def not_busy(response: httpx.Response) -> httpx.Response:
     Raises:
         BusyError: another try may go better.
     """
-    if response.status_code in _BUSY:
+    if response.status_code in _BUSY or _is_of_serve(response):
         error = BusyError(f"{response.url.host} is busy: {_detail(response, _problem_of(response))}")
         after = response.headers.get("retry-after", "")
         error.retry_after_s = float(after) if after.isdecimal() else None
         raise error
     return response
+
+
+def _is_of_serve(response: httpx.Response) -> bool:
+    """Whether the proxy of Ray Serve 2.60 says that the door is not there yet, or any more, or died."""
+    if response.status_code == 404:
+        return "/-/routes" in response.text
+    return response.status_code == 500 and response.text == "Internal Server Error"
 
 
 def _problem_of(response: httpx.Response) -> Any:
@@ -181,6 +218,29 @@ def _error_in(problem: dict[str, Any], part: Part | None) -> VLLMKLError:
 
 def _place(part: Part, n: int) -> int:
     return part.places[n] if n < len(part.places) else n
+
+
+def chosen_of(ids: Sequence[Any], sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
+    """Return chosen ids as a question has them: ``[len - start, K]`` for each sequence.
+
+    Raises:
+        InputError: they are no ids of 32 bits, or not K for each scored token.
+    """
+    chosen = [ints(f"ids of sequence {i}", rows, 2) for i, rows in enumerate(ids)]
+    if len(chosen) != len(sequences):
+        raise InputError(
+            f"ids has {len(chosen)} entries for {len(sequences)} sequences; give one per sequence"
+        )
+    num_ids = next((rows.shape[1] for rows in chosen if rows.size), 1)
+    chosen = [rows if rows.size else rows.reshape(0, num_ids) for rows in chosen]
+    for i, (rows, sequence, start) in enumerate(zip(chosen, sequences, starts, strict=True)):
+        expected = (max(0, len(sequence) - start), num_ids)
+        if rows.shape != expected:
+            raise InputError(
+                f"ids of sequence {i} has shape {list(rows.shape)}, expected {list(expected)}: "
+                "[len - start, K]"
+            )
+    return chosen
 
 
 def rows_of(

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -20,8 +21,8 @@ import tenacity
 
 from vllm_kl.client import calls
 from vllm_kl.client.calls import BusyError, Origin, Part
-from vllm_kl.client.wire_format import Answer, Question
-from vllm_kl.errors import EngineError, InputError, OptionError
+from vllm_kl.client.wire_format import Answer, Question, TooLargeError
+from vllm_kl.errors import EngineError, OptionError
 
 logger = logging.getLogger("vllm_kl")
 
@@ -50,7 +51,8 @@ class AsyncClient:
         api_key_file: a file with the server's API key; ``None`` reads the environment variable
             ``VLLM_KL_API_KEY``, if it is set.
         timeout_s: how long a server may say nothing while it scores; ``None``: for ever.
-        retry_s: for how long a request is sent again while servers cannot be reached or are busy.
+        retry_s: for how long after its first failure a request is sent again, while servers cannot be reached
+            or are busy. Each address is asked once in any case.
         concurrency: how many requests of a call are on their way at a time.
 
     Raises:
@@ -130,11 +132,7 @@ class AsyncClient:
             B float32 arrays ``[len - start, K]``, in nats.
         """
         sequences, starts = calls.rows_of(token_ids, start)
-        chosen = [calls.ints(f"ids of sequence {i}", rows, 2) for i, rows in enumerate(ids)]
-        num_ids = next((rows.shape[1] for rows in chosen if rows.size), 1)
-        chosen = [rows if rows.size else rows.reshape(0, num_ids) for rows in chosen]
-        if {rows.shape[1] for rows in chosen} - {num_ids} or len(chosen) != len(sequences):
-            raise InputError(f"ids must have {num_ids} ids in each row of {len(sequences)} sequences")
+        chosen = calls.chosen_of(ids, sequences, starts)
         question = Question(token_ids=sequences, starts=starts, temperature=temperature, ids=chosen)
         return [answer.values[n][:, 1:] for answer, n in await self.values(question)]
 
@@ -215,12 +213,22 @@ class AsyncClient:
         """Yield answers as they come, each sequence once."""
         origin, turn = Origin(), asyncio.Semaphore(self._concurrency)
         found: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
+        told: set[int] = set()  # a stream whose connection broke begins anew
         ask = self._stream_part if question.stream else self._ask_part
+
+        async def ask_in_pieces(part: Part) -> None:
+            try:
+                await ask(part, found.put_nowait)
+            except TooLargeError:
+                if len(part.places) == 1:
+                    raise
+                for half in part.halves():
+                    await ask_in_pieces(half)
 
         async def run(part: Part) -> None:
             try:
                 async with turn:
-                    await ask(part, found.put_nowait)
+                    await ask_in_pieces(part)
                 found.put_nowait(None)
             except Exception as error:
                 found.put_nowait(error)
@@ -236,7 +244,8 @@ class AsyncClient:
                     num_running -= 1
                     continue
                 origin.add(one)
-                yield one
+                if (new := calls.untold(one, told)).index:
+                    yield new
         finally:
             for task in tasks:
                 task.cancel()
@@ -251,10 +260,9 @@ class AsyncClient:
         on_answer(await self._persist(post, part.addresses))
 
     async def _stream_part(self, part: Part, on_answer: Callable[[Answer], None]) -> None:
-        told: set[int] = set()  # of an earlier try, whose connection broke
-
         async def post(address: str) -> None:
             path, unpacker = f"{address}/v1/logprobs", msgpack.Unpacker(max_buffer_size=0)
+            missing = set(part.places)
             async with self._http().stream("POST", path, content=part.body, headers=part.headers) as response:
                 if not response.is_success:
                     await response.aread()
@@ -262,10 +270,10 @@ class AsyncClient:
                 async for chunk in response.aiter_bytes():
                     for fields in calls.frames(unpacker, chunk):
                         answer = calls.answer_in(fields, part)
-                        if answer.index and told.isdisjoint(answer.index):
-                            told.update(answer.index)
+                        if answer.index:  # the last one has none
+                            missing.difference_update(answer.index)
                             on_answer(answer)
-            if len(told) < len(part.places):
+            if missing:
                 raise BusyError(f"{address} ended its answer before its end")
 
         await self._persist(post, part.addresses)
@@ -276,10 +284,11 @@ class AsyncClient:
         Raises:
             EngineError: none did in time.
         """
+        patience = _Patience(self._retry_s, len(addresses))
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_AGAIN),
-            stop=tenacity.stop_after_delay(self._retry_s),
-            wait=functools.partial(_wait_s, num_addresses=len(addresses)),
+            stop=patience.is_over,
+            wait=patience.wait_s,
             before_sleep=functools.partial(_tell, retry_s=self._retry_s),
             reraise=True,
         )
@@ -288,9 +297,10 @@ class AsyncClient:
                 with attempt:
                     number = attempt.retry_state.attempt_number - 1
                     return await ask(addresses[number % len(addresses)])
-        except httpx.TimeoutException as error:
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
+            silent_s = error.request.extensions["timeout"]["read"]
             raise EngineError(
-                f"{error.request.url.host} said nothing for {self._timeout_s} s (timeout_s)"
+                f"{error.request.url.host} said nothing for {silent_s:g} s (timeout_s)"
             ) from error
         except httpx.HTTPError as error:
             raise EngineError(
@@ -448,15 +458,39 @@ async def ascore(
         return log_probs
 
 
-def _wait_s(state: tenacity.RetryCallState, *, num_addresses: int) -> float:
-    """Return how long to wait before the next try: as the server asks, else longer from round to round."""
-    error = _error_of(state)
-    if isinstance(error, BusyError) and error.retry_after_s is not None:
-        return error.retry_after_s
-    if state.attempt_number < num_addresses:
-        return 0.0  # another server
-    longest: float = min(_FIRST_WAIT_S * 2 ** min(state.attempt_number // num_addresses, 16), _LONGEST_WAIT_S)
-    return float(np.random.default_rng().uniform(0.5, 1.0)) * longest
+class _Patience:
+    """When a request is sent again, and until when.
+
+    Args:
+        retry_s: for how long after the first failure. Each address is asked once in any case.
+        num_addresses: how many servers there are, which are asked in turn.
+    """
+
+    def __init__(self, retry_s: float, num_addresses: int) -> None:
+        self._retry_s, self._num_addresses = retry_s, num_addresses
+        self._until: float | None = None
+
+    def is_over(self, state: tenacity.RetryCallState) -> bool:
+        """Return whether this failure is the last one."""
+        return state.attempt_number >= self._num_addresses and self._left_s() <= 0
+
+    def wait_s(self, state: tenacity.RetryCallState) -> float:
+        """Return how long to wait: as the server asks, else longer from round to round."""
+        if state.attempt_number < self._num_addresses:
+            return 0.0  # another server
+        error = _error_of(state)
+        if isinstance(error, BusyError) and error.retry_after_s is not None:
+            wanted = error.retry_after_s
+        else:
+            num_rounds = min(state.attempt_number // self._num_addresses, 16)
+            longest = min(_FIRST_WAIT_S * 2**num_rounds, _LONGEST_WAIT_S)
+            wanted = float(np.random.default_rng().uniform(0.5, 1.0)) * longest
+        return max(0.0, min(wanted, self._left_s()))
+
+    def _left_s(self) -> float:
+        if self._until is None:
+            self._until = time.monotonic() + self._retry_s
+        return self._until - time.monotonic()
 
 
 def _error_of(state: tenacity.RetryCallState) -> BaseException | None:

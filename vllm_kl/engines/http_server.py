@@ -62,6 +62,8 @@ class HttpServer:
             placeholders="as_text",  # the scorer has checked the requests, and checks the results
             allow_nan=True,
         )
+        found = self.client.values(question, on_done)
+        self._check_same(found[0][0].origin)
         return [
             ScoreResult(
                 values=answer.values[n],
@@ -69,8 +71,19 @@ class HttpServer:
                 rescored=answer.rescored[n],
                 weight_version=answer.origin["weight_version"],
             )
-            for answer, n in self.client.values(question, on_done)
+            for answer, n in found
         ]
+
+    def _check_same(self, origin: dict[str, Any]) -> None:
+        """Raise an error if the server has another model now than when this was made."""
+        was = self.settings["model"], self.settings["the model's files"]
+        now = origin["model"], origin["weights"]
+        if was != now:
+            raise WeightsError(
+                f"the server's model was {was[0]!r} (weights {was[1]}) when this scorer was made, and is "
+                f"{now[0]!r} ({now[1]}) now: it was started again with another one.\n"
+                "If this is meant, make a new scorer"
+            )
 
     def close(self) -> None:
         self.client.close()
