@@ -73,6 +73,7 @@ ALLOWED = {
     "errors": set(),
     "types": set(),
     "columns": set(),
+    "fingerprint": set(),
     "lifetime": set(),
     "routing": set(),
     "ray_address": {"errors"},
@@ -82,7 +83,7 @@ ALLOWED = {
     "diagnostics": {"errors", "types", "batch", "kl"},
     "importance": {"errors", "types", "batch", "kl"},
     "plugin": {"errors", "types", "columns", "lifetime"},
-    "weights": {"errors", "types", "lifetime", "batch", "plugin"},
+    "weights": {"errors", "types", "fingerprint", "lifetime", "batch", "plugin"},
     "engines": {
         "errors",
         "types",

@@ -33,7 +33,13 @@ def fleet(replicas, nodes, **options):
         ("auto", CPUS, {}, (1, 8, 0, 1, 1)),
         # A replica is on one machine.
         (1, CPUS * 2, {}, (1, 1, 0, 8, 8)),
+        (2, [{"CPU": 6.0}, {"CPU": 2.0}], {}, (2, 2, 0, 3, 3)),
     ],
 )
 def test_each_replica_gets_its_share(replicas, nodes, options, expected):
     assert fleet(replicas, nodes, **options) == expected
+
+
+def test_what_others_have_is_not_shared_out():
+    assert fleet_of(wish_of(2), {}, CPUS, free_cpus=5.0).num_cpus == 2
+    assert fleet_of(wish_of(2), {}, CPUS, free_cpus=0.0).num_cpus == 1  # which then is refused

@@ -17,13 +17,13 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from safetensors import SafetensorError
 
-from vllm_kl import lifetime
+from vllm_kl import fingerprint, lifetime
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin.second_model import quantization_of
 from vllm_kl.weights.state_dict import as_state_dict
@@ -60,6 +60,17 @@ class Checkpoint:
             self._delete()
 
 
+class Identity(NamedTuple):
+    """What tells weight files from others."""
+
+    written_ns: int  # when the last one was written
+    fingerprint: str | None
+
+    def is_of(self, other: Identity | None) -> bool:
+        """Whether these are the same files, or a copy of them on another machine."""
+        return other is not None and (self == other or self.fingerprint == other.fingerprint)
+
+
 class InitialCheckpoint:
     """The checkpoint that an engine starts with: version 0, unless a program writes over the files.
 
@@ -92,6 +103,13 @@ class InitialCheckpoint:
             return None
         last = datetime.datetime.fromtimestamp(max(file[2] for file in self._files) / 1e9)
         return f"{sum(file[1] for file in self._files)} bytes, written {last}"
+
+    @property
+    def identity(self) -> Identity | None:
+        """What tells the files from others, on any machine; ``None``: no local files."""
+        if not self._files:
+            return None
+        return Identity(max(file[2] for file in self._files), fingerprint.of_model(self.model))
 
     def _stamps(self) -> list[tuple[str, int, int]]:
         folder = Path(self.model)

@@ -103,6 +103,17 @@ class Replicas:
         answers = map(self._result, self.on_each("score_alone", pack(requests)))
         return [unpack(ScoreResult, answer) for answer in answers]
 
+    async def ask_alone(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """Score the requests alone on one replica. Cancelling this frees it."""
+        response = self._service.handle.score_alone.remote(pack(requests))
+        try:
+            return unpack(ScoreResult, await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayError as error:
+            raise _cause(error) from error
+
     def on_each(self, method: str, *args: Any) -> list[Outcome]:
         """Call a method of each replica that runs; return the outcomes.
 
@@ -200,7 +211,7 @@ class ReplicatedEngine(Replicas):
         wish = wish_of(replicas)
         checkpoint = InitialCheckpoint(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
-        super().__init__(Service(model, start, wish, written=checkpoint.written, timeout_s=timeout_s))
+        super().__init__(Service(model, start, wish, files=checkpoint.identity, timeout_s=timeout_s))
         skeleton = Skeleton(
             model,
             revision=options.get("revision"),

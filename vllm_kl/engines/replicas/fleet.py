@@ -67,22 +67,29 @@ def wish_of(replicas: Any) -> Wish:
     return Wish(fewest=number, most=number)
 
 
-def fleet_of(wish: Wish, options: Mapping[str, Any], nodes: list[Mapping[str, float]]) -> Fleet:
+def fleet_of(
+    wish: Wish,
+    options: Mapping[str, Any],
+    nodes: list[Mapping[str, float]],
+    *,
+    free_cpus: float | None = None,
+) -> Fleet:
     """Return the fleet on a cluster.
 
     Args:
         wish: what the caller asked for.
         options: the options of the engines: one replica takes a GPU for each of its workers.
         nodes: what each machine of the cluster has, by Ray's names.
+        free_cpus: how many CPUs are shared out; ``None``: all.
     """
     workers = int(options.get("tensor_parallel_size") or 1) * int(options.get("pipeline_parallel_size") or 1)
     gpus, cpus = (sum(node.get(name, 0) for node in nodes) for name in ("GPU", "CPU"))
     num_gpus = wish.gpus if wish.gpus is not None else (workers if gpus else 0)
     room = gpus // num_gpus if num_gpus else cpus // (wish.cpus or 1)
     most = wish.most or max(wish.fewest, int(room))
-    share = max(1, int(cpus // most))
+    share = max(1, int((cpus if free_cpus is None else free_cpus) // most))
     if not num_gpus:  # a replica is on one machine
-        share = min(share, max((int(node.get("CPU", 1)) for node in nodes), default=1))
+        share = next((n for n in range(share, 1, -1) if _places(n, nodes) >= most), 1)
     num_cpus = wish.cpus if wish.cpus is not None else (1 if num_gpus else share)
     return Fleet(
         fewest=wish.fewest,
@@ -91,6 +98,11 @@ def fleet_of(wish: Wish, options: Mapping[str, Any], nodes: list[Mapping[str, fl
         num_gpus=num_gpus,
         num_threads=max(1, int(num_cpus) // workers),
     )
+
+
+def _places(num_cpus: int, nodes: list[Mapping[str, float]]) -> int:
+    """Return how many replicas the machines hold."""
+    return sum(int(node.get("CPU", 0)) // num_cpus for node in nodes)
 
 
 def _number(given: Mapping[str, Any], name: str, default: int | None) -> int | None:

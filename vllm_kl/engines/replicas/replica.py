@@ -26,7 +26,7 @@ from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.engines.wire_format import Packed, pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest
-from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint
+from vllm_kl.weights.checkpoint import Checkpoint, Identity, InitialCheckpoint
 
 MAX_ONGOING = 4  # requests that a replica runs at a time; they share the batches of its engine
 USERS = "vllm_kl-users"  # the namespace of the actors that live as long as a deployment has its user
@@ -49,12 +49,12 @@ class Replica:
     Args:
         model: the path or name of the model.
         start: arguments of :class:`~vllm_kl.engines.process.ProcessEngine`.
-        written: what the model's files are (``InitialCheckpoint.written``); ``None``: no local files.
+        files: what the model's files must be; ``None``: no local files.
         user: the name of the actor that lives as long as the deployment's user; ``None``: Ray ends with it.
     """
 
-    def __init__(self, model: str, start: dict[str, Any], written: str | None, user: str | None) -> None:
-        self._is_as_written = InitialCheckpoint(model).written == written
+    def __init__(self, model: str, start: dict[str, Any], files: Identity | None, user: str | None) -> None:
+        self._is_as_written = files is None or files.is_of(InitialCheckpoint(model).identity)
         self._model = model
         with _as_text():
             self._engine = ProcessEngine(model, **start)
@@ -72,30 +72,33 @@ class Replica:
 
         Cancelling this frees the engine. ``key`` is for the router.
         """
-        is_cancelled = threading.Event()
-        try:
-            return await self._in_thread(self._score, packed, share_prefix, is_cancelled)
-        except asyncio.CancelledError:
-            is_cancelled.set()
-            raise
+        return await self._score(packed, share_prefix=share_prefix)
 
-    def _score(
-        self, packed: Packed, share_prefix: bool, is_cancelled: threading.Event
-    ) -> tuple[Packed, float]:
+    async def score_alone(self, packed: Packed) -> Packed:
+        """Score requests without the prefix cache, and without requests of other callers.
+
+        Cancelling this frees the engine.
+        """
+        results, _ = await self._score(packed, share_prefix=False, alone=True)
+        return results
+
+    async def _score(self, packed: Packed, **options: Any) -> tuple[Packed, float]:
+        is_cancelled = threading.Event()
+
         def go_on(_: int) -> None:
             if is_cancelled.is_set():
                 raise _CancelledError  # so the engine drops the requests that are left
 
-        began = time.monotonic()
-        results = self._engine.score(unpack(ScoreRequest, packed), share_prefix=share_prefix, on_done=go_on)
-        return pack(results), time.monotonic() - began
+        def score() -> tuple[Packed, float]:
+            began = time.monotonic()
+            results = self._engine.score(unpack(ScoreRequest, packed), on_done=go_on, **options)
+            return pack(results), time.monotonic() - began
 
-    async def score_alone(self, packed: Packed) -> Packed:
-        """Score requests without the prefix cache, and without requests of other callers."""
-        return await self._in_thread(self._score_alone, packed)
-
-    def _score_alone(self, packed: Packed) -> Packed:
-        return pack(self._engine.score(unpack(ScoreRequest, packed), share_prefix=False, alone=True))
+        try:
+            return await self._in_thread(score)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            raise
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve a version of the weights. Serve calls this when a replica starts, and after a refresh."""

@@ -31,14 +31,17 @@ from ray.serve.handle import DeploymentHandle
 from vllm_kl.engines.replicas.fleet import Fleet, Wish, fleet_of
 from vllm_kl.engines.replicas.prompt_router import PromptRouter
 from vllm_kl.engines.replicas.replica import MAX_ONGOING, USERS, Replica, from_text
-from vllm_kl.errors import EngineError
+from vllm_kl.errors import EngineError, OptionError
 from vllm_kl.ray_address import check_address
+from vllm_kl.weights.checkpoint import Identity
 
 logger = logging.getLogger("vllm_kl")
 
 _SPILL = 2  # shards that the preferred replica may be behind the least loaded one
 _LOOK_EVERY_S = 0.2
 _NOTE_AFTER_S = 60.0
+_DELETED_AFTER_S = 30.0
+_FREE_WITHIN_S = 10.0
 DEPLOYMENT = "replica"
 # With a new version Serve would start all replicas anew, with an equal one it calls their reconfigure().
 _CODE_VERSION = "1"
@@ -127,6 +130,7 @@ class Deployed:
     """
 
     is_open = True
+    _missing_since: float | None = None
 
     def __init__(self, name: str, handle: DeploymentHandle, fleet: Fleet, timeout_s: float | None) -> None:
         self.name, self.handle, self.fleet, self.timeout_s = name, handle, fleet, timeout_s
@@ -149,9 +153,23 @@ class Deployed:
         if deployment is not None and deployment.replica_states.get("RUNNING"):
             return True
         self._raise_failure(deployment)
+        if self._is_deleted():
+            raise EngineError(
+                "Serve has no replicas of this scorer any more: they were deleted. Make a new one"
+            )
         if self.timeout_s is not None and silent_s > self.timeout_s:
             raise EngineError(f"no replica runs for {self.timeout_s:g} s (timeout_s): {self.state()}")
         return False
+
+    def _is_deleted(self) -> bool:
+        """Whether Serve answers and does not know the replicas for a while: it may have started anew."""
+        try:
+            is_missing = self.name not in serve.status().applications
+        except (RayError, RayServeException):
+            is_missing = False
+        now = time.monotonic()
+        self._missing_since = (self._missing_since or now) if is_missing else None
+        return self._missing_since is not None and now - self._missing_since > _DELETED_AFTER_S
 
     def _raise_failure(self, deployment: Any) -> None:
         """Raise the error of a replica that did not start, if there is one."""
@@ -195,7 +213,7 @@ class Service(Deployed):
         model: the path or name of the model.
         start: arguments of :class:`~vllm_kl.engines.process.ProcessEngine`, which each replica gets.
         wish: how many replicas.
-        written: what the model's files must be when a replica starts.
+        files: what the model's files must be when a replica starts; ``None``: no local files.
         timeout_s: how long the start may take, and a call may be without a replica; ``None``: for ever.
         front: what stands before the replicas; ``None``: only this process calls them.
 
@@ -209,7 +227,7 @@ class Service(Deployed):
         start: dict[str, Any],
         wish: Wish,
         *,
-        written: str | None,
+        files: Identity | None,
         timeout_s: float | None,
         front: Front | None = None,
     ) -> None:
@@ -221,11 +239,14 @@ class Service(Deployed):
         self._finalizer = weakref.finalize(self, _end, self.name, os.getpid())
         try:
             self.fleet = fleet_here(wish, start["options"])
+            _check_room(self.fleet)
             user = None
             if not _RAY.is_ours:  # a cluster that may outlive this process
                 user = self.name
-                self._user = ray.remote(num_cpus=0)(_User).options(name=user, namespace=USERS).remote()
-            self._deployment, self._args = deployment_of(self.fleet), (model, start, written, user)
+                # It starts anew where its machine is lost, and ends with this process all the same.
+                actor = ray.remote(num_cpus=0, max_restarts=-1)(_User)
+                self._user = actor.options(name=user, namespace=USERS).remote()
+            self._deployment, self._args = deployment_of(self.fleet), (model, start, files, user)
             self._run()
             self.handle = serve.get_deployment_handle(DEPLOYMENT, app_name=self.name)
             self._wait()
@@ -285,8 +306,48 @@ def _end(name: str, owner_pid: int) -> None:
 
 
 def fleet_here(wish: Wish, options: Mapping[str, Any]) -> Fleet:
-    """Return the fleet on the cluster of this process."""
-    return fleet_of(wish, options, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    """Return the fleet on the cluster of this process: it shares out the CPUs that nobody else has."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fleet = fleet_of(wish, options, nodes)
+    free = _free(fleet)
+    return fleet if _fits(fleet, free) else fleet_of(wish, options, nodes, free_cpus=free.get("CPU", 0))
+
+
+def _fits(fleet: Fleet, free: Mapping[str, float]) -> bool:
+    need = {"CPU": fleet.fewest * fleet.num_cpus, "GPU": fleet.fewest * fleet.num_gpus}
+    return all(wanted <= free.get(name, 0) for name, wanted in need.items())
+
+
+def _free(fleet: Fleet) -> dict[str, float]:
+    """Return what the cluster has free. What just ended counts as used for a moment longer."""
+    until = time.monotonic() + _FREE_WITHIN_S
+    while True:
+        free = ray.available_resources()
+        if _fits(fleet, free) or time.monotonic() > until:
+            return free
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _check_room(fleet: Fleet) -> None:
+    """Refuse a fleet that a Ray of this process cannot hold; say of another cluster that it must grow.
+
+    Raises:
+        OptionError: too little is free.
+    """
+    free = ray.available_resources()
+    if _fits(fleet, free):
+        return
+    total = ray.cluster_resources()
+    told = (
+        f"{fleet.fewest} replicas take {fleet.num_cpus:g} CPUs and {fleet.num_gpus:g} GPUs each, and Ray has "
+    )
+    told += ", ".join(f"{free.get(n, 0):g} of {total.get(n, 0):g} {n}s free" for n in ("CPU", "GPU"))
+    if _RAY.is_ours:
+        raise OptionError(
+            f"{told}: another scorer of this process has the others. Close it, take fewer replicas, or let "
+            "them share the cores: replicas={'min': 2, 'max': 2, 'cpus': 0}"
+        )
+    logger.warning("vllm_kl: %s. The replicas start when there is room", told)
 
 
 def deployment_of(fleet: Fleet) -> serve.Deployment:

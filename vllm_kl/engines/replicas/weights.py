@@ -52,7 +52,7 @@ class ReplicatedWeights:
         self._served: Checkpoint | None = None  # the last push; a replica that starts loads it
         self._lock = threading.Lock()
         self._turns, self._num_calls, self._is_committing = threading.Condition(), 0, False
-        self.version = 0
+        self.version = self._last = 0  # that serves, and that was tried: Serve may have kept it
 
     @property
     def source(self) -> str:
@@ -85,7 +85,7 @@ class ReplicatedWeights:
                 self._turns.notify_all()
 
     def next_version(self, version: int | None = None) -> int:
-        return next_version(self.version, version)
+        return next_version(max(self.version, self._last), version)
 
     def load(self, checkpoint: Checkpoint, *, version: int | None = None) -> int:
         """Load a checkpoint into all replicas, or into none; return the version.
@@ -95,13 +95,17 @@ class ReplicatedWeights:
             EngineError: no replica runs, and none came back in time.
         """
         with self._lock:
-            version = self.next_version(version)
+            version = self._last = self.next_version(version)
             checkpoint = self._for_all_machines(checkpoint)
             try:
                 get_ready(self._run, "prepare", [[str(checkpoint.folder), version]])
                 with self._committing(), deferring_interrupts():  # until the replicas are in step
                     commit(self._run, [], 1)
-                    self._keep({"version": version, "folder": str(checkpoint.folder)})
+                    try:
+                        self._keep({"version": version, "folder": str(checkpoint.folder)})
+                    except BaseException:  # Ray ends, or a second Ctrl-C
+                        self._on_each("put_back", "Serve did not take the new weights for replicas to come")
+                        raise
                     self._served, self.version = checkpoint, version
             finally:
                 self._on_each("end_push")
