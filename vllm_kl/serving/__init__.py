@@ -8,7 +8,6 @@ bodies       JSON and msgpack to arrays, and back
 job          a question on its way through the replicas
 problems     errors to problem documents
 metrics      figures for Prometheus
-fingerprint  tells two checkpoints apart
 
 The client, and what it shares with the server, is :mod:`vllm_kl.client`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from vllm_kl import fingerprint
 from vllm_kl.client.client import KEY_VARIABLE
 from vllm_kl.engines.make_engine import check_model
 from vllm_kl.engines.process import TIMEOUT_S
@@ -18,9 +20,10 @@ from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.engines.replicas.service import Service, deployment_of, fleet_here
 from vllm_kl.errors import OptionError
 from vllm_kl.serving.door import DOOR, Front, Setup, digest
-from vllm_kl.serving.fingerprint import fingerprint
 from vllm_kl.serving.limits import Limits
 from vllm_kl.weights.checkpoint import InitialCheckpoint
+
+logger = logging.getLogger("vllm_kl")
 
 
 class Arguments(BaseModel):
@@ -48,8 +51,14 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     """
     given = Arguments.model_validate(arguments)
     path, options = check_model(given.model, given.engine)
+    if _key(given.api_key_file) is None:
+        logger.warning(
+            "vllm_kl: no API key: everybody who reaches Serve's address may ask. Serve's config file takes "
+            "api_key_file; %s of your shell does not reach the cluster",
+            KEY_VARIABLE,
+        )
     fleet = fleet_here(wish_of(given.replicas), options)
-    replicas = deployment_of(fleet).bind(path, _start(given, options), InitialCheckpoint(path).written, None)
+    replicas = deployment_of(fleet).bind(path, _start(given, options), InitialCheckpoint(path).identity, None)
     return Front(setup_of(given, path), {}).bind(replicas, fleet)
 
 
@@ -69,7 +78,7 @@ class Server:
             path,
             start,
             wish_of(given.replicas),
-            written=InitialCheckpoint(path).written,
+            files=InitialCheckpoint(path).identity,
             timeout_s=given.timeout_s,
             front=Front(self.setup, http),
         )
@@ -109,7 +118,7 @@ def setup_of(given: Arguments, path: str) -> Setup:
     key = _key(given.api_key_file)
     return Setup(
         model=given.name or Path(path).name,
-        weights=fingerprint(path),
+        weights=fingerprint.of_model(path, given.engine.get("revision")),
         limits=given.limits,
         key_digest=None if key is None else digest(key),
         timeout_s=given.timeout_s,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
 import numpy as np
@@ -22,6 +22,7 @@ from vllm_kl.client.wire_format import (
     NDJSON,
     Answer,
     Question,
+    TooLargeError,
     columns,
     fields_of,
     pack_answer,
@@ -35,6 +36,9 @@ JSON = "application/json"
 _MSGPACKS = (MSGPACK, "application/msgpack", "application/x-msgpack")
 _JSONS = (JSON, NDJSON, "*/*", "application/*")
 _ORJSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+_T = TypeVar("_T")
+# After its first error: else a body of 32 MiB has 11 million of them, each an object.
+_List = Annotated[list[_T], Field(fail_fast=True)]
 _Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
@@ -58,9 +62,11 @@ class Settings(BaseModel):
 class Body(Settings):
     """A question in JSON."""
 
-    token_ids: list[list[_Int32]] = Field(description="B sequences of ids.")
-    start: _Int32 | list[_Int32] = Field(1, description="Index of the first token to score, 1 to the length.")
-    ids: list[list[list[_Int32]]] | None = Field(
+    token_ids: _List[_List[_Int32]] = Field(description="B sequences of ids.")
+    start: _Int32 | _List[_Int32] = Field(
+        1, description="Index of the first token to score, 1 to the length."
+    )
+    ids: _List[_List[_List[_Int32]]] | None = Field(
         None, description="For each sequence the ids to score, [len - start, K]; K is the same for all."
     )
 
@@ -86,6 +92,11 @@ def read_question(data: bytes, content_type: str, limits: Limits) -> tuple[Quest
 def _of_json(data: bytes, limits: Limits) -> tuple[Question, Settings]:
     if data.count(b"[") + data.count(b"{") > limits.max_sequences + limits.max_tokens:  # each takes memory
         raise InputError("the body has more lists and objects than this server takes sequences and rows")
+    most = limits.max_tokens + 2 * limits.max_sequences + len(Body.model_fields)
+    if (found := data.count(b",")) > most:  # each number becomes an object of Python
+        raise TooLargeError(
+            f"about {found} numbers, but this server takes at most {most} in a request: cut it"
+        )
     body = Body.model_validate_json(data)
     num_sequences = len(body.token_ids)
     starts = body.start if isinstance(body.start, list) else [body.start] * num_sequences
@@ -156,6 +167,10 @@ def writer_for(request: Request, settings: Settings) -> Writer:
         raise Refusal(406, f"this server answers in {JSON}, {NDJSON} or {MSGPACK}, as Accept asks")
     if found in _MSGPACKS:
         return Writer(MSGPACK, pack_answer, lambda problem: msgpack.packb({"problem": problem}))
+    if settings.allow_nan and settings.encoding == "list":
+        raise Refusal(
+            422, "lists of JSON cannot tell NaN from -inf: with allow_nan ask for base64 or msgpack"
+        )
     shape = _as_lists if settings.encoding == "list" else _as_base64
     return Writer(
         NDJSON if settings.stream else JSON,

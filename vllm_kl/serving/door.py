@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from vllm_kl.doctor import package_versions
 from vllm_kl.engines.replicas.engine import Replicas
 from vllm_kl.engines.replicas.fleet import Fleet
 from vllm_kl.engines.replicas.service import Deployed
+from vllm_kl.errors import VLLMKLError
 from vllm_kl.serving.bodies import JSON, MSGPACK, Body, Settings, Writer, read_question, writer_for
 from vllm_kl.serving.job import Job, joined
 from vllm_kl.serving.limits import Limits, Room, body_of
@@ -38,12 +40,14 @@ from vllm_kl.serving.problems import (
     Refusal,
     answer_errors_with_problems,
     document_of,
+    log_unforeseen,
     response_of,
 )
 
 DOOR = "door"
 _MOST_REQUESTS = 2048  # that Serve passes on; limits.py refuses others by their size, long before
 _LOOK_EVERY_S = 0.1
+_HEALTH_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class Door:
         self._tokens = Room("tokens", setup.limits.max_waiting_tokens)
         self._metrics.waiting.set_function(lambda: self._tokens.used)
         self._is_draining, self._num_requests = False, 0
+        self._looked, self._is_alive = -math.inf, True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         about = "Log-probs of given tokens, by a reference model."
@@ -119,7 +124,13 @@ class Door:
     async def health(self) -> dict[str, str]:
         if self._is_draining:
             raise Refusal(503, "the server ends")
-        if not await asyncio.to_thread(self._deployed.check_alive, 0.0):
+        if time.monotonic() - self._looked > _HEALTH_S:  # anyone may ask, as often as he likes
+            self._looked = time.monotonic()
+            try:
+                self._is_alive = await asyncio.to_thread(self._deployed.check_alive, 0.0)
+            except VLLMKLError:  # why it does not start is for those who have the key
+                self._is_alive = False
+        if not self._is_alive:
             raise Refusal(503, "no replica runs")
         return {"status": "ok"}
 
@@ -218,6 +229,7 @@ class Door:
                     yield writer.write(joined([answer], self._origin))
                 yield writer.write(job.answer([], [], await running))
             except Exception as error:
+                log_unforeseen(error)
                 yield writer.write_problem(document_of(error))
             finally:
                 running.cancel()
@@ -276,6 +288,7 @@ class Front:
         deployment = serve.deployment(
             name=DOOR,
             max_ongoing_requests=_MOST_REQUESTS,
+            max_queued_requests=_MOST_REQUESTS,  # more get 503
             graceful_shutdown_timeout_s=5,
             graceful_shutdown_wait_loop_s=0.2,
             ray_actor_options={"num_cpus": 0},

@@ -60,11 +60,16 @@ def document_of(error: Exception) -> dict[str, str | int]:
     return document(500, f"the server failed with {type(error).__name__}: its log may say more")
 
 
-def response_of(error: Exception) -> JSONResponse:
-    """Return the answer for an error. If it is not ours, its class and the lines of code are logged."""
+def log_unforeseen(error: Exception) -> None:
+    """Log the class of an error that is not ours and the lines of code, but not its message."""
     if not isinstance(error, (Refusal, VLLMKLError)):
         lines = "".join(traceback.format_tb(error.__traceback__))
         logger.error("vllm_kl: a request ended with %s at\n%s", type(error).__name__, lines)
+
+
+def response_of(error: Exception) -> JSONResponse:
+    """Return the answer for an error."""
+    log_unforeseen(error)
     found = document_of(error)
     return JSONResponse(found, found["status"], getattr(error, "headers", None), MEDIA_TYPE)
 
