@@ -17,7 +17,7 @@ from tests.fuzz.strategies import CHANGES, FLOATS, INTS, JSON_VALUES, KEEPS, SCA
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.columns import IDS, STARTS, Columns, layout_of
 from vllm_kl.offline.manifest import NAME, Manifest
-from vllm_kl.offline.parts import cut, find_files, numbered, read_part, survey
+from vllm_kl.offline.parts import cut, find_files, groups_of, numbered, read_group, survey
 from vllm_kl.offline.rows import ReadRows, Texts
 from vllm_kl.offline.storage import Folder
 from vllm_kl.view.samples import read_samples, write_samples
@@ -41,6 +41,10 @@ ROWS = st.fixed_dictionaries(
 )
 
 
+def read_all(parts, schema):
+    return [table for group in groups_of(parts) for table in read_group(group, schema, COLUMNS)]
+
+
 def put(name, data):
     path = Path(HOME.name, name)
     path.write_bytes(data)
@@ -59,7 +63,7 @@ def read_lines(data, part_bytes):
     schema = jsonl.schema_of(types, ROLES)
     if not schema.names:  # layout_of refuses it before a part is read
         return None, []
-    tables = [read_part(part, schema, COLUMNS) for part in numbered([part for part, _ in found])]
+    tables = read_all(numbered([part for part, _ in found]), schema)
     return schema, tables
 
 
@@ -166,7 +170,7 @@ def read_table(path):
         for name, seen in survey(part, ROLES)[1].items():
             types.setdefault(name, set()).update(seen)
     schema = jsonl.schema_of(types, ROLES)
-    return schema, [read_part(part, schema, COLUMNS) for part in numbered(parts)]
+    return schema, read_all(numbered(parts), schema)
 
 
 @fuzz(

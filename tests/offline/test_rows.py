@@ -15,6 +15,7 @@ from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.offline.columns import IDS, MASKS, OF_STAGES, STARTS, Columns, layout_of, visible
 from vllm_kl.offline.dry_run import shared_tokens
+from vllm_kl.offline.pipeline import make_job
 from vllm_kl.offline.rows import ReadRows, Texts
 
 DIALOG = [
@@ -35,6 +36,22 @@ def read(table, columns=None, **texts):
     found = ReadRows(layout_of(table.schema, columns), columns, Texts(**texts))(table)
     rows = {name: found[name].to_pylist() for name in found.column_names}
     return rows[IDS], rows[STARTS], rows.get(MASKS), rows[columns.added("error")]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokenizer", "expected"),
+    [
+        ({}, None, ("m", {})),
+        ({"revision": "r"}, None, ("m", {"revision": "r"})),
+        ({"revision": "r", "tokenizer_revision": "t"}, None, ("m", {"revision": "t"})),
+        ({"revision": "r", "tokenizer": "x"}, None, ("x", {})),
+        ({"revision": "r"}, "x", ("x", {})),
+        ({"trust_remote_code": True}, "x", ("x", {"trust_remote_code": True})),
+    ],
+)
+def test_texts_are_read_with_the_tokenizer_that_the_engine_loads(options, tokenizer, expected):
+    texts = make_job("m", tokenizer=tokenizer, engine_options=options).texts
+    assert (texts.tokenizer, texts.loading) == expected
 
 
 def test_a_response_follows_its_prompt():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pandas
+import pyarrow as pa
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from tests.offline.test_rows import DIALOG
 from tests.oracle import ENTROPY_TOLERANCE
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.offline import score_dataset
+from vllm_kl.offline.pipeline import _in_arrow
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
@@ -27,6 +30,14 @@ def scored(rows, model, **options):
     ds = ray.data.from_items(rows)
     ds.context.execution_options.preserve_order = True
     return score_dataset(ds, str(model), num_gpus=0, **{**helpers.ENGINE, **options}).take_all()
+
+
+def test_blocks_of_pandas_are_read_as_those_of_arrow():
+    rows = pandas.DataFrame({"ids": [[5, 6, 7], [8, 9]], "start": [1, 1]})
+    _, schema = _in_arrow(ray.data.from_pandas(rows))
+    assert schema == pa.schema([("ids", pa.list_(pa.int64())), ("start", pa.int64())])
+    with pytest.raises(InputError, match="no rows"):
+        score_dataset(ray.data.from_items([]), "none")
 
 
 def test_groups_with_the_most_likely_tokens_and_two_models(

@@ -229,6 +229,14 @@ def test_a_cluster_that_is_too_small_is_refused_with_numbers(whole, ref_path, tm
     ray.kill(holder)
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0, (0, 0)), (8, (1, 2))])
+def test_each_model_takes_the_gpus_of_its_workers_where_the_cluster_has_some(monkeypatch, gpus, expected):
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 9.0, "GPU": float(gpus)})
+    options = {"engine_options": {}, "policy_options": {"tensor_parallel_size": 2}, "num_gpus": None}
+    resources = helpers.job("m", policy="p", **options).resources
+    assert (resources.gpus_of(0), resources.gpus_of(1)) == expected
+
+
 def test_an_input_that_vanishes_is_an_error_and_finished_files_stay(whole, ref_path, tmp_path):
     home, *_ = whole
     data, out = tmp_path / "data.jsonl", tmp_path / "out"

@@ -26,25 +26,33 @@ class Resources:
     """What the pipeline takes of a cluster."""
 
     replicas: int = 1  # of each model's engine
-    num_gpus: float = 0  # of each replica
+    workers: tuple[int, ...] = (1,)  # of an engine of each model: tensor times pipeline parallel
+    num_gpus: float | None = None  # of each replica; None: one for each worker, if the cluster has GPUs
     num_cpus: float = 1  # logical ones, of each replica
-    num_models: int = 1
+
+    @property
+    def num_engines(self) -> int:
+        return self.replicas * len(self.workers)
 
     @property
     def cpus(self) -> float:
-        return self.replicas * self.num_models * self.num_cpus + _OPERATORS
+        return self.num_engines * self.num_cpus + _OPERATORS
 
-    @property
-    def gpus(self) -> float:
-        return self.replicas * self.num_models * self.num_gpus
+    def gpus_of(self, model: int) -> float:
+        """Return the GPUs of an engine of the first or the second model."""
+        if self.num_gpus is not None:
+            return self.num_gpus
+        return self.workers[model] if ray.cluster_resources().get("GPU", 0) else 0
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment of a replica on CPUs: its share of the cores."""
-        if self.num_gpus:
+    def environment_of(self, model: int) -> dict[str, str]:
+        """Return the environment of an engine on CPUs: its share of the cores.
+
+        Ray gives an actor one thread for each of its logical CPUs. This is left so where there are several
+        machines.
+        """
+        if self.gpus_of(model) or len([node for node in ray.nodes() if node["Alive"]]) > 1:
             return {}
-        engines = self.replicas * self.num_models
-        # Ray gives an actor one thread for each of its logical CPUs.
+        engines = self.num_engines
         defaults = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // engines))}
         if engines > 1:  # vLLM's own binding gives each engine all cores
             defaults["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -57,10 +65,10 @@ class Resources:
             OptionError: too few CPUs or GPUs, in all, free, or on each node.
         """
         total = ray.cluster_resources()
-        engines = self.replicas * self.num_models
+        gpus = [self.gpus_of(n) for n in range(len(self.workers))]
+        each = f"{self.num_cpus:g} CPUs and {' or '.join(dict.fromkeys(f'{n:g}' for n in gpus))} GPUs each"
         needs = (
-            f"{engines} engines with {self.num_cpus:g} CPUs and {self.num_gpus:g} GPUs each, and "
-            f"{_OPERATORS} CPUs for Ray Data's reader and writer"
+            f"{self.num_engines} engines with {each}, and {_OPERATORS} CPUs for Ray Data's reader and writer"
         )
         for name, wanted in self._wanted:
             if wanted > total.get(name, 0):
@@ -75,16 +83,19 @@ class Resources:
                     f"of the {total[name]:g} logical {name}s of the Ray cluster {free.get(name, 0):g} are "
                     f"free, the plan takes {wanted:g}: {needs}. Take fewer --replicas, or wait for the others"
                 )
-        places = sum(self._places(node["Resources"]) for node in ray.nodes() if node["Alive"])
-        if places < engines:
-            raise OptionError(
-                f"the nodes of the Ray cluster have room for {places} engines, the plan takes {needs}. An "
-                "engine must fit on one node"
-            )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for of_engine in set(gpus):
+            places = sum(self._places(node, of_engine) for node in nodes)
+            if places < self.replicas * gpus.count(of_engine):
+                raise OptionError(
+                    f"the nodes of the Ray cluster have room for {places} engines, the plan takes {needs}. "
+                    "An engine must fit on one node"
+                )
 
     @property
     def _wanted(self) -> list[tuple[str, float]]:
-        return [(name, wanted) for name, wanted in (("CPU", self.cpus), ("GPU", self.gpus)) if wanted]
+        gpus = self.replicas * sum(map(self.gpus_of, range(len(self.workers))))
+        return [(name, wanted) for name, wanted in (("CPU", self.cpus), ("GPU", gpus)) if wanted]
 
     def _free(self) -> dict[str, float]:
         """Return what the cluster has free. What just ended counts as used for a moment longer."""
@@ -95,8 +106,8 @@ class Resources:
                 return free
             time.sleep(0.2)
 
-    def _places(self, node: dict[str, float]) -> int:
-        each = [("CPU", self.num_cpus), ("GPU", self.num_gpus)]
+    def _places(self, node: dict[str, float], num_gpus: float) -> int:
+        each = [("CPU", self.num_cpus), ("GPU", num_gpus)]
         return min(int(node.get(name, 0) / wanted) for name, wanted in each if wanted)
 
 

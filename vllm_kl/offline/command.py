@@ -312,7 +312,7 @@ def _streams(
         raise OptionError("--json writes to standard output, as --out - does: give one of them")
     from vllm_kl.offline.storage import Folder
 
-    if "-" in data and out != "-" and not is_anew and Folder(out).names():
+    if "-" in data and out not in ("-", "") and not is_anew and Folder(out).names():
         raise OptionError(
             f"{out} is not empty: what comes from standard input cannot be continued. --overwrite"
         )

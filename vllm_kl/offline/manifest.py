@@ -7,11 +7,12 @@ takes the parts from the manifest, so they are the same whatever the planning do
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from vllm_kl import fingerprint
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.offline.parts import Part
-from vllm_kl.offline.storage import File, Folder, size_of
+from vllm_kl.offline.parts import NothingThereError, Part, find_files
+from vllm_kl.offline.storage import File, Folder
 
 NAME = "_manifest.json"
+_ANEW = ".\nGive another --out, or --overwrite to begin anew"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -89,21 +92,31 @@ class Manifest:
                 "Give the same settings to continue, another --out, or --overwrite to begin anew"
             )
 
-    def check_files(self) -> None:
-        """Refuse an input that is gone or has changed.
+    def check_files(self, data: Sequence[str], *, is_done: bool) -> None:
+        """Refuse an input that is gone, has changed or has become more.
+
+        Args:
+            data: as :func:`~vllm_kl.offline.parts.find_files` takes it.
+            is_done: whether all rows are scored, so the input need not be there any more.
 
         Raises:
-            InputError: a file has another size, or there is none.
+            InputError: the message names the file.
         """
-        with ThreadPoolExecutor(16) as pool:
-            sizes = list(pool.map(size_of, [file.path for file in self.files]))
-        for file, size in zip(self.files, sizes, strict=True):
-            if size is None:
+        now: dict[str, File] = {}
+        with contextlib.suppress(NothingThereError):
+            now = {file.path: file for file in find_files(data)}
+        for file in self.files:
+            found = now.pop(file.path, None)
+            if found is None and not is_done:
                 raise InputError(f"{file.path} was there when this output was begun, and is gone now")
-            if size != file.size:
+            if found is not None and found != file:
                 raise InputError(
-                    f"{file.path} had {file.size} bytes when this output was begun, and has {size} now"
+                    f"{file.path} had {file.size} bytes when this output was begun, and has {found.size} now"
+                    + (", with other content" if found.size == file.size else "")
+                    + _ANEW
                 )
+        if now:
+            raise InputError(f"{next(iter(now))} was not there when this output was begun{_ANEW}")
 
 
 def model_settings(name: str, model: str, engine_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,13 +157,10 @@ def _hash(path: Path) -> str:
 
 
 def _commit(model: str, revision: str | None) -> str:
-    from transformers.utils.hub import cached_file
-
     try:
-        config = cached_file(model, "config.json", revision=revision)
+        return fingerprint.commit_of(model, revision)
     except (OSError, ValueError) as error:
         raise OptionError(f"{model!r} is no folder, and no model that can be loaded: {error}") from error
-    return f"commit {Path(config).parent.name}"
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ number.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import posixpath
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from vllm_kl.errors import InputError, VLLMKLError
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.columns import PART, ROW, Columns
-from vllm_kl.offline.storage import File, list_files, open_file, parse_json
+from vllm_kl.offline.storage import File, list_files, marked, open_file, parse_json
 
 Format = Literal["jsonl", "parquet", "arrow"]
 SUFFIXES: dict[str, Format] = {
@@ -35,6 +36,7 @@ SUFFIXES: dict[str, Format] = {
 MIN_PART_BYTES, MAX_PART_BYTES = 16 << 10, 1 << 20  # 4 bytes are about a token
 _MAX_PARTS, _MIN_PARTS = 10_000, 32
 _READ_ROWS = 1024
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Part:
     end: int
     first_row: int = 0  # index in the data set of its first row
     num_rows: int = 0
+    group: int = 0  # neighbours of a group are read by one task: a row is found by reading those before it
 
 
 def format_of(path: str) -> Format:
@@ -62,23 +65,49 @@ def format_of(path: str) -> Format:
     return SUFFIXES[suffix]
 
 
+class NothingThereError(InputError):
+    """There is no file at a place."""
+
+
 def find_files(data: str | Sequence[str]) -> list[File]:
     """Return the files of a data set, in the order of their names where DATA is a folder or a glob.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none; or the name of one says that it is compressed.
     """
     files = []
     for place in [data] if isinstance(data, str) else data:
         found = list_files(place)
         if not found:
-            raise InputError(f"{place}: no such file, or an empty folder")
+            raise NothingThereError(f"{place}: no such file, or an empty folder")
         splits = [file for file in found if posixpath.basename(file.path) == "dataset_dict.json"]
         if splits:
             raise InputError(f"{place} holds several splits: give the folder of one, such as {place}/train")
         found = _of_save_to_disk(found)
-        files += [file for file in found if len(found) == 1 or posixpath.splitext(file.path)[1] in SUFFIXES]
-    return [file for file in files if posixpath.basename(file.path) not in _SIDE_FILES]
+        files += found if len(found) == 1 else _readable(place, found)
+    return marked([file for file in files if posixpath.basename(file.path) not in _SIDE_FILES])
+
+
+def _readable(place: str, files: Sequence[File]) -> list[File]:
+    """Leave out files of other kinds, such as a README."""
+    kept = []
+    for file in files:
+        stem, suffix = posixpath.splitext(file.path)
+        if suffix in SUFFIXES:
+            kept.append(file)
+            continue
+        inner = posixpath.splitext(stem)[1] if suffix.lower() in _COMPRESSED else suffix
+        if inner.lower() in SUFFIXES:
+            raise InputError(
+                f"{file.path} looks like data and would be left out: give it unpacked, with a name that ends "
+                f"with one of {', '.join(SUFFIXES)}"
+            )
+    if not kept:
+        raise InputError(f"{place} has no file with a name that ends with one of {', '.join(SUFFIXES)}")
+    return kept
+
+
+_COMPRESSED = {".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip"}
 
 
 def _of_save_to_disk(files: Sequence[File]) -> list[File]:
@@ -120,8 +149,9 @@ def cut(files: Sequence[File], part_bytes: int) -> list[Part]:
     with ThreadPoolExecutor(16) as pool:  # the footers of many files of an object store
         ranges = list(pool.map(lambda file, kind: list(_ranges(file, kind, part_bytes)), files, kinds))
     for file, kind, of_file in zip(files, kinds, ranges, strict=True):
-        for begin, end, num_rows in of_file:
-            parts.append(Part(index=0, path=file.path, format=kind, begin=begin, end=end, num_rows=num_rows))
+        for begin, end, num_rows, group in of_file:
+            rows = {"begin": begin, "end": end, "num_rows": num_rows, "group": group}
+            parts.append(Part(index=0, path=file.path, format=kind, **rows))
     return parts
 
 
@@ -137,10 +167,11 @@ def numbered(parts: Sequence[Part], limit: int | None = None) -> list[Part]:
     return found
 
 
-def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, int, int]]:
+def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the beginning, the end, the number of rows and the group of each part."""
     if kind == "jsonl":
         for begin in range(0, file.size, part_bytes):
-            yield begin, min(begin + part_bytes, file.size), 0
+            yield begin, min(begin + part_bytes, file.size), 0, begin
         return
     with open_file(file.path) as stream, _whole(file.path, kind):
         if kind == "parquet":
@@ -151,9 +182,11 @@ def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, in
             sizes = [(batch.num_rows, _size_of(batch)) for batch in _arrow(file.path, stream)]
     num_rows, num_bytes = (sum(column) for column in zip((0, 0), *sizes, strict=True))
     step = max(1, num_rows * part_bytes // max(1, num_bytes))
+    # A reader of Parquet begins at any row group, one of Arrow's streams at the beginning.
+    ends = list(itertools.accumulate(rows for rows, _ in sizes)) if kind == "parquet" else [num_rows]
     for begin in range(0, num_rows, step):
         end = min(begin + step, num_rows)
-        yield begin, end, end - begin
+        yield begin, end, end - begin, bisect.bisect_right(ends, begin)
 
 
 def _size_of(batch: pa.RecordBatch) -> int:
@@ -168,7 +201,8 @@ def open_parquet(path: str, stream: Any) -> pq.ParquetFile:
         InputError: it is no Parquet file, or reading a value of it would run code.
     """
     with _whole(path, "parquet"):
-        file = pq.ParquetFile(stream)
+        # Without these, Arrow keeps the whole columns of a row group in memory.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
         _check_schema(path, file.schema_arrow)
     return file
 
@@ -260,8 +294,18 @@ def features_of(parts: Sequence[Part]) -> dict[bytes, bytes] | None:
     return {key: value for key, value in metadata.items() if key == b"huggingface"} or None
 
 
-def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
-    """Return the rows of a part, with their numbers in ``ROW``, and the part's in ``PART``.
+def groups_of(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts that :func:`read_group` reads together."""
+    return [list(some) for _, some in itertools.groupby(parts, key=lambda part: (part.path, part.group))]
+
+
+def read_group(parts: Sequence[Part], schema: pa.Schema, columns: Columns) -> Iterator[pa.Table]:
+    """Yield the rows of each part, with their numbers in ``ROW``, and the part's in ``PART``.
+
+    Args:
+        parts: of one group, in their order. Some of the group may be left out.
+        schema: of the whole data set.
+        columns: the names of the added columns.
 
     JSONL also gets the column ``error``: the text for a line that is no JSON object, or whose value cannot be
     of its column's type.
@@ -270,9 +314,13 @@ def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
         InputError: the file is gone, or has other rows than before.
     """
     try:
-        table = _read(part, schema, columns)
+        for part, table in zip(parts, _read(parts, schema, columns), strict=True):
+            yield _numbered(part, table)
     except FileNotFoundError as error:
-        raise InputError(f"{part.path} was there at the start, and is gone now") from error
+        raise InputError(f"{parts[0].path} was there at the start, and is gone now") from error
+
+
+def _numbered(part: Part, table: pa.Table) -> pa.Table:
     if table.num_rows != part.num_rows:
         raise InputError(
             f"{part.path} has changed: expected {part.num_rows} rows from row {part.first_row} of the data "
@@ -283,26 +331,63 @@ def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
     return table.append_column(PART, pa.array([part.index] * table.num_rows, pa.int32()))
 
 
-def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
-    if part.format == "jsonl":
-        return jsonl.read(part.path, part.begin, part.end, part.num_rows, schema, columns.added("error"))
-    with open_file(part.path) as stream, _whole(part.path, part.format):
-        skip = part.begin
-        if part.format == "parquet":
-            file = open_parquet(part.path, stream)
-            ends = itertools.accumulate(
-                file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)
-            )
-            groups = [(g, end) for g, end in enumerate(ends) if end > part.begin]
-            first = groups[0][0] if groups else 0
-            skip -= sum(file.metadata.row_group(g).num_rows for g in range(first))
-            batches = file.iter_batches(batch_size=_READ_ROWS, row_groups=[g for g, _ in groups])
-        else:
-            batches = iter(_arrow(part.path, stream))
-        taken = list(_slice(batches, skip, part.num_rows))
-        table = pa.Table.from_batches(taken) if taken else schema.empty_table()
-        table.validate(full=True)  # Arrow trusts the offsets and texts of a file until it reads them
-    return _conformed(part.path, table, schema)
+def _read(parts: Sequence[Part], schema: pa.Schema, columns: Columns) -> Iterator[pa.Table]:
+    path, kind = parts[0].path, parts[0].format
+    if kind == "jsonl":
+        for part in parts:
+            yield jsonl.read(path, part.begin, part.end, part.num_rows, schema, columns.added("error"))
+        return
+    with open_file(path) as stream:
+        with _whole(path, kind):
+            rows = _rows_from(parts[0], stream)
+        for part in parts:
+            with _whole(path, kind):
+                taken = rows.take(part.begin, part.num_rows)
+                table = pa.Table.from_batches(taken) if taken else schema.empty_table()
+                table.validate(full=True)  # Arrow trusts the offsets and texts of a file until it reads them
+            yield _conformed(path, table, schema)
+
+
+def _rows_from(part: Part, stream: Any) -> _Rows:
+    """Return the rows of a file, from the last place before a part at which a reader can begin."""
+    if part.format == "arrow":
+        return _Rows(iter(_arrow(part.path, stream)), 0)
+    file = open_parquet(part.path, stream)
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    first = min(max(0, bisect.bisect_right(ends, part.begin) - 1), len(sizes))
+    batches = file.iter_batches(batch_size=_READ_ROWS, row_groups=range(first, len(sizes)))
+    return _Rows(batches, ends[first])
+
+
+class _Rows:
+    """Takes rows out of batches, from the first to the last.
+
+    Args:
+        batches: of rows.
+        at: the index in the file of the first row.
+    """
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], at: int) -> None:
+        self._batches, self._at = batches, at
+        self._rest: pa.RecordBatch | None = None
+
+    def take(self, begin: int, num_rows: int) -> list[pa.RecordBatch]:
+        """Return rows from index ``begin`` on; those before it are left out."""
+        taken = []
+        while num_rows > 0:
+            batch = self._rest if self._rest is not None else next(self._batches, None)
+            if batch is None:
+                break
+            skip = min(max(0, begin - self._at), batch.num_rows)
+            piece = batch.slice(skip, num_rows)
+            self._at += skip + piece.num_rows
+            num_rows -= piece.num_rows
+            rest = batch.slice(skip + piece.num_rows)
+            self._rest = rest if rest.num_rows else None
+            if piece.num_rows:
+                taken.append(piece)
+        return taken
 
 
 def _conformed(path: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -321,15 +406,3 @@ def _conformed(path: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
                 f"{field.type}, the type in all files together: {error}"
             ) from error
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-def _slice(batches: Iterator[pa.RecordBatch], skip: int, num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Return ``num_rows`` rows after the first ``skip``."""
-    for batch in batches:
-        if num_rows <= 0:
-            return
-        taken = batch.slice(skip, num_rows)
-        skip = max(0, skip - batch.num_rows)
-        num_rows -= taken.num_rows
-        if taken.num_rows:
-            yield taken

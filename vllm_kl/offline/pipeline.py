@@ -24,7 +24,6 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from vllm_kl.checks import check_temperature
-from vllm_kl.engines.devices import has_gpu
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.kl import TOKEN_ESTIMATORS, check_estimator
 from vllm_kl.offline.cluster import Resources
@@ -67,14 +66,14 @@ class Job:
     def apply(self, ds: Dataset, layout: Layout) -> Dataset:
         """Return the data set with the stages that read, score and compare its rows."""
         ds = map_blocks(ds, ReadRows(layout, self.columns, self.texts))
-        ds = self._scored(ds, layout, self.model, REFERENCE, top_k=self.top_k, entropy=self.entropy)
+        ds = self._scored(ds, layout, 0, REFERENCE, top_k=self.top_k, entropy=self.entropy)
         if self.policy is None:
             return ds
-        ds = self._scored(ds, layout, self.policy, POLICY)
+        ds = self._scored(ds, layout, 1, POLICY)
         return map_blocks(ds, CompareRows(layout, self.columns, self.estimator))
 
-    def _scored(self, ds: Dataset, layout: Layout, model: Model, name: str, **wanted: Any) -> Dataset:
-        environment = self.resources.environment
+    def _scored(self, ds: Dataset, layout: Layout, n: int, name: str, **wanted: Any) -> Dataset:
+        model, environment = (self.model, self.policy)[n], self.resources.environment_of(n)
         return map_blocks(
             ds,
             ScoreRows,
@@ -89,7 +88,7 @@ class Job:
             # meanwhile: without a second call the engine waits 15 ms for each block.
             compute=ActorPoolStrategy(size=self.resources.replicas, max_concurrent_calls_per_actor=2),
             num_cpus=self.resources.num_cpus,
-            num_gpus=self.resources.num_gpus or None,
+            num_gpus=self.resources.gpus_of(n) or None,
             max_restarts=_MAX_RESTARTS,
             max_task_retries=_MAX_RESTARTS,
             **({"runtime_env": {"env_vars": environment}} if environment else {}),
@@ -158,23 +157,34 @@ def make_job(
     options = dict(engine_options or {})
     theirs = dict(options if policy_options is None else policy_options)
     temperature = check_temperature(temperature)
-    if num_gpus is None:
-        parallel = ("tensor_parallel_size", "pipeline_parallel_size")
-        num_gpus = math.prod(int(options.get(name, 1)) for name in parallel) if has_gpu() else 0
+    workers = [_num_workers(one) for one in ((options,) if policy is None else (options, theirs))]
     return Job(
         model=Model(path=model, temperature=temperature, engine_options=options),
         policy=policy and Model(path=policy, temperature=temperature, engine_options=theirs),
         columns=Columns.renamed(columns or {}, prefix),
-        texts=Texts(tokenizer=tokenizer or model, chat_template=chat_template, add_eos=add_eos),
+        texts=Texts(**_tokenizer(model, tokenizer, options), chat_template=chat_template, add_eos=add_eos),
         top_k=topk,
         entropy=entropy,
         estimator=estimator,
         max_len_policy=max_len_policy,
         on_error=on_error,
-        resources=Resources(
-            replicas=replicas, num_gpus=num_gpus, num_cpus=num_cpus, num_models=2 if policy else 1
-        ),
+        resources=Resources(replicas=replicas, workers=tuple(workers), num_gpus=num_gpus, num_cpus=num_cpus),
     )
+
+
+def _num_workers(options: Mapping[str, Any]) -> int:
+    return math.prod(int(options.get(f"{name}_parallel_size") or 1) for name in ("tensor", "pipeline"))
+
+
+def _tokenizer(model: str, tokenizer: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which tokenizer texts are read with, and how it is loaded: as the engine would load it."""
+    found = tokenizer or _absolute(options.get("tokenizer")) or model
+    revision = options.get("tokenizer_revision", options.get("revision") if found == model else None)
+    loading = {"revision": revision, "trust_remote_code": options.get("trust_remote_code")}
+    return {
+        "tokenizer": found,
+        "loading": {name: value for name, value in loading.items() if value is not None},
+    }
 
 
 def _absolute(name: str | None) -> str | None:
@@ -234,7 +244,7 @@ def score_dataset(
             prompt from the left.
         on_error: ``"mark"`` writes the error of a row into its column ``error``; ``"stop"`` raises it.
         replicas: how many engines score; twice as many with a policy.
-        num_gpus: GPUs of each engine. ``None``: as many as its parallel sizes take, or 0 without a GPU here.
+        num_gpus: GPUs of each engine. ``None``: as many as its parallel sizes take, if the cluster has GPUs.
         num_cpus: logical CPUs of each engine in Ray.
         rows_per_block: cut the data set into blocks of so many rows first. A block is one call of an engine.
             Ray Data makes one block of everything below 128 MB.
@@ -279,13 +289,32 @@ def score_dataset(
         engine_options=engine_options,
         policy_options=policy_options,
     )
-    schema = ds.schema()
-    layout = layout_of(pa.schema(list(zip(schema.names, schema.types, strict=True))), job.columns)
+    ds, schema = _in_arrow(ds)
+    layout = layout_of(schema, job.columns)
     job.check_free(schema.names, layout)
     job.resources.check()
     if rows_per_block is not None:
         ds = ds.repartition(target_num_rows_per_block=rows_per_block)
     return map_blocks(job.apply(ds, layout), _finish)
+
+
+def _in_arrow(ds: Dataset) -> tuple[Dataset, pa.Schema]:
+    """Return the data set in blocks of Arrow, not of pandas, and its columns.
+
+    Raises:
+        InputError: it has no rows.
+    """
+    schema = ds.schema()
+    if schema is not None and not isinstance(schema.base_schema, pa.Schema):
+        ds = map_blocks(ds, _unchanged)
+        schema = ds.schema()
+    if schema is None:
+        raise InputError("the data set has no rows, so its columns are not known")
+    return ds, pa.schema(list(zip(schema.names, schema.types, strict=True)))
+
+
+def _unchanged(table: pa.Table) -> pa.Table:
+    return table
 
 
 def _finish(table: pa.Table) -> pa.Table:

@@ -31,6 +31,7 @@ class Texts:
     """How texts and dialogs become ids."""
 
     tokenizer: str | None = None  # path or name
+    loading: dict[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained()
     chat_template: str | None = None  # Jinja text; None: the tokenizer's own
     add_eos: bool = False  # put EOS after each response
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the chat template
@@ -154,17 +155,17 @@ class ReadRows:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, loaded once in a process."""
-        tokenizer = _load_tokenizer(self._texts.tokenizer)
+        tokenizer = _load_tokenizer(self._texts.tokenizer, **self._texts.loading)
         if self._texts.add_eos and tokenizer.eos_token_id is None:
             raise OptionError(f"add_eos=True, but the tokenizer {self._texts.tokenizer} has no EOS token")
         return tokenizer
 
 
 @functools.cache
-def _load_tokenizer(path: str | None) -> Any:
+def _load_tokenizer(path: str | None, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def _each(name: str, value: pa.Scalar, is_group: bool) -> list[pa.Scalar]:

@@ -26,7 +26,7 @@ from vllm_kl.offline.parts import (
     find_files,
     numbered,
     part_bytes_of,
-    read_part,
+    read_group,
     survey,
 )
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
@@ -96,6 +96,7 @@ def score_files(
     elif not files.overwrite and any(name.startswith("part-") for name in folder.names()):
         raise OptionError(f"{files.out} holds files of parts, but no {NAME} that tells what made them")
     with connected(address, job.resources), whole_blocks(), plain_errors():
+        is_continued = manifest is not None
         if manifest is None:
             manifest = plan(files, job, settings)
             if files.overwrite:  # now that nothing is wrong with the new run
@@ -105,8 +106,8 @@ def score_files(
         first, step = files.shard
         parts = manifest.parts[first::step]
         todo = _missing(folder, parts, files.format)
-        if todo:
-            manifest.check_files()
+        if is_continued:
+            manifest.check_files(files.data, is_done=not todo)
         if on_plan is not None:
             on_plan(parts, todo)
         figures = list(_score(manifest, todo, folder, files.format, job, on_part)) if todo else []
@@ -165,7 +166,7 @@ def _missing(folder: Folder, parts: Sequence[Part], suffix: str) -> list[Part]:
 
 def read(manifest: Manifest, parts: Sequence[Part], columns: Columns) -> Dataset:
     """Return the rows of some parts, a block for each part."""
-    return read_parts(parts, functools.partial(read_part, schema=manifest.schema, columns=columns))
+    return read_parts(parts, functools.partial(read_group, schema=manifest.schema, columns=columns))
 
 
 def _score(
@@ -180,7 +181,12 @@ def _score(
     ds = job.apply(read(manifest, parts, job.columns), layout_of(manifest.schema, job.columns))
     num_rows = {part.index: part.num_rows for part in parts}
     write = WritePart(folder, suffix, job.columns, num_rows)
-    for figures in map_blocks(ds, write).iter_rows():
+    for n, figures in enumerate(map_blocks(ds, write).iter_rows()):
+        if n == 0 and file_name(figures["part"], suffix) not in folder.names():
+            raise InputError(
+                f"{folder.path(file_name(figures['part'], suffix))} was written on another machine, and is "
+                "not here. Give an --out that all machines of the cluster share, such as s3://..."
+            )
         if on_part is not None:
             on_part(figures)
         yield figures
@@ -281,6 +287,8 @@ def _settings(files: Files, job: Job) -> dict[str, Any]:
     if job.policy is not None:
         settings["estimator"] = job.estimator
     if job.texts.tokenizer not in (None, job.model.path):
-        settings["tokenizer.checksum"] = checksum(job.texts.tokenizer)
+        settings["tokenizer.checksum"] = checksum(
+            job.texts.tokenizer, revision=job.texts.loading.get("revision")
+        )
     versions = {f"version.{package}": found for package, found in package_versions().items()}
     return {**settings, **job.columns.settings, **versions}

@@ -9,7 +9,8 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.local import LocalFileSystem
 
+from vllm_kl import fingerprint
 from vllm_kl.errors import InputError, OptionError, VLLMKLError
 
 
@@ -26,6 +28,7 @@ class File(NamedTuple):
 
     path: str
     size: int  # bytes
+    mark: str = ""  # of the content: a hash, or the store's own ETag; empty: unknown
 
 
 @functools.cache
@@ -87,7 +90,22 @@ def _list_files(place: str) -> list[File]:
     else:
         found = [store.info(path)] if store.exists(path) else []
     scheme = place.partition("://")[0] + "://" if "://" in place else ""
-    return sorted(File(scheme + entry["name"].removeprefix(scheme), entry["size"]) for entry in found)
+    return sorted(
+        File(scheme + entry["name"].removeprefix(scheme), entry["size"], str(entry.get("ETag", "")))
+        for entry in found
+    )
+
+
+def marked(files: Sequence[File]) -> list[File]:
+    """Return the files with marks: those of this disk get a hash of some blocks of each."""
+
+    def mark(file: File) -> File:
+        if "://" in file.path:
+            return file
+        return file._replace(mark=fingerprint.of_files([Path(file.path)]))
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(mark, files))
 
 
 def parse_json(path: str, data: bytes) -> Any:
@@ -100,13 +118,6 @@ def parse_json(path: str, data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-
-
-def size_of(path: str) -> int | None:
-    """Return the size of a file; ``None``: there is none."""
-    with _named(path):
-        store, inside = _open_store(path)
-        return store.info(inside)["size"] if store.exists(inside) else None
 
 
 def open_file(path: str) -> IO[bytes]:
