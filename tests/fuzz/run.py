@@ -1,6 +1,7 @@
 """Runs many cases of each property of this folder, counts them, and prints a table.
 
     python -m tests.fuzz.run --cases 1000000 --minutes 25
+    python -m tests.fuzz.run --cases 1000000 --guided        # pip install atheris
 
 Each round runs every property with other random numbers. A property that fails is printed with the smallest
 input that fails it, and is not run again; the exit code is then 1.
@@ -10,9 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
+import json
 import os
 import random
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -29,6 +35,7 @@ from rich.table import Table
 from tests.fuzz.strategies import OPTIONS, OUTCOMES
 
 CHUNK = 300  # cases of a property in a round, times its share
+GUIDED_CHUNK = 10_000  # each needs a process
 
 
 @dataclass
@@ -79,8 +86,32 @@ def run(one: Property, number: int, most: int) -> None:
     one.outcomes += OUTCOMES - before
 
 
-def rounds(every: list[Property], options: argparse.Namespace, console: Console) -> None:
+def run_guided(one: Property, number: int, most: int, corpus: Path) -> None:
+    """Run some cases of a property that atheris chooses, in a process of its own (guided.py)."""
+    inputs = corpus / one.name.replace(" ", "_")  # what reached new branches, for the next round
+    inputs.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.fuzz.guided", one.name, str(most), str(inputs), str(number)]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=corpus, env=_environment())
+    one.wall_s += time.perf_counter() - began
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        one.fault = f"exit status {done.returncode}: {done.stderr[-3000:]}"
+        return
+    one.cases += found["cases"]
+    one.outcomes += Counter(found["outcomes"])
+    one.fault = found["fault"]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def rounds(every: list[Property], options: argparse.Namespace, console: Console, corpus: Path) -> None:
     """Run rounds until there are enough cases, the time is over, or every property failed."""
+    chunk = GUIDED_CHUNK if options.guided else CHUNK
+    with_guide = functools.partial(run_guided, corpus=corpus)
     began, rng = time.monotonic(), random.Random(options.seed)
 
     def left() -> int:
@@ -90,7 +121,8 @@ def rounds(every: list[Property], options: argparse.Namespace, console: Console)
     while left() > 0 and any(one.fault is None for one in every):
         for one in every:
             if one.fault is None and left() > 0:
-                run(one, rng.randrange(2**32), max(1, min(left(), int(CHUNK * one.share))))
+                most = max(1, min(left(), int(chunk * one.share)))
+                (with_guide if options.guided else run)(one, rng.randrange(1, 2**31), most)
                 if one.fault:
                     console.print(f"{one.name}\n{one.fault}", markup=False, highlight=False)
         total = sum(one.cases for one in every)
@@ -114,10 +146,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="stop after this time")
     parser.add_argument("--seed", type=int, help="of the random numbers; default: another each time")
     parser.add_argument("--only", help="properties with this text in their names")
+    parser.add_argument("--guided", action="store_true", help="atheris chooses inputs by what they reach")
     options = parser.parse_args()
     console, every = Console(width=140), properties(options.only)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C shows what was counted until then
-        rounds(every, options, console)
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as corpus:
+        rounds(every, options, console, Path(corpus))  # Ctrl-C shows what was counted until then
     console.print(table_of(every))
     num_failed = sum(one.fault is not None for one in every)
     console.print(
