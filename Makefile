@@ -22,8 +22,9 @@ COMPAT := .venv-$(VLLM)
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
 
+# Two processes: the tests that use Ray, and the others. ARGS="-n0 -s tests/test_kl.py" is one that prints.
 test: .venv/installed
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # The long tests, and the long table: every architecture that was tried, in docs/architectures.md.
 nightly: .venv/installed
