@@ -4,7 +4,7 @@
     python benchmarks/bench_scaling.py --case dialogs
 
     replicas  groups of 8 responses (P=256, R=128): two replicas of one thread each, one replica of one
-              thread, one of two threads, and an engine without Ray
+              thread, one of two threads; without Ray two engines of one thread each, and one of two
     dialogs   turns of dialogs that grow, one call a turn: with the router's affinity, and without
     files     2,000 rows of ids: `vllm-kl score` from the first file to the last, the bare scorer on the same
               rows, and the pipeline without an engine
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
@@ -65,6 +66,22 @@ def time_groups(model: str, rounds: int, num_groups: int, replicas: object) -> d
             work = groups(n, num_groups)
             began = time.perf_counter()
             scorer.score(*work)
+            seconds.append(time.perf_counter() - began)
+        return {"first": first, "seconds": seconds[1:], "tokens": num_groups * GROUP * (PROMPT + RESPONSE)}
+
+
+def time_two_engines(model: str, rounds: int, num_groups: int) -> dict:
+    """Return what two engines of a thread each do at once without Ray: what the machine allows."""
+    os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    with make_scorer(model, None) as one, make_scorer(model, None) as other, ThreadPoolExecutor(2) as pool:
+        first = check(model, one)
+        seconds = []
+        for n in range(rounds + 1):
+            sequences, starts = groups(n, num_groups)
+            half = num_groups // 2 * GROUP
+            parts = [(sequences[:half], starts[:half]), (sequences[half:], starts[half:])]
+            began = time.perf_counter()
+            list(pool.map(lambda scorer, part: scorer.score(*part), (one, other), parts))
             seconds.append(time.perf_counter() - began)
         return {"first": first, "seconds": seconds[1:], "tokens": num_groups * GROUP * (PROMPT + RESPONSE)}
 
@@ -208,6 +225,7 @@ PROVIDERS = {
         "one replica, two threads": lambda a: time_groups(
             a.model, a.rounds, a.groups, {"min": 1, "max": 1, "cpus": 2}
         ),
+        "two engines without Ray, a thread each": lambda a: time_two_engines(a.model, a.rounds, a.groups),
         "an engine without Ray, two threads": lambda a: time_groups(a.model, a.rounds, a.groups, None),
     },
     "dialogs": {

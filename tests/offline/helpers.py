@@ -60,10 +60,10 @@ def run(data, out, model, *, files=None, on_plan=None, on_part=None, **options):
 
 
 def start(data, out, model, *options, address=None, stdin=None):
-    """Start the command ``vllm-kl score`` in the cluster of this process, or in another one."""
+    """Start ``vllm-kl score`` in this process's cluster, in another one, or (``""``) in one of its own."""
     import ray
 
-    address = address or ray.get_runtime_context().gcs_address
+    address = ray.get_runtime_context().gcs_address if address is None else address
     options_of_engine = [f"--engine={name}={json.dumps(value)}" for name, value in ENGINE.items()]
     args = [
         "score",
@@ -72,8 +72,7 @@ def start(data, out, model, *options, address=None, stdin=None):
         model,
         "--out",
         out,
-        "--address",
-        address,
+        *(["--address", address] if address else []),
         "--num-gpus",
         0,
         *options_of_engine,

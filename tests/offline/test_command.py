@@ -191,6 +191,22 @@ class TestKills:
         assert not list(out.glob(".part-*"))
         check_same(table_of(out), table)
 
+    @pytest.mark.nightly
+    def test_a_killed_driver_takes_a_ray_of_its_own_with_it(self, whole, ref_path, tmp_path):
+        home, *_, table = whole
+        out = tmp_path / "out"
+        killed = start(home / "data.jsonl", out, ref_path, address="")
+        until(lambda: len(files_of(out)) >= 3, killed)
+        started = psutil.Process(killed.pid).children(recursive=True)
+        assert len(started) > 5
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        assert psutil.wait_procs(started, timeout=150)[1] == []  # Ray's agents last
+        again = start(home / "data.jsonl", out, ref_path, address="")
+        _, told = again.communicate(timeout=300)
+        assert again.returncode == 3, told
+        check_same(table_of(out), table)
+
 
 @pytest.mark.nightly
 class TestAddress:

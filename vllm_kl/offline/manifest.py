@@ -109,7 +109,7 @@ class Manifest:
             found = now.pop(file.path, None)
             if found is None and not is_done:
                 raise InputError(f"{file.path} was there when this output was begun, and is gone now")
-            if found is not None and found != file:
+            if found is not None and (found.size != file.size or found.mark != file.mark):
                 raise InputError(
                     f"{file.path} had {file.size} bytes when this output was begun, and has {found.size} now"
                     + (", with other content" if found.size == file.size else "")
