@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 MARKS = [
-    pytest.mark.xdist_group("ray"),  # one Ray at a time
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
