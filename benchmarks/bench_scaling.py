@@ -1,7 +1,7 @@
 """Measures what replicas and Ray Data cost and gain on one machine.
 
     python benchmarks/bench_scaling.py                 # all three cases, half an hour on two cores
-    python benchmarks/bench_scaling.py --case dialogs
+    python benchmarks/bench_scaling.py --case dialogs --replicas 6
 
     replicas  groups of 8 responses (P=256, R=128): two replicas of one thread each, one replica of one
               thread, one of two threads; without Ray two engines of one thread each, and one of two
@@ -86,14 +86,14 @@ def time_two_engines(model: str, rounds: int, num_groups: int) -> dict:
         return {"first": first, "seconds": seconds[1:], "tokens": num_groups * GROUP * (PROMPT + RESPONSE)}
 
 
-def time_dialogs(model: str, rounds: int, has_affinity: bool) -> dict:
+def time_dialogs(model: str, rounds: int, num_replicas: int, has_affinity: bool) -> dict:
     from vllm_kl.engines.replicas import prompt_router
 
     if not has_affinity:
         draw = random.Random(0)
         prompt_router.choose = lambda key, loads, spill: min(loads, key=lambda r: (loads[r], draw.random()))
     num_dialogs, num_turns, turn = 48, 5, 256
-    with make_scorer(model, 2) as scorer:
+    with make_scorer(model, num_replicas) as scorer:
         first, seconds, cached, prompts = check(model, scorer), [], 0, 0
         for n in range(rounds + 1):
             dialogs = [
@@ -229,8 +229,8 @@ PROVIDERS = {
         "an engine without Ray, two threads": lambda a: time_groups(a.model, a.rounds, a.groups, None),
     },
     "dialogs": {
-        "affinity": lambda a: time_dialogs(a.model, a.rounds, True),
-        "the least loaded, at random": lambda a: time_dialogs(a.model, a.rounds, False),
+        "affinity": lambda a: time_dialogs(a.model, a.rounds, a.replicas, True),
+        "the least loaded, at random": lambda a: time_dialogs(a.model, a.rounds, a.replicas, False),
     },
     "files": {
         "vllm-kl score": lambda a: time_files(a.model, a.data, True),
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="processes of each provider")
     parser.add_argument("--groups", type=int, default=48, help="of a round")
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--replicas", type=int, default=2, help="of the case dialogs")
     parser.add_argument("--markdown", type=Path, help="file to append the tables to")
     parser.add_argument("--provider", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
@@ -270,7 +271,7 @@ def main() -> None:
         data = Path(home, "rows.parquet")
         write_rows(data, args.rows)
         arguments = [f"--model={home}/model", f"--data={data}"]
-        arguments += [f"--rounds={args.rounds}", f"--groups={args.groups}"]
+        arguments += [f"--rounds={args.rounds}", f"--groups={args.groups}", f"--replicas={args.replicas}"]
         for case in args.case or PROVIDERS:
             found: dict[str, list[dict]] = {name: [] for name in PROVIDERS[case]}
             for _ in range(args.turns):
