@@ -22,9 +22,8 @@ COMPAT := .venv-$(VLLM)
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
 
-# Two processes: all that use Ray in one of them (tests/conftest.py). ARGS="-n0 -s tests/test_kl.py" prints.
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
 # The long tests, and the long table: every architecture that was tried, in docs/architectures.md.
 nightly: .venv/installed

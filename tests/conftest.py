@@ -52,23 +52,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist: make test
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file in one process, which share fixtures, and all that use Ray in one of them."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return _scope(nodeid.partition("::")[0])
-
-    return ByFile(config, log)
-
-
-@functools.cache
-def _scope(file: str) -> str:
-    return "Ray" if "local_ray" in Path(__file__).parents[1].joinpath(file).read_text() else file
-
-
 @pytest.fixture(scope="session")
 def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(tmp_path_factory.mktemp("models") / "policy", seed=0)

@@ -294,6 +294,7 @@ def test_an_engine_that_is_nobodys_of_ours_is_left_alone(ref_path, tmp_path):
     assert not [name for run in runs for name in run["threads"] if "vllm_kl" in name]
 
 
+@pytest.mark.nightly
 def test_turned_off_it_cannot_give_an_engine_of_its_own(ref_path, monkeypatch):
     monkeypatch.setenv("VLLMKL_PLUGIN", "0")
     with pytest.raises(

@@ -47,6 +47,7 @@ def log_probs(run):
     return log_probs
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 class TestTraining:
     def test_the_last_line_is_json_with_the_promised_figures(self, run):

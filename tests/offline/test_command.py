@@ -109,6 +109,7 @@ class TestOptions:
 class TestStreams:
     pytestmark = local_ray.MARKS
 
+    @pytest.mark.nightly
     def test_rows_of_standard_input_come_back_on_standard_output(self, whole, ref_path):
         home, *_, table = whole
         with (home / "data.jsonl").open() as data:

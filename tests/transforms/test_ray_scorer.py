@@ -221,6 +221,7 @@ def test_refusals(remote, make_reference):
             push_weights(engine, {})
 
 
+@pytest.mark.nightly
 def test_a_killed_service_is_restarted_while_collectors_score(
     shared, remote, make_collector, ref_oracle, steps, caplog
 ):

@@ -52,7 +52,7 @@ class ReplicatedWeights:
         self._served: Checkpoint | None = None  # the last push; a replica that starts loads it
         self._lock = threading.Lock()
         self._turns, self._num_calls, self._is_committing = threading.Condition(), 0, False
-        self.version = self._last = 0  # that serves, and that was tried: Serve may have kept it
+        self.version = self._last = 0  # that serves, and that Serve may have kept though it does not
 
     @property
     def source(self) -> str:
@@ -95,7 +95,7 @@ class ReplicatedWeights:
             EngineError: no replica runs, and none came back in time.
         """
         with self._lock:
-            version = self._last = self.next_version(version)
+            version = self.next_version(version)
             checkpoint = self._for_all_machines(checkpoint)
             try:
                 get_ready(self._run, "prepare", [[str(checkpoint.folder), version]])
@@ -104,6 +104,7 @@ class ReplicatedWeights:
                     try:
                         self._keep({"version": version, "folder": str(checkpoint.folder)})
                     except BaseException:  # Ray ends, or a second Ctrl-C
+                        self._last = version
                         self._on_each("put_back", "Serve did not take the new weights for replicas to come")
                         raise
                     self._served, self.version = checkpoint, version
