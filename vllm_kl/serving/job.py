@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
@@ -73,11 +71,7 @@ class Job:
             on_answer(self.answer([i for i, _ in pairs], [result for _, result in pairs]))
 
         if self._question.alone:
-            # In a context without the HTTP request: see Call.
-            asking = self._replicas.ask_alone(self._planned)
-            on_results(
-                range(len(self._planned)), await asyncio.create_task(asking, context=contextvars.Context())
-            )
+            on_results(range(len(self._planned)), await self._replicas.ask_alone(self._planned))
             return
         call = self._replicas.call(
             self._planned, share_prefix=self._question.share_prefix, on_results=on_results

@@ -105,6 +105,17 @@ class Replicas:
 
     async def ask_alone(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score the requests alone on one replica. Cancelling this frees it."""
+        asking = asyncio.create_task(self._ask_alone(requests), context=contextvars.Context())  # see Call
+        heard = time.monotonic()
+        try:
+            while not (await asyncio.wait({asking}, timeout=_LOOK_EVERY_S))[0]:
+                if await self.check_alive(time.monotonic() - heard):
+                    heard = time.monotonic()
+            return asking.result()
+        finally:
+            asking.cancel()
+
+    async def _ask_alone(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         response = self._service.handle.score_alone.remote(pack(requests))
         try:
             return unpack(ScoreResult, await response)
