@@ -196,7 +196,7 @@ def time_pipeline(data: str) -> dict:
     import ray
 
     from vllm_kl.offline.columns import Columns, layout_of
-    from vllm_kl.offline.parts import cut, file_schema, find_files, numbered, part_bytes_of, read_group
+    from vllm_kl.offline.parts import cut, file_schema, find_files, numbered, part_bytes_of, read_part
     from vllm_kl.offline.pipeline import map_blocks, whole_blocks
     from vllm_kl.offline.rows import ReadRows, Texts
     from vllm_kl.offline.source import read_parts
@@ -205,7 +205,7 @@ def time_pipeline(data: str) -> dict:
     files, columns = find_files([data]), Columns()
     parts = numbered(cut(files, part_bytes_of(files)))
     schema = file_schema(parts[0])
-    read = functools.partial(read_group, schema=schema, columns=columns)
+    read = functools.partial(read_part, schema=schema, columns=columns)
     times = []
     with whole_blocks():
         ds = map_blocks(read_parts(parts, read), ReadRows(layout_of(schema, columns), columns, Texts()))

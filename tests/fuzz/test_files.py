@@ -17,7 +17,7 @@ from tests.fuzz.strategies import CHANGES, FLOATS, INTS, JSON_VALUES, KEEPS, SCA
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.columns import IDS, STARTS, Columns, layout_of
 from vllm_kl.offline.manifest import NAME, Manifest
-from vllm_kl.offline.parts import cut, find_files, groups_of, numbered, read_group, survey
+from vllm_kl.offline.parts import cut, find_files, numbered, read_part, survey
 from vllm_kl.offline.rows import ReadRows, Texts
 from vllm_kl.offline.storage import Folder
 from vllm_kl.view.samples import read_samples, write_samples
@@ -42,7 +42,7 @@ ROWS = st.fixed_dictionaries(
 
 
 def read_all(parts, schema):
-    return [table for group in groups_of(parts) for table in read_group(group, schema, COLUMNS)]
+    return [read_part(part, schema, COLUMNS) for part in parts]
 
 
 def put(name, data):

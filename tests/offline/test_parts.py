@@ -12,7 +12,7 @@ import pytest
 from vllm_kl.errors import InputError
 from vllm_kl.offline import jsonl
 from vllm_kl.offline.columns import PART, Columns
-from vllm_kl.offline.parts import cut, find_files, groups_of, numbered, part_bytes_of, read_group, survey
+from vllm_kl.offline.parts import cut, find_files, numbered, part_bytes_of, read_part, survey
 from vllm_kl.offline.storage import File
 
 ROWS = [{"ids": list(range(i % 7 + 1)), "n": i, "text": "é" * (i % 5)} for i in range(101)]
@@ -39,7 +39,7 @@ def rows_of(place, part_bytes, limit=None):
             types.setdefault(name, set()).update(seen)
     schema = jsonl.schema_of(types, columns.role_of)
     parts = numbered([part for part, _ in surveys], limit)
-    tables = [table for group in groups_of(parts) for table in read_group(group, schema, columns)]
+    tables = [read_part(part, schema, columns) for part in parts]
     assert [part.first_row for part in parts] == [
         sum(t.num_rows for t in tables[:i]) for i in range(len(parts))
     ]
@@ -140,20 +140,15 @@ def test_no_value_of_a_file_is_unpickled(tmp_path, kind, is_nested):
 
 
 @pytest.mark.parametrize("row_group_size", [7, 100, None])
-@pytest.mark.parametrize("left_out", [(), (0, 1, 5), (3,)])
-def test_parts_of_a_large_row_group_are_read_in_one_go(tmp_path, row_group_size, left_out):
+def test_parts_of_a_row_group_of_any_size_have_their_rows(tmp_path, row_group_size):
     table = pa.table({"ids": [[i] * 50 for i in range(230)]})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=row_group_size, use_dictionary=False)
     parts = numbered(cut(find_files(str(tmp_path)), 4000))
     assert len(parts) > 10
-    todo = [part for part in parts if part.index not in left_out]
-    groups = groups_of(todo)
-    assert len(groups) == 1 or row_group_size is not None
-    assert row_group_size != 7 or len(groups) == len(todo)
-    tables = [found for group in groups for found in read_group(group, table.schema, Columns())]
-    assert [found[PART].to_pylist()[0] for found in tables] == [part.index for part in todo]
-    for part, found in zip(todo, tables, strict=True):
+    for part in parts:
+        found = read_part(part, table.schema, Columns())
         assert found["ids"].to_pylist() == table["ids"][part.begin : part.end].to_pylist()
+        assert set(found[PART].to_pylist()) == {part.index}
 
 
 def test_a_file_that_changed_or_is_gone_is_an_error(tmp_path):
@@ -164,10 +159,10 @@ def test_a_file_that_changed_or_is_gone_is_an_error(tmp_path):
     schema = jsonl.schema_of(types, columns.role_of)
     path.write_text("\n".join(path.read_text().splitlines()[:50]))
     with pytest.raises(InputError, match="has changed: expected 101 rows"):
-        list(read_group([part], schema, columns))
+        read_part(part, schema, columns)
     path.unlink()
     with pytest.raises(InputError, match="is gone now"):
-        list(read_group([part], schema, columns))
+        read_part(part, schema, columns)
 
 
 def test_a_column_has_one_type_in_all_parts(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pandas
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,7 +17,11 @@ from tests.offline.test_rows import DIALOG
 from tests.oracle import ENTROPY_TOLERANCE
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.offline import score_dataset
-from vllm_kl.offline.pipeline import _in_arrow
+from vllm_kl.offline.columns import PART, Columns, layout_of
+from vllm_kl.offline.parts import cut, file_schema, find_files, numbered, read_part
+from vllm_kl.offline.pipeline import _in_arrow, map_blocks, whole_blocks
+from vllm_kl.offline.rows import ReadRows, Texts
+from vllm_kl.offline.source import read_parts
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 pytestmark = [pytest.mark.usefixtures("cluster"), *local_ray.MARKS]
@@ -38,6 +45,22 @@ def test_blocks_of_pandas_are_read_as_those_of_arrow():
     assert schema == pa.schema([("ids", pa.list_(pa.int64())), ("start", pa.int64())])
     with pytest.raises(InputError, match="no rows"):
         score_dataset(ray.data.from_items([]), "none")
+
+
+def test_each_block_has_one_part_of_a_file_of_one_row_group(tmp_path):
+    pq.write_table(pa.table({"ids": [[i] * 50 for i in range(200)]}), tmp_path / "x.parquet")
+    parts, columns = numbered(cut(find_files(str(tmp_path)), 200)), Columns()
+    assert len(parts) > 5
+    schema = file_schema(parts[0])
+    read = functools.partial(read_part, schema=schema, columns=columns)
+    with whole_blocks():
+        ds = map_blocks(read_parts(parts, read), ReadRows(layout_of(schema, columns), columns, Texts()))
+        found = map_blocks(ds, _parts_in_block).take_all()
+    assert sorted(row["parts"] for row in found) == [[part.index] for part in parts]
+
+
+def _parts_in_block(table):
+    return pa.table({"parts": [sorted(set(table[PART].to_pylist()))]})
 
 
 def test_groups_with_the_most_likely_tokens_and_two_models(

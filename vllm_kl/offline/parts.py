@@ -7,7 +7,6 @@ number.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
 import posixpath
@@ -50,7 +49,6 @@ class Part:
     end: int
     first_row: int = 0  # index in the data set of its first row
     num_rows: int = 0
-    group: int = 0  # neighbours of a group are read by one task: a row is found by reading those before it
 
 
 def format_of(path: str) -> Format:
@@ -149,9 +147,8 @@ def cut(files: Sequence[File], part_bytes: int) -> list[Part]:
     with ThreadPoolExecutor(16) as pool:  # the footers of many files of an object store
         ranges = list(pool.map(lambda file, kind: list(_ranges(file, kind, part_bytes)), files, kinds))
     for file, kind, of_file in zip(files, kinds, ranges, strict=True):
-        for begin, end, num_rows, group in of_file:
-            rows = {"begin": begin, "end": end, "num_rows": num_rows, "group": group}
-            parts.append(Part(index=0, path=file.path, format=kind, **rows))
+        for begin, end, num_rows in of_file:
+            parts.append(Part(index=0, path=file.path, format=kind, begin=begin, end=end, num_rows=num_rows))
     return parts
 
 
@@ -167,11 +164,10 @@ def numbered(parts: Sequence[Part], limit: int | None = None) -> list[Part]:
     return found
 
 
-def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield the beginning, the end, the number of rows and the group of each part."""
+def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, int, int]]:
     if kind == "jsonl":
         for begin in range(0, file.size, part_bytes):
-            yield begin, min(begin + part_bytes, file.size), 0, begin
+            yield begin, min(begin + part_bytes, file.size), 0
         return
     with open_file(file.path) as stream, _whole(file.path, kind):
         if kind == "parquet":
@@ -182,11 +178,9 @@ def _ranges(file: File, kind: Format, part_bytes: int) -> Iterator[tuple[int, in
             sizes = [(batch.num_rows, _size_of(batch)) for batch in _arrow(file.path, stream)]
     num_rows, num_bytes = (sum(column) for column in zip((0, 0), *sizes, strict=True))
     step = max(1, num_rows * part_bytes // max(1, num_bytes))
-    # A reader of Parquet begins at any row group, one of Arrow's streams at the beginning.
-    ends = list(itertools.accumulate(rows for rows, _ in sizes)) if kind == "parquet" else [num_rows]
     for begin in range(0, num_rows, step):
         end = min(begin + step, num_rows)
-        yield begin, end, end - begin, bisect.bisect_right(ends, begin)
+        yield begin, end, end - begin
 
 
 def _size_of(batch: pa.RecordBatch) -> int:
@@ -294,18 +288,8 @@ def features_of(parts: Sequence[Part]) -> dict[bytes, bytes] | None:
     return {key: value for key, value in metadata.items() if key == b"huggingface"} or None
 
 
-def groups_of(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return the parts that :func:`read_group` reads together."""
-    return [list(some) for _, some in itertools.groupby(parts, key=lambda part: (part.path, part.group))]
-
-
-def read_group(parts: Sequence[Part], schema: pa.Schema, columns: Columns) -> Iterator[pa.Table]:
-    """Yield the rows of each part, with their numbers in ``ROW``, and the part's in ``PART``.
-
-    Args:
-        parts: of one group, in their order. Some of the group may be left out.
-        schema: of the whole data set.
-        columns: the names of the added columns.
+def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
+    """Return the rows of a part, with their numbers in ``ROW``, and the part's in ``PART``.
 
     JSONL also gets the column ``error``: the text for a line that is no JSON object, or whose value cannot be
     of its column's type.
@@ -314,13 +298,9 @@ def read_group(parts: Sequence[Part], schema: pa.Schema, columns: Columns) -> It
         InputError: the file is gone, or has other rows than before.
     """
     try:
-        for part, table in zip(parts, _read(parts, schema, columns), strict=True):
-            yield _numbered(part, table)
+        table = _read(part, schema, columns)
     except FileNotFoundError as error:
-        raise InputError(f"{parts[0].path} was there at the start, and is gone now") from error
-
-
-def _numbered(part: Part, table: pa.Table) -> pa.Table:
+        raise InputError(f"{part.path} was there at the start, and is gone now") from error
     if table.num_rows != part.num_rows:
         raise InputError(
             f"{part.path} has changed: expected {part.num_rows} rows from row {part.first_row} of the data "
@@ -331,63 +311,26 @@ def _numbered(part: Part, table: pa.Table) -> pa.Table:
     return table.append_column(PART, pa.array([part.index] * table.num_rows, pa.int32()))
 
 
-def _read(parts: Sequence[Part], schema: pa.Schema, columns: Columns) -> Iterator[pa.Table]:
-    path, kind = parts[0].path, parts[0].format
-    if kind == "jsonl":
-        for part in parts:
-            yield jsonl.read(path, part.begin, part.end, part.num_rows, schema, columns.added("error"))
-        return
-    with open_file(path) as stream:
-        with _whole(path, kind):
-            rows = _rows_from(parts[0], stream)
-        for part in parts:
-            with _whole(path, kind):
-                taken = rows.take(part.begin, part.num_rows)
-                table = pa.Table.from_batches(taken) if taken else schema.empty_table()
-                table.validate(full=True)  # Arrow trusts the offsets and texts of a file until it reads them
-            yield _conformed(path, table, schema)
-
-
-def _rows_from(part: Part, stream: Any) -> _Rows:
-    """Return the rows of a file, from the last place before a part at which a reader can begin."""
-    if part.format == "arrow":
-        return _Rows(iter(_arrow(part.path, stream)), 0)
-    file = open_parquet(part.path, stream)
-    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    ends = list(itertools.accumulate(sizes, initial=0))
-    first = min(max(0, bisect.bisect_right(ends, part.begin) - 1), len(sizes))
-    batches = file.iter_batches(batch_size=_READ_ROWS, row_groups=range(first, len(sizes)))
-    return _Rows(batches, ends[first])
-
-
-class _Rows:
-    """Takes rows out of batches, from the first to the last.
-
-    Args:
-        batches: of rows.
-        at: the index in the file of the first row.
-    """
-
-    def __init__(self, batches: Iterator[pa.RecordBatch], at: int) -> None:
-        self._batches, self._at = batches, at
-        self._rest: pa.RecordBatch | None = None
-
-    def take(self, begin: int, num_rows: int) -> list[pa.RecordBatch]:
-        """Return rows from index ``begin`` on; those before it are left out."""
-        taken = []
-        while num_rows > 0:
-            batch = self._rest if self._rest is not None else next(self._batches, None)
-            if batch is None:
-                break
-            skip = min(max(0, begin - self._at), batch.num_rows)
-            piece = batch.slice(skip, num_rows)
-            self._at += skip + piece.num_rows
-            num_rows -= piece.num_rows
-            rest = batch.slice(skip + piece.num_rows)
-            self._rest = rest if rest.num_rows else None
-            if piece.num_rows:
-                taken.append(piece)
-        return taken
+def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
+    if part.format == "jsonl":
+        return jsonl.read(part.path, part.begin, part.end, part.num_rows, schema, columns.added("error"))
+    with open_file(part.path) as stream, _whole(part.path, part.format):
+        skip = part.begin
+        if part.format == "parquet":
+            file = open_parquet(part.path, stream)
+            ends = itertools.accumulate(
+                file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)
+            )
+            groups = [(g, end) for g, end in enumerate(ends) if end > part.begin]
+            first = groups[0][0] if groups else 0
+            skip -= sum(file.metadata.row_group(g).num_rows for g in range(first))
+            batches = file.iter_batches(batch_size=_READ_ROWS, row_groups=[g for g, _ in groups])
+        else:
+            batches = iter(_arrow(part.path, stream))
+        taken = list(_slice(batches, skip, part.num_rows))
+        table = pa.Table.from_batches(taken) if taken else schema.empty_table()
+        table.validate(full=True)  # Arrow trusts the offsets and texts of a file until it reads them
+    return _conformed(part.path, table, schema)
 
 
 def _conformed(path: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -406,3 +349,15 @@ def _conformed(path: str, table: pa.Table, schema: pa.Schema) -> pa.Table:
                 f"{field.type}, the type in all files together: {error}"
             ) from error
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _slice(batches: Iterator[pa.RecordBatch], skip: int, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Return ``num_rows`` rows after the first ``skip``."""
+    for batch in batches:
+        if num_rows <= 0:
+            return
+        taken = batch.slice(skip, num_rows)
+        skip = max(0, skip - batch.num_rows)
+        num_rows -= taken.num_rows
+        if taken.num_rows:
+            yield taken

@@ -26,7 +26,7 @@ from vllm_kl.offline.parts import (
     find_files,
     numbered,
     part_bytes_of,
-    read_group,
+    read_part,
     survey,
 )
 from vllm_kl.offline.pipeline import Job, map_blocks, whole_blocks
@@ -166,7 +166,7 @@ def _missing(folder: Folder, parts: Sequence[Part], suffix: str) -> list[Part]:
 
 def read(manifest: Manifest, parts: Sequence[Part], columns: Columns) -> Dataset:
     """Return the rows of some parts, a block for each part."""
-    return read_parts(parts, functools.partial(read_group, schema=manifest.schema, columns=columns))
+    return read_parts(parts, functools.partial(read_part, schema=manifest.schema, columns=columns))
 
 
 def _score(
