@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -58,7 +57,7 @@ def serve_run(file, address):
     try:
         yield process, log
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # its replicas end with the cluster
         process.wait(120)
 
 
