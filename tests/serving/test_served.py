@@ -444,7 +444,7 @@ print("RESULT", max(seen), *kl)
 
 
 def memory_of_the_door():
-    doors = [p for p in psutil.process_iter() if " ".join(p.cmdline()[:1]).endswith(":door")]
+    doors = [p for p in psutil.process_iter() if ":door" in " ".join(p.cmdline()[:1])]
     assert len(doors) == 1
     return doors[0].memory_info().rss
 
