@@ -131,10 +131,10 @@ def untold(answer: Answer, told: set[int]) -> Answer:
     told.update(answer.index)
     return dataclasses.replace(
         answer,
-        **{
-            name: [getattr(answer, name)[n] for n in new]
-            for name in ("index", "values", "num_cached_tokens", "rescored")
-        },
+        index=[answer.index[n] for n in new],
+        values=[answer.values[n] for n in new],
+        num_cached_tokens=[answer.num_cached_tokens[n] for n in new],
+        rescored=[answer.rescored[n] for n in new],
     )
 
 
