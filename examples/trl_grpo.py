@@ -4,7 +4,7 @@
     python examples/trl_grpo.py my-policy --beta 0.04   # where TRL is: pip install trl vllm-kl
 
 TRL 1.16 has no argument for it. ``ServedReference`` overrides the one method that asks the reference for its
-log-probs; a test compares the numbers with those of TRL's own reference.
+log-probs; a test compares the numbers with those of the reference in the trainer's process.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def _of_json(data: bytes, limits: Limits) -> tuple[Question, Settings]:
     most = limits.max_tokens + 2 * limits.max_sequences + len(Body.model_fields)
     if (found := data.count(b",")) > most:  # each number becomes an object of Python
         raise TooLargeError(
-            f"about {found} numbers, but this server takes at most {most} in a request: cut it"
+            f"about {found} numbers, but this server takes at most {limits.max_tokens} tokens in a request"
         )
     body = Body.model_validate_json(data)
     num_sequences = len(body.token_ids)
