@@ -146,7 +146,8 @@ ANSWER = Answer(
     rescored=[False, True],
     origin={"model": "m", "weights": "w", "weight_version": 1, "timings": {}},
 )
-PART = Part(places=[3, 5], num_rows=[2, 1], body=b"", headers={}, addresses=["http://a"])
+CALL = Question(token_ids=[], starts=[])
+PART = Part(call=CALL, places=[3, 5], num_rows=[2, 1], body=b"", headers={}, addresses=["http://a"])
 
 
 def answer_fields(changes):
