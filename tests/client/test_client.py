@@ -229,11 +229,11 @@ def chunked(*chunks):
     return answer
 
 
-def test_a_stream_gives_each_sequence_once_although_its_connection_breaks(monkeypatch):
+@pytest.mark.parametrize("cut", [5, 9], ids=["as the first try", "otherwise"])
+def test_a_stream_gives_each_sequence_once_although_its_connection_breaks(monkeypatch, cut):
     monkeypatch.setattr(calls, "SIZES", Sizes())
-    first = lambda body: answer_to(body, sequences=slice(0, 5))  # noqa: E731
-    rest = lambda body: answer_to(body, sequences=slice(5, None))  # noqa: E731
-    with serving(chunked(first, None), chunked(first, rest)) as server:
+    part = lambda *bounds: lambda body: answer_to(body, sequences=slice(*bounds))  # noqa: E731
+    with serving(chunked(part(0, 5), None), chunked(part(0, cut), part(cut, None))) as server:
 
         async def ask():
             async with AsyncClient(server.address) as client:
@@ -362,17 +362,3 @@ def test_another_server_is_asked_before_a_busy_one_has_rested():
         assert one.seen
         assert other.seen
         assert time.monotonic() - began < 10
-
-
-def test_frames_of_a_second_try_may_be_cut_otherwise(monkeypatch):
-    monkeypatch.setattr(calls, "SIZES", Sizes())
-    part = lambda *bounds: lambda body: answer_to(body, sequences=slice(*bounds))  # noqa: E731
-    with serving(chunked(part(0, 5), None), chunked(part(0, 9), part(9, None))) as server:
-
-        async def ask():
-            async with AsyncClient(server.address) as client:
-                return [one async for one in client.stream(IDS, STARTS)]
-
-        found = asyncio.run(ask())
-    assert sorted(i for i, _ in found) == list(range(len(IDS)))
-    check([row for _, row in sorted(found, key=lambda one: one[0])])
