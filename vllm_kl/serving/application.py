@@ -51,7 +51,8 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
     """
     given = Arguments.model_validate(arguments)
     path, options = check_model(given.model, given.engine)
-    if _key(given.api_key_file) is None:
+    setup = setup_of(given, path)
+    if setup.key_digest is None:
         logger.warning(
             "vllm_kl: no API key: everybody who reaches Serve's address may ask. Serve's config file takes "
             "api_key_file; %s of your shell does not reach the cluster",
@@ -59,7 +60,7 @@ def application(arguments: Mapping[str, Any]) -> serve.Application:
         )
     fleet = fleet_here(wish_of(given.replicas), options)
     replicas = deployment_of(fleet).bind(path, _start(given, options), InitialCheckpoint(path).identity, None)
-    return Front(setup_of(given, path), {}).bind(replicas, fleet)
+    return Front(setup, {}).bind(replicas, fleet)
 
 
 class Server:
