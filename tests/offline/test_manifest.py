@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from vllm_kl.errors import InputError
-from vllm_kl.offline.manifest import Manifest
+from vllm_kl.offline.manifest import Manifest, checksum
 from vllm_kl.offline.parts import find_files
 from vllm_kl.offline.storage import Folder
 
@@ -20,6 +20,19 @@ def test_a_manifest_of_another_program_is_refused_by_name(tmp_path, content):
     (tmp_path / "_manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=r"_manifest\.json is (not JSON|no manifest of vllm-kl score)"):
         Manifest.read(Folder(str(tmp_path)))
+
+
+def test_what_a_trainer_and_this_output_add_to_a_models_folder_does_not_change_the_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "modeling.py").write_text("x = 1")
+    before = checksum(str(tmp_path))
+    for folder in ("checkpoint-10", "ref"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "_manifest.json").write_text("{}")
+    (tmp_path / "_manifest.json").write_text("{}")
+    assert checksum(str(tmp_path)) == before
+    (tmp_path / "modeling.py").write_text("x = 2")
+    assert checksum(str(tmp_path)) != before
 
 
 class TestTheInputOfARunThatGoesOn:
@@ -59,6 +72,14 @@ class TestTheInputOfARunThatGoesOn:
         (folder / "a.jsonl").write_text('{"ids": [2]}\n' * 3)
         with pytest.raises(InputError, match="has 39 now, with other content"):
             self.check(folder)
+
+    def test_the_file_that_is_gone_is_the_one_that_is_named(self, folder):
+        (folder / "b.jsonl").write_text('{"ids": [1]}\n')
+        data = (str(folder / "a.jsonl"), str(folder / "b.jsonl"))
+        manifest = Manifest(settings={}, files=find_files(data), schema=pa.schema([]), parts=[])
+        (folder / "b.jsonl").unlink()
+        with pytest.raises(InputError, match=r"b\.jsonl was there .* and is gone now"):
+            manifest.check_files(data, is_done=False)
 
     def test_only_a_finished_output_needs_no_input_any_more(self, folder):
         (folder / "a.jsonl").unlink()

@@ -66,6 +66,34 @@ def s3():
         server.terminate()
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"ETag": "x"},
+        {"etag": "x"},
+        {"blob_id": "x", "last_commit": None},
+        {"mtime": 5.0},
+        {"ETag": None, "mtime": 5},
+    ],
+)
+def test_what_a_store_tells_of_a_files_content_is_kept(monkeypatch, told):
+    """The names of fsspec's clients of S3, Google, the Hugging Face hub, and of Arrow's file systems."""
+
+    class Store:
+        def isdir(self, path):
+            return False
+
+        def exists(self, path):
+            return True
+
+        def info(self, path):
+            return {"name": path, "size": 3, **told}
+
+    monkeypatch.setattr(storage, "_open_store", lambda place: (Store(), place.partition("://")[2]))
+    (file,) = list_files("xy://a/b.jsonl")
+    assert file.mark == str(next(value for value in told.values() if value))
+
+
 @pytest.mark.nightly
 def test_files_of_s3_are_listed_read_written_and_removed(s3):
     folder = Folder(f"{s3}/files")

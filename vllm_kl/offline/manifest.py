@@ -103,8 +103,9 @@ class Manifest:
             InputError: the message names the file.
         """
         now: dict[str, File] = {}
-        with contextlib.suppress(NothingThereError):
-            now = {file.path: file for file in find_files(data)}
+        for place in data:
+            with contextlib.suppress(NothingThereError):
+                now |= {file.path: file for file in find_files(place)}
         for file in self.files:
             found = now.pop(file.path, None)
             if found is None and not is_done:
@@ -138,14 +139,18 @@ def checksum(model: str, *, revision: str | None = None) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return _commit(model, revision)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in _KINDS)
+    # Not the folders in it: a trainer's checkpoints, and perhaps this output. transformers reads one of them.
+    places = (folder, folder / "additional_chat_templates")
+    paths = (path for place in places if place.is_dir() for path in place.iterdir())
+    files = sorted(path for path in paths if path.suffix in _KINDS and path.name != NAME and path.is_file())
     with ThreadPoolExecutor(8) as pool:
         hashes = list(pool.map(_hash, files))
     lines = [f"{path.relative_to(folder)} {digest}" for path, digest in zip(files, hashes, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-_KINDS = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".gguf"}
+# Also code, for models that bring their own.
+_KINDS = {".safetensors", ".bin", ".pt", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".gguf", ".py"}
 
 
 def _hash(path: Path) -> str:

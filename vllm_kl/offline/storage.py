@@ -9,7 +9,7 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,7 +28,7 @@ class File(NamedTuple):
 
     path: str
     size: int  # bytes
-    mark: str = ""  # of the content: a hash, or the store's own ETag; empty: unknown
+    mark: str = ""  # of the content: a hash, the store's own, or its time of the last change; empty: unknown
 
 
 @functools.cache
@@ -91,9 +91,16 @@ def _list_files(place: str) -> list[File]:
         found = [store.info(path)] if store.exists(path) else []
     scheme = place.partition("://")[0] + "://" if "://" in place else ""
     return sorted(
-        File(scheme + entry["name"].removeprefix(scheme), entry["size"], str(entry.get("ETag", "")))
-        for entry in found
+        File(scheme + entry["name"].removeprefix(scheme), entry["size"], _mark_of(entry)) for entry in found
     )
+
+
+# What stores tell of a file, the best first: S3, Google and Azure, the Hugging Face hub; times.
+_MARKS = ("ETag", "etag", "blob_id", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
+
+
+def _mark_of(entry: Mapping[str, Any]) -> str:
+    return next((str(entry[name]) for name in _MARKS if entry.get(name)), "")
 
 
 def marked(files: Sequence[File]) -> list[File]:
