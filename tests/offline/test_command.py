@@ -155,6 +155,7 @@ def is_complete(out):
 
 
 MOMENTS = {
+    "while the manifest is written": lambda out: (out / "_counts").exists(),
     "before the first file": lambda out: helpers.scoring_actors(),
     "between files": lambda out: len(files_of(out)) >= 3,
     "during a write": lambda out: list(out.glob(".part-*")),

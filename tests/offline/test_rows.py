@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data.llm import History
+from transformers import AutoTokenizer
 
 from tests import tiny
 from vllm_kl.batch.read_messages import read_messages
@@ -15,6 +18,8 @@ from vllm_kl.batch.read_tokens import InputKeys, read_batch
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.offline.columns import IDS, MASKS, OF_STAGES, STARTS, Columns, layout_of, visible
 from vllm_kl.offline.dry_run import shared_tokens
+from vllm_kl.offline.jsonl import schema_of
+from vllm_kl.offline.parts import cut, find_files, read_part, survey
 from vllm_kl.offline.pipeline import make_job
 from vllm_kl.offline.rows import ReadRows, Texts
 
@@ -169,6 +174,62 @@ def test_columns_that_cannot_be_scored_are_named():
         layout_of(pa.schema([("a", pa.string())]), Columns())
     with pytest.raises(InputError, match="'prompt' holds int64, expected text"):
         layout_of(pa.schema([("prompt", pa.int64()), ("response", pa.string())]), Columns())
+
+
+TEXT, DIALOGS_TYPE = pa.string(), pa.list_(pa.struct([("role", pa.string())]))
+TWO_KINDS = pa.schema([("prompt", TEXT), ("best", TEXT), ("response", TEXT), ("messages", DIALOGS_TYPE)])
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        ({}, {"messages": "messages"}),
+        ({"response": "best"}, {"prompt": "prompt", "response": "best"}),
+        ({"prompt": "best"}, {"prompt": "best", "response": "response"}),
+        ({"prompt": "prompt"}, {"prompt": "prompt", "response": "response"}),
+    ],
+)
+def test_a_column_that_was_named_is_read(names, read):
+    assert layout_of(TWO_KINDS, Columns.renamed(names)).read == read
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ({"messages": "dialgo"}, "there is no column 'dialgo', which was named for 'messages'"),
+        ({"messages": "messages", "prompt": "prompt"}, "'messages' and 'prompt', which are never read"),
+        ({"ids": "best", "start": "nothing"}, "there is no column 'nothing', which was named for 'start'"),
+        ({"response_ids": "best"}, r"Expected 'prompt_ids' and 'best'\. Rename"),
+    ],
+)
+def test_a_named_column_that_would_not_be_read_is_refused(names, told):
+    with pytest.raises(InputError, match=told):
+        layout_of(TWO_KINDS, Columns.renamed(names))
+
+
+def test_dialogs_of_jsonl_are_rendered_as_they_were_written(tmp_path, tokenizer_path):
+    """One struct for all messages would make 5 to 5.0, add keys and drop nulls."""
+    said = [{"a": 5}, {"a": 2.5, "b": None}, {"b": None, "a": 5}, None, {}]
+    dialogs = [[{"role": "assistant", "content": "x", "arguments": one}] for one in said]
+    dialogs.append([{"role": "assistant", "content": "x"}])
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"messages": d}) + "\n" for d in dialogs))
+    columns = Columns()
+    (part,) = cut(find_files(str(tmp_path)), 1 << 20)
+    part, types = survey(part, columns.role_of)
+    schema = schema_of(types, columns.role_of)
+    table = read_part(part, schema, columns)
+    template = (
+        "x{% generation %}{{ messages[0].arguments | tojson if 'arguments' in "
+        "messages[0] else 'none' }}{% endgeneration %}"
+    )
+    texts = {"tokenizer": tokenizer_path, "chat_template": template}
+    ids, _, _, errors = read(table, **texts)
+    assert pa.types.is_struct(schema.field("messages").type.value_type)
+    assert errors == [None] * 6
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    assert [tokenizer.decode(one[0]) for one in ids] == [f"x{json.dumps(one)}" for one in said] + ["xnone"]
+    found = ReadRows(layout_of(table.schema, columns), columns, Texts(**texts))(table)
+    assert visible(found.column_names) == ["messages", "error"]
 
 
 def test_shared_tokens_are_those_of_a_perfect_prefix_cache():

@@ -1,11 +1,12 @@
 """Says which columns of a data set are read, what they hold, and which columns are added.
 
-Ids win: the first kind of :data:`KINDS` whose columns are all there is the one that is read.
+Ids win: the first kind of :data:`KINDS` whose columns are all there is the one that is read. A kind that does
+not read every column that the user named is none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
@@ -17,9 +18,10 @@ Kind = Literal["prompt_and_response_ids", "ids", "messages", "texts"]
 
 # Columns that go from stage to stage and are not written.
 PART, ROW, IDS, STARTS, MASKS = "__part", "__row", "__token_ids", "__starts", "__masks"
+DIALOGS = "__dialogs"  # JSON: each dialog as its line of JSONL has it
 # Figures of the engine's calls for a block: in its first row, and 0 in the others.
 NUM_PROMPT, NUM_CACHED = "__num_prompt_tokens", "__num_cached_tokens"
-OF_STAGES = (PART, ROW, IDS, STARTS, MASKS, NUM_PROMPT, NUM_CACHED)
+OF_STAGES = (PART, ROW, IDS, STARTS, MASKS, DIALOGS, NUM_PROMPT, NUM_CACHED)
 
 REFERENCE, POLICY = "ref_log_probs", "log_probs"  # the log-probs of the two sides
 ADDED = (
@@ -56,6 +58,7 @@ class Columns:
     ids: str = "ids"  # list of ints, prompt and response
     start: str = "start"  # int: index in ``ids`` of the first token to score; without the column 1
     prefix: str = ""  # of the added columns
+    named: tuple[str, ...] = ()  # fields above whose columns the user named
 
     @classmethod
     def renamed(cls, names: Mapping[str, str], prefix: str = "") -> Columns:
@@ -64,26 +67,26 @@ class Columns:
         Raises:
             OptionError: a column of this name is not read.
         """
-        known = [f.name for f in fields(cls) if f.name != "prefix"]
         for name in names:
-            if name not in known:
-                raise OptionError(f"column {name!r} cannot be renamed: known are {', '.join(known)}")
-        return cls(**names, prefix=prefix)
+            if name not in READ:
+                raise OptionError(f"column {name!r} cannot be renamed: known are {', '.join(READ)}")
+        return cls(**names, prefix=prefix, named=tuple(sorted(names)))
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Columns:
         """Return the columns of an output, of the settings in its manifest."""
-        return cls(**{f.name: settings[_SETTING + f.name] for f in fields(cls)})
+        found = {f.name: settings[_SETTING + f.name] for f in fields(cls)}
+        return cls(**{**found, "named": tuple(found["named"])})
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """The columns as settings of a manifest."""
         return {_SETTING + f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def role_of(self) -> dict[str, str]:
         """Name of a column that is read -> the field of this class."""
-        return {getattr(self, f.name): f.name for f in fields(self) if f.name != "prefix"}
+        return {getattr(self, name): name for name in READ}
 
     @property
     def all_added(self) -> list[str]:
@@ -95,14 +98,25 @@ class Columns:
         return self.prefix + name
 
 
+READ = tuple(f.name for f in fields(Columns) if f.name not in ("prefix", "named"))
+
+
 class _Choice(NamedTuple):
     kind: Kind
     needed: tuple[str, ...]  # fields of Columns
+    optional: tuple[str, ...] = ()
+
+    def reads(self, columns: Columns, names: Collection[str]) -> dict[str, str] | None:
+        """Return which columns are read, field -> name; ``None``: one is missing, or another was named."""
+        read = {name: getattr(columns, name) for name in self.needed}
+        optional = {name: getattr(columns, name) for name in self.optional}
+        read |= {name: column for name, column in optional.items() if column in names}
+        return read if set(read.values()) <= set(names) and set(columns.named) <= set(read) else None
 
 
 KINDS = (
     _Choice("prompt_and_response_ids", ("prompt_ids", "response_ids")),
-    _Choice("ids", ("ids",)),
+    _Choice("ids", ("ids",), ("start",)),
     _Choice("messages", ("messages",)),
     _Choice("texts", ("prompt", "responses")),
     _Choice("texts", ("prompt", "response")),
@@ -129,20 +143,29 @@ def layout_of(schema: pa.Schema, columns: Columns) -> Layout:
     Raises:
         InputError: the data set has no columns that can be scored, or one has the wrong type.
     """
-    for kind, needed in KINDS:
-        read = {name: getattr(columns, name) for name in needed}
-        if not set(read.values()) <= set(schema.names):
+    for choice in KINDS:
+        read = choice.reads(columns, schema.names)
+        if read is None:
             continue
-        if kind == "ids" and columns.start in schema.names:
-            read["start"] = columns.start
         types = {name: schema.field(column).type for name, column in read.items()}
         for name, type_ in types.items():
             if not fits(name, type_):
                 raise InputError(f"column {read[name]!r} holds {type_}, expected {_EXPECTED[name]}")
-        return Layout(kind=kind, is_group=any(_is_group(n, t) for n, t in types.items()), read=read)
+        return Layout(kind=choice.kind, is_group=any(_is_group(n, t) for n, t in types.items()), read=read)
+    if missing := [name for name in columns.named if getattr(columns, name) not in schema.names]:
+        raise InputError(
+            f"there is no column {getattr(columns, missing[0])!r}, which was named for {missing[0]!r}; the "
+            f"data set has {', '.join(map(repr, schema.names))}"
+        )
     wanted = "; or ".join(
-        " and ".join(repr(getattr(columns, name)) for name in choice.needed) for choice in KINDS
+        " and ".join(repr(getattr(columns, name)) for name in choice.needed)
+        for choice in KINDS
+        if set(columns.named) <= {*choice.needed, *choice.optional}
     )
+    if not wanted:
+        raise InputError(
+            f"columns were named for {' and '.join(map(repr, columns.named))}, which are never read together"
+        )
     raise InputError(
         f"the data set has the columns {', '.join(map(repr, schema.names))}: nothing that can be scored.\n"
         f"Expected {wanted}. Rename with --column NAME=YOURS (columns={{'NAME': 'YOURS'}})"

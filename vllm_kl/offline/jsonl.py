@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from vllm_kl.offline.columns import fits, is_list
+from vllm_kl.offline.columns import DIALOGS, fits, is_list
 from vllm_kl.offline.storage import open_file
 
 _JSON = {b"vllm_kl": b"json"}  # metadata of the field of a column that holds JSON as text
@@ -118,8 +118,19 @@ def _can_be_written(type_: pa.DataType, depth: int = 0) -> bool:
     return all(_can_be_written(one, depth + 1) for one in inner)
 
 
-def read(path: str, begin: int, end: int, num_rows: int, schema: pa.Schema, error: str) -> pa.Table:
-    """Return the first rows of a range as a table; ``error`` is the name of the column of errors."""
+def read(
+    path: str, begin: int, end: int, num_rows: int, schema: pa.Schema, error: str, dialogs: str | None
+) -> pa.Table:
+    """Return the first rows of a range as a table.
+
+    Args:
+        path, begin, end, num_rows: which rows.
+        schema: of the table.
+        error: the name of the column of errors.
+        dialogs: the column of dialogs, which are also kept as JSON in ``DIALOGS``. Arrow has one struct for
+            all messages, so it adds keys, and 5 beside 2.5 in the arguments of tools becomes 5.0: a chat
+            template would see that.
+    """
     rows: list[dict[str, Any]] = []
     errors: list[str | None] = []
     for line in lines(path, begin, end):
@@ -130,6 +141,9 @@ def read(path: str, begin: int, end: int, num_rows: int, schema: pa.Schema, erro
         rows.append({} if isinstance(row, str) else row)
     arrays = [_array(field, [row.get(field.name) for row in rows], errors) for field in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)
+    if dialogs is not None:
+        texts = [json.dumps(row[dialogs]) if dialogs in row else None for row in rows]
+        table = table.append_column(DIALOGS, pa.array(texts, pa.string()))
     return table.append_column(error, pa.array(errors, pa.string()))
 
 

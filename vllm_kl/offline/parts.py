@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from vllm_kl.errors import InputError, VLLMKLError
 from vllm_kl.offline import jsonl
-from vllm_kl.offline.columns import PART, ROW, Columns
+from vllm_kl.offline.columns import PART, ROW, Columns, layout_of
 from vllm_kl.offline.storage import File, list_files, marked, open_file, parse_json
 
 Format = Literal["jsonl", "parquet", "arrow"]
@@ -313,7 +313,16 @@ def read_part(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
 
 def _read(part: Part, schema: pa.Schema, columns: Columns) -> pa.Table:
     if part.format == "jsonl":
-        return jsonl.read(part.path, part.begin, part.end, part.num_rows, schema, columns.added("error"))
+        has_dialogs = layout_of(schema, columns).kind == "messages"
+        return jsonl.read(
+            part.path,
+            part.begin,
+            part.end,
+            part.num_rows,
+            schema,
+            error=columns.added("error"),
+            dialogs=columns.messages if has_dialogs else None,
+        )
     with open_file(part.path) as stream, _whole(part.path, part.format):
         skip = part.begin
         if part.format == "parquet":

@@ -70,7 +70,7 @@ class Job:
         if self.policy is None:
             return ds
         ds = self._scored(ds, layout, 1, POLICY)
-        return map_blocks(ds, CompareRows(layout, self.columns, self.estimator))
+        return map_blocks(ds, CompareRows(layout, self.columns, self.estimator, self.on_error))
 
     def _scored(self, ds: Dataset, layout: Layout, n: int, name: str, **wanted: Any) -> Dataset:
         model, environment = (self.model, self.policy)[n], self.resources.environment_of(n)

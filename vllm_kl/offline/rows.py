@@ -7,6 +7,7 @@ rendered, as :mod:`vllm_kl.batch` does it for TorchRL's batches. The module know
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.offline.columns import IDS, MASKS, STARTS, Columns, Layout, is_list
+from vllm_kl.offline.columns import DIALOGS, IDS, MASKS, STARTS, Columns, Layout, is_list
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,11 +77,14 @@ class ReadRows:
         added[error] = pa.array([row if isinstance(row, str) else None for row in rows], pa.string())
         for name, values in added.items():
             table = table.append_column(name, values)
-        return table
+        return table.drop_columns([DIALOGS]) if DIALOGS in table.column_names else table
 
     def read(self, table: pa.Table) -> list[Row | str]:
         """Return each row, or the text of its error."""
         columns = {name: table.column(column) for name, column in self._layout.read.items()}
+        if DIALOGS in table.column_names:
+            texts = table.column(DIALOGS).to_pylist()
+            return self._read_dialogs([None if text is None else json.loads(text) for text in texts])
         if self._layout.kind == "messages":
             return self._read_dialogs([as_python(value) for value in columns["messages"]])
         rows: list[Row | str] = []
@@ -195,8 +199,6 @@ def as_python(value: pa.Scalar) -> Any:
     if not value.is_valid:
         return None
     if not is_list(value.type):
-        import json
-
         try:  # messages that Arrow has no common type for are stored as JSON
             return json.loads(value.as_py())
         except ValueError:

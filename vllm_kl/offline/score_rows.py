@@ -7,14 +7,16 @@ alike share their beginning. A row that cannot be scored gets the text of its er
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from vllm_kl.diagnostics import mismatch
@@ -128,20 +130,14 @@ class ScoreRows:
         for name, column in self._output(sequences, values, table.num_rows).items():
             if not (name == "start" and self._layout.read.get("start") == self._columns.added("start")):
                 table = table.append_column(self._columns.added(name), column)
-        for name, figure in figures.items():
-            table = _counted(table, name, figure)
-        return table.append_column(error, pa.array(errors, pa.string()))
+        if self._name == REFERENCE:  # a policy scores the same tokens once more
+            for name, figure in figures.items():
+                table = table.append_column(name, _in_first_row(figure, table.num_rows))
+        return _with_errors(table, errors, self._columns, self._layout)
 
     def _stop_at(self, errors: list[str | None], table: pa.Table) -> None:
-        """Raise the first row's error, if the user wants to stop at one."""
-        i = next((i for i, told in enumerate(errors) if told is not None), None)
-        if self._on_error == "stop" and i is not None:
-            where = (
-                f"row {table.column(ROW)[i]} of the data set"
-                if ROW in table.column_names
-                else f"row {i} of its block"
-            )
-            raise InputError(f"{where}: {errors[i]}")
+        if self._on_error == "stop":
+            _raise_first(errors, table)
 
     def _sequences(self, table: pa.Table, errors: list[str | None]) -> dict[int, list[_Sequence]]:
         """Return the sequences of each row that can be scored; write the errors of the others."""
@@ -152,16 +148,23 @@ class ScoreRows:
             masks = table.column(MASKS)[i].values if MASKS in table.column_names else [None] * len(ids.values)
             try:
                 found[i] = [
-                    self._checked(n, one.values.to_numpy(), start, mask)
-                    for n, (one, start, mask) in enumerate(
-                        zip(ids.values, starts.as_py(), masks, strict=True)
+                    self._checked(n, one.values.to_numpy(), start, mask, already)
+                    for n, (one, start, mask, already) in enumerate(
+                        zip(ids.values, starts.as_py(), masks, self._cut_before(table, i), strict=True)
                     )
                 ]
             except InputError as error:
                 errors[i] = self._told(error)
         return found
 
-    def _checked(self, n: int, ids: np.ndarray, start: int, mask: Any) -> _Sequence:
+    def _cut_before(self, table: pa.Table, i: int) -> Iterable[int | None]:
+        """Return how many tokens the other model's stage cut off each sequence; ``None``: it did not run."""
+        if self._name == REFERENCE or self._max_len_policy != "left":
+            return itertools.repeat(None, len(table.column(IDS)[i].values))
+        cut = table.column(self._columns.added("num_cut"))[i].as_py()
+        return cut if self._layout.is_group else [cut]
+
+    def _checked(self, n: int, ids: np.ndarray, start: int, mask: Any, already: int | None) -> _Sequence:
         keep = None if mask is None else mask.values.to_numpy(zero_copy_only=False)[start:]
         most, num_cut = self._scorer.info.max_sequence_len, 0
         if self._max_len_policy == "left" and most is not None and most < len(ids):
@@ -171,6 +174,13 @@ class ScoreRows:
                     f"sequence {n}: {len(ids) - start} tokens from its first scored one on, but the engine "
                     f"takes {most} tokens, and the first has no log-prob: nothing can be cut off at the left"
                 )
+        if already is not None:  # both models see the same tokens
+            if num_cut > already:
+                raise InputError(
+                    f"sequence {n}: the model scored {len(ids) - already} tokens, but the policy's engine "
+                    f"takes {most}. Give both engines the same max_model_len"
+                )
+            num_cut = already
         try:
             self._scorer.check([ids[num_cut:]], [start - num_cut])
         except InputError as error:
@@ -294,22 +304,42 @@ class ScoreRows:
         return columns
 
 
-def _counted(table: pa.Table, name: str, figure: int) -> pa.Table:
-    """Add a figure of a call to a column: the sum of the column is the sum of the figures."""
-    figures = np.zeros(table.num_rows, np.int64)
-    if name in table.column_names:
-        figures += table.column(name).to_numpy()
-        table = table.drop_columns([name])
-    if len(figures):
-        figures[0] += figure
-    return table.append_column(name, pa.array(figures))
+def _raise_first(errors: list[str | None], table: pa.Table) -> None:
+    """Raise the first row's error, if there is one."""
+    for i, told in enumerate(errors):
+        if told is not None:
+            is_numbered = ROW in table.column_names
+            where = f"{table.column(ROW)[i]} of the data set" if is_numbered else f"{i} of its block"
+            raise InputError(f"row {where}: {told}")
+
+
+def _with_errors(table: pa.Table, errors: list[str | None], columns: Columns, layout: Layout) -> pa.Table:
+    """Add the column of errors; what else was added is null where a row has one."""
+    has_error = pa.array([told is not None for told in errors], pa.bool_())
+    if any(told is not None for told in errors):
+        added = set(columns.all_added) - set(layout.read.values())
+        for i, name in enumerate(table.column_names):
+            if name in added:
+                field = table.schema.field(i)
+                values = table.column(i).combine_chunks()
+                kept = pc.if_else(has_error, pa.scalar(None, field.type), values)
+                table = table.set_column(i, field, kept)
+    return table.append_column(columns.added("error"), pa.array(errors, pa.string()))
+
+
+def _in_first_row(figure: int, num_rows: int) -> pa.Array:
+    """Return a column whose sum is a figure of the whole call."""
+    return pa.array([figure, *[0] * (num_rows - 1)][:num_rows], pa.int64())
 
 
 class CompareRows:
     """A function for ``map_batches``: adds the per-token KL of two models, and their mismatch."""
 
-    def __init__(self, layout: Layout, columns: Columns, estimator: str) -> None:
-        self._layout, self._columns, self._estimator = layout, columns, estimator
+    def __init__(
+        self, layout: Layout, columns: Columns, estimator: str, on_error: Literal["mark", "stop"]
+    ) -> None:
+        self._layout, self._columns = layout, columns
+        self._estimator, self._on_error = estimator, on_error
 
     def __call__(self, table: pa.Table) -> pa.Table:
         policy, reference = (table.column(self._columns.added(name)) for name in (POLICY, REFERENCE))
@@ -324,12 +354,14 @@ class CompareRows:
                 kl[i], figures[i] = self._compared(policy[i], reference[i])
             except MissingLogProbError as error:  # a token of probability 0
                 errors[i] = str(error).replace("sample 0", "the row", 1)
+        if self._on_error == "stop":
+            _raise_first(errors, table)
         type_ = pa.list_(pa.float32())
-        table = table.append_column(
+        table = table.drop_columns([name]).append_column(
             self._columns.added("kl"), pa.array(kl, pa.list_(type_) if self._layout.is_group else type_)
         )
         table = table.append_column(self._columns.added("mismatch"), pa.array(figures, _mismatch_type()))
-        return table.drop_columns([name]).append_column(name, pa.array(errors, pa.string()))
+        return _with_errors(table, errors, self._columns, self._layout)
 
     def _compared(self, policy: pa.Scalar, reference: pa.Scalar) -> tuple[Any, dict[str, float] | None]:
         sides = [
