@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -42,7 +43,7 @@ os.register_at_fork(after_in_child=_let_go)
 def new_folder(parent: Path) -> Path:
     """Make an empty folder that belongs to this process until :func:`remove`; return it."""
     unlocked = Path(tempfile.mkdtemp(prefix=".", dir=parent))
-    folder = parent / f"{PREFIX}_{os.getpid()}_{unlocked.name[1:]}"
+    folder = parent / f"{_prefix(parent)}_{os.getpid()}_{unlocked.name[1:]}"
     lock = os.open(unlocked, os.O_RDONLY)
     # A file system without locks raises: then no other process can lock the folder either.
     with contextlib.suppress(OSError):
@@ -58,9 +59,19 @@ def remove(folder: Path) -> None:
         os.close(lock)
 
 
-def remove_orphans() -> None:
-    """Remove the folders of killed processes, which would fill the shared memory."""
-    for folder in SHARED_MEMORY.glob(f"{PREFIX}_*"):
+def _prefix(parent: Path) -> str:
+    """Return how the names of this machine's folders begin: a shared disk may keep locks for each machine."""
+    return PREFIX if parent == SHARED_MEMORY else f"{PREFIX}_{socket.gethostname()}"
+
+
+def remove_orphans(parent: Path | None = None) -> None:
+    """Remove the folders of this machine's killed processes.
+
+    Args:
+        parent: where; ``None``: in the shared memory, which they would fill.
+    """
+    parent = parent or SHARED_MEMORY
+    for folder in parent.glob(f"{_prefix(parent)}_*"):
         with contextlib.suppress(OSError):  # a living process holds the lock, or the folder is gone by now
             lock = os.open(folder, os.O_RDONLY)
             try:

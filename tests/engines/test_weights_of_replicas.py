@@ -28,7 +28,9 @@ def test_weights_that_serve_cannot_keep_are_put_back(ref_path, policy_path):
         called.append(step)
         return [(True, kept[-1] if step == "kept" else None)] * 2
 
-    weights = ReplicatedWeights(on_each, keep, lambda: False, None, InitialCheckpoint(str(ref_path)), None)
+    weights = ReplicatedWeights(
+        on_each, keep, lambda: False, lambda: None, InitialCheckpoint(str(ref_path)), None
+    )
     with pytest.raises(RuntimeError, match="Serve is gone"):
         weights.load(Checkpoint(policy_path))
     assert called == ["prepare", "commit", "put_back", "end_push"]

@@ -10,6 +10,7 @@ keeping it may come back with the old weights; then its shards are asked again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import threading
 import time
@@ -33,7 +34,7 @@ class ReplicatedWeights:
         on_each: calls a method of each replica that runs; returns the outcomes.
         keep: lets each replica call ``reconfigure`` with these values, also those that start later.
         is_changing: whether Serve is at this.
-        skeleton: the names and shapes of the model's tensors.
+        make_skeleton: returns the names and shapes of the model's tensors. Not every model has them.
         start: the checkpoint of version 0.
         folder: where pushed weights are kept, for all machines to see; ``None``: this machine's memory.
     """
@@ -43,16 +44,20 @@ class ReplicatedWeights:
         on_each: Callable[..., Sequence[Outcome]],
         keep: Callable[[dict[str, Any]], None],
         is_changing: Callable[[], bool],
-        skeleton: Skeleton,
+        make_skeleton: Callable[[], Skeleton],
         start: InitialCheckpoint,
         folder: Path | None,
     ) -> None:
         self._on_each, self._keep, self._is_changing = on_each, keep, is_changing
-        self.skeleton, self._start, self._folder = skeleton, start, folder
+        self._make_skeleton, self._start, self._folder = make_skeleton, start, folder
         self._served: Checkpoint | None = None  # the last push; a replica that starts loads it
         self._lock = threading.Lock()
         self._turns, self._num_calls, self._is_committing = threading.Condition(), 0, False
         self.version = self._last = 0  # that serves, and that Serve may have kept though it does not
+
+    @functools.cached_property
+    def skeleton(self) -> Skeleton:
+        return self._make_skeleton()
 
     @property
     def source(self) -> str:
@@ -128,6 +133,7 @@ class ReplicatedWeights:
     def _for_all_machines(self, checkpoint: Checkpoint) -> Checkpoint:
         if self._folder is None:
             return checkpoint
+        lifetime.remove_orphans(self._folder)
         folder = lifetime.new_folder(self._folder)
         copied = Checkpoint(folder, is_ours=True)
         shutil.copytree(checkpoint.folder, folder, dirs_exist_ok=True)
