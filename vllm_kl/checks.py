@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import numbers
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_kl.arrays import chosen_of, listed, sequence_of, shown, starts_of
 from vllm_kl.columns import num_columns
 from vllm_kl.engines.placeholders import Placeholders
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
@@ -62,9 +62,9 @@ def check_requests(
         InputError: a sequence is empty, not flat or too long; an id is outside the vocabulary, or stands for
             an image; a start is out of range; the number of starts is not the number of sequences.
     """
-    each = _listed("token_ids", token_ids)
-    sequences = [_to_array(i, ids) for i, ids in enumerate(each)]
-    starts = _to_starts(start, len(sequences))
+    each = listed("token_ids", token_ids)
+    sequences = [sequence_of(i, ids) for i, ids in enumerate(each)]
+    starts = starts_of(start, len(sequences))
     lengths = [len(ids) for ids in sequences]
     for i, (length, first) in enumerate(zip(lengths, starts, strict=True)):
         if not length:
@@ -73,7 +73,7 @@ def check_requests(
             )
         if not 1 <= first <= length:
             raise InputError(
-                f"sequence {i}: start is {_shown(first)}, expected 1 <= start <= {length} (its length). "
+                f"sequence {i}: start is {shown(first)}, expected 1 <= start <= {length} (its length). "
                 "Token 0 has no log-prob: nothing comes before it."
             )
         if info.max_sequence_len is not None and length > info.max_sequence_len:
@@ -98,36 +98,22 @@ def check_ids(
     Raises:
         InputError: an entry has another shape; an id is outside the vocabulary; K differs between sequences.
     """
-    ids = _listed("ids", ids)
-    if len(ids) != len(sequences):
-        raise InputError(f"ids has {len(ids)} entries for {len(sequences)} sequences; give one per sequence")
     top = info.vocab_size if info.vocab_size is not None else np.iinfo(np.int32).max
-    arrays = [_as_array(f"ids of sequence {i}", entry) for i, entry in enumerate(ids)]
-    num_ids = next((a.shape[1] for a in arrays if a.ndim == 2 and a.size), 1)
+    arrays = chosen_of(ids, [len(ids) - start for ids, start in zip(sequences, starts, strict=True)])
+    num_ids = max((array.shape[1] for array in arrays), default=1)
     if info.max_ids is not None and num_ids > info.max_ids:
         raise InputError(
             f"ids has {num_ids} tokens a row, but this engine returns at most {info.max_ids}: make the "
             "engine with a larger max_logprobs"
         )
-    checked: list[np.ndarray] = []
-    for i, (array, sequence, start) in enumerate(zip(arrays, sequences, starts, strict=True)):
-        num_rows = len(sequence) - start
-        if not num_rows and not array.size:
-            array = np.empty((0, num_ids), np.int64)
-        if array.shape != (num_rows, num_ids) or array.dtype.kind not in "iu":
-            raise InputError(
-                f"ids of sequence {i} must be ints of shape [{num_rows}, {num_ids}] (one row per scored "
-                f"token, as many ids per row as in the other sequences), got shape {list(array.shape)} and "
-                f"dtype {array.dtype}"
-            )
+    for i, array in enumerate(arrays):
         if (outside := (array < 0) | (array >= top)).any():
             row, column = (int(n) for n in np.argwhere(outside)[0])
             raise InputError(
                 f"ids of sequence {i}, row {row}: id {array[row, column]} is outside the vocabulary [0, "
                 f"{top})"
             )
-        checked.append(array.astype(np.int32))
-    return checked
+    return [array.astype(np.int32) for array in arrays]
 
 
 def check_temperature(temperature: float) -> float:
@@ -139,7 +125,7 @@ def check_temperature(temperature: float) -> float:
     # 1e-30 is a bound of float32, which the engine divides logits by.
     if not isinstance(temperature, numbers.Real) or not 1e-30 <= temperature <= 1e30:
         raise InputError(
-            f"temperature must be positive and finite, between 1e-30 and 1e30, got {_shown(temperature)}. "
+            f"temperature must be positive and finite, between 1e-30 and 1e30, got {shown(temperature)}. "
             "Greedy sampling has no log-probs to compare."
         )
     return float(temperature)
@@ -147,7 +133,7 @@ def check_temperature(temperature: float) -> float:
 
 def _check_top_k(k: Any, info: EngineInfo) -> None:
     if not isinstance(k, (int, np.integer)) or k < 1 or (info.vocab_size or k) < k:
-        raise InputError(f"k is {_shown(k)}, expected 1 <= k <= {info.vocab_size or 'the vocabulary'}")
+        raise InputError(f"k is {shown(k)}, expected 1 <= k <= {info.vocab_size or 'the vocabulary'}")
 
 
 def check_timeout(timeout_s: float | None) -> float | None:
@@ -216,61 +202,6 @@ def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineIn
         "another model: use this model's tokenizer, or resize the model's embeddings"
     )
     raise InputError(f"sequence {i}, token {t}: id {found} is outside the vocabulary [0, {top}).\n{cure}.")
-
-
-def _to_array(i: int, ids: TokenIds) -> np.ndarray:
-    array = _as_array(f"sequence {i}", ids)
-    if array.ndim == 1 and not len(array):
-        return array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InputError(
-            f"sequence {i} must be a flat sequence of ints, got shape {list(array.shape)} and dtype "
-            f"{array.dtype}"
-        )
-    if array.max() > np.iinfo(np.int64).max:
-        raise InputError(f"sequence {i} has the id {array.max()}, which is outside any vocabulary")
-    return array.astype(np.int64, copy=False)
-
-
-def _listed(name: str, given: Any) -> list[Any]:
-    try:
-        return list(given)
-    except TypeError as error:  # a number, or a tensor without dimensions
-        raise InputError(f"{name} is {_shown(given)}, expected ints for each of the sequences") from error
-
-
-def _as_array(name: str, ids: Any) -> np.ndarray:
-    try:
-        return ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-    # Rows of different lengths; a tensor that numpy has no dtype for, or that has no values.
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{name} must be an array of ints: {error}") from error
-
-
-def _shown(value: Any) -> str:
-    """Return a value for a message, shortened. Python refuses to print an int of more than 4,300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        text = f"an int of {value.bit_length()} bits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _to_starts(start: int | Sequence[int] | None, num_sequences: int) -> list[int]:
-    if start is None:
-        start = 1
-    if isinstance(start, (int, np.integer)):
-        return [int(start)] * num_sequences
-    try:
-        starts = [operator.index(s) for s in start]
-    except TypeError as error:
-        raise InputError(f"start must be an int, or one int per sequence: {error}") from error
-    if len(starts) != num_sequences:
-        raise InputError(
-            f"start has {len(starts)} entries for {num_sequences} sequences; give one int, or one per "
-            "sequence"
-        )
-    return starts
 
 
 def check_can(

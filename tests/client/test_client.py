@@ -280,11 +280,11 @@ def test_a_fork_has_its_own_connections():
 @pytest.mark.parametrize(
     ("token_ids", "start", "message"),
     [
-        ([[5, 6], [[7]]], 1, "sequence 1 must be ints in 1 dimension"),
-        ([[5, 6], [7.5, 1]], 1, "sequence 1 must be ints.*dtype float64"),
+        ([[5, 6], [[7]]], 1, "sequence 1 must be a flat sequence of ints"),
+        ([[5, 6], [7.5, 1]], 1, "sequence 1 must be a flat sequence of ints.*dtype float64"),
         ([[5, 2**31]], 1, "sequence 0 has an id that is outside any vocabulary"),
         ([[5, 6]], [1, 1], "start has 2 entries for 1 sequences"),
-        (None, 1, "token_ids must be a list of sequences"),
+        (None, 1, "token_ids is None, expected ints for each of the sequences"),
         ([[5, 6, 7]], [1.7], "start must be an int, or one int per sequence"),
         ([[5, 6], [5, 6]], [1, 2**31], "sequence 1: start is outside 32 bits"),
         ([[5, 6]], "ab", "start must be an int, or one int per sequence"),
@@ -299,8 +299,11 @@ def test_what_cannot_be_sent_is_refused_here(token_ids, start, message):
     ("ids", "message"),
     [
         # As many rows in all as there are scored tokens, but of the wrong sequences.
-        ([[[1], [2], [3]], [[4]]], r"ids of sequence 0 has shape \[3, 1\], expected \[2, 1\]"),
-        ([[[1], [2]], [[3, 4], [5, 6]]], r"ids of sequence 1 has shape \[2, 2\], expected \[2, 1\]"),
+        ([[[1], [2], [3]], [[4]]], r"ids of sequence 0 must be ints of shape \[2, 1\].*got shape \[3, 1\]"),
+        (
+            [[[1], [2]], [[3, 4], [5, 6]]],
+            r"ids of sequence 1 must be ints of shape .* got shape \[2, 2\]",
+        ),
         ([[[1], [2]]], "ids has 1 entries for 2 sequences"),
     ],
 )

@@ -96,12 +96,26 @@ def test_replicas_score_in_order_and_as_one_engine_does(scorer, ref_scorer, ref_
     assert far(ours, theirs) < 5e-6
 
 
+def test_a_shard_has_the_bits_of_an_engine_with_as_many_threads(scorer, ref_path, monkeypatch):
+    for name, value in {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+        monkeypatch.setenv(name, value)
+    with VLLMScorer(ref_path, **tiny.ENGINE_OPTIONS) as own:
+        for seed in range(100, 104):  # both replicas get some: the prompt's hash decides
+            group = many(1, seed)
+            for row, theirs in zip(scorer.score(group, START), own.score(group, START), strict=True):
+                assert torch.equal(row, theirs)
+
+
 def test_both_replicas_work_and_tell_of_their_progress(scorer):
     done = []
     requests = requests_of(scorer, MANY)
+    engines = [psutil.Process(engine_pid(pid)) for pid in pids_of(scorer)]
+    before = [engine.cpu_times().user for engine in engines]
     scorer._engine.score(requests, share_prefix=True, on_done=done.append)
     assert sum(done) == len(requests)
     assert len(done) > 4
+    seconds = [engine.cpu_times().user - first for engine, first in zip(engines, before, strict=True)]
+    assert min(seconds) > 0.2 * sum(seconds) > 0
 
 
 def requests_of(scorer, sequences):
@@ -120,6 +134,14 @@ def test_prompts_of_later_calls_are_in_the_cache_of_their_replica(scorer):
     scorer.score([[*ids, 7] for ids in sequences], START)
     # The prompt's first block of 32 tokens is cached, of each group's first sequence, too.
     assert scorer.stats.num_cached_tokens > first + 0.8 * 24 * 32
+
+
+def test_a_dialog_that_grows_finds_its_last_turn_in_the_cache(scorer):
+    dialogs = [[*ids, *ids[:30]] for ids in many(24, seed=5)[::4]]
+    scorer.score(dialogs, 70)
+    longer = [[*ids, *ids[:90]] for ids in dialogs]
+    scorer.score(longer, [len(ids) + 80 for ids in dialogs])  # the prompt has doubled
+    assert scorer.stats.num_cached_tokens >= 0.8 * sum(len(ids) // 32 * 32 for ids in dialogs)
 
 
 def test_threads_share_the_replicas(scorer, ref_scorer):

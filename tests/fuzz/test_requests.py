@@ -10,6 +10,7 @@ from tests.fuzz.strategies import FLOATS, INTS, NO_IDS, SCALARS, Odd, fuzz, told
 from vllm_kl.checks import make_requests
 from vllm_kl.client.calls import parts_of, rows_of
 from vllm_kl.client.wire_format import Question, unpack_question
+from vllm_kl.routing.dialogs import Dialogs
 from vllm_kl.types import EngineInfo
 
 VOCABULARY, LONGEST = 10, 6
@@ -106,7 +107,7 @@ def test_a_client_sends_what_it_was_given_or_refuses(token_ids, start, temperatu
     question = Question(
         token_ids=sequences, starts=starts, temperature=temperature, top_k=1 if top_k is None else top_k
     )
-    parts = told(lambda: list(parts_of(question, ["http://a", "http://b"])))
+    parts = told(lambda: list(parts_of(question, ["http://a", "http://b"], Dialogs())))
     if parts is None:
         return
     assert sorted(place for part in parts for place in part.places) == list(range(len(sequences)))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzz.strategies import fuzz
 from vllm_kl.plan import plan
 from vllm_kl.routing.affinity import choose, order
+from vllm_kl.routing.dialogs import Dialogs
 from vllm_kl.routing.shards import Sizes, cut
 from vllm_kl.types import ScoreRequest
 
@@ -22,7 +23,9 @@ SEQUENCES = st.lists(
 )
 NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=3), unique=True, max_size=4)
 SIZES = st.builds(
-    lambda per, fewest, more: Sizes(per_replica=per, fewest_tokens=fewest, most_tokens=fewest + more),
+    lambda per, fewest, more: Sizes(
+        per_replica=per, fewest_tokens=fewest, most_tokens=fewest + more, fewest_shared=1
+    ),
     st.integers(1, 4),
     st.integers(1, 30),
     st.integers(0, 30),
@@ -36,7 +39,7 @@ def test_shards_have_each_request_once_and_whole_groups(sequences, replicas, siz
     for request, n in zip(asked, planned.result_of, strict=True):
         assert planned.requests[n].token_ids.tolist() == request.token_ids.tolist()
         assert planned.requests[n].start == request.start
-    shards = cut(planned.requests, replicas, sizes)
+    shards = cut(planned.requests, replicas, Dialogs(), sizes)
     assert Counter(n for shard in shards for n in shard.places) == Counter(range(len(planned.requests)))
     where: dict[bytes, set[int]] = {}
     size: Counter[bytes] = Counter()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,11 @@ import msgpack
 import numpy as np
 
 from vllm_kl import errors
+from vllm_kl.arrays import chosen_of, listed, sequence_of, starts_of
 from vllm_kl.client.wire_format import MSGPACK, Answer, Question, TooLargeError, answer_of, pack_question
 from vllm_kl.errors import EngineError, InputError, OptionError, VLLMKLError, WeightsError
 from vllm_kl.routing.affinity import order
+from vllm_kl.routing.dialogs import Dialogs
 from vllm_kl.routing.shards import Sizes, cut
 
 SIZES = Sizes(per_replica=4, fewest_tokens=16384, most_tokens=131072)
@@ -62,8 +63,8 @@ class _Row(NamedTuple):
     start: int
 
 
-def parts_of(question: Question, addresses: Sequence[str]) -> Iterator[Part]:
-    """Yield the parts of a call."""
+def parts_of(question: Question, addresses: Sequence[str], dialogs: Dialogs) -> Iterator[Part]:
+    """Yield the parts of a call; ``dialogs`` gives the prompts their keys."""
     keys = [ids.tobytes() for ids in question.token_ids]
     places = sorted(range(len(keys)), key=keys.__getitem__)
     # The server refuses starts that cannot be; here they only must not break the cut.
@@ -71,7 +72,7 @@ def parts_of(question: Question, addresses: Sequence[str]) -> Iterator[Part]:
         _Row(ids, max(1, min(start, len(ids))))
         for ids, start in ((question.token_ids[i], question.starts[i]) for i in places)
     ]
-    for shard in cut(rows, addresses, SIZES):
+    for shard in cut(rows, addresses, dialogs, SIZES):
         of_part = [places[n] for n in shard.places]
         yield _part(question, of_part, shard.key.hex(), order(shard.key, addresses))
 
@@ -220,29 +221,6 @@ def _place(part: Part, n: int) -> int:
     return part.places[n] if n < len(part.places) else n
 
 
-def chosen_of(ids: Sequence[Any], sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
-    """Return chosen ids as a question has them: ``[len - start, K]`` for each sequence.
-
-    Raises:
-        InputError: they are no ids of 32 bits, or not K for each scored token.
-    """
-    chosen = [ints(f"ids of sequence {i}", rows, 2) for i, rows in enumerate(ids)]
-    if len(chosen) != len(sequences):
-        raise InputError(
-            f"ids has {len(chosen)} entries for {len(sequences)} sequences; give one per sequence"
-        )
-    num_ids = next((rows.shape[1] for rows in chosen if rows.size), 1)
-    chosen = [rows if rows.size else rows.reshape(0, num_ids) for rows in chosen]
-    for i, (rows, sequence, start) in enumerate(zip(chosen, sequences, starts, strict=True)):
-        expected = (max(0, len(sequence) - start), num_ids)
-        if rows.shape != expected:
-            raise InputError(
-                f"ids of sequence {i} has shape {list(rows.shape)}, expected {list(expected)}: "
-                "[len - start, K]"
-            )
-    return chosen
-
-
 def rows_of(
     token_ids: Sequence[Any], start: int | Sequence[int] | None
 ) -> tuple[list[np.ndarray], list[int]]:
@@ -251,46 +229,31 @@ def rows_of(
     Raises:
         InputError: a sequence does not consist of whole numbers of 32 bits, or the starts are not as many.
     """
-    try:
-        each = list(token_ids)
-    except TypeError as error:  # a number, or a tensor without dimensions
-        raise InputError(f"token_ids must be a list of sequences of ints: {error}") from error
-    sequences = [ints(f"sequence {i}", ids, 1) for i, ids in enumerate(each)]
-    if start is None or isinstance(start, (int, np.integer)):
-        start = [1 if start is None else int(start)] * len(sequences)
-    try:
-        starts = [operator.index(one) for one in start]
-    except TypeError as error:
-        raise InputError(f"start must be an int, or one int per sequence: {error}") from error
+    each = listed("token_ids", token_ids)
+    sequences = [_narrowed(f"sequence {i}", sequence_of(i, ids)) for i, ids in enumerate(each)]
+    starts = starts_of(start, len(sequences))
     for i, one in enumerate(starts):
         if not -(2**31) <= one < 2**31:
             raise InputError(f"sequence {i}: start is outside 32 bits, expected 1 <= start <= its length")
-    if len(starts) != len(sequences):
-        raise InputError(
-            f"start has {len(starts)} entries for {len(sequences)} sequences; give one int, or one per "
-            "sequence"
-        )
     return sequences, starts
 
 
-def ints(name: str, given: Any, num_dimensions: int) -> np.ndarray:
-    """Return an int32 array."""
-    try:
-        array = np.asarray(given)
-    # Rows of different lengths; a tensor that numpy has no dtype for, or that has no values.
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{name} must be an array of ints: {error}") from error
-    if not array.size:
-        return np.empty((0,) * num_dimensions, np.int32)
-    if array.ndim != num_dimensions or array.dtype.kind not in "iu":
-        raise InputError(
-            f"{name} must be ints in {num_dimensions} dimension(s), got shape {list(array.shape)} and dtype "
-            f"{array.dtype}"
-        )
+def ids_of(ids: Sequence[Any], sequences: Sequence[np.ndarray], starts: Sequence[int]) -> list[np.ndarray]:
+    """Return chosen ids as a question has them: ``[len - start, K]`` for each sequence.
+
+    Raises:
+        InputError: they are no ids of 32 bits, or not K for each scored token.
+    """
+    num_rows = [max(0, len(one) - start) for one, start in zip(sequences, starts, strict=True)]
+    chosen = chosen_of(ids, num_rows)
+    return [_narrowed(f"ids of sequence {i}", rows) for i, rows in enumerate(chosen)]
+
+
+def _narrowed(name: str, ids: np.ndarray) -> np.ndarray:
     bounds = np.iinfo(np.int32)
-    if array.min() < bounds.min or array.max() > bounds.max:
-        raise InputError(f"{name} has an id that is outside any vocabulary: {array.max()} or {array.min()}")
-    return array.astype(np.int32, copy=False)
+    if ids.size and not bounds.min <= ids.min() <= ids.max() <= bounds.max:
+        raise InputError(f"{name} has an id that is outside any vocabulary: {ids.max()} or {ids.min()}")
+    return ids.astype(np.int32, copy=False)
 
 
 class Origin:

@@ -23,6 +23,7 @@ from vllm_kl.client import calls
 from vllm_kl.client.calls import BusyError, Origin, Part
 from vllm_kl.client.wire_format import Answer, Question, TooLargeError
 from vllm_kl.errors import EngineError, OptionError
+from vllm_kl.routing.dialogs import Dialogs
 
 logger = logging.getLogger("vllm_kl")
 
@@ -76,7 +77,7 @@ class AsyncClient:
             raise OptionError("no address is given: expected http://host:port")
         self.addresses = [address.rstrip("/") for address in self.addresses]
         self._api_key_file, self._timeout_s, self._retry_s = api_key_file, timeout_s, retry_s
-        self._concurrency = concurrency
+        self._concurrency, self._dialogs = concurrency, Dialogs()
         self._http_of: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
         self._http_headers()  # refuse a wrong file now
 
@@ -132,7 +133,7 @@ class AsyncClient:
             B float32 arrays ``[len - start, K]``, in nats.
         """
         sequences, starts = calls.rows_of(token_ids, start)
-        chosen = calls.chosen_of(ids, sequences, starts)
+        chosen = calls.ids_of(ids, sequences, starts)
         question = Question(token_ids=sequences, starts=starts, temperature=temperature, ids=chosen)
         return [answer.values[n][:, 1:] for answer, n in await self.values(question)]
 
@@ -233,7 +234,8 @@ class AsyncClient:
             except Exception as error:
                 found.put_nowait(error)
 
-        tasks = [asyncio.create_task(run(part)) for part in calls.parts_of(question, self.addresses)]
+        parts = calls.parts_of(question, self.addresses, self._dialogs)
+        tasks = [asyncio.create_task(run(part)) for part in parts]
         try:
             num_running = len(tasks)
             while num_running:

@@ -1,16 +1,12 @@
 """Cuts the requests of a call into shards: whole groups, sized by tokens, one replica's prompts together.
 
 A group is what follows one prompt. Its requests, which are neighbours, stay in one shard, because a replica
-computes the prompt once. Only a group that exceeds a shard is split.
-
-The key of a prompt is its first 2 ** k tokens, with the largest k. So a dialog whose prompt grows keeps its
-key, and its replica, until it is twice as long; a key of the whole prompt would change with every turn
-(benchmarks/simulate_fleet.py).
+computes the prompt once. Only a group that exceeds a shard is split. What follows a prompt of a few tokens is
+no group: there is nothing to share.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from vllm_kl.routing.affinity import order
+from vllm_kl.routing.dialogs import Dialogs, hash_of
 
 
 class Request(Protocol):
@@ -37,26 +34,31 @@ class Sizes:
     per_replica: int = 8  # of a large call: the replica that ends last ends at most one shard late
     fewest_tokens: int = 1024  # a shard costs some milliseconds beside its scoring
     most_tokens: int = 32768
+    fewest_shared: int = 16  # tokens of a prompt: a block of vLLM's prefix cache
 
 
 @dataclass(slots=True)
 class Shard:
     """Some requests of a call, for one replica."""
 
-    key: bytes  # of the first prompt's beginning
+    key: bytes  # of the first prompt
     places: list[int] = field(default_factory=list)  # indices of the requests in the call
     num_tokens: int = 0  # with each prompt once
 
 
-def cut(requests: Sequence[Request], replicas: Sequence[str], sizes: Sizes = Sizes()) -> list[Shard]:
+def cut(
+    requests: Sequence[Request], replicas: Sequence[str], dialogs: Dialogs, sizes: Sizes = Sizes()
+) -> list[Shard]:
     """Return the shards of a call.
 
     Args:
         requests: sorted, as :func:`vllm_kl.plan.plan` returns them: requests of one prompt are neighbours.
         replicas: the ids of the replicas. A shard has prompts of one preferred replica.
+        dialogs: gives the prompts their keys.
         sizes: how large they are.
     """
-    pieces = [piece for group in _groups(requests) for piece in _split(group, requests, sizes.most_tokens)]
+    groups = _groups(requests, sizes.fewest_shared)
+    pieces = [piece for group in groups for piece in _split(group, requests, dialogs, sizes)]
     share = sum(piece.num_tokens for piece in pieces) // (sizes.per_replica * max(len(replicas), 1))
     most = min(max(share, sizes.fewest_tokens), sizes.most_tokens)
     open_shards: dict[str, Shard] = {}
@@ -72,31 +74,29 @@ def cut(requests: Sequence[Request], replicas: Sequence[str], sizes: Sizes = Siz
     return shards
 
 
-def _groups(requests: Sequence[Request]) -> Iterator[list[int]]:
+def _groups(requests: Sequence[Request], fewest_shared: int) -> Iterator[list[int]]:
     """Yield the indices of the requests of each prompt."""
 
-    def prompt(n: int) -> bytes:
-        return requests[n].token_ids[: requests[n].start].tobytes()
+    def prompt(n: int) -> bytes | int:
+        start = requests[n].start
+        return n if start < fewest_shared else requests[n].token_ids[:start].tobytes()
 
     for _, group in itertools.groupby(range(len(requests)), key=prompt):
         yield list(group)
 
 
-def _split(group: list[int], requests: Sequence[Request], most_tokens: int) -> Iterator[Shard]:
+def _split(group: list[int], requests: Sequence[Request], dialogs: Dialogs, sizes: Sizes) -> Iterator[Shard]:
     """Yield a group as one shard, or as several of the largest size."""
     first = requests[group[0]]
-    beginning = first.token_ids[: 1 << (first.start.bit_length() - 1)]
-    piece = Shard(_hash(beginning.tobytes()), num_tokens=first.start)
+    is_shared = first.start >= sizes.fewest_shared
+    key = dialogs.key_of(first.token_ids[: first.start]) if is_shared else hash_of(first.token_ids)
+    piece = Shard(key, num_tokens=first.start)
     for n in group:
         num_tokens = len(requests[n].token_ids) - first.start
-        if piece.places and piece.num_tokens + num_tokens > most_tokens:
+        if piece.places and piece.num_tokens + num_tokens > sizes.most_tokens:
             yield piece
             # The next piece has a key of its own, so it may go to another replica.
-            piece = Shard(_hash(requests[n].token_ids.tobytes()), num_tokens=first.start)
+            piece = Shard(hash_of(requests[n].token_ids), num_tokens=first.start)
         piece.places.append(n)
         piece.num_tokens += num_tokens
     yield piece
-
-
-def _hash(ids: bytes) -> bytes:
-    return hashlib.blake2b(ids, digest_size=16).digest()

@@ -20,25 +20,28 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentBroadcastResponse
 
 from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.engines.replicas.prompt_router import RUNNING
-from vllm_kl.engines.replicas.replica import MAX_ONGOING, DyingError
+from vllm_kl.engines.replicas.replica import DyingError
 from vllm_kl.engines.replicas.service import Deployed, Service
 from vllm_kl.engines.replicas.weights import ReplicatedWeights
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.routing.dialogs import Dialogs
 from vllm_kl.routing.shards import Shard, cut
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.all_or_none import Outcome
 from vllm_kl.weights.checkpoint import InitialCheckpoint, Skeleton
 
 OnResults = Callable[[Sequence[int], Sequence[ScoreResult]], None]
-_DEATHS = (RayActorError, DyingError)
+_DEATHS = (RayActorError, DyingError, ObjectLostError)  # the last: with its machine, before it was fetched
+# Shards of one call on their way at a time. The others wait here, for the replica that is free first.
+_SHARDS_PER_REPLICA = 4
 _MOST_DEATHS = 3  # replicas that may die of one shard
 _LOOK_EVERY_S = 5.0
 _AGAIN_AFTER_S = 0.5  # a shard whose replica died, or serves another version than others
@@ -56,6 +59,7 @@ class Replicas:
 
     def __init__(self, service: Deployed) -> None:
         self._service, self._owner_pid = service, os.getpid()
+        self._dialogs, self._cutting = Dialogs(), threading.Lock()
         self.info, self.settings, _ = self._result(self.on_each("describe")[0])
 
     @property
@@ -95,7 +99,8 @@ class Replicas:
 
     def call(self, requests: Sequence[ScoreRequest], *, share_prefix: bool, on_results: OnResults) -> Call:
         """Return a call that runs in an event loop. The weights must not change meanwhile."""
-        shards = cut(requests, RUNNING.get(self._service.name, ()))
+        with self._cutting:
+            shards = cut(requests, RUNNING.get(self._service.name, ()), self._dialogs)
         return Call(self, requests, shards, share_prefix, on_results)
 
     def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
@@ -175,7 +180,7 @@ class Replicas:
     @property
     def limit(self) -> int:
         """How many shards of a call are on their way at a time."""
-        return MAX_ONGOING * self._service.fleet.most
+        return _SHARDS_PER_REPLICA * self._service.fleet.most
 
     async def ask(
         self, shard: Shard, requests: Sequence[ScoreRequest], share_prefix: bool
@@ -222,8 +227,14 @@ class ReplicatedEngine(Replicas):
         wish = wish_of(replicas)
         checkpoint = InitialCheckpoint(model)
         start = {"readout": readout, "options": options, "lora_request": lora_request, "timeout_s": timeout_s}
-        super().__init__(Service(model, start, wish, files=checkpoint.identity, timeout_s=timeout_s))
-        skeleton = Skeleton(
+        service = Service(model, start, wish, files=checkpoint.identity, timeout_s=timeout_s)
+        try:
+            super().__init__(service)
+        except BaseException:
+            service.close()
+            raise
+        skeleton = functools.partial(
+            Skeleton,
             model,
             revision=options.get("revision"),
             trust_remote_code=options.get("trust_remote_code", False),
@@ -342,7 +353,7 @@ def _cause(answer: Any) -> Any:
     """Return the error that was raised in a replica, for Ray's error about it."""
     if isinstance(answer, RayTaskError) and isinstance(answer.cause, Exception):
         return answer.cause
-    if isinstance(answer, RayError) and not isinstance(answer, RayActorError):
+    if isinstance(answer, RayError) and not isinstance(answer, _DEATHS):
         return EngineError(f"Ray lost the answer of a replica: {answer}")
     return answer
 

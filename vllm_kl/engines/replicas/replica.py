@@ -28,7 +28,9 @@ from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest
 from vllm_kl.weights.checkpoint import Checkpoint, Identity, InitialCheckpoint
 
-MAX_ONGOING = 4  # requests that a replica runs at a time; they share the batches of its engine
+# Requests that a replica takes at a time; they share the batches of its engine. Serve lets those beyond this
+# number wait and asks again after pauses of up to half a second, so it is larger than callers need.
+MAX_ONGOING = 64
 USERS = "vllm_kl-users"  # the namespace of the actors that live as long as a deployment has its user
 _CALLS = MAX_ONGOING + 4  # and calls to all replicas
 _MARK = "vllm_kl's error: "
@@ -205,4 +207,4 @@ def from_text(text: str) -> VLLMKLError | None:
     if (found := re.search(re.escape(_MARK) + r"(\[.*\])", text)) is None:
         return None
     name, message = json.loads(found[1])
-    return getattr(errors, name)(message)
+    return getattr(errors, name, EngineError)(message)  # DyingError is of this module

@@ -37,6 +37,7 @@ from vllm_kl.weights.checkpoint import Identity
 
 logger = logging.getLogger("vllm_kl")
 
+_TARGET_ONGOING = 2  # requests per replica at which Serve adds or removes none: one runs, one is ready
 _SPILL = 2  # shards that the preferred replica may be behind the least loaded one
 _LOOK_EVERY_S = 0.2
 _NOTE_AFTER_S = 60.0
@@ -361,7 +362,7 @@ def deployment_of(fleet: Fleet) -> serve.Deployment:
             "autoscaling_config": {
                 "min_replicas": fleet.fewest,
                 "max_replicas": fleet.most,
-                "target_ongoing_requests": MAX_ONGOING / 2,
+                "target_ongoing_requests": _TARGET_ONGOING,
             }
         }
     deployment = serve.deployment(
