@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 
@@ -9,11 +10,11 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
 
-from vllm_kl.engines.replicas import service
+from vllm_kl.engines.replicas import engine, replica, service
 from vllm_kl.engines.replicas.fleet import Fleet
 from vllm_kl.engines.replicas.weights import ReplicatedWeights
-from vllm_kl.errors import EngineError, OptionError
-from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint
+from vllm_kl.errors import EngineError, OptionError, WeightsError
+from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton
 
 
 def test_weights_that_serve_cannot_keep_are_put_back(ref_path, policy_path):
@@ -76,3 +77,43 @@ def test_replicas_that_somebody_deleted_are_not_waited_for(monkeypatch):
     monkeypatch.setattr(service, "_DELETED_AFTER_S", 0.0)
     with pytest.raises(EngineError, match="they were deleted"):
         deployed.check_alive(0.0)
+
+
+@pytest.mark.parametrize("error", [EngineError("no memory"), replica.DyingError("no memory")])
+def test_the_error_of_a_replicas_start_comes_back_as_one_of_the_package(error):
+    with pytest.raises(RuntimeError) as told, replica._as_text():
+        raise error
+    found = replica.from_text(f"The deployment failed to start 3 times: {told.value}")
+    assert (type(found), str(found)) == (EngineError, "no memory")
+
+
+def test_replicas_that_cannot_be_described_are_ended(monkeypatch):
+    ended = []
+
+    class Service:
+        name, timeout_s, is_open = "a", None, True
+
+        def __init__(self, *args, **options):
+            self.handle = self
+
+        def broadcast(self, method):
+            return self
+
+        def results(self, **options):
+            return [EngineError("no answer")]
+
+        def close(self):
+            ended.append(True)
+
+    monkeypatch.setattr(engine, "Service", Service)
+    with pytest.raises(EngineError, match="no answer"):
+        engine.ReplicatedEngine("no/model", replicas=1, readout="auto", options={})
+    assert ended
+
+
+def test_a_model_that_transformers_cannot_build_is_refused_only_by_a_push(tmp_path):
+    start = InitialCheckpoint(str(tmp_path))
+    make = functools.partial(Skeleton, str(tmp_path))
+    weights = ReplicatedWeights(None, None, None, make, start, None)
+    with pytest.raises(WeightsError, match="can be updated from a state dict"):
+        weights.skeleton  # noqa: B018

@@ -81,3 +81,16 @@ def test_a_fork_neither_keeps_nor_removes_its_parents_weights(tmp_path, monkeypa
         os.waitpid(child, 0)
         for end in (*ours, *theirs):
             os.close(end)
+
+
+def test_in_a_shared_folder_only_what_this_machines_processes_left_is_removed(tmp_path, monkeypatch):
+    """A disk of several machines may keep the locks of each machine for itself."""
+    left = []
+    for host in ("here", "there"):
+        monkeypatch.setattr(lifetime.socket, "gethostname", lambda host=host: host)
+        left.append(lifetime.new_folder(tmp_path))
+        os.close(lifetime._HELD.pop(left[-1]))  # as if this process had been killed
+    mine = lifetime.new_folder(tmp_path)
+    lifetime.remove_orphans(tmp_path)
+    assert [folder.exists() for folder in (*left, mine)] == [True, False, True]
+    lifetime.remove(mine)
