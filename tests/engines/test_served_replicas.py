@@ -17,6 +17,7 @@ from tests import local_ray, replica_drivers, service_drivers, tiny
 from tests.lora import GROUP, PROMPT, error_of
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMReference, VLLMScorer, push_weights
+from vllm_kl.engines.replicas.known import RUNNING
 from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
 from vllm_kl.weights.checkpoint import Checkpoint
 
@@ -116,6 +117,12 @@ def test_both_replicas_work_and_tell_of_their_progress(scorer):
     assert len(done) > 4
     seconds = [engine.cpu_times().user - first for engine, first in zip(engines, before, strict=True)]
     assert min(seconds) > 0.2 * sum(seconds) > 0
+
+
+def test_the_caller_knows_the_replicas_that_its_router_knows(scorer):
+    """Ray makes a copy of the router's module, so what the copy writes down must be elsewhere."""
+    scorer.score([[1, 2, 3]])
+    assert len(RUNNING[scorer._engine._service.name]) == 2
 
 
 def requests_of(scorer, sequences):

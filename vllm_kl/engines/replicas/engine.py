@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentBroadcastResponse
 
 from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.replicas.fleet import wish_of
-from vllm_kl.engines.replicas.prompt_router import RUNNING
+from vllm_kl.engines.replicas.known import RUNNING
 from vllm_kl.engines.replicas.replica import DyingError
 from vllm_kl.engines.replicas.service import Deployed, Service
 from vllm_kl.engines.replicas.weights import ReplicatedWeights

@@ -13,10 +13,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+from vllm_kl.engines.replicas import known
 from vllm_kl.routing.affinity import choose, order
-
-# Name of the Serve application -> the ids of its replicas that run, in this process's view.
-RUNNING: dict[str, tuple[str, ...]] = {}
 
 
 class PromptRouter(RequestRouter):
@@ -30,7 +28,8 @@ class PromptRouter(RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        RUNNING[self.app_name] = tuple(sorted(replica.replica_id.unique_id for replica in replicas))
+        ids = sorted(replica.replica_id.unique_id for replica in replicas)
+        known.RUNNING[self.app_name] = tuple(ids)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -42,8 +41,8 @@ class PromptRouter(RequestRouter):
         key = next(iter(pending_request.args), None)
         if not isinstance(key, bytes):
             return [candidate_replicas]
-        known = self.replica_queue_len_cache
-        loads = {name: known.get(replica.replica_id) or 0 for name, replica in by_id.items()}
+        lengths = self.replica_queue_len_cache
+        loads = {name: lengths.get(replica.replica_id) or 0 for name, replica in by_id.items()}
         first = choose(key, loads, spill=self._spill)
         # If the first is full, by requests of other callers, the next one is asked.
         return [[by_id[first]], *([by_id[name]] for name in order(key, loads) if name != first)]
