@@ -88,6 +88,14 @@ class TestTraffic:
         assert (sequences[0][:5] != sequences[2][:5]).any()
         assert not np.isin(sequences, [7, 9]).any()
 
+    def test_two_shapes_of_a_run_have_no_ids_in_common(self):
+        """Engines live through all shapes, so they would find the ids of one in the cache of another."""
+        ids = usable_ids(100_000, [0])
+        short, long = (from_shape(shape, 4).draw(ids, 3)[0] for shape in ("8,4,2", "64,4,2"))
+        assert (long[0][:8] == short[0][:8]).sum() < 3
+        again = from_shape("64,4,2", 4).draw(ids, 3)[0]
+        assert all((one == other).all() for one, other in zip(long, again, strict=True))
+
     def test_counts_are_those_of_plain_loops(self):
         traffic = Traffic(name="t", groups=((10, (4, 1, 6)), (3, (2,))))
         assert traffic.fed_tokens == 30 + 11 + 5

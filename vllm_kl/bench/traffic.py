@@ -64,8 +64,12 @@ class Traffic:
         return Traffic(name=self.name, groups=((prompt, cut),))
 
     def draw(self, usable_ids: np.ndarray, seed: int) -> tuple[Sequences, list[int]]:
-        """Return sequences of random ids, each int64 ``[L]``, and the index of the first scored token."""
-        rng = np.random.default_rng(seed)
+        """Return sequences of random ids, each int64 ``[L]``, and the index of the first scored token.
+
+        The name is a part of the seed. Else a shape would begin with the ids of an earlier shape, and an
+        engine that shares prefixes would find them in its cache.
+        """
+        rng = np.random.default_rng([seed, *self.name.encode(errors="surrogateescape")])
         sequences, starts = [], []
         for length, responses in self.groups:
             prompt = rng.choice(usable_ids, length)
