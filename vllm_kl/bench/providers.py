@@ -7,6 +7,7 @@ started when it goes on. vLLM, torch and the peers are imported in the functions
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -168,12 +169,30 @@ def trl(setup: Setup) -> Iterator[Running]:
     yield from _padded(setup, read)
 
 
+def sglang_options(setup: Setup) -> dict[str, Any]:
+    """Return the options of SGLang's engine."""
+    return {
+        "model_path": setup.model,
+        "dtype": setup.dtype,
+        # SGLang refuses a prompt of context_length - 6 tokens (managers/scheduler.py and utils.py, 0.5).
+        "context_length": setup.max_tokens + 8,
+        # SGLang's default, "fcfs", computes the prompt of each response of a batch. "lpm" computes one of a
+        # group first, so that the others find its prompt in the cache (managers/schedule_policy.py, 0.5).
+        "schedule_policy": "lpm",
+        "tp_size": setup.engine.get("tensor_parallel_size", 1),
+        "skip_tokenizer_init": True,
+        "log_level": "error",
+        **setup.loading,
+    }
+
+
 def sglang(setup: Setup) -> Iterator[Running]:
     """SGLang's engine with ``logprob_start_len``: it shares prefixes and skips the prompts' logits."""
     import sglang as package
 
-    options = {"dtype": setup.dtype, "context_length": setup.max_tokens + 1, "skip_tokenizer_init": True}
-    engine = package.Engine(model_path=setup.model, log_level="error", **options)
+    # The eight more tokens of the context may be beyond the model's length. None of them is computed.
+    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    engine = package.Engine(**sglang_options(setup))
 
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
         asked = {"input_ids": [row.tolist() for row in sequences], "return_logprob": True}
