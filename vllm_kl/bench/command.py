@@ -167,12 +167,15 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
         report.table(table)
     for name, error in measured.failures.items():
         report.line(f"{name} failed: {error}")
+    for name, reason in measured.not_measured.items():
+        report.line(f"{name} is not measured: {reason}")
     details = f"{model}, {measured.facts['dtype']}, {plan.rounds} rounds, other providers {plan.peer_rounds}"
     report.line(machine_line(details))
     files = [] if out is None else _write(out, rows, console)
     return {
         "results": rows,
         "failures": measured.failures,
+        "not_measured": measured.not_measured,
         "costs": {name: dataclasses.asdict(cost) for name, cost in measured.costs.items()},
         "files": files,
     }
@@ -203,11 +206,12 @@ def _anew(out: Path | None) -> Path | None:
 def _write(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
     write_rows(out / "results.jsonl", rows)
     files = [str(out / "results.jsonl"), str(out / "bench.md")]
-    if rows and importlib.util.find_spec("matplotlib") is not None:
+    is_measured = any(row["tok_per_s"] is not None for row in rows)
+    if is_measured and importlib.util.find_spec("matplotlib") is not None:
         from vllm_kl.bench.plot import plot
 
         files.append(str(plot(out / "bench.png", rows)))
-    elif rows:
+    elif is_measured:
         console.print("no picture without matplotlib: pip install 'vllm-kl\\[plot]'")
     console.print(f"wrote {', '.join(files)}", highlight=False, markup=False, soft_wrap=True)
     return files

@@ -18,6 +18,12 @@ from vllm_kl.bench.traffic import Traffic
 from vllm_kl.errors import InputError, OptionError
 
 Row = dict[str, Any]
+# In the order of a row. A provider without figures has its reason in "not_measured".
+_FIGURES = (
+    *("tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err", "not_measured", "check"),
+    *("s_p20", "s_p50", "s_p80", "seconds", "scored_tok_per_s", "computed_tok_per_s", "flop_per_s", "mfu"),
+    *("joules", "tok_per_joule", "ratios", "peak_bytes", "gpu_peak_bytes"),
+)
 
 
 def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
@@ -29,27 +35,37 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
     common = _common(plan, measured, model)
     rows = []
     for traffic in plan.traffics:
-        seconds = measured.seconds[traffic.name]
-        for name in [name for name in order if name in seconds]:
-            rows.append(_row(plan, measured, traffic, name) | common)
+        for name in order:
+            if name in measured.seconds[traffic.name]:
+                figures = _figures(measured, traffic, name)
+            elif (reason := _why_not(measured, name)) is not None:
+                figures = dict.fromkeys(_FIGURES) | {"not_measured": reason}
+            else:  # Ctrl-C came before
+                continue
+            what = {"provider": name, "shape": traffic.name, "unit": "tokens/s"}
+            told = measured.told[traffic.name].get(name, {})
+            rows.append(what | figures | _lengths(measured, traffic) | told | common)
     return rows
 
 
-def _row(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
+def _why_not(measured: Measured, name: str) -> str | None:
+    """Return why a provider has no figures; ``None``: it was not tried."""
+    if name in measured.failures:
+        return f"failed: {measured.failures[name]}"
+    return measured.not_measured.get(name)
+
+
+def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
     seconds, cost = measured.seconds[traffic.name], measured.costs[traffic.name]
     runs = seconds[name]
     p20, p50, p80 = p20_p50_p80(runs)
-    prompt, response, group = traffic.means
     ratios = {
         peer: median_ratio(others, runs) for peer, others in seconds.items() if peer not in (ENGINE, HEAD)
     }
     flop_per_s = None if cost.flop is None or name == HEAD else cost.flop / p50
     peak = measured.facts["limits"].data_sheet_flop_per_s
     joules = measured.joules[traffic.name].get(name)
-    return {
-        "provider": name,
-        "shape": traffic.name,
-        "unit": "tokens/s",
+    return dict.fromkeys(_FIGURES) | {
         "tok_per_s": cost.fed_tokens / p50,
         "ratio_to_torchrl": ratios.get("torchrl"),
         "fraction_of_floor": ratios.get("floor"),
@@ -66,6 +82,15 @@ def _row(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
         "joules": None if joules is None else statistics.median(joules),
         "tok_per_joule": None if not joules else cost.fed_tokens / statistics.median(joules),
         "ratios": ratios,
+        **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
+    }
+
+
+def _lengths(measured: Measured, traffic: Traffic) -> Row:
+    """Return what was scored, which is the same for all providers."""
+    cost = measured.costs[traffic.name]
+    prompt, response, group = traffic.means
+    return {
         "sequences": cost.sequences,
         "fed_tokens": cost.fed_tokens,
         "computed_tokens": cost.computed_tokens,
@@ -73,8 +98,6 @@ def _row(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
         "prompt_tokens": prompt,
         "response_tokens": response,
         "group": group,
-        **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
-        **measured.told[traffic.name].get(name, {}),
     }
 
 

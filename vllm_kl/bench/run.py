@@ -41,7 +41,7 @@ class Plan:
     rounds: int
     peer_rounds: int
     log_folder: Path
-    are_asked_for: bool = True  # the providers; else those that are not available here are left out
+    are_asked_for: bool = True  # the providers; else one that is not possible here has not failed
 
 
 @dataclass(kw_only=True)
@@ -56,6 +56,7 @@ class Measured:
     told: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
     failures: dict[str, str] = field(default_factory=dict)  # by provider
+    not_measured: dict[str, str] = field(default_factory=dict)  # the reasons, by provider: not possible here
     took_turns: bool = True
 
 
@@ -162,8 +163,10 @@ class Bench:
         try:
             work()
         except VLLMKLError as error:
-            if isinstance(error, ReadoutUnavailableError) and not self._plan.are_asked_for:
-                self._on_line(f"{name} is left out: {error}")
+            is_needed = kind_of(name) != "floor" and (self._plan.are_asked_for or kind_of(name) == "ours")
+            if isinstance(error, ReadoutUnavailableError) and not is_needed:
+                self._on_line(f"{name} is not measured: {error}")
+                self._measured.not_measured[name] = str(error)
             else:
                 self._on_line(f"{name} failed: {error}")
                 self._measured.failures[name] = str(error)
@@ -172,10 +175,8 @@ class Bench:
 
     def _start(self, name: str) -> None:
         setup = dataclasses.replace(self._plan.providers[name], dtype=self._setup.dtype)
-        kind = "ours" if name.startswith("ours[") else name
-        self._running[name] = ProviderProcess(
-            name, functools.partial(find, kind), setup, self._plan.log_folder
-        )
+        provider = functools.partial(find, kind_of(name))
+        self._running[name] = ProviderProcess(name, provider, setup, self._plan.log_folder)
 
     def _end(self, name: str) -> None:
         process = self._running.pop(name)
@@ -209,6 +210,11 @@ class Bench:
         if taken["joules"] is not None:
             self._measured.joules[traffic.name].setdefault(name, []).append(taken["joules"])
         self._measured.told[traffic.name][name] = self._running[name].told()
+
+
+def kind_of(name: str) -> str:
+    """Return the provider behind a name in the tables: "ours[flat]" is ours."""
+    return name.partition("[")[0]
 
 
 def _truth() -> Any:

@@ -1,0 +1,117 @@
+"""What a run makes of providers that fail, cannot be measured or are not checked. No engine is started."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from vllm_kl.bench import run
+from vllm_kl.bench.floor import check_one_process, matrix_of
+from vllm_kl.bench.report import as_markdown
+from vllm_kl.bench.results import rows_of
+from vllm_kl.bench.run import Bench, Plan
+from vllm_kl.bench.tables import result_tables
+from vllm_kl.bench.traffic import from_shape
+from vllm_kl.bench.truth import Limits
+from vllm_kl.bench.types import Setup
+from vllm_kl.errors import EngineError, ReadoutUnavailableError
+
+SIZE = {"parameters": 100, "body": 50, "head": 30, "embedding": 0, "hidden": 1}
+FACTS = {
+    "dtype": "float32",
+    "vocab_size": 1000,
+    "special_ids": [0],
+    "size": SIZE | {"layers": 2, "attention": 8, "kv": 4},
+    "limits": Limits(1e12, 1e10, None),
+    "check": "float64",
+}
+
+
+class Process:
+    """Stands in the place of a provider's process: a provider fails where a test says so."""
+
+    faults: ClassVar[dict[str, Exception]] = {}
+
+    def __init__(self, name, find, setup, log_folder):
+        self._name = name
+        if name in self.faults:
+            raise self.faults[name]
+
+    def told(self):
+        return FACTS if self._name == "truth" else {}
+
+    def score(self, sequences, starts):
+        return [np.zeros(len(ids) - start) for ids, start in zip(sequences, starts, strict=True)]
+
+    def time(self, sequences, starts):
+        parts = {"floor_engine": 0.5, "floor_head": 0.5} if self._name == "floor" else {}
+        return {"seconds": 1.0, "parts": parts, "joules": None}
+
+    def end(self):
+        return {"peak_bytes": 1 << 20, "gpu_peak_bytes": 0}
+
+    def kill(self):
+        pass
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Return the function that runs providers, some with faults: it returns what was measured, and rows."""
+    monkeypatch.setattr(run, "ProviderProcess", Process)
+
+    def measure(*names, faults=None, are_asked_for=False, device="cpu", **settings):
+        monkeypatch.setattr(Process, "faults", faults or {})
+        setup = Setup(model="m", dtype="auto", device=device, **settings)
+        plan = Plan(
+            setup=setup,
+            traffics=[from_shape("8,4,2", 4)],
+            providers=dict.fromkeys(names, setup),
+            rounds=2,
+            peer_rounds=1,
+            log_folder=tmp_path,
+            are_asked_for=are_asked_for,
+        )
+        lines = []
+        calls = {"on_costs": lambda _: None, "on_line": lines.append, "on_step": lambda *_: None}
+        measured = Bench(plan, **calls).run()
+        return measured, {row["provider"]: row for row in rows_of(plan, measured, "m")}, lines
+
+    return measure
+
+
+class TestFloor:
+    @pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size"])
+    def test_a_model_in_several_processes_has_no_floor(self, name):
+        with pytest.raises(ReadoutUnavailableError, match=f"with {name}=2 the model is in several processes"):
+            check_one_process({name: 2})
+        check_one_process({name: 1})
+
+    def test_a_head_that_is_no_matrix_has_no_floor(self):
+        with pytest.raises(ReadoutUnavailableError, match="more than a matrix"):
+            matrix_of(object())
+
+    @pytest.mark.parametrize("are_asked_for", [True, False])
+    def test_a_run_without_a_floor_has_not_failed_and_says_why(self, measure, are_asked_for):
+        why = ReadoutUnavailableError("the head is no matrix")
+        measured, rows, lines = measure("ours", "floor", faults={"floor": why}, are_asked_for=are_asked_for)
+        assert measured.failures == {}
+        assert rows["floor"]["not_measured"] == "the head is no matrix"
+        assert rows["floor"]["tok_per_s"] is None
+        assert rows["ours"]["tok_per_s"] == 4 * 12
+        assert rows["ours"]["fraction_of_floor"] is None
+        assert rows["ours"]["not_measured"] is None
+        assert "floor is not measured: the head is no matrix" in lines
+
+
+def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):
+    """A row has the same fields whether its provider failed or not."""
+    measured, rows, _ = measure(
+        "ours", "trl", faults={"trl": EngineError("no kernel for this head\nand more")}
+    )
+    assert measured.failures["trl"].startswith("no kernel")
+    assert rows["trl"].keys() == rows["ours"].keys()
+    (table, _) = result_tables(list(rows.values()))
+    (line,) = [line for line in as_markdown(table).splitlines() if line.startswith("| trl")]
+    assert "failed: no kernel for this head and more" in line
