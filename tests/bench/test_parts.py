@@ -126,6 +126,7 @@ class TestTraffic:
 
 def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     size = {"parameters": 100, "body": 50, "head": 30, "layers": 2, "attention": 8, "kv": 4}
+    size |= {"embedding": 0, "hidden": 10}
     traffic = Traffic(name="t", groups=((10, (4, 4)),))
     limits = Limits(1e3, 1e9, None)
     shared = cost_of(traffic, size, "bfloat16", limits)
@@ -137,6 +138,16 @@ def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     assert (shared.computed_tokens, alone.computed_tokens) == (19, 28)
     assert alone.flop - shared.flop == 2 * 50 * 9 + 4 * 2 * 8 * 50
     assert cost_of(traffic, None, "bfloat16", limits).flop is None
+
+
+def test_the_bound_reads_of_an_embedding_only_the_rows_of_the_tokens():
+    size = {"parameters": 5100, "body": 50, "head": 30, "layers": 2, "attention": 8, "kv": 4}
+    size |= {"embedding": 5000, "hidden": 5}
+    one = Traffic(name="t", groups=((1, (1,)),))
+    known = (size, "bfloat16", Limits(1e3, 1e9, None))
+    assert cost_of(one, *known).bytes == pytest.approx(2 * (100 + 2 * 5 + 2 * 4 * 2), rel=1e-3)
+    many = Traffic(name="t", groups=((9000, (1000,)),))
+    assert cost_of(many, *known).bytes == pytest.approx(2 * (5100 + 2 * 4 * 10_000), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def _size(config: Any, text: Any, setup: Setup) -> dict[str, int] | None:
         "parameters": total,
         "body": total - outside - round(experts * (1 - share)),  # weights that one token is multiplied with
         "head": head.numel(),
+        "embedding": 0 if head is embedding else embedding.numel(),  # of which rows are read
+        "hidden": embedding.shape[-1],
         "layers": text.num_hidden_layers,
         "attention": heads * width,
         "kv": 2 * (getattr(text, "num_key_value_heads", None) or heads) * width,
