@@ -105,6 +105,13 @@ class TestFloor:
         assert "floor is not measured: the head is no matrix" in lines
 
 
+def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):
+    _, rows, _ = measure("floor")
+    flop = {name: row["flop_per_s"] * row["s_p50"] for name, row in rows.items()}
+    assert flop["floor_head"] == 2 * SIZE["head"] * 4 * 4
+    assert flop["floor_engine"] == pytest.approx(flop["floor"] - flop["floor_head"])
+
+
 def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):
     """A row has the same fields whether its provider failed or not."""
     measured, rows, _ = measure(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.report import machine, median_ratio, p20_p50_p80
 from vllm_kl.bench.run import Measured, Plan
@@ -62,7 +63,8 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
     ratios = {
         peer: median_ratio(others, runs) for peer, others in seconds.items() if peer not in (ENGINE, HEAD)
     }
-    flop_per_s = None if cost.flop is None or name == HEAD else cost.flop / p50
+    flop = _flop(cost, name)
+    flop_per_s = None if flop is None else flop / p50
     peak = measured.facts["limits"].data_sheet_flop_per_s
     joules = measured.joules[traffic.name].get(name)
     return dict.fromkeys(_FIGURES) | {
@@ -84,6 +86,13 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
         "ratios": ratios,
         **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
     }
+
+
+def _flop(cost: Cost, name: str) -> float | None:
+    """Return the operations of a provider's call: each part of the floor has its own."""
+    if cost.flop is None or cost.head_flop is None:
+        return None
+    return {HEAD: cost.head_flop, ENGINE: cost.flop - cost.head_flop}.get(name, cost.flop)
 
 
 def _lengths(measured: Measured, traffic: Traffic) -> Row:
