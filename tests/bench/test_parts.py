@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_kl.bench.check import check
+from vllm_kl.bench.check import TOLERANCES, check
 from vllm_kl.bench.command import WORSE
 from vllm_kl.bench.compare import compare, figure_for
 from vllm_kl.bench.cost import cost_of
@@ -71,6 +71,14 @@ class TestCheck:
     def test_a_wrong_sign_is_refused(self, scored, dtype):
         with pytest.raises(MissingLogProbError, match="not timed"):
             check([-row for row in scored[1]], scored[1], dtype)
+
+    @pytest.mark.parametrize(("dtype", "off"), [("float32", 0.2), ("bfloat16", 5.0)])
+    def test_a_single_log_prob_that_is_far_off_is_refused(self, dtype, off):
+        truth = [-np.random.default_rng(0).exponential(10, 512)]
+        scored = [np.where(np.arange(512) == 3, truth[0] - off, truth[0])]
+        assert np.abs(scored[0] - truth[0]).mean() < TOLERANCES[dtype]
+        with pytest.raises(MissingLogProbError, match="a log-prob differs from the model's by .*; not timed"):
+            check(scored, truth, dtype)
 
     def test_a_missing_row_and_nan_are_refused(self, scored):
         _, right = scored
