@@ -213,6 +213,7 @@ class TestCompare:
         [
             ([row(tok_per_s=89.0)], "worse, tolerance 0.1"),
             ([row(max_abs_err=1e-3)], "max_abs_err 1.0e-06 -> 1.0e-03"),
+            ([row(max_abs_err=None)], "the second run was not checked"),
             ([row("flat")], "the second run has none"),
         ],
     )
