@@ -222,10 +222,32 @@ class TestCompare:
         assert one.is_worse
         assert told in one.message
 
-    @pytest.mark.parametrize("name", ["parameters", "dtype", "fed_tokens", "share_prefix"])
-    def test_runs_of_different_things_are_refused(self, name):
-        with pytest.raises(OptionError, match=f"{name} is 1 in the first run and 2"):
-            compare([row(**{name: 1})], [row(**{name: 2})], tolerance=0.1, figure="tok_per_s")
+    @pytest.mark.parametrize(
+        ("name", "first", "second"),
+        [
+            ("model", "qwen-0.5b", "qwen-7b"),
+            ("parameters", 1, 2),
+            ("dtype", "float32", "bfloat16"),
+            ("fed_tokens", 1, 2),
+            ("share_prefix", True, False),
+            ("replicas", 1, 2),
+            ("engine", {}, {"block_size": 16}),
+            ("readout", "pooling", "flat"),
+        ],
+    )
+    def test_runs_of_different_things_are_refused(self, name, first, second):
+        runs = [row(**{name: first})], [row(**{name: second})]
+        with pytest.raises(OptionError) as refusal:
+            compare(*runs, tolerance=0.1, figure="tok_per_s")
+        told = f"ours, 8,4,2: {name} is {first!r} in the first run and {second!r} in the second"
+        assert str(refusal.value).startswith(told)
+
+    def test_the_folder_of_a_model_does_not_matter(self):
+        """The same model lies elsewhere on another machine."""
+        (one,) = compare(
+            [row(model="/data/qwen")], [row(model="/home/me/qwen")], tolerance=0.1, figure="tok_per_s"
+        )
+        assert not one.is_worse
 
     def test_seconds_of_two_machines_are_not_compared(self):
         assert figure_for([row()], [row()]) == "tok_per_s"
