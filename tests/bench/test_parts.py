@@ -131,6 +131,22 @@ class TestTraffic:
         with pytest.raises(OptionError, match="empty"):
             from_file(file)
 
+    @pytest.mark.parametrize("content", [b"\xff", b"[" * 9999, b'{"prompt": 1' + b"0" * 5000 + b"}"])
+    def test_a_file_that_is_no_text_or_no_json_is_refused(self, tmp_path, content):
+        file = tmp_path / "lengths.jsonl"
+        file.write_bytes(content)
+        with pytest.raises((OptionError, InputError), match=r"lengths\.jsonl"):
+            from_file(file)
+        with pytest.raises((OptionError, InputError), match=r"lengths\.jsonl"):
+            read_rows(file)
+
+    def test_a_call_that_the_memory_cannot_hold_is_refused(self, tmp_path):
+        file = tmp_path / "lengths.jsonl"
+        file.write_text('{"prompt": 90000000, "responses": [1, 1]}\n')
+        for call in (lambda: from_file(file), lambda: from_shape("90000000,1,2", 2)):
+            with pytest.raises(OptionError, match="180,000,002 tokens, at most 100,000,000"):
+                call()
+
 
 def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     size = {"parameters": 100, "body": 50, "head": 30, "layers": 2, "attention": 8, "kv": 4}
@@ -272,6 +288,16 @@ class TestCompare:
             read_rows(tmp_path)
         tmp_path.joinpath("results.jsonl").write_text('{"prompt": 3}\n')
         with pytest.raises(InputError, match="line 1: no row"):
+            read_rows(tmp_path)
+
+    @pytest.mark.parametrize(
+        "figures",
+        [{"tok_per_s": "1"}, {"tok_per_s": 0}, {"max_abs_err": float("nan")}, {"provider": ["ours"]}],
+    )
+    def test_rows_that_cannot_be_compared_are_named(self, tmp_path, figures):
+        file = tmp_path / "results.jsonl"
+        file.write_text(json.dumps(row() | figures) + "\n")
+        with pytest.raises(InputError, match="line 1"):
             read_rows(tmp_path)
 
 

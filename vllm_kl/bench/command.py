@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from vllm_kl.bench.run import Bench, Measured, Plan
 from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
-from vllm_kl.errors import OptionError, VLLMKLError
+from vllm_kl.errors import InputError, OptionError, VLLMKLError
 from vllm_kl.quiet import on_a_gpu, quiet_bench
 
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
@@ -77,7 +78,8 @@ Lengths = Annotated[
     ),
 ]
 NumSequences = Annotated[
-    int, typer.Option(min=1, help="Sequences of one call with --shapes, made up to whole groups.")
+    int,
+    typer.Option(min=1, max=1_000_000, help="Sequences of one call with --shapes, in whole groups."),
 ]
 Providers = Annotated[
     list[str] | None,
@@ -298,7 +300,10 @@ def _log_folder(out: Path | None, temporary: Path) -> Path:
     if out is None:
         return temporary
     folder = out / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: no path has this name
+        raise OptionError(f"--out {out}: {error}") from error
     for log in folder.glob("*.log"):
         log.unlink()
     return folder
@@ -315,7 +320,7 @@ def _told_errors() -> Iterator[None]:
     """Print an error of this package, and exit."""
     try:
         yield
-    except OptionError as error:
+    except (OptionError, InputError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except (VLLMKLError, OSError) as error:
@@ -340,6 +345,8 @@ def compare_runs(
 ) -> None:
     """Compare two runs; exit with 3 if a row of the second is slower, less exact or missing."""
     with _told_errors():
+        if math.isnan(tolerance):
+            raise OptionError("--tolerance nan: expected a share between 0 and 1")
         first, second = read_rows(before), read_rows(after)
         found = compare(first, second, tolerance=tolerance, figure=by or figure_for(first, second))
     is_worse = any(one.is_worse for one in found)

@@ -239,16 +239,22 @@ def find(name: str) -> Provider:
     except (ImportError, AttributeError) as error:
         raise OptionError(f"--providers {name}: {error}") from error
     if found is None:
-        raise OptionError(
-            f"--providers {name!r}: expected {', '.join(PROVIDERS)}, or module:function of your own"
-        )
+        raise _unknown(name)
     return found
+
+
+def _unknown(name: str) -> OptionError:
+    return OptionError(
+        f"--providers {name[:80]!r}: expected {', '.join(PROVIDERS)}, or module:function of your own"
+    )
 
 
 def check_names(names: Sequence[str]) -> None:
     """Refuse names that cannot be, without an import of the user's own modules."""
     for name in names:
-        if ":" not in name:
-            find(name)
+        module, _, function = name.partition(":")
+        is_own = all(part.isidentifier() for part in (*module.split("."), function))
+        if name not in PROVIDERS and not is_own:
+            raise _unknown(name)
     if doubled := sorted({name for name in names if list(names).count(name) > 1}):
         raise OptionError(f"--providers: {', '.join(doubled)} is given twice")

@@ -19,6 +19,9 @@ from vllm_kl.bench.traffic import Traffic
 from vllm_kl.errors import InputError, OptionError
 
 Row = dict[str, Any]
+# What two runs are compared by, and the numbers of which ratios can be made.
+_COMPARED = ("tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err")
+_LEAST, _HUGE = 1e-100, 1e100
 # In the order of a row. A provider without figures has its reason in "not_measured".
 _FIGURES = (
     *("tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err", "not_measured", "check"),
@@ -147,16 +150,29 @@ def read_rows(path: Path) -> list[Row]:
     """
     file = path / "results.jsonl" if path.is_dir() else path
     try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:  # ValueError: it is not UTF-8, or no path has this name
         raise OptionError(f"{path}: expected a file of results, or the folder of --out: {error}") from error
     rows = []
     for n, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not {"provider", "shape", "tok_per_s"} <= row.keys():
             raise InputError(f"{file}, line {n}: no row of vllm-kl bench, but {line[:60]!r}")
+        if not all(isinstance(row[name], str) and row[name].isprintable() for name in ("provider", "shape")):
+            raise InputError(f"{file}, line {n}: provider and shape are no text of one line: {line[:60]!r}")
+        for name in _COMPARED:
+            if not _is_figure(row.get(name), least=0 if name == "max_abs_err" else _LEAST):
+                told = str(row[name])[:60]
+                raise InputError(f"{file}, line {n}: {name} is {told!r}, no number that can be compared")
         rows.append(row)
     return rows
+
+
+def _is_figure(value: object, least: float) -> bool:
+    """Return whether a value of a row can be compared: ``None``, or a number of which ratios can be made."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < _HUGE
