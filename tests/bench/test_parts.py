@@ -190,6 +190,7 @@ def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected
 def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_path):
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
+    zone.joinpath("name").write_text("package-0\n")
     zone.joinpath("max_energy_range_uj").write_text("10000000\n")
     counter = zone / "energy_uj"
     counter.write_text("9000000\n")
@@ -199,6 +200,21 @@ def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_pa
     counter.write_text("1500000\n")
     assert meter() == 2.0
     assert EnergyMeter(tmp_path / "none")() is None
+
+
+def test_no_joule_is_counted_twice(tmp_path):
+    """psys holds the package, and the package holds its cores; the memory is beside them."""
+    counters = []
+    for zone, name in {"0": "package-0", "0:0": "core", "0:1": "dram", "1": "psys"}.items():
+        folder = tmp_path / f"intel-rapl:{zone}"
+        folder.mkdir()
+        folder.joinpath("name").write_text(f"{name}\n")
+        counters.append(folder / "energy_uj")
+        counters[-1].write_text("0\n")
+    meter = EnergyMeter(tmp_path)
+    for counter, microjoules in zip(counters, (3_000_000, 2_000_000, 500_000, 9_000_000), strict=True):
+        counter.write_text(f"{microjoules}\n")
+    assert meter() == 3.5
 
 
 def test_sglang_takes_the_longest_sequence_and_shares_prompts_inside_a_batch():

@@ -1,7 +1,7 @@
 """Reads the energy that a call takes, and the memory that a process and a GPU use at most.
 
-Energy: Linux's RAPL counters of the CPU packages, where they may be read, and NVML's counter of the GPU. Both
-count the whole device, so other work on the machine counts, too.
+Energy: Linux's RAPL counters of the CPU packages and of the memory, where they may be read, and NVML's
+counters of the GPUs. They count whole devices, so other work on the machine counts, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ class EnergyMeter:
     """Returns the joules since the last call; ``None`` where the machine does not tell."""
 
     def __init__(self, powercap: Path = _POWERCAP) -> None:
-        self._counters = [(_reader(zone), _largest(zone)) for zone in sorted(powercap.glob("intel-rapl:?"))]
-        self._counters = [(read, largest) for read, largest in self._counters if read is not None]
+        zones = [
+            (_reader(zone), _largest(zone)) for zone in sorted(powercap.glob("intel-rapl:*")) if _counts(zone)
+        ]
+        self._counters = [(read, largest) for read, largest in zones if read is not None]
         if (handle := _gpu()) is not None:
             nvml, of = handle
             with contextlib.suppress(nvml.NVMLError):
@@ -39,6 +41,16 @@ class EnergyMeter:
             spent += after - before if after >= before else after - before + largest  # the counter ran over
         self._last = now
         return spent / 1e6
+
+
+def _counts(zone: Path) -> bool:
+    """Return whether a zone counts what no other one counts.
+
+    A package holds its cores and its graphics, and psys, which some machines have, holds the packages. A
+    package does not hold the memory (Documentation/power/powercap in Linux).
+    """
+    name = zone / "name"
+    return os.access(name, os.R_OK) and name.read_text().startswith(("package-", "dram"))
 
 
 def _reader(zone: Path) -> Callable[[], int] | None:
