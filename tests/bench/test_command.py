@@ -123,6 +123,7 @@ class TestRun:
         (("--shape", "tiny", "--dtype", "int8"), "--dtype 'int8'"),
         (("--shape", "tiny", "--engine", "dtype=float32"), "give --dtype"),
         (("--shape", "tiny", "--engine", "block_size"), "expected NAME=VALUE"),
+        (("--shape", "tiny", "--engine", "tensor_parallel_size=x"), "must be a whole number"),
     ],
 )
 def test_a_wrong_option_is_named(options, told, invoke):

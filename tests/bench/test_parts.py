@@ -13,6 +13,7 @@ from vllm_kl.bench.check import TOLERANCES, check
 from vllm_kl.bench.command import WORSE
 from vllm_kl.bench.compare import compare, figure_for
 from vllm_kl.bench.cost import cost_of
+from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.meters import EnergyMeter
 from vllm_kl.bench.providers import sglang_options
 from vllm_kl.bench.results import read_rows
@@ -162,6 +163,7 @@ def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     assert (shared.computed_tokens, alone.computed_tokens) == (19, 28)
     assert alone.flop - shared.flop == 2 * 50 * 9 + 4 * 2 * 8 * 50
     assert cost_of(traffic, None, "bfloat16", limits).flop is None
+    assert cost_of(traffic, size, "bfloat16", limits, num_devices=2).least_s == shared.least_s / 2
 
 
 def test_the_bound_reads_of_an_embedding_only_the_rows_of_the_tokens():
@@ -194,12 +196,12 @@ def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_pa
     zone.joinpath("max_energy_range_uj").write_text("10000000\n")
     counter = zone / "energy_uj"
     counter.write_text("9000000\n")
-    meter = EnergyMeter(tmp_path)
+    meter = EnergyMeter(powercap=tmp_path)
     counter.write_text("9500000\n")
     assert meter() == 0.5
     counter.write_text("1500000\n")
     assert meter() == 2.0
-    assert EnergyMeter(tmp_path / "none")() is None
+    assert EnergyMeter(powercap=tmp_path / "none")() is None
 
 
 def test_no_joule_is_counted_twice(tmp_path):
@@ -211,10 +213,49 @@ def test_no_joule_is_counted_twice(tmp_path):
         folder.joinpath("name").write_text(f"{name}\n")
         counters.append(folder / "energy_uj")
         counters[-1].write_text("0\n")
-    meter = EnergyMeter(tmp_path)
+    meter = EnergyMeter(powercap=tmp_path)
     for counter, microjoules in zip(counters, (3_000_000, 2_000_000, 500_000, 9_000_000), strict=True):
         counter.write_text(f"{microjoules}\n")
     assert meter() == 3.5
+
+
+class Nvml:
+    """Stands in the place of NVML on a machine with four GPUs."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self):
+        self.millijoules = [0, 0, 0, 0]
+
+    def nvmlDeviceGetCount(self):
+        return len(self.millijoules)
+
+    def nvmlDeviceGetHandleByIndex(self, gpu):
+        return gpu
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu):
+        return self.millijoules[gpu]
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "seen", "joules"), [(1, None, 1), (2, None, 3), (2, "3,1", 10), (None, None, None)]
+)
+def test_the_energy_of_all_gpus_of_a_provider_counts(num_gpus, seen, joules, monkeypatch, tmp_path):
+    nvml = Nvml()
+    monkeypatch.setattr("vllm_kl.bench.meters._nvml", lambda: nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    meter = EnergyMeter(num_gpus, tmp_path)
+    nvml.millijoules = [1000, 2000, 4000, 8000]
+    assert meter() == joules
+
+
+def test_the_peaks_are_those_of_dense_products():
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3", "float32") == 67e12
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3", "bfloat16") == 989.5e12
+    assert peak_flop_per_s("NVIDIA L4", "float16") == 121e12
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16") is None
 
 
 def test_sglang_takes_the_longest_sequence_and_shares_prompts_inside_a_batch():

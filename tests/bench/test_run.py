@@ -61,9 +61,10 @@ def measure(monkeypatch, tmp_path):
     """Return the function that runs providers, some with faults: it returns what was measured, and rows."""
     monkeypatch.setattr(run, "ProviderProcess", Process)
 
-    def measure(*names, faults=None, are_asked_for=False, device="cpu", **settings):
+    def measure(*names, faults=None, are_asked_for=False, gpu=None, **settings):
         monkeypatch.setattr(Process, "faults", faults or {})
-        setup = Setup(model="m", dtype="auto", device=device, **settings)
+        monkeypatch.setitem(FACTS, "limits", Limits(1e12, 1e10, gpu))
+        setup = Setup(model="m", dtype="auto", device="cuda" if gpu else "cpu", **settings)
         plan = Plan(
             setup=setup,
             traffics=[from_shape("8,4,2", 4)],
@@ -110,6 +111,31 @@ def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):
     flop = {name: row["flop_per_s"] * row["s_p50"] for name, row in rows.items()}
     assert flop["floor_head"] == 2 * SIZE["head"] * 4 * 4
     assert flop["floor_engine"] == pytest.approx(flop["floor"] - flop["floor_head"])
+
+
+class TestMfu:
+    def test_it_is_the_share_of_all_gpus_that_a_provider_takes(self, measure):
+        engine = {"tensor_parallel_size": 2}
+        _, rows, _ = measure("ours", "sglang", "transformers", gpu="NVIDIA L4", engine=engine)
+        peaks = {name: row["flop_per_s"] / row["mfu"] for name, row in rows.items()}
+        for name, num_gpus in {"ours": 2, "sglang": 2, "transformers": 1}.items():
+            assert peaks[name] == pytest.approx(num_gpus * 30.3e12)
+
+    @pytest.mark.parametrize(
+        ("settings", "why"),
+        [
+            ({"gpu": "NVIDIA T4"}, "data sheet of NVIDIA T4"),
+            ({"gpu": "NVIDIA L4", "replicas": 2}, "Ray chooses"),
+        ],
+    )
+    def test_without_a_peak_a_row_has_the_reason(self, measure, settings, why):
+        _, rows, _ = measure("ours", **settings)
+        assert rows["ours"]["mfu"] is None
+        assert why in rows["ours"]["no_mfu"]
+
+    def test_a_cpu_has_none_and_needs_no_reason(self, measure):
+        _, rows, _ = measure("ours")
+        assert (rows["ours"]["mfu"], rows["ours"]["no_mfu"]) == (None, None)
 
 
 def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):

@@ -29,6 +29,7 @@ from vllm_kl.bench.run import Bench, Measured, Plan
 from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
+from vllm_kl.engines.options import check_options
 from vllm_kl.errors import InputError, OptionError, VLLMKLError
 from vllm_kl.quiet import on_a_gpu, quiet_bench
 
@@ -171,6 +172,8 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
         report.line(f"{name} failed: {error}")
     for name, reason in measured.not_measured.items():
         report.line(f"{name} is not measured: {reason}")
+    for reason in dict.fromkeys(row["no_mfu"] for row in rows if row.get("no_mfu")):
+        report.line(f"no MFU: {reason}")
     details = f"{model}, {measured.facts['dtype']}, {plan.rounds} rounds, other providers {plan.peer_rounds}"
     report.line(machine_line(details))
     files = [] if out is None else _write(out, rows, console)
@@ -244,7 +247,7 @@ def _setup(
         model = str(home / "model")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise OptionError(f"--dtype {dtype!r}: expected auto, bfloat16, float16 or float32")
-    options = parse_engine_options(engine or ())
+    options = check_options(parse_engine_options(engine or ()))
     if "dtype" in options:
         raise OptionError("--engine dtype=...: give --dtype, which all providers take")
     longest = max(one.longest for one in traffics)

@@ -34,9 +34,15 @@ class Cost:
 
 
 def cost_of(
-    traffic: Traffic, size: Mapping[str, int] | None, dtype: str, limits: Any, *, share_prefix: bool = True
+    traffic: Traffic,
+    size: Mapping[str, int] | None,
+    dtype: str,
+    limits: Any,
+    *,
+    share_prefix: bool = True,
+    num_devices: int = 1,
 ) -> Cost:
-    """Return the cost of one call. ``size`` and ``limits`` are what ``bench.truth`` tells."""
+    """Return the cost of one call. ``size`` and ``limits``, of one device, are what ``bench.truth`` tells."""
     computed = traffic.computed_tokens if share_prefix else traffic.fed_tokens
     flop = head_flop = size_bytes = least_s = None
     bound = ""
@@ -47,6 +53,7 @@ def cost_of(
         read = size["parameters"] - size["embedding"] + _rows_read(traffic, size) * size["hidden"]
         size_bytes = _BYTES[dtype] * (read + float(size["layers"] * size["kv"] * computed))
         compute_s, memory_s = flop / limits.flop_per_s, size_bytes / limits.bytes_per_s
+        compute_s, memory_s = compute_s / num_devices, memory_s / num_devices
         least_s, bound = max((compute_s, "compute"), (memory_s, "memory"))
     return Cost(
         sequences=traffic.num_sequences,

@@ -112,9 +112,9 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
         os.dup2(file.fileno(), 2)
     try:
         sys.path.insert(0, str(Path.cwd()))  # the user's own providers
-        with GpuPeak() as gpu, contextlib.contextmanager(find())(setup) as running:
+        with GpuPeak(setup.num_gpus) as gpu, contextlib.contextmanager(find())(setup) as running:
             connection.send((None, None))
-            energy = EnergyMeter()
+            energy = EnergyMeter(setup.num_gpus)
             while (question := connection.recv())[0] != "end":
                 connection.send((None, _answer_to(question, running, energy)))
             peaks = {

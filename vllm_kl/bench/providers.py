@@ -38,7 +38,8 @@ def ours(setup: Setup) -> Iterator[Running]:
                 "num_rescored": stats.num_rescored,
             }
 
-        yield Running(scorer.score, getattr(scorer._engine, "pid", 0), told)
+        pid = getattr(scorer._engine, "pid", 0) if setup.num_processes == 1 else 0
+        yield Running(scorer.score, pid, told)
 
 
 def _shared_llm(setup: Setup) -> Any:
@@ -78,7 +79,12 @@ def torchrl(setup: Setup) -> Iterator[Running]:
         found = wrapper(lazy_stack(rows)).get(("log_probs", "full"), as_list=True)
         return [row[start:] for row, start in zip(found, starts, strict=True)]
 
-    yield Running(score)
+    yield Running(score, _pid(setup))
+
+
+def _pid(setup: Setup) -> int:
+    """Return the process of an engine that this process has started; 0: it has several."""
+    return os.getpid() if setup.num_processes == 1 else 0
 
 
 def _tokenizer(setup: Setup) -> Any:
@@ -96,7 +102,7 @@ def _native(setup: Setup, readout: str) -> Iterator[Running]:
     from vllm_kl import VLLMScorer
 
     scorer = VLLMScorer(_shared_llm(setup), readout=readout, share_prefix=False)
-    yield Running(scorer.score, told=lambda: {"readout": scorer.readout})
+    yield Running(scorer.score, _pid(setup), told=lambda: {"readout": scorer.readout})
 
 
 def flat(setup: Setup) -> Iterator[Running]:
@@ -216,6 +222,13 @@ PROVIDERS: dict[str, Provider] = {
 }
 # Other ways to score; they are slow, so they take part in fewer rounds.
 PEERS = frozenset(PROVIDERS) - {"ours", "floor"}
+
+
+def num_gpus_of(name: str, setup: Setup) -> int | None:
+    """Return how many GPUs a provider takes; ``None``: Ray chooses those of replicas."""
+    if name in ("transformers", "trl", "floor"):
+        return 1
+    return None if name == "ours" and setup.replicas > 1 else setup.num_processes
 
 
 def usable(device: str) -> list[str]:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kl.bench.cost import Cost
+from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.floor import ENGINE, HEAD
+from vllm_kl.bench.providers import num_gpus_of
 from vllm_kl.bench.report import machine, median_ratio, p20_p50_p80
-from vllm_kl.bench.run import Measured, Plan
+from vllm_kl.bench.run import Measured, Plan, kind_of
 from vllm_kl.bench.traffic import Traffic
 from vllm_kl.errors import InputError, OptionError
 
@@ -26,7 +28,7 @@ _LEAST, _HUGE = 1e-100, 1e100
 _FIGURES = (
     *("tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err", "not_measured", "check"),
     *("s_p20", "s_p50", "s_p80", "seconds", "scored_tok_per_s", "computed_tok_per_s", "flop_per_s", "mfu"),
-    *("joules", "tok_per_joule", "ratios", "peak_bytes", "gpu_peak_bytes"),
+    *("no_mfu", "joules", "tok_per_joule", "ratios", "peak_bytes", "gpu_peak_bytes"),
 )
 
 
@@ -41,7 +43,7 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
     for traffic in plan.traffics:
         for name in order:
             if name in measured.seconds[traffic.name]:
-                figures = _figures(measured, traffic, name)
+                figures = _figures(measured, traffic, name) | _mfu(plan, measured, traffic, name)
             elif (reason := _why_not(measured, name)) is not None:
                 figures = dict.fromkeys(_FIGURES) | {"not_measured": reason}
             else:  # Ctrl-C came before
@@ -67,8 +69,6 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
         peer: median_ratio(others, runs) for peer, others in seconds.items() if peer not in (ENGINE, HEAD)
     }
     flop = _flop(cost, name)
-    flop_per_s = None if flop is None else flop / p50
-    peak = measured.facts["limits"].data_sheet_flop_per_s
     joules = measured.joules[traffic.name].get(name)
     return dict.fromkeys(_FIGURES) | {
         "tok_per_s": cost.fed_tokens / p50,
@@ -82,13 +82,28 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
         "seconds": runs,
         "scored_tok_per_s": cost.scored_tokens / p50,
         "computed_tok_per_s": cost.computed_tokens / p50,
-        "flop_per_s": flop_per_s,
-        "mfu": None if flop_per_s is None or peak is None else flop_per_s / peak,
+        "flop_per_s": None if flop is None else flop / p50,
         "joules": None if joules is None else statistics.median(joules),
         "tok_per_joule": None if not joules else cost.fed_tokens / statistics.median(joules),
         "ratios": ratios,
         **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
     }
+
+
+def _mfu(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
+    """Return the share of the GPUs' data sheets, or the reason why there is none."""
+    gpu = measured.facts["limits"].gpu
+    flop = _flop(measured.costs[traffic.name], name)
+    if gpu is None or flop is None:
+        return {}
+    peak = peak_flop_per_s(gpu, measured.facts["dtype"])
+    num_gpus = 1 if name in (ENGINE, HEAD) else num_gpus_of(kind_of(name), plan.providers[name])
+    if peak is None:
+        return {"no_mfu": f"the data sheet of {gpu} is not in vllm_kl/bench/data_sheets.py"}
+    if num_gpus is None:
+        return {"no_mfu": "Ray chooses the GPUs of replicas, so neither their number nor their kind is known"}
+    seconds = statistics.median(measured.seconds[traffic.name][name])
+    return {"mfu": flop / seconds / (num_gpus * peak)}
 
 
 def _flop(cost: Cost, name: str) -> float | None:

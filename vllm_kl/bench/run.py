@@ -22,7 +22,7 @@ import numpy as np
 from vllm_kl.bench.check import check
 from vllm_kl.bench.cost import Cost, cost_of
 from vllm_kl.bench.process import ProviderProcess
-from vllm_kl.bench.providers import PEERS, find
+from vllm_kl.bench.providers import PEERS, find, num_gpus_of
 from vllm_kl.bench.traffic import Traffic, usable_ids
 from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
@@ -126,7 +126,8 @@ class Bench:
         self._ids = usable_ids(facts["vocab_size"], facts["special_ids"])
         for traffic in self._plan.traffics:
             known = (facts["size"], facts["dtype"], facts["limits"])
-            cost = cost_of(traffic, *known, share_prefix=self._setup.share_prefix)
+            options = {"share_prefix": self._setup.share_prefix, "num_devices": self._num_devices()}
+            cost = cost_of(traffic, *known, **options)
             self._measured.costs[traffic.name] = cost
             for by_shape in ("seconds", "joules", "errors", "told"):
                 getattr(self._measured, by_shape)[traffic.name] = {}
@@ -144,6 +145,11 @@ class Bench:
         else:
             self._on_line(f"the log-probs are checked against the model in {facts['check']}, by transformers")
         del self._running["truth"]
+
+    def _num_devices(self) -> int:
+        """Return how many devices share the work of a call: GPUs, or the one machine."""
+        setup = self._setup
+        return setup.num_processes * setup.replicas if setup.device == "cuda" else 1
 
     def _together(self, names: list[str]) -> list[list[str]]:
         """Return the providers that are in memory at the same time."""
@@ -174,7 +180,9 @@ class Bench:
                 process.kill()
 
     def _start(self, name: str) -> None:
-        setup = dataclasses.replace(self._plan.providers[name], dtype=self._setup.dtype)
+        setup = self._plan.providers[name]
+        num_gpus = num_gpus_of(kind_of(name), setup)
+        setup = dataclasses.replace(setup, dtype=self._setup.dtype, num_gpus=num_gpus)
         provider = functools.partial(find, kind_of(name))
         self._running[name] = ProviderProcess(name, provider, setup, self._plan.log_folder)
 
