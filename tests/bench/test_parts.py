@@ -15,7 +15,6 @@ from vllm_kl.bench.compare import compare, figure_for
 from vllm_kl.bench.cost import cost_of
 from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.meters import EnergyMeter
-from vllm_kl.bench.providers import sglang_options
 from vllm_kl.bench.results import read_rows
 from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
 from vllm_kl.bench.truth import Limits, _widest, truth
@@ -256,16 +255,6 @@ def test_the_peaks_are_those_of_dense_products():
     assert peak_flop_per_s("NVIDIA H100 80GB HBM3", "bfloat16") == 989.5e12
     assert peak_flop_per_s("NVIDIA L4", "float16") == 121e12
     assert peak_flop_per_s("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16") is None
-
-
-def test_sglang_takes_the_longest_sequence_and_shares_prompts_inside_a_batch():
-    engine = {"tensor_parallel_size": 2, "revision": "main", "block_size": 16}
-    options = sglang_options(Setup(model="m", dtype="bfloat16", device="cuda", engine=engine, max_tokens=100))
-    max_req_input_len = (options["context_length"] - 1) - 5  # of SGLang, which refuses as many tokens
-    assert max_req_input_len > 100
-    assert (options["schedule_policy"], options["tp_size"]) == ("lpm", 2)
-    assert options["revision"] == "main"
-    assert "block_size" not in options  # vLLM's
 
 
 def row(provider="ours", shape="8,4,2", **figures):

@@ -125,7 +125,7 @@ def load_model(setup: Setup, dtype: str) -> Any:
 
 
 def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Running]:
-    """Score with transformers, in slices of like sequences whose logits take 1 GiB."""
+    """Score with transformers, in slices of like sequences whose logits take at most 1 GiB."""
     import torch
 
     model = load_model(setup, setup.dtype)
@@ -133,12 +133,8 @@ def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Runn
 
     @torch.no_grad()
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), starts[i]))
-        most = max(len(row) - start for row, start in zip(sequences, starts, strict=True))
-        num_rows = max(1, (1 << 30) // (vocab_size * 4 * most))
         scored: dict[int, Any] = {}
-        for low in range(0, len(order), num_rows):
-            part = order[low : low + num_rows]
+        for part in slices(list(map(len, sequences)), starts, (1 << 30) // (vocab_size * 4)):
             ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sequences[i]) for i in part], True)
             first = min(starts[i] for i in part)
             found = read(model, ids.to(setup.device), first).cpu()
@@ -147,6 +143,24 @@ def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Runn
         return [scored[i] for i in range(len(sequences))]
 
     yield Running(score)
+
+
+def slices(lengths: Sequence[int], starts: Sequence[int], most_rows: int) -> Iterator[list[int]]:
+    """Yield the indices of sequences of like lengths, each once.
+
+    The sequences of a slice are padded to its longest, and scored from its smallest start on. A slice has at
+    most ``most_rows`` rows of logits, or one sequence.
+    """
+    part: list[int] = []
+    first = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], starts[i])):
+        first = min(first, starts[i]) if part else starts[i]
+        if part and (len(part) + 1) * (lengths[i] - first + 1) > most_rows:
+            yield part
+            part, first = [], starts[i]
+        part.append(i)
+    if part:
+        yield part
 
 
 def transformers(setup: Setup) -> Iterator[Running]:
