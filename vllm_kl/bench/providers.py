@@ -19,6 +19,8 @@ from vllm_kl.bench.models import make_tokenizer
 from vllm_kl.bench.types import Provider, Running, Setup
 from vllm_kl.errors import OptionError
 
+_LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
+
 
 def ours(setup: Setup) -> Iterator[Running]:
     """``VLLMScorer``, with an engine of its own, or replicas."""
@@ -42,14 +44,48 @@ def ours(setup: Setup) -> Iterator[Running]:
         yield Running(scorer.score, pid, told)
 
 
+def peer_options(setup: Setup) -> dict[str, Any]:
+    """Return the options of an engine of vLLM's own ways: the mode and the steps of our engine.
+
+    A request computes at most 2,048 tokens of a step, because vLLM holds the logits of all its tokens in a
+    step (``_get_prompt_logprobs_dict``, ``v1/worker/gpu_model_runner.py``, 0.32).
+    """
+    options: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 4096}
+    if setup.device == "cuda":
+        options = {"compilation_config": {"cudagraph_mode": "NONE"}, "max_num_batched_tokens": 16_384}
+    options |= setup.engine_options(generates=True)
+    if options["max_model_len"] > _LOGITS_OF_ONE:  # vLLM refuses a limit above the longest sequence
+        options.setdefault("long_prefill_token_threshold", _LOGITS_OF_ONE)
+    return options
+
+
+def with_kv_cache(setup: Setup, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the size of the KV cache, by the rule of our engine.
+
+    Raises:
+        OptionError: the KV of the longest sequence does not fit into the memory.
+    """
+    from vllm import EngineArgs
+
+    from vllm_kl.engines.memory import kv_cache_bytes
+
+    if not options.keys().isdisjoint(("kv_cache_memory_bytes", "gpu_memory_utilization")):
+        return options
+    config = EngineArgs(model=setup.model, **options).create_model_config()
+    size_bytes = kv_cache_bytes(setup.model, config, options, is_cuda=setup.device == "cuda")
+    if size_bytes is None:
+        return options
+    # Beside a size vLLM uses the share only to refuse a GPU that has less free.
+    share = {"gpu_memory_utilization": 0.01} if setup.device == "cuda" else {}
+    return {**options, **share, "kv_cache_memory_bytes": size_bytes}
+
+
 def _shared_llm(setup: Setup) -> Any:
     import vllm
 
-    # 2,048: vLLM holds the logits of all prompt tokens of a step.
-    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048}
-    settings |= setup.engine_options(generates=True)
-    if setup.device == "cpu":
-        settings.setdefault("kv_cache_memory_bytes", 512 << 20)
+    # A token is sampled after the longest sequence, and never computed.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    settings = with_kv_cache(setup, peer_options(setup))
     llm = vllm.LLM(setup.model, **settings)
     generate = llm.generate
     llm.generate = lambda *a, **k: generate(*a, **{"use_tqdm": False, **k})
