@@ -106,6 +106,24 @@ class TestFloor:
         assert "floor is not measured: the head is no matrix" in lines
 
 
+class TestMemory:
+    """Providers take turns within a round only if the memory holds all of their processes."""
+
+    @pytest.mark.parametrize(("free_gib", "take_turns"), [(6, True), (4, False)])
+    def test_a_process_takes_more_than_its_weights(self, measure, monkeypatch, free_gib, take_turns):
+        monkeypatch.setattr(run, "_free_bytes", lambda: free_gib << 30)
+        measured, _, lines = measure("ours", "flat")
+        assert measured.took_turns is take_turns
+        told = "providers run one after another, because the memory does not hold all models at a time"
+        assert (told in lines) is not take_turns
+
+    def test_where_the_size_is_not_known_providers_run_one_after_another(self, measure, monkeypatch):
+        monkeypatch.setitem(FACTS, "size", None)
+        measured, _, lines = measure("ours", "flat")
+        assert not measured.took_turns
+        assert "providers run one after another, because the model's size is not known" in lines
+
+
 def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):
     _, rows, _ = measure("floor")
     flop = {name: row["flop_per_s"] * row["s_p50"] for name, row in rows.items()}

@@ -28,6 +28,8 @@ from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
 
+# Of a provider beside its weights: libraries, KV, logits. With 0.4 GB of weights they take up to 2.1 GiB.
+_PROCESS_BYTES = 2 << 30
 _CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
 
 
@@ -154,11 +156,17 @@ class Bench:
     def _together(self, names: list[str]) -> list[list[str]]:
         """Return the providers that are in memory at the same time."""
         size = self._measured.facts["size"]
-        if self._setup.device == "cpu" and (size is None or _fits(size["parameters"], len(names))):
+        if self._setup.device == "cuda":
+            why = "a GPU holds one model at a time"
+        elif size is None:
+            why = "the model's size is not known"
+        elif not _fits(size["parameters"], len(names)):
+            why = "the memory does not hold all models at a time"
+        else:
             return [names]
         self._measured.took_turns = len(names) < 2
         if not self._measured.took_turns:
-            self._on_line("providers run one after another, because the memory holds one model at a time")
+            self._on_line(f"providers run one after another, because {why}")
         return [[name] for name in names]
 
     def _few(self, traffic: Traffic) -> tuple[list[np.ndarray], list[int]]:
@@ -234,6 +242,9 @@ def _rounds_of(name: str, plan: Plan) -> int:
 
 
 def _fits(num_parameters: int, num_models: int) -> bool:
-    """Return whether as many models fit into the memory, at four bytes a weight, as on a CPU they may."""
-    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-    return 4 * num_parameters * num_models < 0.8 * free
+    """Return whether as many processes fit into the memory, at four bytes a weight, as on a CPU they may."""
+    return num_models * (4 * num_parameters + _PROCESS_BYTES) < 0.8 * _free_bytes()
+
+
+def _free_bytes() -> int:
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
