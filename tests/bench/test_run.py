@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from vllm_kl.bench import run
 from vllm_kl.bench.floor import check_one_process, matrix_of
+from vllm_kl.bench.process import ProviderProcess
+from vllm_kl.bench.providers import find
 from vllm_kl.bench.report import as_markdown
 from vllm_kl.bench.results import rows_of
 from vllm_kl.bench.run import Bench, Plan
@@ -19,6 +22,7 @@ from vllm_kl.bench.types import Setup
 from vllm_kl.errors import EngineError, ReadoutUnavailableError
 
 SIZE = {"parameters": 100, "body": 50, "head": 30, "embedding": 0, "hidden": 1}
+WARNING = "tests.bench.providers_of_a_user:warning"
 FACTS = {
     "dtype": "float32",
     "vocab_size": 1000,
@@ -48,6 +52,9 @@ class Process:
     def time(self, sequences, starts):
         parts = {"floor_engine": 0.5, "floor_head": 0.5} if self._name == "floor" else {}
         return {"seconds": 1.0, "parts": parts, "joules": None}
+
+    def notes(self):
+        return ["dtype='float32' is faster"] if self._name in ("ours", "flat") else []
 
     def end(self):
         return {"peak_bytes": 1 << 20, "gpu_peak_bytes": 0}
@@ -166,3 +173,18 @@ def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):
     (table, _) = result_tables(list(rows.values()))
     (line,) = [line for line in as_markdown(table).splitlines() if line.startswith("| trl")]
     assert "failed: no kernel for this head and more" in line
+
+
+def test_what_providers_have_to_say_is_told_once(measure):
+    _, _, lines = measure("ours", "flat")
+    assert [line for line in lines if "is faster" in line] == ["ours: dtype='float32' is faster"]
+
+
+def test_a_warning_of_this_package_comes_from_the_process_and_stays_in_its_log(tmp_path):
+    """Without --out the log is deleted, so the warning must reach the user."""
+    setup = Setup(model="m", dtype="float32", device="cpu")
+    process = ProviderProcess("warning", functools.partial(find, WARNING), setup, tmp_path)
+    assert process.notes() == ["dtype='float32' is faster on this CPU"]
+    assert process.notes() == []
+    process.end()
+    assert "is faster" in tmp_path.joinpath("warning.log").read_text()

@@ -85,6 +85,7 @@ class Bench:
         self._ids = np.empty(0)
         self._truth: dict[str, list[np.ndarray]] = {}
         self._running: dict[str, ProviderProcess] = {}
+        self._notes: set[str] = set()
 
     def run(self) -> Measured:
         """Return what was measured, also after Ctrl-C. No process is left, whatever happens.
@@ -193,6 +194,14 @@ class Bench:
         setup = dataclasses.replace(setup, dtype=self._setup.dtype, num_gpus=num_gpus)
         provider = functools.partial(find, kind_of(name))
         self._running[name] = ProviderProcess(name, provider, setup, self._plan.log_folder)
+        self._tell_notes(name)
+
+    def _tell_notes(self, name: str) -> None:
+        """Tell what a provider's process has to say; what several say, once."""
+        for note in self._running[name].notes():
+            if note not in self._notes:
+                self._notes.add(note)
+                self._on_line(f"{name}: {note}")
 
     def _end(self, name: str) -> None:
         process = self._running.pop(name)
@@ -216,6 +225,7 @@ class Bench:
             if traffic.name in self._truth:
                 error = check(scored, self._truth[traffic.name], self._setup.dtype)
                 self._measured.errors[traffic.name][name] = error
+        self._tell_notes(name)
         if name not in PEERS:  # the few sequences have warmed up the peers
             process.time(*traffic.draw(self._ids, _WARM_UP))
 
