@@ -12,6 +12,7 @@ import pytest
 from tests import tiny
 from tests.command import vllm_kl
 from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl.errors import OptionError
 
 HERE = Path(__file__).parent
 FIELDS = {"provider", "shape", "tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err"}
@@ -159,6 +160,43 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
         assert [traffic.name for traffic in plans[-1].traffics] == list(shapes)
         assert list(plans[-1].providers) == ["ours", "ours[flat]", "flat"]
         assert plans[-1].providers["ours[flat]"].readout == "flat"
+
+
+@pytest.mark.parametrize(
+    ("providers", "failed", "code"),
+    [
+        ((), "trl", 0),
+        ((), "ours", 1),
+        ((), "the run", 1),
+        (("--providers", "ours", "transformers"), "transformers", 1),
+        (("--readouts", "auto", "flat"), "ours[flat]", 1),
+    ],
+)
+def test_only_ours_and_what_was_named_can_fail_a_run(providers, failed, code, invoke, monkeypatch):
+    """Ctrl-C is a failure of the run."""
+    from vllm_kl.bench import command
+
+    monkeypatch.setattr(command, "_run", lambda *_: {"failures": {failed: "no"}})
+    assert invoke("bench", "--shape", "tiny", *providers).exit_code == code
+
+
+def test_before_anything_starts_it_says_what_runs_and_what_is_kept(invoke, monkeypatch, tmp_path):
+    from vllm_kl.bench import command
+
+    class Nothing:
+        num_steps = staticmethod(lambda plan: 1)
+
+        def __init__(self, plan, **_):
+            raise OptionError("nothing is measured")
+
+    monkeypatch.setattr(command, "Bench", Nothing)
+    told = invoke("bench", "--shape", "tiny").stderr
+    assert "providers: ours, " in told
+    assert "--providers ours floor is the quick run" in told
+    assert "nothing is kept but this output: --out FOLDER" in told
+    told = invoke("bench", "--shape", "tiny", "--providers", "ours", "--out", str(tmp_path)).stderr
+    assert "quick" not in told
+    assert "kept" not in told
 
 
 def test_an_installation_of_the_client_alone_is_told_what_is_missing(invoke, monkeypatch):
