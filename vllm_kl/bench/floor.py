@@ -31,6 +31,8 @@ def floor(setup: Setup) -> Iterator[Running]:
 
     options = setup.engine_options(generates=False)
     check_one_process(options)
+    # The model must be in this process, also where the user has set the variable otherwise.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     driver: Any = start_engine(model=setup.model, readout="pooling", options=options)
     model = driver._core.engine_core.model_executor.driver_worker.worker.get_model()
     weight = matrix_of(model.pooler._head)
