@@ -133,10 +133,10 @@ def measure(
     quiet_bench()
     with _told_errors(), tempfile.TemporaryDirectory(prefix="vllm_kl_bench_") as home:
         traffics = _traffics(shapes, lengths, sequences)
+        _check_installed()
         setup = _setup(model, shape, dtype, engine, traffics, Path(home))
         names = _provider_names(providers, setup.device)
         _check_of_ours(names, readouts, no_share, replicas)
-        _check_installed()
         setup = dataclasses.replace(setup, share_prefix=not no_share, replicas=replicas)
         plan = Plan(
             setup=setup,
