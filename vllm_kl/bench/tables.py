@@ -13,7 +13,7 @@ from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.report import make_table
 
 Row = Mapping[str, Any]
-_NOT_MEASURED = "not measured"
+_NOT_MEASURED, _REASON_WIDTH = "not measured", 40
 _SHOWN_AS = {ENGINE: "  engine without LM head", HEAD: "  LM-head product"}
 
 
@@ -27,7 +27,7 @@ def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
 
 def _reason(row: Row) -> str:
     """Return the beginning of the reason why a provider has no figures; the lines below have all of it."""
-    return textwrap.shorten(row.get("not_measured") or "", 60, placeholder=" ...")
+    return textwrap.shorten(row.get("not_measured") or "", _REASON_WIDTH, placeholder=" ...")
 
 
 # Columns that no row has a value for are left out.
@@ -74,6 +74,7 @@ def title_of(shape: str) -> str:
 def _table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> Table:
     used = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
     table = make_table(title, "provider", *used, left=(_NOT_MEASURED,))
+    table.columns[0].no_wrap = True
     for row in rows:
         name = row["provider"]
         table.add_row(_SHOWN_AS.get(name, name), *(cell(row) for cell in used.values()))
