@@ -165,7 +165,7 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
 @pytest.mark.parametrize(
     ("providers", "failed", "code"),
     [
-        ((), "trl", 0),
+        ((), "transformers", 0),
         ((), "ours", 1),
         ((), "the run", 1),
         (("--providers", "ours", "transformers"), "transformers", 1),

@@ -184,7 +184,9 @@ def test_a_warning_of_this_package_comes_from_the_process_and_stays_in_its_log(t
     """Without --out the log is deleted, so the warning must reach the user."""
     setup = Setup(model="m", dtype="float32", device="cpu")
     process = ProviderProcess("warning", functools.partial(find, WARNING), setup, tmp_path)
-    assert process.notes() == ["dtype='float32' is faster on this CPU"]
-    assert process.notes() == []
-    process.end()
+    try:
+        assert process.notes() == ["dtype='float32' is faster on this CPU"]
+        assert process.notes() == []
+    finally:
+        process.kill()
     assert "is faster" in tmp_path.joinpath("warning.log").read_text()
