@@ -81,6 +81,9 @@ def test_any_arguments_are_planned_or_refused(options):
             assert 0 < traffic.scored_tokens < traffic.fed_tokens <= 100_000_000
 
 
+RIGHT = st.fixed_dictionaries(
+    {"prompt": st.integers(1, 99), "responses": st.lists(st.integers(1, 99), min_size=1)}
+)
 GROUPS = st.fixed_dictionaries(
     {},
     optional={
@@ -98,9 +101,9 @@ def lines_of(values):
 
 
 @fuzz(
-    groups=st.lists(GROUPS, max_size=3),
+    groups=st.one_of(st.lists(RIGHT, min_size=1, max_size=3), st.lists(GROUPS, max_size=3)),
     changes=st.one_of(st.just([]), CHANGES),
-    more=st.sampled_from([b"", b"\xff", b"[" * 100_000, b'{"prompt": 1' + b"0" * 5000 + b"}"]),
+    more=st.sampled_from([b"", b"", b"", b"\xff", b"[" * 100_000, b'{"prompt": 1' + b"0" * 5000 + b"}"]),
 )
 def test_a_file_of_lengths_is_a_call_or_an_error(groups, changes, more):
     path = Path(put("lengths.jsonl", mutated(lines_of(groups), changes) + more))
