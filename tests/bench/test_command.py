@@ -12,6 +12,7 @@ import pytest
 from tests import tiny
 from tests.command import vllm_kl
 from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl.errors import OptionError
 
 HERE = Path(__file__).parent
 FIELDS = {"provider", "shape", "tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err"}
@@ -37,9 +38,14 @@ class TestRun:
     def test_the_last_line_is_json_with_the_promised_fields(self, run):
         figures = json.loads(run[1].stdout.splitlines()[-1])
         rows = {row["provider"]: row for row in figures["results"]}
-        assert list(rows) == ["ours", "floor", "floor_engine", "floor_head"]
+        faulty = {f"providers_of_a_user:{name}" for name in ("constant", "dying")}
+        assert list(rows) == ["ours", "floor", "floor_engine", "floor_head", *sorted(faulty)]
         for row in rows.values():
             assert row.keys() >= FIELDS
+            if row["provider"] in faulty:
+                assert row["tok_per_s"] is None
+                assert row["not_measured"].startswith("failed: ")
+                continue
             assert row["shape"] == "65,8,4"
             assert row["tok_per_s"] == pytest.approx(8 * 73 / row["s_p50"])
             assert (row["fed_tokens"], row["scored_tokens"]) == (8 * 73, 8 * 8)
@@ -105,15 +111,20 @@ class TestRun:
         (("--shape", "100,2,1000"), "multiple of 64"),
         (("--shape", "tiny", "--shapes", "256,128"), "expected P,R,G"),
         (("--shape", "tiny", "--shapes", "256,0,8"), "expected P,R,G"),
+        (("--shape", "tiny", "--shapes", "9" * 5000 + ",8,1"), "expected P,R,G"),
+        (("--shape", "tiny", "--shapes", "999999999,1,9"), "at most 100,000,000"),
+        (("--shape", "9" * 5000 + ",8,512"), "expected hidden,layers,vocab"),
         (("--shape", "tiny", "--lengths", "none.jsonl"), "none.jsonl"),
         (("--shape", "tiny", "--shapes", "8,8,1", "--lengths", "f"), "give it or --shapes"),
         (("--shape", "tiny", "--providers", "ours", "theirs"), "'theirs'"),
+        (("--shape", "tiny", "--providers", "my providers:slow"), "or module:function"),
         (("--shape", "tiny", "--providers", "ours", "ours"), "given twice"),
         (("--shape", "tiny", "--providers", "floor", "--no-share"), "--no-share has no effect"),
         (("--shape", "tiny", "--readouts", "fast"), "--readouts 'fast'"),
         (("--shape", "tiny", "--dtype", "int8"), "--dtype 'int8'"),
         (("--shape", "tiny", "--engine", "dtype=float32"), "give --dtype"),
         (("--shape", "tiny", "--engine", "block_size"), "expected NAME=VALUE"),
+        (("--shape", "tiny", "--engine", "tensor_parallel_size=x"), "must be a whole number"),
     ],
 )
 def test_a_wrong_option_is_named(options, told, invoke):
@@ -149,6 +160,43 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
         assert [traffic.name for traffic in plans[-1].traffics] == list(shapes)
         assert list(plans[-1].providers) == ["ours", "ours[flat]", "flat"]
         assert plans[-1].providers["ours[flat]"].readout == "flat"
+
+
+@pytest.mark.parametrize(
+    ("providers", "failed", "code"),
+    [
+        ((), "transformers", 0),
+        ((), "ours", 1),
+        ((), "the run", 1),
+        (("--providers", "ours", "transformers"), "transformers", 1),
+        (("--readouts", "auto", "flat"), "ours[flat]", 1),
+    ],
+)
+def test_only_ours_and_what_was_named_can_fail_a_run(providers, failed, code, invoke, monkeypatch):
+    """Ctrl-C is a failure of the run."""
+    from vllm_kl.bench import command
+
+    monkeypatch.setattr(command, "_run", lambda *_: {"failures": {failed: "no"}})
+    assert invoke("bench", "--shape", "tiny", *providers).exit_code == code
+
+
+def test_before_anything_starts_it_says_what_runs_and_what_is_kept(invoke, monkeypatch, tmp_path):
+    from vllm_kl.bench import command
+
+    class Nothing:
+        num_steps = staticmethod(lambda plan: 1)
+
+        def __init__(self, plan, **_):
+            raise OptionError("nothing is measured")
+
+    monkeypatch.setattr(command, "Bench", Nothing)
+    told = invoke("bench", "--shape", "tiny").stderr
+    assert "providers: ours, " in told
+    assert "--providers ours floor is the quick run" in told
+    assert "nothing is kept but this output: --out FOLDER" in told
+    told = invoke("bench", "--shape", "tiny", "--providers", "ours", "--out", str(tmp_path)).stderr
+    assert "quick" not in told
+    assert "kept" not in told
 
 
 def test_an_installation_of_the_client_alone_is_told_what_is_missing(invoke, monkeypatch):

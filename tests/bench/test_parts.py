@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_kl.bench.check import check
+from vllm_kl.bench.check import TOLERANCES, check
 from vllm_kl.bench.command import WORSE
 from vllm_kl.bench.compare import compare, figure_for
 from vllm_kl.bench.cost import cost_of
+from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.meters import EnergyMeter
 from vllm_kl.bench.results import read_rows
 from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
@@ -71,6 +72,14 @@ class TestCheck:
         with pytest.raises(MissingLogProbError, match="not timed"):
             check([-row for row in scored[1]], scored[1], dtype)
 
+    @pytest.mark.parametrize(("dtype", "off"), [("float32", 0.2), ("bfloat16", 5.0)])
+    def test_a_single_log_prob_that_is_far_off_is_refused(self, dtype, off):
+        truth = [-np.random.default_rng(0).exponential(10, 512)]
+        scored = [np.where(np.arange(512) == 3, truth[0] - off, truth[0])]
+        assert np.abs(scored[0] - truth[0]).mean() < TOLERANCES[dtype]
+        with pytest.raises(MissingLogProbError, match="a log-prob differs from the model's by .*; not timed"):
+            check(scored, truth, dtype)
+
     def test_a_missing_row_and_nan_are_refused(self, scored):
         _, right = scored
         with pytest.raises(MissingLogProbError, match="shapes"):
@@ -87,6 +96,14 @@ class TestTraffic:
         assert (sequences[0][:5] == sequences[1][:5]).all()
         assert (sequences[0][:5] != sequences[2][:5]).any()
         assert not np.isin(sequences, [7, 9]).any()
+
+    def test_two_shapes_of_a_run_have_no_ids_in_common(self):
+        """Engines live through all shapes, so they would find the ids of one in the cache of another."""
+        ids = usable_ids(100_000, [0])
+        short, long = (from_shape(shape, 4).draw(ids, 3)[0] for shape in ("8,4,2", "64,4,2"))
+        assert (long[0][:8] == short[0][:8]).sum() < 3
+        again = from_shape("64,4,2", 4).draw(ids, 3)[0]
+        assert all((one == other).all() for one, other in zip(long, again, strict=True))
 
     def test_counts_are_those_of_plain_loops(self):
         traffic = Traffic(name="t", groups=((10, (4, 1, 6)), (3, (2,))))
@@ -114,9 +131,26 @@ class TestTraffic:
         with pytest.raises(OptionError, match="empty"):
             from_file(file)
 
+    @pytest.mark.parametrize("content", [b"\xff", b"[" * 9999, b'{"prompt": 1' + b"0" * 5000 + b"}"])
+    def test_a_file_that_is_no_text_or_no_json_is_refused(self, tmp_path, content):
+        file = tmp_path / "lengths.jsonl"
+        file.write_bytes(content)
+        with pytest.raises((OptionError, InputError), match=r"lengths\.jsonl"):
+            from_file(file)
+        with pytest.raises((OptionError, InputError), match=r"lengths\.jsonl"):
+            read_rows(file)
+
+    def test_a_call_that_the_memory_cannot_hold_is_refused(self, tmp_path):
+        file = tmp_path / "lengths.jsonl"
+        file.write_text('{"prompt": 90000000, "responses": [1, 1]}\n')
+        for call in (lambda: from_file(file), lambda: from_shape("90000000,1,2", 2)):
+            with pytest.raises(OptionError, match="180,000,002 tokens, at most 100,000,000"):
+                call()
+
 
 def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     size = {"parameters": 100, "body": 50, "head": 30, "layers": 2, "attention": 8, "kv": 4}
+    size |= {"embedding": 0, "hidden": 10}
     traffic = Traffic(name="t", groups=((10, (4, 4)),))
     limits = Limits(1e3, 1e9, None)
     shared = cost_of(traffic, size, "bfloat16", limits)
@@ -128,6 +162,17 @@ def test_the_cost_counts_a_shared_prompt_once_and_the_head_on_scored_rows():
     assert (shared.computed_tokens, alone.computed_tokens) == (19, 28)
     assert alone.flop - shared.flop == 2 * 50 * 9 + 4 * 2 * 8 * 50
     assert cost_of(traffic, None, "bfloat16", limits).flop is None
+    assert cost_of(traffic, size, "bfloat16", limits, num_devices=2).least_s == shared.least_s / 2
+
+
+def test_the_bound_reads_of_an_embedding_only_the_rows_of_the_tokens():
+    size = {"parameters": 5100, "body": 50, "head": 30, "layers": 2, "attention": 8, "kv": 4}
+    size |= {"embedding": 5000, "hidden": 5}
+    one = Traffic(name="t", groups=((1, (1,)),))
+    known = (size, "bfloat16", Limits(1e3, 1e9, None))
+    assert cost_of(one, *known).bytes == pytest.approx(2 * (100 + 2 * 5 + 2 * 4 * 2), rel=1e-3)
+    many = Traffic(name="t", groups=((9000, (1000,)),))
+    assert cost_of(many, *known).bytes == pytest.approx(2 * (5100 + 2 * 4 * 10_000), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +191,70 @@ def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected
 def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_path):
     zone = tmp_path / "intel-rapl:0"
     zone.mkdir()
+    zone.joinpath("name").write_text("package-0\n")
     zone.joinpath("max_energy_range_uj").write_text("10000000\n")
     counter = zone / "energy_uj"
     counter.write_text("9000000\n")
-    meter = EnergyMeter(tmp_path)
+    meter = EnergyMeter(powercap=tmp_path)
     counter.write_text("9500000\n")
     assert meter() == 0.5
     counter.write_text("1500000\n")
     assert meter() == 2.0
-    assert EnergyMeter(tmp_path / "none")() is None
+    assert EnergyMeter(powercap=tmp_path / "none")() is None
+
+
+def test_no_joule_is_counted_twice(tmp_path):
+    """psys holds the package, and the package holds its cores; the memory is beside them."""
+    counters = []
+    for zone, name in {"0": "package-0", "0:0": "core", "0:1": "dram", "1": "psys"}.items():
+        folder = tmp_path / f"intel-rapl:{zone}"
+        folder.mkdir()
+        folder.joinpath("name").write_text(f"{name}\n")
+        counters.append(folder / "energy_uj")
+        counters[-1].write_text("0\n")
+    meter = EnergyMeter(powercap=tmp_path)
+    for counter, microjoules in zip(counters, (3_000_000, 2_000_000, 500_000, 9_000_000), strict=True):
+        counter.write_text(f"{microjoules}\n")
+    assert meter() == 3.5
+
+
+class Nvml:
+    """Stands in the place of NVML on a machine with four GPUs."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self):
+        self.millijoules = [0, 0, 0, 0]
+
+    def nvmlDeviceGetCount(self):
+        return len(self.millijoules)
+
+    def nvmlDeviceGetHandleByIndex(self, gpu):
+        return gpu
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, gpu):
+        return self.millijoules[gpu]
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "seen", "joules"), [(1, None, 1), (2, None, 3), (2, "3,1", 10), (None, None, None)]
+)
+def test_the_energy_of_all_gpus_of_a_provider_counts(num_gpus, seen, joules, monkeypatch, tmp_path):
+    nvml = Nvml()
+    monkeypatch.setattr("vllm_kl.bench.meters._nvml", lambda: nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    meter = EnergyMeter(num_gpus, tmp_path)
+    nvml.millijoules = [1000, 2000, 4000, 8000]
+    assert meter() == joules
+
+
+def test_the_peaks_are_those_of_dense_products():
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3", "float32") == 67e12
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3", "bfloat16") == 989.5e12
+    assert peak_flop_per_s("NVIDIA L4", "float16") == 121e12
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16") is None
 
 
 def row(provider="ours", shape="8,4,2", **figures):
@@ -175,6 +275,7 @@ class TestCompare:
         [
             ([row(tok_per_s=89.0)], "worse, tolerance 0.1"),
             ([row(max_abs_err=1e-3)], "max_abs_err 1.0e-06 -> 1.0e-03"),
+            ([row(max_abs_err=None)], "the second run was not checked"),
             ([row("flat")], "the second run has none"),
         ],
     )
@@ -183,10 +284,32 @@ class TestCompare:
         assert one.is_worse
         assert told in one.message
 
-    @pytest.mark.parametrize("name", ["parameters", "dtype", "fed_tokens", "share_prefix"])
-    def test_runs_of_different_things_are_refused(self, name):
-        with pytest.raises(OptionError, match=f"{name} is 1 in the first run and 2"):
-            compare([row(**{name: 1})], [row(**{name: 2})], tolerance=0.1, figure="tok_per_s")
+    @pytest.mark.parametrize(
+        ("name", "first", "second"),
+        [
+            ("model", "qwen-0.5b", "qwen-7b"),
+            ("parameters", 1, 2),
+            ("dtype", "float32", "bfloat16"),
+            ("fed_tokens", 1, 2),
+            ("share_prefix", True, False),
+            ("replicas", 1, 2),
+            ("engine", {}, {"block_size": 16}),
+            ("readout", "pooling", "flat"),
+        ],
+    )
+    def test_runs_of_different_things_are_refused(self, name, first, second):
+        runs = [row(**{name: first})], [row(**{name: second})]
+        with pytest.raises(OptionError) as refusal:
+            compare(*runs, tolerance=0.1, figure="tok_per_s")
+        told = f"ours, 8,4,2: {name} is {first!r} in the first run and {second!r} in the second"
+        assert str(refusal.value).startswith(told)
+
+    def test_the_folder_of_a_model_does_not_matter(self):
+        """The same model lies elsewhere on another machine."""
+        (one,) = compare(
+            [row(model="/data/qwen")], [row(model="/home/me/qwen")], tolerance=0.1, figure="tok_per_s"
+        )
+        assert not one.is_worse
 
     def test_seconds_of_two_machines_are_not_compared(self):
         assert figure_for([row()], [row()]) == "tok_per_s"
@@ -211,6 +334,16 @@ class TestCompare:
             read_rows(tmp_path)
         tmp_path.joinpath("results.jsonl").write_text('{"prompt": 3}\n')
         with pytest.raises(InputError, match="line 1: no row"):
+            read_rows(tmp_path)
+
+    @pytest.mark.parametrize(
+        "figures",
+        [{"tok_per_s": "1"}, {"tok_per_s": 0}, {"max_abs_err": float("nan")}, {"provider": ["ours"]}],
+    )
+    def test_rows_that_cannot_be_compared_are_named(self, tmp_path, figures):
+        file = tmp_path / "results.jsonl"
+        file.write_text(json.dumps(row() | figures) + "\n")
+        with pytest.raises(InputError, match="line 1"):
             read_rows(tmp_path)
 
 

@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +25,12 @@ from vllm_kl.bench.compare import Figure, compare, figure_for
 from vllm_kl.bench.providers import check_names, usable
 from vllm_kl.bench.report import Report, machine_line
 from vllm_kl.bench.results import read_rows, rows_of, write_rows
-from vllm_kl.bench.run import Bench, Measured, Plan
+from vllm_kl.bench.run import Bench, Measured, Plan, kind_of
 from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
-from vllm_kl.errors import OptionError, VLLMKLError
+from vllm_kl.engines.options import check_options
+from vllm_kl.errors import InputError, OptionError, VLLMKLError
 from vllm_kl.quiet import on_a_gpu, quiet_bench
 
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
@@ -77,7 +79,8 @@ Lengths = Annotated[
     ),
 ]
 NumSequences = Annotated[
-    int, typer.Option(min=1, help="Sequences of one call with --shapes, made up to whole groups.")
+    int,
+    typer.Option(min=1, max=1_000_000, help="Sequences of one call with --shapes, in whole groups."),
 ]
 Providers = Annotated[
     list[str] | None,
@@ -121,18 +124,19 @@ def measure(
 ) -> None:
     """Measure how fast log-probs of a model are read here, by this package and by other ways.
 
-    Log-probs are checked before anything is timed. Exit codes: 0, all was measured; 1, a provider failed, the
-    others were measured; 2, an option is wrong.
+    Log-probs are checked before anything is timed. Exit codes: 0, ours and all providers that were named were
+    measured, as far as this machine can; 1, one of them failed, the others were measured; 2, an option or a
+    file is wrong.
     """
     if context.invoked_subcommand is not None:
         return
     quiet_bench()
     with _told_errors(), tempfile.TemporaryDirectory(prefix="vllm_kl_bench_") as home:
         traffics = _traffics(shapes, lengths, sequences)
+        _check_installed()
         setup = _setup(model, shape, dtype, engine, traffics, Path(home))
         names = _provider_names(providers, setup.device)
         _check_of_ours(names, readouts, no_share, replicas)
-        _check_installed()
         setup = dataclasses.replace(setup, share_prefix=not no_share, replicas=replicas)
         plan = Plan(
             setup=setup,
@@ -146,12 +150,21 @@ def measure(
         figures = _run(plan, shape or str(model), out, as_json)
     if as_json:
         typer.echo(json.dumps(figures))
-    raise typer.Exit(FAILED if figures["failures"] else 0)
+    raise typer.Exit(FAILED if _is_failed(plan, figures["failures"]) else 0)
+
+
+def _is_failed(plan: Plan, failures: Mapping[str, str]) -> bool:
+    """Return whether one of those failed that the user wants: ours, those that were named, or the run."""
+    return any(
+        plan.are_asked_for or name not in plan.providers or kind_of(name) == "ours" for name in failures
+    )
 
 
 def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, Any]:
     """Measure, print and write; return the figures of ``--json``."""
     console = _console(is_error=True)
+    for line in _before(plan, out):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=Bench.num_steps(plan))
@@ -167,15 +180,29 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
         report.table(table)
     for name, error in measured.failures.items():
         report.line(f"{name} failed: {error}")
+    for name, reason in measured.not_measured.items():
+        report.line(f"{name} is not measured: {reason}")
+    for reason in dict.fromkeys(row["no_mfu"] for row in rows if row.get("no_mfu")):
+        report.line(f"no MFU: {reason}")
     details = f"{model}, {measured.facts['dtype']}, {plan.rounds} rounds, other providers {plan.peer_rounds}"
     report.line(machine_line(details))
     files = [] if out is None else _write(out, rows, console)
     return {
         "results": rows,
         "failures": measured.failures,
+        "not_measured": measured.not_measured,
         "costs": {name: dataclasses.asdict(cost) for name, cost in measured.costs.items()},
         "files": files,
     }
+
+
+def _before(plan: Plan, out: Path | None) -> Iterator[str]:
+    """Yield what a user should know before anything starts."""
+    yield f"providers: {', '.join(plan.providers)}"
+    if not plan.are_asked_for:
+        yield "the other ways take most of the time: --providers ours floor is the quick run without them"
+    if out is None:
+        yield "nothing is kept but this output: --out FOLDER keeps rows, tables, a picture and logs"
 
 
 def _print_costs(measured: Measured, model: str, console: Console) -> None:
@@ -203,11 +230,12 @@ def _anew(out: Path | None) -> Path | None:
 def _write(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
     write_rows(out / "results.jsonl", rows)
     files = [str(out / "results.jsonl"), str(out / "bench.md")]
-    if rows and importlib.util.find_spec("matplotlib") is not None:
+    is_measured = any(row["tok_per_s"] is not None for row in rows)
+    if is_measured and importlib.util.find_spec("matplotlib") is not None:
         from vllm_kl.bench.plot import plot
 
         files.append(str(plot(out / "bench.png", rows)))
-    elif rows:
+    elif is_measured:
         console.print("no picture without matplotlib: pip install 'vllm-kl\\[plot]'")
     console.print(f"wrote {', '.join(files)}", highlight=False, markup=False, soft_wrap=True)
     return files
@@ -238,7 +266,7 @@ def _setup(
         model = str(home / "model")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise OptionError(f"--dtype {dtype!r}: expected auto, bfloat16, float16 or float32")
-    options = parse_engine_options(engine or ())
+    options = check_options(parse_engine_options(engine or ()))
     if "dtype" in options:
         raise OptionError("--engine dtype=...: give --dtype, which all providers take")
     longest = max(one.longest for one in traffics)
@@ -294,7 +322,10 @@ def _log_folder(out: Path | None, temporary: Path) -> Path:
     if out is None:
         return temporary
     folder = out / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: no path has this name
+        raise OptionError(f"--out {out}: {error}") from error
     for log in folder.glob("*.log"):
         log.unlink()
     return folder
@@ -311,7 +342,7 @@ def _told_errors() -> Iterator[None]:
     """Print an error of this package, and exit."""
     try:
         yield
-    except OptionError as error:
+    except (OptionError, InputError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     except (VLLMKLError, OSError) as error:
@@ -336,6 +367,8 @@ def compare_runs(
 ) -> None:
     """Compare two runs; exit with 3 if a row of the second is slower, less exact or missing."""
     with _told_errors():
+        if math.isnan(tolerance):
+            raise OptionError("--tolerance nan: expected a share between 0 and 1")
         first, second = read_rows(before), read_rows(after)
         found = compare(first, second, tolerance=tolerance, figure=by or figure_for(first, second))
     is_worse = any(one.is_worse for one in found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 from vllm_kl.bench.floor import ENGINE, HEAD
@@ -15,6 +16,7 @@ from vllm_kl.errors import OptionError
 
 Figure = Literal["tok_per_s", "ratio_to_torchrl", "fraction_of_floor"]
 Row = dict[str, Any]
+_SAME = ("model", "parameters", "dtype", "fed_tokens", "share_prefix", "replicas", "engine", "readout")
 _EXACT = 1e-5  # nats; errors below it are rounding of float32
 _MOST_ERROR = 2.0  # times the error before
 
@@ -63,17 +65,23 @@ def compare(
 
 
 def _check_same(before: Sequence[Row], after: Sequence[Row]) -> None:
-    """Refuse runs of other models, types or lengths: a row of one says nothing about a row of the other."""
+    """Refuse runs of other things: a row of one says nothing about a row of the other."""
     then = {(row["provider"], row["shape"]): row for row in after}
     for row in before:
         other = then.get((row["provider"], row["shape"]), {})
-        for name in ("parameters", "dtype", "fed_tokens", "share_prefix"):
-            given = row.get(name), other.get(name)
+        for name in _SAME:
+            given = _setting(row, name), _setting(other, name)
             if None not in given and given[0] != given[1]:
                 raise OptionError(
-                    f"{row['provider']}, {row['shape']}: {name} is {given[0]} in the first run and "
-                    f"{given[1]} in the second: compare runs of the same model and options"
+                    f"{row['provider']}, {row['shape']}: {name} is {given[0]!r} in the first run and "
+                    f"{given[1]!r} in the second: compare runs of the same model and options"
                 )
+
+
+def _setting(row: Row, name: str) -> Any:
+    """Return what a run was told. Of a model's path only the last part: folders differ between machines."""
+    value = row.get(name)
+    return PurePath(value).name if name == "model" and isinstance(value, str) else value
 
 
 def _difference(old: Row, new: Row | None, tolerance: float, figure: Figure) -> Difference:
@@ -105,6 +113,10 @@ def _difference(old: Row, new: Row | None, tolerance: float, figure: Figure) -> 
 
 def _error_grew(old: Row, new: Row) -> str | None:
     before, after = old.get("max_abs_err"), new.get("max_abs_err")
-    if before is None or after is None or after <= max(_EXACT, _MOST_ERROR * before):
+    if before is None:
+        return None
+    if after is None:
+        return f"max_abs_err was {before:.1e} nats, and the second run was not checked"
+    if after <= max(_EXACT, _MOST_ERROR * before):
         return None
     return f"max_abs_err {before:.1e} -> {after:.1e} nats, more than {_MOST_ERROR:g} times before"

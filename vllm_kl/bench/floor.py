@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from vllm_kl.bench.types import Running, Setup
+from vllm_kl.errors import ReadoutUnavailableError
 
 ENGINE, HEAD = "floor_engine", "floor_head"  # its parts
 
 
 def floor(setup: Setup) -> Iterator[Running]:
-    """The engine without its LM head, then the head's product; ``score`` returns the seconds of both."""
+    """The engine without its LM head, then the head's product; ``score`` returns the seconds of both.
+
+    Raises:
+        ReadoutUnavailableError: the engine has several processes, or its head is no plain matrix.
+    """
     from vllm_kl.engines.base import drive
     from vllm_kl.engines.start_engine import start as start_engine
     from vllm_kl.types import ScoreRequest
 
     options = setup.engine_options(generates=False)
+    check_one_process(options)
+    # The model must be in this process, also where the user has set the variable otherwise.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     driver: Any = start_engine(model=setup.model, readout="pooling", options=options)
     model = driver._core.engine_core.model_executor.driver_worker.worker.get_model()
-    head = model.pooler._head
-    weight = head.lm_head.weight[: head.num_tokens]
+    weight = matrix_of(model.pooler._head)
     model.pooler._head = _NoHead(weight.device)
     product = _product(weight)
 
@@ -44,6 +51,26 @@ def floor(setup: Setup) -> Iterator[Running]:
         return {ENGINE: engine_s, HEAD: product(num_rows)}
 
     yield Running(run, os.getpid())
+
+
+def check_one_process(options: Mapping[str, Any]) -> None:
+    """Refuse an engine whose model is in other processes, where its head cannot be taken off."""
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if options.get(name, 1) != 1:
+            raise ReadoutUnavailableError(
+                f"with {name}={options[name]} the model is in several processes, and the floor takes the "
+                "LM head off a model in its own process"
+            )
+
+
+def matrix_of(head: Any) -> Any:
+    """Return the weight of the plugin's LM head, ``[V, H]``; refuse a head that is no plain matrix."""
+    if not hasattr(head, "lm_head"):
+        raise ReadoutUnavailableError(
+            "this model's LM head is more than a matrix (a soft cap, a bias, quantised weights or code of "
+            "its own), and the floor multiplies with a matrix alone"
+        )
+    return head.lm_head.weight[: head.num_tokens]
 
 
 class _NoHead:

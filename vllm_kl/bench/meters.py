@@ -1,16 +1,17 @@
 """Reads the energy that a call takes, and the memory that a process and a GPU use at most.
 
-Energy: Linux's RAPL counters of the CPU packages, where they may be read, and NVML's counter of the GPU. Both
-count the whole device, so other work on the machine counts, too.
+Energy: Linux's RAPL counters of the CPU packages and of the memory, where they may be read, and NVML's
+counters of the GPUs. They count whole devices, so other work on the machine counts, too.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vllm_kl.quiet import on_a_gpu
 
@@ -18,16 +19,27 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Returns the joules since the last call; ``None`` where the machine does not tell."""
+    """Returns the joules since the last call; ``None`` where the machine does not tell.
 
-    def __init__(self, powercap: Path = _POWERCAP) -> None:
-        self._counters = [(_reader(zone), _largest(zone)) for zone in sorted(powercap.glob("intel-rapl:?"))]
-        self._counters = [(read, largest) for read, largest in self._counters if read is not None]
-        if (handle := _gpu()) is not None:
-            nvml, of = handle
-            with contextlib.suppress(nvml.NVMLError):
-                nvml.nvmlDeviceGetTotalEnergyConsumption(of)
-                self._counters.append((lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(of) * 1000, 0))
+    Args:
+        num_gpus: GPUs that the work is on, the first that this process sees; ``None``: not known which. On a
+            machine with GPUs no energy is told then, nor where they do not tell theirs.
+        powercap: the folder of RAPL's counters.
+    """
+
+    def __init__(self, num_gpus: int | None = 1, powercap: Path = _POWERCAP) -> None:
+        zones = [
+            (_reader(zone), _largest(zone)) for zone in sorted(powercap.glob("intel-rapl:*")) if _counts(zone)
+        ]
+        self._counters = [(read, largest) for read, largest in zones if read is not None]
+        if (nvml := _nvml()) is not None:
+            gpus = [functools.partial(_microjoules, nvml, handle) for handle in _handles(nvml, num_gpus)]
+            try:
+                gpus[0]()
+            except (nvml.NVMLError, IndexError):  # an old GPU has no such counter
+                self._counters = []
+            else:
+                self._counters += [(read, 0) for read in gpus]
         self._last = [read() for read, _ in self._counters]
 
     def __call__(self) -> float | None:
@@ -39,6 +51,16 @@ class EnergyMeter:
             spent += after - before if after >= before else after - before + largest  # the counter ran over
         self._last = now
         return spent / 1e6
+
+
+def _counts(zone: Path) -> bool:
+    """Return whether a zone counts what no other one counts.
+
+    A package holds its cores and its graphics, and psys, which some machines have, holds the packages. A
+    package does not hold the memory (Documentation/power/powercap in Linux).
+    """
+    name = zone / "name"
+    return os.access(name, os.R_OK) and name.read_text().startswith(("package-", "dram"))
 
 
 def _reader(zone: Path) -> Callable[[], int] | None:
@@ -54,20 +76,28 @@ def _largest(zone: Path) -> int:
     return int(file.read_text()) if os.access(file, os.R_OK) else 0
 
 
-def _gpu() -> tuple[object, object] | None:
-    """Return NVML, and its handle of the first GPU that this process uses; ``None`` without a GPU."""
+def _nvml() -> Any:
+    """Return NVML; ``None`` without a GPU."""
     if not on_a_gpu():
         return None
     from vllm.third_party import pynvml
 
     pynvml.nvmlInit()
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    of = (
-        pynvml.nvmlDeviceGetHandleByIndex(int(first))
-        if first.isdigit()
-        else pynvml.nvmlDeviceGetHandleByUUID(first)
-    )
-    return pynvml, of
+    return pynvml
+
+
+def _handles(nvml: Any, num_gpus: int | None) -> list[Any]:
+    """Return NVML's handles of the first GPUs that this process sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(n) for n in range(nvml.nvmlDeviceGetCount())] if seen is None else seen.split(",")
+    return [
+        nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+        for name in names[: num_gpus or 0]
+    ]
+
+
+def _microjoules(nvml: Any, handle: Any) -> int:
+    return nvml.nvmlDeviceGetTotalEnergyConsumption(handle) * 1000
 
 
 def peak_bytes(pid: int) -> int:
@@ -76,15 +106,18 @@ def peak_bytes(pid: int) -> int:
 
 
 class GpuPeak:
-    """Measures the peak of the GPU memory in use above the use before, every 10 ms; 0 without a GPU."""
+    """Measures the peak of the GPU memory in use above the use before, every 10 ms; 0 without a GPU.
 
-    def __init__(self) -> None:
-        self.size_bytes, self._ended = 0, threading.Event()
+    Args:
+        num_gpus: as :class:`EnergyMeter` takes it. The peak is that of their sum.
+    """
+
+    def __init__(self, num_gpus: int | None = 1) -> None:
+        self.size_bytes, self._num_gpus, self._ended = 0, num_gpus, threading.Event()
 
     def __enter__(self) -> GpuPeak:
-        if (handle := _gpu()) is not None:
-            nvml, of = handle
-            used = lambda: nvml.nvmlDeviceGetMemoryInfo(of).used  # noqa: E731
+        if (nvml := _nvml()) is not None and (handles := _handles(nvml, self._num_gpus)):
+            used = lambda: sum(nvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles)  # noqa: E731
             threading.Thread(target=self._watch, args=(used, used()), daemon=True).start()
         return self
 

@@ -87,9 +87,9 @@ def sizes_of(text: str) -> tuple[int, int, int] | None:
     """
     if text in NAMED:
         return None
-    if re.fullmatch(r"\d+,\d+,\d+", text) is None:
+    if re.fullmatch(r"[0-9]{1,7},[0-9]{1,7},[0-9]{1,7}", text) is None:
         raise OptionError(
-            f"--shape {text!r}: expected hidden,layers,vocab such as 512,6,32000, or one of "
+            f"--shape {text[:80]!r}: expected hidden,layers,vocab such as 512,6,32000, or one of "
             f"{', '.join(NAMED)}"
         )
     hidden, layers, vocab = map(int, text.split(","))

@@ -15,6 +15,7 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
     """Write a PNG of the rows; needs matplotlib."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row["tok_per_s"] is not None]
     figure = Figure(figsize=(12, 4), layout="constrained")
     groups, lengths, floors = figure.subplots(1, 3)
     _throughput(groups, rows, "responses of a prompt (G)", lambda row: row["group"])

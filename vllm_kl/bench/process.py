@@ -6,6 +6,7 @@ What a provider prints goes to its log. A provider that fails, or dies, is an er
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import sys
@@ -57,6 +58,10 @@ class ProviderProcess:
         """Return the ``seconds`` of one call, of its ``parts`` by name, and its ``joules``."""
         return self._ask("time", sequences, starts)
 
+    def notes(self) -> list[str]:
+        """Return the warnings that this package has logged in the process since the last call."""
+        return self._ask("notes")
+
     def told(self) -> dict[str, Any]:
         """Return what the provider tells about itself."""
         return self._ask("told")
@@ -105,18 +110,38 @@ class ProviderProcess:
         return "\n".join(lines[-_LOG_LINES:])
 
 
+class _Notes(logging.StreamHandler):
+    """Keeps the warnings of this package, which also go to the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        self._texts.append(record.getMessage().removeprefix("vllm_kl: "))
+
+    def taken(self) -> list[str]:
+        texts, self._texts = self._texts, []
+        return texts
+
+
 def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, log: str) -> None:
     with Path(log).open("ab", buffering=0) as file:
         sys.stdout.flush()
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    notes = _Notes()
+    logging.getLogger("vllm_kl").addHandler(notes)
     try:
         sys.path.insert(0, str(Path.cwd()))  # the user's own providers
-        with GpuPeak() as gpu, contextlib.contextmanager(find())(setup) as running:
+        with GpuPeak(setup.num_gpus) as gpu, contextlib.contextmanager(find())(setup) as running:
             connection.send((None, None))
-            energy = EnergyMeter()
+            energy = EnergyMeter(setup.num_gpus)
             while (question := connection.recv())[0] != "end":
-                connection.send((None, _answer_to(question, running, energy)))
+                answer = notes.taken() if question[0] == "notes" else _answer_to(question, running, energy)
+                connection.send((None, answer))
             peaks = {
                 "peak_bytes": peak_bytes(running.pid) if running.pid else 0,
                 "gpu_peak_bytes": gpu.size_bytes,

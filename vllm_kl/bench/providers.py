@@ -7,6 +7,7 @@ started when it goes on. vLLM, torch and the peers are imported in the functions
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +18,8 @@ from vllm_kl.bench.floor import floor
 from vllm_kl.bench.models import make_tokenizer
 from vllm_kl.bench.types import Provider, Running, Setup
 from vllm_kl.errors import OptionError
+
+_LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
 
 
 def ours(setup: Setup) -> Iterator[Running]:
@@ -37,17 +40,52 @@ def ours(setup: Setup) -> Iterator[Running]:
                 "num_rescored": stats.num_rescored,
             }
 
-        yield Running(scorer.score, getattr(scorer._engine, "pid", 0), told)
+        pid = getattr(scorer._engine, "pid", 0) if setup.num_processes == 1 else 0
+        yield Running(scorer.score, pid, told)
+
+
+def peer_options(setup: Setup) -> dict[str, Any]:
+    """Return the options of an engine of vLLM's own ways: the mode and the steps of our engine.
+
+    A request computes at most 2,048 tokens of a step, because vLLM holds the logits of all its tokens in a
+    step (``_get_prompt_logprobs_dict``, ``v1/worker/gpu_model_runner.py``, 0.32).
+    """
+    options: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 4096}
+    if setup.device == "cuda":
+        options = {"compilation_config": {"cudagraph_mode": "NONE"}, "max_num_batched_tokens": 16_384}
+    options |= setup.engine_options(generates=True)
+    if options["max_model_len"] > _LOGITS_OF_ONE:  # vLLM refuses a limit above the longest sequence
+        options.setdefault("long_prefill_token_threshold", _LOGITS_OF_ONE)
+    return options
+
+
+def with_kv_cache(setup: Setup, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the size of the KV cache, by the rule of our engine.
+
+    Raises:
+        OptionError: the KV of the longest sequence does not fit into the memory.
+    """
+    from vllm import EngineArgs
+
+    from vllm_kl.engines.memory import kv_cache_bytes
+
+    if not options.keys().isdisjoint(("kv_cache_memory_bytes", "gpu_memory_utilization")):
+        return options
+    config = EngineArgs(model=setup.model, **options).create_model_config()
+    size_bytes = kv_cache_bytes(setup.model, config, options, is_cuda=setup.device == "cuda")
+    if size_bytes is None:
+        return options
+    # Beside a size vLLM uses the share only to refuse a GPU that has less free.
+    share = {"gpu_memory_utilization": 0.01} if setup.device == "cuda" else {}
+    return {**options, **share, "kv_cache_memory_bytes": size_bytes}
 
 
 def _shared_llm(setup: Setup) -> Any:
     import vllm
 
-    # 2,048: vLLM holds the logits of all prompt tokens of a step.
-    settings: dict[str, Any] = {"enforce_eager": True, "max_num_batched_tokens": 2048}
-    settings |= setup.engine_options(generates=True)
-    if setup.device == "cpu":
-        settings.setdefault("kv_cache_memory_bytes", 512 << 20)
+    # A token is sampled after the longest sequence, and never computed.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    settings = with_kv_cache(setup, peer_options(setup))
     llm = vllm.LLM(setup.model, **settings)
     generate = llm.generate
     llm.generate = lambda *a, **k: generate(*a, **{"use_tqdm": False, **k})
@@ -77,7 +115,12 @@ def torchrl(setup: Setup) -> Iterator[Running]:
         found = wrapper(lazy_stack(rows)).get(("log_probs", "full"), as_list=True)
         return [row[start:] for row, start in zip(found, starts, strict=True)]
 
-    yield Running(score)
+    yield Running(score, _pid(setup))
+
+
+def _pid(setup: Setup) -> int:
+    """Return the process of an engine that this process has started; 0: it has several."""
+    return os.getpid() if setup.num_processes == 1 else 0
 
 
 def _tokenizer(setup: Setup) -> Any:
@@ -95,7 +138,7 @@ def _native(setup: Setup, readout: str) -> Iterator[Running]:
     from vllm_kl import VLLMScorer
 
     scorer = VLLMScorer(_shared_llm(setup), readout=readout, share_prefix=False)
-    yield Running(scorer.score, told=lambda: {"readout": scorer.readout})
+    yield Running(scorer.score, _pid(setup), told=lambda: {"readout": scorer.readout})
 
 
 def flat(setup: Setup) -> Iterator[Running]:
@@ -118,7 +161,7 @@ def load_model(setup: Setup, dtype: str) -> Any:
 
 
 def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Running]:
-    """Score with transformers, in slices of like sequences whose logits take 1 GiB."""
+    """Score with transformers, in slices of like sequences whose logits take at most 1 GiB."""
     import torch
 
     model = load_model(setup, setup.dtype)
@@ -126,12 +169,8 @@ def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Runn
 
     @torch.no_grad()
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), starts[i]))
-        most = max(len(row) - start for row, start in zip(sequences, starts, strict=True))
-        num_rows = max(1, (1 << 30) // (vocab_size * 4 * most))
         scored: dict[int, Any] = {}
-        for low in range(0, len(order), num_rows):
-            part = order[low : low + num_rows]
+        for part in slices(list(map(len, sequences)), starts, (1 << 30) // (vocab_size * 4)):
             ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sequences[i]) for i in part], True)
             first = min(starts[i] for i in part)
             found = read(model, ids.to(setup.device), first).cpu()
@@ -140,6 +179,24 @@ def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Runn
         return [scored[i] for i in range(len(sequences))]
 
     yield Running(score)
+
+
+def slices(lengths: Sequence[int], starts: Sequence[int], most_rows: int) -> Iterator[list[int]]:
+    """Yield the indices of sequences of like lengths, each once.
+
+    The sequences of a slice are padded to its longest, and scored from its smallest start on. A slice has at
+    most ``most_rows`` rows of logits, or one sequence.
+    """
+    part: list[int] = []
+    first = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], starts[i])):
+        first = min(first, starts[i]) if part else starts[i]
+        if part and (len(part) + 1) * (lengths[i] - first + 1) > most_rows:
+            yield part
+            part, first = [], starts[i]
+        part.append(i)
+    if part:
+        yield part
 
 
 def transformers(setup: Setup) -> Iterator[Running]:
@@ -168,12 +225,30 @@ def trl(setup: Setup) -> Iterator[Running]:
     yield from _padded(setup, read)
 
 
+def sglang_options(setup: Setup) -> dict[str, Any]:
+    """Return the options of SGLang's engine."""
+    return {
+        "model_path": setup.model,
+        "dtype": setup.dtype,
+        # SGLang refuses a prompt of context_length - 6 tokens (managers/scheduler.py and utils.py, 0.5).
+        "context_length": setup.max_tokens + 8,
+        # SGLang's default, "fcfs", computes the prompt of each response of a batch. "lpm" computes one of a
+        # group first, so that the others find its prompt in the cache (managers/schedule_policy.py, 0.5).
+        "schedule_policy": "lpm",
+        "tp_size": setup.engine.get("tensor_parallel_size", 1),
+        "skip_tokenizer_init": True,
+        "log_level": "error",
+        **setup.loading,
+    }
+
+
 def sglang(setup: Setup) -> Iterator[Running]:
     """SGLang's engine with ``logprob_start_len``: it shares prefixes and skips the prompts' logits."""
     import sglang as package
 
-    options = {"dtype": setup.dtype, "context_length": setup.max_tokens + 1, "skip_tokenizer_init": True}
-    engine = package.Engine(model_path=setup.model, log_level="error", **options)
+    # The eight more tokens of the context may be beyond the model's length. None of them is computed.
+    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    engine = package.Engine(**sglang_options(setup))
 
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
         asked = {"input_ids": [row.tolist() for row in sequences], "return_logprob": True}
@@ -199,6 +274,13 @@ PROVIDERS: dict[str, Provider] = {
 PEERS = frozenset(PROVIDERS) - {"ours", "floor"}
 
 
+def num_gpus_of(name: str, setup: Setup) -> int | None:
+    """Return how many GPUs a provider takes; ``None``: Ray chooses those of replicas."""
+    if name in ("transformers", "trl", "floor"):
+        return 1
+    return None if name == "ours" and setup.replicas > 1 else setup.num_processes
+
+
 def usable(device: str) -> list[str]:
     """Return the providers that this machine can run, by what is installed."""
     packages = {"trl": "trl", "sglang": "sglang", "torchrl": "torchrl"}
@@ -220,16 +302,22 @@ def find(name: str) -> Provider:
     except (ImportError, AttributeError) as error:
         raise OptionError(f"--providers {name}: {error}") from error
     if found is None:
-        raise OptionError(
-            f"--providers {name!r}: expected {', '.join(PROVIDERS)}, or module:function of your own"
-        )
+        raise _unknown(name)
     return found
+
+
+def _unknown(name: str) -> OptionError:
+    return OptionError(
+        f"--providers {name[:80]!r}: expected {', '.join(PROVIDERS)}, or module:function of your own"
+    )
 
 
 def check_names(names: Sequence[str]) -> None:
     """Refuse names that cannot be, without an import of the user's own modules."""
     for name in names:
-        if ":" not in name:
-            find(name)
+        module, _, function = name.partition(":")
+        is_own = all(part.isidentifier() for part in (*module.split("."), function))
+        if name not in PROVIDERS and not is_own:
+            raise _unknown(name)
     if doubled := sorted({name for name in names if list(names).count(name) > 1}):
         raise OptionError(f"--providers: {', '.join(doubled)} is given twice")

@@ -22,12 +22,14 @@ import numpy as np
 from vllm_kl.bench.check import check
 from vllm_kl.bench.cost import Cost, cost_of
 from vllm_kl.bench.process import ProviderProcess
-from vllm_kl.bench.providers import PEERS, find
+from vllm_kl.bench.providers import PEERS, find, num_gpus_of
 from vllm_kl.bench.traffic import Traffic, usable_ids
 from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
 
+# Of a provider beside its weights: libraries, KV, logits. With 0.4 GB of weights they take up to 2.1 GiB.
+_PROCESS_BYTES = 2 << 30
 _CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
 
 
@@ -41,7 +43,7 @@ class Plan:
     rounds: int
     peer_rounds: int
     log_folder: Path
-    are_asked_for: bool = True  # the providers; else those that are not available here are left out
+    are_asked_for: bool = True  # the providers; else one that is not possible here has not failed
 
 
 @dataclass(kw_only=True)
@@ -56,6 +58,7 @@ class Measured:
     told: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
     failures: dict[str, str] = field(default_factory=dict)  # by provider
+    not_measured: dict[str, str] = field(default_factory=dict)  # the reasons, by provider: not possible here
     took_turns: bool = True
 
 
@@ -82,6 +85,7 @@ class Bench:
         self._ids = np.empty(0)
         self._truth: dict[str, list[np.ndarray]] = {}
         self._running: dict[str, ProviderProcess] = {}
+        self._notes: set[str] = set()
 
     def run(self) -> Measured:
         """Return what was measured, also after Ctrl-C. No process is left, whatever happens.
@@ -125,7 +129,8 @@ class Bench:
         self._ids = usable_ids(facts["vocab_size"], facts["special_ids"])
         for traffic in self._plan.traffics:
             known = (facts["size"], facts["dtype"], facts["limits"])
-            cost = cost_of(traffic, *known, share_prefix=self._setup.share_prefix)
+            options = {"share_prefix": self._setup.share_prefix, "num_devices": self._num_devices()}
+            cost = cost_of(traffic, *known, **options)
             self._measured.costs[traffic.name] = cost
             for by_shape in ("seconds", "joules", "errors", "told"):
                 getattr(self._measured, by_shape)[traffic.name] = {}
@@ -144,14 +149,25 @@ class Bench:
             self._on_line(f"the log-probs are checked against the model in {facts['check']}, by transformers")
         del self._running["truth"]
 
+    def _num_devices(self) -> int:
+        """Return how many devices share the work of a call: GPUs, or the one machine."""
+        setup = self._setup
+        return setup.num_processes * setup.replicas if setup.device == "cuda" else 1
+
     def _together(self, names: list[str]) -> list[list[str]]:
         """Return the providers that are in memory at the same time."""
         size = self._measured.facts["size"]
-        if self._setup.device == "cpu" and (size is None or _fits(size["parameters"], len(names))):
+        if self._setup.device == "cuda":
+            why = "a GPU holds one model at a time"
+        elif size is None:
+            why = "the model's size is not known"
+        elif not _fits(size["parameters"], len(names)):
+            why = "the memory does not hold all models at a time"
+        else:
             return [names]
         self._measured.took_turns = len(names) < 2
         if not self._measured.took_turns:
-            self._on_line("providers run one after another, because the memory holds one model at a time")
+            self._on_line(f"providers run one after another, because {why}")
         return [[name] for name in names]
 
     def _few(self, traffic: Traffic) -> tuple[list[np.ndarray], list[int]]:
@@ -162,8 +178,10 @@ class Bench:
         try:
             work()
         except VLLMKLError as error:
-            if isinstance(error, ReadoutUnavailableError) and not self._plan.are_asked_for:
-                self._on_line(f"{name} is left out: {error}")
+            is_needed = kind_of(name) != "floor" and (self._plan.are_asked_for or kind_of(name) == "ours")
+            if isinstance(error, ReadoutUnavailableError) and not is_needed:
+                self._on_line(f"{name} is not measured: {error}")
+                self._measured.not_measured[name] = str(error)
             else:
                 self._on_line(f"{name} failed: {error}")
                 self._measured.failures[name] = str(error)
@@ -171,11 +189,19 @@ class Bench:
                 process.kill()
 
     def _start(self, name: str) -> None:
-        setup = dataclasses.replace(self._plan.providers[name], dtype=self._setup.dtype)
-        kind = "ours" if name.startswith("ours[") else name
-        self._running[name] = ProviderProcess(
-            name, functools.partial(find, kind), setup, self._plan.log_folder
-        )
+        setup = self._plan.providers[name]
+        num_gpus = num_gpus_of(kind_of(name), setup)
+        setup = dataclasses.replace(setup, dtype=self._setup.dtype, num_gpus=num_gpus)
+        provider = functools.partial(find, kind_of(name))
+        self._running[name] = ProviderProcess(name, provider, setup, self._plan.log_folder)
+        self._tell_notes(name)
+
+    def _tell_notes(self, name: str) -> None:
+        """Tell what a provider's process has to say; what several say, once."""
+        for note in self._running[name].notes():
+            if note not in self._notes:
+                self._notes.add(note)
+                self._on_line(f"{name}: {note}")
 
     def _end(self, name: str) -> None:
         process = self._running.pop(name)
@@ -199,6 +225,7 @@ class Bench:
             if traffic.name in self._truth:
                 error = check(scored, self._truth[traffic.name], self._setup.dtype)
                 self._measured.errors[traffic.name][name] = error
+        self._tell_notes(name)
         if name not in PEERS:  # the few sequences have warmed up the peers
             process.time(*traffic.draw(self._ids, _WARM_UP))
 
@@ -211,6 +238,11 @@ class Bench:
         self._measured.told[traffic.name][name] = self._running[name].told()
 
 
+def kind_of(name: str) -> str:
+    """Return the provider behind a name in the tables: "ours[flat]" is ours."""
+    return name.partition("[")[0]
+
+
 def _truth() -> Any:
     return truth
 
@@ -220,6 +252,9 @@ def _rounds_of(name: str, plan: Plan) -> int:
 
 
 def _fits(num_parameters: int, num_models: int) -> bool:
-    """Return whether as many models fit into the memory, at four bytes a weight, as on a CPU they may."""
-    free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-    return 4 * num_parameters * num_models < 0.8 * free
+    """Return whether as many processes fit into the memory, at four bytes a weight, as on a CPU they may."""
+    return num_models * (4 * num_parameters + _PROCESS_BYTES) < 0.8 * _free_bytes()
+
+
+def _free_bytes() -> int:
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10

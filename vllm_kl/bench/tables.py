@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.report import make_table
 
 Row = Mapping[str, Any]
+_NOT_MEASURED, _REASON_WIDTH = "not measured", 40
 _SHOWN_AS = {ENGINE: "  engine without LM head", HEAD: "  LM-head product"}
 
 
@@ -21,6 +23,11 @@ def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
         return "" if value is None else format(value / scale, form)
 
     return cell
+
+
+def _reason(row: Row) -> str:
+    """Return the beginning of the reason why a provider has no figures; the lines below have all of it."""
+    return textwrap.shorten(row.get("not_measured") or "", _REASON_WIDTH, placeholder=" ...")
 
 
 # Columns that no row has a value for are left out.
@@ -36,6 +43,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "times TorchRL": _number("ratio_to_torchrl", ".2f"),
     "of the floor": _number("fraction_of_floor", ".2f"),
     "largest error": _number("max_abs_err", ".1e"),
+    _NOT_MEASURED: _reason,
 }
 _MEMORY: dict[str, Callable[[Row], str]] = {
     "process, MiB": _number("peak_bytes", ",.0f", 1 << 20),
@@ -65,7 +73,8 @@ def title_of(shape: str) -> str:
 
 def _table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> Table:
     used = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
-    table = make_table(title, "provider", *used)
+    table = make_table(title, "provider", *used, left=(_NOT_MEASURED,))
+    table.columns[0].no_wrap = True
     for row in rows:
         name = row["provider"]
         table.add_row(_SHOWN_AS.get(name, name), *(cell(row) for cell in used.values()))

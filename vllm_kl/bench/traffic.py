@@ -7,6 +7,7 @@ responses are scored. The ids are random: the speed of a dense model does not de
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from vllm_kl.errors import InputError, OptionError
 
 Sequences = list[np.ndarray]
 _CHECKED_TOKENS = 256  # of each response, because the check in float64 holds their logits
+_MOST_TOKENS = 100_000_000  # of a call, whose ids are held in memory several times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,12 @@ class Traffic:
         return Traffic(name=self.name, groups=((prompt, cut),))
 
     def draw(self, usable_ids: np.ndarray, seed: int) -> tuple[Sequences, list[int]]:
-        """Return sequences of random ids, each int64 ``[L]``, and the index of the first scored token."""
-        rng = np.random.default_rng(seed)
+        """Return sequences of random ids, each int64 ``[L]``, and the index of the first scored token.
+
+        The name is a part of the seed. Else a shape would begin with the ids of an earlier shape, and an
+        engine that shares prefixes would find them in its cache.
+        """
+        rng = np.random.default_rng([seed, *self.name.encode(errors="surrogateescape")])
         sequences, starts = [], []
         for length, responses in self.groups:
             prompt = rng.choice(usable_ids, length)
@@ -79,19 +85,19 @@ def from_shape(text: str, num_sequences: int) -> Traffic:
     """Return whole groups of one shape, with at least ``num_sequences`` sequences.
 
     Raises:
-        OptionError: the text is not P,R,G.
+        OptionError: the text is not P,R,G, or a call would have too many tokens.
 
     >>> from_shape("256,128,8", 12).num_sequences
     16
     """
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+    if re.fullmatch(r"[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}", text) is None or not all(map(int, text.split(","))):
         raise OptionError(
-            f"--shapes {text!r}: expected P,R,G such as 256,128,8: the tokens of a prompt, the tokens of a "
-            "response, and the responses of a prompt"
+            f"--shapes {_short(text)}: expected P,R,G such as 256,128,8: the tokens of a prompt, the tokens "
+            "of a response, and the responses of a prompt"
         )
-    prompt, response, group = map(int, parts)
+    prompt, response, group = map(int, text.split(","))
     num_groups = max(1, -(-num_sequences // group))
+    _check_size(f"--shapes {text}", num_groups * group * (prompt + response))
     return Traffic(name=f"{prompt},{response},{group}", groups=((prompt, (response,) * group),) * num_groups)
 
 
@@ -103,33 +109,44 @@ def from_file(path: Path) -> Traffic:
         InputError: a line is not as expected; the message names the line.
     """
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:  # ValueError: it is not UTF-8, or no path has this name
         raise OptionError(f"--lengths {path}: {error}") from error
     groups = [_group(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not groups:
         raise OptionError(f"--lengths {path}: the file is empty")
-    return Traffic(name=path.name, groups=tuple(groups))
+    traffic = Traffic(name=path.name, groups=tuple(groups))
+    _check_size(f"--lengths {path}", traffic.fed_tokens)
+    return traffic
+
+
+def _check_size(what: str, num_tokens: int) -> None:
+    if num_tokens > _MOST_TOKENS:
+        raise OptionError(f"{what}: one call would have {num_tokens:,} tokens, at most {_MOST_TOKENS:,} work")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _group(line: str, where: str) -> tuple[int, tuple[int, ...]]:
     try:
         content = json.loads(line)
         prompt, responses = content["prompt"], content["responses"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         prompt, responses = None, None
     if not (
         _is_length(prompt) and isinstance(responses, list) and responses and all(map(_is_length, responses))
     ):
         raise InputError(
-            f'{where}: got {line[:80]!r}, expected {{"prompt": 512, "responses": [120, 80]}}: the tokens of '
+            f'{where}: got {_short(line)}, expected {{"prompt": 512, "responses": [120, 80]}}: the tokens of '
             "a prompt and of each of its responses, all at least 1"
         )
     return prompt, tuple(responses)
 
 
 def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_TOKENS
 
 
 def usable_ids(vocab_size: int, special: Sequence[int]) -> np.ndarray:

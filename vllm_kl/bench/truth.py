@@ -117,6 +117,8 @@ def _size(config: Any, text: Any, setup: Setup) -> dict[str, int] | None:
         "parameters": total,
         "body": total - outside - round(experts * (1 - share)),  # weights that one token is multiplied with
         "head": head.numel(),
+        "embedding": 0 if head is embedding else embedding.numel(),  # of which rows are read
+        "hidden": embedding.shape[-1],
         "layers": text.num_hidden_layers,
         "attention": heads * width,
         "kv": 2 * (getattr(text, "num_key_value_heads", None) or heads) * width,
@@ -159,11 +161,11 @@ def _free_bytes(device: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the machine does at most, measured; and what its data sheet says of products, if it is known."""
+    """What one device does at most, measured; and which GPU it is, whose data sheet says more."""
 
     flop_per_s: float
     bytes_per_s: float
-    data_sheet_flop_per_s: float | None
+    gpu: str | None  # None: it is the CPUs
 
 
 def _limits(dtype: Any, device: str) -> Limits:
@@ -176,7 +178,8 @@ def _limits(dtype: Any, device: str) -> Limits:
     source = torch.zeros(num, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = _best(lambda: target.copy_(source))
-    return Limits(2 * side**3 / seconds, 2 * num / copied, _data_sheet(dtype) if device == "cuda" else None)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return Limits(2 * side**3 / seconds, 2 * num / copied, gpu)
 
 
 def _square(dtype: Any, side: int, device: str) -> Callable[[], Any]:
@@ -198,19 +201,3 @@ def _best(work: Callable[[], Any], times: int = 4) -> float:
         wait()
         taken.append(time.perf_counter() - began)
     return min(taken)
-
-
-def _data_sheet(dtype: Any) -> float | None:
-    """Return the GPU's dense operations a second by torch's own table of data sheets."""
-    import torch
-
-    try:
-        from torch._inductor.analysis.device_info import lookup_device_info
-    except ImportError:  # the module is torch's own, and may move
-        return None
-    name = torch.cuda.get_device_name().upper()
-    # The table has families: NVIDIA H100 80GB HBM3 is an NVIDIA H100.
-    info = lookup_device_info(name) or lookup_device_info(" ".join(name.split()[:2]))
-    if info is None or dtype not in info.tops:
-        return None
-    return info.tops[dtype] * 1e12 / getattr(info, "tops_sparsity_factor", 1)

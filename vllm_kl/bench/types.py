@@ -27,10 +27,16 @@ class Setup:
     replicas: int = 1  # of ours
     shape: str | None = None  # of a model with random weights, which is to be saved at ``model``
     max_tokens: int = 0  # the longest sequence
+    num_gpus: int | None = 1  # that the provider takes, if the device is one; None: not known which
 
     def engine_options(self, *, generates: bool) -> dict[str, Any]:
         """Return the options of an engine of vLLM. One that generates samples a token after each sequence."""
         return {"max_model_len": self.max_tokens + generates, "dtype": self.dtype, **self.engine}
+
+    @property
+    def num_processes(self) -> int:
+        """The processes that hold parts of the model in an engine of vLLM; on GPUs each has one of them."""
+        return self.engine.get("tensor_parallel_size", 1) * self.engine.get("pipeline_parallel_size", 1)
 
     @property
     def loading(self) -> dict[str, Any]:

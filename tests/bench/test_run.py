@@ -1,0 +1,192 @@
+"""What a run makes of providers that fail, cannot be measured or are not checked. No engine is started."""
+
+from __future__ import annotations
+
+import functools
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from vllm_kl.bench import run
+from vllm_kl.bench.floor import check_one_process, matrix_of
+from vllm_kl.bench.process import ProviderProcess
+from vllm_kl.bench.providers import find
+from vllm_kl.bench.report import as_markdown
+from vllm_kl.bench.results import rows_of
+from vllm_kl.bench.run import Bench, Plan
+from vllm_kl.bench.tables import result_tables
+from vllm_kl.bench.traffic import from_shape
+from vllm_kl.bench.truth import Limits
+from vllm_kl.bench.types import Setup
+from vllm_kl.errors import EngineError, ReadoutUnavailableError
+
+SIZE = {"parameters": 100, "body": 50, "head": 30, "embedding": 0, "hidden": 1}
+WARNING = "tests.bench.providers_of_a_user:warning"
+FACTS = {
+    "dtype": "float32",
+    "vocab_size": 1000,
+    "special_ids": [0],
+    "size": SIZE | {"layers": 2, "attention": 8, "kv": 4},
+    "limits": Limits(1e12, 1e10, None),
+    "check": "float64",
+}
+
+
+class Process:
+    """Stands in the place of a provider's process: a provider fails where a test says so."""
+
+    faults: ClassVar[dict[str, Exception]] = {}
+
+    def __init__(self, name, find, setup, log_folder):
+        self._name = name
+        if name in self.faults:
+            raise self.faults[name]
+
+    def told(self):
+        return FACTS if self._name == "truth" else {}
+
+    def score(self, sequences, starts):
+        return [np.zeros(len(ids) - start) for ids, start in zip(sequences, starts, strict=True)]
+
+    def time(self, sequences, starts):
+        parts = {"floor_engine": 0.5, "floor_head": 0.5} if self._name == "floor" else {}
+        return {"seconds": 1.0, "parts": parts, "joules": None}
+
+    def notes(self):
+        return ["dtype='float32' is faster"] if self._name in ("ours", "flat") else []
+
+    def end(self):
+        return {"peak_bytes": 1 << 20, "gpu_peak_bytes": 0}
+
+    def kill(self):
+        pass
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Return the function that runs providers, some with faults: it returns what was measured, and rows."""
+    monkeypatch.setattr(run, "ProviderProcess", Process)
+
+    def measure(*names, faults=None, are_asked_for=False, gpu=None, **settings):
+        monkeypatch.setattr(Process, "faults", faults or {})
+        monkeypatch.setitem(FACTS, "limits", Limits(1e12, 1e10, gpu))
+        setup = Setup(model="m", dtype="auto", device="cuda" if gpu else "cpu", **settings)
+        plan = Plan(
+            setup=setup,
+            traffics=[from_shape("8,4,2", 4)],
+            providers=dict.fromkeys(names, setup),
+            rounds=2,
+            peer_rounds=1,
+            log_folder=tmp_path,
+            are_asked_for=are_asked_for,
+        )
+        lines = []
+        calls = {"on_costs": lambda _: None, "on_line": lines.append, "on_step": lambda *_: None}
+        measured = Bench(plan, **calls).run()
+        return measured, {row["provider"]: row for row in rows_of(plan, measured, "m")}, lines
+
+    return measure
+
+
+class TestFloor:
+    @pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size"])
+    def test_a_model_in_several_processes_has_no_floor(self, name):
+        with pytest.raises(ReadoutUnavailableError, match=f"with {name}=2 the model is in several processes"):
+            check_one_process({name: 2})
+        check_one_process({name: 1})
+
+    def test_a_head_that_is_no_matrix_has_no_floor(self):
+        with pytest.raises(ReadoutUnavailableError, match="more than a matrix"):
+            matrix_of(object())
+
+    @pytest.mark.parametrize("are_asked_for", [True, False])
+    def test_a_run_without_a_floor_has_not_failed_and_says_why(self, measure, are_asked_for):
+        why = ReadoutUnavailableError("the head is no matrix")
+        measured, rows, lines = measure("ours", "floor", faults={"floor": why}, are_asked_for=are_asked_for)
+        assert measured.failures == {}
+        assert rows["floor"]["not_measured"] == "the head is no matrix"
+        assert rows["floor"]["tok_per_s"] is None
+        assert rows["ours"]["tok_per_s"] == 4 * 12
+        assert rows["ours"]["fraction_of_floor"] is None
+        assert rows["ours"]["not_measured"] is None
+        assert "floor is not measured: the head is no matrix" in lines
+
+
+class TestMemory:
+    """Providers take turns within a round only if the memory holds all of their processes."""
+
+    @pytest.mark.parametrize(("free_gib", "take_turns"), [(6, True), (4, False)])
+    def test_a_process_takes_more_than_its_weights(self, measure, monkeypatch, free_gib, take_turns):
+        monkeypatch.setattr(run, "_free_bytes", lambda: free_gib << 30)
+        measured, _, lines = measure("ours", "flat")
+        assert measured.took_turns is take_turns
+        told = "providers run one after another, because the memory does not hold all models at a time"
+        assert (told in lines) is not take_turns
+
+    def test_where_the_size_is_not_known_providers_run_one_after_another(self, measure, monkeypatch):
+        monkeypatch.setitem(FACTS, "size", None)
+        measured, _, lines = measure("ours", "flat")
+        assert not measured.took_turns
+        assert "providers run one after another, because the model's size is not known" in lines
+
+
+def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):
+    _, rows, _ = measure("floor")
+    flop = {name: row["flop_per_s"] * row["s_p50"] for name, row in rows.items()}
+    assert flop["floor_head"] == 2 * SIZE["head"] * 4 * 4
+    assert flop["floor_engine"] == pytest.approx(flop["floor"] - flop["floor_head"])
+
+
+class TestMfu:
+    def test_it_is_the_share_of_all_gpus_that_a_provider_takes(self, measure):
+        engine = {"tensor_parallel_size": 2}
+        _, rows, _ = measure("ours", "sglang", "transformers", gpu="NVIDIA L4", engine=engine)
+        peaks = {name: row["flop_per_s"] / row["mfu"] for name, row in rows.items()}
+        for name, num_gpus in {"ours": 2, "sglang": 2, "transformers": 1}.items():
+            assert peaks[name] == pytest.approx(num_gpus * 30.3e12)
+
+    @pytest.mark.parametrize(
+        ("settings", "why"),
+        [
+            ({"gpu": "NVIDIA T4"}, "data sheet of NVIDIA T4"),
+            ({"gpu": "NVIDIA L4", "replicas": 2}, "Ray chooses"),
+        ],
+    )
+    def test_without_a_peak_a_row_has_the_reason(self, measure, settings, why):
+        _, rows, _ = measure("ours", **settings)
+        assert rows["ours"]["mfu"] is None
+        assert why in rows["ours"]["no_mfu"]
+
+    def test_a_cpu_has_none_and_needs_no_reason(self, measure):
+        _, rows, _ = measure("ours")
+        assert (rows["ours"]["mfu"], rows["ours"]["no_mfu"]) == (None, None)
+
+
+def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):
+    """A row has the same fields whether its provider failed or not."""
+    measured, rows, _ = measure(
+        "ours", "trl", faults={"trl": EngineError("no kernel for this head\nand more of it")}
+    )
+    assert measured.failures["trl"].startswith("no kernel")
+    assert rows["trl"].keys() == rows["ours"].keys()
+    (table, _) = result_tables(list(rows.values()))
+    (line,) = [line for line in as_markdown(table).splitlines() if line.startswith("| trl")]
+    assert "failed: no kernel for this head and ..." in line
+
+
+def test_what_providers_have_to_say_is_told_once(measure):
+    _, _, lines = measure("ours", "flat")
+    assert [line for line in lines if "is faster" in line] == ["ours: dtype='float32' is faster"]
+
+
+def test_a_warning_of_this_package_comes_from_the_process_and_stays_in_its_log(tmp_path):
+    """Without --out the log is deleted, so the warning must reach the user."""
+    setup = Setup(model="m", dtype="float32", device="cpu")
+    process = ProviderProcess("warning", functools.partial(find, WARNING), setup, tmp_path)
+    try:
+        assert process.notes() == ["dtype='float32' is faster on this CPU"]
+        assert process.notes() == []
+    finally:
+        process.kill()
+    assert "is faster" in tmp_path.joinpath("warning.log").read_text()
