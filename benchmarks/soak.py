@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import itertools
 import json
 import os
@@ -429,25 +430,45 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.markdown)
+def end(soak: Soak, threads: list[threading.Thread], stacks: Path) -> None:
+    """Wait for the threads, then close the scorer. What does not end in time is a fault with its stack."""
+    soak.has_ended.set()
+    _join(soak, threads, stacks)
+    closing = threading.Thread(target=soak.scorer.close, name="soak-close", daemon=True)
+    closing.start()
+    _join(soak, [closing], stacks)
+
+
+def _join(soak: Soak, threads: list[threading.Thread], stacks: Path) -> None:
+    until = time.monotonic() + ENDS_WITHIN_S
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    hanging = [thread for thread in threads if thread.is_alive()]
+    if hanging:
+        names = ", ".join(f"{thread.name} (thread 0x{thread.ident:016x})" for thread in hanging)
+        soak.faults.append(f"did not end within {ENDS_WITHIN_S:g} s: {names}; the stacks are in {stacks}")
+        with stacks.open("a") as file:
+            faulthandler.dump_traceback(file)
+
+
     report.line(machine_line())
     with tempfile.TemporaryDirectory(prefix="vllm_kl_soak_") as home:
         soak = Soak(Path(home), options.seed)
         threads = [
-            threading.Thread(target=work, args=(soak, kind, options.seed + n), name=f"soak-{kind}")
+            threading.Thread(
+                target=work, args=(soak, kind, options.seed + n), name=f"soak-{kind}", daemon=True
+            )
             for n, kind in enumerate(WORK)
         ]
         for thread in threads:
             thread.start()
         windows = watch(soak, 60 * options.minutes, options.out / "soak.jsonl")
-        soak.has_ended.set()
-        for thread in threads:
-            thread.join()
-        soak.scorer.close()
+        end(soak, threads, options.out / "stacks.txt")
     plot(windows, options.out / "soak.png")
     report.line(", ".join(f"{number:,} {kind}" for kind, number in sorted(soak.counts.items())) + " calls")
     are_flat = judge(windows, report)
     for fault in soak.faults:
-        report.line(f"wrong result: {fault}")
+        report.line(f"fault: {fault}")
     report.line(f"{options.out}/soak.jsonl, {options.out}/soak.png: " + ("flat" if are_flat else "not flat"))
     raise SystemExit(int(bool(soak.faults) or not are_flat))
 

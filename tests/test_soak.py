@@ -1,10 +1,12 @@
-"""The verdict of ``benchmarks/soak.py`` fails where it should, on made-up windows."""
+"""The verdict of ``benchmarks/soak.py`` fails where it should: made-up windows, and a thread that hangs."""
 
 from __future__ import annotations
 
 import importlib
 import random
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,3 +86,25 @@ def test_a_figure_that_a_window_lacks_is_not_measured_and_fails(soak, capsys, si
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_run_of_less_than_two_windows_fails(soak, number):
     assert not soak.judge(hour(minutes=number), Report(None))
+
+
+def test_a_thread_that_hangs_is_told_with_its_stack(soak, tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "ENDS_WITHIN_S", 0.2)
+    goes_on = threading.Event()
+
+    def hang():
+        goes_on.wait()
+
+    threads = [threading.Thread(target=hang, name="soak-dialogs", daemon=True), threading.Thread(target=str)]
+    for thread in threads:
+        thread.start()
+    run = SimpleNamespace(faults=[], has_ended=threading.Event(), scorer=SimpleNamespace(close=hang))
+    soak.end(run, threads, tmp_path / "stacks.txt")
+    goes_on.set()
+    assert run.has_ended.is_set()
+    of_threads, of_close = run.faults
+    assert "soak-dialogs (thread 0x" in of_threads
+    assert "soak-close (thread 0x" in of_close
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert f"Thread 0x{threads[0].ident:016x}" in stacks
+    assert " in hang" in stacks
