@@ -106,6 +106,7 @@ class Soak:
 
     Attributes:
         set_of: version -> which of the two sets of weights it has.
+        is_pushed: whether the last change of the weights was a push; else the reference is frozen.
         faults: texts of results that were wrong.
     """
 
@@ -120,6 +121,7 @@ class Soak:
             self.truths[tuple(ids)] = [_truth(oracle, ids) for oracle in self.oracles]
         self.scorer = VLLMScorer(str(self.paths[0]), **tiny.ENGINE_OPTIONS)
         self.set_of = {self.scorer.weight_version: 0}
+        self.is_pushed = False
         self.faults: list[str] = []
         self.latencies: dict[str, list[float]] = defaultdict(list)
         self.counts: dict[str, int] = defaultdict(int)
@@ -239,18 +241,25 @@ def change_weights(soak: Soak, draw: random.Random) -> None:
     how = draw.choice(["push", "refresh", "refresh from a folder", "check"])
     if how == "push":
         found = soak.timed("push", lambda: push_weights(soak.scorer, soak.states[which], version=version))
+        expected, soak.is_pushed = version, True
     elif how == "check":
-        try:
-            found = soak.timed("check", soak.scorer.check_frozen)
-        except FrozenError:  # the last change was a push
-            found = 0.0
-        version = 0.0
+        found = soak.timed("check", lambda: _distance_if_frozen(soak.scorer))
+        expected = None if soak.is_pushed else 0.0
     else:
         source = soak.states[which] if how == "refresh" else soak.paths[which]
         found = soak.timed("refresh", lambda: soak.scorer.refresh(source, version=version))
-    if found != version:
-        soak.faults.append(f"{how}: returned {found}, expected {version}")
+        expected, soak.is_pushed = version, False
+    if found != expected:
+        soak.faults.append(f"{how}: returned {found}, expected {expected}")
     soak.has_ended.wait(draw.uniform(0.2, 1.0))
+
+
+def _distance_if_frozen(scorer: VLLMScorer) -> float | None:
+    """Return how far the canary moved, in nats; ``None``: the reference is not frozen."""
+    try:
+        return scorer.check_frozen()
+    except FrozenError:
+        return None
 
 
 def give_wrong_input(soak: Soak, draw: random.Random) -> None:
@@ -421,15 +430,6 @@ def plot(windows: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, default=Path("soak_out"), help="folder of the two files")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--markdown", type=Path, help="also append the table to this file")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = Report(options.markdown)
 def end(soak: Soak, threads: list[threading.Thread], stacks: Path) -> None:
     """Wait for the threads, then close the scorer. What does not end in time is a fault with its stack."""
     soak.has_ended.set()
@@ -451,6 +451,15 @@ def _join(soak: Soak, threads: list[threading.Thread], stacks: Path) -> None:
             faulthandler.dump_traceback(file)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, default=Path("soak_out"), help="folder of the two files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, help="also append the table to this file")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = Report(options.markdown)
     report.line(machine_line())
     with tempfile.TemporaryDirectory(prefix="vllm_kl_soak_") as home:
         soak = Soak(Path(home), options.seed)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_kl.bench.report import Report
+from vllm_kl.errors import FrozenError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -108,3 +109,41 @@ def test_a_thread_that_hangs_is_told_with_its_stack(soak, tmp_path, monkeypatch)
     stacks = (tmp_path / "stacks.txt").read_text()
     assert f"Thread 0x{threads[0].ident:016x}" in stacks
     assert " in hang" in stacks
+
+
+def changing_run(soak, how, check_frozen):
+    scorer = SimpleNamespace(weight_version=4, check_frozen=check_frozen, refresh=lambda _, version: version)
+    draw = SimpleNamespace(randrange=lambda _: 0, choice=lambda _: how, uniform=lambda *_: 0.0)
+    run = SimpleNamespace(
+        scorer=scorer, set_of={}, states=[None], paths=[None], faults=[], has_ended=threading.Event()
+    )
+    run.timed, run.is_pushed = (lambda _, call: call()), False
+    return run, draw
+
+
+def is_not_frozen():
+    raise FrozenError("the engine serves version 4 of the weights, which no refresh() made")
+
+
+@pytest.mark.parametrize(
+    ("is_pushed", "check_frozen", "is_fault"),
+    [
+        (False, lambda: 0.0, False),
+        (False, is_not_frozen, True),  # the last change was a refresh, which makes a frozen reference
+        (True, is_not_frozen, False),
+        (True, lambda: 0.0, True),
+    ],
+)
+def test_a_reference_is_frozen_unless_the_last_change_was_a_push(soak, is_pushed, check_frozen, is_fault):
+    run, draw = changing_run(soak, "check", check_frozen)
+    run.is_pushed = is_pushed
+    soak.change_weights(run, draw)
+    assert bool(run.faults) is is_fault
+
+
+def test_a_refresh_makes_the_reference_frozen_again(soak):
+    run, draw = changing_run(soak, "refresh", is_not_frozen)
+    run.is_pushed = True
+    soak.change_weights(run, draw)
+    assert not run.faults
+    assert not run.is_pushed
