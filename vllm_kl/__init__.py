@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from vllm_kl.weights.versions import StaleWarning as StaleWarning
     from vllm_kl.weights.versions import check_versions as check_versions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "batch.mask_recorded": "mask_recorded",
