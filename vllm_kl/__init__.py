@@ -113,7 +113,7 @@ _PUBLIC = {
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
 # Packages that only an extra installs; without them vllm_kl.client works.
-_OF_EXTRAS = ("jinja2", "packaging", "platformdirs", "tensordict", "torch", "torchrl", "transformers")
+_OF_EXTRAS = ("jinja2", "platformdirs", "tensordict", "torch", "torchrl", "transformers")
 
 __all__ = sorted(_MODULE_OF)
 
