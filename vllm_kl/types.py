@@ -281,6 +281,8 @@ class Scored:
     values: torch.Tensor  # [N] float32, nats: finite inside the batch's mask, 0.0 outside
     origin: Origin  # of log-probs that were scored now; recorded log-probs have the origin of their sample
     is_recorded: bool = False  # True: the policy recorded them when it sampled
+    # [N] float32, nats, as the values: of the distribution of each kept token; None: not asked for
+    entropies: torch.Tensor | None = None
 
 
 class Scorer(Protocol):
