@@ -265,7 +265,7 @@ class Origin(NamedTuple):
     version: int | str | None  # None: not known
     adapter: int | None = 0  # the adapter's id on the engine; 0: the base model; None: not known
     # A second version: the weights were replaced while they sampled, or two records of the version disagree.
-    last_version: int | None = None
+    last_version: int | str | None = None
 
     def __str__(self) -> str:
         version = "an unknown version" if self.version is None else f"version {self.version}"

@@ -251,7 +251,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             warn_of_two_lengths(policy, self.ref_model)
         batch = self._read(td)
         temperature = self._ref.temperature
-        how = {"temperature": temperature, "detach": self.detach}
+        how: dict[str, Any] = {"temperature": temperature, "detach": self.detach}
         gen = side_log_probs(self._gen, batch, td, collector, **how)
         sampled = self._sampled(td)
         is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
@@ -261,7 +261,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             self._close_step()  # the policy is done: its weights may be replaced while the reference scores
         ref = None if self._deferral is not None else side_log_probs(self._ref, batch, td, collector, **how)
         are_zeros_settled, num_rescored = True, len(batch)
-        if gen.is_recorded:
+        if isinstance(self._gen, FromCollector) and gen.is_recorded:
             of_ref = None if ref is None else ref.values
             gen, rescored = self._gen.settle_zeros(gen.values, of_ref, batch, collector, temperature)
             are_zeros_settled, num_rescored = rescored is not None, len(rescored or ())
@@ -279,6 +279,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             written = write(next_td, ref)
             self._write_masks(written if next_td is td else td, batch)
             return written
+        assert self._deferral is not None, "the reference was not asked"
         return self._deferral.submit(
             self,
             next_td,
@@ -296,16 +297,17 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
 
     def _defer(self, deferred: Deferred) -> None:
         key = self.penalty.mask_key
-        how = {
-            "detach": self.detach,
-            "on_two_references": self.on_two_references,
-            "finish": partial(mask_recorded_log_probs, mask_key=key)
+        self._deferral = Deferral.of(
+            deferred,
+            self.ref_model,
+            detach=self.detach,
+            on_two_references=self.on_two_references,
+            finish=partial(mask_recorded_log_probs, mask_key=key)
             if self.mask_recorded and key is not None
             else None,
-        }
-        self._deferral = Deferral.of(deferred, self.ref_model, **how)
+        )
         if self._deferral is not None:
-            self.out_keys = []  # a step writes handles, no results
+            self.out_keys: list[NestedKey] = []  # a step writes handles, no results
 
     def _write_kl(
         self,
@@ -319,8 +321,10 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         scored: Scored,
     ) -> TensorDictBase:
         """Write all results, or none; return the tensordict that has them."""
-        ref, ref_version = scored.values, scored.origin.version
+        ref = scored.values
+        ref_version: Any = scored.origin.version
         if not are_zeros_settled:
+            assert isinstance(self._gen, FromCollector), "no other side has recorded log-probs"
             self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
 
         def to_rows(values: torch.Tensor) -> Rows:
@@ -333,12 +337,12 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         written = self.penalty.write(
             next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs
         )
+        if scored.entropies is not None:
+            written = set_rows(written, self.ref_entropy_key, to_rows(scored.entropies))
         if self.ref_version_key is not None:
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
         if versions is not None:
             self._versions = versions | (
-        if scored.entropies is not None:
-            written = set_rows(written, self.ref_entropy_key, to_rows(scored.entropies))
                 {} if self.ref_version_key is None else {"ref_version": float(ref_version)}
             )
         return written
@@ -354,11 +358,11 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             return observation_spec
         declare(observation_spec, self.gen_log_probs_full_key, LogProbs)
         declare(observation_spec, self.ref_log_probs_full_key, LogProbs)
+        if self.ref_entropy_key is not None:
+            declare(observation_spec, self.ref_entropy_key)
         if self.ref_version_key is not None:
             declare(observation_spec, self.ref_version_key, trailing=(), dtype=torch.int64)
         return super().transform_observation_spec(observation_spec)
 
-        if self.ref_entropy_key is not None:
-            declare(observation_spec, self.ref_entropy_key)
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         return super().transform_reward_spec(reward_spec) if self._deferral is None else reward_spec

@@ -148,7 +148,7 @@ class RetrieveLogProb(TokensTransform):
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
     @property
-    def pad_output(self) -> bool:
+    def pad_output(self) -> bool:  # type: ignore[override]  # the base class only reads it
         """The model's ``pad_output``."""
         return self.model.pad_output
 
@@ -193,9 +193,8 @@ class RetrieveLogProb(TokensTransform):
         if self.mask_key is not None:
             next_td = set_rows(next_td, self.mask_key, masks)
         if self.ref_version_key is not None:
-            next_td.set(
-                self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device)
-            )
+            version: Any = scored.origin.version
+            next_td.set(self.ref_version_key, torch.full((len(batch),), version, device=td.device))
         self._write_masks(next_td if is_flat else td, batch)
         return next_td
 
@@ -219,9 +218,9 @@ class RetrieveLogProb(TokensTransform):
                 )
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        declare(observation_spec, self.log_probs_full_key, LogProbs)
         if self.entropy_key is not None:
             declare(observation_spec, self.entropy_key)
-        declare(observation_spec, self.log_probs_full_key, LogProbs)
         if self.mask_key is not None:
             declare(observation_spec, self.mask_key, dtype=torch.bool)
         if self.ref_version_key is not None:

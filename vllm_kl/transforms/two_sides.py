@@ -196,7 +196,8 @@ def _weights_behind(model: Any) -> tuple[Any, int] | None:
 
     ``None``: not known, because an adapter may be loaded in another way, or later.
     """
-    engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
+    engine: Any = getattr(model, "model", None)
+    adapter = adapter_id(getattr(model, "lora_request", None))
     if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
         if not isinstance(scorer._engine, GenerateEngine):
             return scorer._engine, 0
