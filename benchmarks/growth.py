@@ -1,4 +1,4 @@
-"""Measures how the time of a call grows with each of its sizes, and fits the exponents.
+"""Measures how the time of a call grows with each of its sizes, and fits exponents and lines.
 
     python benchmarks/growth.py                # a quarter of an hour on two cores
     python benchmarks/growth.py --axis G --axis V
@@ -12,6 +12,11 @@
 Each size is a run of ``vllm-kl bench``, which checks the log-probs against float64 before it times. Beside
 the exponent of the time stand those of the computed and of the scored tokens: the work that the sizes ask
 for. An exponent of 1 is linear, 0 is no growth.
+
+An exponent mixes what grows with what does not: a call costs something at any size. So a line ``seconds = a
++ b * size`` is fitted, too. For G, ``a`` is the time of the four prompts and of the call, and ``b * G`` that
+of the responses. A prompt that is computed once makes ``b`` the time of 4 * 16 tokens; one that is computed
+for each response makes it that of 4 * 1040.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.table import Table
 
 from vllm_kl.bench.report import Report, machine_line, make_table
 
@@ -66,6 +72,31 @@ def exponent(sizes: Sequence[float], amounts: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(amounts), 1)[0])
 
 
+def line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return a and b of ``seconds = a + b * size`` with the least squares of the relative errors."""
+    b, a = np.polyfit(sizes, seconds, 1, w=1 / np.asarray(seconds))
+    return float(a), float(b)
+
+
+def prompts_and_responses(rows: list[dict[str, Any]]) -> tuple[Table, str]:
+    """Return the time of the axis G apart, for prompts and responses, and what a response costs."""
+    sizes, seconds = [size.value for size in AXES["G"]], [row["s_p50"] for row in rows]
+    a, b = line(sizes, seconds)
+    table = make_table(
+        "G", "size", "computed tokens", "seconds", "of prompts and call (a)", "rest", "us a response token"
+    )
+    for size, row, taken in zip(sizes, rows, seconds, strict=True):
+        each = f"{1e6 * (taken - a) / row['scored_tokens']:.1f}"
+        figures = (f"{taken:.3f}", f"{a:.3f}", f"{taken - a:.3f}", each)
+        table.add_row(f"{size}", f"{row['computed_tokens']:,}", *figures)
+    prompts = rows[0]["computed_tokens"] - rows[0]["scored_tokens"]
+    own = rows[0]["scored_tokens"] // sizes[0]
+    return table, (
+        f"One response more of each prompt takes as long as {b * prompts / a:,.0f} prompt tokens: "
+        f"{own} tokens, and the LM head for each. Prompts that are computed again would make it {prompts:,}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,18 +105,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", type=Path, help="file to append the table to")
     args = parser.parse_args()
-    table = make_table(
+    exponents = make_table(
         "exponents", "size", "from, to", "seconds", "of the time", "of computed tokens", "of scored tokens"
     )
+    lines = make_table("seconds = a + b * size", "size", "a, s", "b, ms", "largest error of the line")
+    report = Report(args.markdown)
     for axis in args.axis or AXES:
         rows = [measure(size, args.rounds) for size in AXES[axis]]
         values = [size.value for size in AXES[axis]]
         amounts = ("s_p50", "computed_tokens", "scored_tokens")
         fitted = [f"{exponent(values, [row[name] for row in rows]):.2f}" for name in amounts]
-        seconds = ", ".join(f"{row['s_p50']:.2f}" for row in rows)
-        table.add_row(axis, f"{values[0]:,}, {values[-1]:,}", seconds, *fitted)
-    report = Report(args.markdown)
-    report.table(table)
+        seconds = [row["s_p50"] for row in rows]
+        taken = ", ".join(f"{one:.2f}" for one in seconds)
+        exponents.add_row(axis, f"{values[0]:,}, {values[-1]:,}", taken, *fitted)
+        a, b = line(values, seconds)
+        error = max(abs(a + b * value - one) / one for value, one in zip(values, seconds, strict=True))
+        lines.add_row(axis, f"{a:.3f}", f"{1e3 * b:.3f}", f"{100 * error:.0f} %")
+        if axis == "G":
+            apart, told = prompts_and_responses(rows)
+            report.table(apart)
+            report.line(told)
+    report.table(exponents)
+    report.table(lines)
     report.line(machine_line(f"{args.rounds} rounds"))
 
 

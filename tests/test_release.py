@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 import vllm_kl
+from tests import tiny
+from tests.oracle import LOG_PROB_TOLERANCE
+from tests.test_requirements import unmet
 from vllm_kl import Sample, write_samples
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -99,6 +102,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert {f"{about}/licenses/LICENSE", f"{about}/entry_points.txt"} <= names
     assert metadata["Version"] == vllm_kl.__version__
     assert metadata["License-Expression"] == "MIT"
+    # What the requirements of this environment install is there anyway; test_requirements.py looks closer.
+    assert unmet(metadata.get_all("Requires-Dist")) == []
     assert "vllm_kl/py.typed" in names
 
 
@@ -119,6 +124,36 @@ print(vllm_kl.__file__, version("vllm-kl"), plugin.load().__module__, score.__mo
     file, *told = run(python, "-c", code, cwd=tmp_path).splitlines()
     assert Path(file).is_relative_to(python.parents[1])
     assert told == [vllm_kl.__version__, "vllm_kl.plugin", "vllm_kl.client.client"]
+
+
+def test_the_installed_wheel_scores(python, ref_path, ref_oracle, tmp_path):
+    """With an engine of its own: the plugin is found by its entry point, and compiles its kernel."""
+    ids = [list(range(5, 60)), [5, 6, 7, 8]]
+    code = f"""
+import json, sys
+import vllm_kl
+with vllm_kl.VLLMScorer(sys.argv[1], **{tiny.ENGINE_OPTIONS!r}) as scorer:
+    rows = scorer.score({ids!r})
+print(json.dumps([vllm_kl.__file__, scorer.readout, [row.tolist() for row in rows]]))
+"""
+    file, readout, rows = json.loads(run(python, "-c", code, ref_path, cwd=tmp_path).splitlines()[-1])
+    assert Path(file).is_relative_to(python.parents[1])
+    assert readout == "pooling"
+    for row, sequence in zip(rows, ids, strict=True):
+        truth = ref_oracle.log_probs(sequence)[1:]
+        assert max(abs(a - b) for a, b in zip(row, truth, strict=True)) < LOG_PROB_TOLERANCE
+
+
+def test_the_installed_command_scores_a_file(python, ref_path, ref_oracle, tmp_path):
+    row = {"prompt_ids": [5, 6, 7], "response_ids": [8, 9]}
+    tmp_path.joinpath("data.jsonl").write_text(json.dumps(row) + "\n")
+    engine = [f"--engine={name}={value}" for name, value in tiny.ENGINE_OPTIONS.items()]
+    command = (python.parent / "vllm-kl", "score", "data.jsonl", "--model", ref_path, "--out", "out")
+    run(*command, "--format", "jsonl", *engine, cwd=tmp_path)
+    (part,) = tmp_path.glob("out/part-*.jsonl")
+    written = json.loads(part.read_text())
+    truth = ref_oracle.log_probs([5, 6, 7, 8, 9])[3:]
+    assert max(abs(a - b) for a, b in zip(written["ref_log_probs"], truth, strict=True)) < LOG_PROB_TOLERANCE
 
 
 def test_the_installed_wheel_has_its_files_of_data(python, tmp_path):

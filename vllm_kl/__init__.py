@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from vllm_kl.weights.versions import StaleWarning as StaleWarning
     from vllm_kl.weights.versions import check_versions as check_versions
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "batch.mask_recorded": "mask_recorded",
@@ -113,7 +113,7 @@ _PUBLIC = {
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 
 # Packages that only an extra installs; without them vllm_kl.client works.
-_OF_EXTRAS = ("jinja2", "packaging", "platformdirs", "tensordict", "torch", "torchrl", "transformers")
+_OF_EXTRAS = ("jinja2", "platformdirs", "tensordict", "torch", "torchrl", "transformers")
 
 __all__ = sorted(_MODULE_OF)
 

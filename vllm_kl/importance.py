@@ -103,9 +103,10 @@ class Weighting:
 
 
 def _check_bound(name: str, value: float | None, least: float, most: float) -> None:
+    if value is None:
+        return
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_fine = is_number and least <= value <= most and is_bound(value) and value != math.inf
-    if value is not None and not is_fine:
+    if not (is_number and least <= value <= most and is_bound(value) and value != math.inf):
         between = "at least 1" if most == math.inf else "above 0 and at most 1"
         raise OptionError(
             f"{name} must be a finite number {between}, or None for no bound; got {str(value)[:60]}. The "
@@ -175,7 +176,6 @@ def importance_weights(
     True
     """
     weighting = Weighting(level=level, mode=mode, low=low, high=high)
-    is_dense = isinstance(mask, torch.Tensor)
     sides = {"log_probs": log_probs, "sampler_log_probs": sampler_log_probs, "mask": mask}
     trained_N, sampled_N, keep_N, lengths = packed_sides(sides)
     device = trained_N.device
@@ -184,7 +184,7 @@ def importance_weights(
     weights_N = weights_N.float()
     return Importance(
         weights=weights_N.reshape(mask.shape)
-        if is_dense
+        if isinstance(mask, torch.Tensor)
         else [row.clone() for row in weights_N.split(lengths)],
         metrics=ratios.metrics(),
         as_printed_by={"trl": ratios.trl(), "verl": ratios.verl(), "nemo_rl": ratios.nemo_rl()},

@@ -300,6 +300,16 @@ class VLLMScorer:
         values, stats = self._read(token_ids, start, None, False)
         return [row[:, 0].clone() for row in values], stats
 
+    def score_entropy_and_tell(
+        self, token_ids: Sequence[TokenIds], start: int | Sequence[int] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], ScoreStats]:
+        """Score as :meth:`score` does with ``entropy=True``; return log-probs, entropies and the figures.
+
+        See :meth:`score_and_tell`.
+        """
+        values, stats = self._read(token_ids, start, None, False, entropy=True)
+        return [row[:, 0].clone() for row in values], [row[:, -1].clone() for row in values], stats
+
     def score_ids(
         self,
         token_ids: Sequence[TokenIds],

@@ -265,7 +265,7 @@ class Origin(NamedTuple):
     version: int | str | None  # None: not known
     adapter: int | None = 0  # the adapter's id on the engine; 0: the base model; None: not known
     # A second version: the weights were replaced while they sampled, or two records of the version disagree.
-    last_version: int | None = None
+    last_version: int | str | None = None
 
     def __str__(self) -> str:
         version = "an unknown version" if self.version is None else f"version {self.version}"
@@ -281,6 +281,8 @@ class Scored:
     values: torch.Tensor  # [N] float32, nats: finite inside the batch's mask, 0.0 outside
     origin: Origin  # of log-probs that were scored now; recorded log-probs have the origin of their sample
     is_recorded: bool = False  # True: the policy recorded them when it sampled
+    # [N] float32, nats, as the values: of the distribution of each kept token; None: not asked for
+    entropies: torch.Tensor | None = None
 
 
 class Scorer(Protocol):

@@ -8,7 +8,7 @@ import textwrap
 
 from tests.client.faulty_server import log_probs, serving
 
-BLOCKED = "torch vllm ray torchrl tensordict transformers jinja2 packaging platformdirs fastapi orjson"
+BLOCKED = "torch vllm ray torchrl tensordict transformers jinja2 platformdirs fastapi orjson"
 BLOCK = f"""
 import sys
 
@@ -65,3 +65,16 @@ def test_the_command_says_what_to_install():
     """)
     assert out.startswith("1 error: vllm-kl serve needs Ray Serve and vLLM"), out
     assert "pip install 'vllm-kl[cpu,ray]'" in out
+
+
+def test_the_version_and_the_doctor_need_no_extra():
+    out = run("""
+        from typer.testing import CliRunner
+        from vllm_kl.cli import app
+        for words in (["--version"], ["doctor"]):
+            done = CliRunner().invoke(app, words)
+            assert isinstance(done.exception, SystemExit | None), done.exception
+            print(done.exit_code, done.stdout)
+    """)
+    assert out.startswith("0 vllm-kl ")
+    assert "\n1 " in out or "\n0 " in out  # what the doctor finds is installed here, and only hidden

@@ -193,8 +193,8 @@ def test_proofs_and_top_k_that_are_interrupted_leave_an_engine_that_is_right(ref
             check_right(scorer, ref_oracle)
 
 
-def test_weights_that_shared_memory_has_no_room_for_leave_the_old_ones(ref_path, ref_oracle):
-    """A limit on the size of a file acts as a full ``/dev/shm`` does: a write fails."""
+def test_weights_that_cannot_be_written_leave_the_old_ones(ref_path, ref_oracle):
+    """A limit on the size of a file makes a write fail; ``test_full_memory.py`` fills a real ``/dev/shm``."""
     state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
     with start(ref_path) as scorer:
         version = scorer.weight_version
@@ -243,6 +243,35 @@ def test_two_scorers_share_a_process_and_neither_goes_to_another(
         one.close()
         one.close()
         check_right(other, policy_oracle)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files open
+def test_a_scorer_is_not_pickled_into_ray_and_one_that_a_task_makes_works(ref_path, ref_oracle):
+    import ray
+
+    path, options, ids = str(ref_path), tiny.ENGINE_OPTIONS, IDS
+
+    def score(scorer):
+        return scorer.score([ids])[0].tolist()
+
+    def score_with_its_own():
+        with VLLMScorer(path, **options) as scorer:
+            return score(scorer)
+
+    with start(ref_path) as scorer:
+        for send in (
+            lambda: ray.remote(score).remote(scorer),
+            lambda: ray.remote(lambda: score(scorer)).remote(),
+            lambda: ray.put(scorer),
+        ):
+            # Ray makes a TypeError of an OptionError, which is one, and adds its own advice.
+            with pytest.raises(TypeError, match=r"(?s)cannot be pickled.*keep it in a Ray actor"):
+                send()
+        check_right(scorer, ref_oracle)
+        truth = ref_oracle.log_probs(IDS)[1:]
+        scored = ray.get(ray.remote(score_with_its_own).remote(), timeout=120)
+        assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
 
 
 def _refused_in_a_fork(scorer):

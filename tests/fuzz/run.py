@@ -16,6 +16,8 @@ import importlib
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ class Property:
     cases: int = 0
     wall_s: float = 0.0
     outcomes: Counter = field(default_factory=Counter)
+    branches: int = 0  # that guided cases reached in the package
     fault: str | None = None
 
 
@@ -91,21 +94,44 @@ def run_guided(one: Property, number: int, most: int, corpus: Path) -> None:
     inputs = corpus / one.name.replace(" ", "_")  # what reached new branches, for the next round
     inputs.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.fuzz.guided", one.name, str(most), str(inputs), str(number)]
-    began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=corpus, env=_environment())
-    one.wall_s += time.perf_counter() - began
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        one.fault = f"exit status {done.returncode}: {done.stderr[-3000:]}"
-        return
+    pipe, began = subprocess.PIPE, time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=corpus, env=_environment()
+    ) as process:
+        try:
+            told, progress = process.communicate()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # it then tells what it has counted, unless it just starts
+            told, progress = process.communicate()
+            if told:
+                _count(one, told, progress)
+            raise
+        finally:
+            one.wall_s += time.perf_counter() - began
+    before = one.cases
+    if process.returncode or not told:
+        one.fault = f"exit status {process.returncode}: {progress[-3000:]}"
+    else:
+        _count(one, told, progress)
+    if one.fault is None and one.cases == before:
+        one.fault = f"no input was long enough to be a case: {progress[-3000:]}"
+    if one.fault is None and not one.branches:
+        one.fault = f"atheris counted no branch: {progress[-3000:]}"
+
+
+def _count(one: Property, told: str, progress: str) -> None:
+    """Add what guided.py told of a round."""
+    found = json.loads(told.splitlines()[-1])
     one.cases += found["cases"]
     one.outcomes += Counter(found["outcomes"])
     one.fault = found["fault"]
+    # libFuzzer's lines: "#512 NEW cov: 91 ft: 120 corp: 9/63b ..."
+    one.branches = max([one.branches, *map(int, re.findall(r"\bcov: (\d+)", progress))])
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def rounds(every: list[Property], options: argparse.Namespace, console: Console, corpus: Path) -> None:
@@ -131,9 +157,9 @@ def rounds(every: list[Property], options: argparse.Namespace, console: Console,
 
 def table_of(every: list[Property]) -> Table:
     """Return what was counted of each property."""
-    table = Table("property", "cases", "answered", "refused", "s", "failed")
+    table = Table("property", "cases", "answered", "refused", "branches", "s", "failed")
     for one in every:
-        counts = (one.cases, one.outcomes["answered"], one.outcomes["refused"])
+        counts = (one.cases, one.outcomes["answered"], one.outcomes["refused"], one.branches)
         failed = "" if one.fault is None else "yes"
         table.add_row(one.name, *(f"{number:,}" for number in counts), f"{one.wall_s:.0f}", failed)
     return table

@@ -14,9 +14,9 @@ import torch
 
 from tests import batches, local_ray, oracle, service_drivers, tiny
 from tests.collectors import check_kl, transformers_wrapper
-from tests.oracle import KL_TOLERANCE, LOG_PROB_TOLERANCE, Oracle
+from tests.oracle import ENTROPY_TOLERANCE, KL_TOLERANCE, LOG_PROB_TOLERANCE, Oracle
 from tests.service_drivers import PROMPTS, SEQUENCES, make_reference, service
-from vllm_kl import RetrieveKL, VLLMReference, push_weights
+from vllm_kl import RetrieveKL, RetrieveLogProb, VLLMReference, push_weights
 from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
@@ -103,6 +103,23 @@ def test_a_service_that_exists_needs_no_factory(shared, remote):
     connected = VLLMReference.connect("shared").scorer.score(SEQUENCES, PROMPTS)
     assert all(torch.equal(a, b) for a, b in zip(connected, score(remote), strict=True))
     assert len(services()) == 1
+
+
+def test_a_service_returns_entropies(shared, batch, ref_oracle):
+    reference = VLLMReference.connect("shared")
+    td = RetrieveLogProb(reference, entropy_key=("ref_entropy", "full"))(batch)
+    check_log_probs(
+        [
+            row[prompt:]
+            for row, prompt in zip(td.get(("ref_log_probs", "full"), as_list=True), PROMPTS, strict=True)
+        ],
+        ref_oracle,
+    )
+    for row, ids, prompt in zip(
+        td.get(("ref_entropy", "full"), as_list=True), SEQUENCES, PROMPTS, strict=True
+    ):
+        want = torch.tensor(ref_oracle.entropies(ids)[prompt:], dtype=torch.float64)
+        torch.testing.assert_close(row[prompt:].double(), want, rtol=0, atol=ENTROPY_TOLERANCE)
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,8 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     turn.
     """
     options = {name: value for name, value in options.items() if name not in _NOT_OF_A_TURN}
-    eos = {getattr(tokenizer, "eos_token_id", None)} - {None}
+    of_tokenizer: int | None = getattr(tokenizer, "eos_token_id", None)
+    eos = set() if of_tokenizer is None else {of_tokenizer}
     renderer = _Renderer(tokenizer, "the chat template")
     try:
         History.from_chats([_PROBE]).apply_chat_template(
@@ -368,7 +369,7 @@ def ends_of(tokenizer: Any, options: dict[str, Any]) -> Ends:
     # The last special token before both questions begins a message. Some templates have no token that ends a
     # turn.
     begins, follows = {before(0)} & {before(2)}, {behind(1), behind(3)}
-    ends = eos | (follows - begins if follows <= special else set())
+    ends = eos | ({t for t in follows - begins if t is not None} if follows <= special else set())
     # A special token of the rendered probe begins a message, unless it ends one.
     return Ends(ids=frozenset(ends), behind=frozenset(special - {t for t, _, _ in tokens}))
 

@@ -9,6 +9,7 @@ from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.batch.read_tokens import read_rows
 from vllm_kl.batch.write_entries import set_rows
+from vllm_kl.types import Rows
 
 
 def mask_recorded(
@@ -54,6 +55,7 @@ def mask_recorded(
         return td
     if any(row.shape != mask.shape for row, mask in zip(recorded, masks, strict=True)):
         return td
+    rows: Rows
     if isinstance(recorded, torch.Tensor) and isinstance(masks, torch.Tensor):
         rows = recorded.where(masks, torch.nan)
     else:

@@ -70,7 +70,7 @@ def keys_of(
         ids_of: the wrapper that wrote ids and masks, if it is another one.
     """
     template = {name: getattr(model, name, None) for name in ("chat_template_name", "chat_template")}
-    input_mode = getattr(model, "input_mode", "history")
+    input_mode: InputMode = getattr(model, "input_mode", "history")
     other_history = history_key is not None and history_key != getattr(model, "history_key", "history")
     return InputKeys(
         input_mode=input_mode,
@@ -138,7 +138,7 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     if ids is None and keys.input_mode == "tokens":
         ids = read_rows(td, keys.key)
     is_stored, report = ids is not None, TextReport()
-    if is_stored:
+    if ids is not None:
         _check_ids(ids, nested(keys.tokens_key, "full"))
         lengths, places = _real_tokens(ids, read_rows(td, nested(keys.masks_key, "all_attention_mask")), keys)
         ids_N = pack(ids, places).long()
@@ -152,9 +152,11 @@ def read_batch(td: TensorDictBase, keys: InputKeys, *, assistant_only: bool) -> 
     if 0 in lengths:
         raise InputError(f"sample {lengths.index(0)} has no tokens: drop it from the batch")
     firsts = torch.tensor([0, *lengths])[: len(lengths)].cumsum(0)
-    keep = (
-        assistant if assistant_only else torch.ones(len(ids_N), dtype=torch.bool).index_fill(0, firsts, False)
-    )
+    if assistant_only:
+        assert assistant is not None, "it was read or rendered, or refused"
+        keep = assistant
+    else:
+        keep = torch.ones(len(ids_N), dtype=torch.bool).index_fill(0, firsts, False)
     for i in keep[firsts].nonzero()[:, 0].tolist():
         raise InputError(
             f"sample {i}: the assistant mask keeps token 0, which has no log-prob because nothing comes "
@@ -265,9 +267,10 @@ def _prompt_lengths(
     unpadded = [
         len(p) if torch.equal(p, ids[: len(p)]) else None for p, ids in zip(prompts, real, strict=True)
     ]
-    ways = [way for way in (in_place, unpadded) if None not in way]
+    both = (in_place, unpadded)
+    ways = [[n for n in way if n is not None] for way in both if None not in way]
     if not ways:
-        way, rows = max(((in_place, full), (unpadded, real)), key=lambda w: len(prompts) - w[0].count(None))
+        way, rows = max(zip(both, (full, real), strict=True), key=lambda w: len(prompts) - w[0].count(None))
         i = way.index(None)
         prompt, row = prompts[i].tolist(), rows[i].tolist()
         at = next(t for t, token in enumerate(prompt) if row[t : t + 1] != [token])

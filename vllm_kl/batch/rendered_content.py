@@ -235,8 +235,8 @@ def _place_in_order(text: str, pieces: list[_Piece], runs: Sequence[Span]) -> bo
                 break
         else:
             return False
-    for piece, part in zip(pieces, found, strict=True):
-        piece.parts = [part]
+    for piece, placed in zip(pieces, found, strict=True):
+        piece.parts = [placed]
     return True
 
 

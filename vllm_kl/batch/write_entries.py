@@ -106,7 +106,7 @@ def write_kl(
     """
     kl = entries[kl_key]
     reward = None if coeff is None else read_rows(next_td, "reward")
-    if reward is not None:
+    if reward is not None and coeff is not None:
         shaped = _shaped_reward(reward, kl, coeff)
     if not isinstance(kl, torch.Tensor) and not isinstance(next_td, LazyStackedTensorDict):
         next_td = next_td.to_lazystack(0)  # before the first entry, so that one tensordict holds all results

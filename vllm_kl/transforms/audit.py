@@ -44,9 +44,9 @@ class Audit:
     """
 
     def __init__(self, fraction: float, *, tolerance: float = 0.05, on_drift: OnDrift = "raise") -> None:
-        if not isinstance(fraction, numbers.Real) or not 0 <= fraction <= 1:
+        if not _is_number(fraction) or not 0 <= fraction <= 1:
             raise OptionError(f"audit must be a fraction of the samples, from 0 to 1; got {fraction!r}")
-        if not isinstance(tolerance, numbers.Real) or not 0 < tolerance < math.inf:
+        if not _is_number(tolerance) or not 0 < tolerance < math.inf:
             raise OptionError(f"audit_tolerance must be a positive number of nats; got {tolerance!r}")
         if on_drift not in get_args(OnDrift):
             raise OptionError(
@@ -144,3 +144,7 @@ class Audit:
         if self.on_drift == "raise":
             raise DriftError(message)
         warnings.warn(message, MismatchWarning, stacklevel=3)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real)

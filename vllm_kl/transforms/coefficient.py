@@ -72,7 +72,7 @@ class Coefficient:
     def _checked(self, value: Any) -> float:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
-        if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
             where = f" for batch {self._num_batches}" if callable(self.given) else ""
             raise OptionError(
                 "coeff must be a number of at least 0, a schedule or a controller with .coef and .update; "

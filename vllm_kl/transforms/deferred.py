@@ -71,14 +71,14 @@ class Step:
         self,
         number: int,
         owner: Deferral,
-        future: Future,
+        future: Future[Scored],
         write: Callable[..., TensorDictBase],
         previous: Step | None,
     ) -> None:
         self.number = number
         self.owner = owner  # the same for all steps of a transform
-        self.version: int | None = None  # of the reference's weights
-        self._future: Future | None = future
+        self.version: int | str | None = None  # of the reference's weights
+        self._future: Future[Scored] | None = future
         self._write = write
         # The unfinished step before. It is kept even if its batch is gone: a coefficient schedule counts it.
         self._previous = previous
@@ -110,6 +110,7 @@ class Step:
 
     def _finish(self) -> None:
         try:
+            assert self._future is not None, "a step finishes once"
             scored = self._future.result()
             self.version = scored.origin.version
             self._outcome = list(self._write(scored).unbind(0))
@@ -278,11 +279,11 @@ class _Worker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._work: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._work: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._is_running = False
 
-    def submit(self, work: Callable[[], Any]) -> Future:
-        future: Future = Future()
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._lock:
             self._work.append((future, work))
             if not self._is_running:
@@ -380,7 +381,7 @@ def _result(handle: Handle, i: int, shape: torch.Size, waiting: list[tuple[Handl
 
 def _check_one_version(waiting: list[tuple[Handle, ...]], shape: torch.Size) -> None:
     """Refuse a batch with scores of two versions of one reference."""
-    first: dict[object, tuple[int, int | None]] = {}
+    first: dict[object, tuple[int, int | str | None]] = {}
     for i, handle in ((i, handle) for i, handles in enumerate(waiting) for handle in handles):
         before, version = first.setdefault(handle.step.owner, (i, handle.step.version))
         if version != handle.step.version:

@@ -123,8 +123,7 @@ class ImportanceWeights(NextTransform):
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         sides = self._sides(td, next_td)
         self._check(*sides)
-        bounds = {"level": self.level, "mode": self.mode, "low": self.low, "high": self.high}
-        found = importance_weights(*sides, **bounds)
+        found = importance_weights(*sides, level=self.level, mode=self.mode, low=self.low, high=self.high)
         written = set_rows(next_td, self.weights_key, found.weights)
         self._metrics = found.metrics if self.names == "vllm_kl" else found.as_printed_by[self.names]
         return written

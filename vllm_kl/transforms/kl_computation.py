@@ -117,19 +117,21 @@ class KLComputation(KLTransform):
         self.padding_side = padding_side
 
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
-        rows = [read_rows(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)]
-        if rows[0] is None or rows[1] is None:
+        of_gen, of_ref = (
+            read_rows(next_td, key) for key in (self.gen_log_probs_full_key, self.ref_log_probs_full_key)
+        )
+        if of_gen is None or of_ref is None:
             raise InputError(
                 f"Log-probs not found: expected {self.gen_log_probs_full_key} and "
                 f"{self.ref_log_probs_full_key}, the tensordict has {sorted(map(str, next_td.keys()))}"
             )
-        _check_shapes(*rows)
-        lengths = widths_of(rows[0])
-        gen, ref = (end_to_end(side) for side in rows)
+        _check_shapes(of_gen, of_ref)
+        lengths = widths_of(of_gen)
+        gen, ref = end_to_end(of_gen), end_to_end(of_ref)
         mask = _default_mask(gen.detach().cpu(), ref.detach().cpu())
         stored = None if self.mask_key is None else read_rows(next_td, self.mask_key)
         if stored is not None:
-            self._check_mask(rows[0], stored)
+            self._check_mask(of_gen, stored)
             has_values = mask & (gen != 0).cpu() & (ref != 0).cpu()
             mask = pack(stored).bool()
             self._check_hidden(has_values & ~mask, lengths)
@@ -138,8 +140,8 @@ class KLComputation(KLTransform):
         self._check_sides(gen.detach().cpu(), ref.detach().cpu(), mask, lengths)
 
         def to_rows(values: torch.Tensor) -> Rows:
-            if isinstance(rows[0], torch.Tensor):
-                return values.view(rows[0].shape)
+            if isinstance(of_gen, torch.Tensor):
+                return values.view(of_gen.shape)
             return [row.clone() for row in values.split(lengths)]
 
         return self.penalty.write(next_td, gen, ref, mask, lengths, to_rows, is_mask_known=stored is not None)
@@ -154,7 +156,8 @@ class KLComputation(KLTransform):
             key: next((t for n in neighbours if (t := n.temperature_at(key)) is not None), None)
             for key in keys
         }
-        if None not in at.values() and not is_same_temperature(*at.values()):
+        of_gen, of_ref = at.values()
+        if of_gen is not None and of_ref is not None and not is_same_temperature(of_gen, of_ref):
             found = " and ".join(f"{key} of softmax(logits / {t:g})" for key, t in at.items())
             raise OptionError(
                 f"{found}: the KL of equal weights would not be 0. Give both sides one temperature"

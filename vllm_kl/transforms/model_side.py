@@ -17,7 +17,7 @@ from vllm_kl.errors import InputError, OptionError
 from vllm_kl.transforms.choose_scorer import ScorerOf, is_same_temperature, serving_version, temperature_of
 from vllm_kl.transforms.score_batch import score_batch
 from vllm_kl.transforms.watched_policy import adapter_id, engine_of
-from vllm_kl.types import Scored, TokenBatch
+from vllm_kl.types import EngineInfo, Scored, Scorer, TokenBatch
 
 
 class Side(Protocol):
@@ -40,12 +40,24 @@ class Side(Protocol):
 
 
 class ModelSide:
-    """The side that a given model scores."""
+    """The side that a given model scores.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: a TorchRL wrapper.
+        entropy: the scores have entropies, too.
+
+    Raises:
+        OptionError: ``entropy``, and the model's scorer cannot return it.
+    """
+
+    def __init__(self, model: Any, *, entropy: bool = False) -> None:
         self._model = model
         self._scorer_of = ScorerOf()
-        self.has_versions = serving_version(self._scorer_of(model)) is not None
+        self._entropy = entropy
+        scorer = self._scorer_of(model)
+        if entropy:
+            _check_entropy(scorer)
+        self.has_versions = serving_version(scorer) is not None
 
     @property
     def temperature(self) -> float:
@@ -69,12 +81,28 @@ class ModelSide:
         self.check_temperature(temperature)
         scorer = self._scorer_of(self._model)
         return score_batch(
-            scorer, batch, adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None))
+            scorer,
+            batch,
+            adapter_id(getattr(getattr(scorer, "_engine", None), "_lora_request", None)),
+            entropy=self._entropy,
         )
 
     def scores_with(self, policy: Any) -> bool:
         engine = getattr(getattr(self._scorer_of(self._model), "_engine", None), "_llm_engine", None)
         return engine is not None and engine is engine_of(policy)
+
+
+def _check_entropy(scorer: Scorer) -> None:
+    info: EngineInfo | None = getattr(scorer, "info", None)
+    if info is None:
+        raise OptionError(
+            f"a {type(scorer).__name__} returns no entropy. Give a VLLMReference(path), whose engine does"
+        )
+    if "entropy" not in info.can:
+        raise OptionError(
+            f"the read-out {info.readout!r} returns no entropy. Give a VLLMReference that owns its engine, "
+            "VLLMReference(path), with the read-out 'pooling'"
+        )
 
 
 def check_side(model: Any, assistant_only: bool, name: str = "model") -> None:

@@ -38,7 +38,7 @@ def on_leaving(collector: Any, hook: Hook) -> bool:
     """
     if not hasattr(collector, "postproc"):
         if collector is not None:
-            _log_missing_postproc(type(collector))
+            _log_missing_postproc(type(collector).__name__)
         return False
     # Checked at every step, because the user may set a postproc at any time.
     if not isinstance(collector.postproc, _Postproc):
@@ -49,5 +49,5 @@ def on_leaving(collector: Any, hook: Hook) -> bool:
 
 
 @functools.cache
-def _log_missing_postproc(kind: type) -> None:
-    logger.warning("vllm_kl: a %s has no postproc, so its batches are not checked", kind.__name__)
+def _log_missing_postproc(kind: str) -> None:
+    logger.warning("vllm_kl: a %s has no postproc, so its batches are not checked", kind)

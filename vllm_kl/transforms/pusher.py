@@ -67,6 +67,6 @@ def _count(collector: Any, version: int) -> None:
     if (actor := actor_of(collector)) is not None:
         call_in_actor(actor, _count, version)
         return
-    tracker = getattr(collector, "policy_version_tracker", None)
+    tracker: Any = getattr(collector, "policy_version_tracker", None)
     if not isinstance(tracker, EnginePolicyVersion) and isinstance(getattr(tracker, "version", None), int):
         tracker.version = version

@@ -29,7 +29,7 @@ from vllm_kl.errors import EngineError, FrozenError, OptionError
 from vllm_kl.ray_address import check_address
 from vllm_kl.transforms.reference_settings import Proof, Served, differences
 from vllm_kl.transforms.service_options import IDLE_TIMEOUT_S, ServiceOptions
-from vllm_kl.types import Scorer, ScoreStats
+from vllm_kl.types import EngineInfo, Scorer, ScoreStats
 
 logger = logging.getLogger("vllm_kl")
 
@@ -130,14 +130,14 @@ class _Service:
             return getattr(self._ready()[0].scorer, name, default)
 
     def score(
-        self, token_ids: list[np.ndarray], start: list[int]
-    ) -> tuple[list[np.ndarray], ScoreStats | None, str, Proof]:
+        self, token_ids: list[np.ndarray], start: list[int], entropy: bool
+    ) -> tuple[list[np.ndarray], list[np.ndarray], ScoreStats | None, str, Proof]:
         with self._in_use():
             served, life = self._ready()
             ids = [torch.from_numpy(row.copy()) for row in token_ids]
             with torch.no_grad():
                 try:
-                    scored, stats = self._score(served.scorer, ids, start)
+                    scored, entropies, stats = self._score(served.scorer, ids, start, entropy)
                 except EngineError as error:
                     if not self._forget(served):
                         raise
@@ -145,15 +145,18 @@ class _Service:
                         f"the engine of {_called(self._name)} died. The log-probs of this call are lost; the "
                         f"next call starts another engine.\n{error}"
                     ) from error
-            return [t.float().cpu().numpy() for t in scored], stats, life, served.proof
+            return _arrays(scored), _arrays(entropies), stats, life, served.proof
 
     def _score(
-        self, scorer: Scorer, ids: list[torch.Tensor], start: list[int]
-    ) -> tuple[list[torch.Tensor], ScoreStats | None]:
+        self, scorer: Scorer, ids: list[torch.Tensor], start: list[int], entropy: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], ScoreStats | None]:
+        if entropy:
+            return scorer.score_entropy_and_tell(ids, start)
         if hasattr(scorer, "score_and_tell"):  # a VLLMScorer: threads share its engine's batches
-            return scorer.score_and_tell(ids, start)
+            scored, stats = scorer.score_and_tell(ids, start)
+            return scored, [], stats
         with self._alone:
-            return scorer.score(ids, start), None
+            return scorer.score(ids, start), [], None
 
     def _ready(self) -> tuple[Served, str]:
         with self._building:
@@ -295,6 +298,11 @@ class RayScorer:
         return self._get(self._actor.of_the_scorer.remote("weight_version", None))
 
     @property
+    def info(self) -> EngineInfo | None:
+        """The properties of the actor's engine; ``None``: its scorer does not tell."""
+        return self._get(self._actor.of_the_scorer.remote("info", None))
+
+    @property
     def temperature(self) -> float:
         """The log-probs are those of ``softmax(logits / temperature)``."""
         return self._get(self._actor.of_the_scorer.remote("temperature", 1.0))
@@ -312,15 +320,28 @@ class RayScorer:
         self, token_ids: list[Any], start: list[int]
     ) -> tuple[list[torch.Tensor], ScoreStats | None]:
         """As :meth:`score`; also return this call's figures, or ``None`` if the actor's scorer has none."""
+        scored, _, stats = self._ask(token_ids, start, entropy=False)
+        return scored, stats
+
+    def score_entropy_and_tell(
+        self, token_ids: list[Any], start: list[int]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], ScoreStats | None]:
+        """As :meth:`score_and_tell`, with the entropies of the same shapes, nats, between the two."""
+        return self._ask(token_ids, start, entropy=True)
+
+    def _ask(
+        self, token_ids: list[Any], start: list[int], *, entropy: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], ScoreStats | None]:
         arrays = [np.asarray(ids) for ids in token_ids]
-        scored, stats, life, proof = self._get(self._actor.score.remote(arrays, list(start)))
+        call = self._actor.score.remote(arrays, list(start), entropy)
+        scored, entropies, stats, life, proof = self._get(call)
         if life != self._life:
             self._check_restarted(proof)
             self._life = life
         if stats is not None and stats.weight_version is not None:
             self._version = stats.weight_version
         self.stats = stats  # for display only: other threads replace it
-        return [torch.from_numpy(array.copy()) for array in scored], stats
+        return _tensors(scored), _tensors(entropies), stats
 
     def close(self) -> None:
         """End the actor and its engine, for all callers."""
@@ -386,6 +407,14 @@ class RayScorer:
             raise error.cause from error
         except ray.exceptions.RayActorError as error:
             raise self._gone(error) from error
+
+
+def _arrays(rows: list[torch.Tensor]) -> list[np.ndarray]:
+    return [row.float().cpu().numpy() for row in rows]
+
+
+def _tensors(arrays: list[np.ndarray]) -> list[torch.Tensor]:
+    return [torch.from_numpy(array.copy()) for array in arrays]  # Ray's arrays cannot be written to
 
 
 def _called(name: str | None) -> str:

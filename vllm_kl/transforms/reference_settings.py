@@ -76,8 +76,8 @@ def _settings(model: Any, scorer: Scorer, attributes: Mapping[str, Any]) -> dict
 
 def _weights(scorer: Scorer) -> dict[str, Any] | None:
     if isinstance(scorer, TransformersScorer):
-        config = scorer.model.config.to_dict()
-        return {f"config.{name}": value for name, value in config.items()} | {
+        config: Any = scorer.model.config
+        return {f"config.{name}": value for name, value in config.to_dict().items()} | {
             "weights": _digest(scorer.model)
         }
     if not isinstance(scorer, VLLMScorer) or not hasattr(scorer._engine, "settings"):

@@ -37,7 +37,7 @@ class BuildReference:
         The factory is called, and a ``VLLMReference`` that it makes borrows the running engine. Other
         wrappers would load their model a second time, so a factory is not called if the service has one.
         """
-        engine = getattr(running.scorer, "_engine", None)
+        engine: Any = getattr(running.scorer, "_engine", None)
         if hasattr(engine, "settings"):  # the service's own engine, or its replicas
             with lending(engine):
                 return self().settings

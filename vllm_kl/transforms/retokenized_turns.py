@@ -117,14 +117,14 @@ class RetokenizedTurns(NextTransform):
         # If only some rows of the env were stepped, torchrl 0.14 does not tell which.
         last = self._last if len(self._last) == len(rows) else [None] * len(rows)
         turns = [0 if before is None else before[0] + 1 for before in last]
+        pairs = [(i, before[1], rows[i]) for i, before in enumerate(last) if before is not None]
         # Copies: others may change their batch afterwards.
         self._last = [(turn, ids.clone()) for turn, ids in zip(turns, rows, strict=True)]
-        later = [i for i, turn in enumerate(turns) if turn]
-        found = [difference for i in later for difference in _difference(i, turns[i], last[i][1], rows[i])]
+        found = [one for i, before, now in pairs for one in _difference(i, turns[i], before, now)]
         if found and not self._num_retokenized:
-            what = f"{len(found)} of the {len(later)} later turns of this step do not begin"
+            what = f"{len(found)} of the {len(pairs)} later turns of this step do not begin"
             _warn(what, found[0], " This warning comes once; the metrics count all such turns.")
-        self._num_later += len(later)
+        self._num_later += len(pairs)
         self._num_retokenized += len(found)
         self.metrics = {
             "retokenized_turns": float(len(found)),
@@ -135,7 +135,7 @@ class RetokenizedTurns(NextTransform):
 
     def _reset_env_preprocess(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
         # Not in _reset: before it, a data loader's primer removes the mask of a partial reset (torchrl 0.14).
-        mask = None if tensordict is None else tensordict.get("_reset", default=None)
+        mask: Any = None if tensordict is None else tensordict.get("_reset", default=None)
         is_partial = mask is not None and mask.numel() == len(self._last)
         begins = mask.flatten().tolist() if is_partial else [True] * len(self._last)
         self._last = [None if begun else last for begun, last in zip(begins, self._last, strict=True)]
@@ -178,7 +178,7 @@ def _real_ids(samples: TensorDictBase, keys: InputKeys) -> list[torch.Tensor] | 
     ids = rows_of(samples, nested(keys.tokens_key, "full"))
     name = nested(keys.masks_key, "all_attention_mask")
     attention = None if ids is None else rows_of(samples, name)
-    if attention is None:
+    if ids is None or attention is None:
         return ids and [row.cpu() for row in ids]
     check_shapes(attention, ids, name)
     return [row[mask.bool()].cpu() for row, mask in zip(ids, attention, strict=True)]

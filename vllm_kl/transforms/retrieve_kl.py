@@ -23,7 +23,7 @@ from torchrl.modules.llm.policies import LogProbs
 
 from vllm_kl.batch.alignment import PaddingSide
 from vllm_kl.batch.mask_recorded import mask_recorded as mask_recorded_log_probs
-from vllm_kl.batch.write_entries import declare
+from vllm_kl.batch.write_entries import declare, set_rows
 from vllm_kl.kl import Direction, Estimator
 from vllm_kl.transforms.audit import OnDrift
 from vllm_kl.transforms.deferred import Deferral, Deferred
@@ -127,6 +127,8 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             batch with ``"next"``: TorchRL's losses then leave these tokens out; see
             :func:`vllm_kl.mask_recorded`. ``False`` leaves them as they are, so that the batch can be scored
             again with a larger mask. Without ``mask_key`` they stay, too.
+        ref_entropy_key: where the entropy of the reference's distribution at each token is written, such as
+            ``("ref_entropy", "full")``, in the layout of the log-probs; ``None``: it is not computed.
         num_cpus, num_gpus: as in ``service_backend_options``.
 
     Writes log-probs and KL as ``[B, T]`` float32, nats (or B ragged rows), and the reward as ``[B, T, 1]``.
@@ -138,6 +140,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         ValueError: a model generates, the models disagree on ``pad_output``, or a model cannot tell the
             assistant's tokens.
         OptionError: the service ``actor_name`` serves another reference than ``ref_model_factory`` makes. Or
+            the reference returns no entropy, as in :class:`RetrieveLogProb`. Or
             when called: with ``from_collector``, reference and policy are one engine with the same
             adapter, or with none.
         DriftError: when called: the audit measured a larger difference than ``audit_tolerance``.
@@ -199,23 +202,23 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         on_zero: OnZero | None = None,
         deferred: Deferred = False,
         mask_recorded: bool = True,
+        ref_entropy_key: NestedKey | None = None,
         **kwargs: Any,
     ) -> None:
         gen = gen_model, gen_model_factory, gen_log_probs, audit, audit_tolerance, on_drift, on_zero
         service = service_of(service_backend, service_backend_options, use_ray_service, actor_name, kwargs)
-        written = gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, on_two_references
+        keys = gen_log_probs_full_key, ref_log_probs_full_key, ref_version_key, ref_entropy_key
         estimation = estimator, extra_estimators, clamp_log_ratio, clamp_output, direction
         tokens = assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale, mask_recorded
+        sides = assistant_only, device, gen_log_probs_full_key, ref_entropy_key is not None
         super().__init__(  # in this order: what is wrong is refused before an engine starts
             options=TokenOptions(*tokens),
-            written=Written(*written),
+            written=Written(*keys, on_two_references),
             penalty=Penalty(Estimation(*estimation), kl_key, mask_key, add_to_reward, coeff),
             sides=two_sides(
                 gen_model_of(*gen),
                 ref_model_of(ref_model, ref_model_factory, service, device),
-                assistant_only=assistant_only,
-                device=device,
-                log_probs_full_key=gen_log_probs_full_key,
+                *sides,
             ),
             history_key=history_key,
         )
@@ -248,7 +251,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             warn_of_two_lengths(policy, self.ref_model)
         batch = self._read(td)
         temperature = self._ref.temperature
-        how = {"temperature": temperature, "detach": self.detach}
+        how: dict[str, Any] = {"temperature": temperature, "detach": self.detach}
         gen = side_log_probs(self._gen, batch, td, collector, **how)
         sampled = self._sampled(td)
         is_counted = isinstance(self._gen, FromCollector) or gen.origin.version is not None
@@ -258,7 +261,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             self._close_step()  # the policy is done: its weights may be replaced while the reference scores
         ref = None if self._deferral is not None else side_log_probs(self._ref, batch, td, collector, **how)
         are_zeros_settled, num_rescored = True, len(batch)
-        if gen.is_recorded:
+        if isinstance(self._gen, FromCollector) and gen.is_recorded:
             of_ref = None if ref is None else ref.values
             gen, rescored = self._gen.settle_zeros(gen.values, of_ref, batch, collector, temperature)
             are_zeros_settled, num_rescored = rescored is not None, len(rescored or ())
@@ -276,6 +279,7 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             written = write(next_td, ref)
             self._write_masks(written if next_td is td else td, batch)
             return written
+        assert self._deferral is not None, "the reference was not asked"
         return self._deferral.submit(
             self,
             next_td,
@@ -293,16 +297,17 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
 
     def _defer(self, deferred: Deferred) -> None:
         key = self.penalty.mask_key
-        how = {
-            "detach": self.detach,
-            "on_two_references": self.on_two_references,
-            "finish": partial(mask_recorded_log_probs, mask_key=key)
+        self._deferral = Deferral.of(
+            deferred,
+            self.ref_model,
+            detach=self.detach,
+            on_two_references=self.on_two_references,
+            finish=partial(mask_recorded_log_probs, mask_key=key)
             if self.mask_recorded and key is not None
             else None,
-        }
-        self._deferral = Deferral.of(deferred, self.ref_model, **how)
+        )
         if self._deferral is not None:
-            self.out_keys = []  # a step writes handles, no results
+            self.out_keys: list[NestedKey] = []  # a step writes handles, no results
 
     def _write_kl(
         self,
@@ -316,8 +321,10 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         scored: Scored,
     ) -> TensorDictBase:
         """Write all results, or none; return the tensordict that has them."""
-        ref, ref_version = scored.values, scored.origin.version
+        ref = scored.values
+        ref_version: Any = scored.origin.version
         if not are_zeros_settled:
+            assert isinstance(self._gen, FromCollector), "no other side has recorded log-probs"
             self._gen.check_zeros(gen, ref, batch, self._ref.temperature)
 
         def to_rows(values: torch.Tensor) -> Rows:
@@ -330,6 +337,8 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
         written = self.penalty.write(
             next_td, gen, ref, batch.packed_keep, batch.lengths, to_rows, log_probs=log_probs
         )
+        if scored.entropies is not None:
+            written = set_rows(written, self.ref_entropy_key, to_rows(scored.entropies))
         if self.ref_version_key is not None:
             written.set(self.ref_version_key, torch.full((len(batch),), ref_version, device=device))
         if versions is not None:
@@ -349,6 +358,8 @@ class RetrieveKL(TwoSidedTransform, KLTransform):
             return observation_spec
         declare(observation_spec, self.gen_log_probs_full_key, LogProbs)
         declare(observation_spec, self.ref_log_probs_full_key, LogProbs)
+        if self.ref_entropy_key is not None:
+            declare(observation_spec, self.ref_entropy_key)
         if self.ref_version_key is not None:
             declare(observation_spec, self.ref_version_key, trailing=(), dtype=torch.int64)
         return super().transform_observation_spec(observation_spec)

@@ -59,8 +59,11 @@ class RetrieveLogProb(TokensTransform):
         ref_version_key: where the version of a ``VLLMReference``'s weights is written, int64 ``[B]``;
             ``None``: it is not written.
         mask_recorded: as in :class:`RetrieveKL`.
+        entropy_key: where the entropy of the model's distribution at each token is written, such as
+            ``("ref_entropy", "full")``; see :meth:`VLLMScorer.score`. ``None``: it is not computed.
 
     Writes ``[B, T]`` float32, nats (or B ragged rows ``[L]``): finite at kept tokens, exactly 0.0 elsewhere.
+    Entropies have the shape, dtype, unit and padding of the log-probs; they have no graph.
     Beside a history that is tokenized here, ``("masks", "all_assistant_mask")`` and ``("masks",
     "all_attention_mask")`` are written, if the batch has no masks: ``SFTLoss`` and ``DistillationLoss`` read
     them. At an env's step they are not written.
@@ -71,6 +74,8 @@ class RetrieveLogProb(TokensTransform):
 
     Raises:
         ValueError: the model generates, returns no log-probs, or cannot tell the assistant's tokens.
+        OptionError: with ``entropy_key``: the model's scorer returns no entropy. Only an engine of the
+            reference's own does, in this process or in a Ray service.
         InputError: when called: there is nothing to score, a mask does not fit the ids, or ``mask_key``
             already holds a mask that keeps other tokens.
         MissingLogProbError: when called: a kept token has no finite log-prob.
@@ -80,6 +85,9 @@ class RetrieveLogProb(TokensTransform):
     >>> td = TensorDict(tokens=TensorDict(prompt=[[5, 6]], full=[[5, 6, 7, 8]], batch_size=1), batch_size=1)
     >>> td = RetrieveLogProb(reference)(td)
     >>> (td["ref_log_probs", "full"] != 0).tolist()  # the two tokens after the prompt
+    [[False, False, True, True]]
+    >>> td = RetrieveLogProb(reference, entropy_key=("ref_entropy", "full"))(td)
+    >>> (td["ref_entropy", "full"] > 0).tolist()
     [[False, False, True, True]]
     """
 
@@ -98,6 +106,7 @@ class RetrieveLogProb(TokensTransform):
         on_stale: OnStale = "raise",
         ref_version_key: NestedKey | None = "ref_version",
         mask_recorded: bool = True,
+        entropy_key: NestedKey | None = None,
     ) -> None:
         options = TokenOptions(
             assistant_only, tokenizer, tokenizer_kwargs, detach, padding_side, on_stale, mask_recorded
@@ -108,10 +117,12 @@ class RetrieveLogProb(TokensTransform):
             warn_unless_full(log_probs_full_key)
         check_side(model, assistant_only)
         model = model if device is None else model.to(device)
-        side, is_reference = ModelSide(model), isinstance(model, VLLMReference)
+        side = ModelSide(model, entropy=entropy_key is not None)
+        is_reference = isinstance(model, VLLMReference)
         if not is_reference or not side.has_versions:
             ref_version_key = None
-        out_keys = [key for key in (log_probs_full_key, mask_key, ref_version_key) if key is not None]
+        written = (log_probs_full_key, mask_key, ref_version_key, entropy_key)
+        out_keys = [key for key in written if key is not None]
         check_distinct(out_keys)
         super().__init__(
             options, ref_version_key=ref_version_key, in_keys=list(model.in_keys), out_keys=out_keys
@@ -123,6 +134,7 @@ class RetrieveLogProb(TokensTransform):
         self._is_policy = not is_reference and log_probs_full_key == ("log_probs", "full")
         self.mask_key = mask_key
         self.log_probs_full_key = log_probs_full_key
+        self.entropy_key = entropy_key
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -136,7 +148,7 @@ class RetrieveLogProb(TokensTransform):
         return keys_of(self.model, tokenizer=self.tokenizer, template_kwargs=self.tokenizer_kwargs)
 
     @property
-    def pad_output(self) -> bool:
+    def pad_output(self) -> bool:  # type: ignore[override]  # the base class only reads it
         """The model's ``pad_output``."""
         return self.model.pad_output
 
@@ -176,12 +188,13 @@ class RetrieveLogProb(TokensTransform):
             self._check_mask(next_td, masks)
         is_flat = next_td is td
         next_td = set_rows(next_td, self.log_probs_full_key, rows, LogProbs)
+        if scored.entropies is not None:
+            next_td = set_rows(next_td, self.entropy_key, self._to_rows(scored.entropies, batch, td.device))
         if self.mask_key is not None:
             next_td = set_rows(next_td, self.mask_key, masks)
         if self.ref_version_key is not None:
-            next_td.set(
-                self.ref_version_key, torch.full((len(batch),), scored.origin.version, device=td.device)
-            )
+            version: Any = scored.origin.version
+            next_td.set(self.ref_version_key, torch.full((len(batch),), version, device=td.device))
         self._write_masks(next_td if is_flat else td, batch)
         return next_td
 
@@ -206,6 +219,8 @@ class RetrieveLogProb(TokensTransform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         declare(observation_spec, self.log_probs_full_key, LogProbs)
+        if self.entropy_key is not None:
+            declare(observation_spec, self.entropy_key)
         if self.mask_key is not None:
             declare(observation_spec, self.mask_key, dtype=torch.bool)
         if self.ref_version_key is not None:

@@ -9,6 +9,7 @@ the numbers that it has alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,17 +34,19 @@ class TransformersScorer:
     def __init__(self, model: torch.nn.Module, placeholders: Placeholders = "refuse") -> None:
         self.model = model
         self._placeholders = placeholders
-        config = model.config.get_text_config()
+        whole: Any = model.config
+        config = whole.get_text_config()
         self._lengths = Lengths(model)
+        self._vocab_size: int = config.vocab_size
         self._info = EngineInfo(
             readout="logits",
-            vocab_size=config.vocab_size,
+            vocab_size=self._vocab_size,
             # "dynamic" RoPE works beyond max_position_embeddings.
             max_sequence_len=None
             if self._lengths.is_dynamic
             else getattr(config, "max_position_embeddings", None),
             length_side=self._lengths.side,
-            placeholders=placeholder_ids(model.config),
+            placeholders=placeholder_ids(whole),
         )
 
     def score(self, token_ids: list[torch.Tensor], start: list[int]) -> list[torch.Tensor]:
@@ -66,9 +69,9 @@ class TransformersScorer:
     def _score_slice(self, token_ids: Sequence[torch.Tensor], start: Sequence[int]) -> list[torch.Tensor]:
         """Score the first sequences, as many as fit into one slice."""
         longest, rows = 0, 0
-        for ids in token_ids:
-            longest = max(longest, len(ids))
-            if rows and (rows + 1) * longest * self._info.vocab_size > _MAX_LOGITS:
+        for one in token_ids:
+            longest = max(longest, len(one))
+            if rows and (rows + 1) * longest * self._vocab_size > _MAX_LOGITS:
                 break
             rows += 1
         ids, start = list(token_ids[:rows]), start[:rows]

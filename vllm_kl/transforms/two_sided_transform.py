@@ -20,7 +20,7 @@ from vllm_kl.weights.versions import OnStale, check_on_stale, check_versions
 
 @dataclass(frozen=True)
 class Written:
-    """Where the log-probs and the reference's version are written, as in :class:`~vllm_kl.RetrieveKL`.
+    """Where log-probs, and the reference's version and entropies, are written, as in ``RetrieveKL``.
 
     Raises:
         OptionError: both sides have one key, or ``on_two_references`` does not exist.
@@ -29,6 +29,7 @@ class Written:
     gen_log_probs_full_key: NestedKey
     ref_log_probs_full_key: NestedKey
     ref_version_key: NestedKey | None
+    ref_entropy_key: NestedKey | None
     on_two_references: OnStale
 
     def __post_init__(self) -> None:
@@ -64,7 +65,8 @@ class TwoSidedTransform(TokensTransform):
         **kwargs: Any,
     ) -> None:
         ref_version_key = written.ref_version_key if sides.ref.has_versions else None
-        keys = (written.gen_log_probs_full_key, written.ref_log_probs_full_key, ref_version_key)
+        log_probs = (written.gen_log_probs_full_key, written.ref_log_probs_full_key)
+        keys = (*log_probs, ref_version_key, written.ref_entropy_key)
         super().__init__(
             options,
             ref_version_key=ref_version_key,
@@ -76,6 +78,7 @@ class TwoSidedTransform(TokensTransform):
         self.history_key = history_key
         self.gen_log_probs_full_key = written.gen_log_probs_full_key
         self.ref_log_probs_full_key = written.ref_log_probs_full_key
+        self.ref_entropy_key = written.ref_entropy_key
         self.on_two_references = written.on_two_references
         # Figures of the last batch, for ``metrics``.
         self._versions: dict[str, float] = {}

@@ -49,10 +49,10 @@ class TwoSides(NamedTuple):
 def two_sides(
     gen_model: GenModel,
     ref_model: Any,
-    *,
     assistant_only: bool,
     device: torch.device | None,
     log_probs_full_key: NestedKey,
+    ref_entropy: bool,
 ) -> TwoSides:
     """Return the two sides of a KL, after checking each of them and both together.
 
@@ -62,10 +62,11 @@ def two_sides(
         assistant_only: both models must be able to tell the assistant's tokens.
         device: where to move the models; ``None``: leave them.
         log_probs_full_key: where recorded log-probs are if no policy tells.
+        ref_entropy: the reference's scores have entropies, too.
 
     Raises:
         InputError: a model cannot be a side, or the models have different ``pad_output``.
-        OptionError: the models have different temperatures.
+        OptionError: the models have different temperatures, or the reference cannot return entropies.
     """
     given, collector_side = gen_model
     models = {"ref_model": ref_model, **({"gen_model": given} if collector_side is None else {})}
@@ -75,7 +76,8 @@ def two_sides(
     if device is not None:
         models = {name: model.to(device) for name, model in models.items()}
     ref_model, given = models["ref_model"], models.get("gen_model", given)
-    ref = ModelSide(ref_model)
+    ref = ModelSide(ref_model, entropy=ref_entropy)
+    gen: Side
     if collector_side is None:
         gen = _gen_model_side(given, ref_model, ref.temperature)
     else:
@@ -194,7 +196,8 @@ def _weights_behind(model: Any) -> tuple[Any, int] | None:
 
     ``None``: not known, because an adapter may be loaded in another way, or later.
     """
-    engine, adapter = getattr(model, "model", None), adapter_id(getattr(model, "lora_request", None))
+    engine: Any = getattr(model, "model", None)
+    adapter = adapter_id(getattr(model, "lora_request", None))
     if isinstance(scorer := getattr(model, "scorer", None), VLLMScorer):
         if not isinstance(scorer._engine, GenerateEngine):
             return scorer._engine, 0

@@ -73,9 +73,10 @@ def _hook_threads() -> None:
     before = threading.excepthook
 
     def remember(args: threading.ExceptHookArgs) -> None:
-        ended = traceback.TracebackException.from_exception(args.exc_value)
-        for followed in _FOLLOWED.pop(args.thread, ()):
-            _ENDED[followed] = ended
+        if args.exc_value is not None and args.thread is not None:
+            ended = traceback.TracebackException.from_exception(args.exc_value)
+            for followed in _FOLLOWED.pop(args.thread, ()):
+                _ENDED[followed] = ended
         before(args)
 
     threading.excepthook = remember

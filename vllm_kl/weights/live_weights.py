@@ -198,11 +198,13 @@ class LiveWeights:
 
     def commit(self) -> None:
         """Let the workers adopt the prepared weights. No request may run."""
+        assert self._prepared is not None, "prepare() comes first"
         with lock_of(self._engine).replacing():
             run_sync(self._record.commit(self._call, self._prepared))
 
     def put_back(self, reason: str) -> None:
         """Serve again what served before :meth:`commit`."""
+        assert self._prepared is not None, "prepare() comes first"
         with lock_of(self._engine).replacing():
             run_sync(self._record.put_back(self._call, self._prepared, WeightsError(reason)))
 

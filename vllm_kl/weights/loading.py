@@ -64,9 +64,8 @@ class Prepared:
     """A new version that is ready to serve, and what serves until then."""
 
     version: int
-    serves: tuple[
-        str, Checkpoint | None
-    ]  # the last weights of ours when it serves, with their weight_version
+    # The last weights of ours when it serves, with their weight_version.
+    serves: tuple[str, Checkpoint | SentWeights | None]
     before: str  # vLLM's weight_version until then
     served: tuple[str, Checkpoint | SentWeights | None]  # the last weights of ours until then
     is_ours: bool  # the serving weights are those
@@ -243,6 +242,7 @@ class Record:
         if not check:
             return Prepared(version, self._served, before, self._served, is_ours=False, is_held=False)
         await _check_can_load(call)
+        serves: tuple[str, Checkpoint | SentWeights | None]
         try:
             loads = [load for worker in await call("collective_rpc", LAST_LOAD) for load in worker]
             if loads:
@@ -258,14 +258,15 @@ class Record:
 
     async def _prepare_again(self, call: Call, loads: list[str | None]) -> Checkpoint:
         """Let every worker load the folder beside the serving weights that ``reload_weights`` loaded."""
-        if None in loads or len(set(loads)) > 1:
+        folder = loads[0]
+        if folder is None or set(loads) != {folder}:
             raise WeightsError(
                 f"weights were loaded into the engine, and the engine does not know which: {_NAME_THE_SOURCE}"
             )
-        checkpoint = Checkpoint(Path(loads[0]))
+        checkpoint = Checkpoint(Path(folder))
         self.refuse_another_model(checkpoint.folder)
         try:
-            await _prepare(call, loads[0])
+            await _prepare(call, folder)
         except NeedsNewEngineError:
             raise
         except Exception as error:

@@ -81,7 +81,7 @@ def push_weights(
         return asyncio.run_coroutine_threadsafe(
             push_weights_async(engine, state_dict, version=version), loop
         ).result()
-    weights = weights_of(engine)
+    weights: Any = weights_of(engine)
     check_collector(followed(engine))
     state = weights.skeleton.checked(state_dict)
     weights.next_version(version)  # refuse a version before anything is written; load() gives the version
