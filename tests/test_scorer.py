@@ -263,6 +263,7 @@ class TestEngines:
         ):
             VLLMScorer(policy_llm)
 
+    @pytest.mark.nightly
     def test_an_owned_engine_keeps_to_itself_and_compiles_nothing_later(self, ref_path, tmp_path):
         """No log reaches the owner's streams, and vLLM's compilation is off, without any variable set."""
         script = f"""
