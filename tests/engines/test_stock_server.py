@@ -68,8 +68,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(ref_path, tmp_path_factory):
-    # Only since vLLM 0.32 must the route for ids be asked for.
-    options = ["--enable-scale-out"] if VLLM.minor >= 32 else []
+    # vLLM 0.27.1 has the route for ids without it; 0.30.0 must be asked for it.
+    options = ["--enable-scale-out"] if VLLM.minor >= 30 else []
     server = Server(ref_path, tmp_path_factory.mktemp("server") / "log", *options)
     try:
         server.wait()

@@ -66,7 +66,7 @@ class StockServer:
         if not isinstance(served, list):
             raise EngineError(f"{told.url} names no models. Expected a vLLM server")
         self._model, most = _chosen(served, served_model_name, client.addresses[0])
-        # 403: vLLM 0.32 was started without --enable-scale-out. 404: an older or another server.
+        # 403 or 404: vLLM 0.30 and later was started without --enable-scale-out; or it is another server.
         probe = self._body(TOKENS, ScoreRequest(token_ids=np.zeros(2, np.int32), start=1))
         self._path = TOKENS if client.send("POST", TOKENS, json=probe).is_success else COMPLETIONS
         self.info = EngineInfo(
