@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import local_ray
+from tests import local_ray, scripts
 from tests.offline import helpers
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl.demo.task import make_tokenizer
@@ -25,9 +24,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("dpo_reference")
+    with scripts.imported("examples", "dpo_reference") as module:
+        yield module
 
 
 def said(role, content):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests import scripts
 
 
 @pytest.fixture(scope="module")
 def growth():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("growth")
+    with scripts.imported("benchmarks", "growth") as module:
+        yield module
 
 
 def test_sizes_of_each_axis_span_a_decade_in_four_steps(growth):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import scripts
 from vllm_kl.routing.affinity import choose
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # One turn without a cache: groups arrive at random, and no group depends on another one.
 SINGLE = {"turns": 1, "group": 1, "system_share": 0.0, "message_tokens": 5000.0, "response_tokens": 1.0}
 
 
 @pytest.fixture(scope="module")
 def fleet():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("simulate_fleet")
+    with scripts.imported("benchmarks", "simulate_fleet") as module:
+        yield module
 
 
 def run(fleet, work, rule, num_groups, *, num_replicas=1, cache_tokens=0, num_routers=1):

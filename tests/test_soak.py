@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests import scripts
 from vllm_kl.bench.report import Report
 from vllm_kl.errors import FrozenError
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def soak():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module("soak")
+    with scripts.imported("benchmarks", "soak") as module:
+        yield module
 
 
 def hour(changed=None, minutes=60):

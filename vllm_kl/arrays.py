@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kl.errors import InputError
+from vllm_kl.errors import InputError, shown
 
 
 def listed(name: str, given: Any) -> list[Any]:
@@ -104,12 +104,3 @@ def chosen_of(ids: Any, num_rows: Sequence[int]) -> list[np.ndarray]:
             )
         chosen.append(array)
     return chosen
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, shortened. Python refuses to print an int of more than 4,300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        text = f"an int of {value.bit_length()} bits"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kl.arrays import chosen_of, listed, sequence_of, shown, starts_of
+from vllm_kl.arrays import chosen_of, listed, sequence_of, starts_of
 from vllm_kl.columns import num_columns
 from vllm_kl.engines.placeholders import Placeholders
-from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError
+from vllm_kl.errors import InputError, MissingLogProbError, OptionError, ReadoutUnavailableError, shown
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult, place_of
 
 TokenIds = Sequence[int] | np.ndarray | torch.Tensor

@@ -17,6 +17,11 @@ Each error takes one message, so pickling keeps it whole (a queue, Ray, a proces
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
 __all__ = [
     "CollectorError",
     "DriftError",
@@ -83,3 +88,12 @@ class StaleError(VLLMKLError, ValueError):
 
     The versions or the adapters differ, or a version is missing or is not a number.
     """
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, shortened. Python refuses to print an int of more than 4,300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -123,9 +123,9 @@ class ScoreRows:
         error = self._columns.added("error")
         errors = table.column(error).to_pylist()
         sequences = self._sequences(table, errors)
-        self._stop_at(errors, table)
+        _stop_at_first(errors, table, self._on_error)
         values, figures = self._score(sequences, errors)
-        self._stop_at(errors, table)
+        _stop_at_first(errors, table, self._on_error)
         table = table.drop_columns([error])
         for name, column in self._output(sequences, values, table.num_rows).items():
             if not (name == "start" and self._layout.read.get("start") == self._columns.added("start")):
@@ -134,10 +134,6 @@ class ScoreRows:
             for name, figure in figures.items():
                 table = table.append_column(name, _in_first_row(figure, table.num_rows))
         return _with_errors(table, errors, self._columns, self._layout)
-
-    def _stop_at(self, errors: list[str | None], table: pa.Table) -> None:
-        if self._on_error == "stop":
-            _raise_first(errors, table)
 
     def _sequences(self, table: pa.Table, errors: list[str | None]) -> dict[int, list[_Sequence]]:
         """Return the sequences of each row that can be scored; write the errors of the others."""
@@ -304,10 +300,10 @@ class ScoreRows:
         return columns
 
 
-def _raise_first(errors: list[str | None], table: pa.Table) -> None:
-    """Raise the first row's error, if there is one."""
+def _stop_at_first(errors: list[str | None], table: pa.Table, on_error: Literal["mark", "stop"]) -> None:
+    """Raise the first row's error, if there is one and the user wants to stop at it."""
     for i, told in enumerate(errors):
-        if told is not None:
+        if told is not None and on_error == "stop":
             is_numbered = ROW in table.column_names
             where = f"{table.column(ROW)[i]} of the data set" if is_numbered else f"{i} of its block"
             raise InputError(f"row {where}: {told}")
@@ -354,8 +350,7 @@ class CompareRows:
                 kl[i], figures[i] = self._compared(policy[i], reference[i])
             except MissingLogProbError as error:  # a token of probability 0
                 errors[i] = str(error).replace("sample 0", "the row", 1)
-        if self._on_error == "stop":
-            _raise_first(errors, table)
+        _stop_at_first(errors, table, self._on_error)
         type_ = pa.list_(pa.float32())
         table = table.drop_columns([name]).append_column(
             self._columns.added("kl"), pa.array(kl, pa.list_(type_) if self._layout.is_group else type_)

@@ -56,10 +56,9 @@ class Dialogs:
         """Return the key of a prompt: ``[P]`` ids."""
         prompt = prompt.astype(np.int32, copy=False)
         blocks, place = _hashes(prompt)
-        whole = hash_of(prompt)
         if not blocks:
-            return whole
-        key = self._found(prompt, blocks, place) or whole
+            return hash_of(prompt)
+        key = self._found(prompt, blocks, place) or hash_of(prompt)
         self._keep(place, _Known(key, len(prompt) % _BLOCK))
         return key
 
@@ -72,9 +71,10 @@ class Dialogs:
             return self._known[place].key
         for n in range(len(blocks), 0, -1):
             after = prompt[n * _BLOCK :]
-            for length in sorted(self._lengths.get(blocks[n - 1], ()), reverse=True):
+            known = self._lengths.get(blocks[n - 1], ())
+            for length in sorted((one for one in known if one <= len(after)), reverse=True):
                 beginning = _Place(blocks[n - 1], hash_of(after[:length]))
-                if length <= len(after) and beginning in self._known:
+                if beginning in self._known:
                     return self._known[beginning].key
         return None
 

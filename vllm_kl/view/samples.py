@@ -38,7 +38,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from vllm_kl.errors import InputError, OptionError
+from vllm_kl.errors import InputError, OptionError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class Sample:
             if name in _LISTS:
                 set_field(name, _checked_list(name, value, one))
             elif not one.fits(value):
-                raise InputError(f"{name}: got {_shown(value)}, expected {one.what}")
+                raise InputError(f"{name}: got {shown(value)}, expected {one.what}")
         num_tokens, num_scored = len(self.token_ids), len(self.log_probs)
         if num_scored > max(0, num_tokens - 1):
             raise InputError(
@@ -152,16 +152,11 @@ REQUIRED = ("token_ids", "log_probs", "ref_log_probs")
 def _checked_list(name: str, value: Any, one: _One) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
-        raise InputError(f"{name}: got {_shown(value)}, expected a list")
+        raise InputError(f"{name}: got {shown(value)}, expected a list")
     for t, item in enumerate(value):
         if not one.fits(item):
-            raise InputError(f"{name}: value {t} is {_shown(item)}, expected {one.what}")
+            raise InputError(f"{name}: value {t} is {shown(item)}, expected {one.what}")
     return list(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_samples(path: str | Path) -> list[Sample]:
@@ -203,7 +198,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}") from None
     if not isinstance(entry, dict):
-        raise InputError(f"got {_shown(entry)}, expected a JSON object")
+        raise InputError(f"got {shown(entry)}, expected a JSON object")
     for name in REQUIRED:
         if entry.get(name) is None:
             raise InputError(f"{name} is missing; the line has {', '.join(sorted(entry)) or 'no fields'}")
