@@ -13,9 +13,9 @@ kinds of threads use it together:
 
 Each number is compared with float64 (tests/oracle.py) of the weights of the version that it claims. A
 call that tells no version must be of one set of weights as a whole. Meanwhile the main thread samples what
-the process and its engine hold: memory (PSS, which counts a page of two processes half for each), file
-descriptors, threads, and the scorer's files in /dev/shm. Each window, of a minute, is a line of
-``soak.jsonl``, with the latencies of its calls.
+the process and its engine hold: memory (PSS, which counts a page of two processes half for each; without the
+pages of files, which other programs share), file descriptors, threads, and the scorer's files in /dev/shm.
+Each window, of a minute, is a line of ``soak.jsonl``, with the latencies of its calls.
 
 The verdict leaves out the first ten minutes, or the first half of a shorter run, in which caches fill. Each
 figure of the rest must stay below a tolerance, which the table shows, in two ways: by the median slope of all
@@ -312,16 +312,21 @@ def work(soak: Soak, kind: str, seed: int) -> None:
             soak.has_ended.set()
 
 
+def _pss(pid: int) -> int:
+    """Return the bytes of a process's anonymous and shared pages, those of two processes half for each."""
+    kib = dict(line.split()[:2] for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return (int(kib["Pss_Anon:"]) + int(kib["Pss_Shmem:"])) << 10
+
+
 def held() -> dict[str, float]:
     """Return what this process and its children hold now."""
     me = psutil.Process()
     sums: dict[str, float] = defaultdict(float)
     for process in [me, *me.children(recursive=True)]:
         try:
-            memory = process.memory_full_info()
-            figures = {"pss_mib": memory.pss / MIB, "rss_mib": memory.rss / MIB}
+            figures = {"pss_mib": _pss(process.pid) / MIB, "rss_mib": process.memory_info().rss / MIB}
             figures |= {"fds": process.num_fds(), "threads": process.num_threads(), "processes": 1}
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
             continue
         for name, figure in figures.items():
             sums[name] += figure
