@@ -6,6 +6,7 @@
 
     tests           pytest -m gpu
     architectures   bench_architectures.py: float32 and bfloat16 against float64
+    lm-head         bench_lm_head.py: the kernel beside the plain product
     readout-0.5B    vllm-kl bench: ours, TorchRL's way, vLLM's own, transformers, TRL's fused head and SGLang
     readout-7B      if they are installed, and the floor of prefill; with peak memory
 
@@ -47,12 +48,14 @@ def commands(small: bool) -> dict[str, list[str]]:
         return {
             "tests": [*tests, "tests/test_gpu.py"],
             "architectures": [*script("bench_architectures.py"), "--names", "llama"],
+            "lm-head": [*script("bench_lm_head.py"), "--sizes", "64,64", "--vocab", "1000"],
             "readout-tiny": [*bench, "tiny", "--shapes", "64,16,4", *few, *rounds],
         }
     shapes = ["--shapes", "1024,1024,16", "4096,512,8", "--readouts", "auto", "flat"]
     return {
         "tests": [*tests, "tests"],
         "architectures": script("bench_architectures.py"),
+        "lm-head": script("bench_lm_head.py"),
         **{f"readout-{model}": [*bench, model, *shapes] for model in ("0.5B", "7B")},
     }
 

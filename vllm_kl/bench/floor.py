@@ -89,13 +89,15 @@ def _product(weight: Any) -> Callable[[int], float]:
     """Return the function that multiplies rows with the head in the fastest way, and tells the seconds."""
     import torch
 
-    few = min(len(weight), 16_384)
+    few = min(len(weight), 32_768 if weight.is_cuda else 16_384)
     # A CPU without 16-bit products is faster if it widens the matrix to float32 slice by slice.
     dtype = min(
         (weight.dtype, torch.float32),
         key=lambda one: min(_multiply(weight[:few], 512, one, 512, 2048) for _ in range(3)),
     )
-    tiles = [(rows, columns) for rows in (512, 1024, 2048, 4096) for columns in (512, 1024, 2048, 4096)]
+    heights = (512, 1024, 2048, 4096)
+    widths = (4096, 8192, 16_384, 32_768) if weight.is_cuda else heights
+    tiles = [(rows, columns) for rows in heights for columns in widths]
     best = min(tiles, key=lambda tile: min(_multiply(weight[:few], 4096, dtype, *tile) for _ in range(3)))
     return lambda num_rows: _multiply(weight, num_rows, dtype, *best)
 
