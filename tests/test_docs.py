@@ -154,7 +154,7 @@ def test_the_examples_of_a_page_run(page, runner, request):
 def test_the_readme_is_short_and_says_first_what_ran_on_a_gpu():
     text = README.read_text()
     assert len(text.splitlines()) <= 160
-    assert "On a GPU it was run" in "\n".join(text.splitlines()[:10])
+    assert "On GPUs it was run" in "\n".join(text.splitlines()[:10])
     num_lines = re.search(r"^## An example of (\d+) lines$", text, flags=re.M)[1]
     assert len(BLOCK.search(text)[1].splitlines()) == int(num_lines)
 

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -166,13 +167,21 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
     for line in _before(plan, out):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=Bench.num_steps(plan))
+
+        def tell_step(what: str, num: int) -> None:
+            progress.update(task, description=what, advance=num)
+            if not console.is_terminal:  # a log gets lines instead of a bar
+                passed = f"{time.monotonic() - began:7.1f} s"
+                console.print(f"{passed}  {what}", highlight=False, markup=False, soft_wrap=True)
+
         measured = Bench(
             plan,
             on_costs=lambda found: _print_costs(found, model, console),
             on_line=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-            on_step=lambda what, num: progress.update(task, description=what, advance=num),
+            on_step=tell_step,
         ).run()
     rows = rows_of(plan, measured, model)
     report = Report(_anew(out), console=console if as_json else _console(is_error=False))

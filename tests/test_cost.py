@@ -1,0 +1,161 @@
+"""What scoring computes and how often our Python runs, in counts: slower code changes a count on any machine.
+
+Speeds are measured in benchmarks/. The transform's counts are in tests/transforms/test_cost.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vllm_kl
+from tests import tiny
+from vllm_kl import VLLMScorer
+from vllm_kl.bench.traffic import from_shape
+from vllm_kl.engines.base import drive
+from vllm_kl.plugin import kernel
+from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+
+PACKAGE = str(Path(vllm_kl.__file__).parent) + os.sep
+BLOCK = 32  # tokens that sequences share at a time, as an engine of our own on a CPU has it
+
+
+@pytest.fixture(scope="module")
+def driver(tied_paths):
+    """An engine in this process, so that the calls of its parts can be counted."""
+    from vllm_kl.engines.start_engine import start
+
+    options = {**tiny.ENGINE_OPTIONS, "max_model_len": 512}
+    return start(model=str(tied_paths[0]), readout="pooling", options=options)
+
+
+def our_calls(work):
+    """Return how often functions of the package were called, by name."""
+    counts = Counter()
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            counts[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counts
+
+
+def calls_of_one_more(work):
+    """Return the calls for one sequence more, of ``work(num_sequences)``."""
+    work(8)  # what the first call makes
+    few, many = our_calls(lambda: work(16)), our_calls(lambda: work(64))
+    return (many.total() - few.total()) / 48, (many - few).most_common(12)
+
+
+def test_a_request_more_costs_the_engine_few_calls(driver):
+    rng = np.random.default_rng(0)
+
+    def work(num_sequences):
+        ids = rng.integers(2, 200, (num_sequences, 32)).astype(np.int32)
+        drive(driver, [ScoreRequest(token_ids=row, start=16) for row in ids], share_prefix=True)
+
+    calls, most = calls_of_one_more(work)
+    assert calls <= 14, most
+
+
+class InstantEngine:
+    """Has every answer; a fake, because an engine's own calls must not count."""
+
+    info = EngineInfo(readout="pooling", vocab_size=200, max_sequence_len=None)
+    weights = None
+
+    def score(self, requests, **_):
+        return [
+            ScoreResult(values=np.full((len(r.token_ids) - r.start, 1), -1.5, np.float32)) for r in requests
+        ]
+
+    def close(self):
+        pass
+
+
+def test_a_sequence_more_costs_the_scorer_few_calls():
+    scorer = VLLMScorer(InstantEngine(), canary=False)
+    calls, most = calls_of_one_more(lambda n: scorer.score([[1, 2, 3, i % 200] for i in range(n)], 2))
+    assert calls <= 10, most
+
+
+@pytest.mark.parametrize("shape", ["256,64,8", "250,33,4", "64,128,2"])
+def test_a_prompt_is_computed_once_but_for_a_part_of_a_block(driver, shape):
+    traffic = from_shape(shape, 16)
+    sequences, starts = traffic.draw(np.arange(2, 200), 0)
+    requests = [
+        ScoreRequest(token_ids=ids.astype(np.int32), start=start)
+        for ids, start in zip(sequences, starts, strict=True)
+    ]
+    results = drive(driver, requests, share_prefix=True)
+    computed = traffic.fed_tokens - sum(result.num_cached_tokens for result in results)
+    siblings = traffic.num_sequences - len(traffic.groups)
+    # The row before the first scored token is computed; whole blocks before it are shared.
+    again = (starts[0] - 1) % BLOCK + 1
+    assert computed == traffic.computed_tokens + siblings * (again - 1)
+    assert sum(result.rescored for result in results) == 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for, and the operations of the products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_asked, self.flop = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_asked += 1
+        if "mm" in func.__name__:
+            a, b = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 2][-2:]
+            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(num_rows, vocab_size, dtype, with_entropy):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_rows, 64, generator=generator).to(dtype)
+    weight = torch.randn(vocab_size, 64, generator=generator).mul(0.2).to(dtype)
+    tokens = torch.randint(vocab_size, (num_rows,), generator=generator)
+    entropy = torch.empty(num_rows, dtype=torch.float64) if with_entropy else None
+    with Operations() as counted:
+        kernel.log_normalizer(hidden, weight, left_out_N=tokens, entropy_N=entropy)
+    return counted
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_widened", [False, True])
+def test_the_kernel_multiplies_each_row_with_each_token_once(monkeypatch, dtype, is_widened, with_entropy):
+    monkeypatch.setattr(kernel, "product_dtype", lambda own: torch.float32 if is_widened else own)
+    for num_rows in (512, 1000):
+        counted = operations_of(num_rows, 32_768, dtype, with_entropy)
+        assert 1 <= counted.flop / (2 * num_rows * 32_768 * 64) <= 1.03
+
+
+@pytest.mark.parametrize(
+    ("dtype", "with_entropy", "most"),
+    [
+        (torch.float32, False, 11),
+        (torch.float32, True, 12),
+        (torch.bfloat16, False, 16),
+        (torch.bfloat16, True, 17),
+    ],
+)
+def test_a_slice_more_of_the_vocabulary_costs_few_operations(monkeypatch, dtype, with_entropy, most):
+    """Of bfloat16 that is widened: half of its operations find the slice and copy it."""
+    monkeypatch.setattr(kernel, "product_dtype", lambda _: torch.float32)
+    few, many = (operations_of(512, vocab, dtype, with_entropy).num_asked for vocab in (8_192, 32_768))
+    num_slices = (32_768 - 8_192) / kernel._FLOAT32_WIDTH
+    assert (many - few) / num_slices <= most
