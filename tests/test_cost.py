@@ -67,7 +67,7 @@ def test_a_request_more_costs_the_engine_few_calls(driver):
         drive(driver, [ScoreRequest(token_ids=row, start=16) for row in ids], share_prefix=True)
 
     calls, most = calls_of_one_more(work)
-    assert calls <= 14, most
+    assert calls <= 15, most
 
 
 class InstantEngine:
