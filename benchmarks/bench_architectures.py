@@ -35,7 +35,7 @@ import torch
 
 from tests import tiny
 from tests.engines.test_architectures import REQUESTS, Run, log_probs_in_float64, run_engine
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 
 NAMES = list(tiny.ARCHITECTURES)
 # In nats. The first allows for the GPU's other kernels without TF32, the second for two layers in 16 bits.
@@ -111,7 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="file to append the table to")
+    add_markdown_option(parser)
     args = parser.parse_args()
     table = make_table(
         "distance to float64, nats",

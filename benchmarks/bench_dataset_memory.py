@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_kl.bench.report import Report, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, make_table
 
 ENGINE = ("dtype=float32", "max_model_len=1024", "kv_cache_memory_bytes=67108864", "enforce_eager=true")
 COUNTED = ("driver", "actor", "workers")
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, action="append", help="size of a data set; repeatable")
     parser.add_argument("--tokens", type=int, default=1000, help="of each row")
     parser.add_argument("--stand-in", action="store_true", help="no engine: see above")
-    parser.add_argument("--markdown", type=Path, help="file to append the table to")
+    add_markdown_option(parser)
     args = parser.parse_args()
     from tests.tiny import build_architecture
 

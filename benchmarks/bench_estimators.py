@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from vllm_kl import VLLMScorer, kl_estimate
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 from vllm_kl.demo.task import make_problem, make_tokenizer
 from vllm_kl.demo.train import checkpoints
 from vllm_kl.kl import TOKEN_ESTIMATORS
@@ -67,8 +67,9 @@ def main() -> None:
     )
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--k", type=int, nargs="+", default=[1, 4, 16])
+    add_markdown_option(parser)
     args = parser.parse_args()
-    report, tokenizer = Report(width=120), make_tokenizer()
+    report, tokenizer = Report(args.markdown, width=120), make_tokenizer()
     reference, policy = map(str, checkpoints(Console(width=120)))
     torch.manual_seed(0)
     rng = random.Random(0)

@@ -14,11 +14,10 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table, median_ratio
 from vllm_kl.plugin import kernel
 
 TOP_K = 8
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--markdown", type=Path, help="append the table to this file, too")
+    add_markdown_option(parser)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = Report(args.markdown)

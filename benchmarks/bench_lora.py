@@ -44,7 +44,7 @@ import psutil
 import torch
 
 from vllm_kl.bench import models
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 
 VOCAB = 32_000
 PROMPT, RESPONSE, GROUP, NUM_PROMPTS = 256, 32, 8, 2
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument(
         "--checked", type=int, default=4, help="sequences of each setup to compare with float64"
     )
+    add_markdown_option(parser)
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as home:
@@ -223,7 +224,7 @@ def main() -> None:
             f"{result['seconds']:.2f}",
             f"{errors[setup]:.1e}",
         )
-    report = Report(width=120)
+    report = Report(args.markdown, width=120)
     report.table(table)
     sizes = f"rank {RANK}, {NUM_PROMPTS} prompts of {PROMPT} tokens, {GROUP} responses of {RESPONSE}"
     report.line(machine_line(f"{args.rounds} rounds; {sizes}"))

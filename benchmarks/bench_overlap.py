@@ -53,7 +53,14 @@ from transformers import AutoModelForCausalLM
 
 from vllm_kl import RetrieveKL, VLLMReference, fill_deferred
 from vllm_kl.bench import models
-from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, p20_p50_p80
+from vllm_kl.bench.report import (
+    Report,
+    add_markdown_option,
+    machine_line,
+    make_table,
+    median_ratio,
+    p20_p50_p80,
+)
 from vllm_kl.demo.task import make_tokenizer
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -213,11 +220,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=3, help="layers of the reference")
     parser.add_argument("--tokens", type=int, default=96, help="tokens that the policy generates per turn")
+    add_markdown_option(parser)
     args = parser.parse_args()
     set_list_to_stack(True).set()
     # Deprecations of other packages, and bytes of a random model that are no text.
     warnings.simplefilter("ignore")
-    report = Report(width=120)
+    report = Report(args.markdown, width=120)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), make_tokenizer(), args)
         for steps in BATCH_STEPS:

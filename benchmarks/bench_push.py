@@ -45,7 +45,14 @@ import torch
 from rich.table import Table
 
 from vllm_kl.bench import models
-from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, p20_p50_p80
+from vllm_kl.bench.report import (
+    Report,
+    add_markdown_option,
+    machine_line,
+    make_table,
+    median_ratio,
+    p20_p50_p80,
+)
 
 # All with tied embeddings.
 SIZES = {"5M": models.size_5m, "168M": models.size_168m, "494M": models.qwen25_05b}
@@ -315,8 +322,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--rounds", type=int, default=5)
+    add_markdown_option(parser)
     args = parser.parse_args()
-    report = Report(width=120)
+    report = Report(args.markdown, width=120)
     spawn = multiprocessing.get_context("spawn")
     for size in args.sizes:
         for place in args.places:

@@ -36,7 +36,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_kl import VLLMScorer, plugin
 from vllm_kl.bench import models
-from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table, median_ratio
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.pooling import PoolingEngine
 from vllm_kl.engines.start_engine import start as start_engine
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=int, nargs=2, default=(16, 64), help="the shortest and the longest sequence"
     )
+    add_markdown_option(parser)
     args = parser.parse_args()
     per_request = 1e6 / args.requests
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +167,7 @@ def main() -> None:
         stages.install()
         for round_number in range(args.rounds):
             providers["step"](*batch(100 + round_number, args.requests, *args.lengths))
-    report = Report(width=100)
+    report = Report(args.markdown, width=100)
     title = f"{args.requests} requests of {args.lengths[0]} to {args.lengths[1]} tokens"
     table = make_table(title, "provider", "us p20", "us p50", "us p80", "times ours")
     for name, (_, *runs) in seconds.items():  # the first is a warm-up

@@ -33,7 +33,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import numpy as np
 
 from vllm_kl.bench import models
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 
 VOCAB = 8_192
 OPTIONS = {"dtype": "float32", "max_model_len": 2048, "kv_cache_memory_bytes": 512 << 20}
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=48, help="of a round")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--replicas", type=int, default=2, help="of the case dialogs")
-    parser.add_argument("--markdown", type=Path, help="file to append the tables to")
+    add_markdown_option(parser)
     parser.add_argument("--provider", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)

@@ -28,7 +28,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -38,7 +37,14 @@ import numpy as np
 import torch
 
 from vllm_kl.bench import models
-from vllm_kl.bench.report import Report, machine_line, make_table, median_ratio, p20_p50_p80
+from vllm_kl.bench.report import (
+    Report,
+    add_markdown_option,
+    machine_line,
+    make_table,
+    median_ratio,
+    p20_p50_p80,
+)
 
 MODELS = {"tiny": models.tiny, "5M": models.size_5m, "96M": models.size_96m}
 GROUP, PROMPT, RESPONSE = 8, 256, 128
@@ -224,7 +230,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--groups", type=int, default=4, help="of a call")
     parser.add_argument("--calls", type=int, default=128, help="of all clients, for the latency")
-    parser.add_argument("--markdown", type=Path, help="file to append the tables to")
+    add_markdown_option(parser)
     args = parser.parse_args()
     from vllm_kl.demo.task import make_tokenizer
 

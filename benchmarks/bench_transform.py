@@ -32,7 +32,7 @@ from torchrl.envs.llm.transforms import KLComputation as TorchRLKLComputation
 from torchrl.modules.llm.policies import LogProbs, Masks, Tokens
 
 from vllm_kl import KLComputation, RetrieveKL, VLLMReference, VLLMScorer
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 from vllm_kl.types import EngineInfo, ScoreResult
 
 VOCAB_SIZE = 4096
@@ -261,10 +261,11 @@ def main() -> None:
     shapes = [f"{b}x{t}" for b in (64, 256, 1024) for t in (128, 512, 2048)]
     parser.add_argument("--shapes", nargs="+", default=shapes, metavar="BxT")
     parser.add_argument("--layouts", nargs="+", default=["dense", "ragged"], choices=["dense", "ragged"])
+    add_markdown_option(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
-    report = Report(width=160)
+    report = Report(args.markdown, width=160)
     sizes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     for layout in args.layouts:
         results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}

@@ -26,13 +26,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 
 VOCAB = 8192
 
@@ -103,7 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--axis", choices=AXES, action="append", help="repeatable; default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--markdown", type=Path, help="file to append the table to")
+    add_markdown_option(parser)
     args = parser.parse_args()
     exponents = make_table(
         "exponents", "size", "from, to", "seconds", "of the time", "of computed tokens", "of scored tokens"

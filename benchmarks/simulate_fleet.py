@@ -30,7 +30,7 @@ from functools import partial
 
 import numpy as np
 
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 from vllm_kl.routing.affinity import choose
 
 SYSTEM = -1  # the key of the common system prompt in a cache; dialogs have their numbers
@@ -283,9 +283,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     for name, value in asdict(Work()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    add_markdown_option(parser)
     args = parser.parse_args()
     work = Work(**{name: getattr(args, name) for name in asdict(Work())})
-    report, rows, began = Report(), [], time.perf_counter()
+    report, rows, began = Report(args.markdown), [], time.perf_counter()
     for num_replicas in args.replicas:
         num_groups = max(args.groups, args.groups_per_replica * num_replicas)
         dialogs = draw(work, num_replicas, num_groups, args.seed)

@@ -55,7 +55,7 @@ from tests.oracle import ENTROPY_TOLERANCE, LOG_PROB_TOLERANCE, Oracle, entropy
 from vllm_kl import VLLMScorer, push_weights
 from vllm_kl.batch.alignment import scored_spans
 from vllm_kl.batch.read_messages import read_messages
-from vllm_kl.bench.report import Report, machine_line, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 from vllm_kl.errors import FrozenError, InputError, WeightsError
 from vllm_kl.lifetime import PREFIX, SHARED_MEMORY
 
@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("soak_out"), help="folder of the two files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--markdown", type=Path, help="also append the table to this file")
+    add_markdown_option(parser)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.markdown)

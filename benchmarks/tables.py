@@ -10,7 +10,10 @@ A table stands between two comments, each at the end of a line; the first names 
     | the table | ... and what is written here is replaced. <!-- end of results -->
 
 whole: all providers and columns of each shape. headline: times as fast as the other ways. floor: ours and the
-floor. A file is ``results.jsonl`` of ``vllm-kl bench --out``.
+floor. A file is ``results.jsonl`` of ``vllm-kl bench --out``. A file that another script has written with
+``--markdown`` has no kind, and stands on the page as it is:
+
+    <!-- results: lm-head-h200.md -->
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from vllm_kl.bench.tables import result_tables, title_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-_BLOCK = re.compile(r"(<!-- results: (\S+), (\w+) -->\n\n).*?( <!-- end of results -->)", flags=re.S)
+_BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?:, (\w+))? -->\n\n).*?( <!-- end of results -->)", flags=re.S)
 Rows = Sequence[dict[str, Any]]
 
 
@@ -63,6 +66,12 @@ def floor(rows: Rows) -> str:
     return f"{as_markdown(table)}\n{_wrapped(_origin(rows))}"
 
 
+def as_written(text: str) -> str:
+    """Return the tables of a script's Markdown, and its lines wrapped."""
+    lines = text.strip().splitlines()
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines)
+
+
 KINDS: dict[str, Callable[[Rows], str]] = {"whole": whole, "headline": headline, "floor": floor}
 
 
@@ -90,11 +99,12 @@ def _wrapped(text: str) -> str:
 def with_tables(text: str) -> str:
     """Return a page with every table made anew from its file."""
 
-    def made(block: re.Match[str]) -> str:
-        rows = read_rows(ROOT / "benchmarks" / "results" / block[2])
-        return f"{block[1]}{KINDS[block[3]](rows)}{block[4]}"
+    def table(block: re.Match[str]) -> str:
+        file = ROOT / "benchmarks" / "results" / block[2]
+        made = as_written(file.read_text()) if block[3] is None else KINDS[block[3]](read_rows(file))
+        return f"{block[1]}{made}{block[4]}"
 
-    return _BLOCK.sub(made, text)
+    return _BLOCK.sub(table, text)
 
 
 def main() -> None:

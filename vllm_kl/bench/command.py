@@ -184,7 +184,8 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
             on_step=tell_step,
         ).run()
     rows = rows_of(plan, measured, model)
-    report = Report(_anew(out), console=console if as_json else _console(is_error=False))
+    file = None if out is None else out / "bench.md"
+    report = Report(file, console=console if as_json else _console(is_error=False))
     for table in result_tables(rows):
         report.table(table)
     for name, error in measured.failures.items():
@@ -225,15 +226,6 @@ def _print_costs(measured: Measured, model: str, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _anew(out: Path | None) -> Path | None:
-    """Return the path of the Markdown file, which an earlier run may have written."""
-    if out is None:
-        return None
-    path = out / "bench.md"
-    path.unlink(missing_ok=True)
-    return path
 
 
 def _write(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:

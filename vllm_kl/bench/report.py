@@ -6,6 +6,7 @@ imports them.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import platform
@@ -47,13 +48,20 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
 
 
+def add_markdown_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a script's :class:`Report`. Pages take in such files (benchmarks/tables.py)."""
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file, too")
+
+
 class Report:
-    """Prints tables and lines; with ``markdown``, also appends them to this file as Markdown."""
+    """Prints tables and lines; with ``markdown``, writes them to this file as Markdown, too."""
 
     def __init__(
         self, markdown: Path | None = None, width: int = 132, *, console: Console | None = None
     ) -> None:
         self._console, self._markdown = console or Console(width=width), markdown
+        if markdown is not None:
+            markdown.unlink(missing_ok=True)  # of an earlier run
 
     def table(self, table: Table) -> None:
         self._console.print(table)
