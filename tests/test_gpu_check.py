@@ -30,9 +30,9 @@ def test_every_part_runs_on_a_cpu_and_is_in_the_file(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=840)
     text = out.read_text()
     assert done.returncode == 0, done.stdout + done.stderr + text
-    assert text.startswith("# GPU check: 3 of 3 parts done\n")
+    assert text.startswith("# GPU check: 4 of 4 parts done\n")
     for line in (
-        *("| torch ", "| CPU ", "| commit ", "| tests ", "| architectures ", "| readout-tiny "),
+        *("| torch ", "| CPU ", "| commit ", "| tests ", "| architectures ", "| lm-head ", "| readout-tiny "),
         *("| llama ", "| ours ", "| flat ", "| transformers ", "| floor ", "**peak memory**"),
     ):
         assert line in text, line

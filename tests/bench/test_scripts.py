@@ -1,0 +1,80 @@
+"""The scripts that tell where the time of the read-out and of prefill goes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import scripts
+
+
+@pytest.fixture(scope="module")
+def lm_head():
+    with scripts.imported("benchmarks", "bench_lm_head") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def profile_prefill():
+    with scripts.imported("benchmarks", "profile_prefill") as module:
+        yield module
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+SMALL = ("--sizes", "70,64", "--vocab", 1000, "--dtype", "float32", "--rounds", 2)
+
+
+def test_each_way_of_the_head_is_in_the_file(lm_head, monkeypatch, tmp_path):
+    for _ in range(2):  # the second run replaces the file
+        run(lm_head, monkeypatch, *SMALL, "--markdown", tmp_path / "head.md")
+    text = tmp_path.joinpath("head.md").read_text()
+    for way in ("product", "log-normalizers", "with entropy", "with the 8 best"):
+        assert text.count(f"| {way} ") == 1, text
+    assert text.strip().endswith("2 rounds")
+
+
+def test_a_wrong_head_is_not_timed(lm_head, monkeypatch, capsys):
+    right = lm_head.kernel.log_normalizer
+    monkeypatch.setattr(lm_head.kernel, "log_normalizer", lambda *a, **k: right(*a, **k) + 1e-3)
+    with pytest.raises(SystemExit, match="not timed"):
+        run(lm_head, monkeypatch, *SMALL)
+    assert "TFLOP" not in capsys.readouterr().out
+
+
+def event(name, seconds, above=None):
+    return SimpleNamespace(name=name, self_cpu_time_total=1e6 * seconds, cpu_parent=above)
+
+
+def test_an_operation_counts_for_the_innermost_part_that_it_runs_in(profile_prefill):
+    model, head = event("model", 0.5), event("LM head", 0.25)
+    block = event("aten::linear", 0.125, model)
+    events = [
+        *(model, head, block, event("_C::onednn_mm", 2, block), event("aten::mm", 4, head)),
+        *(event("_C::cpu_attention_with_kv_cache", 8, model), event("aten::copy_", 16)),
+    ]
+    assert profile_prefill.seconds_by_part(events) == {
+        ("model", "Python"): 0.5,
+        ("LM head", "Python"): 0.25,
+        ("model", "products"): 2.125,
+        ("LM head", "products"): 4,
+        ("model", "attention"): 8,
+        ("the rest", "other"): 16,
+    }
+
+
+def test_a_method_is_named_while_it_is_watched(profile_prefill):
+    owner = SimpleNamespace(work=lambda: torch.zeros(2) + 1)
+    before = owner.work
+    with (
+        profile_prefill.named(owner, "work", "model"),
+        profile_prefill.profile(activities=[profile_prefill.ProfilerActivity.CPU]) as found,
+    ):
+        owner.work()
+    assert owner.work is before
+    assert "model" in {event.name for event in found.events()}
