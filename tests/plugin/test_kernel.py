@@ -16,7 +16,7 @@ import torch
 
 from tests.oracle import entropy as exact_entropy
 from vllm_kl.plugin import cpu_loops, kernel, lm_head
-from vllm_kl.plugin.best_tokens import Best
+from vllm_kl.plugin.best_tokens import Best, largest
 
 ON_A_GPU = pytest.param(
     "gpu",
@@ -522,6 +522,19 @@ class TestTheCodeOfAGPU:
         want = logits.topk(best.ids.shape[1])
         torch.testing.assert_close(best.values, want.values)
         torch.testing.assert_close(logits.gather(1, best.ids), want.values)
+
+    @pytest.mark.parametrize("width", [1, 15, 16, 300, 1024, 1039])
+    @pytest.mark.parametrize("k", [1, 5, 21, 1100])
+    def test_the_largest_of_groups_are_the_largest_of_all(self, width, k):
+        values = torch.randn(30, width, generator=torch.Generator().manual_seed(0))
+        values[:10] = values[:10].round()  # many equal ones
+        values[5:12, : width - 1] = -torch.inf
+        values[12:20] = values[12:20].sort(descending=True).values  # all in the first groups
+        found, places = largest(values, k)
+        want = values.topk(min(k, width)).values
+        assert torch.equal(found, want)
+        assert torch.equal(values.gather(1, places), want)
+        assert all(len(set(row)) == len(row) for row in places.tolist())
 
     def test_slices_are_aligned(self):
         """Of rows that begin at odd places, cuBLAS takes several times as long."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+_GROUP = 16  # neighbours of which one maximum is taken
+_FEW = 3  # groups for each value that is wanted; with fewer, all values are sorted
+
 
 @dataclass(frozen=True, slots=True)
 class Best:
@@ -31,15 +34,15 @@ class Best:
         """Forget all candidates."""
         self.values.fill_(-torch.inf)
 
-    def add(self, logits_N_S: torch.Tensor, shift_N: torch.Tensor | None, first_id: int) -> None:
+    def add(self, logits_N_S: torch.Tensor, shift_N: torch.Tensor, first_id: int) -> None:
         """Add the tokens of a slice of the vocabulary. Each row stays sorted, best first.
 
         Args:
             logits_N_S: the logits of S tokens, minus the row's shift.
-            shift_N: the shifts; ``None``: no shift.
+            shift_N: the shifts.
             first_id: the id of the slice's first token.
         """
-        worst_N_1 = self.values[:, -1:] if shift_N is None else self.values[:, -1:] - shift_N[:, None]
+        worst_N_1 = self.values[:, -1:] - shift_N[:, None]
         (rows,) = torch.where(logits_N_S.amax(1).float() > worst_N_1[:, 0])
         if not len(rows):
             return
@@ -48,6 +51,44 @@ class Best:
         most = int((logits > worst_N_1[rows]).sum(1, dtype=torch.int32).max())
         num_candidates = self.ids.shape[1]
         new, places = logits.topk(min(num_candidates, most), dim=1)
-        new = new.float() if shift_N is None else new.float().add_(shift_N[rows, None])
+        new = new.float().add_(shift_N[rows, None])
         self.values[rows], order = torch.cat([self.values[rows], new], 1).topk(num_candidates, dim=1)
         self.ids[rows] = torch.cat([self.ids[rows], places + first_id], 1).gather(1, order)
+
+    def add_at_once(self, logits_N_S: torch.Tensor, first_id: int) -> None:
+        """Add the tokens of a slice whose logits have no shift, as :meth:`add` does.
+
+        Python waits for no number, so a GPU is never idle between two operations.
+        """
+        num_candidates = self.ids.shape[1]
+        new, places = largest(logits_N_S, num_candidates)
+        values, order = torch.cat([self.values, new], 1).topk(num_candidates, dim=1)
+        self.ids.copy_(torch.cat([self.ids, places + first_id], 1).gather(1, order))
+        self.values.copy_(values)
+
+
+def largest(values_N_S: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest values of each row, and their places, ``[N, min(k, S)]``.
+
+    The largest are in the k groups of neighbours with the largest maxima. So a row is read once for the
+    maxima, and only k groups of it are sorted.
+
+    >>> largest(torch.tensor([[3.0, 9.0, 5.0]]), 2)
+    (tensor([[9., 5.]]), tensor([[1, 2]]))
+    """
+    width = values_N_S.shape[1]
+    num_groups = width // _GROUP
+    if num_groups < _FEW * k:
+        values, places = values_N_S.topk(min(k, width), dim=1)
+        return values, places
+    grouped = values_N_S[:, : num_groups * _GROUP].unflatten(1, (num_groups, _GROUP))
+    groups_N_k_1 = grouped.amax(2).topk(k, dim=1).indices[:, :, None]
+    within = torch.arange(_GROUP, device=values_N_S.device)
+    members = grouped.gather(1, groups_N_k_1.expand(-1, -1, _GROUP)).flatten(1)
+    places = (groups_N_k_1 * _GROUP + within).flatten(1)
+    if width % _GROUP:
+        rest = torch.arange(num_groups * _GROUP, width, device=values_N_S.device).expand(len(members), -1)
+        members = torch.cat([members, values_N_S[:, num_groups * _GROUP :]], 1)
+        places = torch.cat([places, rest], 1)
+    values, order = members.topk(k, dim=1)
+    return values, places.gather(1, order)

@@ -441,7 +441,7 @@ def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best, left_out: torc
         is_here = (places >= 0) & (places < len(part))
         places = places.clamp(0, len(part) - 1)
         logits.scatter_(1, places, logits.gather(1, places).masked_fill_(is_here, -torch.inf))
-        best.add(logits, None, columns_of_slice.start)
+        best.add_at_once(logits, columns_of_slice.start)
 
 
 def _mm_float32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
