@@ -11,8 +11,9 @@ Python:
     LM head        the read-out: products, the pass over the logits, the results
     the rest       vLLM's preparation of a step, the engine, and ours
 
-The bound is that of the products alone: their operations at the speed of one large square product, measured
-in the same process. A share that is above its bound by a factor is what a faster engine could gain.
+The bound is that of the products alone: their operations at the speed of one large square product, in the
+model's data type or in float32, whichever is faster, measured in the same process. A share that is above its
+bound by a factor is what a faster engine could gain.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
+from vllm_kl.quiet import on_a_gpu
 from vllm_kl.types import ScoreRequest
 
 PARTS = ("scheduler", "model", "LM head")
@@ -130,15 +132,15 @@ def weights_of_layers(folder: Path) -> int:
     return total
 
 
-def flop_per_s() -> float:
-    """Return the speed of the fastest of some large square products in float32."""
-    matrix = torch.randn(2048, 2048)
-    taken = []
-    for _ in range(5):
-        began = time.perf_counter()
-        matrix @ matrix
-        taken.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(taken)
+def flop_per_s(dtype: torch.dtype) -> float:
+    """Return the speed of the fastest of some large square products, in a data type or in float32."""
+    side, taken = 1024, []
+    for matrix in (torch.randn(side, side).to(one) for one in {dtype, torch.float32}):
+        for _ in range(5):
+            began = time.perf_counter()
+            matrix @ matrix
+            taken.append(time.perf_counter() - began)
+    return 2 * side**3 / min(taken)
 
 
 def main() -> None:
@@ -151,6 +153,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_markdown_option(parser)
     args = parser.parse_args()
+    if on_a_gpu():
+        parser.error("this profile counts operations on a CPU: on a GPU, use vLLM's own profiler")
     report = Report(args.markdown)
     traffics = [from_shape(shape, args.sequences) for shape in args.shapes]
     longest = max(one.longest for one in traffics)
@@ -159,7 +163,7 @@ def main() -> None:
         body = weights_of_layers(Path(home))
         options = {"max_model_len": longest, "dtype": args.dtype}
         driver: Any = start(model=home, readout="pooling", options=options)
-        speed = flop_per_s()
+        speed = flop_per_s(getattr(torch, args.dtype))
         for traffic in traffics:
             measure(driver, traffic, body, speed, report)
     report.line(machine_line(f"{args.shape}, {args.dtype}; a square product {speed / 1e9:,.0f} GFLOP/s"))
@@ -180,7 +184,7 @@ def measure(driver: Any, traffic: Traffic, body: int, speed: float, report: Repo
     title = f"P,R,G = {traffic.name}: {whole:.2f} s, without the profiler {plain:.2f} s"
     table = make_table(title, "part", "what", "s", "share", "times its bound", left=("what",))
     for (part, kind), taken in sorted(seconds.items(), key=lambda item: -item[1]):
-        if taken < 0.005 * whole:
+        if taken < 0.001 * whole:
             continue
         bound = bounds.get((part, kind))
         over = "" if bound is None else f"{taken / bound:.2f}"

@@ -101,6 +101,8 @@ def with_tables(text: str) -> str:
 
     def table(block: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / block[2]
+        if (block[3] is None) != (file.suffix == ".md"):
+            raise SystemExit(f"{block[1].strip()}: a kind stands after a .jsonl, and after no .md")
         made = as_written(file.read_text()) if block[3] is None else KINDS[block[3]](read_rows(file))
         return f"{block[1]}{made}{block[4]}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import random
 import threading
 from types import SimpleNamespace
@@ -143,3 +145,20 @@ def test_a_refresh_makes_the_reference_frozen_again(soak):
     soak.change_weights(run, draw)
     assert not run.faults
     assert not run.is_pushed
+
+
+def test_memory_is_what_the_process_has_written_and_not_the_pages_of_files(soak, tmp_path):
+    tmp_path.joinpath("file").write_bytes(bytes(64 << 20))
+    before = soak._pss(os.getpid())
+    with (
+        tmp_path.joinpath("file").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages,
+    ):
+        read = sum(pages[place] for place in range(0, 64 << 20, mmap.PAGESIZE))
+        of_a_file = soak._pss(os.getpid()) - before
+    written = bytearray(b"1") * (64 << 20)
+    of_memory = soak._pss(os.getpid()) - before
+    del written
+    assert read == 0
+    assert of_a_file < 8 << 20
+    assert of_memory > 56 << 20

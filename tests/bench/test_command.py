@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,13 @@ class TestRun:
         assert "the last words" in failures["providers_of_a_user:dying"]
         assert done.returncode == 1
         assert "providers_of_a_user:dying failed: its process ended" in done.stderr
+
+    def test_each_step_is_a_line_with_its_time_where_there_is_no_terminal(self, run):
+        steps = re.findall(r"^ +(\d+\.\d) s  (.*)$", run[1].stderr, flags=re.M)
+        told = [what for _, what in steps]
+        assert told[:2] == ["reading the model", "the model's own log-probs"]
+        assert "ours, 65,8,4: round 2" in told
+        assert [float(s) for s, _ in steps] == sorted(float(s) for s, _ in steps)
 
     def test_the_costs_come_before_the_figures(self, run):
         err = run[1].stderr

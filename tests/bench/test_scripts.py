@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +28,14 @@ def profile_prefill():
 def run(module, monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
     module.main()
+
+
+@pytest.mark.parametrize(("product", "wrong"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_a_head_in_16_bits_may_be_as_far_off_as_its_products(lm_head, monkeypatch, product, wrong):
+    monkeypatch.setattr(lm_head.kernel, "product_dtype", lambda _: product)
+    arguments = lm_head.matrices(70, 64, 3000, torch.bfloat16, "cpu")
+    most = lm_head.tolerance(torch.bfloat16, "cpu")
+    assert max(lm_head.largest_errors(*arguments).values()) <= most < wrong
 
 
 SMALL = ("--sizes", "70,64", "--vocab", 1000, "--dtype", "float32", "--rounds", 2)
@@ -66,6 +77,17 @@ def test_an_operation_counts_for_the_innermost_part_that_it_runs_in(profile_pref
         ("model", "attention"): 8,
         ("the rest", "other"): 16,
     }
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_the_parts_of_a_call_are_found_in_vllms_engine(tmp_path):
+    file, script = tmp_path / "profile.md", scripts.ROOT / "benchmarks" / "profile_prefill.py"
+    arguments = ("--shape", "tiny", "--shapes", "64,16,2", "--markdown", str(file))
+    subprocess.run([sys.executable, str(script), *arguments], check=True)
+    text = file.read_text()
+    for row in (r"model +\| products", r"model +\| attention", "LM head ", "scheduler ", "the rest "):
+        assert re.search(rf"^\| {row}", text, flags=re.M), text
 
 
 def test_a_method_is_named_while_it_is_watched(profile_prefill):

@@ -50,7 +50,7 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 def add_markdown_option(parser: argparse.ArgumentParser) -> None:
     """Add the option of a script's :class:`Report`. Pages take in such files (benchmarks/tables.py)."""
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file, too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="replace this file by the tables")
 
 
 class Report:
@@ -60,8 +60,7 @@ class Report:
         self, markdown: Path | None = None, width: int = 132, *, console: Console | None = None
     ) -> None:
         self._console, self._markdown = console or Console(width=width), markdown
-        if markdown is not None:
-            markdown.unlink(missing_ok=True)  # of an earlier run
+        self._mode = "w"  # what an earlier run has written stays until there is something new
 
     def table(self, table: Table) -> None:
         self._console.print(table)
@@ -74,8 +73,9 @@ class Report:
             self._write(text + "\n")
 
     def _write(self, text: str) -> None:
-        with self._markdown.open("a") as file:
+        with self._markdown.open(self._mode) as file:
             file.write(text + "\n")
+        self._mode = "a"
 
 
 def as_markdown(table: Table) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-_GROUP = 16  # neighbours of which one maximum is taken
-_FEW = 3  # groups for each value that is wanted; with fewer, all values are sorted
+# The most neighbours of which one maximum is taken, and the fewest groups for each value that is wanted.
+_GROUP, _GROUPS = 16, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +71,25 @@ def largest(values_N_S: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     """Return the k largest values of each row, and their places, ``[N, min(k, S)]``.
 
     The largest are in the k groups of neighbours with the largest maxima. So a row is read once for the
-    maxima, and only k groups of it are sorted.
+    maxima, and at most a third of it is sorted.
 
     >>> largest(torch.tensor([[3.0, 9.0, 5.0]]), 2)
     (tensor([[9., 5.]]), tensor([[1, 2]]))
     """
     width = values_N_S.shape[1]
-    num_groups = width // _GROUP
-    if num_groups < _FEW * k:
+    size = min(_GROUP, width // (_GROUPS * k))  # of a group
+    if size < 2:
         values, places = values_N_S.topk(min(k, width), dim=1)
         return values, places
-    grouped = values_N_S[:, : num_groups * _GROUP].unflatten(1, (num_groups, _GROUP))
+    end = width // size * size
+    grouped = values_N_S[:, :end].unflatten(1, (-1, size))
     groups_N_k_1 = grouped.amax(2).topk(k, dim=1).indices[:, :, None]
-    within = torch.arange(_GROUP, device=values_N_S.device)
-    members = grouped.gather(1, groups_N_k_1.expand(-1, -1, _GROUP)).flatten(1)
-    places = (groups_N_k_1 * _GROUP + within).flatten(1)
-    if width % _GROUP:
-        rest = torch.arange(num_groups * _GROUP, width, device=values_N_S.device).expand(len(members), -1)
-        members = torch.cat([members, values_N_S[:, num_groups * _GROUP :]], 1)
+    within = torch.arange(size, device=values_N_S.device)
+    members = grouped.gather(1, groups_N_k_1.expand(-1, -1, size)).flatten(1)
+    places = (groups_N_k_1 * size + within).flatten(1)
+    if end < width:
+        rest = torch.arange(end, width, device=values_N_S.device).expand(len(members), -1)
+        members = torch.cat([members, values_N_S[:, end:]], 1)
         places = torch.cat([places, rest], 1)
     values, order = members.topk(k, dim=1)
     return values, places.gather(1, order)
