@@ -12,7 +12,7 @@ KNOWN_VLLM = SpecifierSet(">=0.26,<0.34")
 RUN_VLLM = SpecifierSet("==0.32.*")
 # The versions that a part of the tests ran with, and how.
 PARTLY_RUN_VLLM = {
-    "0.26.0": "on one H100",
+    "0.26.0": "on one H100 and one H200",
     "0.27.1": "make compat",
     "0.30.0": "make compat",
     "0.33.0": "its Python code on the CPU kernels of 0.32.0",

@@ -9,7 +9,7 @@ slice has a second number, the entropy of its own tokens. The entropy of all is 
 plus the weighted mean of these: all terms are positive, so no digits are lost.
 
 Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867; the order of programs, Triton's
-tutorial on matrix multiplication. Measured on an H100: benchmarks/LOG.md.
+tutorial on matrix multiplication. Measured on an H100 and an H200: benchmarks/LOG.md.
 """
 
 from __future__ import annotations
