@@ -19,7 +19,6 @@ bound by a factor is what a faster engine could gain.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections import defaultdict
@@ -28,10 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+from vllm_kl.quiet import on_a_gpu, quiet_bench
+
+quiet_bench()
 
 import numpy as np
 import torch
@@ -43,7 +41,6 @@ from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
-from vllm_kl.quiet import on_a_gpu
 from vllm_kl.types import ScoreRequest
 
 PARTS = ("scheduler", "model", "LM head")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import mmap
 import logging
 import os
 import re
@@ -430,12 +431,16 @@ class TestTheEnvironment:
 
         assert 'vllm_mask == "nobind"' in source(ompmultiprocessing)
 
-    def test_torch_reads_these_variables(self):
-        """engines/process.py and engines/devices.py set them."""
+    def test_torch_and_onednn_read_these_variables(self):
+        """engines/process.py and engines/devices.py set them. vLLM's CPU build has a oneDNN of its own."""
         assert '"TORCH_COMPILE_DISABLE"' in source(torch._dynamo.config)
         assert '"PYTORCH_NVML_BASED_CUDA_CHECK"' in source(torch.cuda)
         library = Path(torch.__file__).parent / "lib" / "libc10.so"
         assert b"THP_MEM_ALLOC_ENABLE" in library.read_bytes()
+        of_vllm = [*Path(vllm.__file__).parent.glob("_C*.so")]
+        for library in (Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", *of_vllm):
+            with library.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+                assert content.find(b"PRIMITIVE_CACHE_CAPACITY") > 0, library
 
 
 class TestRay:

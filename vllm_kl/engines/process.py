@@ -38,6 +38,7 @@ from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
+from vllm_kl.quiet import ON_A_CPU
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
 from vllm_kl.weights.loading import NeedsNewEngineError
@@ -58,7 +59,7 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
     }
     is_cpu = not has_gpu()
     if is_cpu:
-        environment["THP_MEM_ALLOC_ENABLE"] = "1"  # PyTorch reads it at import: huge pages for large tensors
+        environment |= ON_A_CPU
     if is_cpu and options.get("enforce_eager", True):
         # vLLM compiles its computation of ranks even in eager mode: this takes 20 s at the first request, and
         # needs a C++ compiler (v1/sample/ops/logprobs.py, 0.32). A scorer uses no ranks. PyTorch reads the
