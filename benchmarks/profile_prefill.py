@@ -19,6 +19,7 @@ bound by a factor is what a faster engine could gain.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections import defaultdict
@@ -27,9 +28,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.quiet import on_a_gpu, quiet_bench
-
-quiet_bench()
+# As quiet_bench() sets them.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
 import torch
@@ -41,6 +45,7 @@ from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
+from vllm_kl.quiet import on_a_gpu
 from vllm_kl.types import ScoreRequest
 
 PARTS = ("scheduler", "model", "LM head")

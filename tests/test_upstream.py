@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import mmap
 import logging
+import mmap
 import os
 import re
 import threading

@@ -32,8 +32,8 @@ _BENCH = {
 # Of a process with an engine, on a CPU. PyTorch reads the first when it is imported, oneDNN the second.
 ON_A_CPU = {
     "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for large tensors
-    # oneDNN compiles a kernel for each number of tokens in a step, and keeps 1,024: 400 MiB with a tiny model.
-    # The layers of one step share a few; another step seldom has as many tokens.
+    # oneDNN compiles products for each number of tokens in a step, and keeps 1,024: 400 MiB with a tiny model.
+    # The layers of a step share a few; another step seldom has as many tokens.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 _BENCH_ON_CPU = {
