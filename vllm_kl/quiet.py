@@ -32,7 +32,7 @@ _BENCH = {
 # Of a process with an engine, on a CPU. PyTorch reads the first when it is imported, oneDNN the second.
 ON_A_CPU = {
     "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for large tensors
-    # oneDNN compiles products for each number of tokens in a step, and keeps 1,024: 400 MiB with a tiny model.
+    # oneDNN compiles products for each number of tokens in a step, and keeps 1,024: 400 MiB of a tiny model.
     # The layers of a step share a few; another step seldom has as many tokens.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }

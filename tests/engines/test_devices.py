@@ -99,3 +99,9 @@ def test_the_childs_environment_has_the_devices_and_not_the_callers(machine, mon
     with pytest.raises(RuntimeError, match="not in this test"):
         process.ProcessEngine(sys.executable, readout="auto", options={}, devices=1)
     assert started[0]["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_on_a_cpu_keeps_few_of_onednns_products():
+    assert process._environment({}).items() >= ON_A_CPU.items()
+    assert int(ON_A_CPU["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024  # oneDNN's own
