@@ -208,6 +208,8 @@ def test_a_kl_that_is_not_finite_says_nothing_of_log_probs():
         (torch.tensor(-1.0), "log_probs is a tensor without dimensions"),
         ([[-1.0, -2.0]], r"log_probs: sample 0 is list, expected a tensor \[T\]"),
         ([torch.tensor(-1.0)], r"log_probs: sample 0 is shape \[\]"),
+        (torch.zeros(1, 2, device="meta"), "log_probs is on the meta device"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], "log_probs is on the meta device"),
     ],
 )
 def test_what_is_no_tensor_of_rows_is_refused_by_name(side, message):

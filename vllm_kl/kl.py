@@ -226,6 +226,9 @@ def packed_sides(
 
 def _check_side(name: str, side: Any) -> None:
     """Refuse what is neither a tensor of rows nor a list of rows that are tensors."""
+    rows = [side] if isinstance(side, torch.Tensor) else side if isinstance(side, (list, tuple)) else []
+    if any(isinstance(row, torch.Tensor) and row.is_meta for row in rows):
+        raise InputError(f"{name} is on the meta device, where tensors have a shape and no numbers")
     if isinstance(side, torch.Tensor) and side.dim():
         return
     if not isinstance(side, (list, tuple)):

@@ -130,6 +130,14 @@ def test_errors_have_their_own_types(status, error, kind):
         score(server.address, [[5, 6]])
 
 
+@pytest.mark.parametrize(("status", "told"), [(422, "did not say why"), (401, "401 ")])
+@pytest.mark.parametrize("detail", ["", " \n"])
+def test_an_error_without_a_text_has_one(status, told, detail):
+    refused = pytest.raises((InputError, OptionError), match=told)
+    with serving(problem(status, "InputError", detail)) as server, refused:
+        score(server.address, [[5, 6]])
+
+
 def test_an_error_names_the_sequence_of_the_call():
     def refuse(request):
         fields = faulty_server.unpack_question(request.body, most_sequences=999)

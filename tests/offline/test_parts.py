@@ -211,6 +211,19 @@ def test_a_line_with_half_of_a_surrogate_pair_has_an_error_and_the_others_are_re
     assert "not UTF-8" in rows[3]["error"]
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "value"), [("ids", [], ""), ("ids", [1], ""), ("messages", [{"role": "user"}], "")]
+)
+def test_an_empty_text_in_a_column_of_lists_is_an_error_of_the_row(tmp_path, name, other, value):
+    """Arrow takes it for an empty list."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"n": 1, name: one}) for one in (other, value)))
+    good, bad = rows_of(str(path), 10**6)[0].to_pylist()
+    assert good["error"] is None
+    assert bad[name] is None
+    assert f"column '{name}' holds ''" in bad["error"]
+
+
 def test_a_column_that_parquet_has_no_type_for_is_json(tmp_path):
     deep = json.loads("[" * 70 + "]" * 70)
     rows = [{"ids": [1], "x": {}, "y": [{"a": {}}], "z": deep}, {"ids": [2], "x": {}, "y": [], "z": []}]

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import httpx
 import msgpack
@@ -204,14 +204,18 @@ def _problem_of(response: httpx.Response) -> Any:
 
 def _detail(response: httpx.Response, problem: Any) -> str:
     told = problem.get("detail") if isinstance(problem, dict) else None
-    return told or f"{response.status_code} {response.reason_phrase}"
+    return told if _is_said(told) else f"{response.status_code} {response.reason_phrase}"
+
+
+def _is_said(told: Any) -> TypeGuard[str]:
+    return isinstance(told, str) and bool(told.strip())
 
 
 def _error_in(problem: dict[str, Any], part: Part | None) -> VLLMKLError:
     name = str(problem.get("type")).rpartition(":")[2]
     kind = getattr(errors, name) if name in errors.__all__ else EngineError
     told = problem.get("detail")
-    message = told if isinstance(told, str) and told else f"a server failed and did not say why: {problem}"
+    message = told if _is_said(told) else f"a server failed and did not say why: {problem}"
     if part is not None:  # the server counts the sequences of the part
         message = _SEQUENCE.sub(lambda found: f"sequence {_place(part, int(found[1]))}", message)
     return kind(message)

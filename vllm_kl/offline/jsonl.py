@@ -168,13 +168,28 @@ def _array(field: pa.Field, values: list[Any], errors: list[str | None]) -> pa.A
 
 
 def _exact(values: list[Any], type_: pa.DataType) -> pa.Array:
-    """Return the values as an array; refuse fractions and booleans for ints, which Arrow 26 would convert."""
+    """Return the values as an array; refuse what Arrow (26) would convert.
+
+    These are fractions and booleans for ints, and an empty text for an empty list.
+    """
+    if any(_has_text_for_a_list(value, type_) for value in values):
+        raise pa.ArrowTypeError(f"a text for {type_}")
     array = pa.array(values, type_)
     if pa.types.is_integer(_leaf(type_)):
         found = _leaf(pa.array(values).type)
         if not (pa.types.is_integer(found) or pa.types.is_null(found)):
             raise pa.ArrowTypeError(f"{found} for {type_}")
     return array
+
+
+def _has_text_for_a_list(value: Any, type_: pa.DataType) -> bool:
+    if is_list(type_):
+        inside = value if isinstance(value, list) and pa.types.is_nested(type_.value_type) else ()
+        return isinstance(value, str) or any(_has_text_for_a_list(one, type_.value_type) for one in inside)
+    if pa.types.is_struct(type_) and isinstance(value, dict):
+        nested = [field for field in type_ if pa.types.is_nested(field.type)]
+        return any(_has_text_for_a_list(value.get(field.name), field.type) for field in nested)
+    return False
 
 
 def _leaf(type_: pa.DataType) -> pa.DataType:
