@@ -53,7 +53,7 @@ def headline(rows: Rows) -> str:
             f"{row['fraction_of_floor']:.2f}",
         )
     errors = [row["max_abs_err"] for row in rows if row["max_abs_err"] is not None]
-    told = f"{_origin(rows)}. Errors of all ways: at most {min(errors):.2f} to {max(errors):.2f} nats."
+    told = f"{_origin(rows)}. Errors of all ways: at most {min(errors):.1g} to {max(errors):.1g} nats."
     return f"{as_markdown(table)}\n{_wrapped(told)}"
 
 
