@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vllm_kl
 from tests import tiny
+from tests.instant_engine import InstantEngine
 from vllm_kl import VLLMScorer
 from vllm_kl.bench.traffic import from_shape
 from vllm_kl.engines.base import drive
 from vllm_kl.plugin import kernel
-from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
+from vllm_kl.types import ScoreRequest
 
 PACKAGE = str(Path(vllm_kl.__file__).parent) + os.sep
 SHAPES = ("256,64,8", "250,33,4", "64,128,2")
@@ -102,21 +103,6 @@ def test_a_prompt_is_computed_once_but_for_a_part_of_a_block(counted, shape):
     again = (traffic.groups[0][0] - 1) % block + 1
     assert computed == traffic.computed_tokens + siblings * (again - 1)
     assert num_rescored == 0
-
-
-class InstantEngine:
-    """Has every answer; a fake, because an engine's own calls must not count."""
-
-    info = EngineInfo(readout="pooling", vocab_size=200, max_sequence_len=None)
-    weights = None
-
-    def score(self, requests, **_):
-        return [
-            ScoreResult(values=np.full((len(r.token_ids) - r.start, 1), -1.5, np.float32)) for r in requests
-        ]
-
-    def close(self):
-        pass
 
 
 def test_a_sequence_more_costs_the_scorer_few_calls():

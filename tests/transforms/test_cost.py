@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict, lazy_stack
@@ -10,23 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.modules.llm.policies import LogProbs
 
 from tests.batches import dense_batch, ids_batch
+from tests.instant_engine import InstantEngine
 from vllm_kl import RetrieveKL, VLLMReference, VLLMScorer
-from vllm_kl.types import EngineInfo, ScoreResult
-
-
-class InstantEngine:
-    """Has every answer; a fake, because an engine's own operations must not count."""
-
-    info = EngineInfo(readout="pooling", vocab_size=200, max_sequence_len=None)
-    weights = None
-
-    def score(self, requests, **_):
-        return [
-            ScoreResult(values=np.full((len(r.token_ids) - r.start, 1), -1.5, np.float32)) for r in requests
-        ]
-
-    def close(self):
-        pass
 
 
 class Count(TorchDispatchMode):
