@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.quiet import on_a_gpu
+from vllm_kl.environment import on_a_gpu
 
 # Read by vLLM and torch at import, in the children.
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.quiet import on_a_gpu
+from vllm_kl.environment import on_a_gpu
 
 # vLLM and torch read these variables at import, in the children. "RPC, reload" needs pickle.
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_ALLOW_INSECURE_SERIALIZATION="1")

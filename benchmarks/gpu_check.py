@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 from rich.markup import escape
 
 from vllm_kl.bench.report import as_markdown, machine, make_table
-from vllm_kl.quiet import on_a_gpu
+from vllm_kl.environment import on_a_gpu
 
 ROOT = Path(__file__).parents[1]
 _MOST_LINES = 30  # lines of a failed part's log

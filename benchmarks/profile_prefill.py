@@ -45,7 +45,7 @@ from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
-from vllm_kl.quiet import on_a_gpu
+from vllm_kl.environment import on_a_gpu
 from vllm_kl.types import ScoreRequest
 
 PARTS = ("scheduler", "model", "LM head")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vllm_kl.quiet import on_a_gpu
+from vllm_kl.environment import on_a_gpu
 
 # vLLM, torch and torchrl read these variables at import.
 os.environ.update(

@@ -24,7 +24,7 @@ BASE: tuple[str, ...] = ()
 OWN, RAY = ("engine",), ("engine", "ray")
 EXTRAS = {
     **dict.fromkeys(("__init__", "arrays", "cli", "client", "columns", "doctor", "errors", "lifetime"), BASE),
-    **dict.fromkeys(("progress", "quiet", "ray_address", "routing"), BASE),
+    **dict.fromkeys(("environment", "progress", "ray_address", "routing"), BASE),
     **dict.fromkeys(("batch", "checks", "diagnostics", "fingerprint"), ("torchrl",)),
     **dict.fromkeys(("importance", "kl", "plan", "scorer", "types", "view"), ("torchrl",)),
     "plugin": OWN,

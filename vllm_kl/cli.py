@@ -13,9 +13,9 @@ from rich.console import Console
 
 from vllm_kl import __version__
 from vllm_kl.bench.command import bench
+from vllm_kl.environment import quiet_demo
 from vllm_kl.errors import OptionError, VLLMKLError
 from vllm_kl.offline.command import score
-from vllm_kl.quiet import quiet_demo
 from vllm_kl.serving.command import serve
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from vllm_kl import VLLMScorer
 from vllm_kl.engines import devices, process
 from vllm_kl.engines.devices import device_environment, has_gpu
+from vllm_kl.environment import ON_A_CPU
 from vllm_kl.errors import OptionError
-from vllm_kl.quiet import ON_A_CPU
 
 
 @pytest.fixture

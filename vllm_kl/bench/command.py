@@ -31,8 +31,8 @@ from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
 from vllm_kl.engines.options import check_options
+from vllm_kl.environment import on_a_gpu, quiet_bench
 from vllm_kl.errors import InputError, OptionError, VLLMKLError
-from vllm_kl.quiet import on_a_gpu, quiet_bench
 
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
 _READOUTS = ("auto", "pooling", "token_ids", "flat")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.quiet import on_a_gpu
+from vllm_kl.environment import on_a_gpu
 
 _POWERCAP = Path("/sys/class/powercap")
 

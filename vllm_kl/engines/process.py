@@ -37,8 +37,8 @@ from typing import Any
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
+from vllm_kl.environment import ON_A_CPU
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
-from vllm_kl.quiet import ON_A_CPU
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
 from vllm_kl.weights.loading import NeedsNewEngineError

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_kl.engines.arguments import parse_engine_options
+from vllm_kl.environment import quiet_ray
 from vllm_kl.errors import OptionError, VLLMKLError
-from vllm_kl.quiet import quiet_ray
 
 if TYPE_CHECKING:
     from vllm_kl.offline.parts import Part

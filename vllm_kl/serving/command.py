@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from vllm_kl.engines.arguments import parse_engine_options
+from vllm_kl.environment import quiet_ray
 from vllm_kl.errors import OptionError, VLLMKLError
-from vllm_kl.quiet import quiet_ray
 
 ModelName = Annotated[str, typer.Argument(help="Path or name of the reference.")]
 Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: at all of this machine's.")]

@@ -1,6 +1,6 @@
-"""Keeps libraries from printing into a command's output: sets what they read when first imported.
+"""The environment variables of our commands and engines: they keep libraries quiet, and small on a CPU.
 
-Variables that the user has set stay as they are.
+Libraries read them when first imported. Variables that the user has set stay as they are.
 """
 
 from __future__ import annotations
