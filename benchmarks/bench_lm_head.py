@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from vllm_kl.bench.limits import seconds_of
 from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table, median_ratio
 from vllm_kl.plugin import kernel
 
@@ -75,16 +75,6 @@ def ways(rows: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> dict
 
     ours = (by_block(normalizer), by_block(with_entropy), by_block(with_best, TOP_K))
     return {"product": lambda: rows @ weight.T, **dict(zip(WAYS, ours, strict=True))}
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Return how long a call takes, with what it has queued on the GPU."""
-    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else (lambda: None)
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ import torch
 from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from vllm_kl.bench.limits import machine_limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
@@ -134,17 +135,6 @@ def weights_of_layers(folder: Path) -> int:
     return total
 
 
-def flop_per_s(dtype: torch.dtype) -> float:
-    """Return the speed of the fastest of some large square products, in a data type or in float32."""
-    side, taken = 1024, []
-    for matrix in (torch.randn(side, side).to(one) for one in {dtype, torch.float32}):
-        for _ in range(5):
-            began = time.perf_counter()
-            matrix @ matrix
-            taken.append(time.perf_counter() - began)
-    return 2 * side**3 / min(taken)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,7 +155,7 @@ def main() -> None:
         body = weights_of_layers(Path(home))
         options = {"max_model_len": longest, "dtype": args.dtype}
         driver: Any = start(model=home, readout="pooling", options=options)
-        speed = flop_per_s(getattr(torch, args.dtype))
+        speed = machine_limits(getattr(torch, args.dtype), "cpu").flop_per_s
         for traffic in traffics:
             measure(driver, traffic, body, speed, report)
     report.line(machine_line(f"{args.shape}, {args.dtype}; a square product {speed / 1e9:,.0f} GFLOP/s"))

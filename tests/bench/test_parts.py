@@ -15,10 +15,11 @@ from vllm_kl.bench.command import WORSE
 from vllm_kl.bench.compare import compare, figure_for
 from vllm_kl.bench.cost import cost_of
 from vllm_kl.bench.data_sheets import peak_flop_per_s
+from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.meters import EnergyMeter
 from vllm_kl.bench.results import read_rows
 from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
-from vllm_kl.bench.truth import Limits, _widest, truth
+from vllm_kl.bench.truth import _widest, truth
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import InputError, MissingLogProbError, OptionError, VLLMKLError
 from vllm_kl.offline.dry_run import shared_tokens

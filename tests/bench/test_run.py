@@ -10,6 +10,7 @@ import pytest
 
 from vllm_kl.bench import run
 from vllm_kl.bench.floor import check_one_process, matrix_of
+from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import find
 from vllm_kl.bench.report import as_markdown
@@ -17,7 +18,6 @@ from vllm_kl.bench.results import rows_of
 from vllm_kl.bench.run import Bench, Plan
 from vllm_kl.bench.tables import result_tables
 from vllm_kl.bench.traffic import from_shape
-from vllm_kl.bench.truth import Limits
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import EngineError, ReadoutUnavailableError
 

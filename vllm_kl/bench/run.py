@@ -1,6 +1,6 @@
 """Runs providers on the same sequences: a check against the model, then rounds in which they take turns.
 
-truth.py       the model's size, the machine's speeds, the log-probs in float64
+truth.py       the model's size and the log-probs in float64; limits.py: the machine's speeds
 cost.py        the cost card
 process.py     each provider starts in a process of its own
 check.py       a provider whose log-probs are not the model's is refused before anything is timed

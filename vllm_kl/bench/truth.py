@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_kl.bench.limits import machine_limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.providers import load_model
 from vllm_kl.bench.types import Running, Setup
@@ -40,7 +39,7 @@ def truth(setup: Setup) -> Iterator[Running]:
         "vocab_size": text.vocab_size,
         "special_ids": _special_ids(setup, text),
         "size": _size(config, text, setup),
-        "limits": _limits(getattr(torch, dtype), setup.device),
+        "limits": machine_limits(getattr(torch, dtype), setup.device),
         "check": "",
     }
     models: list[Any] = []
@@ -157,47 +156,3 @@ def _free_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one device does at most, measured; and which GPU it is, whose data sheet says more."""
-
-    flop_per_s: float
-    bytes_per_s: float
-    gpu: str | None  # None: it is the CPUs
-
-
-def _limits(dtype: Any, device: str) -> Limits:
-    """Measure a product of square matrices and a copy. Other work on the machine makes both look slower."""
-    import torch
-
-    side, num = (8192, 1 << 29) if device == "cuda" else (1024, 1 << 26)
-    dtypes = (dtype,) if device == "cuda" else dict.fromkeys((dtype, torch.float32))
-    seconds = min(_best(_square(one, side, device)) for one in dtypes)
-    source = torch.zeros(num, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = _best(lambda: target.copy_(source))
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return Limits(2 * side**3 / seconds, 2 * num / copied, gpu)
-
-
-def _square(dtype: Any, side: int, device: str) -> Callable[[], Any]:
-    import torch
-
-    matrix = torch.randn(side, side, device=device).to(dtype)  # of equal numbers a GPU is faster
-    return lambda: matrix @ matrix
-
-
-def _best(work: Callable[[], Any], times: int = 4) -> float:
-    import torch
-
-    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else (lambda: None)
-    taken = []
-    for _ in range(times):
-        wait()
-        began = time.perf_counter()
-        work()
-        wait()
-        taken.append(time.perf_counter() - began)
-    return min(taken)
