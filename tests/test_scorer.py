@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.instant_engine import InstantEngine
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, errors
 from vllm_kl.types import EngineInfo, ScoreResult
@@ -308,3 +309,51 @@ with VLLMScorer({str(ref_path)!r}, **options) as scorer:
         ref_scorer.score([[1, 2]])
         with pytest.raises(dataclasses.FrozenInstanceError):
             ref_scorer.stats.wall_s = 0.0
+
+
+class SleepyEngine(InstantEngine):
+    """Sleeps, as engines do on a GPU. ``interrupted``: the calls during which Ctrl-C comes, once each."""
+
+    def __init__(self, *interrupted):
+        self.weights, self.is_asleep, self._interrupted = self, False, set(interrupted)
+
+    def sleep(self):
+        self.is_asleep = True
+        self._interrupt("sleep")
+        return True
+
+    def wake_up(self):
+        self._interrupt("wake_up")
+        self.is_asleep = False
+
+    def _interrupt(self, call):
+        if call in self._interrupted:
+            self._interrupted.remove(call)
+            raise KeyboardInterrupt
+
+    def score(self, requests, **options):
+        assert not self.is_asleep  # it would never answer
+        return super().score(requests, **options)
+
+
+class TestSleep:
+    def test_a_scorer_refuses_inside_the_block_and_scores_after_it(self):
+        scorer = VLLMScorer(SleepyEngine(), canary=False)
+        with scorer.asleep(), pytest.raises(errors.WeightsError, match="the engine is asleep: score after"):
+            scorer.score([[1, 2]])
+        assert scorer.score([[1, 2]])[0].tolist() == [-1.5]
+
+    @pytest.mark.parametrize("interrupted", [("sleep",), ("wake_up",), ("sleep", "wake_up")])
+    def test_a_scorer_whose_sleep_was_interrupted_scores_afterwards(self, interrupted):
+        scorer = VLLMScorer(SleepyEngine(*interrupted), canary=False)
+        with pytest.raises(KeyboardInterrupt), scorer.asleep():
+            pass
+        assert scorer.score([[1, 2]])[0].tolist() == [-1.5]
+
+    def test_an_engine_that_refuses_to_sleep_is_awake(self):
+        engine = SleepyEngine()
+        engine.sleep = lambda: engine.no_such_name
+        scorer = VLLMScorer(engine, canary=False)
+        with pytest.raises(AttributeError), scorer.asleep():
+            pass
+        assert scorer.score([[1, 2]])[0].tolist() == [-1.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import vllm_kl
+
 ROOT = Path(__file__).parents[1]
+MYPY = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["tool"]["mypy"]
 # ``entropy=`` may be True, False or a bool that only the caller knows.
 PROGRAM = """
 import torch
@@ -29,12 +33,18 @@ def scored(scorer: VLLMScorer, entropy: bool) -> list[torch.Tensor]:
 def test_annotations_hold_here_and_in_a_program_that_uses_them(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    files = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["tool"]["mypy"]["files"]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", program, *files],
+        [sys.executable, "-m", "mypy", "--cache-dir", tmp_path / "cache", program, *MYPY["files"]],
         capture_output=True,
         text=True,
         check=False,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", [*vllm_kl._PUBLIC, "offline.pipeline", "client.client"])
+def test_every_public_module_is_checked(module):
+    file = f"vllm_kl/{module.replace('.', '/')}.py"
+    assert any(file == path or file.startswith(f"{path}/") for path in MYPY["files"])
+    assert not any(re.search(pattern, file) for pattern in MYPY["exclude"])

@@ -144,7 +144,7 @@ class VLLMScorer:
         self.temperature = check_temperature(temperature)
         self._placeholders = check_placeholders(placeholders)
         self.stats: ScoreStats | None = None
-        self._is_asleep = False
+        self._sleep: Literal["awake", "asleep", "unsure"] = "awake"
         self._engine: Engine = make_engine(
             model,
             readout,
@@ -533,17 +533,30 @@ class VLLMScorer:
         Raises:
             WeightsError: the engine was made without ``enable_sleep_mode=True``.
         """
-        self._is_asleep = self.weights.sleep()
-        if not self._is_asleep:
+        self._sleep = "asleep"
+        try:
+            has_slept = self.weights.sleep()
+        except Exception:
+            self._sleep = "awake"
+            raise
+        except BaseException:  # Ctrl-C, which the engine may not have heard of
+            self._wake_up()
+            raise
+        if not has_slept:
+            self._sleep = "awake"
             warnings.warn(
                 "asleep() does nothing on a CPU: the engine has no GPU memory to give back", stacklevel=3
             )
         try:
             yield
         finally:
-            if self._is_asleep:
-                self.weights.wake_up()
-                self._is_asleep = False
+            if has_slept:
+                self._wake_up()
+
+    def _wake_up(self) -> None:
+        self._sleep = "unsure"  # until the engine answers: if Ctrl-C comes first, the next call asks
+        self.weights.wake_up()
+        self._sleep = "awake"
 
     def _score_alone(self, request: ScoreRequest) -> list[ScoreResult]:
         """Return the result of the engine, or of each of its replicas."""
@@ -553,8 +566,10 @@ class VLLMScorer:
         return self._engine.score([request], share_prefix=False, alone=True)
 
     def _check_awake(self) -> None:
-        if self._is_asleep:
+        if self._sleep == "asleep":
             raise WeightsError("the engine is asleep: score after the block of asleep()")
+        if self._sleep == "unsure":
+            self._wake_up()
 
     def close(self) -> None:
         """End the scorer's own engine and its processes; leave a shared engine running.

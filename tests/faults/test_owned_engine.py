@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, lifetime, push_weights
-from vllm_kl.errors import EngineError, OptionError, WeightsError
+from vllm_kl.errors import EngineError, FrozenError, MissingLogProbError, OptionError, WeightsError
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 
@@ -70,14 +70,14 @@ def check_right(scorer, oracle):
     assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
 
 
-def kill_the_new_engine(after_s, known):
-    """Kill the next engine that this process starts, some time after its start."""
+def signal_the_new_engine(number, after_s, known):
+    """Send a signal to the next engine that this process starts, some time after its start."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         new = [process for process in engines() if process.pid not in known]
         if new:
             time.sleep(after_s)
-            new[0].kill()
+            new[0].send_signal(number)
             return
         time.sleep(0.01)
 
@@ -85,7 +85,7 @@ def kill_the_new_engine(after_s, known):
 @pytest.mark.parametrize("after_s", [0.0, 1.0, 4.0])
 def test_an_engine_that_is_killed_while_it_starts_is_an_error(ref_path, after_s):
     known = {process.pid for process in engines()}
-    killer = threading.Thread(target=kill_the_new_engine, args=(after_s, known))
+    killer = threading.Thread(target=signal_the_new_engine, args=(signal.SIGKILL, after_s, known))
     killer.start()
     began = time.monotonic()
     with pytest.raises(EngineError, match="the engine process died"):
@@ -109,23 +109,96 @@ def test_an_engine_that_is_killed_while_threads_score_fails_each_call_and_the_ne
         check_right(scorer, ref_oracle)
 
 
-def test_an_engine_that_is_killed_while_it_refreshes_is_an_error(ref_path):
+@pytest.mark.parametrize("change", [push_weights, VLLMScorer.refresh])
+def test_an_engine_that_is_killed_while_weights_change_is_an_error_and_the_next_one_works(
+    ref_path, ref_oracle, change
+):
     state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
     with start(ref_path) as scorer, ThreadPoolExecutor(1) as pool:
-        scoring = threading.Event()
+        changed = threading.Event()
 
-        def refresh():
-            scoring.set()
+        def change_again_and_again():
             while True:
-                scorer.refresh(state)
+                change(scorer, state)
+                changed.set()
 
-        refreshing = pool.submit(refresh)
-        scoring.wait()
-        time.sleep(0.5)
+        changing = pool.submit(change_again_and_again)
+        assert changed.wait(ENDS_WITHIN_S)
+        time.sleep(0.02)
         os.kill(scorer._engine.pid, signal.SIGKILL)
-        assert isinstance(refreshing.exception(timeout=ENDS_WITHIN_S), (EngineError, WeightsError))
+        assert isinstance(changing.exception(timeout=ENDS_WITHIN_S), EngineError)
         with pytest.raises(EngineError, match="closed|died"):
             scorer.score([IDS])
+    with start(ref_path) as scorer:
+        check_right(scorer, ref_oracle)
+
+
+CALLS = {
+    "score": lambda scorer, _: scorer.score([IDS]),
+    "score_topk": lambda scorer, _: scorer.score_topk([IDS], 2),
+    "score_ids": lambda scorer, _: scorer.score_ids([IDS], [[[1]] * (len(IDS) - 1)]),
+    "check_frozen": lambda scorer, _: scorer.check_frozen(),
+    "refresh": lambda scorer, state: scorer.refresh(state),
+    "push_weights": push_weights,
+    "asleep": lambda scorer, _: scorer.asleep().__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_engine_that_hangs_in_any_call_is_ended(ref_path, call):
+    state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
+    with start(ref_path, timeout_s=ENDS_WITHIN_S) as scorer:
+        scorer._engine._child._calls._timeout_s = 2  # the start took longer
+        os.kill(scorer._engine.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(EngineError, match=r"no sign of life for 2 s \(timeout_s\), and was ended"):
+            CALLS[call](scorer, state)
+        assert time.monotonic() - began < 20
+
+
+def test_an_engine_that_hangs_while_it_starts_is_ended(ref_path):
+    known = {process.pid for process in engines()}
+    stopper = threading.Thread(target=signal_the_new_engine, args=(signal.SIGSTOP, 1.0, known))
+    stopper.start()
+    with pytest.raises(EngineError, match=r"no sign of life for 5 s \(timeout_s\), and was ended"):
+        start(ref_path, timeout_s=5)
+    stopper.join()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_after_close_says_so(ref_path, call):
+    state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
+    scorer = start(ref_path)
+    scorer.close()
+    with pytest.raises(EngineError, match="the engine is closed: make a new VLLMScorer"):
+        CALLS[call](scorer, state)
+
+
+@pytest.mark.parametrize("gib", [0.5, 6.0, 9.0])
+def test_an_engine_that_has_no_memory_to_start_is_an_error_and_the_next_one_works(ref_path, ref_oracle, gib):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + int(gib * 2**30)  # the engine inherits it
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        with pytest.raises(EngineError):
+            start(ref_path).close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    with start(ref_path) as scorer:
+        check_right(scorer, ref_oracle)
+
+
+def test_finite_weights_that_overflow_are_an_error_and_the_engine_takes_the_next_ones(ref_path, ref_oracle):
+    state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
+    broken = {name: tensor * 1e37 if "mlp" in name else tensor for name, tensor in state.items()}
+    with start(ref_path) as scorer:
+        with pytest.raises(FrozenError, match="NaN"):
+            scorer.refresh(broken)
+        push_weights(scorer, broken)
+        with pytest.raises(MissingLogProbError):
+            scorer.score([IDS])
+        push_weights(scorer, state)
+        check_right(scorer, ref_oracle)
 
 
 def test_an_engine_without_memory_is_an_error_and_the_next_one_works(ref_path, ref_oracle):
@@ -177,6 +250,15 @@ def test_a_close_that_is_interrupted_can_be_repeated(ref_path):
         scorer.close()
         with pytest.raises(EngineError, match="the engine is closed: make a new VLLMScorer"):
             scorer.score([IDS])
+
+
+def test_a_close_of_an_engine_that_hangs_ends_it_although_it_is_interrupted(ref_path):
+    scorer = start(ref_path)
+    engine = psutil.Process(scorer._engine.pid)
+    os.killpg(engine.pid, signal.SIGSTOP)
+    with pytest.raises(KeyboardInterrupt), interrupted(0.3):
+        scorer.close()
+    engine.wait(10)
 
 
 def test_proofs_and_top_k_that_are_interrupted_leave_an_engine_that_is_right(ref_path, ref_oracle):

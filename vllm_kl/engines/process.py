@@ -521,13 +521,15 @@ def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: i
     """End the engine's process group, if need be by SIGKILL. Does nothing in a fork of the owner."""
     if os.getpid() != owner_pid:
         return
-    _shut_down(ours)
-    ours.close()
-    _wait(process, timeout=3.0)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # all processes that are left in the group
-    _wait(process, timeout=5.0)
-    log.unlink(missing_ok=True)
+    try:
+        _shut_down(ours)
+        ours.close()
+        _wait(process, timeout=3.0)
+    finally:  # also if Ctrl-C ends the wait: this function is not called again
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # all processes that are left in the group
+        log.unlink(missing_ok=True)
+        _wait(process, timeout=5.0)
 
 
 def _shut_down(ours: socket.socket) -> None:

@@ -153,14 +153,15 @@ def make_job(
     check_estimator(estimator, known=TOKEN_ESTIMATORS)
     if policy is None and policy_options is not None:
         raise OptionError("options of the policy's engine have an effect only with a policy")
-    model, policy, tokenizer = (_absolute(name) for name in (model, policy, tokenizer))
+    model = _absolute(model)
+    policy, tokenizer = (None if name is None else _absolute(name) for name in (policy, tokenizer))
     options = dict(engine_options or {})
     theirs = dict(options if policy_options is None else policy_options)
     temperature = check_temperature(temperature)
     workers = [_num_workers(one) for one in ((options,) if policy is None else (options, theirs))]
     return Job(
         model=Model(path=model, temperature=temperature, engine_options=options),
-        policy=policy and Model(path=policy, temperature=temperature, engine_options=theirs),
+        policy=None if policy is None else Model(path=policy, temperature=temperature, engine_options=theirs),
         columns=Columns.renamed(columns or {}, prefix),
         texts=Texts(**_tokenizer(model, tokenizer, options), chat_template=chat_template, add_eos=add_eos),
         top_k=topk,
@@ -178,7 +179,7 @@ def _num_workers(options: Mapping[str, Any]) -> int:
 
 def _tokenizer(model: str, tokenizer: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return which tokenizer texts are read with, and how it is loaded: as the engine would load it."""
-    found = tokenizer or _absolute(options.get("tokenizer")) or model
+    found = tokenizer or _absolute(options.get("tokenizer") or model)
     revision = options.get("tokenizer_revision", options.get("revision") if found == model else None)
     loading = {"revision": revision, "trust_remote_code": options.get("trust_remote_code")}
     return {
@@ -187,9 +188,9 @@ def _tokenizer(model: str, tokenizer: str | None, options: Mapping[str, Any]) ->
     }
 
 
-def _absolute(name: str | None) -> str | None:
+def _absolute(name: str) -> str:
     """Return a folder's whole path: actors run in other folders."""
-    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def score_dataset(

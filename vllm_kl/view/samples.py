@@ -75,7 +75,9 @@ class Sample:
     ref_version: int | str | None = None
 
     def __post_init__(self) -> None:
-        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
+        def set_field(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)  # the class is frozen
+
         for name, one in _FIELDS.items():
             value = getattr(self, name)
             if value is None and name not in REQUIRED:
@@ -90,22 +92,24 @@ class Sample:
                 f"log_probs: got {num_scored} values, expected at most {max(0, num_tokens - 1)}: one per "
                 "token id, without the first, which has no log-prob"
             )
-        if self.mask is None:
-            set_field("mask", [t >= num_tokens - num_scored for t in range(num_tokens)])
+        mask = self.mask
+        if mask is None:
+            mask = [t >= num_tokens - num_scored for t in range(num_tokens)]
+            set_field("mask", mask)
         per_token, per_value = (num_tokens, "token id"), (num_scored, "value of log_probs")
         lengths = {"mask": per_token, "tokens": per_token, "ref_log_probs": per_value, "kl": per_value}
         for name, (expected, per) in lengths.items():
             value = getattr(self, name)
             if value is not None and len(value) != expected:
                 raise InputError(f"{name}: got {len(value)} values, expected {expected}, one per {per}")
-        if self.mask and self.mask[0]:
+        if mask and mask[0]:
             raise InputError(
                 "mask: keeps token 0, which has no log-prob because nothing comes before it; set it to "
                 "false there"
             )
-        if sum(self.mask) != num_scored:
+        if sum(mask) != num_scored:
             raise InputError(
-                f"mask: keeps {sum(self.mask)} tokens, expected {num_scored}, one per value of log_probs"
+                f"mask: keeps {sum(mask)} tokens, expected {num_scored}, one per value of log_probs"
             )
         if self.kl is None:
             set_field("kl", [p - q for p, q in zip(self.log_probs, self.ref_log_probs, strict=True)])
@@ -120,9 +124,8 @@ class _One(NamedTuple):
     highest: float = math.inf
 
     def fits(self, value: Any) -> bool:
-        if not isinstance(value, self.types) or (isinstance(value, bool) and self.types is not bool):
-            return False
-        return isinstance(value, str) or self.lowest <= value <= self.highest
+        is_one = isinstance(value, self.types) and (self.types is bool or not isinstance(value, bool))
+        return is_one and (isinstance(value, str) or bool(self.lowest <= value <= self.highest))
 
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -357,11 +360,12 @@ def samples_from_batch(
     if stored_mask is not None:
         keep = read_mask(stored_mask, batch, padding_side, "kl_mask")
     columns: dict[str, list[torch.Tensor]] = {}
-    for name, key in {
+    entries: dict[str, str | tuple[str, ...]] = {
         "log_probs": ("log_probs", "full"),
         "ref_log_probs": ("ref_log_probs", "full"),
         "kl": "kl_penalty",
-    }.items():
+    }
+    for name, key in entries.items():
         rows = result_rows(data, key)
         if rows is not None:
             columns[name] = aligned(rows, batch, padding_side, str(key), keep=keep)

@@ -17,11 +17,12 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.utils.hub import cached_file
 
 from vllm_kl import fingerprint, lifetime
 from vllm_kl.errors import WeightsError
@@ -335,7 +336,7 @@ def _each_its_own(state: StateDict) -> dict[str, torch.Tensor]:
     for name, tensor in sorted(
         state.items(), key=lambda item: item[1].storage_offset() * item[1].element_size()
     ):
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         where = (tensor.device, tensor.untyped_storage().data_ptr())
         own[name] = tensor.clone() if start < ends.get(where, 0) else tensor
@@ -354,8 +355,8 @@ def complete(folder: Path, model: str) -> Path:
         model: the path of the model, or its name on the hub; the engine's start has left a copy of the files
             here.
     """
-    config = transformers.utils.cached_file(model, "config.json")
-    for file in Path(config).parent.iterdir():
+    config = Path(cast("str", cached_file(model, "config.json")))
+    for file in config.parent.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHTS):
             (folder / file.name).unlink(missing_ok=True)
             (folder / file.name).symlink_to(file.resolve())
@@ -388,7 +389,7 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForMultimodalLM if is_multimodal else transformers.AutoModelForCausalLM
 
 
-def _names_of_text(model: torch.nn.Module) -> set[str]:
+def _names_of_text(model: Any) -> set[str]:
     """Return the names of the language model's tensors: all names, unless the model is multimodal."""
     kind = type(model.config.get_text_config())
     # modules() gives the outermost such module first.
@@ -446,7 +447,7 @@ def new_folder(size_bytes: int) -> Path:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    bars = transformers.utils.logging
+    bars: Any = transformers.utils.logging
     was_enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:

@@ -75,12 +75,12 @@ class Weights(Protocol):
     def sleep(self) -> bool:
         """Free the engine's GPU memory until this thread calls :meth:`wake_up`; return False on a CPU.
 
-        On a CPU there is nothing to free.
+        On a CPU there is nothing to free. If Ctrl-C interrupts the call, the engine may be asleep.
         """
         ...
 
     def wake_up(self) -> None:
-        """Take the GPU memory again and load the weights back into it."""
+        """Take the GPU memory again and load the weights back into it; do nothing if the engine is awake."""
         ...
 
 
@@ -252,16 +252,19 @@ class LiveWeights:
             return False
         if not self._engine.model_config.enable_sleep_mode:
             raise WeightsError("the engine cannot sleep: make it with enable_sleep_mode=True")
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(lock_of(self._engine).replacing())
+        # Hold the lock until wake_up(): a sleeping engine takes requests and never answers them.
+        self._asleep.enter_context(lock_of(self._engine).replacing())
+        try:
             self._engine.sleep(level=1)
-            # Hold the lock until wake_up(): a sleeping engine takes requests and never answers them.
-            self._asleep = stack.pop_all()
+        except Exception:
+            self._asleep.close()
+            raise
         return True
 
     def wake_up(self) -> None:
         with self._asleep:
-            self._engine.wake_up()
+            if self._engine.is_sleeping():
+                self._engine.wake_up()
 
 
 class AsyncWeights:
