@@ -38,6 +38,7 @@ from tests.fuzz.strategies import OPTIONS, OUTCOMES
 
 CHUNK = 300  # cases of a property in a round, times its share
 GUIDED_CHUNK = 10_000  # each needs a process
+CASE_AT_MOST_S = 60  # what takes longer hangs
 
 
 @dataclass
@@ -71,11 +72,15 @@ def properties(only: str | None) -> list[Property]:
 
 
 def run(one: Property, number: int, most: int) -> None:
-    """Run some cases of a property, and count those that ran."""
+    """Run some cases of a property, and count those that ran. A case that hangs fails the property."""
 
     def counted(**arguments: object) -> None:
         one.cases += 1
-        one.body(**arguments)
+        signal.alarm(CASE_AT_MOST_S)
+        try:
+            one.body(**arguments)
+        finally:
+            signal.alarm(0)
 
     phases = (Phase.generate, Phase.shrink)
     limits = settings(max_examples=most, database=None, phases=phases, print_blob=False, **OPTIONS)
@@ -87,6 +92,10 @@ def run(one: Property, number: int, most: int) -> None:
         one.fault = traceback.format_exc()
     one.wall_s += time.perf_counter() - began
     one.outcomes += OUTCOMES - before
+
+
+def _tell_of_a_hang(*_: object) -> None:
+    raise TimeoutError(f"a case took longer than {CASE_AT_MOST_S} s")
 
 
 def run_guided(one: Property, number: int, most: int, corpus: Path) -> None:
@@ -175,6 +184,7 @@ def main() -> None:
     parser.add_argument("--guided", action="store_true", help="atheris chooses inputs by what they reach")
     options = parser.parse_args()
     console, every = Console(width=140), properties(options.only)
+    signal.signal(signal.SIGALRM, _tell_of_a_hang)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as corpus:
         rounds(every, options, console, Path(corpus))  # Ctrl-C shows what was counted until then
     console.print(table_of(every))

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.fuzz.strategies import CHANGES, JSON_VALUES, NASTY, SCALARS, TEXTS, fuzz, mutated, told
+from vllm_kl import Sample, write_samples
 from vllm_kl.cli import app
 from vllm_kl.engines.arguments import parse_engine_options
+from vllm_kl.engines.replicas.fleet import wish_of
 from vllm_kl.offline.columns import Columns
+from vllm_kl.serving.application import Arguments, _key
 
 HOME = tempfile.TemporaryDirectory(prefix="vllm_kl_fuzz_")  # removed when Python ends
 GIVEN: list[tuple] = []  # what the last command would have worked on
@@ -28,12 +31,25 @@ def ask(*args):
         return {}, 0
 
     with mock.patch("vllm_kl.offline.command._work", work):
-        result = CliRunner().invoke(app, [*args])
+        result = run(*args)
+    return GIVEN[0] if result.exit_code == 0 and GIVEN else None
+
+
+def run(*args):
+    """Run ``vllm-kl``; see that a refusal has a text, and an exit code of its own."""
+    result = CliRunner().invoke(app, [*args])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code in (0, 1, 2)
     assert result.exit_code == 0 or result.output.strip(), "a refusal without a text"
-    return GIVEN[0] if result.exit_code == 0 and GIVEN else None
+    return result
+
+
+def words_of(options):
+    """Return the words of some options; LATIN1 is a file that is no UTF-8."""
+    latin1 = Path(HOME.name, "latin1.jinja")
+    latin1.write_bytes("é".encode("latin-1"))
+    return [word.replace("LATIN1", str(latin1)) for option in options for word in option]
 
 
 @fuzz(given=st.lists(st.one_of(TEXTS, st.builds("{}={}".format, TEXTS, TEXTS)), max_size=3), share=3.0)
@@ -66,16 +82,72 @@ OPTIONS = {
     share=0.1,
 )
 def test_any_arguments_are_taken_or_refused(options, data):
-    latin1 = Path(HOME.name, "latin1.jinja")
-    latin1.write_bytes("é".encode("latin-1"))
-    words = [word.replace("LATIN1", str(latin1)) for option in options for word in option]
-    found = ask("score", *words, "--model", "m", "--out", "o", "--", *data)
+    found = ask("score", *words_of(options), "--model", "m", "--out", "o", "--", *data)
     if found is not None:
         model, job, files, _, _ = found
         assert (model, files["out"]) == ("m", "o")
         first, step = files["shard"]
         assert 0 <= first < step
         assert all(isinstance(name, str) for name in job["engine_options"])
+
+
+OF_SERVE = {
+    "--replicas": st.one_of(st.sampled_from(["1", "auto", "0", "-1", "9" * 5000, "٣"]), TEXTS),
+    "--num-gpus": st.one_of(st.sampled_from(["0", "0.5", "-1", "nan", "inf"]), TEXTS),
+    "--num-cpus": st.one_of(st.sampled_from(["1", "0", "nan", "inf"]), TEXTS),
+    "--drain-s": st.one_of(st.sampled_from(["0", "-1", "nan", "inf"]), TEXTS),
+    "--engine": st.one_of(st.sampled_from(["dtype=float32", "a=1"]), TEXTS),
+    "--limit": st.one_of(st.sampled_from(["max_tokens=8", "max_tokens=-1", "max_tokens=x", "a=1"]), TEXTS),
+    "--api-key-file": st.sampled_from(["/", "/dev/null", "/nothing", "", "LATIN1"]),
+    "--ssl-keyfile": st.one_of(st.just("/dev/null"), TEXTS),
+    "--host": TEXTS,
+    "--port": st.one_of(st.sampled_from(["1", "0", "70000"]), TEXTS),
+}
+
+
+@fuzz(
+    options=st.lists(
+        st.sampled_from(sorted(OF_SERVE)).flatmap(lambda name: st.tuples(st.just(name), OF_SERVE[name])),
+        max_size=3,
+    ),
+    few=60,
+    share=0.1,
+)
+def test_any_arguments_of_a_server_are_taken_or_refused(options):
+    given = []
+
+    def start(arguments, http, drain_s):
+        arguments = Arguments.model_validate(arguments)
+        given.extend([wish_of(arguments.replicas), _key(arguments.api_key_file), drain_s])
+
+    with mock.patch("vllm_kl.serving.command._serve", start):
+        result = run("serve", "model", *words_of(options))
+    if result.exit_code == 0:
+        wish, _, drain_s = given
+        numbers = [wish.fewest, wish.most, wish.gpus, wish.cpus, drain_s]
+        assert all(number is None or 0 <= number < float("inf") for number in numbers)
+
+
+@fuzz(
+    words=st.lists(
+        st.one_of(
+            st.sampled_from(["--html", "--limit", "--title", "--tokenizer", "--json", "--help"]),
+            st.sampled_from(["OUT", "SAMPLES", "LATIN1", "/", "/nothing"]),
+            NASTY,
+        ),
+        max_size=4,
+    ),
+    changes=CHANGES,
+    few=60,
+    share=0.1,
+)
+def test_any_page_is_written_or_refused(words, changes):
+    samples, page = Path(HOME.name, "samples.jsonl"), Path(HOME.name, "page.html")
+    write_samples(samples, [Sample(token_ids=[5, 6, 7], log_probs=[-1.0], ref_log_probs=[-2.0])])
+    samples.write_bytes(mutated(samples.read_bytes(), changes))
+    words = [word.replace("SAMPLES", str(samples)).replace("OUT", str(page)) for word in words_of([words])]
+    if run("view", str(samples), "--html", str(page), *words).exit_code == 0:
+        assert "--help" in words or page.stat().st_size > 0
 
 
 NAMES = [

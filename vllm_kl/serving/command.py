@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import signal
 import threading
 from pathlib import Path
@@ -55,6 +56,8 @@ def serve(
 
     Ray Serve runs the engines: in the cluster that RAY_ADDRESS names, else on this machine.
     """
+    if not math.isfinite(drain_s):
+        raise typer.BadParameter(f"{drain_s}, expected a number of seconds", param_hint="--drain-s")
     try:
         http = {"host": host, "port": port, "ssl_keyfile": ssl_keyfile, "ssl_certfile": ssl_certfile}
         http = {key: str(value) if isinstance(value, Path) else value for key, value in http.items()}

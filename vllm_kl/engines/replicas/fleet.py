@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,6 +120,9 @@ def _number(given: Mapping[str, Any], name: str, default: int | None) -> int | N
 
 def _amount(given: Mapping[str, Any], name: str) -> float | None:
     value = given.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0):
+    if value is None:
+        return None
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and 0 <= value < math.inf):
         raise OptionError(f"replicas: {name}={value!r}, expected a number of at least 0, for one replica")
     return value
