@@ -21,7 +21,7 @@ from tests.oracle import LOG_PROB_TOLERANCE
 from tests.test_requirements import unmet
 from vllm_kl import Sample, write_samples
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[1]
 PROJECT = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md")
 FILES = {
@@ -126,6 +126,24 @@ print(vllm_kl.__file__, version("vllm-kl"), plugin.load().__module__, score.__mo
     assert told == [vllm_kl.__version__, "vllm_kl.plugin", "vllm_kl.client.client"]
 
 
+@pytest.mark.nightly
+def test_what_pip_installs_with_the_wheel_is_enough(wheel, tmp_path):
+    """In a clean environment the wheel's own requirements bring the client, and a command that helps."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "clean", cwd=tmp_path)
+    python = tmp_path / "clean" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel, cwd=tmp_path)
+    run(sys.executable, "-m", "pip", "--python", python, "check", cwd=tmp_path)
+    command = python.parent / "vllm-kl"
+    assert run(command, "--version", cwd=tmp_path).startswith(f"vllm-kl {vllm_kl.__version__}\n")
+    for name in ("", "score", "serve", "bench", "view", "demo", "doctor"):
+        assert "Usage" in run(command, *name.split(), "--help", cwd=tmp_path)
+    code = "from vllm_kl.client import AsyncClient, Client, score; import vllm_kl; vllm_kl.errors"
+    run(python, "-c", code, cwd=tmp_path)
+    without_torch = [python, "-c", "import vllm_kl; vllm_kl.VLLMScorer"]
+    done = subprocess.run(without_torch, capture_output=True, text=True, check=False)
+    assert "pip install 'vllm-kl[" in done.stderr
+
+
 def test_the_installed_wheel_scores(python, ref_path, ref_oracle, tmp_path):
     """With an engine of its own: the plugin is found by its entry point, and compiles its kernel."""
     ids = [list(range(5, 60)), [5, 6, 7, 8]]
@@ -144,6 +162,7 @@ print(json.dumps([vllm_kl.__file__, scorer.readout, [row.tolist() for row in row
         assert max(abs(a - b) for a, b in zip(row, truth, strict=True)) < LOG_PROB_TOLERANCE
 
 
+@pytest.mark.nightly
 def test_the_installed_command_scores_a_file(python, ref_path, ref_oracle, tmp_path):
     row = {"prompt_ids": [5, 6, 7], "response_ids": [8, 9]}
     tmp_path.joinpath("data.jsonl").write_text(json.dumps(row) + "\n")

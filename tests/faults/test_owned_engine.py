@@ -27,7 +27,7 @@ from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMScorer, lifetime, push_weights
 from vllm_kl.errors import EngineError, FrozenError, MissingLogProbError, OptionError, WeightsError
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 IDS = list(range(5, 60))
 LONG = [[5 + n % 90, *list(range(5, 95)) * 3] for n in range(200)]  # many steps of the engine
@@ -82,6 +82,7 @@ def signal_the_new_engine(number, after_s, known):
         time.sleep(0.01)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("after_s", [0.0, 1.0, 4.0])
 def test_an_engine_that_is_killed_while_it_starts_is_an_error(ref_path, after_s):
     known = {process.pid for process in engines()}
@@ -109,6 +110,7 @@ def test_an_engine_that_is_killed_while_threads_score_fails_each_call_and_the_ne
         check_right(scorer, ref_oracle)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("change", [push_weights, VLLMScorer.refresh])
 def test_an_engine_that_is_killed_while_weights_change_is_an_error_and_the_next_one_works(
     ref_path, ref_oracle, change
@@ -144,6 +146,7 @@ CALLS = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("call", CALLS)
 def test_an_engine_that_hangs_in_any_call_is_ended(ref_path, call):
     state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
@@ -156,6 +159,7 @@ def test_an_engine_that_hangs_in_any_call_is_ended(ref_path, call):
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.nightly
 def test_an_engine_that_hangs_while_it_starts_is_ended(ref_path):
     known = {process.pid for process in engines()}
     stopper = threading.Thread(target=signal_the_new_engine, args=(signal.SIGSTOP, 1.0, known))
@@ -165,6 +169,7 @@ def test_an_engine_that_hangs_while_it_starts_is_ended(ref_path):
     stopper.join()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_after_close_says_so(ref_path, call):
     state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
@@ -174,6 +179,7 @@ def test_a_call_after_close_says_so(ref_path, call):
         CALLS[call](scorer, state)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("gib", [0.5, 6.0, 9.0])
 def test_an_engine_that_has_no_memory_to_start_is_an_error_and_the_next_one_works(ref_path, ref_oracle, gib):
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -188,6 +194,7 @@ def test_an_engine_that_has_no_memory_to_start_is_an_error_and_the_next_one_work
         check_right(scorer, ref_oracle)
 
 
+@pytest.mark.nightly
 def test_finite_weights_that_overflow_are_an_error_and_the_engine_takes_the_next_ones(ref_path, ref_oracle):
     state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
     broken = {name: tensor * 1e37 if "mlp" in name else tensor for name, tensor in state.items()}
@@ -201,6 +208,7 @@ def test_finite_weights_that_overflow_are_an_error_and_the_engine_takes_the_next
         check_right(scorer, ref_oracle)
 
 
+@pytest.mark.nightly
 def test_an_engine_without_memory_is_an_error_and_the_next_one_works(ref_path, ref_oracle):
     with start(ref_path) as scorer:
         engine = psutil.Process(scorer._engine.pid)
@@ -235,12 +243,14 @@ def interrupted(after_s):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("after_s", [0.02, 0.5, 3.0])
 def test_a_start_that_is_interrupted_leaves_no_engine(ref_path, after_s):
     with interrupted(after_s), pytest.raises(KeyboardInterrupt):
         start(ref_path)
 
 
+@pytest.mark.nightly
 def test_a_close_that_is_interrupted_can_be_repeated(ref_path):
     for after_s in (0.001, 0.01, 0.05):
         scorer = start(ref_path)
@@ -261,6 +271,7 @@ def test_a_close_of_an_engine_that_hangs_ends_it_although_it_is_interrupted(ref_
     engine.wait(10)
 
 
+@pytest.mark.nightly
 def test_proofs_and_top_k_that_are_interrupted_leave_an_engine_that_is_right(ref_path, ref_oracle):
     with start(ref_path) as scorer:
         for call in (
@@ -275,6 +286,7 @@ def test_proofs_and_top_k_that_are_interrupted_leave_an_engine_that_is_right(ref
             check_right(scorer, ref_oracle)
 
 
+@pytest.mark.nightly
 def test_weights_that_cannot_be_written_leave_the_old_ones(ref_path, ref_oracle):
     """A limit on the size of a file makes a write fail; ``test_full_memory.py`` fills a real ``/dev/shm``."""
     state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
@@ -299,6 +311,7 @@ def _score_elsewhere(scorer, ids):
     return scorer.score(ids)
 
 
+@pytest.mark.nightly
 def test_two_scorers_share_a_process_and_neither_goes_to_another(
     ref_path, policy_path, ref_oracle, policy_oracle
 ):
@@ -327,6 +340,7 @@ def test_two_scorers_share_a_process_and_neither_goes_to_another(
         check_right(other, policy_oracle)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files open
 def test_a_scorer_is_not_pickled_into_ray_and_one_that_a_task_makes_works(ref_path, ref_oracle):
@@ -362,6 +376,7 @@ def _refused_in_a_fork(scorer):
     scorer.close()
 
 
+@pytest.mark.nightly
 def test_threads_that_score_while_another_closes_get_a_right_result_or_an_error(ref_path, ref_oracle):
     truth = ref_oracle.log_probs(IDS)[1:]
     scorer = start(ref_path)
