@@ -141,6 +141,8 @@ def test_bad_input_is_refused_by_name():
         mismatch(sampled, scored, [torch.zeros_like(mask) for mask in masks])
     with pytest.raises(InputError, match=r"sample 0: log_probs \[40\], scorer_log_probs \[39\] and mask"):
         mismatch(sampled, [scored[0][1:], *scored[1:]], masks)
+    with pytest.raises(InputError, match=r"log_probs: sample 0 has the shape \[3, 1\], expected \[T\]"):
+        mismatch(*[torch.ones(2, 3, 1)] * 3)
     with pytest.raises(InputError, match="5, 4 and 5 samples"):
         mismatch(sampled, scored[1:], masks)
     with pytest.raises(MissingLogProbError, match="scorer_log_probs: sample 2, token"):

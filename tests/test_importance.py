@@ -316,6 +316,15 @@ def test_sides_of_other_shapes_are_refused():
         importance_weights(trained, sampled, torch.ones(5, 12))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_last_dimension_of_one_is_not_taken_for_samples_of_one_token(level):
+    dense = [torch.zeros(2, 3, 1), torch.ones(2, 3, 1), torch.ones(2, 3, 1, dtype=torch.bool)]
+    with pytest.raises(InputError, match=r"^log_probs has the shape \[2, 3, 1\], .*squeeze"):
+        importance_weights(*dense, level=level)
+    with pytest.raises(InputError, match=r"^log_probs: sample 0 has the shape \[3, 1\], .*squeeze"):
+        importance_weights(*map(list, dense), level=level)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -205,16 +205,40 @@ def test_a_kl_that_is_not_finite_says_nothing_of_log_probs():
     ("side", "message"),
     [
         (None, "log_probs is NoneType, expected a tensor"),
-        (torch.tensor(-1.0), "log_probs is a tensor without dimensions"),
+        (torch.tensor(-1.0), r"log_probs has the shape \[\], expected \[B, T\]"),
         ([[-1.0, -2.0]], r"log_probs: sample 0 is list, expected a tensor \[T\]"),
-        ([torch.tensor(-1.0)], r"log_probs: sample 0 is shape \[\]"),
+        ([torch.tensor(-1.0)], r"log_probs: sample 0 has the shape \[\], expected \[T\]"),
+        (torch.zeros(2, 3, 1), r"log_probs has the shape \[2, 3, 1\], expected \[B, T\]\. .*\.squeeze\(-1\)"),
+        (torch.zeros(2, 2, 3), r"log_probs has the shape \[2, 2, 3\], expected \[B, T\]$"),
+        (
+            [torch.zeros(2), torch.zeros(2, 1)],
+            r"log_probs: sample 1 has the shape \[2, 1\], expected \[T\]\. .*\.squeeze\(-1\)",
+        ),
         (torch.zeros(1, 2, device="meta"), "log_probs is on the meta device"),
-        ([torch.zeros(2), torch.zeros(2, device="meta")], "log_probs is on the meta device"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], "log_probs: sample 1 is on the meta device"),
+        (torch.zeros(2).to_sparse(), r"log_probs is a nested or sparse tensor \(torch.sparse_coo\)"),
+        ([torch.zeros(2).to_sparse()], "log_probs: sample 0 is a nested or sparse tensor"),
+        (
+            torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+            r"log_probs is a nested .*unbind",
+        ),
     ],
 )
 def test_what_is_no_tensor_of_rows_is_refused_by_name(side, message):
     with pytest.raises(InputError, match=message):
         kl_estimate(side, side, side)
+
+
+def test_k_log_probs_per_token_are_one_dimension_more_than_the_mask():
+    side, mask = torch.zeros(2, 3, 4), torch.ones(2, 3)
+    for log_probs, keep, message in (
+        (side[..., None], mask[..., None], r"log_probs has the shape \[2, 3, 4, 1\], expected \[B, T, K\]"),
+        (side, mask[..., None], r"mask has the shape \[2, 3, 1\], expected \[B, T\]"),
+        (list(side[..., 0]), list(mask), r"log_probs: sample 0 has the shape \[3\], expected \[T, K\]"),
+        (list(side), list(mask[..., None]), r"mask: sample 0 has the shape \[3, 1\], expected \[T\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            kl_estimate(log_probs, log_probs, keep, estimator="topk")
 
 
 def test_a_bound_that_no_float_holds_is_refused():

@@ -112,7 +112,7 @@ def mismatch(
         Exponentials use r clamped to 20 nats.
 
     Raises:
-        InputError: the shapes differ, or the mask keeps no token.
+        InputError: the shapes differ or have other dimensions than these, or the mask keeps no token.
         MissingLogProbError: a value inside the mask is not finite.
         OptionError: ``limits`` names a metric that does not exist.
 

@@ -159,7 +159,7 @@ def importance_weights(
         Without a kept token there are ``num_tokens`` and ``num_sequences`` only.
 
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or have other dimensions than these.
         MissingLogProbError: a value inside the mask is not finite; the message names sample and token.
         OptionError: a level or mode does not exist, or a bound cannot work.
 

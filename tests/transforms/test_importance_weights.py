@@ -143,6 +143,16 @@ class TestRefused:
         with pytest.raises(InputError, match=r"sample 0: .* \[5\], but \('log_probs', 'full'\) .* \[4\]"):
             ImportanceWeights()(td)
 
+    @pytest.mark.parametrize("pad", [None, "left"])
+    def test_a_last_dimension_of_one(self, pad):
+        td, key = batch(pad), ("next", *TRAINER)
+        for sample in td.unbind(0) if pad is None else [td]:
+            for entry in (key, SAMPLER, ("next", "kl_mask")):
+                sample[entry] = sample[entry].unsqueeze(-1)
+        with pytest.raises(InputError, match=r"trainer.*: sample 0 has the shape \[\d, 1\], .*squeeze"):
+            ImportanceWeights()(td)
+        assert "importance_weights" not in td["next"].keys()
+
     @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
     @pytest.mark.parametrize("pad", [None, "left"])
     def test_a_missing_log_prob(self, value, pad):

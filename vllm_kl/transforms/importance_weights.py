@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.data import Composite
 
-from vllm_kl.batch.alignment import only_kept
+from vllm_kl.batch.alignment import check_rows, only_kept
 from vllm_kl.batch.read_tokens import read_rows
 from vllm_kl.batch.write_entries import check_distinct, declare, set_rows
 from vllm_kl.errors import InputError, OptionError
@@ -59,7 +59,8 @@ class ImportanceWeights(NextTransform):
     Log-probs do not tell their temperature: both sides must be of the distribution that was sampled from.
 
     Raises:
-        InputError: when called: an entry is missing, both sides are one entry, or shapes differ.
+        InputError: when called: an entry is missing, both sides are one entry, or shapes differ or are not
+            ``[B, T]`` or rows ``[T]``.
         MissingLogProbError: when called: a log-prob inside the mask is missing, is no log-prob, or is a
             doubtful 0.0 and ``on_zero="raise"``.
         OptionError: an option does not exist or cannot work, or two entries have one key.
@@ -140,9 +141,9 @@ class ImportanceWeights(NextTransform):
                 "RetrieveLogProb(trainer, log_probs_full_key=('trainer_log_probs', 'full'))"
             )
         sides = trained, sampled, mask
+        self._check_shapes(*sides)
         if all(isinstance(side, torch.Tensor) for side in sides):
             return sides
-        self._check_shapes(*sides)
         trained, sampled, mask = (list(side) for side in sides)
         return trained, sampled, mask
 
@@ -160,6 +161,7 @@ class ImportanceWeights(NextTransform):
         )
 
     def _check_shapes(self, trained: Rows, sampled: Rows, mask: Rows) -> None:
+        check_rows(trained, what=str(self.log_probs_full_key))
         keys = (self.sampler_log_probs_full_key, sampled), (self.mask_key, mask)
         for key, rows in keys:
             for i, (row, other) in enumerate(zip(trained, rows, strict=True)):
@@ -171,8 +173,6 @@ class ImportanceWeights(NextTransform):
 
     def _check(self, trained: Rows, sampled: Rows, mask: Rows) -> None:
         """Refuse values that cannot be log-probs, and zeros that stand for missing ones."""
-        if isinstance(trained, torch.Tensor):
-            self._check_shapes(trained, sampled, mask)
         lengths, keep = widths_of(trained), pack(mask).bool()
         keys = self.log_probs_full_key, self.sampler_log_probs_full_key
         sides = [
