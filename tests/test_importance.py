@@ -279,6 +279,40 @@ def test_long_sequences_neither_overflow_nor_lose_digits():
     assert row.unique().item() == 0.0
 
 
+@pytest.mark.parametrize("r", [35.0, -35.0])
+def test_other_trainers_figures_are_bounded_only_where_they_bound_them(r):
+    """verl bounds its weights and chi2, TRL and NeMo RL bound nothing."""
+    a, b = (-0.01, -0.01 - r) if r > 0 else (-0.01 + r, -0.01)
+    sides = [torch.tensor([[x]], dtype=torch.float64) for x in (a, b)]
+    found = importance_weights(*sides, torch.ones(1, 1), high=1e20).as_printed_by
+    m = math.log((math.exp(a) + math.exp(b)) / 2)
+    want = {
+        "rollout_corr/kl": -r,
+        "rollout_corr/k3_kl": math.exp(r) - r - 1,
+        "rollout_corr/ppl_ratio": math.exp(-r),
+        "rollout_corr/rollout_is_mean": math.exp(math.copysign(20, r)),
+        "rollout_corr/chi2_token": math.exp(2 * math.copysign(20, r)) - 1,
+        "rollout_corr/chi2_seq": math.exp(2 * math.copysign(20, r)) - 1,
+        "token_mult_prob_error": math.exp(35),
+        "gen_kl_error": math.exp(r) - r - 1,
+        "policy_kl_error": math.exp(-r) + r - 1,
+        "js_divergence_error": sum(math.exp(x - m) - (x - m) - 1 for x in (a, b)) / 2,
+        "sampling_importance_ratio": math.exp(r),
+        "sampling/importance_sampling_ratio/mean": math.exp(r),
+    }
+    printed = found["trl"] | found["verl"] | found["nemo_rl"]
+    assert {name: printed[name] for name in want} == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("r", [2000.0, -2000.0])
+def test_own_figures_stay_finite(r, level):
+    sides = [torch.tensor([[min(0.0, r), -1.0]]), torch.tensor([[min(0.0, -r), -1.0]])]
+    found = importance_weights(*sides, torch.ones(1, 2), level=level, high=None)
+    assert all(map(math.isfinite, found.metrics.values()))
+    assert found.weights.isfinite().all()
+
+
 def test_where_nothing_is_kept_there_are_zeros_and_no_figures():
     found = importance_weights(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
     assert found.weights.tolist() == [[0.0] * 3] * 2

@@ -101,11 +101,19 @@ class TestClamps:
             math.exp(3) - 4
         )
 
-    def test_it_is_symmetrical_and_spares_what_has_no_exponential(self):
+    def test_it_spares_what_has_no_exponential_to_overflow(self):
         far = [side.clone() for side in (self.FAR[1], self.FAR[0], self.FAR[2])]
-        assert kl_estimate(*far, estimator="k3").item() == pytest.approx(19.0)
-        got = {name: kl_estimate(*far, estimator=name).item() for name in ("k1", "k2", "abs")}
-        assert got == pytest.approx({"k1": 119, "k2": 119**2 / 2, "abs": 119})
+        got = {name: kl_estimate(*far, estimator=name).item() for name in ("k1", "k2", "k3", "abs")}
+        assert got == pytest.approx({"k1": 119, "k2": 119**2 / 2, "k3": 118, "abs": 119})
+
+    @pytest.mark.parametrize(("r", "slope"), [(-35.0, 1.0), (-5.0, 1 - math.exp(-5)), (35.0, 0.0)])
+    def test_k3_never_pulls_the_policy_away_from_the_reference(self, r, slope):
+        """The slope of k3 along the policy's log-prob has the sign of the policy's excess, or is 0."""
+        policy = torch.tensor([[-40.0]], requires_grad=True)
+        kl = kl_estimate(policy, policy.detach() + r, torch.tensor([[True]]), estimator="k3")
+        kl.sum().backward()
+        assert kl.item() == pytest.approx(math.exp(min(r, 20)) - 1 - min(r, 20), rel=1e-6)
+        assert policy.grad.item() == pytest.approx(slope, rel=1e-6)
 
     def test_forwards_weight_is_clamped_too(self):
         assert kl_estimate(*self.FAR, direction="forward").item() == pytest.approx(119 * math.exp(20))

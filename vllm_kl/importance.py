@@ -43,7 +43,7 @@ from typing import Literal, get_args
 import torch
 
 from vllm_kl.errors import OptionError
-from vllm_kl.kl import is_bound, packed_sides
+from vllm_kl.kl import is_bound, k3_of, packed_sides
 
 Level = Literal["token", "sequence", "geometric"]
 Mode = Literal["truncate", "mask"]
@@ -91,9 +91,9 @@ class Weighting:
         below = log_ratio < (-math.inf if self.low is None else math.log(self.low))
         return above, below
 
-    def weights(self, log_ratio: torch.Tensor) -> torch.Tensor:
-        """Return the weights of log-ratios, nats."""
-        ratio = _exp(log_ratio)
+    def weights(self, log_ratio: torch.Tensor, most: float = MAX_LOG_RATIO) -> torch.Tensor:
+        """Return the weights of log-ratios, nats, of which no absolute value is taken above ``most``."""
+        ratio = _exp(log_ratio, most)
         if self.low is not None or self.high is not None:
             ratio = ratio.clamp(self.low, self.high)
         if self.mode == "truncate":
@@ -279,7 +279,7 @@ class _Ratios:
         if not len(self.weights):
             return {}
         difference = (self.trained - self.sampled).abs()
-        applied = self.weights if self.weighting.level == "token" else self._means(self.weights)
+        applied = self.weighting.weights(self.units, most=math.inf)
         values = {
             "sampling/sampling_logp_difference/mean": difference.mean(),
             "sampling/sampling_logp_difference/max": difference.max(),
@@ -339,7 +339,7 @@ class _Ratios:
             "rollout_ppl": sampled.neg().exp().mean(),
             "rollout_log_ppl": -sampled.mean(),
             "kl": -r.mean(),
-            "k3_kl": _k3(r).mean(),
+            "k3_kl": k3_of(r, None).mean(),
             "log_ppl_diff": (sampled - trained).mean(),
             "log_ppl_abs_diff": (sampled - trained).abs().mean(),
             "log_ppl_diff_max": (sampled - trained).max(),
@@ -355,12 +355,12 @@ class _Ratios:
             return {}
         r = self.trained - self.sampled
         mixture = torch.logaddexp(self.trained, self.sampled) - math.log(2)
-        js = (_k3(self.trained - mixture) + _k3(self.sampled - mixture)) / 2
-        applied = self.weights if self.weighting.level == "token" else self._means(self.weights)
+        js = (k3_of(self.trained - mixture, None) + k3_of(self.sampled - mixture, None)) / 2
+        applied = self.weighting.weights(self.units, most=math.inf)
         values = {
-            "token_mult_prob_error": _exp(r.abs()).mean(),
-            "gen_kl_error": _k3(r).mean(),
-            "policy_kl_error": _k3(-r).mean(),
+            "token_mult_prob_error": r.abs().exp().mean(),
+            "gen_kl_error": k3_of(r, None).mean(),
+            "policy_kl_error": k3_of(-r, None).mean(),
             "js_divergence_error": js.mean(),
             "sampling_importance_ratio": applied.mean(),
         }
@@ -375,13 +375,8 @@ class _Ratios:
         return (above | below).double().mean()
 
 
-def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
-def _k3(r: torch.Tensor) -> torch.Tensor:
-    r = r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(r) - r
+def _exp(log_ratio: torch.Tensor, most: float = MAX_LOG_RATIO) -> torch.Tensor:
+    return log_ratio.clamp(-most, most).exp()
 
 
 def _floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -95,9 +95,10 @@ def kl_estimate(
             variance, biased), ``"k3"`` (unbiased, never negative), ``"abs"`` (its absolute value: a distance,
             not a KL) or ``"topk"`` (from distributions: no sampling noise). The formulas are at the top of
             :mod:`vllm_kl.kl`.
-        clamp_log_ratio: the largest absolute log-ratio, in nats, that goes into an exponential (in ``"k3"``,
-            and in the weight of ``"forward"``). Without it one very unlikely token can make the sum or its
-            gradient overflow. Estimators without an exponential are not clamped. ``None``: no bound.
+        clamp_log_ratio: the largest log-ratio, in nats, that goes into an exponential: r in ``"k3"``, and
+            the absolute r in the weight of ``"forward"``. Without it one very unlikely token can make the
+            sum or its gradient overflow. What has no exponential to overflow is not clamped: the other
+            estimators, and a negative r in ``"k3"``. ``None``: no bound.
         clamp_output: the largest absolute value of an estimate, in nats; ``None``: no bound.
         direction: ``"reverse"``, KL(policy || reference), or ``"forward"``, KL(reference || policy).
 
@@ -157,8 +158,7 @@ def estimate(
         case "k2":
             kl = (policy - ref).square() / 2
         case "k3":
-            exponent = _clamped(ref - policy, clamp_log_ratio)
-            kl = torch.expm1(exponent) - exponent
+            kl = k3_of(ref - policy, clamp_log_ratio)
         case "abs":
             kl = (policy - ref).abs()
         case _:
@@ -168,6 +168,20 @@ def estimate(
     kl = _clamped(kl, clamp_output)
     check_finite(kl, lengths, what=f"KL {estimator}", are_log_probs=False)
     return kl
+
+
+def k3_of(log_ratio: torch.Tensor, most: float | None) -> torch.Tensor:
+    """Return ``exp(r) - 1 - r`` of log-ratios r, nats, with every r above ``most`` set to ``most``.
+
+    Only a large r overflows an exponential: a small one gives -1 - r. Above the bound both terms stand still,
+    so that the estimate is never negative and its gradient never has the wrong sign.
+
+    >>> k3_of(torch.tensor([-35.0, 0.0, 35.0]), 2.0)
+    tensor([34.0000,  0.0000,  4.3891])
+    """
+    if most is not None:
+        log_ratio = log_ratio.clamp(max=most)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

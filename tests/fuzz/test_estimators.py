@@ -32,7 +32,7 @@ def expected(p, q, estimator, direction, clamp, clamp_output):
     r = q - p
     bound = math.inf if clamp is None else clamp
     with np.errstate(over="ignore", invalid="ignore"):
-        e = np.clip(np.float64(r), -bound, bound)
+        e = np.minimum(np.float64(r), bound)  # in k3
         value = {
             "k1": np.float64(-r),
             "k2": np.float64(r) * r / 2,
