@@ -114,18 +114,30 @@ class Figures:
 
     def trl(self):
         difference = [abs(x) for x in self.r]
-        return {
+        values = {
             "sampling/sampling_logp_difference/mean": sum(difference) / len(difference),
             "sampling/sampling_logp_difference/max": max(difference),
+        }
+        if self.is_geometric or (self.low, self.high) in ((None, None), (1.0, 1.0)):
+            return values
+        return values | {
             "sampling/importance_sampling_ratio/min": min(self.applied),
             "sampling/importance_sampling_ratio/mean": sum(self.applied) / len(self.applied),
             "sampling/importance_sampling_ratio/max": max(self.applied),
         }
 
     def verl(self):
+        values = self.verl_difference()
+        is_tis = self.mode == "truncate" and self.low is None and self.high is not None
+        is_icepop = self.mode == "mask" and None not in (self.low, self.high)
+        if not self.is_geometric and (is_tis or is_icepop):
+            values |= self.verl_weights()
+        return {f"rollout_corr/{name}": value for name, value in values.items()}
+
+    def verl_weights(self):
         means, n = [sum(row) / len(row) for row in self.w], len(self.flat)
         raw_means = [sum(row) / len(row) for row in self.ratios]
-        lower = self.low if self.low is not None else None if self.high is None else 1 / self.high
+        lower = 1 / self.high if self.low is None else self.low
         values = {
             "rollout_is_mean": sum(self.flat) / n,
             "rollout_is_max": max(self.flat if self.level == "token" else self.units),
@@ -138,19 +150,16 @@ class Figures:
             "rollout_is_seq_min": min(means),
             "rollout_is_seq_max_deviation": max(abs(x - 1) for x in means),
         }
-        if self.high is not None:
-            values |= {
-                "rollout_is_ratio_fraction_high": sum(x > self.high for x in self.units) / len(self.units),
-                "rollout_is_ratio_fraction_low": sum(x < lower for x in self.units) / len(self.units),
-                "rollout_is_seq_fraction_high": sum(x > self.high for x in raw_means) / len(means),
-                "rollout_is_seq_fraction_low": sum(x < lower for x in raw_means) / len(means),
-            }
-            if self.mode == "mask" and self.low is not None:
-                tokens = [x for row in self.ratios for x in row]
-                out = [outside(x, self.low, self.high) for x in (self.units if self.is_geometric else tokens)]
-                values["rollout_is_oob_ratio"] = sum(out) / len(out)
-        values |= self.verl_difference()
-        return {f"rollout_corr/{name}": value for name, value in values.items()}
+        values |= {
+            "rollout_is_ratio_fraction_high": sum(x > self.high for x in self.units) / len(self.units),
+            "rollout_is_ratio_fraction_low": sum(x < lower for x in self.units) / len(self.units),
+            "rollout_is_seq_fraction_high": sum(x > self.high for x in raw_means) / len(means),
+            "rollout_is_seq_fraction_low": sum(x < lower for x in raw_means) / len(means),
+        }
+        if self.mode == "mask":
+            out = [outside(x, self.low, self.high) for row in self.ratios for x in row]
+            values["rollout_is_oob_ratio"] = sum(out) / len(out)
+        return values
 
     @property
     def is_geometric(self):
@@ -188,9 +197,13 @@ class Figures:
             "gen_kl_error": sum(math.exp(x) - x - 1 for x in self.r) / n,
             "policy_kl_error": sum(math.exp(-x) + x - 1 for x in self.r) / n,
             "js_divergence_error": sum(js) / n,
-            "sampling_importance_ratio": sum(self.applied) / len(self.applied),
         }
-        if self.low is not None or self.high is not None:
+        is_plain = self.mode == "truncate" and self.low is None and self.high is None
+        is_tis = self.mode == "truncate" and self.high is not None
+        is_filter = self.mode == "mask" and None not in (self.low, self.high)  # icepop, seq-mask-tis
+        if self.level == "token" and (is_plain or is_tis or is_filter):
+            values["sampling_importance_ratio"] = sum(self.applied) / len(self.applied)
+        if is_filter or (is_tis and not self.is_geometric):
             of = self.units if self.is_geometric else [x for row in self.ratios for x in row]
             values["is_oob_ratio"] = sum(outside(x, self.low, self.high) for x in of) / len(of)
         return values
@@ -211,6 +224,36 @@ class TestAgainstPlainLoops:
         for name, printed in found.as_printed_by.items():
             assert printed == pytest.approx(getattr(want, name)(), rel=1e-9, abs=1e-9)
         assert list(found.as_printed_by) == ["trl", "verl", "nemo_rl"]
+
+
+@pytest.mark.parametrize(
+    ("trainers", "options"),
+    [
+        ("trl verl nemo_rl", {}),
+        ("trl verl nemo_rl", {"mode": "mask", "low": 0.5}),
+        ("trl verl", {"level": "sequence"}),
+        ("trl verl", {"level": "sequence", "mode": "mask", "low": 0.5}),
+        ("trl nemo_rl", {"low": 0.5}),
+        ("trl", {"mode": "mask"}),
+        ("trl", {"low": 0.5, "high": None}),
+        ("trl", {"mode": "mask", "low": 0.5, "high": None}),
+        ("nemo_rl", {"high": None}),
+        ("verl nemo_rl", {"mode": "mask", "low": 1.0, "high": 1.0}),
+        ("", {"level": "geometric"}),
+        ("", {"level": "geometric", "mode": "mask", "low": 0.9}),
+    ],
+)
+def test_weights_have_the_names_of_the_trainers_that_can_weigh_so(trainers, options):
+    printed = importance_weights(*sides(), **options).as_printed_by
+    means = {
+        "trl": "sampling/importance_sampling_ratio/mean",
+        "verl": "rollout_corr/rollout_is_mean",
+        "nemo_rl": "sampling_importance_ratio",
+    }
+    assert [name for name, mean in means.items() if mean in printed[name]] == trainers.split()
+    assert {"sampling/sampling_logp_difference/mean"} <= printed["trl"].keys()
+    assert {"rollout_corr/kl", "rollout_corr/chi2_seq"} <= printed["verl"].keys()
+    assert {"gen_kl_error"} <= printed["nemo_rl"].keys()
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

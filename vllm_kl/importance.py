@@ -57,7 +57,8 @@ class Importance:
 
     weights: torch.Tensor | list[torch.Tensor]  # [B, T], or B rows [T]; float32; 0.0 outside the mask
     metrics: dict[str, float]  # for a logger, under this package's names
-    # "trl", "verl" or "nemo_rl" -> the figures that this trainer prints, under its own names.
+    # "trl", "verl" or "nemo_rl" -> the figures that this trainer prints, under its own names. Those of the
+    # weights are there only if the trainer can weigh like this: see docs/mismatch.md.
     as_printed_by: dict[str, dict[str, float]]
 
 
@@ -279,21 +280,26 @@ class _Ratios:
         if not len(self.weights):
             return {}
         difference = (self.trained - self.sampled).abs()
-        applied = self.weighting.weights(self.units, most=math.inf)
         values = {
             "sampling/sampling_logp_difference/mean": difference.mean(),
             "sampling/sampling_logp_difference/max": difference.max(),
-            "sampling/importance_sampling_ratio/min": applied.min(),
-            "sampling/importance_sampling_ratio/mean": applied.mean(),
-            "sampling/importance_sampling_ratio/max": applied.max(),
         }
+        if _is_of_trl(self.weighting):
+            applied = self.weighting.weights(self.units, most=math.inf)
+            values |= {
+                "sampling/importance_sampling_ratio/min": applied.min(),
+                "sampling/importance_sampling_ratio/mean": applied.mean(),
+                "sampling/importance_sampling_ratio/max": applied.max(),
+            }
         return _floats(values)
 
     def verl(self) -> dict[str, float]:
-        """Return the figures of verl (``verl/trainer/ppo/rollout_corr_helper.py``, 20c30bf)."""
+        """Return the figures of verl (``verl/trainer/ppo/rollout_corr_helper.py``, 1dda039)."""
         if not len(self.weights):
             return {}
-        values = self._verl_weights() | self._verl_bounds() | self._verl_difference()
+        values = self._verl_difference()
+        if _is_of_verl(self.weighting):
+            values |= self._verl_weights() | self._verl_bounds()
         return _floats({f"rollout_corr/{name}": value for name, value in values.items()})
 
     def _verl_weights(self) -> dict[str, torch.Tensor]:
@@ -313,10 +319,9 @@ class _Ratios:
         }
 
     def _verl_bounds(self) -> dict[str, torch.Tensor]:
-        """Return the figures that need a threshold. Without a lower one verl takes 1 / the upper one."""
+        """Return the figures of the threshold. Without a lower one verl takes 1 / the upper one."""
         high, low = self.weighting.high, self.weighting.low
-        if high is None:
-            return {}
+        assert high is not None, "verl has no weights without it"
         low_or_inverse = 1 / high if low is None else low
         raw_means = self._means(_exp(self.log_ratio))
         values = {
@@ -325,9 +330,7 @@ class _Ratios:
             "rollout_is_seq_fraction_high": (raw_means > high).double().mean(),
             "rollout_is_seq_fraction_low": (raw_means < low_or_inverse).double().mean(),
         }
-        if self.weighting.mode == "mask" and low is not None:
-            values["rollout_is_oob_ratio"] = self._outside_fraction()
-        return values
+        return values if low is None else values | {"rollout_is_oob_ratio": self._outside_fraction()}
 
     def _verl_difference(self) -> dict[str, torch.Tensor]:
         r = self.trained - self.sampled
@@ -350,22 +353,24 @@ class _Ratios:
         }
 
     def nemo_rl(self) -> dict[str, float]:
-        """Return the figures of NeMo RL (``nemo_rl/algorithms/loss/loss_functions.py``, 006907a)."""
+        """Return the figures of NeMo RL (``nemo_rl/algorithms/loss/loss_functions.py``, 7ea279a)."""
         if not len(self.weights):
             return {}
         r = self.trained - self.sampled
         mixture = torch.logaddexp(self.trained, self.sampled) - math.log(2)
         js = (k3_of(self.trained - mixture, None) + k3_of(self.sampled - mixture, None)) / 2
-        applied = self.weighting.weights(self.units, most=math.inf)
         values = {
             "token_mult_prob_error": r.abs().exp().mean(),
             "gen_kl_error": k3_of(r, None).mean(),
             "policy_kl_error": k3_of(-r, None).mean(),
             "js_divergence_error": js.mean(),
-            "sampling_importance_ratio": applied.mean(),
         }
-        if self.weighting.low is not None or self.weighting.high is not None:
-            values["is_oob_ratio"] = self._outside_fraction()
+        weighting = self.weighting
+        if _is_of_nemo_rl(weighting):
+            if weighting.level == "token":  # of sequences, NeMo RL's depends on the size of its microbatches
+                values["sampling_importance_ratio"] = weighting.weights(r, most=math.inf).mean()
+            if weighting.high is not None:
+                values["is_oob_ratio"] = self._outside_fraction()
         return _floats(values)
 
     def _outside_fraction(self) -> torch.Tensor:
@@ -373,6 +378,28 @@ class _Ratios:
         of = self.units if self.weighting.level == "geometric" else self.log_ratio
         above, below = self.weighting.outside(of)
         return (above | below).double().mean()
+
+
+def _is_of_trl(weighting: Weighting) -> bool:
+    """Whether TRL can weigh like this: tokens or sequences, by one bound or two that differ."""
+    return weighting.level != "geometric" and weighting.low != weighting.high
+
+
+def _is_of_verl(weighting: Weighting) -> bool:
+    """Whether verl can: tokens or sequences, truncated by an upper bound or masked by two."""
+    needs_low = weighting.mode == "mask"
+    has_bounds = weighting.high is not None and (weighting.low is not None) == needs_low
+    return weighting.level != "geometric" and has_bounds
+
+
+def _is_of_nemo_rl(weighting: Weighting) -> bool:
+    """Whether NeMo RL can: truncated by an upper bound, or not at all; or masked by two bounds.
+
+    A ``"geometric"`` mask is the filter of its ``seq-mask-tis``. The weights that this keeps are others.
+    """
+    if weighting.mode == "mask":
+        return weighting.low is not None and weighting.high is not None
+    return weighting.level != "geometric" and (weighting.high is not None or weighting.low is None)
 
 
 def _exp(log_ratio: torch.Tensor, most: float = MAX_LOG_RATIO) -> torch.Tensor:
