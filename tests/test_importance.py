@@ -192,8 +192,15 @@ class Figures:
                      for x, y in zip(a, b, strict=True)):  # fmt: skip
             m = (p + q) / 2
             js.append(sum(x / m - math.log(x / m) - 1 for x in (p, q)) / 2)
+        of_samples = [
+            sum(math.exp(abs(x - y)) for x, y in zip(a, b, strict=True)) / len(a)
+            for a, b in zip(self.a, self.b, strict=True)
+        ]
         values = {
             "token_mult_prob_error": sum(math.exp(abs(x)) for x in self.r) / n,
+            "max_seq_mult_prob_error": max(of_samples),
+            "mean_seq_mult_prob_error": sum(of_samples) / len(of_samples),
+            "min_seq_mult_prob_error": min(of_samples),
             "gen_kl_error": sum(math.exp(x) - x - 1 for x in self.r) / n,
             "policy_kl_error": sum(math.exp(-x) + x - 1 for x in self.r) / n,
             "js_divergence_error": sum(js) / n,
@@ -253,7 +260,7 @@ def test_weights_have_the_names_of_the_trainers_that_can_weigh_so(trainers, opti
     assert [name for name, mean in means.items() if mean in printed[name]] == trainers.split()
     assert {"sampling/sampling_logp_difference/mean"} <= printed["trl"].keys()
     assert {"rollout_corr/kl", "rollout_corr/chi2_seq"} <= printed["verl"].keys()
-    assert {"gen_kl_error"} <= printed["nemo_rl"].keys()
+    assert {"gen_kl_error", "max_seq_mult_prob_error"} <= printed["nemo_rl"].keys()
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

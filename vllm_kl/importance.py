@@ -353,14 +353,18 @@ class _Ratios:
         }
 
     def nemo_rl(self) -> dict[str, float]:
-        """Return the figures of NeMo RL (``nemo_rl/algorithms/loss/loss_functions.py``, 7ea279a)."""
+        """Return the figures of NeMo RL (``loss/loss_functions.py`` and ``grpo.py``, 7ea279a)."""
         if not len(self.weights):
             return {}
         r = self.trained - self.sampled
         mixture = torch.logaddexp(self.trained, self.sampled) - math.log(2)
         js = (k3_of(self.trained - mixture, None) + k3_of(self.sampled - mixture, None)) / 2
+        of_samples = self._means(r.abs().exp())
         values = {
             "token_mult_prob_error": r.abs().exp().mean(),
+            "max_seq_mult_prob_error": of_samples.max(),
+            "mean_seq_mult_prob_error": of_samples.mean(),
+            "min_seq_mult_prob_error": of_samples.min(),
             "gen_kl_error": k3_of(r, None).mean(),
             "policy_kl_error": k3_of(-r, None).mean(),
             "js_divergence_error": js.mean(),
