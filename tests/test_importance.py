@@ -371,6 +371,34 @@ def test_where_nothing_is_kept_there_are_zeros_and_no_figures():
     assert importance_weights([], [], []).weights == []
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_normalized_weights_have_the_mean_one_over_tokens_or_samples(options):
+    plain = importance_weights(*sides(1.0), **options)
+    found = importance_weights(*sides(1.0), **options, normalize=True)
+    rows = [w[m] for w, m in zip(plain.weights, sides()[2], strict=True) if m.any()]
+    units = torch.cat(rows) if options["level"] == "token" else torch.stack([row[0] for row in rows])
+    factor = units.double().mean().item() or 1.0  # all may be masked
+    for got, want in zip(found.weights, plain.weights, strict=True):
+        torch.testing.assert_close(got, want / factor)
+    of_weights = ("weight_mean", "weight_min", "weight_max", "weight_std")
+    scaled = {name: x / factor if name in of_weights else x for name, x in plain.metrics.items()}
+    assert found.metrics == pytest.approx(scaled, rel=1e-6)
+    verl = plain.as_printed_by["verl"]  # of the weights before they are normalized
+    if "rollout_corr/rollout_is_mean" in verl:
+        verl = verl | {"rollout_corr/rollout_is_batch_norm_factor": pytest.approx(factor, rel=1e-6)}
+    assert found.as_printed_by["verl"] == verl
+    assert not [name for name in found.as_printed_by["trl"] if "importance" in name]
+    assert not {"sampling_importance_ratio", "is_oob_ratio"} & found.as_printed_by["nemo_rl"].keys()
+
+
+def test_weights_of_nothing_are_divided_by_nothing():
+    a, mask = torch.full((1, 4), -1.0), torch.ones(1, 4)
+    found = importance_weights(a, a - 3, mask, mode="mask", low=0.5, normalize=True)
+    assert found.weights.count_nonzero() == 0
+    assert found.as_printed_by["verl"]["rollout_corr/rollout_is_batch_norm_factor"] == 1.0
+    assert importance_weights(a, a, mask * 0, normalize=True).weights.count_nonzero() == 0
+
+
 def test_where_all_is_masked_the_figures_are_finite():
     a, mask = torch.full((1, 4), -1.0), torch.ones(1, 4)
     found = importance_weights(a, a - 3, mask, mode="mask")
@@ -423,6 +451,7 @@ def test_a_last_dimension_of_one_is_not_taken_for_samples_of_one_token(level):
         ({"low": 1.5}, "low must be a finite number above 0 and at most 1"),
         ({"low": -1}, "low must be a finite number above 0 and at most 1"),
         ({"mode": "mask", "high": None}, "mode='mask' without bounds masks nothing"),
+        ({"normalize": 1}, "normalize must be True or False; got 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):

@@ -74,6 +74,7 @@ class Weighting:
     mode: Mode = "truncate"
     low: float | None = None
     high: float | None = 2.0
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("level", self.level, Level), ("mode", self.mode, Mode)):
@@ -85,6 +86,8 @@ class Weighting:
         _check_bound("high", self.high, 1.0, math.inf)
         if self.mode == "mask" and self.low is None and self.high is None:
             raise OptionError("mode='mask' without bounds masks nothing: pass high=, low= or both")
+        if not isinstance(self.normalize, bool):
+            raise OptionError(f"normalize must be True or False; got {str(self.normalize)[:60]}")
 
     def outside(self, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tell which log-ratios are above the upper bound, and which are below the lower one."""
@@ -101,6 +104,16 @@ class Weighting:
             return ratio
         above, below = self.outside(log_ratio)
         return ratio.where(~(above | below), 0.0)
+
+    def divisor(self, log_ratio_of_units: torch.Tensor) -> float:
+        """Return what the weights are divided by: their mean over tokens or samples, or 1.0.
+
+        It is 1.0 without ``normalize``, and where nothing has a weight: verl divides by no mean below 1e-8.
+        """
+        if not self.normalize or not len(log_ratio_of_units):
+            return 1.0
+        mean = float(self.weights(log_ratio_of_units).mean())
+        return mean if mean > 1e-8 else 1.0
 
 
 def _check_bound(name: str, value: float | None, least: float, most: float) -> None:
@@ -124,6 +137,7 @@ def importance_weights(
     mode: Mode = "truncate",
     low: float | None = None,
     high: float | None = 2.0,
+    normalize: bool = False,
 ) -> Importance:
     """Return the importance weight of every token, ``p_trainer / p_sampler`` within bounds.
 
@@ -140,6 +154,9 @@ def importance_weights(
             default of verl (``rollout_is_threshold``); TRL's is 3.0, for its ``sequence_mask``. Bounds of
             ``"geometric"`` are near 1: NeMo RL's are 0.999 and 1.002. With ``mode="truncate"``, ``high=None``
             gives plain importance weights.
+        normalize: divide the weights by their mean in this batch, over the kept tokens or, with another level
+            than ``"token"``, over the samples that have kept tokens (verl's ``rollout_is_batch_normalize``).
+            They then have the mean 1, and may be above ``high``. A mean of 1e-8 or less divides nothing.
 
     Returns:
         An :class:`Importance`. Its weights have no graph: they are constants of a loss. They are exactly 0.0
@@ -148,7 +165,7 @@ def importance_weights(
 
         ====================================  ================================================================
         ``num_tokens``, ``num_sequences``     n, and the samples that have kept tokens
-        ``weight_mean``, ``_min``, ``_max``   of the weights of the tokens
+        ``weight_mean``, ``_min``, ``_max``   of the weights of the tokens, as returned
         ``weight_std``                        their standard deviation (divided by n)
         ``ratio_mean``, ``_min``, ``_max``    of the units' ratios before the bounds
         ``above_high_fraction``               the units whose ratio is above ``high``
@@ -176,7 +193,7 @@ def importance_weights(
     >>> found.metrics["ratio_mean"] == found.as_printed_by["trl"]["sampling/importance_sampling_ratio/mean"]
     True
     """
-    weighting = Weighting(level=level, mode=mode, low=low, high=high)
+    weighting = Weighting(level=level, mode=mode, low=low, high=high, normalize=normalize)
     sides = {"log_probs": log_probs, "sampler_log_probs": sampler_log_probs, "mask": mask}
     trained_N, sampled_N, keep_N, lengths = packed_sides(sides)
     device = trained_N.device
@@ -220,7 +237,8 @@ def _weigh(
     of = (has_tokens_B.cumsum(0) - 1)[sample_N[keep_N]]
     units = r_N[keep_N] if weighting.level == "token" else log_ratio_B[has_tokens_B]
     tokens = (trained_N[keep_N], sampled_N[keep_N], weights_N[keep_N], log_ratio_N[keep_N], of, units)
-    return weights_N, _Ratios(weighting, *(values.cpu() for values in tokens))
+    ratios = _Ratios(weighting, *(values.cpu() for values in tokens))
+    return weights_N / weighting.divisor(ratios.units), ratios
 
 
 def _sums(values: torch.Tensor, of: torch.Tensor, num: int) -> torch.Tensor:
@@ -235,7 +253,7 @@ class _Ratios:
     weighting: Weighting
     trained: torch.Tensor  # [n] log-probs of the trainer, nats
     sampled: torch.Tensor  # [n] log-probs of the sampler, nats
-    weights: torch.Tensor  # [n]
+    weights: torch.Tensor  # [n] before they are normalized
     log_ratio: torch.Tensor  # [n] of the level: one number for all tokens of a sample, but for "token"
     of: torch.Tensor  # [n] int64, the sample of each token: 0 to S - 1
     units: torch.Tensor  # [n] or [S] log-ratios, see importance_weights
@@ -259,7 +277,7 @@ class _Ratios:
         counts = {"num_tokens": float(len(self.weights)), "num_sequences": float(self._num_samples)}
         if not len(self.weights):
             return counts
-        ratios, weights = _exp(self.units), self.weights
+        ratios, weights = _exp(self.units), self.weights / self.weighting.divisor(self.units)
         above, below = self.weighting.outside(self.units)
         values = {
             "weight_mean": weights.mean(),
@@ -305,7 +323,7 @@ class _Ratios:
     def _verl_weights(self) -> dict[str, torch.Tensor]:
         weights, means = self.weights, self._means(self.weights)
         is_token = self.weighting.level == "token"
-        return {
+        values = {
             "rollout_is_mean": weights.mean(),
             "rollout_is_max": weights.max() if is_token else self.units.max().clamp(max=MAX_LOG_RATIO).exp(),
             "rollout_is_min": weights.min() if is_token else self.units.min().exp(),
@@ -317,6 +335,9 @@ class _Ratios:
             "rollout_is_seq_min": means.min(),
             "rollout_is_seq_max_deviation": (means - 1).abs().max(),
         }
+        if self.weighting.normalize:  # all figures above are of the weights before that
+            values["rollout_is_batch_norm_factor"] = torch.tensor(self.weighting.divisor(self.units))
+        return values
 
     def _verl_bounds(self) -> dict[str, torch.Tensor]:
         """Return the figures of the threshold. Without a lower one verl takes 1 / the upper one."""
@@ -386,7 +407,8 @@ class _Ratios:
 
 def _is_of_trl(weighting: Weighting) -> bool:
     """Whether TRL can weigh like this: tokens or sequences, by one bound or two that differ."""
-    return weighting.level != "geometric" and weighting.low != weighting.high
+    has_bounds = weighting.low != weighting.high
+    return weighting.level != "geometric" and has_bounds and not weighting.normalize
 
 
 def _is_of_verl(weighting: Weighting) -> bool:
@@ -401,6 +423,8 @@ def _is_of_nemo_rl(weighting: Weighting) -> bool:
 
     A ``"geometric"`` mask is the filter of its ``seq-mask-tis``. The weights that this keeps are others.
     """
+    if weighting.normalize:
+        return False
     if weighting.mode == "mask":
         return weighting.low is not None and weighting.high is not None
     return weighting.level != "geometric" and (weighting.high is not None or weighting.low is None)

@@ -62,7 +62,9 @@ def want(**options):
     return importance_weights(tensors(TRAINED), tensors(SAMPLED), tensors(MASKS), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"level": "sequence", "mode": "mask", "low": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"level": "sequence", "mode": "mask", "low": 0.5}, {"normalize": True}]
+)
 class TestLayouts:
     def test_ragged(self, options):
         transform = ImportanceWeights(**options)

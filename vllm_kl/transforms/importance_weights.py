@@ -42,7 +42,7 @@ class ImportanceWeights(NextTransform):
             ``RetrieveKL(..., gen_log_probs="rescore")``.
 
     Keyword Args:
-        level, mode, low, high: as in :func:`vllm_kl.importance_weights`.
+        level, mode, low, high, normalize: as in :func:`vllm_kl.importance_weights`.
         weights_key: where the weights are written, under ``"next"`` if there is one.
         mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask of kept tokens, bool.
             It is read under ``"next"`` or beside it, and never written.
@@ -90,12 +90,14 @@ class ImportanceWeights(NextTransform):
         mode: Mode = "truncate",
         low: float | None = None,
         high: float | None = 2.0,
+        normalize: bool = False,
         weights_key: NestedKey = ("importance_weights", "full"),
         mask_key: NestedKey = "kl_mask",
         on_zero: OnZero = "raise",
         names: Names = "vllm_kl",
     ) -> None:
-        Weighting(level=level, mode=mode, low=low, high=high)  # refuses what cannot work
+        # It refuses what cannot work.
+        Weighting(level=level, mode=mode, low=low, high=high, normalize=normalize)
         check_on_zero(on_zero)
         if names not in get_args(Names):
             raise OptionError(f"names={names!r} does not exist; choose one of {', '.join(get_args(Names))}")
@@ -105,7 +107,7 @@ class ImportanceWeights(NextTransform):
         super().__init__(in_keys=in_keys, out_keys=[weights_key])
         self.log_probs_full_key = log_probs_full_key
         self.sampler_log_probs_full_key = sampler_log_probs_full_key
-        self.level, self.mode, self.low, self.high = level, mode, low, high
+        self.level, self.mode, self.low, self.high, self.normalize = level, mode, low, high, normalize
         self.weights_key = weights_key
         self.mask_key = mask_key
         self.on_zero: OnZero = on_zero
@@ -124,7 +126,14 @@ class ImportanceWeights(NextTransform):
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         sides = self._sides(td, next_td)
         self._check(*sides)
-        found = importance_weights(*sides, level=self.level, mode=self.mode, low=self.low, high=self.high)
+        found = importance_weights(
+            *sides,
+            level=self.level,
+            mode=self.mode,
+            low=self.low,
+            high=self.high,
+            normalize=self.normalize,
+        )
         written = set_rows(next_td, self.weights_key, found.weights)
         self._metrics = found.metrics if self.names == "vllm_kl" else found.as_printed_by[self.names]
         return written
