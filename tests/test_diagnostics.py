@@ -61,6 +61,18 @@ def test_every_figure_agrees_with_plain_loops(spread):
     assert list(found.metrics) == list(want)
 
 
+@pytest.mark.parametrize("r", [-35.0, 35.0, -2000.0, 2000.0])
+def test_far_log_probs_have_finite_figures_and_only_exponentials_are_bounded(r):
+    sides = (torch.tensor([[x]]) for x in (min(0.0, -r), min(0.0, r)))
+    got = mismatch(*sides, torch.ones(1, 1), limits={}).metrics
+    high = min(r, 20.0)
+    assert got["kl_sampler_scorer_nats"] == pytest.approx(math.exp(high) - 1 - high)
+    assert got["kl_scorer_sampler_nats"] == pytest.approx(math.exp(high) * high - math.exp(high) + 1)
+    assert got["token_mult_prob_error"] == pytest.approx(math.exp(20))
+    assert got["kl_k1_nats"] == -r
+    assert all(map(math.isfinite, got.values()))
+
+
 def test_dense_and_ragged_agree():
     ragged = sides()
     dense = [torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in ragged]
@@ -141,6 +153,8 @@ def test_bad_input_is_refused_by_name():
         mismatch(sampled, scored, [torch.zeros_like(mask) for mask in masks])
     with pytest.raises(InputError, match=r"sample 0: log_probs \[40\], scorer_log_probs \[39\] and mask"):
         mismatch(sampled, [scored[0][1:], *scored[1:]], masks)
+    with pytest.raises(InputError, match=r"log_probs: sample 0 has the shape \[3, 1\], expected \[T\]"):
+        mismatch(*[torch.ones(2, 3, 1)] * 3)
     with pytest.raises(InputError, match="5, 4 and 5 samples"):
         mismatch(sampled, scored[1:], masks)
     with pytest.raises(MissingLogProbError, match="scorer_log_probs: sample 2, token"):

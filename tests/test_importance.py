@@ -114,18 +114,30 @@ class Figures:
 
     def trl(self):
         difference = [abs(x) for x in self.r]
-        return {
+        values = {
             "sampling/sampling_logp_difference/mean": sum(difference) / len(difference),
             "sampling/sampling_logp_difference/max": max(difference),
+        }
+        if self.is_geometric or (self.low, self.high) in ((None, None), (1.0, 1.0)):
+            return values
+        return values | {
             "sampling/importance_sampling_ratio/min": min(self.applied),
             "sampling/importance_sampling_ratio/mean": sum(self.applied) / len(self.applied),
             "sampling/importance_sampling_ratio/max": max(self.applied),
         }
 
     def verl(self):
+        values = self.verl_difference()
+        is_tis = self.mode == "truncate" and self.low is None and self.high is not None
+        is_icepop = self.mode == "mask" and None not in (self.low, self.high)
+        if not self.is_geometric and (is_tis or is_icepop):
+            values |= self.verl_weights()
+        return {f"rollout_corr/{name}": value for name, value in values.items()}
+
+    def verl_weights(self):
         means, n = [sum(row) / len(row) for row in self.w], len(self.flat)
         raw_means = [sum(row) / len(row) for row in self.ratios]
-        lower = self.low if self.low is not None else None if self.high is None else 1 / self.high
+        lower = 1 / self.high if self.low is None else self.low
         values = {
             "rollout_is_mean": sum(self.flat) / n,
             "rollout_is_max": max(self.flat if self.level == "token" else self.units),
@@ -138,19 +150,16 @@ class Figures:
             "rollout_is_seq_min": min(means),
             "rollout_is_seq_max_deviation": max(abs(x - 1) for x in means),
         }
-        if self.high is not None:
-            values |= {
-                "rollout_is_ratio_fraction_high": sum(x > self.high for x in self.units) / len(self.units),
-                "rollout_is_ratio_fraction_low": sum(x < lower for x in self.units) / len(self.units),
-                "rollout_is_seq_fraction_high": sum(x > self.high for x in raw_means) / len(means),
-                "rollout_is_seq_fraction_low": sum(x < lower for x in raw_means) / len(means),
-            }
-            if self.mode == "mask" and self.low is not None:
-                tokens = [x for row in self.ratios for x in row]
-                out = [outside(x, self.low, self.high) for x in (self.units if self.is_geometric else tokens)]
-                values["rollout_is_oob_ratio"] = sum(out) / len(out)
-        values |= self.verl_difference()
-        return {f"rollout_corr/{name}": value for name, value in values.items()}
+        values |= {
+            "rollout_is_ratio_fraction_high": sum(x > self.high for x in self.units) / len(self.units),
+            "rollout_is_ratio_fraction_low": sum(x < lower for x in self.units) / len(self.units),
+            "rollout_is_seq_fraction_high": sum(x > self.high for x in raw_means) / len(means),
+            "rollout_is_seq_fraction_low": sum(x < lower for x in raw_means) / len(means),
+        }
+        if self.mode == "mask":
+            out = [outside(x, self.low, self.high) for row in self.ratios for x in row]
+            values["rollout_is_oob_ratio"] = sum(out) / len(out)
+        return values
 
     @property
     def is_geometric(self):
@@ -183,14 +192,25 @@ class Figures:
                      for x, y in zip(a, b, strict=True)):  # fmt: skip
             m = (p + q) / 2
             js.append(sum(x / m - math.log(x / m) - 1 for x in (p, q)) / 2)
+        of_samples = [
+            sum(math.exp(abs(x - y)) for x, y in zip(a, b, strict=True)) / len(a)
+            for a, b in zip(self.a, self.b, strict=True)
+        ]
         values = {
             "token_mult_prob_error": sum(math.exp(abs(x)) for x in self.r) / n,
+            "max_seq_mult_prob_error": max(of_samples),
+            "mean_seq_mult_prob_error": sum(of_samples) / len(of_samples),
+            "min_seq_mult_prob_error": min(of_samples),
             "gen_kl_error": sum(math.exp(x) - x - 1 for x in self.r) / n,
             "policy_kl_error": sum(math.exp(-x) + x - 1 for x in self.r) / n,
             "js_divergence_error": sum(js) / n,
-            "sampling_importance_ratio": sum(self.applied) / len(self.applied),
         }
-        if self.low is not None or self.high is not None:
+        is_plain = self.mode == "truncate" and self.low is None and self.high is None
+        is_tis = self.mode == "truncate" and self.high is not None
+        is_filter = self.mode == "mask" and None not in (self.low, self.high)  # icepop, seq-mask-tis
+        if self.level == "token" and (is_plain or is_tis or is_filter):
+            values["sampling_importance_ratio"] = sum(self.applied) / len(self.applied)
+        if is_filter or (is_tis and not self.is_geometric):
             of = self.units if self.is_geometric else [x for row in self.ratios for x in row]
             values["is_oob_ratio"] = sum(outside(x, self.low, self.high) for x in of) / len(of)
         return values
@@ -211,6 +231,36 @@ class TestAgainstPlainLoops:
         for name, printed in found.as_printed_by.items():
             assert printed == pytest.approx(getattr(want, name)(), rel=1e-9, abs=1e-9)
         assert list(found.as_printed_by) == ["trl", "verl", "nemo_rl"]
+
+
+@pytest.mark.parametrize(
+    ("trainers", "options"),
+    [
+        ("trl verl nemo_rl", {}),
+        ("trl verl nemo_rl", {"mode": "mask", "low": 0.5}),
+        ("trl verl", {"level": "sequence"}),
+        ("trl verl", {"level": "sequence", "mode": "mask", "low": 0.5}),
+        ("trl nemo_rl", {"low": 0.5}),
+        ("trl", {"mode": "mask"}),
+        ("trl", {"low": 0.5, "high": None}),
+        ("trl", {"mode": "mask", "low": 0.5, "high": None}),
+        ("nemo_rl", {"high": None}),
+        ("verl nemo_rl", {"mode": "mask", "low": 1.0, "high": 1.0}),
+        ("", {"level": "geometric"}),
+        ("", {"level": "geometric", "mode": "mask", "low": 0.9}),
+    ],
+)
+def test_weights_have_the_names_of_the_trainers_that_can_weigh_so(trainers, options):
+    printed = importance_weights(*sides(), **options).as_printed_by
+    means = {
+        "trl": "sampling/importance_sampling_ratio/mean",
+        "verl": "rollout_corr/rollout_is_mean",
+        "nemo_rl": "sampling_importance_ratio",
+    }
+    assert [name for name, mean in means.items() if mean in printed[name]] == trainers.split()
+    assert {"sampling/sampling_logp_difference/mean"} <= printed["trl"].keys()
+    assert {"rollout_corr/kl", "rollout_corr/chi2_seq"} <= printed["verl"].keys()
+    assert {"gen_kl_error", "max_seq_mult_prob_error"} <= printed["nemo_rl"].keys()
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -279,12 +329,74 @@ def test_long_sequences_neither_overflow_nor_lose_digits():
     assert row.unique().item() == 0.0
 
 
+@pytest.mark.parametrize("r", [35.0, -35.0])
+def test_other_trainers_figures_are_bounded_only_where_they_bound_them(r):
+    """verl bounds its weights and chi2, TRL and NeMo RL bound nothing."""
+    a, b = (-0.01, -0.01 - r) if r > 0 else (-0.01 + r, -0.01)
+    sides = [torch.tensor([[x]], dtype=torch.float64) for x in (a, b)]
+    found = importance_weights(*sides, torch.ones(1, 1), high=1e20).as_printed_by
+    m = math.log((math.exp(a) + math.exp(b)) / 2)
+    want = {
+        "rollout_corr/kl": -r,
+        "rollout_corr/k3_kl": math.exp(r) - r - 1,
+        "rollout_corr/ppl_ratio": math.exp(-r),
+        "rollout_corr/rollout_is_mean": math.exp(math.copysign(20, r)),
+        "rollout_corr/chi2_token": math.exp(2 * math.copysign(20, r)) - 1,
+        "rollout_corr/chi2_seq": math.exp(2 * math.copysign(20, r)) - 1,
+        "token_mult_prob_error": math.exp(35),
+        "gen_kl_error": math.exp(r) - r - 1,
+        "policy_kl_error": math.exp(-r) + r - 1,
+        "js_divergence_error": sum(math.exp(x - m) - (x - m) - 1 for x in (a, b)) / 2,
+        "sampling_importance_ratio": math.exp(r),
+        "sampling/importance_sampling_ratio/mean": math.exp(r),
+    }
+    printed = found["trl"] | found["verl"] | found["nemo_rl"]
+    assert {name: printed[name] for name in want} == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("r", [2000.0, -2000.0])
+def test_own_figures_stay_finite(r, level):
+    sides = [torch.tensor([[min(0.0, r), -1.0]]), torch.tensor([[min(0.0, -r), -1.0]])]
+    found = importance_weights(*sides, torch.ones(1, 2), level=level, high=None)
+    assert all(map(math.isfinite, found.metrics.values()))
+    assert found.weights.isfinite().all()
+
+
 def test_where_nothing_is_kept_there_are_zeros_and_no_figures():
     found = importance_weights(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool))
     assert found.weights.tolist() == [[0.0] * 3] * 2
     assert found.metrics == {"num_tokens": 0.0, "num_sequences": 0.0}
     assert found.as_printed_by == {"trl": {}, "verl": {}, "nemo_rl": {}}
     assert importance_weights([], [], []).weights == []
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_normalized_weights_have_the_mean_one_over_tokens_or_samples(options):
+    plain = importance_weights(*sides(1.0), **options)
+    found = importance_weights(*sides(1.0), **options, normalize=True)
+    rows = [w[m] for w, m in zip(plain.weights, sides()[2], strict=True) if m.any()]
+    units = torch.cat(rows) if options["level"] == "token" else torch.stack([row[0] for row in rows])
+    factor = units.double().mean().item() or 1.0  # all may be masked
+    for got, want in zip(found.weights, plain.weights, strict=True):
+        torch.testing.assert_close(got, want / factor)
+    of_weights = ("weight_mean", "weight_min", "weight_max", "weight_std")
+    scaled = {name: x / factor if name in of_weights else x for name, x in plain.metrics.items()}
+    assert found.metrics == pytest.approx(scaled, rel=1e-6)
+    verl = plain.as_printed_by["verl"]  # of the weights before they are normalized
+    if "rollout_corr/rollout_is_mean" in verl:
+        verl = verl | {"rollout_corr/rollout_is_batch_norm_factor": pytest.approx(factor, rel=1e-6)}
+    assert found.as_printed_by["verl"] == verl
+    assert not [name for name in found.as_printed_by["trl"] if "importance" in name]
+    assert not {"sampling_importance_ratio", "is_oob_ratio"} & found.as_printed_by["nemo_rl"].keys()
+
+
+def test_weights_of_nothing_are_divided_by_nothing():
+    a, mask = torch.full((1, 4), -1.0), torch.ones(1, 4)
+    found = importance_weights(a, a - 3, mask, mode="mask", low=0.5, normalize=True)
+    assert found.weights.count_nonzero() == 0
+    assert found.as_printed_by["verl"]["rollout_corr/rollout_is_batch_norm_factor"] == 1.0
+    assert importance_weights(a, a, mask * 0, normalize=True).weights.count_nonzero() == 0
 
 
 def test_where_all_is_masked_the_figures_are_finite():
@@ -316,6 +428,15 @@ def test_sides_of_other_shapes_are_refused():
         importance_weights(trained, sampled, torch.ones(5, 12))
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_last_dimension_of_one_is_not_taken_for_samples_of_one_token(level):
+    dense = [torch.zeros(2, 3, 1), torch.ones(2, 3, 1), torch.ones(2, 3, 1, dtype=torch.bool)]
+    with pytest.raises(InputError, match=r"^log_probs has the shape \[2, 3, 1\], .*squeeze"):
+        importance_weights(*dense, level=level)
+    with pytest.raises(InputError, match=r"^log_probs: sample 0 has the shape \[3, 1\], .*squeeze"):
+        importance_weights(*map(list, dense), level=level)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -330,6 +451,7 @@ def test_sides_of_other_shapes_are_refused():
         ({"low": 1.5}, "low must be a finite number above 0 and at most 1"),
         ({"low": -1}, "low must be a finite number above 0 and at most 1"),
         ({"mode": "mask", "high": None}, "mode='mask' without bounds masks nothing"),
+        ({"normalize": 1}, "normalize must be True or False; got 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):

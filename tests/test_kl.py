@@ -101,11 +101,19 @@ class TestClamps:
             math.exp(3) - 4
         )
 
-    def test_it_is_symmetrical_and_spares_what_has_no_exponential(self):
+    def test_it_spares_what_has_no_exponential_to_overflow(self):
         far = [side.clone() for side in (self.FAR[1], self.FAR[0], self.FAR[2])]
-        assert kl_estimate(*far, estimator="k3").item() == pytest.approx(19.0)
-        got = {name: kl_estimate(*far, estimator=name).item() for name in ("k1", "k2", "abs")}
-        assert got == pytest.approx({"k1": 119, "k2": 119**2 / 2, "abs": 119})
+        got = {name: kl_estimate(*far, estimator=name).item() for name in ("k1", "k2", "k3", "abs")}
+        assert got == pytest.approx({"k1": 119, "k2": 119**2 / 2, "k3": 118, "abs": 119})
+
+    @pytest.mark.parametrize(("r", "slope"), [(-35.0, 1.0), (-5.0, 1 - math.exp(-5)), (35.0, 0.0)])
+    def test_k3_never_pulls_the_policy_away_from_the_reference(self, r, slope):
+        """The slope of k3 along the policy's log-prob has the sign of the policy's excess, or is 0."""
+        policy = torch.tensor([[-40.0]], requires_grad=True)
+        kl = kl_estimate(policy, policy.detach() + r, torch.tensor([[True]]), estimator="k3")
+        kl.sum().backward()
+        assert kl.item() == pytest.approx(math.exp(min(r, 20)) - 1 - min(r, 20), rel=1e-6)
+        assert policy.grad.item() == pytest.approx(slope, rel=1e-6)
 
     def test_forwards_weight_is_clamped_too(self):
         assert kl_estimate(*self.FAR, direction="forward").item() == pytest.approx(119 * math.exp(20))
@@ -205,16 +213,40 @@ def test_a_kl_that_is_not_finite_says_nothing_of_log_probs():
     ("side", "message"),
     [
         (None, "log_probs is NoneType, expected a tensor"),
-        (torch.tensor(-1.0), "log_probs is a tensor without dimensions"),
+        (torch.tensor(-1.0), r"log_probs has the shape \[\], expected \[B, T\]"),
         ([[-1.0, -2.0]], r"log_probs: sample 0 is list, expected a tensor \[T\]"),
-        ([torch.tensor(-1.0)], r"log_probs: sample 0 is shape \[\]"),
+        ([torch.tensor(-1.0)], r"log_probs: sample 0 has the shape \[\], expected \[T\]"),
+        (torch.zeros(2, 3, 1), r"log_probs has the shape \[2, 3, 1\], expected \[B, T\]\. .*\.squeeze\(-1\)"),
+        (torch.zeros(2, 2, 3), r"log_probs has the shape \[2, 2, 3\], expected \[B, T\]$"),
+        (
+            [torch.zeros(2), torch.zeros(2, 1)],
+            r"log_probs: sample 1 has the shape \[2, 1\], expected \[T\]\. .*\.squeeze\(-1\)",
+        ),
         (torch.zeros(1, 2, device="meta"), "log_probs is on the meta device"),
-        ([torch.zeros(2), torch.zeros(2, device="meta")], "log_probs is on the meta device"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], "log_probs: sample 1 is on the meta device"),
+        (torch.zeros(2).to_sparse(), r"log_probs is a nested or sparse tensor \(torch.sparse_coo\)"),
+        ([torch.zeros(2).to_sparse()], "log_probs: sample 0 is a nested or sparse tensor"),
+        (
+            torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+            r"log_probs is a nested .*unbind",
+        ),
     ],
 )
 def test_what_is_no_tensor_of_rows_is_refused_by_name(side, message):
     with pytest.raises(InputError, match=message):
         kl_estimate(side, side, side)
+
+
+def test_k_log_probs_per_token_are_one_dimension_more_than_the_mask():
+    side, mask = torch.zeros(2, 3, 4), torch.ones(2, 3)
+    for log_probs, keep, message in (
+        (side[..., None], mask[..., None], r"log_probs has the shape \[2, 3, 4, 1\], expected \[B, T, K\]"),
+        (side, mask[..., None], r"mask has the shape \[2, 3, 1\], expected \[B, T\]"),
+        (list(side[..., 0]), list(mask), r"log_probs: sample 0 has the shape \[3\], expected \[T, K\]"),
+        (list(side), list(mask[..., None]), r"mask: sample 0 has the shape \[3, 1\], expected \[T\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            kl_estimate(log_probs, log_probs, keep, estimator="topk")
 
 
 def test_a_bound_that_no_float_holds_is_refused():

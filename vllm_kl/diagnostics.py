@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vllm_kl.errors import InputError, OptionError
-from vllm_kl.kl import packed_sides
+from vllm_kl.kl import k3_of, packed_sides
 from vllm_kl.types import sample_at
 
 # Name of a metric -> its lowest and highest healthy value. 1.05 is NeMo RL's bound, 0.5 is verl's.
@@ -30,7 +30,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "token_mult_prob_error": (1.0, 1.05),
     "effective_sample_size_fraction": (0.5, 1.0),
 }
-# Clamp of the log-ratio before an exponential, in nats: one impossible token must not make all metrics inf.
+# Bound of a log-ratio before an exponential, in nats: one impossible token must not make all metrics inf.
 _MAX_LOG_RATIO = 20.0
 _NUM_BEFORE, _NUM_AFTER = 8, 4
 
@@ -109,10 +109,11 @@ def mismatch(
         ``log_perplexity_diff_nats``              mean over samples of the mean ``-r``
         ========================================  ============================================================
 
-        Exponentials use r clamped to 20 nats.
+        Exponentials stay numbers: in both k3 an r above 20 nats counts as 20. In the ratios, the sample size
+        and ``token_mult_prob_error`` an r below -20 counts as -20, too.
 
     Raises:
-        InputError: the shapes differ, or the mask keeps no token.
+        InputError: the shapes differ or have other dimensions than these, or the mask keeps no token.
         MissingLogProbError: a value inside the mask is not finite.
         OptionError: ``limits`` names a metric that does not exist.
 
@@ -171,16 +172,16 @@ def mismatch(
 def _metrics(r_N: torch.Tensor, keep_N: torch.Tensor, lengths: list[int]) -> dict[str, float]:
     per_sample = [row[kept] for row, kept in zip(r_N.split(lengths), keep_N.split(lengths), strict=True)]
     r = r_N[keep_N]
-    clamped = r.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    ratio = clamped.exp()
+    ratio = r.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    at_most = r.clamp(max=_MAX_LOG_RATIO)
     values = {
         "num_tokens": torch.tensor(float(len(r))),
-        "kl_sampler_scorer_nats": (torch.expm1(clamped) - clamped).mean(),
-        "kl_scorer_sampler_nats": (ratio * clamped - torch.expm1(clamped)).mean(),
+        "kl_sampler_scorer_nats": k3_of(r, _MAX_LOG_RATIO).mean(),
+        "kl_scorer_sampler_nats": (at_most.exp() * at_most - torch.expm1(at_most)).mean(),
         "kl_k1_nats": -r.mean(),
         "log_prob_diff_mean_nats": r.abs().mean(),
         "log_prob_diff_max_nats": r.abs().max(),
-        "token_mult_prob_error": clamped.abs().exp().mean(),
+        "token_mult_prob_error": r.abs().clamp(max=_MAX_LOG_RATIO).exp().mean(),
         "ratio_min": ratio.min(),
         "ratio_mean": ratio.mean(),
         "ratio_max": ratio.max(),

@@ -43,7 +43,7 @@ from typing import Literal, get_args
 import torch
 
 from vllm_kl.errors import OptionError
-from vllm_kl.kl import is_bound, packed_sides
+from vllm_kl.kl import is_bound, k3_of, packed_sides
 
 Level = Literal["token", "sequence", "geometric"]
 Mode = Literal["truncate", "mask"]
@@ -57,7 +57,8 @@ class Importance:
 
     weights: torch.Tensor | list[torch.Tensor]  # [B, T], or B rows [T]; float32; 0.0 outside the mask
     metrics: dict[str, float]  # for a logger, under this package's names
-    # "trl", "verl" or "nemo_rl" -> the figures that this trainer prints, under its own names.
+    # "trl", "verl" or "nemo_rl" -> the figures that this trainer prints, under its own names. Those of the
+    # weights are there only if the trainer can weigh like this: see docs/mismatch.md.
     as_printed_by: dict[str, dict[str, float]]
 
 
@@ -73,6 +74,7 @@ class Weighting:
     mode: Mode = "truncate"
     low: float | None = None
     high: float | None = 2.0
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("level", self.level, Level), ("mode", self.mode, Mode)):
@@ -84,6 +86,8 @@ class Weighting:
         _check_bound("high", self.high, 1.0, math.inf)
         if self.mode == "mask" and self.low is None and self.high is None:
             raise OptionError("mode='mask' without bounds masks nothing: pass high=, low= or both")
+        if not isinstance(self.normalize, bool):
+            raise OptionError(f"normalize must be True or False; got {str(self.normalize)[:60]}")
 
     def outside(self, log_ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tell which log-ratios are above the upper bound, and which are below the lower one."""
@@ -91,15 +95,25 @@ class Weighting:
         below = log_ratio < (-math.inf if self.low is None else math.log(self.low))
         return above, below
 
-    def weights(self, log_ratio: torch.Tensor) -> torch.Tensor:
-        """Return the weights of log-ratios, nats."""
-        ratio = _exp(log_ratio)
+    def weights(self, log_ratio: torch.Tensor, most: float = MAX_LOG_RATIO) -> torch.Tensor:
+        """Return the weights of log-ratios, nats, of which no absolute value is taken above ``most``."""
+        ratio = _exp(log_ratio, most)
         if self.low is not None or self.high is not None:
             ratio = ratio.clamp(self.low, self.high)
         if self.mode == "truncate":
             return ratio
         above, below = self.outside(log_ratio)
         return ratio.where(~(above | below), 0.0)
+
+    def divisor(self, log_ratio_of_units: torch.Tensor) -> float:
+        """Return what the weights are divided by: their mean over tokens or samples, or 1.0.
+
+        It is 1.0 without ``normalize``, and where nothing has a weight: verl divides by no mean below 1e-8.
+        """
+        if not self.normalize or not len(log_ratio_of_units):
+            return 1.0
+        mean = float(self.weights(log_ratio_of_units).mean())
+        return mean if mean > 1e-8 else 1.0
 
 
 def _check_bound(name: str, value: float | None, least: float, most: float) -> None:
@@ -123,6 +137,7 @@ def importance_weights(
     mode: Mode = "truncate",
     low: float | None = None,
     high: float | None = 2.0,
+    normalize: bool = False,
 ) -> Importance:
     """Return the importance weight of every token, ``p_trainer / p_sampler`` within bounds.
 
@@ -139,6 +154,9 @@ def importance_weights(
             default of verl (``rollout_is_threshold``); TRL's is 3.0, for its ``sequence_mask``. Bounds of
             ``"geometric"`` are near 1: NeMo RL's are 0.999 and 1.002. With ``mode="truncate"``, ``high=None``
             gives plain importance weights.
+        normalize: divide the weights by their mean in this batch, over the kept tokens or, with another level
+            than ``"token"``, over the samples that have kept tokens (verl's ``rollout_is_batch_normalize``).
+            They then have the mean 1, and may be above ``high``. A mean of 1e-8 or less divides nothing.
 
     Returns:
         An :class:`Importance`. Its weights have no graph: they are constants of a loss. They are exactly 0.0
@@ -147,7 +165,7 @@ def importance_weights(
 
         ====================================  ================================================================
         ``num_tokens``, ``num_sequences``     n, and the samples that have kept tokens
-        ``weight_mean``, ``_min``, ``_max``   of the weights of the tokens
+        ``weight_mean``, ``_min``, ``_max``   of the weights of the tokens, as returned
         ``weight_std``                        their standard deviation (divided by n)
         ``ratio_mean``, ``_min``, ``_max``    of the units' ratios before the bounds
         ``above_high_fraction``               the units whose ratio is above ``high``
@@ -159,7 +177,7 @@ def importance_weights(
         Without a kept token there are ``num_tokens`` and ``num_sequences`` only.
 
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or have other dimensions than these.
         MissingLogProbError: a value inside the mask is not finite; the message names sample and token.
         OptionError: a level or mode does not exist, or a bound cannot work.
 
@@ -175,7 +193,7 @@ def importance_weights(
     >>> found.metrics["ratio_mean"] == found.as_printed_by["trl"]["sampling/importance_sampling_ratio/mean"]
     True
     """
-    weighting = Weighting(level=level, mode=mode, low=low, high=high)
+    weighting = Weighting(level=level, mode=mode, low=low, high=high, normalize=normalize)
     sides = {"log_probs": log_probs, "sampler_log_probs": sampler_log_probs, "mask": mask}
     trained_N, sampled_N, keep_N, lengths = packed_sides(sides)
     device = trained_N.device
@@ -219,7 +237,8 @@ def _weigh(
     of = (has_tokens_B.cumsum(0) - 1)[sample_N[keep_N]]
     units = r_N[keep_N] if weighting.level == "token" else log_ratio_B[has_tokens_B]
     tokens = (trained_N[keep_N], sampled_N[keep_N], weights_N[keep_N], log_ratio_N[keep_N], of, units)
-    return weights_N, _Ratios(weighting, *(values.cpu() for values in tokens))
+    ratios = _Ratios(weighting, *(values.cpu() for values in tokens))
+    return weights_N / weighting.divisor(ratios.units), ratios
 
 
 def _sums(values: torch.Tensor, of: torch.Tensor, num: int) -> torch.Tensor:
@@ -234,7 +253,7 @@ class _Ratios:
     weighting: Weighting
     trained: torch.Tensor  # [n] log-probs of the trainer, nats
     sampled: torch.Tensor  # [n] log-probs of the sampler, nats
-    weights: torch.Tensor  # [n]
+    weights: torch.Tensor  # [n] before they are normalized
     log_ratio: torch.Tensor  # [n] of the level: one number for all tokens of a sample, but for "token"
     of: torch.Tensor  # [n] int64, the sample of each token: 0 to S - 1
     units: torch.Tensor  # [n] or [S] log-ratios, see importance_weights
@@ -258,7 +277,7 @@ class _Ratios:
         counts = {"num_tokens": float(len(self.weights)), "num_sequences": float(self._num_samples)}
         if not len(self.weights):
             return counts
-        ratios, weights = _exp(self.units), self.weights
+        ratios, weights = _exp(self.units), self.weights / self.weighting.divisor(self.units)
         above, below = self.weighting.outside(self.units)
         values = {
             "weight_mean": weights.mean(),
@@ -279,27 +298,32 @@ class _Ratios:
         if not len(self.weights):
             return {}
         difference = (self.trained - self.sampled).abs()
-        applied = self.weights if self.weighting.level == "token" else self._means(self.weights)
         values = {
             "sampling/sampling_logp_difference/mean": difference.mean(),
             "sampling/sampling_logp_difference/max": difference.max(),
-            "sampling/importance_sampling_ratio/min": applied.min(),
-            "sampling/importance_sampling_ratio/mean": applied.mean(),
-            "sampling/importance_sampling_ratio/max": applied.max(),
         }
+        if _is_of_trl(self.weighting):
+            applied = self.weighting.weights(self.units, most=math.inf)
+            values |= {
+                "sampling/importance_sampling_ratio/min": applied.min(),
+                "sampling/importance_sampling_ratio/mean": applied.mean(),
+                "sampling/importance_sampling_ratio/max": applied.max(),
+            }
         return _floats(values)
 
     def verl(self) -> dict[str, float]:
-        """Return the figures of verl (``verl/trainer/ppo/rollout_corr_helper.py``, 20c30bf)."""
+        """Return the figures of verl (``verl/trainer/ppo/rollout_corr_helper.py``, 1dda039)."""
         if not len(self.weights):
             return {}
-        values = self._verl_weights() | self._verl_bounds() | self._verl_difference()
+        values = self._verl_difference()
+        if _is_of_verl(self.weighting):
+            values |= self._verl_weights() | self._verl_bounds()
         return _floats({f"rollout_corr/{name}": value for name, value in values.items()})
 
     def _verl_weights(self) -> dict[str, torch.Tensor]:
         weights, means = self.weights, self._means(self.weights)
         is_token = self.weighting.level == "token"
-        return {
+        values = {
             "rollout_is_mean": weights.mean(),
             "rollout_is_max": weights.max() if is_token else self.units.max().clamp(max=MAX_LOG_RATIO).exp(),
             "rollout_is_min": weights.min() if is_token else self.units.min().exp(),
@@ -311,12 +335,14 @@ class _Ratios:
             "rollout_is_seq_min": means.min(),
             "rollout_is_seq_max_deviation": (means - 1).abs().max(),
         }
+        if self.weighting.normalize:  # all figures above are of the weights before that
+            values["rollout_is_batch_norm_factor"] = torch.tensor(self.weighting.divisor(self.units))
+        return values
 
     def _verl_bounds(self) -> dict[str, torch.Tensor]:
-        """Return the figures that need a threshold. Without a lower one verl takes 1 / the upper one."""
+        """Return the figures of the threshold. Without a lower one verl takes 1 / the upper one."""
         high, low = self.weighting.high, self.weighting.low
-        if high is None:
-            return {}
+        assert high is not None, "verl has no weights without it"
         low_or_inverse = 1 / high if low is None else low
         raw_means = self._means(_exp(self.log_ratio))
         values = {
@@ -325,9 +351,7 @@ class _Ratios:
             "rollout_is_seq_fraction_high": (raw_means > high).double().mean(),
             "rollout_is_seq_fraction_low": (raw_means < low_or_inverse).double().mean(),
         }
-        if self.weighting.mode == "mask" and low is not None:
-            values["rollout_is_oob_ratio"] = self._outside_fraction()
-        return values
+        return values if low is None else values | {"rollout_is_oob_ratio": self._outside_fraction()}
 
     def _verl_difference(self) -> dict[str, torch.Tensor]:
         r = self.trained - self.sampled
@@ -339,7 +363,7 @@ class _Ratios:
             "rollout_ppl": sampled.neg().exp().mean(),
             "rollout_log_ppl": -sampled.mean(),
             "kl": -r.mean(),
-            "k3_kl": _k3(r).mean(),
+            "k3_kl": k3_of(r, None).mean(),
             "log_ppl_diff": (sampled - trained).mean(),
             "log_ppl_abs_diff": (sampled - trained).abs().mean(),
             "log_ppl_diff_max": (sampled - trained).max(),
@@ -350,22 +374,28 @@ class _Ratios:
         }
 
     def nemo_rl(self) -> dict[str, float]:
-        """Return the figures of NeMo RL (``nemo_rl/algorithms/loss/loss_functions.py``, 006907a)."""
+        """Return the figures of NeMo RL (``loss/loss_functions.py`` and ``grpo.py``, 7ea279a)."""
         if not len(self.weights):
             return {}
         r = self.trained - self.sampled
         mixture = torch.logaddexp(self.trained, self.sampled) - math.log(2)
-        js = (_k3(self.trained - mixture) + _k3(self.sampled - mixture)) / 2
-        applied = self.weights if self.weighting.level == "token" else self._means(self.weights)
+        js = (k3_of(self.trained - mixture, None) + k3_of(self.sampled - mixture, None)) / 2
+        of_samples = self._means(r.abs().exp())
         values = {
-            "token_mult_prob_error": _exp(r.abs()).mean(),
-            "gen_kl_error": _k3(r).mean(),
-            "policy_kl_error": _k3(-r).mean(),
+            "token_mult_prob_error": r.abs().exp().mean(),
+            "max_seq_mult_prob_error": of_samples.max(),
+            "mean_seq_mult_prob_error": of_samples.mean(),
+            "min_seq_mult_prob_error": of_samples.min(),
+            "gen_kl_error": k3_of(r, None).mean(),
+            "policy_kl_error": k3_of(-r, None).mean(),
             "js_divergence_error": js.mean(),
-            "sampling_importance_ratio": applied.mean(),
         }
-        if self.weighting.low is not None or self.weighting.high is not None:
-            values["is_oob_ratio"] = self._outside_fraction()
+        weighting = self.weighting
+        if _is_of_nemo_rl(weighting):
+            if weighting.level == "token":  # of sequences, NeMo RL's depends on the size of its microbatches
+                values["sampling_importance_ratio"] = weighting.weights(r, most=math.inf).mean()
+            if weighting.high is not None:
+                values["is_oob_ratio"] = self._outside_fraction()
         return _floats(values)
 
     def _outside_fraction(self) -> torch.Tensor:
@@ -375,13 +405,33 @@ class _Ratios:
         return (above | below).double().mean()
 
 
-def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+def _is_of_trl(weighting: Weighting) -> bool:
+    """Whether TRL can weigh like this: tokens or sequences, by one bound or two that differ."""
+    has_bounds = weighting.low != weighting.high
+    return weighting.level != "geometric" and has_bounds and not weighting.normalize
 
 
-def _k3(r: torch.Tensor) -> torch.Tensor:
-    r = r.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(r) - r
+def _is_of_verl(weighting: Weighting) -> bool:
+    """Whether verl can: tokens or sequences, truncated by an upper bound or masked by two."""
+    needs_low = weighting.mode == "mask"
+    has_bounds = weighting.high is not None and (weighting.low is not None) == needs_low
+    return weighting.level != "geometric" and has_bounds
+
+
+def _is_of_nemo_rl(weighting: Weighting) -> bool:
+    """Whether NeMo RL can: truncated by an upper bound, or not at all; or masked by two bounds.
+
+    A ``"geometric"`` mask is the filter of its ``seq-mask-tis``. The weights that this keeps are others.
+    """
+    if weighting.normalize:
+        return False
+    if weighting.mode == "mask":
+        return weighting.low is not None and weighting.high is not None
+    return weighting.level != "geometric" and (weighting.high is not None or weighting.low is None)
+
+
+def _exp(log_ratio: torch.Tensor, most: float = MAX_LOG_RATIO) -> torch.Tensor:
+    return log_ratio.clamp(-most, most).exp()
 
 
 def _floats(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from vllm_kl.batch.alignment import check_finite, only_kept
+from vllm_kl.batch.alignment import check_dims, check_finite, only_kept
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.types import widths_of
 
@@ -95,9 +95,10 @@ def kl_estimate(
             variance, biased), ``"k3"`` (unbiased, never negative), ``"abs"`` (its absolute value: a distance,
             not a KL) or ``"topk"`` (from distributions: no sampling noise). The formulas are at the top of
             :mod:`vllm_kl.kl`.
-        clamp_log_ratio: the largest absolute log-ratio, in nats, that goes into an exponential (in ``"k3"``,
-            and in the weight of ``"forward"``). Without it one very unlikely token can make the sum or its
-            gradient overflow. Estimators without an exponential are not clamped. ``None``: no bound.
+        clamp_log_ratio: the largest log-ratio, in nats, that goes into an exponential: r in ``"k3"``, and
+            the absolute r in the weight of ``"forward"``. Without it one very unlikely token can make the
+            sum or its gradient overflow. What has no exponential to overflow is not clamped: the other
+            estimators, and a negative r in ``"k3"``. ``None``: no bound.
         clamp_output: the largest absolute value of an estimate, in nats; ``None``: no bound.
         direction: ``"reverse"``, KL(policy || reference), or ``"forward"``, KL(reference || policy).
 
@@ -105,7 +106,7 @@ def kl_estimate(
         ``[B, T]``; or a list of B tensors ``[T]`` if the inputs are lists.
 
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or have other dimensions than these.
         MissingLogProbError: a value inside the mask is not finite, or an estimate overflows without a clamp.
         OptionError: the estimator or the direction does not exist, or a bound is not positive.
 
@@ -157,8 +158,7 @@ def estimate(
         case "k2":
             kl = (policy - ref).square() / 2
         case "k3":
-            exponent = _clamped(ref - policy, clamp_log_ratio)
-            kl = torch.expm1(exponent) - exponent
+            kl = k3_of(ref - policy, clamp_log_ratio)
         case "abs":
             kl = (policy - ref).abs()
         case _:
@@ -168,6 +168,20 @@ def estimate(
     kl = _clamped(kl, clamp_output)
     check_finite(kl, lengths, what=f"KL {estimator}", are_log_probs=False)
     return kl
+
+
+def k3_of(log_ratio: torch.Tensor, most: float | None) -> torch.Tensor:
+    """Return ``exp(r) - 1 - r`` of log-ratios r, nats, with every r above ``most`` set to ``most``.
+
+    Only a large r overflows an exponential: a small one gives -1 - r. Above the bound both terms stand still,
+    so that the estimate is never negative and its gradient never has the wrong sign.
+
+    >>> k3_of(torch.tensor([-35.0, 0.0, 35.0]), 2.0)
+    tensor([34.0000,  0.0000,  4.3891])
+    """
+    if most is not None:
+        log_ratio = log_ratio.clamp(max=most)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def sums_of(values_N: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -188,13 +202,13 @@ def packed_sides(
             order. All are dense tensors, or all are lists of B rows.
 
     Raises:
-        InputError: the shapes differ, or only some of the three are dense.
+        InputError: the shapes differ or have other dimensions, or only some of the three are dense.
         MissingLogProbError: a value inside the mask is not finite.
     """
     *names, last = sides
     log_probs, ref_log_probs, mask = sides.values()
     for name, side in sides.items():
-        _check_side(name, side)
+        _check_side(name, side, dims=2 if estimator == "topk" and name != last else 1)
     dense = [side for side in sides.values() if isinstance(side, torch.Tensor)]
     if len(dense) not in (0, len(sides)):
         raise InputError(f"{', '.join(names)} and {last} must all be tensors, or all be lists of tensors")
@@ -224,20 +238,34 @@ def packed_sides(
     return policy, ref, keep, lengths
 
 
-def _check_side(name: str, side: Any) -> None:
-    """Refuse what is neither a tensor of rows nor a list of rows that are tensors."""
-    rows = [side] if isinstance(side, torch.Tensor) else side if isinstance(side, (list, tuple)) else []
-    if any(isinstance(row, torch.Tensor) and row.is_meta for row in rows):
+def _check_side(name: str, side: Any, dims: int) -> None:
+    """Refuse what is neither a tensor of rows nor a list of rows, each with ``dims`` dimensions."""
+    row_shape = "[T]" if dims == 1 else "[T, K]"
+    batch_shape = row_shape.replace("[", "[B, ")
+    if isinstance(side, torch.Tensor):
+        _check_tensor(name, side, (dims, dims + 1), batch_shape)
+    elif isinstance(side, (list, tuple)):
+        for i, row in enumerate(side):
+            _check_tensor(f"{name}: sample {i}", row, (dims,), row_shape)
+    else:
+        raise InputError(
+            f"{name} is {type(side).__name__}, expected a tensor {batch_shape}, or a list of B tensors "
+            f"{row_shape}"
+        )
+
+
+def _check_tensor(name: str, values: Any, dims: tuple[int, ...], shape: str) -> None:
+    """Refuse what is no plain tensor, or has another number of dimensions; ``shape`` is for the message."""
+    if not isinstance(values, torch.Tensor):
+        raise InputError(f"{name} is {type(values).__name__}, expected a tensor {shape}: torch.tensor(...)")
+    if values.is_meta:
         raise InputError(f"{name} is on the meta device, where tensors have a shape and no numbers")
-    if isinstance(side, torch.Tensor) and side.dim():
-        return
-    if not isinstance(side, (list, tuple)):
-        what = "a tensor without dimensions" if isinstance(side, torch.Tensor) else type(side).__name__
-        raise InputError(f"{name} is {what}, expected a tensor [B, T], or a list of B tensors [T]")
-    for i, row in enumerate(side):
-        if not isinstance(row, torch.Tensor) or not row.dim():
-            what = f"shape {list(row.shape)}" if isinstance(row, torch.Tensor) else type(row).__name__
-            raise InputError(f"{name}: sample {i} is {what}, expected a tensor [T]: torch.tensor(...)")
+    if values.is_nested or values.layout is not torch.strided:
+        raise InputError(
+            f"{name} is a nested or sparse tensor ({values.layout}), expected a plain one: .to_dense() of a "
+            "sparse one, list(values.unbind()) of a nested one"
+        )
+    check_dims(values, dims, what=name, expected=shape)
 
 
 def check_same_shape(where: str, shapes: dict[str, tuple[int, ...]], estimator: str = "k1") -> None:

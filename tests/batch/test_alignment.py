@@ -103,6 +103,11 @@ class TestLayouts:
         with pytest.raises(InputError, match="sample 1 has 4 values, expected 6"):
             from_layout([torch.zeros(3), torch.zeros(4)], batch_of(["..oxx.", "..oxx."]), what="log_probs")
 
+    @pytest.mark.parametrize("stored", [torch.zeros(2, 6, 1), [torch.zeros(6, 1), torch.zeros(6, 1)]])
+    def test_a_last_dimension_of_one_is_refused(self, stored):
+        with pytest.raises(InputError, match=r"log_probs: sample 0 has the shape \[6, 1\], .*squeeze"):
+            from_layout(stored, batch_of(["..oxx.", "..oxx."]), what="log_probs")
+
     def test_rows_of_the_sequences_length_are_read_beside_rows_with_padding(self):
         stored = [torch.arange(6.0), torch.arange(3.0)]
         values = from_layout(stored, batch_of(["..oxx.", "..oxx."]), what="log_probs")

@@ -32,7 +32,7 @@ def expected(p, q, estimator, direction, clamp, clamp_output):
     r = q - p
     bound = math.inf if clamp is None else clamp
     with np.errstate(over="ignore", invalid="ignore"):
-        e = np.clip(np.float64(r), -bound, bound)
+        e = np.minimum(np.float64(r), bound)  # in k3
         value = {
             "k1": np.float64(-r),
             "k2": np.float64(r) * r / 2,
@@ -155,8 +155,13 @@ ODD_SIDES = st.one_of(
             [np.zeros(2)],
             torch.zeros(2, 3, dtype=torch.int64),
             torch.ones(2, 3, dtype=torch.bool),
+            torch.zeros(2, 3, 1),
+            torch.ones(2, 3, 1),
+            torch.ones(2, 2, 3),
             [],
             [torch.zeros(())],
+            [torch.ones(2, 1)],
+            [torch.ones(1, 2, 1)],
         ]
     ),
 )
@@ -173,8 +178,13 @@ ODD_SIDES = st.one_of(
 )
 def test_sides_of_any_kind_are_compared_or_refused(policy, ref, mask, estimator, clamp):
     ref, mask = policy if ref is None else ref, policy if mask is None else mask
-    told(lambda: kl_estimate(policy, ref, mask, estimator=estimator, clamp_output=clamp))
-    told(lambda: importance_weights(policy, ref, mask, high=clamp))
+    estimates = told(lambda: kl_estimate(policy, ref, mask, estimator=estimator, clamp_output=clamp))
+    found = told(lambda: importance_weights(policy, ref, mask, high=clamp))
+    for values in (estimates, None if found is None else found.weights):
+        if values is not None:  # one number for each token
+            assert [row.shape for row in values] == [row.shape for row in mask]
+            assert isinstance(values, list) or values.dim() <= 2
+            assert all(row.dim() <= 1 for row in values)
 
 
 @fuzz(

@@ -62,7 +62,9 @@ def want(**options):
     return importance_weights(tensors(TRAINED), tensors(SAMPLED), tensors(MASKS), **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"level": "sequence", "mode": "mask", "low": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"level": "sequence", "mode": "mask", "low": 0.5}, {"normalize": True}]
+)
 class TestLayouts:
     def test_ragged(self, options):
         transform = ImportanceWeights(**options)
@@ -142,6 +144,16 @@ class TestRefused:
         td[SAMPLER] = td[SAMPLER][:, 1:]
         with pytest.raises(InputError, match=r"sample 0: .* \[5\], but \('log_probs', 'full'\) .* \[4\]"):
             ImportanceWeights()(td)
+
+    @pytest.mark.parametrize("pad", [None, "left"])
+    def test_a_last_dimension_of_one(self, pad):
+        td, key = batch(pad), ("next", *TRAINER)
+        for sample in td.unbind(0) if pad is None else [td]:
+            for entry in (key, SAMPLER, ("next", "kl_mask")):
+                sample[entry] = sample[entry].unsqueeze(-1)
+        with pytest.raises(InputError, match=r"trainer.*: sample 0 has the shape \[\d, 1\], .*squeeze"):
+            ImportanceWeights()(td)
+        assert "importance_weights" not in td["next"].keys()
 
     @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
     @pytest.mark.parametrize("pad", [None, "left"])

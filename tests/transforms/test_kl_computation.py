@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, lazy_stack
 from torchrl.envs import Compose
 
 from tests import batches
@@ -52,6 +52,14 @@ class TestEntries:
     def test_sides_of_different_lengths_are_refused_by_sample(self):
         with pytest.raises(InputError, match="Sample 0 has different shapes"):
             self.transform()(self.data(torch.zeros(2, 3), torch.zeros(2, 4)))
+
+    def test_a_last_dimension_of_one_is_refused(self):
+        side = -torch.ones(2, 3, 1)
+        rows = TensorDict(gen=TensorDict(full=side[0]), ref=TensorDict(full=side[0]))
+        ragged = lazy_stack([TensorDict(next=rows.clone()), TensorDict(next=rows.clone())])
+        for td in (self.data(side, side), ragged):
+            with pytest.raises(InputError, match=r"'gen', 'full'\): sample 0 has the shape \[3, 1\]"):
+                self.transform(mask_key=None)(td)
 
 
 class TestZeros:

@@ -85,6 +85,29 @@ def spread(
     return only_kept(torch.cat(rows), batch.packed_keep, batch.lengths, what=what)
 
 
+def check_rows(rows: Rows, *, what: str) -> None:
+    """Refuse rows that are not one value for each token, such as ``[T, 1]``.
+
+    Raises:
+        InputError: a row has another number of dimensions than 1; the message names the sample.
+
+    >>> check_rows([torch.zeros(3), torch.zeros(2, 1)], what="log_probs")
+    Traceback (most recent call last):
+        ...
+    vllm_kl.errors.InputError: log_probs: sample 1 has the shape [2, 1], expected [T]. Take the last ...
+    """
+    for i, row in enumerate(rows):
+        check_dims(row, (1,), what=f"{what}: sample {i}", expected="[T]")
+
+
+def check_dims(values: torch.Tensor, dims: tuple[int, ...], *, what: str, expected: str) -> None:
+    """Refuse values with another number of dimensions than one of ``dims``; ``expected`` is their shape."""
+    if values.dim() not in dims:
+        is_column = values.dim() == dims[-1] + 1 and values.shape[-1] == 1
+        cure = ". Take the last dimension away: .squeeze(-1)" if is_column else ""
+        raise InputError(f"{what} has the shape {list(values.shape)}, expected {expected}{cure}")
+
+
 def only_kept(
     values_N: torch.Tensor, keep_N: torch.Tensor, lengths: Sequence[int], *, what: str
 ) -> torch.Tensor:
@@ -165,8 +188,10 @@ def from_layout(stored: Rows, batch: TokenBatch, *, what: str) -> torch.Tensor:
     """Pack values that have the layout of the batch's stored rows, ``[N]``: the inverse of :func:`to_layout`.
 
     Raises:
-        InputError: the width of a row is neither that of the stored ids nor the length of the sequence.
+        InputError: a row has more than one dimension, or its width is neither that of the stored ids nor the
+            length of the sequence.
     """
+    check_rows(stored, what=what)
     found = widths_of(stored)
     if found == batch.widths:
         return pack(stored, batch.places)

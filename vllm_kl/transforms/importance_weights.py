@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torchrl.data import Composite
 
-from vllm_kl.batch.alignment import only_kept
+from vllm_kl.batch.alignment import check_rows, only_kept
 from vllm_kl.batch.read_tokens import read_rows
 from vllm_kl.batch.write_entries import check_distinct, declare, set_rows
 from vllm_kl.errors import InputError, OptionError
@@ -42,7 +42,7 @@ class ImportanceWeights(NextTransform):
             ``RetrieveKL(..., gen_log_probs="rescore")``.
 
     Keyword Args:
-        level, mode, low, high: as in :func:`vllm_kl.importance_weights`.
+        level, mode, low, high, normalize: as in :func:`vllm_kl.importance_weights`.
         weights_key: where the weights are written, under ``"next"`` if there is one.
         mask_key: where :class:`RetrieveLogProb` or :class:`RetrieveKL` wrote the mask of kept tokens, bool.
             It is read under ``"next"`` or beside it, and never written.
@@ -59,7 +59,8 @@ class ImportanceWeights(NextTransform):
     Log-probs do not tell their temperature: both sides must be of the distribution that was sampled from.
 
     Raises:
-        InputError: when called: an entry is missing, both sides are one entry, or shapes differ.
+        InputError: when called: an entry is missing, both sides are one entry, or shapes differ or are not
+            ``[B, T]`` or rows ``[T]``.
         MissingLogProbError: when called: a log-prob inside the mask is missing, is no log-prob, or is a
             doubtful 0.0 and ``on_zero="raise"``.
         OptionError: an option does not exist or cannot work, or two entries have one key.
@@ -89,12 +90,14 @@ class ImportanceWeights(NextTransform):
         mode: Mode = "truncate",
         low: float | None = None,
         high: float | None = 2.0,
+        normalize: bool = False,
         weights_key: NestedKey = ("importance_weights", "full"),
         mask_key: NestedKey = "kl_mask",
         on_zero: OnZero = "raise",
         names: Names = "vllm_kl",
     ) -> None:
-        Weighting(level=level, mode=mode, low=low, high=high)  # refuses what cannot work
+        # It refuses what cannot work.
+        Weighting(level=level, mode=mode, low=low, high=high, normalize=normalize)
         check_on_zero(on_zero)
         if names not in get_args(Names):
             raise OptionError(f"names={names!r} does not exist; choose one of {', '.join(get_args(Names))}")
@@ -104,7 +107,7 @@ class ImportanceWeights(NextTransform):
         super().__init__(in_keys=in_keys, out_keys=[weights_key])
         self.log_probs_full_key = log_probs_full_key
         self.sampler_log_probs_full_key = sampler_log_probs_full_key
-        self.level, self.mode, self.low, self.high = level, mode, low, high
+        self.level, self.mode, self.low, self.high, self.normalize = level, mode, low, high, normalize
         self.weights_key = weights_key
         self.mask_key = mask_key
         self.on_zero: OnZero = on_zero
@@ -123,7 +126,14 @@ class ImportanceWeights(NextTransform):
     def _write(self, td: TensorDictBase, next_td: TensorDictBase) -> TensorDictBase:
         sides = self._sides(td, next_td)
         self._check(*sides)
-        found = importance_weights(*sides, level=self.level, mode=self.mode, low=self.low, high=self.high)
+        found = importance_weights(
+            *sides,
+            level=self.level,
+            mode=self.mode,
+            low=self.low,
+            high=self.high,
+            normalize=self.normalize,
+        )
         written = set_rows(next_td, self.weights_key, found.weights)
         self._metrics = found.metrics if self.names == "vllm_kl" else found.as_printed_by[self.names]
         return written
@@ -140,9 +150,9 @@ class ImportanceWeights(NextTransform):
                 "RetrieveLogProb(trainer, log_probs_full_key=('trainer_log_probs', 'full'))"
             )
         sides = trained, sampled, mask
+        self._check_shapes(*sides)
         if all(isinstance(side, torch.Tensor) for side in sides):
             return sides
-        self._check_shapes(*sides)
         trained, sampled, mask = (list(side) for side in sides)
         return trained, sampled, mask
 
@@ -160,6 +170,7 @@ class ImportanceWeights(NextTransform):
         )
 
     def _check_shapes(self, trained: Rows, sampled: Rows, mask: Rows) -> None:
+        check_rows(trained, what=str(self.log_probs_full_key))
         keys = (self.sampler_log_probs_full_key, sampled), (self.mask_key, mask)
         for key, rows in keys:
             for i, (row, other) in enumerate(zip(trained, rows, strict=True)):
@@ -171,8 +182,6 @@ class ImportanceWeights(NextTransform):
 
     def _check(self, trained: Rows, sampled: Rows, mask: Rows) -> None:
         """Refuse values that cannot be log-probs, and zeros that stand for missing ones."""
-        if isinstance(trained, torch.Tensor):
-            self._check_shapes(trained, sampled, mask)
         lengths, keep = widths_of(trained), pack(mask).bool()
         keys = self.log_probs_full_key, self.sampler_log_probs_full_key
         sides = [

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
-from vllm_kl.batch.alignment import PaddingSide, only_kept
+from vllm_kl.batch.alignment import PaddingSide, check_rows, only_kept
 from vllm_kl.batch.read_tokens import read_rows
 from vllm_kl.batch.write_entries import check_distinct
 from vllm_kl.errors import InputError, OptionError
@@ -65,7 +65,8 @@ class KLComputation(KLTransform):
     never 0.0.
 
     Raises:
-        InputError: when called: an entry is missing, shapes differ, or the mask does not fit the log-probs.
+        InputError: when called: an entry is missing, shapes differ or are not ``[B, T]`` or rows ``[T]``, or
+            the mask does not fit the log-probs.
         MissingLogProbError: when called: a log-prob is missing, or is a doubtful 0.0 and ``on_zero="raise"``.
         OptionError: when called: the entries have different temperatures.
 
@@ -125,6 +126,7 @@ class KLComputation(KLTransform):
                 f"Log-probs not found: expected {self.gen_log_probs_full_key} and "
                 f"{self.ref_log_probs_full_key}, the tensordict has {sorted(map(str, next_td.keys()))}"
             )
+        check_rows(of_gen, what=str(self.gen_log_probs_full_key))
         _check_shapes(of_gen, of_ref)
         lengths = widths_of(of_gen)
         gen, ref = end_to_end(of_gen), end_to_end(of_ref)
