@@ -130,8 +130,8 @@ def test_errors_have_their_own_types(status, error, kind):
         score(server.address, [[5, 6]])
 
 
-@pytest.mark.parametrize(("status", "told"), [(422, "did not say why"), (401, "401 ")])
-@pytest.mark.parametrize("detail", ["", " \n"])
+@pytest.mark.parametrize(("status", "told"), [(422, "told no more"), (401, "401 ")])
+@pytest.mark.parametrize("detail", ["", " \n", "\x00"])
 def test_an_error_without_a_text_has_one(status, told, detail):
     refused = pytest.raises((InputError, OptionError), match=told)
     with serving(problem(status, "InputError", detail)) as server, refused:

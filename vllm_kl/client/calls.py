@@ -29,6 +29,7 @@ from vllm_kl.routing.shards import Sizes, cut
 SIZES = Sizes(per_replica=4, fewest_tokens=16384, most_tokens=131072)
 _BUSY = (429, 502, 503, 504)  # another try may go better
 _ORIGIN = ("model", "weights", "weight_version")  # of all answers of a call the same
+_SHORTEST_SENTENCE = 10  # characters
 _SEQUENCE = re.compile(r"\bsequence (\d+)\b")
 
 
@@ -208,14 +209,16 @@ def _detail(response: httpx.Response, problem: Any) -> str:
 
 
 def _is_said(told: Any) -> TypeGuard[str]:
-    return isinstance(told, str) and bool(told.strip())
+    return isinstance(told, str) and any(one.isprintable() and not one.isspace() for one in told)
 
 
 def _error_in(problem: dict[str, Any], part: Part | None) -> VLLMKLError:
     name = str(problem.get("type")).rpartition(":")[2]
     kind = getattr(errors, name) if name in errors.__all__ else EngineError
     told = problem.get("detail")
-    message = told if _is_said(told) else f"a server failed and did not say why: {problem}"
+    # Our servers send whole sentences: less than that is not a message of its own.
+    is_sentence = _is_said(told) and len(told) > _SHORTEST_SENTENCE
+    message = told if is_sentence else f"a server failed and told no more than this: {problem}"
     if part is not None:  # the server counts the sequences of the part
         message = _SEQUENCE.sub(lambda found: f"sequence {_place(part, int(found[1]))}", message)
     return kind(message)
