@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.bench.test_run import Process
 from tests.command import vllm_kl
 from tests.oracle import LOG_PROB_TOLERANCE
+from vllm_kl.bench.results import read_rows
 from vllm_kl.errors import OptionError
 
 HERE = Path(__file__).parent
@@ -205,6 +207,22 @@ def test_before_anything_starts_it_says_what_runs_and_what_is_kept(invoke, monke
     told = invoke("bench", "--shape", "tiny", "--providers", "ours", "--out", str(tmp_path)).stderr
     assert "quick" not in told
     assert "kept" not in told
+
+
+def test_rows_are_written_after_each_shape_so_a_late_end_loses_only_the_last(invoke, monkeypatch, tmp_path):
+    from vllm_kl.bench import run
+
+    class EndsLate(Process):
+        def time(self, sequences, starts):
+            if len(sequences[0]) > 12:
+                raise SystemExit("killed")
+            return super().time(sequences, starts)
+
+    monkeypatch.setattr(run, "ProviderProcess", EndsLate)
+    what = ("--shape", "tiny", "--shapes", "8,4,2", "16,4,2", "--providers", "ours", "--out", str(tmp_path))
+    assert invoke("bench", *what).exit_code == 1
+    (row,) = read_rows(tmp_path)
+    assert (row["provider"], row["shape"], row["tok_per_s"]) == ("ours", "8,4,2", 32 * 12)
 
 
 def test_an_installation_of_the_client_alone_is_told_what_is_missing(invoke, monkeypatch):

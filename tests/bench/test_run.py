@@ -82,7 +82,8 @@ def measure(monkeypatch, tmp_path):
             are_asked_for=are_asked_for,
         )
         lines = []
-        calls = {"on_costs": lambda _: None, "on_line": lines.append, "on_step": lambda *_: None}
+        calls = {"on_costs": lambda _: None, "on_shape": lambda _: None}
+        calls |= {"on_line": lines.append, "on_step": lambda *_: None}
         measured = Bench(plan, **calls).run()
         return measured, {row["provider"]: row for row in rows_of(plan, measured, "m")}, lines
 
@@ -173,6 +174,18 @@ def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):
     (table, _) = result_tables(list(rows.values()))
     (line,) = [line for line in as_markdown(table).splitlines() if line.startswith("| trl")]
     assert "failed: no kernel for this head and ..." in line
+
+
+def test_the_machine_is_looked_at_before_anything_is_measured(measure, monkeypatch):
+    """What goes wrong there must not lose a run."""
+
+    def broken():
+        raise OSError("the driver does not answer")
+
+    monkeypatch.setattr(run, "machine", broken)
+    monkeypatch.setattr(Process, "time", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(OSError, match="does not answer"):
+        measure("ours")
 
 
 def test_what_providers_have_to_say_is_told_once(measure):

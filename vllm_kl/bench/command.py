@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 from vllm_kl.bench import models, traffic
 from vllm_kl.bench.compare import Figure, compare, figure_for
 from vllm_kl.bench.providers import check_names, usable
-from vllm_kl.bench.report import Report, machine_line
+from vllm_kl.bench.report import Report, origin
 from vllm_kl.bench.results import read_rows, rows_of, write_rows
 from vllm_kl.bench.run import Bench, Measured, Plan, kind_of
 from vllm_kl.bench.tables import cost_table, result_tables
@@ -166,24 +166,9 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
     console = _console(is_error=True)
     for line in _before(plan, out):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    began = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=Bench.num_steps(plan))
-
-        def tell_step(what: str, num: int) -> None:
-            progress.update(task, description=what, advance=num)
-            if not console.is_terminal:  # a log gets lines instead of a bar
-                passed = f"{time.monotonic() - began:7.1f} s"
-                console.print(f"{passed}  {what}", highlight=False, markup=False, soft_wrap=True)
-
-        measured = Bench(
-            plan,
-            on_costs=lambda found: _print_costs(found, model, console),
-            on_line=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-            on_step=tell_step,
-        ).run()
+    measured = _measured(plan, model, out, console)
     rows = rows_of(plan, measured, model)
+    _keep(out, rows)
     file = None if out is None else out / "bench.md"
     report = Report(file, console=console if as_json else _console(is_error=False))
     for table in result_tables(rows):
@@ -195,8 +180,8 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
     for reason in dict.fromkeys(row["no_mfu"] for row in rows if row.get("no_mfu")):
         report.line(f"no MFU: {reason}")
     details = f"{model}, {measured.facts['dtype']}, {plan.rounds} rounds, other providers {plan.peer_rounds}"
-    report.line(machine_line(details))
-    files = [] if out is None else _write(out, rows, console)
+    report.line(f"{origin(measured.machine)}; {details}")
+    files = [] if out is None else _draw(out, rows, console)
     return {
         "results": rows,
         "failures": measured.failures,
@@ -204,6 +189,28 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
         "costs": {name: dataclasses.asdict(cost) for name, cost in measured.costs.items()},
         "files": files,
     }
+
+
+def _measured(plan: Plan, model: str, out: Path | None, console: Console) -> Measured:
+    """Run the plan, and show its progress."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=Bench.num_steps(plan))
+
+        def tell_step(what: str, num: int) -> None:
+            progress.update(task, description=what, advance=num)
+            if not console.is_terminal:  # a log gets lines instead of a bar
+                passed = f"{time.monotonic() - began:7.1f} s"
+                console.print(f"{passed}  {what}", highlight=False, markup=False, soft_wrap=True)
+
+        return Bench(
+            plan,
+            on_costs=lambda found: _print_costs(found, model, console),
+            on_shape=lambda found: _keep(out, rows_of(plan, found, model)),
+            on_line=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+            on_step=tell_step,
+        ).run()
 
 
 def _before(plan: Plan, out: Path | None) -> Iterator[str]:
@@ -228,8 +235,14 @@ def _print_costs(measured: Measured, model: str, console: Console) -> None:
     )
 
 
-def _write(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
-    write_rows(out / "results.jsonl", rows)
+def _keep(out: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows that are known, so that they stay, whatever ends the command later."""
+    if out is not None:
+        write_rows(out / "results.jsonl", rows)
+
+
+def _draw(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
+    """Draw the picture; return all files that were written."""
     files = [str(out / "results.jsonl"), str(out / "bench.md")]
     is_measured = any(row["tok_per_s"] is not None for row in rows)
     if is_measured and importlib.util.find_spec("matplotlib") is not None:

