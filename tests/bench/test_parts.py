@@ -181,7 +181,7 @@ def test_the_bound_reads_of_an_embedding_only_the_rows_of_the_tokens():
     ("free_gb", "expected"), [(12, "float64"), (6, "float32"), (3, "bfloat16"), (2, "takes 2 GiB")]
 )
 def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected, monkeypatch):
-    monkeypatch.setattr("vllm_kl.bench.truth._free_bytes", lambda device: free_gb * 10**9)
+    monkeypatch.setattr("vllm_kl.engines.memory.available_bytes", lambda is_cuda: free_gb * 10**9)
     setup = Setup(model="m", dtype="bfloat16", device="cpu")
     if expected.startswith("takes"):
         with pytest.raises(VLLMKLError, match=expected):

@@ -19,7 +19,8 @@ from vllm_kl.bench.models import make_tokenizer
 from vllm_kl.bench.types import Provider, Running, Setup
 from vllm_kl.errors import OptionError
 
-_LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
+LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
+SLICE_BYTES = 1 << 30  # of the logits in float32 of a slice of transformers and TRL
 
 
 def ours(setup: Setup) -> Iterator[Running]:
@@ -54,8 +55,8 @@ def peer_options(setup: Setup) -> dict[str, Any]:
     if setup.device == "cuda":
         options = {"compilation_config": {"cudagraph_mode": "NONE"}, "max_num_batched_tokens": 16_384}
     options |= setup.engine_options(generates=True)
-    if options["max_model_len"] > _LOGITS_OF_ONE:  # vLLM refuses a limit above the longest sequence
-        options.setdefault("long_prefill_token_threshold", _LOGITS_OF_ONE)
+    if options["max_model_len"] > LOGITS_OF_ONE:  # vLLM refuses a limit above the longest sequence
+        options.setdefault("long_prefill_token_threshold", LOGITS_OF_ONE)
     return options
 
 
@@ -170,7 +171,7 @@ def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Runn
     @torch.no_grad()
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
         scored: dict[int, Any] = {}
-        for part in slices(list(map(len, sequences)), starts, (1 << 30) // (vocab_size * 4)):
+        for part in slices(list(map(len, sequences)), starts, SLICE_BYTES // (vocab_size * 4)):
             ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sequences[i]) for i in part], True)
             first = min(starts[i] for i in part)
             found = read(model, ids.to(setup.device), first).cpu()

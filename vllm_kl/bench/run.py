@@ -21,6 +21,7 @@ import numpy as np
 
 from vllm_kl.bench.check import check
 from vllm_kl.bench.cost import Cost, cost_of
+from vllm_kl.bench.memory import memory_bytes
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import PEERS, find, num_gpus_of
 from vllm_kl.bench.report import machine
@@ -29,8 +30,7 @@ from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
 
-# Of a provider beside its weights: libraries, KV, logits. With 0.4 GB of weights they take up to 2.1 GiB.
-_PROCESS_BYTES = 2 << 30
+_USED_SHARE = 0.85  # of the free memory, by the estimates for all providers
 _CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
 
 
@@ -162,12 +162,11 @@ class Bench:
 
     def _together(self, names: list[str]) -> list[list[str]]:
         """Return the providers that are in memory at the same time."""
-        size = self._measured.facts["size"]
         if self._setup.device == "cuda":
             why = "a GPU holds one model at a time"
-        elif size is None:
+        elif self._measured.facts["size"] is None:
             why = "the model's size is not known"
-        elif not _fits(size["parameters"], len(names)):
+        elif not self._fit(names):
             why = "the memory does not hold all models at a time"
         else:
             return [names]
@@ -175,6 +174,12 @@ class Bench:
         if not self._measured.took_turns:
             self._on_line(f"providers run one after another, because {why}")
         return [[name] for name in names]
+
+    def _fit(self, names: list[str]) -> bool:
+        """Return whether the memory holds the processes of all providers at a time."""
+        facts, setups = self._measured.facts, self._plan.providers
+        needed = [memory_bytes(kind_of(name), setups[name], facts, self._plan.traffics) for name in names]
+        return sum(needed) < _USED_SHARE * facts["free_bytes"]
 
     def _few(self, traffic: Traffic) -> tuple[list[np.ndarray], list[int]]:
         return traffic.few().draw(self._ids, _CHECKED)
@@ -255,12 +260,3 @@ def _truth() -> Any:
 
 def _rounds_of(name: str, plan: Plan) -> int:
     return min(plan.rounds, plan.peer_rounds) if name in PEERS or ":" in name else plan.rounds
-
-
-def _fits(num_parameters: int, num_models: int) -> bool:
-    """Return whether as many processes fit into the memory, at four bytes a weight, as on a CPU they may."""
-    return num_models * (4 * num_parameters + _PROCESS_BYTES) < 0.8 * _free_bytes()
-
-
-def _free_bytes() -> int:
-    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
