@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -146,6 +148,37 @@ class TestMemory:
         measured, _, lines = measure("ours", "flat")
         assert not measured.took_turns
         assert "providers run one after another, because the model's size is not known" in lines
+
+
+class TestImpossible:
+    """What is not installed, or what this machine cannot run, is not measured; it has not failed."""
+
+    @pytest.mark.parametrize("are_asked_for", [True, False])
+    def test_a_peer_is_not_measured_and_says_why(self, measure, are_asked_for):
+        why = ReadoutUnavailableError("readout='token_ids' is not available")
+        faults = {"token_ids": why}
+        measured, rows, _ = measure("ours", "token_ids", faults=faults, are_asked_for=are_asked_for)
+        assert measured.failures == {}
+        assert rows["token_ids"]["not_measured"] == "readout='token_ids' is not available"
+
+    def test_without_ours_there_is_nothing_to_tell(self, measure):
+        measured, _, _ = measure("ours", faults={"ours": ReadoutUnavailableError("no such read-out")})
+        assert measured.failures == {"ours": "no such read-out"}
+
+    @pytest.mark.parametrize(
+        ("name", "package", "cure"),
+        [
+            ("trl", "trl", "pip install 'trl>=1.16'"),
+            ("sglang", "sglang", "pip install sglang"),
+            ("torchrl", "torchrl", "pip install 'vllm-kl[torchrl]'"),
+        ],
+    )
+    def test_a_package_that_is_missing_is_named_with_its_cure(self, monkeypatch, name, package, cure):
+        for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ReadoutUnavailableError, match=re.escape(cure)):
+            next(find(name)(Setup(model="m", dtype="float32", device="cpu")))
 
 
 def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):

@@ -126,8 +126,8 @@ def measure(
     """Measure how fast log-probs of a model are read here, by this package and by other ways.
 
     Log-probs are checked before anything is timed. Exit codes: 0, ours and all providers that were named were
-    measured, as far as this machine can; 1, one of them failed, the others were measured; 2, an option or a
-    file is wrong.
+    measured, as far as they are installed and this machine can run them; 1, one of them failed, the others
+    were measured; 2, an option or a file is wrong.
     """
     if context.invoked_subcommand is not None:
         return

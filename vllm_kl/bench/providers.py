@@ -6,6 +6,7 @@ started when it goes on. vLLM, torch and the peers are imported in the functions
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,19 @@ import numpy as np
 from vllm_kl.bench.floor import floor
 from vllm_kl.bench.models import make_tokenizer
 from vllm_kl.bench.types import Provider, Running, Setup
-from vllm_kl.errors import OptionError
+from vllm_kl.errors import OptionError, ReadoutUnavailableError
 
 LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
 SLICE_BYTES = 1 << 30  # of the logits in float32 of a slice of transformers and TRL
+
+
+@contextlib.contextmanager
+def _installed(what: str, cure: str) -> Iterator[None]:
+    """Import a peer's package: one that is not installed is not measured, and has not failed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ReadoutUnavailableError(f"{what} cannot be imported ({error}): {cure}") from error
 
 
 def ours(setup: Setup) -> Iterator[Running]:
@@ -96,9 +106,11 @@ def _shared_llm(setup: Setup) -> Any:
 def torchrl(setup: Setup) -> Iterator[Running]:
     """TorchRL's ``vLLMWrapper``: dicts of ``prompt_logprobs``."""
     import torch
-    from tensordict import TensorDict, lazy_stack, set_list_to_stack
-    from torchrl.modules.llm import vLLMWrapper
-    from torchrl.modules.llm.policies import Masks, Tokens
+
+    with _installed("TorchRL's vLLMWrapper", "pip install 'vllm-kl[torchrl]'"):
+        from tensordict import TensorDict, lazy_stack, set_list_to_stack
+        from torchrl.modules.llm import vLLMWrapper
+        from torchrl.modules.llm.policies import Masks, Tokens
 
     set_list_to_stack(True).set()
     settings = {
@@ -212,7 +224,8 @@ def transformers(setup: Setup) -> Iterator[Running]:
 
 def trl(setup: Setup) -> Iterator[Running]:
     """TRL 1.16's fused head, called as TRL's trainers call it."""
-    from trl.kernels import ChunkedLogProbFunction
+    with _installed("TRL 1.16's fused head", "pip install 'trl>=1.16'"):
+        from trl.kernels import ChunkedLogProbFunction
 
     def read(model: Any, ids: Any, start: int) -> Any:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
@@ -245,7 +258,8 @@ def sglang_options(setup: Setup) -> dict[str, Any]:
 
 def sglang(setup: Setup) -> Iterator[Running]:
     """SGLang's engine with ``logprob_start_len``: it shares prefixes and skips the prompts' logits."""
-    import sglang as package
+    with _installed("SGLang", "pip install sglang, in an environment of its own"):
+        import sglang as package
 
     # The eight more tokens of the context may be beyond the model's length. None of them is computed.
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"

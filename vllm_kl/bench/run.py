@@ -44,7 +44,7 @@ class Plan:
     rounds: int
     peer_rounds: int
     log_folder: Path
-    are_asked_for: bool = True  # the providers; else one that is not possible here has not failed
+    are_asked_for: bool = True  # the providers were named; else it does not matter whether a peer fails
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class Measured:
     told: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
     failures: dict[str, str] = field(default_factory=dict)  # by provider
-    not_measured: dict[str, str] = field(default_factory=dict)  # the reasons, by provider: not possible here
+    not_measured: dict[str, str] = field(default_factory=dict)  # why it is impossible here, by provider
     took_turns: bool = True
 
 
@@ -189,8 +189,7 @@ class Bench:
         try:
             work()
         except VLLMKLError as error:
-            is_needed = kind_of(name) != "floor" and (self._plan.are_asked_for or kind_of(name) == "ours")
-            if isinstance(error, ReadoutUnavailableError) and not is_needed:
+            if isinstance(error, ReadoutUnavailableError) and kind_of(name) != "ours":
                 self._on_line(f"{name} is not measured: {error}")
                 self._measured.not_measured[name] = str(error)
             else:
