@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.bench.report import as_markdown, make_table
+from vllm_kl.bench.report import as_markdown, make_table, origin
 from vllm_kl.bench.results import read_rows
 from vllm_kl.bench.tables import result_tables, title_of
 
@@ -86,10 +86,8 @@ def _two_digits(ratio: float) -> str:
 def _origin(rows: Rows) -> str:
     """Return when, where and with what the rows were measured."""
     row = rows[0]
-    versions = [f"{name} {version}" for name, version in row["versions"].items()]
-    where = [row["date"], *row["hardware"].values(), *versions, f"commit {row['commit']}"]
     rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
-    return f"{', '.join(where)}; {row['dtype']}, {row['sequences']} sequences, {rounds}"
+    return f"{origin(row)}; {row['dtype']}, {row['sequences']} sequences, {rounds}"
 
 
 def _wrapped(text: str) -> str:

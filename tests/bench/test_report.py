@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from vllm_kl import __version__
+from vllm_kl.bench import report
 from vllm_kl.bench.report import machine
 
 
@@ -34,6 +36,15 @@ def test_the_gpu_is_told_with_its_memory_and_its_driver(nvidia_smi):
 def test_a_broken_driver_is_no_gpu_and_no_error(nvidia_smi, script):
     nvidia_smi(script)
     assert machine()["hardware"].keys().isdisjoint({"GPU", "driver"})
+
+
+def test_16_bit_products_of_the_cpu_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "_CPUS", tmp_path / "cpuinfo")
+    own = torch.backends.cpu.get_cpu_capability()
+    assert report.cpu_use() == {"instructions": own, "threads": torch.get_num_threads()}
+    tmp_path.joinpath("cpuinfo").write_text("model name\t: a CPU\nflags\t\t: fpu amx_bf16 avx512_bf16\n")
+    assert report.cpu_use()["instructions"] == f"{own}, AVX512_BF16, AMX_BF16"
+    assert report.machine()["hardware"]["CPU"].startswith("a CPU, ")
 
 
 def test_a_package_whose_metadata_are_missing_has_no_version(monkeypatch, tmp_path):

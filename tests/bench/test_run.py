@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from vllm_kl.bench import run
+from vllm_kl.bench.compare import figure_for
 from vllm_kl.bench.floor import check_one_process, matrix_of
 from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.memory import memory_bytes
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import find
-from vllm_kl.bench.report import as_markdown
+from vllm_kl.bench.report import as_markdown, origin
 from vllm_kl.bench.results import read_rows, rows_of
 from vllm_kl.bench.run import Bench, Plan
 from vllm_kl.bench.tables import result_tables
@@ -35,6 +36,7 @@ FACTS = {
     "size": SIZE | {"layers": 2, "attention": 8, "kv": 4},
     "limits": Limits(1e12, 1e10, None),
     "free_bytes": 1 << 40,
+    "cpu": {"instructions": "AVX512, AVX512_BF16", "threads": 2},
     "check": "float64",
 }
 
@@ -235,6 +237,16 @@ def test_the_machine_is_looked_at_before_anything_is_measured(measure, monkeypat
     monkeypatch.setattr(Process, "time", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(OSError, match="does not answer"):
         measure("ours")
+
+
+def test_rows_tell_the_instructions_and_the_threads_of_the_cpu(measure):
+    """Machines that differ in them alone cannot be compared by seconds."""
+    _, rows, _ = measure("ours")
+    known = rows["ours"]["hardware"]
+    assert (known["instructions"], known["threads"]) == ("AVX512, AVX512_BF16", 2)
+    other = {"ours": rows["ours"] | {"hardware": known | {"instructions": "AVX2"}}}
+    assert figure_for(list(rows.values()), list(other.values())) == "fraction_of_floor"
+    assert "cores, AVX512, AVX512_BF16, 2 threads, " in origin(rows["ours"])
 
 
 def test_what_providers_have_to_say_is_told_once(measure):

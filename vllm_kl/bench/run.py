@@ -51,7 +51,7 @@ class Plan:
 class Measured:
     """What was measured; the keys are names of shapes, then of providers."""
 
-    machine: dict[str, Any]  # as report.machine() tells it
+    machine: dict[str, Any]  # as report.machine() tells it, and how the CPU is used
     facts: dict[str, Any] = field(default_factory=dict)  # of the model, and the machine's speeds
     costs: dict[str, Cost] = field(default_factory=dict)
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -131,6 +131,7 @@ class Bench:
         process = ProviderProcess("truth", _truth, self._setup, self._plan.log_folder)
         self._running["truth"] = process
         facts = process.told()
+        self._measured.machine["hardware"] |= facts["cpu"]
         self._measured.facts, self._setup = facts, dataclasses.replace(self._setup, dtype=facts["dtype"])
         self._ids = usable_ids(facts["vocab_size"], facts["special_ids"])
         for traffic in self._plan.traffics:

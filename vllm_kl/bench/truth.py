@@ -11,6 +11,7 @@ import numpy as np
 from vllm_kl.bench.limits import machine_limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.providers import load_model
+from vllm_kl.bench.report import cpu_use
 from vllm_kl.bench.types import Running, Setup
 from vllm_kl.errors import OptionError, VLLMKLError
 
@@ -42,6 +43,7 @@ def truth(setup: Setup) -> Iterator[Running]:
         "vocab_size": text.vocab_size,
         "special_ids": _special_ids(setup, text),
         "size": _size(config, text, setup),
+        "cpu": cpu_use(),
         "free_bytes": free_bytes,  # before the model was loaded
         "limits": machine_limits(getattr(torch, dtype), setup.device),
         "check": "",
