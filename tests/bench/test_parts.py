@@ -363,6 +363,19 @@ class TestTablesOfPages:
             assert tables.with_tables(text) == text, f"{page}: python benchmarks/tables.py"
             assert tables._BLOCK.search(text)
 
+    @pytest.mark.parametrize(
+        ("known", "told"),
+        [
+            ({"model": "96M", "parameters": 95_890_432}, "model 96M (96 M random weights)"),
+            ({"model": "512,6,32000"}, "model 512,6,32000 (random weights)"),
+            ({"model": "/data/qwen", "parameters": 7_615_616_512}, "model qwen (7,616 M weights)"),
+            ({"model": "qwen", "parameters": None}, "model qwen (size not known)"),
+        ],
+    )
+    def test_a_page_names_the_model_of_its_figures(self, tables, known, told):
+        rows = read_rows(BENCHMARKS / "results" / "readout-granite-rapids.jsonl")
+        assert f"; {told}, bfloat16, 32 sequences" in tables._origin([rows[0] | known])
+
     def test_a_changed_figure_is_found_and_written_anew(self, tables):
         text = tables.PAGES[0].read_text()
         row = re.search(r"^\| P=256 R=128 G=8 .*$", text, flags=re.M)[0]
