@@ -29,7 +29,7 @@ from typing import Any
 from vllm_kl.bench.models import NAMED
 from vllm_kl.bench.report import as_markdown, make_table, origin
 from vllm_kl.bench.results import read_rows
-from vllm_kl.bench.tables import result_tables, title_of
+from vllm_kl.bench.tables import NOT_IN_TURNS, result_tables, title_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -88,6 +88,7 @@ def _origin(rows: Rows) -> str:
     """Return when, where and with what the rows were measured, and which model."""
     row = rows[0]
     rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
+    rounds += "" if row.get("took_turns", True) else NOT_IN_TURNS  # old files do not tell
     return f"{origin(row)}; {_model(row)}, {row['dtype']}, {row['sequences']} sequences, {rounds}"
 
 

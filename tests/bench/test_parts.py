@@ -376,6 +376,11 @@ class TestTablesOfPages:
         rows = read_rows(BENCHMARKS / "results" / "readout-granite-rapids.jsonl")
         assert f"; {told}, bfloat16, 32 sequences" in tables._origin([rows[0] | known])
 
+    def test_a_page_says_where_providers_did_not_take_turns(self, tables):
+        rows = read_rows(BENCHMARKS / "results" / "readout-h200.jsonl")
+        assert ", of other ways 2, not in turns: " in tables._origin(rows)
+        assert "turns" not in tables._origin([rows[0] | {"took_turns": True}])
+
     def test_a_changed_figure_is_found_and_written_anew(self, tables):
         text = tables.PAGES[0].read_text()
         row = re.search(r"^\| P=256 R=128 G=8 .*$", text, flags=re.M)[0]
