@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from vllm_kl.bench.compare import figure_for
 from vllm_kl.bench.floor import check_one_process, matrix_of
 from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.memory import memory_bytes
+from vllm_kl.bench.meters import peak_bytes
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import find
 from vllm_kl.bench.report import as_markdown, origin
@@ -252,6 +254,15 @@ def test_rows_tell_the_instructions_and_the_threads_of_the_cpu(measure):
 def test_what_providers_have_to_say_is_told_once(measure):
     _, _, lines = measure("ours", "flat")
     assert [line for line in lines if "is faster" in line] == ["ours: dtype='float32' is faster"]
+
+
+def test_the_memory_of_all_processes_of_a_provider_counts(tmp_path):
+    """Ours has its engine in a process of its own, beside the caller."""
+    setup = Setup(model="m", dtype="float32", device="cpu")
+    find_it = functools.partial(find, "tests.bench.providers_of_a_user:of_two_processes")
+    process = ProviderProcess("two", find_it, setup, tmp_path)
+    least = peak_bytes(os.getpid())  # this process is one of the two
+    assert process.end()["peak_bytes"] > least + (10 << 20)
 
 
 def test_a_warning_of_this_package_comes_from_the_process_and_stays_in_its_log(tmp_path):

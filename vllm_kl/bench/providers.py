@@ -51,8 +51,8 @@ def ours(setup: Setup) -> Iterator[Running]:
                 "num_rescored": stats.num_rescored,
             }
 
-        pid = getattr(scorer._engine, "pid", 0) if setup.num_processes == 1 else 0
-        yield Running(scorer.score, pid, told)
+        engine = getattr(scorer._engine, "pid", None) if setup.num_processes == 1 else None
+        yield Running(scorer.score, () if engine is None else (os.getpid(), engine), told)
 
 
 def peer_options(setup: Setup) -> dict[str, Any]:
@@ -128,12 +128,12 @@ def torchrl(setup: Setup) -> Iterator[Running]:
         found = wrapper(lazy_stack(rows)).get(("log_probs", "full"), as_list=True)
         return [row[start:] for row, start in zip(found, starts, strict=True)]
 
-    yield Running(score, _pid(setup))
+    yield Running(score, _pids(setup))
 
 
-def _pid(setup: Setup) -> int:
-    """Return the process of an engine that this process has started; 0: it has several."""
-    return os.getpid() if setup.num_processes == 1 else 0
+def _pids(setup: Setup) -> tuple[int, ...]:
+    """Return this process, with the engine in it; none if the engine has several."""
+    return (os.getpid(),) if setup.num_processes == 1 else ()
 
 
 def _tokenizer(setup: Setup) -> Any:
@@ -151,7 +151,7 @@ def _native(setup: Setup, readout: str) -> Iterator[Running]:
     from vllm_kl import VLLMScorer
 
     scorer = VLLMScorer(_shared_llm(setup), readout=readout, share_prefix=False)
-    yield Running(scorer.score, _pid(setup), told=lambda: {"readout": scorer.readout})
+    yield Running(scorer.score, _pids(setup), told=lambda: {"readout": scorer.readout})
 
 
 def flat(setup: Setup) -> Iterator[Running]:
@@ -277,7 +277,7 @@ def sglang(setup: Setup) -> Iterator[Running]:
         ]
 
     try:
-        yield Running(score, pid=0)
+        yield Running(score, pids=())
     finally:
         engine.shutdown()
 
