@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
@@ -183,6 +184,29 @@ class TestImpossible:
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ReadoutUnavailableError, match=re.escape(cure)):
             next(find(name)(Setup(model="m", dtype="float32", device="cpu")))
+
+
+class TestWarmUp:
+    """No first call counts, unless it is so long that another would take minutes."""
+
+    @pytest.mark.parametrize(
+        ("seconds", "calls"),
+        [(1.0, {"ours": 3, "flat": 2, "my:own": 2}), (30.0, {"ours": 3, "flat": 1, "my:own": 1})],
+    )
+    def test_a_short_call_is_warmed_up_by_a_whole_call(self, measure, monkeypatch, seconds, calls):
+        made = []
+
+        def time(self, sequences, starts):
+            made.append((self._name, sequences[0].tolist()))
+            return {"seconds": seconds, "parts": {}, "joules": None}
+
+        monkeypatch.setattr(Process, "time", time)
+        _, rows, _ = measure(*calls)
+        assert Counter(name for name, _ in made) == calls
+        assert {name: len(rows[name]["seconds"]) for name in calls} == {"ours": 2, "flat": 1, "my:own": 1}
+        for name in calls:  # new ids in each, so that no cache of an earlier call helps
+            ids = [tuple(first) for of, first in made if of == name]
+            assert len(set(ids)) == len(ids)
 
 
 def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):

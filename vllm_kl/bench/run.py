@@ -31,6 +31,7 @@ from vllm_kl.bench.types import Setup
 from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
 
 _USED_SHARE = 0.85  # of the free memory, by the estimates for all providers
+_SHORT_S = 20.0  # a call of a peer that is shorter is done once more, to warm it up
 _CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
 
 
@@ -227,7 +228,8 @@ class Bench:
             for name in [name for name in names if name in self._running]:
                 if n < _rounds_of(name, self._plan):
                     self._on_step(f"{name}, {traffic.name}: round {n + 1}", 1)
-                    self._attempt(name, functools.partial(self._time, name, traffic, drawn))
+                    is_first = n == 0 and _is_peer(name)
+                    self._attempt(name, functools.partial(self._time, name, traffic, drawn, is_first))
 
     def _check(self, name: str, traffic: Traffic) -> None:
         process = self._running[name]
@@ -237,16 +239,25 @@ class Bench:
                 error = check(scored, self._truth[traffic.name], self._setup.dtype)
                 self._measured.errors[traffic.name][name] = error
         self._tell_notes(name)
-        if name not in PEERS:  # the few sequences have warmed up the peers
+        if not _is_peer(name):
             process.time(*traffic.draw(self._ids, _WARM_UP))
 
-    def _time(self, name: str, traffic: Traffic, drawn: tuple[list[np.ndarray], list[int]]) -> None:
-        taken = self._running[name].time(*drawn)
+    def _time(
+        self, name: str, traffic: Traffic, drawn: tuple[list[np.ndarray], list[int]], is_first: bool
+    ) -> None:
+        """Time a call. Where ``is_first``, a short one warms up, and the next counts; a long one counts.
+
+        In a long call that which is touched for the first time takes a small share, and peers take minutes.
+        """
+        process = self._running[name]
+        taken = process.time(*(traffic.draw(self._ids, _WARM_UP) if is_first else drawn))
+        if is_first and taken["seconds"] < _SHORT_S:
+            taken = process.time(*drawn)
         for part, seconds in {name: taken["seconds"], **taken["parts"]}.items():
             self._measured.seconds[traffic.name].setdefault(part, []).append(seconds)
         if taken["joules"] is not None:
             self._measured.joules[traffic.name].setdefault(name, []).append(taken["joules"])
-        self._measured.told[traffic.name][name] = self._running[name].told()
+        self._measured.told[traffic.name][name] = process.told()
 
 
 def kind_of(name: str) -> str:
@@ -259,4 +270,9 @@ def _truth() -> Any:
 
 
 def _rounds_of(name: str, plan: Plan) -> int:
-    return min(plan.rounds, plan.peer_rounds) if name in PEERS or ":" in name else plan.rounds
+    return min(plan.rounds, plan.peer_rounds) if _is_peer(name) else plan.rounds
+
+
+def _is_peer(name: str) -> bool:
+    """Return whether a provider is another way to score, one of the user's own included."""
+    return name in PEERS or ":" in name
