@@ -37,6 +37,18 @@ from vllm_kl.errors import InputError, OptionError, VLLMKLError
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
 _READOUTS = ("auto", "pooling", "token_ids", "flat")
 _WIDTH = 132
+# Arguments of VLLMScorer that are no options of an engine, and what to give instead.
+_NO_ENGINE_OPTIONS = {
+    "dtype": "give --dtype, which all providers take",
+    "readout": "give --readouts",
+    "share_prefix": "give --no-share",
+    "replicas": "give --replicas",
+    "devices": "set CUDA_VISIBLE_DEVICES, which all providers see",
+    **dict.fromkeys(
+        ("temperature", "canary", "lora_request", "placeholders", "timeout_s"),
+        "it is an argument of VLLMScorer, no option of vLLM. Leave it out",
+    ),
+}
 _MANY = ("--shapes", "--providers", "--readouts")  # options that take several values
 
 
@@ -46,8 +58,9 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread, option, is_first = [], "", False
         for argument in args:
+            name, equals, _ = argument.partition("=")
             if argument.startswith("-"):
-                option, is_first = (argument, True) if argument in _MANY else ("", False)
+                option, is_first = (name, not equals) if name in _MANY else ("", False)
             elif option and not is_first:
                 spread.append(option)
             else:
@@ -80,8 +93,10 @@ Lengths = Annotated[
     ),
 ]
 NumSequences = Annotated[
-    int,
-    typer.Option(min=1, max=1_000_000, help="Sequences of one call with --shapes, in whole groups."),
+    int | None,
+    typer.Option(
+        min=1, max=1_000_000, help="Sequences of one call with --shapes, in whole groups; default: 32."
+    ),
 ]
 Providers = Annotated[
     list[str] | None,
@@ -111,7 +126,7 @@ def measure(
     shape: Shape = None,
     shapes: Shapes = None,
     lengths: Lengths = None,
-    sequences: NumSequences = 32,
+    sequences: NumSequences = None,
     providers: Providers = None,
     readouts: Readouts = None,
     no_share: NoShare = False,
@@ -144,7 +159,7 @@ def measure(
             traffics=traffics,
             providers=_settings(names, readouts or ["auto"], setup),
             rounds=rounds,
-            peer_rounds=peer_rounds,
+            peer_rounds=min(rounds, peer_rounds),
             log_folder=_log_folder(out, Path(home)),
             are_asked_for=bool(providers),
         )
@@ -257,13 +272,15 @@ def _draw(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[s
 
 
 def _traffics(
-    shapes: Sequence[str] | None, lengths: Path | None, num_sequences: int
+    shapes: Sequence[str] | None, lengths: Path | None, num_sequences: int | None
 ) -> list[traffic.Traffic]:
     if lengths is not None:
         if shapes:
             raise OptionError("--lengths has lengths of its own: give it or --shapes")
+        if num_sequences is not None:
+            raise OptionError("--sequences has no effect with --lengths, whose lines are the sequences")
         return [traffic.from_file(lengths)]
-    return [traffic.from_shape(text, num_sequences) for text in dict.fromkeys(shapes or ["256,128,8"])]
+    return [traffic.from_shape(text, num_sequences or 32) for text in dict.fromkeys(shapes or ["256,128,8"])]
 
 
 def _setup(
@@ -281,9 +298,10 @@ def _setup(
         model = str(home / "model")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise OptionError(f"--dtype {dtype!r}: expected auto, bfloat16, float16 or float32")
-    options = check_options(parse_engine_options(engine or ()))
-    if "dtype" in options:
-        raise OptionError("--engine dtype=...: give --dtype, which all providers take")
+    options = parse_engine_options(engine or ())
+    if (own := next((name for name in options if name in _NO_ENGINE_OPTIONS), None)) is not None:
+        raise OptionError(f"--engine {own}=...: {_NO_ENGINE_OPTIONS[own]}")
+    options = check_options(options)
     longest = max(one.longest for one in traffics)
     device = "cuda" if on_a_gpu() else "cpu"
     return Setup(

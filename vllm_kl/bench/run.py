@@ -43,7 +43,7 @@ class Plan:
     traffics: Sequence[Traffic]
     providers: Mapping[str, Setup]  # by the name in the tables; the settings that differ are in each setup
     rounds: int
-    peer_rounds: int
+    peer_rounds: int  # at most as many as rounds
     log_folder: Path
     are_asked_for: bool = True  # the providers were named; else it does not matter whether a peer fails
 
@@ -270,7 +270,7 @@ def _truth() -> Any:
 
 
 def _rounds_of(name: str, plan: Plan) -> int:
-    return min(plan.rounds, plan.peer_rounds) if _is_peer(name) else plan.rounds
+    return plan.peer_rounds if _is_peer(name) else plan.rounds
 
 
 def _is_peer(name: str) -> bool:
