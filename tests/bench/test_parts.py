@@ -306,6 +306,19 @@ class TestCompare:
         told = f"ours, 8,4,2: {name} is {first!r} in the first run and {second!r} in the second"
         assert str(refusal.value).startswith(told)
 
+    @pytest.mark.parametrize(
+        ("before", "figure", "told"),
+        [
+            ([], "tok_per_s", "has no rows: give the folder of --out"),
+            ([row("floor")], "tok_per_s", "measured the floor alone, and nothing to compare: .* ours floor$"),
+            ([row(tok_per_s=None)], "tok_per_s", "has no tok_per_s: run it with --providers ours$"),
+            ([row(ratio_to_torchrl=None)], "ratio_to_torchrl", "run it with --providers ours torchrl$"),
+        ],
+    )
+    def test_a_run_that_has_nothing_to_compare_is_told_how_to_get_it(self, before, figure, told):
+        with pytest.raises(OptionError, match=told):
+            compare(before, [row()], tolerance=0.1, figure=figure)
+
     def test_the_folder_of_a_model_does_not_matter(self):
         """The same model lies elsewhere on another machine."""
         (one,) = compare(
