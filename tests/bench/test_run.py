@@ -289,6 +289,19 @@ def test_the_memory_of_all_processes_of_a_provider_counts(tmp_path):
     assert process.end()["peak_bytes"] > least + (10 << 20)
 
 
+def test_files_of_the_users_folder_stand_in_the_place_of_no_module(tmp_path, monkeypatch):
+    tmp_path.joinpath("colorsys.py").write_text("raise RuntimeError('not Python\\'s own')\n")
+    own = "import colorsys\nfrom tests.bench.providers_of_a_user import constant\n"
+    tmp_path.joinpath("own_providers.py").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    setup = Setup(model="m", dtype="float32", device="cpu")
+    process = ProviderProcess("own", functools.partial(find, "own_providers:constant"), setup, tmp_path)
+    process.end()
+    path = list(sys.path)
+    find("ours")
+    assert sys.path == path  # where all providers are the package's, the folder is not in it
+
+
 def test_a_warning_of_this_package_comes_from_the_process_and_stays_in_its_log(tmp_path):
     """Without --out the log is deleted, so the warning must reach the user."""
     setup = Setup(model="m", dtype="float32", device="cpu")

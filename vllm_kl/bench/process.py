@@ -135,7 +135,6 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
     notes = _Notes()
     logging.getLogger("vllm_kl").addHandler(notes)
     try:
-        sys.path.insert(0, str(Path.cwd()))  # the user's own providers
         with GpuPeak(setup.num_gpus) as gpu, contextlib.contextmanager(find())(setup) as running:
             connection.send((None, None))
             energy = EnergyMeter(setup.num_gpus)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,12 +308,16 @@ def usable(device: str) -> list[str]:
 def find(name: str) -> Provider:
     """Return a provider by its name, or one of the user's by ``module:function``.
 
+    The user's module may be in this folder. The folder comes last in ``sys.path``: a ``queue.py`` in it must
+    not stand in the place of Python's own.
+
     Raises:
         OptionError: there is none.
     """
     if name in PROVIDERS:
         return PROVIDERS[name]
     module, colon, function = name.partition(":")
+    sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), function) if colon else None
     except (ImportError, AttributeError) as error:
