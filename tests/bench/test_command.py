@@ -16,7 +16,7 @@ from tests.bench.test_run import Process
 from tests.command import vllm_kl
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl.bench.results import read_rows
-from vllm_kl.errors import OptionError
+from vllm_kl.errors import EngineError, OptionError
 
 HERE = Path(__file__).parent
 FIELDS = {"provider", "shape", "tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err"}
@@ -246,10 +246,24 @@ def test_rows_are_written_after_each_shape_so_a_late_end_loses_only_the_last(inv
             return super().time(sequences, starts)
 
     monkeypatch.setattr(run, "ProviderProcess", EndsLate)
+    for name in ("bench.md", "bench.png"):
+        tmp_path.joinpath(name).write_text("of an earlier run")
     what = ("--shape", "tiny", "--shapes", "8,4,2", "16,4,2", "--providers", "ours", "--out", str(tmp_path))
     assert invoke("bench", *what).exit_code == 1
     (row,) = read_rows(tmp_path)
     assert (row["provider"], row["shape"], row["tok_per_s"]) == ("ours", "8,4,2", 32 * 12)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logs", "results.jsonl"]
+
+
+def test_where_nothing_is_drawn_no_picture_of_an_earlier_run_stays(invoke, monkeypatch, tmp_path):
+    from vllm_kl.bench import run
+
+    monkeypatch.setattr(run, "ProviderProcess", Process)
+    monkeypatch.setattr(Process, "faults", {"ours": EngineError("no engine")})
+    tmp_path.joinpath("bench.png").write_text("of an earlier run")
+    what = ("--shape", "tiny", "--shapes", "8,4,2", "--providers", "ours", "--out", str(tmp_path))
+    assert invoke("bench", *what).exit_code == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bench.md", "logs", "results.jsonl"]
 
 
 def test_an_installation_of_the_client_alone_is_told_what_is_missing(invoke, monkeypatch):

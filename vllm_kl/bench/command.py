@@ -252,9 +252,14 @@ def _print_costs(measured: Measured, model: str, console: Console) -> None:
 
 
 def _keep(out: Path | None, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows that are known, so that they stay, whatever ends the command later."""
+    """Write the rows that are known, so that they stay, whatever ends the command later.
+
+    The tables and the picture of an earlier run go: they are not of these rows.
+    """
     if out is not None:
         write_rows(out / "results.jsonl", rows)
+        for name in ("bench.md", "bench.png"):
+            out.joinpath(name).unlink(missing_ok=True)
 
 
 def _draw(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
