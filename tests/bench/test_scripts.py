@@ -61,6 +61,13 @@ def test_a_wrong_head_is_not_timed(lm_head, monkeypatch, capsys):
     assert "TFLOP" not in capsys.readouterr().out
 
 
+def test_the_page_names_the_scripts_that_compare_nothing_with_float64():
+    folder = scripts.ROOT / "benchmarks"
+    others = {path.name for path in folder.glob("*.py") if "float64" not in path.read_text()}
+    told = folder.joinpath("README.md").read_text().partition("which compare nothing")[0]
+    assert set(re.findall(r"`(\w+\.py)`", told)) == others - {"tables.py"}  # which measures nothing
+
+
 def event(name, seconds, above=None):
     return SimpleNamespace(name=name, self_cpu_time_total=1e6 * seconds, cpu_parent=above)
 
