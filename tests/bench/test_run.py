@@ -145,7 +145,7 @@ class TestMemory:
             if row["peak_bytes"] is not None:
                 kind, facts = row["provider"], {"size": size, "vocab_size": 151_936, "dtype": "float32"}
                 estimate = memory_bytes(kind, setup, facts, traffics)
-                own = row["peak_bytes"] + (kind == "ours") * (1 << 30)  # the file has no caller of ours
+                own = row["peak_bytes"] + (kind == "ours") * 0.6 * 2**30  # the file has no caller of ours
                 assert row["peak_bytes"] < estimate < 1.1 * own, kind
 
     def test_where_the_size_is_not_known_providers_run_one_after_another(self, measure, monkeypatch):
