@@ -133,7 +133,8 @@ def written(outcomes: dict[str, Outcome], num_parts: int) -> str:
     for name, outcome in outcomes.items():
         summary.add_row(name, "failed" if outcome.error else "passed", f"{outcome.wall_s:,.0f}")
     facts = make_table("", "machine", "", left=("",))
-    for fact in machine().items():
+    known = machine()
+    for fact in {**known.pop("hardware"), **known.pop("versions"), **known}.items():
         facts.add_row(*fact)
     parts = [
         f"# GPU check: {len(outcomes)} of {num_parts} parts done",

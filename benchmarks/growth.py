@@ -15,8 +15,9 @@ for. An exponent of 1 is linear, 0 is no growth.
 
 An exponent mixes what grows with what does not: a call costs something at any size. So a line ``seconds = a
 + b * size`` is fitted, too. For G, ``a`` is the time of the four prompts and of the call, and ``b * G`` that
-of the responses. A prompt that is computed once makes ``b`` the time of 4 * 16 tokens; one that is computed
-for each response makes it that of 4 * 1040.
+of the responses. Where prompts are shared, ``b`` is the time of 4 * (16 + 32) tokens: an engine shares whole
+blocks of 32 tokens, without the one of the prompt's last token. A prompt that is computed for each response
+makes it the time of 4 * (16 + 1024).
 """
 
 from __future__ import annotations
@@ -82,17 +83,25 @@ def prompts_and_responses(rows: list[dict[str, Any]]) -> tuple[Table, str]:
     sizes, seconds = [size.value for size in AXES["G"]], [row["s_p50"] for row in rows]
     a, b = line(sizes, seconds)
     table = make_table(
-        "G", "size", "computed tokens", "seconds", "of prompts and call (a)", "rest", "us a response token"
+        "G",
+        "size",
+        "engine computed",
+        "seconds",
+        "of prompts and call (a)",
+        "rest",
+        "us a response token",
     )
     for size, row, taken in zip(sizes, rows, seconds, strict=True):
         each = f"{1e6 * (taken - a) / row['scored_tokens']:.1f}"
         figures = (f"{taken:.3f}", f"{a:.3f}", f"{taken - a:.3f}", each)
-        table.add_row(f"{size}", f"{row['computed_tokens']:,}", *figures)
+        table.add_row(f"{size}", f"{row['engine_computed_tokens']:,}", *figures)
     prompts = rows[0]["computed_tokens"] - rows[0]["scored_tokens"]
-    own = rows[0]["scored_tokens"] // sizes[0]
+    names = ("engine_computed_tokens", "scored_tokens", "fed_tokens")
+    computed, own, fed = (line(sizes, [row[name] for row in rows])[1] for name in names)
     return table, (
-        f"One response more of each prompt takes as long as {b * prompts / a:,.0f} prompt tokens: "
-        f"{own} tokens, and the LM head for each. Prompts that are computed again would make it {prompts:,}."
+        f"One response more of each prompt takes as long as {b * prompts / a:,.0f} prompt tokens. The engine "
+        f"computed {computed:,.0f} for it: {own:,.0f} of its own, with the LM head for each, and "
+        f"{computed - own:,.0f} of prompts. Prompts that are computed again would make it {fed:,.0f}."
     )
 
 

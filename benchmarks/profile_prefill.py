@@ -11,9 +11,12 @@ Python:
     LM head        the read-out: products, the pass over the logits, the results
     the rest       vLLM's preparation of a step, the engine, and ours
 
-The bound is that of the products alone: their operations at the speed of one large square product, in the
-model's data type or in float32, whichever is faster, measured in the same process. A share that is above its
-bound by a factor is what a faster engine could gain.
+A bound is what the machine's own speeds make of a share's work, measured in the same process: of products
+and attention, their operations at the speed of one large square product, in the model's data type or in
+float32, whichever is faster; of the pass over the logits, which stands as Python of the LM head because it is
+no operation of PyTorch, reading and filling them at the speed of a copy in memory, which a cache may beat.
+The products of the layers are those of the tokens that the engine computed: it shares whole blocks only. A
+share that is above its bound by a factor is what a faster engine could gain.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # As quiet_bench() sets them.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -39,14 +42,17 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import AutoConfig
 
-from vllm_kl.bench.limits import machine_limits
+from vllm_kl.bench.cost import attended
+from vllm_kl.bench.limits import Limits, machine_limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
 from vllm_kl.environment import on_a_gpu
+from vllm_kl.plugin import kernel
 from vllm_kl.types import ScoreRequest
 
 PARTS = ("scheduler", "model", "LM head")
@@ -92,20 +98,58 @@ def seconds_by_part(events: Any) -> dict[tuple[str, str], float]:
     return seconds
 
 
-def run(driver: Any, traffic: Traffic, vocab_size: int, seed: int) -> float:
-    """Score one call; return the seconds."""
+class Sizes(NamedTuple):
+    """What the work of a call depends on, beside its tokens."""
+
+    body: int  # weights that a token is multiplied with below the LM head
+    vocab: int
+    hidden: int
+    layers: int
+    width: int  # of attention: heads times their size
+    logit_bytes: int
+
+
+def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:
+    """Return the sizes of a saved model that is scored in a data type."""
+    config = AutoConfig.from_pretrained(folder)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    logit_bytes = kernel.product_dtype(dtype).itemsize
+    body = weights_of_layers(folder)
+    return Sizes(body, config.vocab_size, config.hidden_size, config.num_hidden_layers, width, logit_bytes)
+
+
+def bounds_of(
+    traffic: Traffic, num_computed: int, sizes: Sizes, limits: Limits
+) -> dict[tuple[str, str], float]:
+    """Return the least seconds of parts and kinds, where the engine computes as many tokens."""
+    pairs = attended(traffic, share_prefix=True)
+    num_logits = sizes.vocab * traffic.scored_tokens
+    return {
+        ("model", "products"): 2 * sizes.body * num_computed / limits.flop_per_s,
+        ("model", "attention"): 4 * sizes.layers * sizes.width * pairs / limits.flop_per_s,
+        ("LM head", "products"): 2 * sizes.hidden * num_logits / limits.flop_per_s,
+        ("LM head", "Python"): 2 * sizes.logit_bytes * num_logits / limits.bytes_per_s,
+    }
+
+
+def run(driver: Any, traffic: Traffic, vocab_size: int, seed: int) -> tuple[float, int]:
+    """Score one call; return the seconds, and the tokens that the engine computed."""
     sequences, starts = traffic.draw(usable_ids(vocab_size, ()), seed)
     requests = [
         ScoreRequest(token_ids=ids.astype(np.int32), start=start)
         for ids, start in zip(sequences, starts, strict=True)
     ]
     began = time.perf_counter()
-    drive(driver, requests, share_prefix=True)
-    return time.perf_counter() - began
+    results = drive(driver, requests, share_prefix=True)
+    seconds = time.perf_counter() - began
+    return seconds, traffic.fed_tokens - sum(result.num_cached_tokens for result in results)
 
 
-def profiled(driver: Any, traffic: Traffic, vocab_size: int) -> tuple[dict[tuple[str, str], float], float]:
-    """Return the seconds of each part and kind, and of the whole call under the profiler."""
+def profiled(
+    driver: Any, traffic: Traffic, vocab_size: int
+) -> tuple[dict[tuple[str, str], float], float, int]:
+    """Return the seconds of each part and kind, those of the whole call, and the tokens that it computed."""
     core = driver._core.engine_core
     model = core.model_executor.driver_worker.worker.get_model()
     with (
@@ -115,10 +159,10 @@ def profiled(driver: Any, traffic: Traffic, vocab_size: int) -> tuple[dict[tuple
         named(model.pooler, "forward", "LM head"),
         profile(activities=[ProfilerActivity.CPU]) as found,
     ):
-        whole = run(driver, traffic, vocab_size, seed=1)
+        whole, num_computed = run(driver, traffic, vocab_size, seed=1)
     seconds = seconds_by_part(found.events())
     seconds["the rest", "Python"] += whole - sum(seconds.values())
-    return seconds, whole
+    return seconds, whole, num_computed
 
 
 def weights_of_layers(folder: Path) -> int:
@@ -152,27 +196,23 @@ def main() -> None:
     longest = max(one.longest for one in traffics)
     with tempfile.TemporaryDirectory() as home:
         save_random(args.shape, Path(home), max_tokens=longest)
-        body = weights_of_layers(Path(home))
+        sizes = sizes_of(Path(home), getattr(torch, args.dtype))
         options = {"max_model_len": longest, "dtype": args.dtype}
         driver: Any = start(model=home, readout="pooling", options=options)
-        speed = machine_limits(getattr(torch, args.dtype), "cpu").flop_per_s
+        limits = machine_limits(getattr(torch, args.dtype), "cpu")
         for traffic in traffics:
-            measure(driver, traffic, body, speed, report)
-    report.line(machine_line(f"{args.shape}, {args.dtype}; a square product {speed / 1e9:,.0f} GFLOP/s"))
+            measure(driver, traffic, sizes, limits, report)
+    speeds = f"{limits.flop_per_s / 1e9:,.0f} GFLOP/s, a copy {limits.bytes_per_s / 1e9:,.1f} GB/s"
+    report.line(machine_line(f"{args.shape}, {args.dtype}; a square product {speeds}"))
 
 
-def measure(driver: Any, traffic: Traffic, body: int, speed: float, report: Report) -> None:
+def measure(driver: Any, traffic: Traffic, sizes: Sizes, limits: Limits, report: Report) -> None:
     """Profile a call of one shape, and print its table."""
     vocab_size = driver.info.vocab_size
-    lm_head = driver._core.engine_core.model_executor.driver_worker.worker.get_model().pooler._head
     run(driver, traffic, vocab_size, seed=0)  # warm up
-    plain = run(driver, traffic, vocab_size, seed=2)
-    seconds, whole = profiled(driver, traffic, vocab_size)
-    head = lm_head.lm_head.weight[: lm_head.num_tokens].numel()
-    bounds = {
-        ("model", "products"): 2 * body * traffic.computed_tokens / speed,
-        ("LM head", "products"): 2 * head * traffic.scored_tokens / speed,
-    }
+    plain, _ = run(driver, traffic, vocab_size, seed=2)
+    seconds, whole, num_computed = profiled(driver, traffic, vocab_size)
+    bounds = bounds_of(traffic, num_computed, sizes, limits)
     title = f"P,R,G = {traffic.name}: {whole:.2f} s, without the profiler {plain:.2f} s"
     table = make_table(title, "part", "what", "s", "share", "times its bound", left=("what",))
     for (part, kind), taken in sorted(seconds.items(), key=lambda item: -item[1]):
@@ -182,6 +222,10 @@ def measure(driver: Any, traffic: Traffic, body: int, speed: float, report: Repo
         over = "" if bound is None else f"{taken / bound:.2f}"
         table.add_row(part, kind, f"{taken:.3f}", f"{taken / whole:.1%}", over)
     report.table(table)
+    report.line(
+        f"The engine computed {num_computed:,} tokens; at least {traffic.computed_tokens:,} were needed: it "
+        "shares whole blocks only."
+    )
 
 
 if __name__ == "__main__":

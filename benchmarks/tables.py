@@ -23,12 +23,13 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from vllm_kl.bench.report import as_markdown, make_table
+from vllm_kl.bench.models import NAMED
+from vllm_kl.bench.report import as_markdown, make_table, origin
 from vllm_kl.bench.results import read_rows
-from vllm_kl.bench.tables import result_tables, title_of
+from vllm_kl.bench.tables import NOT_IN_TURNS, result_tables, title_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -84,12 +85,20 @@ def _two_digits(ratio: float) -> str:
 
 
 def _origin(rows: Rows) -> str:
-    """Return when, where and with what the rows were measured."""
+    """Return when, where and with what the rows were measured, and which model."""
     row = rows[0]
-    versions = [f"{name} {version}" for name, version in row["versions"].items()]
-    where = [row["date"], *row["hardware"].values(), *versions, f"commit {row['commit']}"]
     rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
-    return f"{', '.join(where)}; {row['dtype']}, {row['sequences']} sequences, {rounds}"
+    rounds += "" if row.get("took_turns", True) else NOT_IN_TURNS  # old files do not tell
+    return f"{origin(row)}; {_model(row)}, {row['dtype']}, {row['sequences']} sequences, {rounds}"
+
+
+def _model(row: dict[str, Any]) -> str:
+    """Return the model's name, its size where the row has it, and whether the command made its weights."""
+    name, num = row["model"], row.get("parameters")
+    size = "" if num is None else f"{num / 1e6:,.0f} M "
+    is_made = name in NAMED or re.fullmatch(r"[0-9,]+", name) is not None  # as --shape takes them
+    weights = f"{size}{'random ' * is_made}weights" if size or is_made else "size not known"
+    return f"model {PurePath(name).name} ({weights})"
 
 
 def _wrapped(text: str) -> str:

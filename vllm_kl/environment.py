@@ -6,9 +6,12 @@ Libraries read them when first imported. Variables that the user has set stay as
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
+_DRIVER = Path("/dev/nvidiactl")  # there with the driver of an NVIDIA GPU
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -43,8 +46,18 @@ _BENCH_ON_CPU = {
 
 
 def on_a_gpu() -> bool:
-    """Return whether this machine has an NVIDIA GPU, without importing torch or initialising CUDA."""
-    return Path("/dev/nvidiactl").exists()
+    """Return whether torch can use an NVIDIA GPU here, without importing torch or initialising CUDA.
+
+    It is for what must be known before torch is imported; ``engines/devices.py`` asks torch itself. A CPU
+    build of torch uses no GPU, nor does a process that is shown none.
+    """
+    try:
+        is_cpu_build = metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    # The first entry that names no device ends torch's list (``torch.cuda._parse_visible_devices``, 2.13).
+    shows_one = re.match(r"\s*\+?\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")) is not None
+    return _DRIVER.exists() and shows_one and not is_cpu_build
 
 
 def quiet_ray() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.bench.test_run import Process
 from tests.command import vllm_kl
 from tests.oracle import LOG_PROB_TOLERANCE
-from vllm_kl.errors import OptionError
+from vllm_kl.bench.results import read_rows
+from vllm_kl.errors import EngineError, OptionError
 
 HERE = Path(__file__).parent
 FIELDS = {"provider", "shape", "tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err"}
@@ -124,6 +127,7 @@ class TestRun:
         (("--shape", "9" * 5000 + ",8,512"), "expected hidden,layers,vocab"),
         (("--shape", "tiny", "--lengths", "none.jsonl"), "none.jsonl"),
         (("--shape", "tiny", "--shapes", "8,8,1", "--lengths", "f"), "give it or --shapes"),
+        (("--shape", "tiny", "--lengths", "f", "--sequences", "8"), "--sequences has no effect"),
         (("--shape", "tiny", "--providers", "ours", "theirs"), "'theirs'"),
         (("--shape", "tiny", "--providers", "my providers:slow"), "or module:function"),
         (("--shape", "tiny", "--providers", "ours", "ours"), "given twice"),
@@ -131,6 +135,8 @@ class TestRun:
         (("--shape", "tiny", "--readouts", "fast"), "--readouts 'fast'"),
         (("--shape", "tiny", "--dtype", "int8"), "--dtype 'int8'"),
         (("--shape", "tiny", "--engine", "dtype=float32"), "give --dtype"),
+        (("--shape", "tiny", "--engine", "replicas=2"), "give --replicas"),
+        (("--shape", "tiny", "--engine", "readout=flat"), "give --readouts"),
         (("--shape", "tiny", "--engine", "block_size"), "expected NAME=VALUE"),
         (("--shape", "tiny", "--engine", "tensor_parallel_size=x"), "must be a whole number"),
     ],
@@ -160,7 +166,11 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
     ran = {"failures": {}}
     monkeypatch.setattr(command, "_run", lambda plan, *_: plans.append(plan) or ran)
     shapes = ("8,4,2", "16,4,2")
-    for given in (("--shapes", *shapes), ("--shapes", shapes[0], "--shapes", shapes[1])):
+    for given in (
+        ("--shapes", *shapes),
+        ("--shapes", shapes[0], "--shapes", shapes[1]),
+        (f"--shapes={shapes[0]}", shapes[1]),
+    ):
         done = invoke(
             "bench", "--shape", "tiny", *given, "--providers", "ours", "flat", "--readouts", "auto", "flat"
         )
@@ -168,6 +178,25 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
         assert [traffic.name for traffic in plans[-1].traffics] == list(shapes)
         assert list(plans[-1].providers) == ["ours", "ours[flat]", "flat"]
         assert plans[-1].providers["ours[flat]"].readout == "flat"
+
+
+def test_rows_tell_the_rounds_that_peers_had(invoke, monkeypatch):
+    from vllm_kl.bench import command
+
+    plans = []
+    monkeypatch.setattr(command, "_run", lambda plan, *_: plans.append(plan) or {"failures": {}})
+    for rounds, expected in (("2", 2), ("7", 5)):
+        invoke("bench", "--shape", "tiny", "--rounds", rounds, "--peer-rounds", "5")
+        assert (plans[-1].rounds, plans[-1].peer_rounds) == (int(rounds), expected)
+
+
+def test_each_argument_of_the_scorer_that_is_no_engine_option_is_refused():
+    from vllm_kl import VLLMScorer
+    from vllm_kl.bench.command import _NO_ENGINE_OPTIONS
+
+    parameters = inspect.signature(VLLMScorer).parameters.values()
+    own = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
+    assert own | {"dtype"} == _NO_ENGINE_OPTIONS.keys()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +234,36 @@ def test_before_anything_starts_it_says_what_runs_and_what_is_kept(invoke, monke
     told = invoke("bench", "--shape", "tiny", "--providers", "ours", "--out", str(tmp_path)).stderr
     assert "quick" not in told
     assert "kept" not in told
+
+
+def test_rows_are_written_after_each_shape_so_a_late_end_loses_only_the_last(invoke, monkeypatch, tmp_path):
+    from vllm_kl.bench import run
+
+    class EndsLate(Process):
+        def time(self, sequences, starts):
+            if len(sequences[0]) > 12:
+                raise SystemExit("killed")
+            return super().time(sequences, starts)
+
+    monkeypatch.setattr(run, "ProviderProcess", EndsLate)
+    for name in ("bench.md", "bench.png"):
+        tmp_path.joinpath(name).write_text("of an earlier run")
+    what = ("--shape", "tiny", "--shapes", "8,4,2", "16,4,2", "--providers", "ours", "--out", str(tmp_path))
+    assert invoke("bench", *what).exit_code == 1
+    (row,) = read_rows(tmp_path)
+    assert (row["provider"], row["shape"], row["tok_per_s"]) == ("ours", "8,4,2", 32 * 12)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logs", "results.jsonl"]
+
+
+def test_where_nothing_is_drawn_no_picture_of_an_earlier_run_stays(invoke, monkeypatch, tmp_path):
+    from vllm_kl.bench import run
+
+    monkeypatch.setattr(run, "ProviderProcess", Process)
+    monkeypatch.setattr(Process, "faults", {"ours": EngineError("no engine")})
+    tmp_path.joinpath("bench.png").write_text("of an earlier run")
+    what = ("--shape", "tiny", "--shapes", "8,4,2", "--providers", "ours", "--out", str(tmp_path))
+    assert invoke("bench", *what).exit_code == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bench.md", "logs", "results.jsonl"]
 
 
 def test_an_installation_of_the_client_alone_is_told_what_is_missing(invoke, monkeypatch):

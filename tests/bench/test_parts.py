@@ -181,7 +181,7 @@ def test_the_bound_reads_of_an_embedding_only_the_rows_of_the_tokens():
     ("free_gb", "expected"), [(12, "float64"), (6, "float32"), (3, "bfloat16"), (2, "takes 2 GiB")]
 )
 def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected, monkeypatch):
-    monkeypatch.setattr("vllm_kl.bench.truth._free_bytes", lambda device: free_gb * 10**9)
+    monkeypatch.setattr("vllm_kl.engines.memory.available_bytes", lambda is_cuda: free_gb * 10**9)
     setup = Setup(model="m", dtype="bfloat16", device="cpu")
     if expected.startswith("takes"):
         with pytest.raises(VLLMKLError, match=expected):
@@ -306,6 +306,19 @@ class TestCompare:
         told = f"ours, 8,4,2: {name} is {first!r} in the first run and {second!r} in the second"
         assert str(refusal.value).startswith(told)
 
+    @pytest.mark.parametrize(
+        ("before", "figure", "told"),
+        [
+            ([], "tok_per_s", "has no rows: give the folder of --out"),
+            ([row("floor")], "tok_per_s", "measured the floor alone, and nothing to compare: .* ours floor$"),
+            ([row(tok_per_s=None)], "tok_per_s", "has no tok_per_s: run it with --providers ours$"),
+            ([row(ratio_to_torchrl=None)], "ratio_to_torchrl", "run it with --providers ours torchrl$"),
+        ],
+    )
+    def test_a_run_that_has_nothing_to_compare_is_told_how_to_get_it(self, before, figure, told):
+        with pytest.raises(OptionError, match=told):
+            compare(before, [row()], tolerance=0.1, figure=figure)
+
     def test_the_folder_of_a_model_does_not_matter(self):
         """The same model lies elsewhere on another machine."""
         (one,) = compare(
@@ -362,6 +375,24 @@ class TestTablesOfPages:
             text = page.read_text()
             assert tables.with_tables(text) == text, f"{page}: python benchmarks/tables.py"
             assert tables._BLOCK.search(text)
+
+    @pytest.mark.parametrize(
+        ("known", "told"),
+        [
+            ({"model": "96M", "parameters": 95_890_432}, "model 96M (96 M random weights)"),
+            ({"model": "512,6,32000"}, "model 512,6,32000 (random weights)"),
+            ({"model": "/data/qwen", "parameters": 7_615_616_512}, "model qwen (7,616 M weights)"),
+            ({"model": "qwen", "parameters": None}, "model qwen (size not known)"),
+        ],
+    )
+    def test_a_page_names_the_model_of_its_figures(self, tables, known, told):
+        rows = read_rows(BENCHMARKS / "results" / "readout-granite-rapids.jsonl")
+        assert f"; {told}, bfloat16, 32 sequences" in tables._origin([rows[0] | known])
+
+    def test_a_page_says_where_providers_did_not_take_turns(self, tables):
+        rows = read_rows(BENCHMARKS / "results" / "readout-h200.jsonl")
+        assert ", of other ways 2, not in turns: " in tables._origin(rows)
+        assert "turns" not in tables._origin([rows[0] | {"took_turns": True}])
 
     def test_a_changed_figure_is_found_and_written_anew(self, tables):
         text = tables.PAGES[0].read_text()

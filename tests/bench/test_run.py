@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from vllm_kl.bench import run
+from vllm_kl.bench.compare import figure_for
 from vllm_kl.bench.floor import check_one_process, matrix_of
 from vllm_kl.bench.limits import Limits
+from vllm_kl.bench.memory import memory_bytes
+from vllm_kl.bench.meters import peak_bytes
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import find
-from vllm_kl.bench.report import as_markdown
-from vllm_kl.bench.results import rows_of
+from vllm_kl.bench.report import as_markdown, origin
+from vllm_kl.bench.results import read_rows, rows_of
 from vllm_kl.bench.run import Bench, Plan
 from vllm_kl.bench.tables import result_tables
 from vllm_kl.bench.traffic import from_shape
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import EngineError, ReadoutUnavailableError
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SIZE = {"parameters": 100, "body": 50, "head": 30, "embedding": 0, "hidden": 1}
 WARNING = "tests.bench.providers_of_a_user:warning"
 FACTS = {
@@ -29,6 +38,8 @@ FACTS = {
     "special_ids": [0],
     "size": SIZE | {"layers": 2, "attention": 8, "kv": 4},
     "limits": Limits(1e12, 1e10, None),
+    "free_bytes": 1 << 40,
+    "cpu": {"instructions": "AVX512, AVX512_BF16", "threads": 2},
     "check": "float64",
 }
 
@@ -82,7 +93,8 @@ def measure(monkeypatch, tmp_path):
             are_asked_for=are_asked_for,
         )
         lines = []
-        calls = {"on_costs": lambda _: None, "on_line": lines.append, "on_step": lambda *_: None}
+        calls = {"on_costs": lambda _: None, "on_shape": lambda _: None}
+        calls |= {"on_line": lines.append, "on_step": lambda *_: None}
         measured = Bench(plan, **calls).run()
         return measured, {row["provider"]: row for row in rows_of(plan, measured, "m")}, lines
 
@@ -118,17 +130,83 @@ class TestMemory:
 
     @pytest.mark.parametrize(("free_gib", "take_turns"), [(6, True), (4, False)])
     def test_a_process_takes_more_than_its_weights(self, measure, monkeypatch, free_gib, take_turns):
-        monkeypatch.setattr(run, "_free_bytes", lambda: free_gib << 30)
+        monkeypatch.setitem(FACTS, "free_bytes", free_gib << 30)
         measured, _, lines = measure("ours", "flat")
         assert measured.took_turns is take_turns
         told = "providers run one after another, because the memory does not hold all models at a time"
         assert (told in lines) is not take_turns
+
+    def test_the_estimates_are_above_what_was_measured_and_not_far(self):
+        rows = read_rows(RESULTS / "readout-epyc.jsonl")
+        size = {"parameters": 95_890_432, "layers": 6, "kv": 256}
+        traffics = [from_shape(shape, 32) for shape in dict.fromkeys(row["shape"] for row in rows)]
+        setup = Setup(model="96M", dtype="float32", device="cpu", max_tokens=max(t.longest for t in traffics))
+        for row in rows:
+            if row["peak_bytes"] is not None:
+                kind, facts = row["provider"], {"size": size, "vocab_size": 151_936, "dtype": "float32"}
+                estimate = memory_bytes(kind, setup, facts, traffics)
+                own = row["peak_bytes"] + (kind == "ours") * 0.6 * 2**30  # the file has no caller of ours
+                assert row["peak_bytes"] < estimate < 1.1 * own, kind
 
     def test_where_the_size_is_not_known_providers_run_one_after_another(self, measure, monkeypatch):
         monkeypatch.setitem(FACTS, "size", None)
         measured, _, lines = measure("ours", "flat")
         assert not measured.took_turns
         assert "providers run one after another, because the model's size is not known" in lines
+
+
+class TestImpossible:
+    """What is not installed, or what this machine cannot run, is not measured; it has not failed."""
+
+    @pytest.mark.parametrize("are_asked_for", [True, False])
+    def test_a_peer_is_not_measured_and_says_why(self, measure, are_asked_for):
+        why = ReadoutUnavailableError("readout='token_ids' is not available")
+        faults = {"token_ids": why}
+        measured, rows, _ = measure("ours", "token_ids", faults=faults, are_asked_for=are_asked_for)
+        assert measured.failures == {}
+        assert rows["token_ids"]["not_measured"] == "readout='token_ids' is not available"
+
+    def test_without_ours_there_is_nothing_to_tell(self, measure):
+        measured, _, _ = measure("ours", faults={"ours": ReadoutUnavailableError("no such read-out")})
+        assert measured.failures == {"ours": "no such read-out"}
+
+    @pytest.mark.parametrize(
+        ("name", "package", "cure"),
+        [
+            ("trl", "trl", "pip install 'trl>=1.16'"),
+            ("sglang", "sglang", "pip install sglang"),
+            ("torchrl", "torchrl", "pip install 'vllm-kl[torchrl]'"),
+        ],
+    )
+    def test_a_package_that_is_missing_is_named_with_its_cure(self, monkeypatch, name, package, cure):
+        for module in [module for module in sys.modules if module.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ReadoutUnavailableError, match=re.escape(cure)):
+            next(find(name)(Setup(model="m", dtype="float32", device="cpu")))
+
+
+class TestWarmUp:
+    """No first call counts, unless it is so long that another would take minutes."""
+
+    @pytest.mark.parametrize(
+        ("seconds", "calls"),
+        [(1.0, {"ours": 3, "flat": 2, "my:own": 2}), (30.0, {"ours": 3, "flat": 1, "my:own": 1})],
+    )
+    def test_a_short_call_is_warmed_up_by_a_whole_call(self, measure, monkeypatch, seconds, calls):
+        made = []
+
+        def time(self, sequences, starts):
+            made.append((self._name, sequences[0].tolist()))
+            return {"seconds": seconds, "parts": {}, "joules": None}
+
+        monkeypatch.setattr(Process, "time", time)
+        _, rows, _ = measure(*calls)
+        assert Counter(name for name, _ in made) == calls
+        assert {name: len(rows[name]["seconds"]) for name in calls} == {"ours": 2, "flat": 1, "my:own": 1}
+        for name in calls:  # new ids in each, so that no cache of an earlier call helps
+            ids = [tuple(first) for of, first in made if of == name]
+            assert len(set(ids)) == len(ids)
 
 
 def test_the_parts_of_the_floor_have_the_operations_that_they_compute(measure):
@@ -175,9 +253,53 @@ def test_a_provider_that_failed_is_in_the_table_with_its_reason(measure):
     assert "failed: no kernel for this head and ..." in line
 
 
+def test_the_machine_is_looked_at_before_anything_is_measured(measure, monkeypatch):
+    """What goes wrong there must not lose a run."""
+
+    def broken():
+        raise OSError("the driver does not answer")
+
+    monkeypatch.setattr(run, "machine", broken)
+    monkeypatch.setattr(Process, "time", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(OSError, match="does not answer"):
+        measure("ours")
+
+
+def test_rows_tell_the_instructions_and_the_threads_of_the_cpu(measure):
+    """Machines that differ in them alone cannot be compared by seconds."""
+    _, rows, _ = measure("ours")
+    known = rows["ours"]["hardware"]
+    assert (known["instructions"], known["threads"]) == ("AVX512, AVX512_BF16", 2)
+    other = {"ours": rows["ours"] | {"hardware": known | {"instructions": "AVX2"}}}
+    assert figure_for(list(rows.values()), list(other.values())) == "fraction_of_floor"
+    assert "cores, AVX512, AVX512_BF16, 2 threads, " in origin(rows["ours"])
+
+
 def test_what_providers_have_to_say_is_told_once(measure):
     _, _, lines = measure("ours", "flat")
     assert [line for line in lines if "is faster" in line] == ["ours: dtype='float32' is faster"]
+
+
+def test_the_memory_of_all_processes_of_a_provider_counts(tmp_path):
+    """Ours has its engine in a process of its own, beside the caller."""
+    setup = Setup(model="m", dtype="float32", device="cpu")
+    find_it = functools.partial(find, "tests.bench.providers_of_a_user:of_two_processes")
+    process = ProviderProcess("two", find_it, setup, tmp_path)
+    least = peak_bytes(os.getpid())  # this process is one of the two
+    assert process.end()["peak_bytes"] > least + (10 << 20)
+
+
+def test_files_of_the_users_folder_stand_in_the_place_of_no_module(tmp_path, monkeypatch):
+    tmp_path.joinpath("colorsys.py").write_text("raise RuntimeError('not Python\\'s own')\n")
+    own = "import colorsys\nfrom tests.bench.providers_of_a_user import constant\n"
+    tmp_path.joinpath("own_providers.py").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    setup = Setup(model="m", dtype="float32", device="cpu")
+    process = ProviderProcess("own", functools.partial(find, "own_providers:constant"), setup, tmp_path)
+    process.end()
+    path = list(sys.path)
+    find("ours")
+    assert sys.path == path  # where all providers are the package's, the folder is not in it
 
 
 def test_a_warning_of_this_package_comes_from_the_process_and_stays_in_its_log(tmp_path):

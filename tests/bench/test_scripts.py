@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from tests import scripts
+from vllm_kl.bench.limits import Limits
+from vllm_kl.bench.models import save_random
+from vllm_kl.bench.traffic import from_shape
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,13 @@ def test_a_wrong_head_is_not_timed(lm_head, monkeypatch, capsys):
     assert "TFLOP" not in capsys.readouterr().out
 
 
+def test_the_page_names_the_scripts_that_compare_nothing_with_float64():
+    folder = scripts.ROOT / "benchmarks"
+    others = {path.name for path in folder.glob("*.py") if "float64" not in path.read_text()}
+    told = folder.joinpath("README.md").read_text().partition("which compare nothing")[0]
+    assert set(re.findall(r"`(\w+\.py)`", told)) == others - {"tables.py"}  # which measures nothing
+
+
 def event(name, seconds, above=None):
     return SimpleNamespace(name=name, self_cpu_time_total=1e6 * seconds, cpu_parent=above)
 
@@ -79,6 +89,19 @@ def test_an_operation_counts_for_the_innermost_part_that_it_runs_in(profile_pref
     }
 
 
+def test_the_bound_of_the_layers_is_that_of_the_tokens_that_the_engine_computed(profile_prefill, tmp_path):
+    """Siblings compute the end of the prompt again, because whole blocks only are shared."""
+    save_random("tiny", tmp_path, max_tokens=80)
+    sizes = profile_prefill.sizes_of(tmp_path, torch.float32)
+    body = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 128 * 64)  # two layers: q, k and v, o, and the MLP
+    assert sizes == (body, 1000, 64, 2, 64, 4)
+    bounds = profile_prefill.bounds_of(from_shape("64,16,2", 2), 128, sizes, Limits(1e9, 1e8, None))
+    assert bounds["model", "products"] == 2 * body * 128 / 1e9
+    assert bounds["model", "attention"] == 4 * 2 * 64 * (64 * 64 / 2 + 2 * (64 * 16 + 16 * 16 / 2)) / 1e9
+    assert bounds["LM head", "products"] == 2 * 64 * 1000 * 32 / 1e9
+    assert bounds["LM head", "Python"] == 2 * 4 * 1000 * 32 / 1e8
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_parts_of_a_call_are_found_in_vllms_engine(tmp_path):
@@ -88,6 +111,8 @@ def test_the_parts_of_a_call_are_found_in_vllms_engine(tmp_path):
     text = file.read_text()
     for row in (r"model +\| products", r"model +\| attention", "LM head ", "scheduler ", "the rest "):
         assert re.search(rf"^\| {row}", text, flags=re.M), text
+    # 16 groups of two: the second computes the prompt's last block of 32 again.
+    assert "The engine computed 2,048 tokens; at least 1,552 were needed" in text
 
 
 def test_a_method_is_named_while_it_is_watched(profile_prefill):

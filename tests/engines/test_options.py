@@ -373,7 +373,7 @@ BATCHES = {"max_num_batched_tokens": 512}
 class TestMemory:
     @pytest.fixture(autouse=True)
     def one_gib(self, monkeypatch):
-        monkeypatch.setattr(memory, "_available_bytes", lambda is_cuda: 1 << 30)
+        monkeypatch.setattr(memory, "available_bytes", lambda is_cuda: 1 << 30)
 
     @pytest.fixture
     def folder(self, tmp_path):
@@ -482,7 +482,7 @@ class TestWeightsOfTheHub:
 
     @pytest.fixture(autouse=True)
     def hub(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(memory, "_available_bytes", lambda is_cuda: 3 << 30)
+        monkeypatch.setattr(memory, "available_bytes", lambda is_cuda: 3 << 30)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(memory.HfApi, "model_info", self.answer)

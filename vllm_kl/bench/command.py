@@ -24,10 +24,10 @@ from typer.core import TyperGroup
 from vllm_kl.bench import models, traffic
 from vllm_kl.bench.compare import Figure, compare, figure_for
 from vllm_kl.bench.providers import check_names, usable
-from vllm_kl.bench.report import Report, machine_line
+from vllm_kl.bench.report import Report, origin
 from vllm_kl.bench.results import read_rows, rows_of, write_rows
 from vllm_kl.bench.run import Bench, Measured, Plan, kind_of
-from vllm_kl.bench.tables import cost_table, result_tables
+from vllm_kl.bench.tables import NOT_IN_TURNS, cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
 from vllm_kl.engines.options import check_options
@@ -37,6 +37,18 @@ from vllm_kl.errors import InputError, OptionError, VLLMKLError
 FAILED, WORSE = 1, 3  # exit codes; 2 is typer's, for an option that is wrong
 _READOUTS = ("auto", "pooling", "token_ids", "flat")
 _WIDTH = 132
+# Arguments of VLLMScorer that are no options of an engine, and what to give instead.
+_NO_ENGINE_OPTIONS = {
+    "dtype": "give --dtype, which all providers take",
+    "readout": "give --readouts",
+    "share_prefix": "give --no-share",
+    "replicas": "give --replicas",
+    "devices": "set CUDA_VISIBLE_DEVICES, which all providers see",
+    **dict.fromkeys(
+        ("temperature", "canary", "lora_request", "placeholders", "timeout_s"),
+        "it is an argument of VLLMScorer, no option of vLLM. Leave it out",
+    ),
+}
 _MANY = ("--shapes", "--providers", "--readouts")  # options that take several values
 
 
@@ -46,8 +58,9 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread, option, is_first = [], "", False
         for argument in args:
+            name, equals, _ = argument.partition("=")
             if argument.startswith("-"):
-                option, is_first = (argument, True) if argument in _MANY else ("", False)
+                option, is_first = (name, not equals) if name in _MANY else ("", False)
             elif option and not is_first:
                 spread.append(option)
             else:
@@ -80,8 +93,10 @@ Lengths = Annotated[
     ),
 ]
 NumSequences = Annotated[
-    int,
-    typer.Option(min=1, max=1_000_000, help="Sequences of one call with --shapes, in whole groups."),
+    int | None,
+    typer.Option(
+        min=1, max=1_000_000, help="Sequences of one call with --shapes, in whole groups; default: 32."
+    ),
 ]
 Providers = Annotated[
     list[str] | None,
@@ -111,7 +126,7 @@ def measure(
     shape: Shape = None,
     shapes: Shapes = None,
     lengths: Lengths = None,
-    sequences: NumSequences = 32,
+    sequences: NumSequences = None,
     providers: Providers = None,
     readouts: Readouts = None,
     no_share: NoShare = False,
@@ -126,8 +141,8 @@ def measure(
     """Measure how fast log-probs of a model are read here, by this package and by other ways.
 
     Log-probs are checked before anything is timed. Exit codes: 0, ours and all providers that were named were
-    measured, as far as this machine can; 1, one of them failed, the others were measured; 2, an option or a
-    file is wrong.
+    measured, as far as they are installed and this machine can run them; 1, one of them failed, the others
+    were measured; 2, an option or a file is wrong.
     """
     if context.invoked_subcommand is not None:
         return
@@ -144,7 +159,7 @@ def measure(
             traffics=traffics,
             providers=_settings(names, readouts or ["auto"], setup),
             rounds=rounds,
-            peer_rounds=peer_rounds,
+            peer_rounds=min(rounds, peer_rounds),
             log_folder=_log_folder(out, Path(home)),
             are_asked_for=bool(providers),
         )
@@ -166,24 +181,9 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
     console = _console(is_error=True)
     for line in _before(plan, out):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    began = time.monotonic()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=Bench.num_steps(plan))
-
-        def tell_step(what: str, num: int) -> None:
-            progress.update(task, description=what, advance=num)
-            if not console.is_terminal:  # a log gets lines instead of a bar
-                passed = f"{time.monotonic() - began:7.1f} s"
-                console.print(f"{passed}  {what}", highlight=False, markup=False, soft_wrap=True)
-
-        measured = Bench(
-            plan,
-            on_costs=lambda found: _print_costs(found, model, console),
-            on_line=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-            on_step=tell_step,
-        ).run()
+    measured = _measured(plan, model, out, console)
     rows = rows_of(plan, measured, model)
+    _keep(out, rows)
     file = None if out is None else out / "bench.md"
     report = Report(file, console=console if as_json else _console(is_error=False))
     for table in result_tables(rows):
@@ -195,8 +195,9 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
     for reason in dict.fromkeys(row["no_mfu"] for row in rows if row.get("no_mfu")):
         report.line(f"no MFU: {reason}")
     details = f"{model}, {measured.facts['dtype']}, {plan.rounds} rounds, other providers {plan.peer_rounds}"
-    report.line(machine_line(details))
-    files = [] if out is None else _write(out, rows, console)
+    details += "" if measured.took_turns else NOT_IN_TURNS
+    report.line(f"{origin(measured.machine)}; {details}")
+    files = [] if out is None else _draw(out, rows, console)
     return {
         "results": rows,
         "failures": measured.failures,
@@ -204,6 +205,28 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
         "costs": {name: dataclasses.asdict(cost) for name, cost in measured.costs.items()},
         "files": files,
     }
+
+
+def _measured(plan: Plan, model: str, out: Path | None, console: Console) -> Measured:
+    """Run the plan, and show its progress."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=Bench.num_steps(plan))
+
+        def tell_step(what: str, num: int) -> None:
+            progress.update(task, description=what, advance=num)
+            if not console.is_terminal:  # a log gets lines instead of a bar
+                passed = f"{time.monotonic() - began:7.1f} s"
+                console.print(f"{passed}  {what}", highlight=False, markup=False, soft_wrap=True)
+
+        return Bench(
+            plan,
+            on_costs=lambda found: _print_costs(found, model, console),
+            on_shape=lambda found: _keep(out, rows_of(plan, found, model)),
+            on_line=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+            on_step=tell_step,
+        ).run()
 
 
 def _before(plan: Plan, out: Path | None) -> Iterator[str]:
@@ -228,8 +251,19 @@ def _print_costs(measured: Measured, model: str, console: Console) -> None:
     )
 
 
-def _write(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
-    write_rows(out / "results.jsonl", rows)
+def _keep(out: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows that are known, so that they stay, whatever ends the command later.
+
+    The tables and the picture of an earlier run go: they are not of these rows.
+    """
+    if out is not None:
+        write_rows(out / "results.jsonl", rows)
+        for name in ("bench.md", "bench.png"):
+            out.joinpath(name).unlink(missing_ok=True)
+
+
+def _draw(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[str]:
+    """Draw the picture; return all files that were written."""
     files = [str(out / "results.jsonl"), str(out / "bench.md")]
     is_measured = any(row["tok_per_s"] is not None for row in rows)
     if is_measured and importlib.util.find_spec("matplotlib") is not None:
@@ -243,13 +277,15 @@ def _write(out: Path, rows: Sequence[dict[str, Any]], console: Console) -> list[
 
 
 def _traffics(
-    shapes: Sequence[str] | None, lengths: Path | None, num_sequences: int
+    shapes: Sequence[str] | None, lengths: Path | None, num_sequences: int | None
 ) -> list[traffic.Traffic]:
     if lengths is not None:
         if shapes:
             raise OptionError("--lengths has lengths of its own: give it or --shapes")
+        if num_sequences is not None:
+            raise OptionError("--sequences has no effect with --lengths, whose lines are the sequences")
         return [traffic.from_file(lengths)]
-    return [traffic.from_shape(text, num_sequences) for text in dict.fromkeys(shapes or ["256,128,8"])]
+    return [traffic.from_shape(text, num_sequences or 32) for text in dict.fromkeys(shapes or ["256,128,8"])]
 
 
 def _setup(
@@ -267,9 +303,10 @@ def _setup(
         model = str(home / "model")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise OptionError(f"--dtype {dtype!r}: expected auto, bfloat16, float16 or float32")
-    options = check_options(parse_engine_options(engine or ()))
-    if "dtype" in options:
-        raise OptionError("--engine dtype=...: give --dtype, which all providers take")
+    options = parse_engine_options(engine or ())
+    if (own := next((name for name in options if name in _NO_ENGINE_OPTIONS), None)) is not None:
+        raise OptionError(f"--engine {own}=...: {_NO_ENGINE_OPTIONS[own]}")
+    options = check_options(options)
     longest = max(one.longest for one in traffics)
     device = "cuda" if on_a_gpu() else "cpu"
     return Setup(

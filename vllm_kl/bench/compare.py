@@ -59,9 +59,18 @@ def compare(
         if row.get(figure) is not None and row["provider"] not in ("floor", ENGINE, HEAD)
     ]
     if not pairs:
-        needed = {"ratio_to_torchrl": "torchrl", "fraction_of_floor": "floor"}.get(figure, "ours")
-        raise OptionError(f"the first run has no {figure}: run it with --providers ours {needed}")
+        raise OptionError(f"the first run {_why_none(before, figure)}")
     return [_difference(old, new, tolerance, figure) for old, new in pairs]
+
+
+def _why_none(rows: Sequence[Row], figure: Figure) -> str:
+    """Return why no row of a run can be compared, and what to do."""
+    if not rows:
+        return "has no rows: give the folder of --out, or the results.jsonl, of a run that measured something"
+    if all(row["provider"] in ("floor", ENGINE, HEAD) for row in rows):
+        return "measured the floor alone, and nothing to compare: run it with --providers ours floor"
+    needed = {"ratio_to_torchrl": " torchrl", "fraction_of_floor": " floor"}.get(figure, "")
+    return f"has no {figure}: run it with --providers ours{needed}"
 
 
 def _check_same(before: Sequence[Row], after: Sequence[Row]) -> None:

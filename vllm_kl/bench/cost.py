@@ -49,7 +49,7 @@ def cost_of(
     if size is not None:
         head_flop = 2.0 * size["head"] * traffic.scored_tokens
         flop = 2.0 * size["body"] * computed + head_flop
-        flop += 4.0 * size["layers"] * size["attention"] * _attended(traffic, share_prefix)
+        flop += 4.0 * size["layers"] * size["attention"] * attended(traffic, share_prefix)
         read = size["parameters"] - size["embedding"] + _rows_read(traffic, size) * size["hidden"]
         size_bytes = _BYTES[dtype] * (read + float(size["layers"] * size["kv"] * computed))
         compute_s, memory_s = flop / limits.flop_per_s, size_bytes / limits.bytes_per_s
@@ -75,7 +75,7 @@ def _rows_read(traffic: Traffic, size: Mapping[str, int]) -> float:
     return -vocab_size * math.expm1(-drawn / vocab_size) if vocab_size else 0.0
 
 
-def _attended(traffic: Traffic, share_prefix: bool) -> float:
+def attended(traffic: Traffic, share_prefix: bool) -> float:
     """Return the pairs of a computed token and a token that it attends to."""
     return sum(
         (1 if share_prefix else len(responses)) * prompt * prompt / 2

@@ -50,7 +50,7 @@ def floor(setup: Setup) -> Iterator[Running]:
         num_rows = sum(len(ids) - start for ids, start in zip(sequences, starts, strict=True))
         return {ENGINE: engine_s, HEAD: product(num_rows)}
 
-    yield Running(run, os.getpid())
+    yield Running(run)
 
 
 def check_one_process(options: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ class ProviderProcess:
         return self._ask("told")
 
     def end(self) -> dict[str, int]:
-        """End the process; return its peak memory and its peak GPU memory, in bytes; 0: not known."""
+        """End the process; return the provider's peak memory and peak GPU memory, in bytes; 0: not known."""
         peaks = self._ask("end")
         self._join()
         self._connection.close()
@@ -135,7 +135,6 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
     notes = _Notes()
     logging.getLogger("vllm_kl").addHandler(notes)
     try:
-        sys.path.insert(0, str(Path.cwd()))  # the user's own providers
         with GpuPeak(setup.num_gpus) as gpu, contextlib.contextmanager(find())(setup) as running:
             connection.send((None, None))
             energy = EnergyMeter(setup.num_gpus)
@@ -143,7 +142,7 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
                 answer = notes.taken() if question[0] == "notes" else _answer_to(question, running, energy)
                 connection.send((None, answer))
             peaks = {
-                "peak_bytes": peak_bytes(running.pid) if running.pid else 0,
+                "peak_bytes": sum(map(peak_bytes, running.pids)),
                 "gpu_peak_bytes": gpu.size_bytes,
             }
             connection.send((None, peaks))

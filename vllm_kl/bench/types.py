@@ -54,7 +54,8 @@ class Running:
     """
 
     score: Score
-    pid: int = field(default_factory=os.getpid)  # the process whose memory counts; 0: it is not one process
+    # The processes whose memory counts; none: they are not known.
+    pids: tuple[int, ...] = field(default_factory=lambda: (os.getpid(),))
     told: Callable[[], dict[str, Any]] = dict  # more facts for the row, after a call
 
 

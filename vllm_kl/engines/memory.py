@@ -51,7 +51,7 @@ def kv_cache_bytes(model: str, config: Any, options: dict[str, Any], *, is_cuda:
     if is_cuda:  # per device, as free memory and KV are
         weights //= ranks * options.get("pipeline_parallel_size", 1)
         weights, ranks = max(0, weights - int(options.get("cpu_offload_gb", 0) * 2**30)), 1
-    free = max(0, _available_bytes(is_cuda) - weights)
+    free = max(0, available_bytes(is_cuda) - weights)
     least = lambda n: ranks * _sequence_bytes(config, options, n)  # noqa: E731
     if least(config.max_model_len) > free:
         fits = bisect.bisect_right(range(config.max_model_len), free, key=least) - 1
@@ -194,7 +194,7 @@ def stored_dtype(model: str, config: Any) -> torch.dtype | None:
         return _STORED.get(tensors.get_slice(next(iter(tensors.keys()))).get_dtype())
 
 
-def _available_bytes(is_cuda: bool) -> int:
+def available_bytes(is_cuda: bool) -> int:
     """Return the free memory: of the GPU, or of the machine within the limit of this process's cgroup."""
     if is_cuda:
         return torch.cuda.mem_get_info()[0]

@@ -1,0 +1,40 @@
+"""Whether commands take the GPU, which they decide before torch is imported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_kl import environment
+from vllm_kl.engines.devices import has_gpu
+from vllm_kl.environment import on_a_gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with an NVIDIA GPU and a CUDA build of torch; a test may set another version of torch."""
+    monkeypatch.setattr(environment, "_DRIVER", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    versions = {"torch": "2.13.0"}
+    monkeypatch.setattr(environment.metadata, "version", versions.__getitem__)
+    return versions
+
+
+def test_torch_agrees_on_this_machine():
+    assert on_a_gpu() == has_gpu()
+
+
+def test_a_cpu_build_of_torch_uses_no_gpu(gpu):
+    assert on_a_gpu()
+    gpu["torch"] = "2.13.0+cu130"
+    assert on_a_gpu()
+    gpu["torch"] = "2.13.0+cpu"
+    assert not on_a_gpu()
+
+
+@pytest.mark.parametrize(
+    "shown", ["", "-1", " ", "-1,0", "NoDevFiles", "0", "3,1", " 2", "+1", "GPU-8a", "MIG-8a"]
+)
+def test_a_process_that_is_shown_no_gpu_uses_none_as_torch_does(gpu, monkeypatch, shown):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert on_a_gpu() == bool(torch.cuda._parse_visible_devices())
