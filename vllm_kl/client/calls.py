@@ -216,9 +216,10 @@ def _error_in(problem: dict[str, Any], part: Part | None) -> VLLMKLError:
     name = str(problem.get("type")).rpartition(":")[2]
     kind = getattr(errors, name) if name in errors.__all__ else EngineError
     told = problem.get("detail")
-    # Our servers send whole sentences: less than that is not a message of its own.
-    is_sentence = _is_said(told) and len(told) > _SHORTEST_SENTENCE
-    message = told if is_sentence else f"a server failed and told no more than this: {problem}"
+    if _is_said(told) and len(told) > _SHORTEST_SENTENCE:
+        message = told
+    else:  # our servers send whole sentences
+        message = f"a server failed and told no more than this: {problem}"
     if part is not None:  # the server counts the sequences of the part
         message = _SEQUENCE.sub(lambda found: f"sequence {_place(part, int(found[1]))}", message)
     return kind(message)
