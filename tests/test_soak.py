@@ -28,6 +28,7 @@ def hour(changed=None, minutes=60):
         filling = max(0, 3 - minute) * 100
         window = {
             "at_s": 60.0 * minute,
+            "others": 0.01,
             "pss_mib": 1475 - filling + draw.gauss(0, 3),
             "fds": 76 + draw.choice([0, 0, 1]),
             "threads": 56.0,
@@ -70,6 +71,16 @@ def test_a_leak_that_never_stops_is_growth(soak, name, an_hour):
 def test_growth_while_caches_fill_is_none(soak):
     windows = hour(lambda now, window: {"pss_mib": window["pss_mib"] - max(0, 9 - now) * 50})
     assert soak.judge(windows, Report(None))
+
+
+def test_latencies_beside_other_programs_are_not_judged(soak, capsys):
+    def beside(minutes):
+        return lambda now, window: {"p50_ms": 8 * window["p50_ms"], "others": 0.6} if now in minutes else {}
+
+    assert soak.judge(hour(beside(range(30, 51))), Report(None))
+    assert "In 21 of 60 windows other programs took more than 10% of the CPUs" in capsys.readouterr().out
+    assert not soak.judge(hour(beside(range(61))), Report(None))  # then they are not measured
+    assert not soak.judge(hour(lambda now, window: {"pss_mib": 1475 + now, "others": 0.6}), Report(None))
 
 
 @pytest.mark.parametrize("since", [1, 30, 60])
