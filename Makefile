@@ -3,6 +3,8 @@
 # make gpu-check: on a machine with a GPU, every check that needs one, in .venv-gpu.
 #   In an environment of yours: make gpu-check GPU_PYTHON=python
 # make fuzz CASES=1000000: many hostile inputs for what reads them (tests/fuzz), counted; MINUTES=25 ends it before.
+# make results MACHINE=epyc: measures the tables of benchmarks/README.md that have no file of this machine's name
+#   yet, and writes the pages. Five hours on two cores, with nothing beside it; DTYPE=bfloat16 where a CPU has it.
 # make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.
 
@@ -16,8 +18,10 @@ VLLM ?= 0.30.0
 CASES ?= 100000
 MINUTES ?= 600
 COMPAT := .venv-$(VLLM)
+MACHINE ?= here
+DTYPE ?= float32
 
-.PHONY: demo test nightly compat fuzz lint docs gpu-check lock clean
+.PHONY: demo test nightly compat fuzz results lint docs gpu-check lock clean
 
 demo: .venv/installed
 	.venv/bin/vllm-kl demo $(ARGS)
@@ -38,6 +42,33 @@ compat: $(COMPAT)/installed
 
 fuzz: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --cases $(CASES) --minutes $(MINUTES) $(ARGS)
+
+# A table: the script benchmarks/bench_<name>.py, or another one, with its arguments.
+RESULTS := estimators dataset-memory scaling serving serving-tiny requests transform lora push overlap \
+	overlap-shared simulation growth profile
+ARGS_dataset-memory := --rows 1000 --rows 10000 --rows 100000 --stand-in
+ARGS_serving := --dtype $(DTYPE)
+SCRIPT_serving-tiny := bench_serving
+ARGS_serving-tiny := --model tiny --dtype float32
+SCRIPT_overlap-shared := bench_overlap
+ARGS_overlap-shared := --cores shared
+SCRIPT_simulation := simulate_fleet
+SCRIPT_growth := growth
+SCRIPT_profile := profile_prefill
+ARGS_profile := --dtype $(DTYPE)
+RESULT = benchmarks/results/$(1)-$(MACHINE)
+
+results: $(call RESULT,readout).jsonl $(foreach name,$(RESULTS),$(call RESULT,$(name)).md)
+	.venv/bin/python benchmarks/tables.py
+
+$(call RESULT,%).md: | .venv/installed
+	.venv/bin/python benchmarks/$(or $(SCRIPT_$*),bench_$(subst -,_,$*)).py $(ARGS_$*) --markdown $@.part
+	mv $@.part $@
+
+$(call RESULT,readout).jsonl: | .venv/installed
+	.venv/bin/vllm-kl bench --shape 96M --dtype $(DTYPE) --shapes 256,128,8 1024,128,16 64,512,4 2048,64,32 \
+		--providers ours floor torchrl transformers --rounds 7 --out bench_out
+	cp bench_out/results.jsonl $@
 
 lint: .venv/installed
 	.venv/bin/ruff check .

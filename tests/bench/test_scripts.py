@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_head_in_16_bits_may_be_as_far_off_as_its_products(lm_head, monkeypatc
     assert max(lm_head.largest_errors(*arguments).values()) <= most < wrong
 
 
+ROOT = Path(__file__).parents[2]
 SMALL = ("--sizes", "70,64", "--vocab", 1000, "--dtype", "float32", "--rounds", 2)
 
 
@@ -125,3 +127,22 @@ def test_a_method_is_named_while_it_is_watched(profile_prefill):
         owner.work()
     assert owner.work is before
     assert "model" in {event.name for event in found.events()}
+
+
+# These have a page of their own, or need a GPU.
+NOT_RESULTS = {"bench_architectures", "bench_lm_head", "soak", "gpu_check", "tables"}
+
+
+def test_make_results_runs_every_script_with_arguments_that_it_takes():
+    command = ["make", "--always-make", "--dry-run", "results", "MACHINE=other"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    runs = re.findall(
+        r"benchmarks/(\w+)\.py (.*) --markdown benchmarks/results/[\w-]+-other\.md\.part$", told, re.M
+    )
+    names = {path.stem for path in ROOT.joinpath("benchmarks").glob("*.py")}
+    assert {name for name, _ in runs} == names - NOT_RESULTS
+    for name, arguments in runs:
+        text = ROOT.joinpath("benchmarks", f"{name}.py").read_text()
+        assert "add_markdown_option(parser)" in text
+        for option in re.findall(r"--[\w-]+", arguments):
+            assert f'"{option}"' in text, f"{name} {option}"
