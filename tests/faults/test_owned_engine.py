@@ -23,7 +23,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.oracle import LOG_PROB_TOLERANCE
+from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMScorer, lifetime, push_weights
 from vllm_kl.errors import EngineError, FrozenError, MissingLogProbError, OptionError, WeightsError
 
@@ -310,6 +310,18 @@ def test_weights_that_cannot_be_written_leave_the_old_ones(ref_path, ref_oracle)
 
 def _score_elsewhere(scorer, ids):
     return scorer.score(ids)
+
+
+def _check_with_its_own(path):
+    with start(path) as scorer:
+        check_right(scorer, Oracle(path))
+        return scorer._engine.pid
+
+
+@pytest.mark.nightly
+def test_a_scorer_that_a_spawned_process_makes_works_and_ends_with_it(ref_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert not psutil.pid_exists(pool.apply(_check_with_its_own, (ref_path,)))
 
 
 @pytest.mark.nightly

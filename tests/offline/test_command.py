@@ -194,15 +194,19 @@ class TestKills:
         check_same(table_of(out), table)
 
     @pytest.mark.nightly
-    def test_a_killed_driver_takes_a_ray_of_its_own_with_it(self, whole, ref_path, tmp_path):
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
+    def test_a_driver_that_ends_takes_a_ray_of_its_own_with_it(self, whole, ref_path, tmp_path, number):
         home, *_, table = whole
         out = tmp_path / "out"
-        killed = start(home / "data.jsonl", out, ref_path, address="")
-        until(lambda: len(files_of(out)) >= 3, killed)
-        started = psutil.Process(killed.pid).children(recursive=True)
+        ended = start(home / "data.jsonl", out, ref_path, address="")
+        until(lambda: len(files_of(out)) >= 3, ended)
+        started = psutil.Process(ended.pid).children(recursive=True)
         assert len(started) > 5
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.communicate()
+        os.kill(ended.pid, number)
+        _, told = ended.communicate(timeout=120)
+        if number == signal.SIGINT:
+            assert ended.returncode not in (0, 3)  # neither is all done
+            assert "Traceback" not in told
         assert psutil.wait_procs(started, timeout=150)[1] == []  # Ray's agents last
         again = start(home / "data.jsonl", out, ref_path, address="")
         _, told = again.communicate(timeout=300)
