@@ -3,8 +3,8 @@
 # make gpu-check: on a machine with a GPU, every check that needs one, in .venv-gpu.
 #   In an environment of yours: make gpu-check GPU_PYTHON=python
 # make fuzz CASES=1000000: many hostile inputs for what reads them (tests/fuzz), counted; MINUTES=25 ends it before.
-# make results MACHINE=epyc: measures the tables of benchmarks/README.md that have no file of this machine's name
-#   yet, and writes the pages. Five hours on two cores, with nothing beside it; DTYPE=bfloat16 where a CPU has it.
+# make results MACHINE=epyc: runs the scripts of benchmarks/ that have no file of results for this machine yet, then
+#   writes the tables of the pages. Five hours on two cores, with nothing beside it. DTYPE=bfloat16 where a CPU has it.
 # make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.
 
@@ -21,6 +21,7 @@ COMPAT := .venv-$(VLLM)
 MACHINE ?= here
 DTYPE ?= float32
 
+.NOTPARALLEL:
 .PHONY: demo test nightly compat fuzz results lint docs gpu-check lock clean
 
 demo: .venv/installed

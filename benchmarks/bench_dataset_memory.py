@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from vllm_kl.bench.report import Report, add_markdown_option, make_table
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make_table
 
 ENGINE = ("dtype=float32", "max_model_len=1024", "kv_cache_memory_bytes=67108864", "enforce_eager=true")
 COUNTED = ("driver", "actor", "workers")
@@ -142,7 +142,10 @@ def main() -> None:
             kinds = (*COUNTED, "counted", "store", "engine")
             figures = [f"{most.get(kind, 0) / 1e6:,.0f}" for kind in kinds]
             table.add_row(f"{num_rows:,}", *figures, f"{seconds:,.0f}")
-    Report(args.markdown).table(table)
+    report = Report(args.markdown)
+    report.table(table)
+    way = "an object that answers at once in the place of the engine" if args.stand_in else "with an engine"
+    report.line(machine_line(f"{args.tokens:,} token ids a row, {way}"))
 
 
 if __name__ == "__main__":

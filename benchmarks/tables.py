@@ -1,7 +1,7 @@
 """Writes the tables of README.md and benchmarks/README.md from the files of results in benchmarks/results/.
 
-    python benchmarks/tables.py            # writes the tables anew
-    python benchmarks/tables.py --check    # exit status 1 if a table is not that of its file
+    python benchmarks/tables.py           # writes the tables anew
+    python benchmarks/tables.py --check   # exit status 1: a table is not that of its file, or is nowhere
 
 A table stands between two comments, each at the end of a line; the first names its file and its kind:
 
@@ -32,6 +32,7 @@ from vllm_kl.bench.results import read_rows
 from vllm_kl.bench.tables import NOT_IN_TURNS, result_tables, title_of
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 _BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?:, (\w+))? -->\n\n).*?( <!-- end of results -->)", flags=re.S)
 Rows = Sequence[dict[str, Any]]
@@ -109,13 +110,19 @@ def with_tables(text: str) -> str:
     """Return a page with every table made anew from its file."""
 
     def table(block: re.Match[str]) -> str:
-        file = ROOT / "benchmarks" / "results" / block[2]
+        file = RESULTS / block[2]
         if (block[3] is None) != (file.suffix == ".md"):
             raise SystemExit(f"{block[1].strip()}: a kind stands after a .jsonl, and after no .md")
         made = as_written(file.read_text()) if block[3] is None else KINDS[block[3]](read_rows(file))
         return f"{block[1]}{made}{block[4]}"
 
     return _BLOCK.sub(table, text)
+
+
+def without_table() -> list[str]:
+    """Return the names of files of results whose table no page has."""
+    named = {block[2] for page in PAGES for block in _BLOCK.finditer(page.read_text())}
+    return sorted({file.name for file in RESULTS.iterdir() if file.suffix in (".md", ".jsonl")} - named)
 
 
 def main() -> None:
@@ -130,7 +137,9 @@ def main() -> None:
             print(f"{page.relative_to(ROOT)}: a table is not that of its file: python benchmarks/tables.py")
         else:
             page.write_text(with_tables(page.read_text()))
-    sys.exit(bool(args.check and stale))
+    for name in without_table():
+        print(f"{name}: no page has its table; a page needs <!-- results: {name} -->")
+    sys.exit(bool(args.check and (stale or without_table())))
 
 
 if __name__ == "__main__":

@@ -343,6 +343,28 @@ class TestSleep:
             scorer.score([[1, 2]])
         assert scorer.score([[1, 2]])[0].tolist() == [-1.5]
 
+    def test_calls_of_other_threads_are_refused_until_the_engine_is_awake(self):
+        engine = SleepyEngine()
+        scorer = VLLMScorer(engine, canary=False)
+        wake_up = engine.wake_up
+
+        def wake_up_while_another_thread_scores():
+            with pytest.raises(errors.WeightsError, match="the engine is asleep"):
+                scorer.score([[1, 2]])
+            wake_up()
+
+        engine.wake_up = wake_up_while_another_thread_scores
+        with scorer.asleep():
+            pass
+        assert scorer.score([[1, 2]])[0].tolist() == [-1.5]
+
+    def test_an_engine_that_cannot_sleep_refuses_nothing(self):
+        engine = SleepyEngine()
+        scorer = VLLMScorer(engine, canary=False)
+        engine.sleep = lambda: scorer.score([[1, 2]]) is None  # False, as on a CPU
+        with pytest.warns(UserWarning, match="does nothing on a CPU"), scorer.asleep():
+            assert scorer.score([[1, 2]])[0].tolist() == [-1.5]
+
     @pytest.mark.parametrize("interrupted", [("sleep",), ("wake_up",), ("sleep", "wake_up")])
     def test_a_scorer_whose_sleep_was_interrupted_scores_afterwards(self, interrupted):
         scorer = VLLMScorer(SleepyEngine(*interrupted), canary=False)

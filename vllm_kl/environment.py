@@ -52,7 +52,7 @@ def on_a_gpu() -> bool:
     build of torch uses no GPU, nor does a process that is shown none.
     """
     try:
-        is_cpu_build = metadata.version("torch").endswith("+cpu")
+        is_cpu_build = (metadata.version("torch") or "").endswith("+cpu")
     except metadata.PackageNotFoundError:
         return False
     # The first entry that names no device ends torch's list (``torch.cuda._parse_visible_devices``, 2.13).

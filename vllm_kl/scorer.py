@@ -533,17 +533,15 @@ class VLLMScorer:
         Raises:
             WeightsError: the engine was made without ``enable_sleep_mode=True``.
         """
-        self._sleep = "asleep"
         try:
             has_slept = self.weights.sleep()
-        except Exception:
-            self._sleep = "awake"
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C, which the engine may not have heard of
+                self._wake_up()
             raise
-        except BaseException:  # Ctrl-C, which the engine may not have heard of
-            self._wake_up()
-            raise
-        if not has_slept:
-            self._sleep = "awake"
+        if has_slept:
+            self._sleep = "asleep"
+        else:
             warnings.warn(
                 "asleep() does nothing on a CPU: the engine has no GPU memory to give back", stacklevel=3
             )
@@ -554,8 +552,12 @@ class VLLMScorer:
                 self._wake_up()
 
     def _wake_up(self) -> None:
-        self._sleep = "unsure"  # until the engine answers: if Ctrl-C comes first, the next call asks
-        self.weights.wake_up()
+        self._sleep = "asleep"  # calls of other threads are refused meanwhile
+        try:
+            self.weights.wake_up()
+        except BaseException:  # such as Ctrl-C before the engine has answered: the next call asks again
+            self._sleep = "unsure"
+            raise
         self._sleep = "awake"
 
     def _score_alone(self, request: ScoreRequest) -> list[ScoreResult]:

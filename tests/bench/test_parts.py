@@ -329,6 +329,10 @@ class TestCompare:
     def test_seconds_of_two_machines_are_not_compared(self):
         assert figure_for([row()], [row()]) == "tok_per_s"
         assert figure_for([row()], [row(hardware={"CPU": "b"})]) == "fraction_of_floor"
+        assert figure_for([row()], [row(hardware={})]) == figure_for([], []) == "fraction_of_floor"
+        told = row()["hardware"] | {"threads": 2}  # an earlier version did not tell them
+        assert figure_for([row()], [row(hardware=told)]) == "tok_per_s"
+        assert figure_for([row(hardware=told)], [row(hardware=told | {"threads": 4})]) == "fraction_of_floor"
 
     def test_the_command_exits_with_its_own_code_where_a_run_is_worse(self, tmp_path):
         from typer.testing import CliRunner
@@ -375,6 +379,7 @@ class TestTablesOfPages:
             text = page.read_text()
             assert tables.with_tables(text) == text, f"{page}: python benchmarks/tables.py"
             assert tables._BLOCK.search(text)
+        assert tables.without_table() == []
 
     @pytest.mark.parametrize(
         ("known", "told"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +41,6 @@ def test_a_head_in_16_bits_may_be_as_far_off_as_its_products(lm_head, monkeypatc
     assert max(lm_head.largest_errors(*arguments).values()) <= most < wrong
 
 
-ROOT = Path(__file__).parents[2]
 SMALL = ("--sizes", "70,64", "--vocab", 1000, "--dtype", "float32", "--rounds", 2)
 
 
@@ -135,14 +133,15 @@ NOT_RESULTS = {"bench_architectures", "bench_lm_head", "soak", "gpu_check", "tab
 
 def test_make_results_runs_every_script_with_arguments_that_it_takes():
     command = ["make", "--always-make", "--dry-run", "results", "MACHINE=other"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=scripts.ROOT).stdout
     runs = re.findall(
         r"benchmarks/(\w+)\.py (.*) --markdown benchmarks/results/[\w-]+-other\.md\.part$", told, re.M
     )
-    names = {path.stem for path in ROOT.joinpath("benchmarks").glob("*.py")}
+    names = {path.stem for path in scripts.ROOT.joinpath("benchmarks").glob("*.py")}
     assert {name for name, _ in runs} == names - NOT_RESULTS
     for name, arguments in runs:
-        text = ROOT.joinpath("benchmarks", f"{name}.py").read_text()
+        text = scripts.ROOT.joinpath("benchmarks", f"{name}.py").read_text()
         assert "add_markdown_option(parser)" in text
+        assert re.search(r"line\(\s*machine_line\(", text), f"{name} does not tell where it was measured"
         for option in re.findall(r"--[\w-]+", arguments):
             assert f'"{option}"' in text, f"{name} {option}"

@@ -1,4 +1,4 @@
-"""An owned engine whose process is killed, has no memory, or whose owner is interrupted, in each phase.
+"""An owned engine that is killed, hangs or has no memory, or whose owner is interrupted, in each phase.
 
 Each fault ends in the right error within its limit and leaves no process; the next scorer of this process
 works. The other files with faults: ``tests/test_lifetime.py`` (owners that are killed, an engine that is
@@ -99,6 +99,7 @@ def test_an_engine_that_is_killed_while_threads_score_fails_each_call_and_the_ne
     ref_path, ref_oracle
 ):
     with start(ref_path) as scorer, ThreadPoolExecutor(4) as pool:
+        os.kill(scorer._engine.pid, signal.SIGSTOP)  # no call ends before the engine is killed
         calls = [pool.submit(scorer.score, LONG) for _ in range(3)]
         calls.append(pool.submit(scorer.check_frozen))
         time.sleep(0.2)

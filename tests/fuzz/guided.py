@@ -24,7 +24,7 @@ from hypothesis import given, settings
 
 # Only what is imported inside this block has its branches counted, so all properties are.
 with atheris.instrument_imports(include=["vllm_kl"]):
-    from tests.fuzz.run import properties
+    from tests.fuzz.run import CASE_AT_MOST_S, properties
     from tests.fuzz.strategies import OPTIONS, OUTCOMES
 
     PROPERTIES = properties(None)
@@ -68,7 +68,7 @@ def main(name: str, most: int, corpus: str, number: int) -> None:
             end(None)
 
     fill(Path(corpus), number)
-    lengths = (f"-max_len={LONGEST}", "-len_control=0", "-reduce_inputs=0")
+    lengths = (f"-max_len={LONGEST}", "-len_control=0", "-reduce_inputs=0", f"-timeout={CASE_AT_MOST_S}")
     atheris.Setup([sys.argv[0], f"-seed={number}", *lengths, "-handle_int=0", corpus], tried)
     signal.signal(signal.SIGINT, lambda *_: end(None))
     atheris.Fuzz()

@@ -76,11 +76,14 @@ def run(one: Property, number: int, most: int) -> None:
 
     def counted(**arguments: object) -> None:
         one.cases += 1
+        began = time.monotonic()
         signal.alarm(CASE_AT_MOST_S)
         try:
             one.body(**arguments)
         finally:
             signal.alarm(0)
+        if time.monotonic() - began > CASE_AT_MOST_S:  # the body has caught the error
+            _tell_of_a_hang()
 
     phases = (Phase.generate, Phase.shrink)
     limits = settings(max_examples=most, database=None, phases=phases, print_blob=False, **OPTIONS)
@@ -94,8 +97,12 @@ def run(one: Property, number: int, most: int) -> None:
     one.outcomes += OUTCOMES - before
 
 
+class HangError(Exception):
+    """A case took too long. It is no OSError, which commands show as an error of a file."""
+
+
 def _tell_of_a_hang(*_: object) -> None:
-    raise TimeoutError(f"a case took longer than {CASE_AT_MOST_S} s")
+    raise HangError(f"a case took longer than {CASE_AT_MOST_S} s")
 
 
 def run_guided(one: Property, number: int, most: int, corpus: Path) -> None:

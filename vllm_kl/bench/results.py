@@ -46,7 +46,7 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
                 figures = _figures(measured, traffic, name) | _mfu(plan, measured, traffic, name)
             elif (reason := _why_not(measured, name)) is not None:
                 figures = dict.fromkeys(_FIGURES) | {"not_measured": reason}
-            else:  # Ctrl-C came before
+            else:  # not yet, or Ctrl-C came before
                 continue
             what = {"provider": name, "shape": traffic.name, "unit": "tokens/s"}
             told = measured.told[traffic.name].get(name, {})

@@ -2,6 +2,7 @@
 
 truth.py       the model's size and the log-probs in float64; limits.py: the machine's speeds
 cost.py        the cost card
+memory.py      whether the memory holds all providers at once
 process.py     each provider starts in a process of its own
 check.py       a provider whose log-probs are not the model's is refused before anything is timed
 rounds         new ids in each, so that no cache of an earlier round helps
