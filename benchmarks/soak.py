@@ -325,6 +325,8 @@ def held() -> dict[str, float]:
     for process in [me, *me.children(recursive=True)]:
         try:
             figures = {"pss_mib": _pss(process.pid) / MIB, "rss_mib": process.memory_info().rss / MIB}
+            if process == me:
+                figures["caller_pss_mib"] = figures["pss_mib"]
             figures |= {"fds": process.num_fds(), "threads": process.num_threads(), "processes": 1}
         except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
             continue
@@ -508,7 +510,7 @@ def main() -> None:
     are_flat = judge(windows, report)
     for fault in soak.faults:
         report.line(f"fault: {fault}")
-    report.line(f"{options.out}/soak.jsonl, {options.out}/soak.png: " + ("flat" if are_flat else "not flat"))
+    report.line("flat" if are_flat else "not flat")
     raise SystemExit(int(bool(soak.faults) or not are_flat))
 
 

@@ -34,7 +34,10 @@ from vllm_kl.bench.tables import NOT_IN_TURNS, result_tables, title_of
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-_BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?:, (\w+))? -->\n\n).*?( <!-- end of results -->)", flags=re.S)
+_BLOCK = re.compile(
+    r"(<!-- results: ([\w.-]+)(?:, (\w+))? -->\n\n)(?:(?!<!-- results:).)*?( <!-- end of results -->)",
+    flags=re.S,
+)
 Rows = Sequence[dict[str, Any]]
 
 
