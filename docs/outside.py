@@ -21,14 +21,15 @@ OUTSIDE = {
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/LOG.md": "benchmarks-log.md",
+    "benchmarks/results/soak-epyc.png": "soak-epyc.png",
 }
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages."""
+    """Add the pages and their pictures."""
     for source, page in OUTSIDE.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+        files.append(File.generated(config, page, content=(ROOT / source).read_bytes()))
     return files
 
 
@@ -37,13 +38,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = {to: of for of, to in OUTSIDE.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def mended(link: re.Match[str]) -> str:
-        text, target, anchor = link[1], link[2], link[3] or ""
+        mark, text, target, anchor = link[1], link[2], link[3], link[4] or ""
         if "://" in target:
             return link[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         to = OUTSIDE.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if to is not None:
-            return f"[{text}]({to}{anchor})"
-        return text if (ROOT / path).exists() else link[0]
+            return f"{mark}[{text}]({to}{anchor})"
+        return text if (ROOT / path).exists() and not mark else link[0]
 
     return _LINK.sub(mended, markdown)
