@@ -318,11 +318,15 @@ def _pss(pid: int) -> int:
     return (int(kib["Pss_Anon:"]) + int(kib["Pss_Shmem:"])) << 10
 
 
+def with_children(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
 def held() -> dict[str, float]:
     """Return what this process and its children hold now."""
     me = psutil.Process()
     sums: dict[str, float] = defaultdict(float)
-    for process in [me, *me.children(recursive=True)]:
+    for process in with_children(me):
         try:
             figures = {"pss_mib": _pss(process.pid) / MIB, "rss_mib": process.memory_info().rss / MIB}
             if process == me:
@@ -346,8 +350,8 @@ def cpu_seconds() -> tuple[float, float]:
     """
     whole = psutil.cpu_times()
     busy = whole.user + whole.nice + whole.system + whole.irq + whole.softirq + whole.steal
-    own, me = 0.0, psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
+    own = 0.0
+    for process in with_children(psutil.Process()):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             own += times.user + times.system

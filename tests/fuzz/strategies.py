@@ -155,6 +155,12 @@ NO_IDS = st.one_of(
 )
 
 
+def some_of(options: dict[str, st.SearchStrategy]) -> st.SearchStrategy:
+    """Make at most three options of a command, each with a value: tuples of two words."""
+    one = st.sampled_from(sorted(options)).flatmap(lambda name: st.tuples(st.just(name), options[name]))
+    return st.lists(one, max_size=3)
+
+
 def mutated(data: bytes, changes: list[tuple[int, bytes]], keep: int | None = None) -> bytes:
     """Return data with bytes overwritten, and cut off after ``keep`` bytes."""
     out = bytearray(data)

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.fuzz.strategies import CHANGES, JSON_VALUES, NASTY, SCALARS, TEXTS, fuzz, mutated, told
+from tests.fuzz.strategies import CHANGES, JSON_VALUES, NASTY, SCALARS, TEXTS, fuzz, mutated, some_of, told
 from vllm_kl import Sample, write_samples
 from vllm_kl.cli import app
 from vllm_kl.engines.arguments import parse_engine_options
@@ -73,10 +73,7 @@ OPTIONS = {
 
 
 @fuzz(
-    options=st.lists(
-        st.sampled_from(sorted(OPTIONS)).flatmap(lambda name: st.tuples(st.just(name), OPTIONS[name])),
-        max_size=3,
-    ),
+    options=some_of(OPTIONS),
     data=st.lists(st.one_of(st.just("data.jsonl"), NASTY), min_size=1, max_size=2),
     few=60,
     share=0.1,
@@ -106,10 +103,7 @@ OF_SERVE = {
 
 
 @fuzz(
-    options=st.lists(
-        st.sampled_from(sorted(OF_SERVE)).flatmap(lambda name: st.tuples(st.just(name), OF_SERVE[name])),
-        max_size=3,
-    ),
+    options=some_of(OF_SERVE),
     few=60,
     share=0.1,
 )

@@ -13,6 +13,7 @@ from vllm_kl.bench.providers import LOGITS_OF_ONE, SLICE_BYTES
 from vllm_kl.bench.traffic import Traffic
 from vllm_kl.bench.types import Setup
 
+_WITH_LOGITS = ("torchrl", "flat", "token_ids", "sglang")  # engines that hold those of a step
 # Libraries, buffers of a step and oneDNN's products: measured 1.5 GiB of an engine.
 _PROCESS_BYTES = 1.6 * 2**30
 _CALLER_BYTES = 0.6 * 2**30  # the process that calls our engine, which is a child
@@ -34,7 +35,7 @@ def memory_bytes(kind: str, setup: Setup, facts: Mapping[str, Any], traffics: Se
     """
     size = facts["size"]
     engine = _PROCESS_BYTES + 4 * size["parameters"]  # 16-bit weights may be widened
-    if kind in ("ours", "floor", "torchrl", "flat", "token_ids", "sglang"):
+    if kind in ("ours", "floor", *_WITH_LOGITS):
         num_tokens = setup.max_tokens + _KV_STEPS * _STEP_TOKENS
         engine += 4 * num_tokens * size["layers"] * size["kv"]
     if kind == "ours":
@@ -42,7 +43,7 @@ def memory_bytes(kind: str, setup: Setup, facts: Mapping[str, Any], traffics: Se
     if kind == "floor":
         return engine
     row_bytes = 4 * facts["vocab_size"]
-    if kind in ("torchrl", "flat", "token_ids", "sglang"):
+    if kind in _WITH_LOGITS:
         return engine + _COPIES_OF_VLLM * row_bytes * min(setup.max_tokens, LOGITS_OF_ONE)
     one = max(max(responses) for traffic in traffics for _, responses in traffic.groups) + 1
     most = max(one, SLICE_BYTES // row_bytes)
