@@ -26,11 +26,18 @@ def test_what_only_ray_knows_is_left_to_ray(monkeypatch, address):
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:99999", "[::1]:1"]
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:0", "[::1]:1"]
 )
 def test_an_address_where_nothing_listens_is_refused(address):
     with pytest.raises(EngineError, match="no Ray cluster at"):
         check_address(address)
+
+
+@pytest.mark.parametrize("turns", [1, 10**9])
+def test_a_port_that_does_not_exist_is_not_the_one_65536_below_it(listener, turns):
+    host, port = listener.split(":")
+    with pytest.raises(EngineError, match="no Ray cluster at .*: there is no port"):
+        check_address(f"{host}:{int(port) + turns * 2**16}")
 
 
 @pytest.mark.parametrize("address", [None, "auto"])

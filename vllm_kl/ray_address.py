@@ -25,9 +25,15 @@ def check_address(address: str | None) -> None:
     if not port.isdecimal():
         return  # "auto", "local", or a word that Ray knows
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:  # OverflowError: there is no such port
+        _connect(host.strip("[]"), int(port))
+    except OSError as error:
         raise EngineError(
             f"no Ray cluster at {address}: {error}. Start one there (ray start --head), or correct the "
             "address (--address, ray.init(address=...) or RAY_ADDRESS)"
         ) from error
+
+
+def _connect(host: str, port: int) -> None:
+    if not 0 < port < 2**16:  # the C library would connect to the remainder, at which something may listen
+        raise OSError(f"there is no port {port}")
+    socket.create_connection((host, port), timeout=_TIMEOUT_S).close()
