@@ -24,7 +24,7 @@ from tests.instant_engine import InstantEngine
 from vllm_kl import VLLMScorer
 from vllm_kl.bench.traffic import from_shape
 from vllm_kl.engines.base import drive
-from vllm_kl.plugin import cpu_loops, kernel
+from vllm_kl.plugin import cpu_loops, cpu_products, kernel
 from vllm_kl.types import ScoreRequest
 
 PACKAGE = str(Path(vllm_kl.__file__).parent) + os.sep
@@ -143,6 +143,7 @@ def operations_of(num_rows, vocab_size, dtype, with_entropy):
 @pytest.mark.parametrize("is_widened", [False, True])
 def test_the_kernel_multiplies_each_row_with_each_token_once(monkeypatch, dtype, is_widened, with_entropy):
     monkeypatch.setattr(kernel, "product_dtype", lambda own: torch.float32 if is_widened else own)
+    monkeypatch.setattr(cpu_loops, "_amx_library", lambda: (None, ""))
     for num_rows in (512, 1000):
         counted = operations_of(num_rows, 32_768, dtype, with_entropy)
         assert 1 <= counted.flop / (2 * num_rows * 32_768 * 64) <= 1.03
@@ -168,6 +169,26 @@ def test_more_vocabulary_costs_few_operations(monkeypatch, dtype, with_entropy, 
     assert 100 < many - few <= most
 
 
+@pytest.mark.parametrize("num_rows", [1, 512, 1000])
+def test_amx_multiplies_each_token_once(monkeypatch, num_rows):
+    seen = []
+
+    def sums(pairs, weight, scale2, shift, left_out, masses, best, first_id, moments):
+        seen.append((first_id, len(weight)))
+        assert num_rows <= len(pairs) < num_rows + 32
+        masses.fill_(1e-9)
+
+    monkeypatch.setattr(kernel, "product_dtype", lambda own: own)
+    monkeypatch.setattr(cpu_products, "amx_is_used", lambda dtype, hidden_size: True)
+    monkeypatch.setattr(cpu_products, "product_sums", sums)
+    counted = operations_of(num_rows, 32_768, torch.bfloat16, False)
+    assert counted.flop == 2 * num_rows * 64 * 64  # the first columns, which give the shift
+    ends = [64, *(first + number for first, number in seen)]
+    assert [first for first, _ in seen] == ends[:-1]
+    assert ends[-1] == 32_768
+    assert len(seen) <= 8
+
+
 def test_the_loops_are_compiled_with_optimisation_and_the_instructions_of_the_cpu(monkeypatch, tmp_path):
     compiled = []
 
@@ -180,6 +201,10 @@ def test_the_loops_are_compiled_with_optimisation_and_the_instructions_of_the_cp
     monkeypatch.setattr(cpu_loops.subprocess, "run", run)
     for capability, flag in {"AVX2": "-mavx2", "AVX512": "-mavx512f", "DEFAULT": "-O3"}.items():
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda own=capability: own)
-        cpu_loops._build()
+        cpu_loops._library.__wrapped__()
         assert {"-O3", "-fopenmp", flag} <= set(compiled[-1])
-    assert len(compiled) == 3  # a library for each
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    cpu_loops._amx_library.__wrapped__()
+    assert {"-O3", "-fopenmp", "-mavx512f", "-mamx-bf16"} <= set(compiled[-1])
+    assert len(compiled) == 4  # a library for each

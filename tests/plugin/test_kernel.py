@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.oracle import entropy as exact_entropy
-from vllm_kl.plugin import cpu_loops, kernel, lm_head
+from vllm_kl.plugin import cpu_loops, cpu_products, kernel, lm_head
 from vllm_kl.plugin.best_tokens import Best, largest
 
 ON_A_GPU = pytest.param(
@@ -24,12 +25,20 @@ ON_A_GPU = pytest.param(
 )
 
 
-@pytest.fixture(params=["own", "widened", ON_A_GPU])
+needs_amx = pytest.mark.skipif(
+    cpu_loops._amx_library()[0] is None, reason="needs a CPU with AMX, and a compiler that knows it"
+)
+WITH_AMX = pytest.param("amx", marks=needs_amx)
+
+
+@pytest.fixture(params=["own", "widened", WITH_AMX, ON_A_GPU])
 def products(request, monkeypatch):
-    """Multiplies 16-bit matrices directly (oneDNN), or widened to float32, or on a GPU."""
+    """Multiplies 16-bit matrices directly (oneDNN), or widened to float32, or by AMX, or on a GPU."""
     monkeypatch.setattr(
-        kernel, "product_dtype", lambda dtype: dtype if request.param == "own" else torch.float32
+        kernel, "product_dtype", lambda dtype: dtype if request.param in ("own", "amx") else torch.float32
     )
+    if request.param != "amx":
+        monkeypatch.setattr(cpu_loops, "_amx_library", lambda: (None, ""))
     if request.param == "gpu":
         torch.set_default_device("cuda")
     yield request.param
@@ -40,7 +49,10 @@ def products(request, monkeypatch):
 def loops(request, monkeypatch):
     """What surrounds the product: compiled, or without a compiler."""
     if request.param == "torch":
+        if "products" in request.fixturenames and request.getfixturevalue("products") == "amx":
+            pytest.skip("AMX has compiled loops only")
         monkeypatch.setattr(cpu_loops, "_library", lambda: (None, ""))
+        monkeypatch.setattr(cpu_loops, "_amx_library", lambda: (None, ""))
     return request.param
 
 
@@ -233,10 +245,15 @@ def read_entropies(hidden, weight, ids, monkeypatch, temperature=1.0):
     return both[:, 1].double()
 
 
-# Largest errors of entropies, in nats, by the dtype of the product. A float32 product is wrong by rounding. A
-# 16-bit product rounds the logits x, so the entropy is wrong by sum_v p_v (x_v - mean) error_v: most where a
-# few tokens share the mass.
+# Largest errors of entropies, in nats, by the dtype of the product's results. Results in float32 are wrong by
+# rounding. In 16 bits the logits x are rounded, so the entropy is wrong by sum_v p_v (x_v - mean) error_v:
+# most where a few tokens share the mass.
 ENTROPY_ATOL = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def dtype_of_results(products, dtype):
+    in_16_bits = products == "own" or (products == "amx" and dtype != torch.bfloat16)
+    return dtype if in_16_bits else torch.float32
 
 
 @pytest.mark.usefixtures("products", "loops")
@@ -247,7 +264,7 @@ class TestEntropy:
         hidden, weight = make(20, 4000, dtype=dtype, spread=spread)
         want = exact_entropies(hidden, weight, 1 / temperature)
         best = (hidden.float() @ weight.float().T).topk(2).indices
-        atol = ENTROPY_ATOL[dtype if products == "own" else torch.float32]
+        atol = ENTROPY_ATOL[dtype_of_results(products, dtype)]
         for ids in (torch.arange(20) * 71, best[:, 0], best[:, 1]):
             got = read_entropies(hidden, weight, ids, monkeypatch, temperature)
             print(f"{(got - want).abs().max():.1e}", end=" ")
@@ -473,6 +490,119 @@ assert (kernel.log_normalizer(hidden, weight) - want).abs().max() < 1e-3
         assert done.returncode == 0, done.stderr
 
 
+@needs_amx
+class TestAmx:
+    """The loop that multiplies and sums: any shape, any number of threads."""
+
+    @pytest.mark.parametrize("num_threads", [1, 2, 5])
+    @pytest.mark.parametrize("with_moments", [False, True])
+    @pytest.mark.parametrize("num_best", [0, 1, 9])
+    def test_sums_over_any_number_of_rows_tokens_and_features(self, num_best, with_moments, num_threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            for num_rows, num_tokens, hidden_size in [
+                *((n, 70, 32) for n in (1, 15, 16, 17, 31, 32, 33, 77, 161)),
+                *((40, n, 64) for n in (1, 2, 16, 17, 31, 32, 33, 64, 65, 1000)),
+                *((35, 100, n) for n in (32, 96, 896, 1056, 2048)),
+                (1200, 130, 2048),  # more rows than stay in a cache at a time
+            ]:
+                self.check(num_rows, num_tokens, hidden_size, num_best, with_moments)
+        finally:
+            torch.set_num_threads(before)
+
+    def check(self, num_rows, num_tokens, hidden_size, num_best, with_moments):
+        hidden, wide = make(num_rows, num_tokens, hidden_size=hidden_size + 8, dtype=torch.bfloat16, spread=4)
+        hidden, weight = hidden[:, 8:].contiguous(), wide[:, 8:]  # rows of weights that are not adjacent
+        first_id, scale2 = 1000, 0.7
+        logits2 = hidden.double() @ weight.double().T * scale2
+        left_out = torch.arange(num_rows) * 7 % (num_tokens + 1) + first_id
+        left_out[left_out == first_id + num_tokens] = -1
+        is_left_out = torch.arange(num_tokens) + first_id == left_out[:, None]
+        shift = logits2.amax(1).round().float() - 3
+        x = logits2 - shift[:, None]
+        powers = x.exp2().masked_fill(is_left_out, 0)
+        padded = torch.zeros(math.ceil(num_rows / 32) * 32, hidden_size, dtype=torch.bfloat16)
+        padded[:num_rows] = hidden
+        pairs = cpu_loops.in_pairs(padded, torch.empty_like(padded))
+        masses, moments = torch.full((2, num_rows), torch.nan)
+        best = Best.of(num_rows, num_best, hidden.device) if num_best else None
+        with_best = moments if with_moments else None
+        cpu_loops.product_sums(pairs, weight, scale2, shift, left_out, masses, best, first_id, with_best)
+        sizes = (x.abs() * powers).sum(1)
+        torch.testing.assert_close(masses.double(), powers.sum(1), rtol=3e-6, atol=1e-30)
+        if with_moments:
+            assert ((moments.double() - (x * powers).sum(1)).abs() <= 3e-6 * (sizes + powers.sum(1))).all()
+        if num_best:
+            k = min(num_best, num_tokens - 1)
+            want = logits2.masked_fill(is_left_out, -torch.inf).topk(k, dim=1).values
+            got, order = best.values.topk(k, dim=1)
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+            ids = best.ids.gather(1, order) - first_id
+            torch.testing.assert_close(logits2.gather(1, ids), want, rtol=1e-5, atol=1e-5)
+
+    def test_what_does_not_fit_is_seen(self):
+        hidden, weight = torch.zeros(32, 32), torch.ones(40, 32)
+        hidden[0, 3], hidden[1, 4], hidden[2, 5], hidden[3, 6] = torch.nan, torch.inf, 1e30, -1e30
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+        masses, left_out = torch.empty(32), torch.full((32,), -1)
+        pairs = cpu_loops.in_pairs(hidden, torch.empty_like(hidden))
+        cpu_loops.product_sums(pairs, weight, 1.0, torch.zeros(32), left_out, masses, None, 0)
+        assert not (masses[:3] < 1e38).any()
+        torch.testing.assert_close(masses[3:], torch.tensor([0.0] + [40.0] * 28))
+
+    def test_tiles_that_a_thread_has_configured_are_put_back(self, tmp_path):
+        source, library = tmp_path / "tiles.cpp", tmp_path / "tiles.so"
+        source.write_text(
+            """
+            #include <immintrin.h>
+            struct alignas(64) Config { unsigned char bytes[64]; };
+            extern "C" void configure() {
+                Config config = {{1}};
+                config.bytes[16] = 32, config.bytes[48] = 5;  // tile 0: five rows of 32 bytes
+                asm volatile("ldtilecfg %0" :: "m"(config));
+            }
+            extern "C" int rows() {
+                Config config;
+                asm volatile("sttilecfg %0" : "=m"(config));
+                return config.bytes[48];
+            }
+            extern "C" void release() { asm volatile("tilerelease"); }
+            """
+        )
+        flags = ["-shared", "-fPIC", "-mamx-tile"]
+        subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True)
+        tiles = ctypes.CDLL(str(library))
+        tiles.configure()
+        kernel.log_normalizer(*make(3, 100, dtype=torch.bfloat16))
+        rows = tiles.rows()
+        tiles.release()
+        assert rows == 5
+        kernel.log_normalizer(*make(3, 100, dtype=torch.bfloat16))
+        assert tiles.rows() == 0
+
+    def test_products_of_other_libraries_keep_their_tiles(self):
+        hidden, weight = make(64, 2000, hidden_size=128, dtype=torch.bfloat16)
+        want = hidden @ weight.T
+        normalizer = kernel.log_normalizer(hidden, weight)
+        for _ in range(5):
+            assert torch.equal(hidden @ weight.T, want)
+            assert torch.equal(kernel.log_normalizer(hidden, weight), normalizer)
+
+    def test_bfloat16_is_as_exact_as_float32(self):
+        hidden, weight = make(200, 20_000, dtype=torch.bfloat16, spread=4.0)
+        ids = torch.cat([(hidden @ weight.T).argmax(-1, keepdim=True), torch.arange(200)[:, None]], 1)
+        assert (fused(hidden, weight, ids) - in_float64(hidden, weight).gather(1, ids)).abs().max() < 5e-6
+
+    @pytest.mark.parametrize(("hidden_size", "is_used"), [(2048, True), (2080, False), (48, False)])
+    def test_heads_that_it_does_not_fit_are_multiplied_by_onednn(self, monkeypatch, hidden_size, is_used):
+        calls = []
+        monkeypatch.setattr(cpu_products, "product_sums", lambda *args: calls.append(args))
+        hidden, weight = make(3, 100, hidden_size=hidden_size, dtype=torch.bfloat16)
+        kernel.log_normalizer(hidden, weight)
+        assert bool(calls) is is_used
+
+
 @pytest.mark.usefixtures("products", "loops")
 class TestTopTokens:
     @pytest.mark.parametrize("k", [1, 5, 40])
@@ -571,10 +701,10 @@ class TestMemory:
         assert largest.size_bytes <= 16 << 20  # 1024 rows of logits in bfloat16 alone are 297 MiB
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: run it on Linux")
-    @pytest.mark.parametrize("products", ["own", "widened"])
+    @pytest.mark.parametrize("products", ["own", "widened", WITH_AMX])
     @pytest.mark.parametrize(
         ("hidden_size", "vocab_size", "heights"),
-        [(64, 152_000, "[4096] * 4"), (512, 20_000, "kernel._HEIGHTS"), (4096, 4_000, "[64, 512, 500]")],
+        [(64, 152_000, "[4096] * 4"), (512, 20_000, "kernel.HEIGHTS"), (4096, 4_000, "[64, 512, 500]")],
     )
     def test_a_read_out_takes_less_than_64_mib(self, products, hidden_size, vocab_size, heights):
         """Covers a vocabulary of 152k, all heights of a block, best tokens and padding."""
@@ -589,7 +719,9 @@ hidden = torch.randn(4096, {hidden_size}).bfloat16()
 weight = torch.randn({vocab_size}, {hidden_size}).bfloat16() * {3 / hidden_size**0.5}
 # The libraries' own memory.
 torch.mm(hidden[:64], weight[:64].T), torch.mm(hidden[:64].float(), weight[:64].float().T)
-kernel.product_dtype = lambda dtype: {"dtype" if products == "own" else "torch.float32"}
+kernel.product_dtype = lambda dtype: {"torch.float32" if products == "widened" else "dtype"}
+if {products != "amx"}:
+    cpu_loops._amx_library = lambda: (None, "")
 cpu_loops.token_logits(hidden[:1], weight, torch.zeros(1, 1, dtype=torch.long))
 open("/proc/self/clear_refs", "w").write("5")  # the peak is what is used now
 before = peak_kib()
@@ -613,6 +745,7 @@ print((peak_kib() - before) / 1024)
     def test_products_have_few_shapes(self, monkeypatch):
         # oneDNN compiles each shape of a 16-bit product, and keeps it.
         monkeypatch.setattr(kernel, "product_dtype", lambda dtype: dtype)
+        monkeypatch.setattr(cpu_loops, "_amx_library", lambda: (None, ""))
         weight = make(1, 3000, dtype=torch.bfloat16)[1]
         with ProductShapes(torch.bfloat16) as seen:
             for num_rows in [*range(1, 200), *range(200, kernel._MAX_ROWS, 99)]:

@@ -7,7 +7,8 @@
     pooler            finds the rows to score in a step's hidden states, and returns one tensor per request
     lm_head           computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
     kernel            sums over the vocabulary without ever making all logits
-    cpu_loops         the kernel's inner loops on a CPU, compiled if there is a compiler
+    cpu_products      the kernel's products on a CPU, and the sums over each slice of the vocabulary
+    cpu_loops         their inner loops, compiled if there is a compiler
     triton_kernel     the kernel on a GPU
     best_tokens       keeps the best tokens of each row
     cache_cap         limits prefix-cache hits of scoring requests

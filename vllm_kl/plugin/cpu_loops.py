@@ -1,7 +1,7 @@
 """Runs the kernel's inner loops on a CPU: compiled C++, or PyTorch operations if there is no compiler.
 
-The compilation takes a second, once per machine. vLLM's cache folder keeps the library. An engine's warm-up
-request compiles it, so no caller waits for it.
+The compilation takes a few seconds, once per machine. vLLM's cache folder keeps the libraries. An engine's
+warm-up request compiles them, so no caller waits for it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ import vllm.envs
 
 from vllm_kl.plugin.best_tokens import Best
 
-_SOURCE = Path(__file__).with_name("kernel.cpp")
+_FOLDER = Path(__file__).parent
 _FLAGS = "-std=c++17 -O3 -ffp-contract=fast -fno-trapping-math -fno-strict-aliasing -fopenmp -shared -fPIC"
 # Explicit flags instead of -march=native: several machines may share the cache.
 _FLAGS_OF = {
     "AVX512": "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
     "AVX2": "-mfma -mavx2",
 }
+_AMX_FLAGS = "-mamx-tile -mamx-bf16"
 _NAME_OF = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 # Rows that a PyTorch operation takes at a time, and bytes that it gathers: so its copies stay small.
 _ROWS = 512
 _MAX_GATHERED_BYTES = 8 << 20
+# Rows of a tile of AMX, and features of a tile in 16 bits.
+_AMX_SIDE, _AMX_DEPTH = 16, 32
 # Two to this power is 0 in float32.
 _LEAST = -1024.0
 
@@ -69,9 +72,6 @@ def _reduce_compiled(
     assert moments_N is None or moments_N.dtype == torch.float32
     assert tile_N_S.stride(1) == 1
     num_rows, num_columns = tile_N_S.shape
-    found = (
-        (None, None, 0) if best is None else (best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1])
-    )
     getattr(_library()[0], f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
         *(
             tile_N_S.data_ptr(),
@@ -82,7 +82,7 @@ def _reduce_compiled(
             num_rows,
             num_columns,
         ),
-        *(*found, first_id),
+        *(*_found(best), first_id),
     )
 
 
@@ -138,15 +138,80 @@ def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: to
     return logits
 
 
+def amx_is_used(dtype: torch.dtype, hidden_size: int) -> bool:
+    """Return whether :func:`product_sums` works here for hidden states of this dtype and size."""
+    return dtype == torch.bfloat16 and hidden_size % _AMX_DEPTH == 0 and _amx_library()[0] is not None
+
+
+def in_pairs(hidden_N_H: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Copy bfloat16 hidden states to ``out``, in the order of AMX's tiles; return it.
+
+    N is a multiple of 32, and H is, too. Both tensors are contiguous.
+    """
+    groups, steps = len(hidden_N_H) // _AMX_SIDE, hidden_N_H.shape[1] // _AMX_DEPTH
+    pairs = hidden_N_H.view(torch.int32).view(groups, _AMX_SIDE, steps, _AMX_SIDE)
+    out.view(torch.int32).view(groups, steps, _AMX_SIDE, _AMX_SIDE).copy_(pairs.permute(0, 2, 3, 1))
+    return out
+
+
+def product_sums(
+    pairs_N_H: torch.Tensor,
+    weight_S_H: torch.Tensor,
+    scale2: float,
+    shift_N: torch.Tensor,
+    left_out_N: torch.Tensor,
+    masses_N: torch.Tensor,
+    best: Best | None,
+    first_id: int,
+    moments_N: torch.Tensor | None = None,
+) -> None:
+    """Multiply hidden states with a slice of the weights by AMX, and sum as :func:`reducer` tells.
+
+    The logits are float32, and in no tensor.
+
+    Args:
+        pairs_N_H: of :func:`in_pairs`.
+        weight_S_H: bfloat16, with contiguous rows.
+        scale2: factor of a logit, for base 2.
+        shift_N: float32.
+        left_out_N: for each row the id of a token that no sum counts, int64.
+        masses_N: float32, gets the sums of ``2 ** x`` with ``x = scale2 * logit - shift``.
+        best: gets the best tokens of the slice; or ``None``.
+        first_id: the id of the slice's first token.
+        moments_N: float32, gets the sums of ``x * 2 ** x``; ``None``: they are not computed.
+    """
+    assert pairs_N_H.dtype == weight_S_H.dtype == torch.bfloat16
+    assert pairs_N_H.is_contiguous()
+    assert weight_S_H.stride(1) == 1
+    assert shift_N.dtype == masses_N.dtype == torch.float32
+    assert left_out_N.dtype == torch.int64
+    assert moments_N is None or moments_N.dtype == torch.float32
+    _amx_library()[0].product_sums(
+        *(pairs_N_H.data_ptr(), weight_S_H.data_ptr(), weight_S_H.stride(0), weight_S_H.shape[1], scale2),
+        *(shift_N.data_ptr(), left_out_N.data_ptr(), masses_N.data_ptr()),
+        *(None if moments_N is None else moments_N.data_ptr(), len(masses_N)),
+        *_found(best),
+        *(first_id, len(weight_S_H)),
+    )
+
+
+def _found(best: Best | None) -> tuple[int | None, int | None, int]:
+    """Return the arguments of a loop that gets the best tokens."""
+    if best is None:
+        return None, None, 0
+    return best.values.data_ptr(), best.ids.data_ptr(), best.ids.shape[1]
+
+
 def missing_compiler() -> str:
     """Return a note for the user of a read-out without compiled loops; empty if it has them."""
-    return _library()[1] if not torch.cuda.is_available() else ""
+    return "" if torch.cuda.is_available() else _library()[1] or _amx_library()[1]
 
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
+    """Return the loops of kernel.cpp; or ``None``, and a note for the user."""
     try:
-        library = ctypes.CDLL(str(_build()))
+        library = ctypes.CDLL(str(_build("kernel.cpp", _FLAGS_OF.get(_capability(), ""))))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         return (
@@ -166,21 +231,52 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def _build() -> Path:
+@functools.cache
+def _amx_library() -> tuple[ctypes.CDLL | None, str]:
+    """Return the loops of amx.cpp; or ``None``, and a note for the user of a CPU with AMX."""
+    # A process must ask Linux for the tiles, which _init_amx does.
+    if _library()[0] is None or not (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
+        return None, ""
+    try:
+        library = ctypes.CDLL(str(_build("amx.cpp", f"{_FLAGS_OF['AVX512']} {_AMX_FLAGS}")))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        return (
+            None,
+            f"LM heads in bfloat16 take twice as long without a C++ compiler that knows AMX: {reason}",
+        )
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.product_sums.argtypes = [
+        *[pointer, pointer, number, number, ctypes.c_float],
+        *[pointer, pointer, pointer],
+        *[pointer, number],
+        *[pointer, pointer, number],
+        *[number, number],
+    ]
+    library.product_sums.restype = None
+    return library, ""
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _build(source: str, flags: str) -> Path:
     """Return the library; compile it if the cache lacks it. Several processes may do so at the same time."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    flags = _FLAGS, _FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), "")
-    command = [*compiler, *" ".join(flags).split()]
-    key = hashlib.sha256(
-        _SOURCE.read_bytes() + " ".join([platform.machine(), *command]).encode()
-    ).hexdigest()[:16]
-    library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"kernel-{key}.so")
+    command = [*compiler, *f"{_FLAGS} {flags}".split()]
+    texts = [(_FOLDER / source).read_bytes(), *(path.read_bytes() for path in sorted(_FOLDER.glob("*.h")))]
+    key = hashlib.sha256(b"".join(texts) + " ".join([platform.machine(), *command]).encode()).hexdigest()[:16]
+    library = Path(vllm.envs.VLLM_CACHE_ROOT, "vllm_kl", f"{Path(source).stem}-{key}.so")
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             unfinished = Path(folder, library.name)
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(unfinished)], check=True, capture_output=True, text=True
+                [*command, str(_FOLDER / source), "-o", str(unfinished)],
+                check=True,
+                capture_output=True,
+                text=True,
             )
             unfinished.replace(library)
     return library

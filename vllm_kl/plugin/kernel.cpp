@@ -9,10 +9,10 @@
 
 #include <omp.h>
 
+#include "best.h"
 
 namespace {
 
-using std::int64_t;
 using bfloat16 = std::uint16_t;  // the upper half of a float
 
 inline float from_bits(std::uint32_t bits) {
@@ -112,45 +112,26 @@ inline Sums sum_row(float* row, int64_t num_columns, float fill) {
     return {mass, moment};
 }
 
-// The best tokens of a row so far, in a heap. Its root, entry 0, is the worst of them.
-struct Best {
-    float* values;
-    int64_t* ids;
-    int64_t size;
-
-    void replace_worst(float value, int64_t id) {
-        int64_t place = 0;
-        for (int64_t child = 1; child < size; child = 2 * place + 1) {
-            if (child + 1 < size && values[child + 1] < values[child]) child++;
-            if (values[child] >= value) break;
-            values[place] = values[child];
-            ids[place] = ids[child];
-            place = child;
-        }
-        values[place] = value;
-        ids[place] = id;
-    }
-
-    template <typename T>
-    void add(const T* row, int64_t num_columns, float shift, int64_t first_id) {
-        constexpr int64_t kBlock = 128;
-        for (int64_t low = 0; low < num_columns; low += kBlock) {
-            const int64_t high = std::min(low + kBlock, num_columns);
-            const float bound = values[0] - shift;
-            float top = bound;
+// Adds the tokens of a row: logits in base 2, minus the shift.
+template <typename T>
+void add(Best best, const T* row, int64_t num_columns, float shift, int64_t first_id) {
+    constexpr int64_t kBlock = 128;
+    for (int64_t low = 0; low < num_columns; low += kBlock) {
+        const int64_t high = std::min(low + kBlock, num_columns);
+        const float bound = best.values[0] - shift;
+        float top = bound;
 #pragma omp simd reduction(max : top)
-            for (int64_t i = low; i < high; i++) {
-                const float x = widen(row[i]);
-                top = x > top ? x : top;
-            }
-            if (!(top > bound)) continue;
-            for (int64_t i = low; i < high; i++) {
-                const float value = widen(row[i]) + shift;
-                if (value > values[0]) replace_worst(value, first_id + i);
-            }
+        for (int64_t i = low; i < high; i++) {
+            const float x = widen(row[i]);
+            top = x > top ? x : top;
+        }
+        if (!(top > bound)) continue;
+        for (int64_t i = low; i < high; i++) {
+            const float value = widen(row[i]) + shift;
+            if (value > best.values[0]) best.replace_worst(value, first_id + i);
         }
     }
-};
+}
 
 // Each thread goes from its last row to its first: the product has left the last rows in the core's cache.
 template <bool kMoment, typename T>
@@ -163,8 +144,7 @@ void reduce(T* tile, int64_t stride, const float* shift, float* masses, float* m
         for (int64_t n = end - 1; n >= first; n--) {
             T* row = tile + n * stride;
             if (num_best) {
-                Best best{best_values + n * num_best, best_ids + n * num_best, num_best};
-                best.add(row, num_columns, shift[n], first_id);
+                add({best_values + n * num_best, best_ids + n * num_best, num_best}, row, num_columns, shift[n], first_id);
             }
             const Sums sums = sum_row<kMoment>(row, num_columns, -shift[n]);
             masses[n] = sums.mass;

@@ -16,17 +16,18 @@ equal, and their difference keeps only their rounding errors: 1e-5 nats for a lo
 sum leaves out one token per row, the token of the sequence. Its logit is computed by itself, more exactly,
 and :mod:`.lm_head` puts both together, for the entropy as well.
 
-Rounding. On a CPU the product of two bfloat16 matrices is bfloat16, whose error grows with the number's size.
-So the shift is subtracted inside the product, before the rounding: the logits that decide the sum are then
-near 0, where bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too
-coarsely. The kernel then computes the slice again for this row, in float32. Mass and moment are sums over the
-same rounded logits, so they give the exact entropy of a distribution nearby. Logits of single tokens are
-summed in float64. On a GPU another kernel (:mod:`.triton_kernel`) sums in float32. On a CPU that multiplies
-16-bit matrices one number at a time (for example without AVX-512) the kernel widens both matrices to float32,
-slice by slice.
+Rounding. On a CPU with AMX, and on a GPU, logits of bfloat16 matrices are float32. On other CPUs the
+product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift is
+subtracted inside the product, before the rounding: the logits that decide the sum are then near 0, where
+bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too coarsely.
+The kernel then computes the slice again for this row, in float32. Mass and moment are sums over the same
+rounded logits, so they give the exact entropy of a distribution nearby. Logits of single tokens are
+summed in float64. On a CPU that multiplies 16-bit matrices one number at a time (for example without
+AVX-512) the kernel widens both matrices to float32, slice by slice. :mod:`.cpu_products` has the ways of
+a CPU, :mod:`.triton_kernel` that of a GPU.
 
-Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps up to 2 MiB for it. So
-16-bit products have few shapes: their rows are padded. Narrow products, and those of other heights, are
+Shapes. oneDNN compiles every shape of a 16-bit product once, in 2 to 6 ms, and keeps up to 2 MiB for it.
+So its products have few shapes: their rows are padded. Narrow products, and those of other heights, are
 computed in float32.
 
 Memory. The kernel takes less than 64 MiB, for any number of rows and any vocabulary. On a CPU all large
@@ -40,9 +41,7 @@ Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867.
 from __future__ import annotations
 
 import bisect
-import functools
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,6 +49,19 @@ import torch
 
 from vllm_kl.plugin.best_tokens import Best
 from vllm_kl.plugin.cpu_loops import reducer, token_logits
+from vllm_kl.plugin.cpu_products import (
+    HEIGHTS,
+    HIDDEN_LOGIT,
+    AmxProducts,
+    LeftOut,
+    Products,
+    TiledProducts,
+    float32_logits,
+    height_of,
+    product_dtype,
+    slices_of,
+    workspace,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -57,11 +69,6 @@ LOG2_E = math.log2(math.e)
 # measured (benchmarks/LOG.md).
 _MAX_ROWS = 4096
 _MAX_HIDDEN = 1 << 21
-# Heights of the tiles of 16-bit products.
-_HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
-# Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
-_FLOAT32_WIDTH = 512
-_MAX_WIDENED = 1 << 21
 # On a GPU: elements of a float32 tile (16 MiB), and the multiple of its width. cuBLAS takes three to five
 # times as long if the tile's rows begin at odd places.
 _CUDA_TILE = 1 << 22
@@ -69,8 +76,6 @@ _CUDA_ALIGNED = 64
 # On a GPU: the most elements of a block's hidden states, 32 MiB in 16 bits; and the multiple of its rows.
 _CUDA_MAX_HIDDEN = 1 << 24
 _CUDA_ROWS = 128
-# Bytes of each part of the workspace, by the limits above. The system gives pages only when they are used.
-_WORKSPACE_BYTES = 8 << 20
 # Columns that are computed first, in float32: they give the first shift.
 _FIRST_COLUMNS = 64
 # The most rows that are computed in float32 at a time, and elements of their hidden states: 4 MiB.
@@ -86,8 +91,6 @@ _MAX_STRETCH = 32
 _OUTWEIGHS = 4.0
 # An expected total above this, in units of 2 ** shift, gets a new shift for the next slices.
 _GROWN = 4.0
-# The logit of a token that a sum leaves out, in base 2, minus the shift. The compiled loops take no -inf.
-_HIDDEN = -(2.0**20)
 # Further candidates beside the k best, because rounding may misplace some; float32 logits rank them again.
 _SPARE_CANDIDATES = 8
 
@@ -103,10 +106,10 @@ def row_blocks(num_rows: int, hidden_size: int, top_k: int = 0, *, on_a_gpu: boo
         limit = min(limit, _MAX_CANDIDATES // (top_k + _SPARE_CANDIDATES))
     if on_a_gpu:
         num_blocks = max(1, math.ceil(num_rows / max(1, limit)))
-        return _slices(num_rows, math.ceil(num_rows / num_blocks / _CUDA_ROWS) * _CUDA_ROWS or _CUDA_ROWS)
-    limit = _HEIGHTS[max(0, bisect.bisect_right(_HEIGHTS, limit) - 1)]
-    step = _height(math.ceil(num_rows / max(1, math.ceil(num_rows / limit))))
-    return _slices(num_rows, step)
+        return slices_of(num_rows, math.ceil(num_rows / num_blocks / _CUDA_ROWS) * _CUDA_ROWS or _CUDA_ROWS)
+    limit = HEIGHTS[max(0, bisect.bisect_right(HEIGHTS, limit) - 1)]
+    step = height_of(math.ceil(num_rows / max(1, math.ceil(num_rows / limit))))
+    return slices_of(num_rows, step)
 
 
 def log_normalizer(
@@ -191,12 +194,15 @@ def _walk(
         if best is not None:
             _rank(hidden, weight, best, left_out)
         return log2_normalizer(hidden, weight, scale2, left_out, entropy).double() / LOG2_E
-    arguments = (hidden, weight, scale2, best, left_out, entropy is not None)
-    sums = _walk_shifted_products(*arguments, product_dtype(hidden.dtype))
-    if sums is None:
+    tokens = LeftOut(left_out)
+    for products in _ways(hidden, weight, scale2, tokens, best):
+        sums = _walk_slices(products, hidden, weight, scale2, tokens, best, entropy is not None)
+        if sums is not None:
+            break
         if best is not None:
             best.forget()
-        sums = _walk_shifted_products(*arguments, torch.float32)
+    else:
+        raise AssertionError("products in float32 take logits of any size")
     if entropy is not None:
         entropy.copy_(sums.entropy2() / LOG2_E)
     return sums.normalizer2() / LOG2_E
@@ -222,9 +228,9 @@ class _Sums:
         if self.moment is None:
             self.mass[i, rows] = logits_M_S.exp2_().sum(1)
             return
-        powers = torch.exp2(logits_M_S, out=_workspace("powers", tuple(logits_M_S.shape), torch.float32))
+        powers = torch.exp2(logits_M_S, out=workspace("powers", tuple(logits_M_S.shape), torch.float32))
         self.mass[i, rows] = powers.sum(1)
-        self.moment[i, rows] = powers.mul_(logits_M_S.clamp_min_(_HIDDEN)).sum(1)  # 0 * -inf is NaN
+        self.moment[i, rows] = powers.mul_(logits_M_S.clamp_min_(HIDDEN_LOGIT)).sum(1)  # 0 * -inf is NaN
 
     def add(self, of_slices: _Sums) -> None:
         """Add the sums of all slices."""
@@ -242,89 +248,70 @@ class _Sums:
         return entropy.clamp_min_(0).masked_fill_(self.mass == 0, 0)
 
 
-class _Hidden:
-    """Hides one token of each row from the sums."""
-
-    def __init__(self, left_out_N: torch.Tensor) -> None:
-        self._by_row = left_out_N
-        self._tokens, self._rows = left_out_N.sort()
-        self._sorted = self._tokens.tolist()
-
-    def hide(self, logits_N_S: torch.Tensor, first_id: int) -> None:
-        """Hide the tokens in a slice of the vocabulary, whose logits are minus the shift, of all rows."""
-        low, high = (bisect.bisect_left(self._sorted, n) for n in (first_id, first_id + logits_N_S.shape[1]))
-        if low < high:
-            logits_N_S[self._rows[low:high], self._tokens[low:high] - first_id] = _HIDDEN
-
-    def hide_in_rows(self, logits_M_S: torch.Tensor, rows: slice | torch.Tensor, first_id: int) -> None:
-        """Hide the tokens in a slice of the vocabulary, of some rows: their logits become ``-inf``."""
-        places = self._by_row[rows] - first_id
-        (found,) = torch.where((places >= 0) & (places < logits_M_S.shape[1]))
-        logits_M_S[found, places[found]] = -torch.inf
+def _ways(
+    hidden: torch.Tensor, weight: torch.Tensor, scale2: float, tokens: LeftOut, best: Best | None
+) -> Iterator[Products]:
+    """Yield ways to multiply on this CPU: the fastest, then one that takes logits of any size."""
+    dtype = product_dtype(hidden.dtype)
+    if dtype == hidden.dtype and AmxProducts.fit(hidden, weight):
+        yield AmxProducts(hidden, weight, scale2, tokens, best)
+        return
+    yield TiledProducts(hidden, weight, scale2, tokens, best, dtype)
+    yield TiledProducts(hidden, weight, scale2, tokens, best, torch.float32)
 
 
-def _walk_shifted_products(
+def _walk_slices(
+    products: Products,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     scale2: float,
+    tokens: LeftOut,
     best: Best | None,
-    left_out: torch.Tensor,
     with_moment: bool,
-    dtype: torch.dtype,
 ) -> _Sums | None:
-    """Walk on a CPU: subtract the shift inside the product; then pass over its results once.
+    """Walk over the vocabulary on a CPU: a few slices, then a look at the shift.
 
-    Returns ``None`` if the logits are too large for products in ``dtype``, as with a temperature near 0.
+    Returns ``None`` if the logits are too large for the products, as with a temperature near 0.
     """
-    num_rows, vocab_size, hidden_size = len(hidden), len(weight), hidden.shape[1]
-    reduce = reducer(dtype)
-    height, width = _tile_shape(num_rows, vocab_size, hidden_size, dtype)
-    num_exact = max(1, min(_MAX_EXACT_ROWS, _MAX_EXACT_HIDDEN // hidden_size))
-    padded = _padded(hidden, height, dtype)
-    tile = _workspace("tile", (height, width), dtype)
-    tile[num_rows:] = 0
-    tokens = _Hidden(left_out)
+    num_rows, vocab_size = len(hidden), len(weight)
+    num_exact = max(1, min(_MAX_EXACT_ROWS, _MAX_EXACT_HIDDEN // hidden.shape[1]))
 
     done = min(vocab_size, _FIRST_COLUMNS)
-    total = _first_columns(hidden, weight[:done], scale2, best, tokens, with_moment, dtype, num_exact)
+    total = _first_columns(
+        hidden, weight[:done], scale2, best, tokens, with_moment, products.dtype, num_exact
+    )
     shift, stretch = total.shift, 1
     while done < vocab_size:
         slices = [
-            slice(low, min(low + width, vocab_size)) for low in range(done, vocab_size, width)[:stretch]
+            slice(low, min(low + products.width, vocab_size))
+            for low in range(done, vocab_size, products.width)[:stretch]
         ]
         # The total after this stretch, if its columns are like the earlier ones.
         growth = slices[-1].stop / done
         expected = total.mass * growth
         if (expected > _GROWN).any():
-            new = _representable(shift + expected.log2().float(), dtype)
+            new = _representable(shift + expected.log2().float(), products.dtype)
             total.move(slice(None), (shift - new).double())
             shift.copy_(new)
             expected = total.mass * growth
-        if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
+        if products.dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
             return None
         masses, moments = torch.empty(2, len(slices), num_rows, dtype=torch.float32)
         of_slices = _Sums(shift, masses, moments if with_moment else None)
-        tile[:num_rows] = -shift[:, None]
-        for i, columns in enumerate(slices):
-            # The last slice is as wide as the others, so it begins among columns that are done.
-            first = columns.stop - width
-            tile.addmm_(padded, _widened(weight[first : columns.stop], dtype).T, alpha=scale2)
-            logits = tile[:num_rows, columns.start - first :]
-            tokens.hide(logits, columns.start)
-            reduce(logits, shift, masses[i], best, columns.start, moments[i] if with_moment else None)
+        products.sum_up(slices, shift, masses, of_slices.moment)
         outweighs = ~(masses <= _OUTWEIGHS * expected)  # so written that NaN and inf count, too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             for rows in torch.where(outweighs[i])[0].split(num_exact):
-                exact = _float32_logits(hidden[rows], weight[slices[i]], scale2)
+                exact = float32_logits(hidden[rows], weight[slices[i]], scale2)
                 tokens.hide_in_rows(exact, rows, slices[i].start)
-                new = torch.maximum(shift[rows], _representable(exact.amax(1), dtype))
+                new = torch.maximum(shift[rows], _representable(exact.amax(1), products.dtype))
                 for sums in (total, of_slices):
                     sums.move(rows, shift[rows] - new)
                 shift[rows] = new
                 of_slices.put(i, rows, exact.sub_(new[:, None]))
         total.add(of_slices)
         done, stretch = slices[-1].stop, min(2 * stretch, _MAX_STRETCH)
-    if dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
+    if products.dtype != torch.float32 and (shift.abs() > _MAX_SHIFT).any():
         return None
     return total
 
@@ -334,7 +321,7 @@ def _first_columns(
     weight: torch.Tensor,
     scale2: float,
     best: Best | None,
-    tokens: _Hidden,
+    tokens: LeftOut,
     with_moment: bool,
     dtype: torch.dtype,
     num_exact: int,
@@ -343,13 +330,13 @@ def _first_columns(
     reduce = reducer(dtype)
     shift = torch.empty(len(hidden), dtype=torch.float32)
     mass, moment = torch.zeros(2, len(hidden), dtype=torch.float64)
-    for rows in _slices(len(hidden), num_exact):
-        logits = _float32_logits(hidden[rows], weight, scale2)
+    for rows in slices_of(len(hidden), num_exact):
+        logits = float32_logits(hidden[rows], weight, scale2)
         tokens.hide_in_rows(logits, rows, 0)
         largest = logits.amax(1)
         is_any = largest != -torch.inf  # else there is one column, and it is hidden
         shift[rows] = _representable(largest.where(is_any, 0), dtype)
-        logits = logits.sub_(shift[rows, None]).clamp_min_(_HIDDEN)
+        logits = logits.sub_(shift[rows, None]).clamp_min_(HIDDEN_LOGIT)
         sums, moments = torch.empty(2, len(logits), dtype=torch.float32)
         of_rows = None if best is None else best[rows]
         reduce(logits, shift[rows], sums, of_rows, 0, moments if with_moment else None)
@@ -359,73 +346,9 @@ def _first_columns(
     return _Sums(shift, mass, moment if with_moment else None)
 
 
-_buffers = threading.local()
-
-
-def _workspace(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Return uninitialised memory that this thread keeps under a name.
-
-    Tensors of many sizes would leave the process with fragmented memory, and the system clears all new
-    memory.
-    """
-    size_bytes = math.prod(shape) * dtype.itemsize
-    buffer = getattr(_buffers, name, None)
-    if buffer is None or len(buffer) < size_bytes:
-        buffer = torch.empty(max(size_bytes, _WORKSPACE_BYTES), dtype=torch.uint8)
-        setattr(_buffers, name, buffer)
-    return buffer[:size_bytes].view(dtype).view(shape)
-
-
-def _padded(hidden: torch.Tensor, height: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the rows in the product's dtype, followed by rows of zeros."""
-    if len(hidden) == height and hidden.dtype == dtype:
-        return hidden
-    padded = _workspace("hidden", (height, hidden.shape[1]), dtype)
-    padded[: len(hidden)] = hidden
-    padded[len(hidden) :] = 0
-    return padded
-
-
-def _widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return weight if weight.dtype == dtype else _workspace("weight", tuple(weight.shape), dtype).copy_(weight)
-
-
-def _float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -> torch.Tensor:
-    hidden = hidden.float()
-    logits = _workspace("logits", (len(hidden), len(weight)), torch.float32)
-    for columns in _slices(len(weight), max(1, _MAX_WIDENED // hidden.shape[1])):
-        torch.mm(hidden, _widened(weight[columns], torch.float32).T, out=logits[:, columns])
-    return logits.mul_(scale2)
-
-
 def _representable(shift: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the shift rounded to whole numbers that the dtype holds: ``2 ** shift`` is then exact."""
     return shift.round().to(dtype).float()
-
-
-def _slices(number: int, step: int) -> Iterator[slice]:
-    return (slice(low, min(low + step, number)) for low in range(0, number, step))
-
-
-def _height(num_rows: int) -> int:
-    """Return the height of a tile for this number of rows."""
-    return _HEIGHTS[min(bisect.bisect_left(_HEIGHTS, num_rows), len(_HEIGHTS) - 1)]
-
-
-def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    if dtype != torch.float32:
-        return _height(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
-    return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))
-
-
-@functools.cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which matrices of a dtype are multiplied: the same, if oneDNN supports it."""
-    is_fast = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
 
 
 def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best, left_out: torch.Tensor) -> None:
@@ -433,7 +356,7 @@ def _rank(hidden: torch.Tensor, weight: torch.Tensor, best: Best, left_out: torc
     num_rows, vocab_size = len(hidden), len(weight)
     columns = min(vocab_size, max(1024, _CUDA_TILE // num_rows // _CUDA_ALIGNED * _CUDA_ALIGNED))
     tile = torch.empty(num_rows * columns, dtype=torch.float32, device=hidden.device)
-    for columns_of_slice in _slices(vocab_size, columns):
+    for columns_of_slice in slices_of(vocab_size, columns):
         part = weight[columns_of_slice]
         logits = tile[: num_rows * len(part)].view(num_rows, len(part))
         _mm_float32(hidden, part.T, logits)

@@ -1,0 +1,232 @@
+"""Sums over slices of the vocabulary on a CPU, by products that are fast there.
+
+:class:`TiledProducts`: PyTorch (oneDNN, MKL) multiplies into a tile of logits that stays in the cache, and a
+loop passes over the tile once. :class:`AmxProducts`: where a CPU has AMX and matrices are bfloat16, a loop of
+this package multiplies and sums; the logits are float32 then, and in no tensor.
+
+Names and formulas are those of :mod:`.kernel`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from vllm_kl.plugin.best_tokens import Best
+from vllm_kl.plugin.cpu_loops import amx_is_used, in_pairs, product_sums, reducer
+
+# Heights of the tiles of 16-bit products.
+HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
+# Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
+_FLOAT32_WIDTH = 512
+_MAX_WIDENED = 1 << 21
+# Bytes of each part of the workspace, by the limits of this module and of the kernel. The system gives pages
+# only when they are used.
+_WORKSPACE_BYTES = 8 << 20
+# The logit of a token that a sum leaves out, in base 2, minus the shift. The compiled loops take no -inf.
+HIDDEN_LOGIT = -(2.0**20)
+# Tokens of a slice of AMX's products, and the multiple of their rows.
+_AMX_WIDTH = 4096
+_AMX_ROWS = 32
+# The widest head of AMX's products. Wider ones leave few rows in a core's cache, while oneDNN's blocks have a
+# part of the features only (benchmarks/LOG.md).
+_AMX_MAX_HIDDEN_SIZE = 2048
+
+
+class LeftOut:
+    """One token of each row, which the sums leave out."""
+
+    def __init__(self, by_row_N: torch.Tensor) -> None:
+        self.by_row = by_row_N
+        self._tokens, self._rows = by_row_N.sort()
+        self._sorted = self._tokens.tolist()
+
+    def hide(self, logits_N_S: torch.Tensor, first_id: int) -> None:
+        """Hide the tokens in a slice of the vocabulary, whose logits are minus the shift, of all rows."""
+        low, high = (bisect.bisect_left(self._sorted, n) for n in (first_id, first_id + logits_N_S.shape[1]))
+        if low < high:
+            logits_N_S[self._rows[low:high], self._tokens[low:high] - first_id] = HIDDEN_LOGIT
+
+    def hide_in_rows(self, logits_M_S: torch.Tensor, rows: slice | torch.Tensor, first_id: int) -> None:
+        """Hide the tokens in a slice of the vocabulary, of some rows: their logits become ``-inf``."""
+        places = self.by_row[rows] - first_id
+        (found,) = torch.where((places >= 0) & (places < logits_M_S.shape[1]))
+        logits_M_S[found, places[found]] = -torch.inf
+
+
+class Products(Protocol):
+    """The products of hidden rows with slices of the weights, and the sums over each slice."""
+
+    dtype: torch.dtype  # of the products' results: it must hold the shifts
+    width: int  # of a slice
+
+    def sum_up(
+        self,
+        slices: Sequence[slice],
+        shift_N: torch.Tensor,
+        masses_S_N: torch.Tensor,
+        moments_S_N: torch.Tensor | None,
+    ) -> None:
+        """Write the sums of ``2 ** x`` over each slice of the vocabulary, and of ``x * 2 ** x``.
+
+        Args:
+            slices: not empty, and at most :attr:`width` wide each.
+            shift_N: float32, whole numbers that :attr:`dtype` holds.
+            masses_S_N: float32.
+            moments_S_N: float32; ``None``: not wanted.
+        """
+
+
+class TiledProducts:
+    """Products into a tile, and a pass over it. The shift is subtracted inside the product."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        scale2: float,
+        left_out: LeftOut,
+        best: Best | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype = dtype
+        height, self.width = _tile_shape(len(hidden), len(weight), hidden.shape[1], dtype)
+        self._weight, self._scale2, self._left_out, self._best = weight, scale2, left_out, best
+        self._num_rows = len(hidden)
+        self._hidden = _padded(hidden, height, dtype)
+        self._tile = workspace("tile", (height, self.width), dtype)
+        self._tile[self._num_rows :] = 0
+
+    def sum_up(
+        self,
+        slices: Sequence[slice],
+        shift_N: torch.Tensor,
+        masses_S_N: torch.Tensor,
+        moments_S_N: torch.Tensor | None,
+    ) -> None:
+        reduce, num_rows = reducer(self.dtype), self._num_rows
+        self._tile[:num_rows] = -shift_N[:, None]
+        for i, columns in enumerate(slices):
+            # The last slice is as wide as the others, so it begins among columns that are done.
+            first = columns.stop - self.width
+            weight = _widened(self._weight[first : columns.stop], self.dtype)
+            self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
+            logits = self._tile[:num_rows, columns.start - first :]
+            self._left_out.hide(logits, columns.start)
+            moments = None if moments_S_N is None else moments_S_N[i]
+            reduce(logits, shift_N, masses_S_N[i], self._best, columns.start, moments)
+
+
+class AmxProducts:
+    """Products and sums in one compiled loop, which AMX multiplies for."""
+
+    dtype = torch.float32
+    width = _AMX_WIDTH
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, scale2: float, left_out: LeftOut, best: Best | None
+    ) -> None:
+        self._weight, self._scale2, self._left_out, self._best = weight, scale2, left_out, best
+        padded = _padded(hidden.contiguous(), math.ceil(len(hidden) / _AMX_ROWS) * _AMX_ROWS, hidden.dtype)
+        self._pairs = in_pairs(padded, workspace("pairs", tuple(padded.shape), hidden.dtype))
+
+    @staticmethod
+    def fit(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Return whether this way works for the matrices, and is the fastest."""
+        hidden_size = hidden.shape[1]
+        return (
+            hidden_size <= _AMX_MAX_HIDDEN_SIZE
+            and weight.stride(1) == 1
+            and amx_is_used(hidden.dtype, hidden_size)
+        )
+
+    def sum_up(
+        self,
+        slices: Sequence[slice],
+        shift_N: torch.Tensor,
+        masses_S_N: torch.Tensor,
+        moments_S_N: torch.Tensor | None,
+    ) -> None:
+        for i, columns in enumerate(slices):
+            product_sums(
+                self._pairs,
+                self._weight[columns],
+                self._scale2,
+                shift_N,
+                self._left_out.by_row,
+                masses_S_N[i],
+                self._best,
+                columns.start,
+                None if moments_S_N is None else moments_S_N[i],
+            )
+
+
+_buffers = threading.local()
+
+
+def workspace(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return uninitialised memory that this thread keeps under a name.
+
+    Tensors of many sizes would leave the process with fragmented memory, and the system clears all new
+    memory.
+    """
+    size_bytes = math.prod(shape) * dtype.itemsize
+    buffer = getattr(_buffers, name, None)
+    if buffer is None or len(buffer) < size_bytes:
+        buffer = torch.empty(max(size_bytes, _WORKSPACE_BYTES), dtype=torch.uint8)
+        setattr(_buffers, name, buffer)
+    return buffer[:size_bytes].view(dtype).view(shape)
+
+
+def float32_logits(hidden: torch.Tensor, weight: torch.Tensor, scale2: float) -> torch.Tensor:
+    """Return ``[N, V]`` logits in base 2, in the workspace: few rows at a time, or few columns."""
+    hidden = hidden.float()
+    logits = workspace("logits", (len(hidden), len(weight)), torch.float32)
+    for columns in slices_of(len(weight), max(1, _MAX_WIDENED // hidden.shape[1])):
+        torch.mm(hidden, _widened(weight[columns], torch.float32).T, out=logits[:, columns])
+    return logits.mul_(scale2)
+
+
+def slices_of(number: int, step: int) -> Iterator[slice]:
+    return (slice(low, min(low + step, number)) for low in range(0, number, step))
+
+
+def height_of(num_rows: int) -> int:
+    """Return the height of a tile for this number of rows."""
+    return HEIGHTS[min(bisect.bisect_left(HEIGHTS, num_rows), len(HEIGHTS) - 1)]
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which matrices of a dtype are multiplied: the same, if oneDNN supports it."""
+    is_fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
+
+
+def _padded(hidden: torch.Tensor, height: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows in the product's dtype, followed by rows of zeros."""
+    if len(hidden) == height and hidden.dtype == dtype:
+        return hidden
+    padded = workspace("hidden", (height, hidden.shape[1]), dtype)
+    padded[: len(hidden)] = hidden
+    padded[len(hidden) :] = 0
+    return padded
+
+
+def _widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight if weight.dtype == dtype else workspace("weight", tuple(weight.shape), dtype).copy_(weight)
+
+
+def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    if dtype != torch.float32:
+        return height_of(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
+    return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))
