@@ -4,7 +4,8 @@
 #   In an environment of yours: make gpu-check GPU_PYTHON=python
 # make fuzz CASES=1000000: many hostile inputs for what reads them (tests/fuzz), counted; MINUTES=25 ends it before.
 # make results MACHINE=epyc: runs the scripts of benchmarks/ that have no file of results for this machine yet, then
-#   writes the tables of the pages. Five hours on two cores, with nothing beside it. DTYPE=bfloat16 where a CPU has it.
+#   writes the tables of the pages. Five hours on two cores, with nothing beside it. DTYPES="float32 bfloat16" where
+#   the CPU has AVX-512 or AMX for bfloat16.
 # make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.
 
@@ -19,7 +20,7 @@ CASES ?= 100000
 MINUTES ?= 600
 COMPAT := .venv-$(VLLM)
 MACHINE ?= here
-DTYPE ?= float32
+DTYPES ?= float32
 
 .NOTPARALLEL:
 .PHONY: demo test nightly compat fuzz results lint docs gpu-check lock clean
@@ -46,30 +47,30 @@ fuzz: .venv/installed
 
 # A table: the script benchmarks/bench_<name>.py, or another one, with its arguments.
 RESULTS := estimators dataset-memory scaling serving serving-tiny requests transform lora push overlap \
-	overlap-shared simulation growth profile
+	overlap-shared simulation growth $(foreach dtype,$(DTYPES),profile-$(dtype))
 ARGS_dataset-memory := --rows 1000 --rows 10000 --rows 100000 --stand-in
-ARGS_serving := --dtype $(DTYPE)
+ARGS_serving := --dtype float32
 SCRIPT_serving-tiny := bench_serving
 ARGS_serving-tiny := --model tiny --dtype float32
 SCRIPT_overlap-shared := bench_overlap
 ARGS_overlap-shared := --cores shared
 SCRIPT_simulation := simulate_fleet
 SCRIPT_growth := growth
-SCRIPT_profile := profile_prefill
-ARGS_profile := --dtype $(DTYPE)
+$(foreach dtype,$(DTYPES),$(eval SCRIPT_profile-$(dtype) := profile_prefill) \
+	$(eval ARGS_profile-$(dtype) := --dtype $(dtype)))
 RESULT = benchmarks/results/$(1)-$(MACHINE)
 
-results: $(call RESULT,readout).jsonl $(foreach name,$(RESULTS),$(call RESULT,$(name)).md)
+results: $(foreach dtype,$(DTYPES),$(call RESULT,readout-$(dtype)).jsonl) $(foreach name,$(RESULTS),$(call RESULT,$(name)).md)
 	.venv/bin/python benchmarks/tables.py
 
 $(call RESULT,%).md: | .venv/installed
 	.venv/bin/python benchmarks/$(or $(SCRIPT_$*),bench_$(subst -,_,$*)).py $(ARGS_$*) --markdown $@.part
 	mv $@.part $@
 
-$(call RESULT,readout).jsonl: | .venv/installed
-	.venv/bin/vllm-kl bench --shape 96M --dtype $(DTYPE) --shapes 256,128,8 1024,128,16 64,512,4 2048,64,32 \
-		--providers ours floor torchrl transformers --rounds 7 --out bench_out
-	cp bench_out/results.jsonl $@
+$(call RESULT,readout-%).jsonl: | .venv/installed
+	.venv/bin/vllm-kl bench --shape 96M --dtype $* --shapes 256,128,8 1024,128,16 64,512,4 2048,64,32 \
+		--providers ours floor torchrl transformers --rounds 7 --peer-rounds 2 --out bench_out/$*
+	cp bench_out/$*/results.jsonl $@
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -13,10 +13,11 @@ Python:
 
 A bound is what the machine's own speeds make of a share's work, measured in the same process: of products
 and attention, their operations at the speed of one large square product, in the model's data type or in
-float32, whichever is faster; of the pass over the logits, which stands as Python of the LM head because it is
-no operation of PyTorch, reading and filling them at the speed of a copy in memory, which a cache may beat.
-The products of the layers are those of the tokens that the engine computed: it shares whole blocks only. A
-share that is above its bound by a factor is what a faster engine could gain.
+float32, whichever is faster; of the pass over the logits, which stands as Python of the LM head because
+it is no operation of PyTorch, reading and filling them at the speed of a copy in memory, which a cache
+may beat. With AMX there is no such pass: the loop that multiplies sums, too, and may be faster than
+PyTorch's product. The products of the layers are those of the tokens that the engine computed: it shares
+whole blocks only. A share that is above its bound by a factor is what a faster engine could gain.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
 from vllm_kl.environment import on_a_gpu
-from vllm_kl.plugin import kernel
+from vllm_kl.plugin import cpu_products, kernel
 from vllm_kl.types import ScoreRequest
 
 PARTS = ("scheduler", "model", "LM head")
 # Parts of the names of operations, by kind. The first that fits counts.
 KINDS = {
     "attention": ("attention", "reshape_and_cache", "flash_attn", "scaled_dot"),
-    "products": ("mm", "linear", "matmul", "gemm"),
+    "products": ("mm", "linear", "matmul", "gemm", "product_sums"),
     "norms, rotary, activation": ("rms_norm", "rotary", "silu", "layer_norm"),
 }
 
@@ -106,7 +107,7 @@ class Sizes(NamedTuple):
     hidden: int
     layers: int
     width: int  # of attention: heads times their size
-    logit_bytes: int
+    logit_bytes: int  # of a logit in a tile; 0: there is no tile
 
 
 def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:
@@ -114,7 +115,8 @@ def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:
     config = AutoConfig.from_pretrained(folder)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    logit_bytes = kernel.product_dtype(dtype).itemsize
+    is_fused = cpu_products.AmxProducts.takes(dtype, config.hidden_size)
+    logit_bytes = 0 if is_fused else kernel.product_dtype(dtype).itemsize
     body = weights_of_layers(folder)
     return Sizes(body, config.vocab_size, config.hidden_size, config.num_hidden_layers, width, logit_bytes)
 
@@ -125,12 +127,14 @@ def bounds_of(
     """Return the least seconds of parts and kinds, where the engine computes as many tokens."""
     pairs = attended(traffic, share_prefix=True)
     num_logits = sizes.vocab * traffic.scored_tokens
-    return {
+    bounds = {
         ("model", "products"): 2 * sizes.body * num_computed / limits.flop_per_s,
         ("model", "attention"): 4 * sizes.layers * sizes.width * pairs / limits.flop_per_s,
         ("LM head", "products"): 2 * sizes.hidden * num_logits / limits.flop_per_s,
-        ("LM head", "Python"): 2 * sizes.logit_bytes * num_logits / limits.bytes_per_s,
     }
+    if sizes.logit_bytes:
+        bounds["LM head", "Python"] = 2 * sizes.logit_bytes * num_logits / limits.bytes_per_s
+    return bounds
 
 
 def run(driver: Any, traffic: Traffic, vocab_size: int, seed: int) -> tuple[float, int]:
@@ -157,6 +161,7 @@ def profiled(
         named(core.scheduler, "update_from_output", "scheduler"),
         named(model.model, "forward", "model"),
         named(model.pooler, "forward", "LM head"),
+        named(cpu_products, "product_sums", "product_sums"),
         profile(activities=[ProfilerActivity.CPU]) as found,
     ):
         whole, num_computed = run(driver, traffic, vocab_size, seed=1)

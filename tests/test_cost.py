@@ -179,7 +179,7 @@ def test_amx_multiplies_each_token_once(monkeypatch, num_rows):
         masses.fill_(1e-9)
 
     monkeypatch.setattr(kernel, "product_dtype", lambda own: own)
-    monkeypatch.setattr(cpu_products, "amx_is_used", lambda dtype, hidden_size: True)
+    monkeypatch.setattr(cpu_products, "amx_works", lambda dtype, hidden_size: True)
     monkeypatch.setattr(cpu_products, "product_sums", sums)
     counted = operations_of(num_rows, 32_768, torch.bfloat16, False)
     assert counted.flop == 2 * num_rows * 64 * 64  # the first columns, which give the shift
@@ -205,6 +205,8 @@ def test_the_loops_are_compiled_with_optimisation_and_the_instructions_of_the_cp
         assert {"-O3", "-fopenmp", flag} <= set(compiled[-1])
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
-    cpu_loops._amx_library.__wrapped__()
+    monkeypatch.setattr(cpu_loops, "_multiplies_bfloat16_tiles", lambda: True)
+    monkeypatch.setattr(cpu_loops, "_library", lambda: (object(), ""))
+    assert "knows AMX" in cpu_loops._amx_library.__wrapped__()[1]  # an empty file is no library
     assert {"-O3", "-fopenmp", "-mavx512f", "-mamx-bf16"} <= set(compiled[-1])
     assert len(compiled) == 4  # a library for each

@@ -137,7 +137,7 @@ class TestMemory:
         assert (told in lines) is not take_turns
 
     def test_the_estimates_are_above_what_was_measured_and_not_far(self):
-        rows = read_rows(RESULTS / "readout-epyc.jsonl")
+        rows = read_rows(RESULTS / "readout-float32-epyc.jsonl")
         size = {"parameters": 95_890_432, "layers": 6, "kv": 256}
         traffics = [from_shape(shape, 32) for shape in dict.fromkeys(row["shape"] for row in rows)]
         setup = Setup(model="96M", dtype="float32", device="cpu", max_tokens=max(t.longest for t in traffics))

@@ -14,6 +14,7 @@ from tests import scripts
 from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.traffic import from_shape
+from vllm_kl.plugin import cpu_loops
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,20 @@ def run(module, monkeypatch, *arguments):
 @pytest.mark.parametrize(("product", "wrong"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_head_in_16_bits_may_be_as_far_off_as_its_products(lm_head, monkeypatch, product, wrong):
     monkeypatch.setattr(lm_head.kernel, "product_dtype", lambda _: product)
+    monkeypatch.setattr(cpu_loops, "_amx_library", lambda: (None, ""))
     arguments = lm_head.matrices(70, 64, 3000, torch.bfloat16, "cpu")
-    most = lm_head.tolerance(torch.bfloat16, "cpu")
+    most = lm_head.tolerance(torch.bfloat16, "cpu", 64)
     assert max(lm_head.largest_errors(*arguments).values()) <= most < wrong
+
+
+@pytest.mark.skipif(cpu_loops._amx_library()[0] is None, reason="needs a CPU with AMX")
+def test_a_head_that_amx_multiplies_is_as_exact_as_on_a_gpu(lm_head):
+    arguments = lm_head.matrices(70, 64, 3000, torch.bfloat16, "cpu")
+    assert (
+        max(lm_head.largest_errors(*arguments).values())
+        <= lm_head.tolerance(torch.bfloat16, "cpu", 64)
+        < 1e-3
+    )
 
 
 SMALL = ("--sizes", "70,64", "--vocab", 1000, "--dtype", "float32", "--rounds", 2)

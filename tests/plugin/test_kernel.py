@@ -26,7 +26,8 @@ ON_A_GPU = pytest.param(
 
 
 needs_amx = pytest.mark.skipif(
-    cpu_loops._amx_library()[0] is None, reason="needs a CPU with AMX, and a compiler that knows it"
+    cpu_loops._amx_library()[0] is None or not shutil.which("c++"),
+    reason="needs a CPU with AMX, and a compiler that knows it",
 )
 WITH_AMX = pytest.param("amx", marks=needs_amx)
 
@@ -527,8 +528,8 @@ class TestAmx:
         pairs = cpu_loops.in_pairs(padded, torch.empty_like(padded))
         masses, moments = torch.full((2, num_rows), torch.nan)
         best = Best.of(num_rows, num_best, hidden.device) if num_best else None
-        with_best = moments if with_moments else None
-        cpu_loops.product_sums(pairs, weight, scale2, shift, left_out, masses, best, first_id, with_best)
+        wanted = moments if with_moments else None
+        cpu_loops.product_sums(pairs, weight, scale2, shift, left_out, masses, best, first_id, wanted)
         sizes = (x.abs() * powers).sum(1)
         torch.testing.assert_close(masses.double(), powers.sum(1), rtol=3e-6, atol=1e-30)
         if with_moments:
@@ -593,6 +594,29 @@ class TestAmx:
         hidden, weight = make(200, 20_000, dtype=torch.bfloat16, spread=4.0)
         ids = torch.cat([(hidden @ weight.T).argmax(-1, keepdim=True), torch.arange(200)[:, None]], 1)
         assert (fused(hidden, weight, ids) - in_float64(hidden, weight).gather(1, ids)).abs().max() < 5e-6
+
+    @pytest.mark.parametrize(("spread", "most"), [(4.0, 0.0), (8.0, 0.02)])
+    def test_float32_logits_are_rarely_computed_again(self, monkeypatch, spread, most):
+        computed = []
+
+        def float32_logits(hidden, weight, scale2):
+            computed.append(len(hidden) * len(weight))
+            return cpu_products.float32_logits(hidden, weight, scale2)
+
+        monkeypatch.setattr(kernel, "float32_logits", float32_logits)
+        hidden, weight = make(512, 20_000, hidden_size=512, dtype=torch.bfloat16, spread=spread)
+        kernel.log_normalizer(hidden, weight)
+        assert 0 <= sum(computed) / 512 - kernel._FIRST_COLUMNS <= most * 20_000
+
+    @pytest.mark.parametrize("num_rows", [1, 32, 33, 300])
+    def test_best_tokens_of_few_rows_keep_all_threads_busy(self, monkeypatch, num_rows):
+        calls = []
+        monkeypatch.setattr(
+            cpu_products, "product_sums", lambda *args: calls.append(args) or args[5].fill_(1)
+        )
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        kernel.top_tokens(*make(num_rows, 100, dtype=torch.bfloat16), 5)
+        assert bool(calls) is (num_rows > 64)
 
     @pytest.mark.parametrize(("hidden_size", "is_used"), [(2048, True), (2080, False), (48, False)])
     def test_heads_that_it_does_not_fit_are_multiplied_by_onednn(self, monkeypatch, hidden_size, is_used):

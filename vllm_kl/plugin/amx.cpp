@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include <immintrin.h>
@@ -33,7 +34,7 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kConfig;
 
-// The macros of AMX do not tell gcc which memory they read and write.
+// gcc's macros of AMX do not tell which memory they read, and not all that they write; _tile_stored does.
 inline void order_memory() { asm volatile("" ::: "memory"); }
 
 // Configures this thread's tiles; puts back what another library had configured.
@@ -58,7 +59,7 @@ class Tiles {
     TileConfig before_;
 };
 
-// Returns 2 ** x = 2 ** n * 2 ** f with n = round(x). The relative error is 1e-7. NaN stays NaN.
+// Returns 2 ** x = 2 ** n * 2 ** f with n = round(x). The relative error is 1e-7. NaN and +inf give NaN.
 inline __m512 power_of_two(__m512 x) {
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(x, n);
@@ -114,7 +115,9 @@ class Sums {
             const __m512i id = _mm512_set1_epi32(std::int32_t(first_id_ + next_));
             for (int half = 0; half < 2; half++) {
                 const __m512 logit2 = _mm512_mul_ps(_mm512_load_ps(logits_[next_] + half * kSide), scale2_);
-                const __m512 x = _mm512_sub_ps(logit2, shift_[half]), power = power_of_two(x);
+                // Smaller ones change no sum, and denormal numbers are slow. NaN stays: it is the second operand.
+                const __m512 x = _mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_sub_ps(logit2, shift_[half]));
+                const __m512 power = power_of_two(x);
                 const __mmask16 is_in = _mm512_cmpneq_epi32_mask(left_out_[half], id);
                 mass_[half] = _mm512_mask_add_ps(mass_[half], is_in, mass_[half], power);
                 if constexpr (kMoment) moment_[half] = _mm512_mask3_fmadd_ps(power, x, moment_[half], is_in);
@@ -191,10 +194,9 @@ Panel panel_of(const Call& call, int64_t panel, int64_t num_tokens, std::vector<
 template <bool kMoment, bool kBest>
 void walk(const Call& call, Range blocks, Range panels, float* masses, float* moments) {
     const Tiles tiles;
-    alignas(64) float logits[2][kBlock][kBlock];
+    alignas(64) float logits[kBlock][kBlock];
     std::vector<bfloat16> copy;
     Sums<kMoment, kBest> sums(call, masses, moments);
-    int current = 0;
     const int64_t steps = call.num_steps, tokens_per_step = (kBlock + steps - 1) / steps;
     const int64_t resident = std::max<int64_t>(1, kResidentBytes / (2 * 4 * kTileWords * steps));
     for (int64_t low = blocks.first; low < blocks.end; low += resident) {
@@ -223,13 +225,11 @@ void walk(const Call& call, Range blocks, Range panels, float* masses, float* mo
                     sums.take(tokens_per_step);
                 }
                 sums.end();
-                auto& out = logits[current];
-                current ^= 1;
-                _tile_stored(0, &out[0][0], sizeof out[0]);
-                _tile_stored(1, &out[0][kSide], sizeof out[0]);
-                _tile_stored(2, &out[kSide][0], sizeof out[0]);
-                _tile_stored(3, &out[kSide][kSide], sizeof out[0]);
-                sums.begin(out, block * kBlock, panel * kBlock, num_tokens);
+                _tile_stored(0, &logits[0][0], sizeof logits[0]);
+                _tile_stored(1, &logits[0][kSide], sizeof logits[0]);
+                _tile_stored(2, &logits[kSide][0], sizeof logits[0]);
+                _tile_stored(3, &logits[kSide][kSide], sizeof logits[0]);
+                sums.begin(logits, block * kBlock, panel * kBlock, num_tokens);
             }
         }
     }
@@ -249,8 +249,8 @@ extern "C" void product_sums(const std::uint32_t* hidden, const bfloat16* weight
                              int64_t num_rows, float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id,
                              int64_t num_tokens) {
     const int64_t num_blocks = (num_rows + kBlock - 1) / kBlock, num_panels = (num_tokens + kBlock - 1) / kBlock;
-    const int64_t padded = num_blocks * kBlock, most_threads = omp_get_max_threads();
-    std::vector<float> shifts(padded), mass(most_threads * padded), moment(moments ? most_threads * padded : 0);
+    const int64_t padded = num_blocks * kBlock;
+    std::vector<float> shifts(padded);
     std::vector<std::int32_t> left_outs(padded, -1);
     std::copy_n(shift, num_rows, shifts.begin());
     std::copy_n(left_out, num_rows, left_outs.begin());
@@ -258,23 +258,28 @@ extern "C" void product_sums(const std::uint32_t* hidden, const bfloat16* weight
                     num_rows, best_values, best_ids, num_best,             first_id, num_tokens};
     const auto run = moments ? (num_best ? walk<true, true> : walk<true, false>)
                              : (num_best ? walk<false, true> : walk<false, false>);
+    // The sums of each thread: masses of all rows, then moments. Each thread clears its own.
+    const int64_t own_size = moments ? 2 * padded : padded;
+    const std::unique_ptr<float[]> own_sums(new float[omp_get_max_threads() * own_size]);
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
         const auto part = [&](int64_t number) {
             return Range{number * thread / num_threads, number * (thread + 1) / num_threads};
         };
-        float* own_moment = moments ? moment.data() + thread * padded : nullptr;
+        float* own = own_sums.get() + thread * own_size;
+        std::fill_n(own, own_size, 0.0f);
         // Each weight is read by one thread; but the best tokens of a row belong to one thread.
         run(call, num_best ? part(num_blocks) : Range{0, num_blocks}, num_best ? Range{0, num_panels} : part(num_panels),
-            mass.data() + thread * padded, own_moment);
-    }
-    for (int64_t n = 0; n < num_rows; n++) {
-        masses[n] = 0.0f;
-        if (moments) moments[n] = 0.0f;
-        for (int64_t i = n; i < most_threads * padded; i += padded) {
-            masses[n] += mass[i];
-            if (moments) moments[n] += moment[i];
-        }
+            own, own + padded);
+#pragma omp barrier
+        const Range rows = part(num_rows);
+        const auto add_up = [&](const float* first, float* sums) {
+            std::fill(sums + rows.first, sums + rows.end, 0.0f);
+            for (int64_t i = 0; i < num_threads; i++)
+                for (int64_t n = rows.first; n < rows.end; n++) sums[n] += first[i * own_size + n];
+        };
+        add_up(own_sums.get(), masses);
+        if (moments) add_up(own_sums.get() + padded, moments);
     }
 }

@@ -138,7 +138,7 @@ def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: to
     return logits
 
 
-def amx_is_used(dtype: torch.dtype, hidden_size: int) -> bool:
+def amx_works(dtype: torch.dtype, hidden_size: int) -> bool:
     """Return whether :func:`product_sums` works here for hidden states of this dtype and size."""
     return dtype == torch.bfloat16 and hidden_size % _AMX_DEPTH == 0 and _amx_library()[0] is not None
 
@@ -235,7 +235,8 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
 def _amx_library() -> tuple[ctypes.CDLL | None, str]:
     """Return the loops of amx.cpp; or ``None``, and a note for the user of a CPU with AMX."""
     # A process must ask Linux for the tiles, which _init_amx does.
-    if _library()[0] is None or not (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
+    has_tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    if not (has_tiles and _multiplies_bfloat16_tiles()) or _library()[0] is None:
         return None, ""
     try:
         library = ctypes.CDLL(str(_build("amx.cpp", f"{_FLAGS_OF['AVX512']} {_AMX_FLAGS}")))
@@ -255,6 +256,13 @@ def _amx_library() -> tuple[ctypes.CDLL | None, str]:
     ]
     library.product_sums.restype = None
     return library, ""
+
+
+def _multiplies_bfloat16_tiles() -> bool:
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _capability() -> str:

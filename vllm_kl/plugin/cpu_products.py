@@ -1,8 +1,8 @@
 """Sums over slices of the vocabulary on a CPU, by products that are fast there.
 
 :class:`TiledProducts`: PyTorch (oneDNN, MKL) multiplies into a tile of logits that stays in the cache, and a
-loop passes over the tile once. :class:`AmxProducts`: where a CPU has AMX and matrices are bfloat16, a loop of
-this package multiplies and sums; the logits are float32 then, and in no tensor.
+loop passes over the tile once. :class:`AmxProducts`: where a CPU has AMX, a loop of this package multiplies
+bfloat16 matrices and sums; the logits are float32 then, and in no tensor.
 
 Names and formulas are those of :mod:`.kernel`.
 """
@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from vllm_kl.plugin.best_tokens import Best
-from vllm_kl.plugin.cpu_loops import amx_is_used, in_pairs, product_sums, reducer
+from vllm_kl.plugin.cpu_loops import amx_works, in_pairs, product_sums, reducer
 
 # Heights of the tiles of 16-bit products.
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
@@ -31,9 +31,9 @@ _MAX_WIDENED = 1 << 21
 _WORKSPACE_BYTES = 8 << 20
 # The logit of a token that a sum leaves out, in base 2, minus the shift. The compiled loops take no -inf.
 HIDDEN_LOGIT = -(2.0**20)
-# Tokens of a slice of AMX's products, and the multiple of their rows.
+# The fewest tokens of a slice of AMX's products; rows and tokens of their blocks.
 _AMX_WIDTH = 4096
-_AMX_ROWS = 32
+_AMX_BLOCK = 32
 # The widest head of AMX's products. Wider ones leave few rows in a core's cache, while oneDNN's blocks have a
 # part of the features only (benchmarks/LOG.md).
 _AMX_MAX_HIDDEN_SIZE = 2048
@@ -44,14 +44,18 @@ class LeftOut:
 
     def __init__(self, by_row_N: torch.Tensor) -> None:
         self.by_row = by_row_N
-        self._tokens, self._rows = by_row_N.sort()
-        self._sorted = self._tokens.tolist()
+
+    @functools.cached_property
+    def _by_token(self) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        tokens, rows = self.by_row.sort()
+        return tokens.tolist(), tokens, rows
 
     def hide(self, logits_N_S: torch.Tensor, first_id: int) -> None:
         """Hide the tokens in a slice of the vocabulary, whose logits are minus the shift, of all rows."""
-        low, high = (bisect.bisect_left(self._sorted, n) for n in (first_id, first_id + logits_N_S.shape[1]))
+        in_order, tokens, rows = self._by_token
+        low, high = (bisect.bisect_left(in_order, n) for n in (first_id, first_id + logits_N_S.shape[1]))
         if low < high:
-            logits_N_S[self._rows[low:high], self._tokens[low:high] - first_id] = HIDDEN_LOGIT
+            logits_N_S[rows[low:high], tokens[low:high] - first_id] = HIDDEN_LOGIT
 
     def hide_in_rows(self, logits_M_S: torch.Tensor, rows: slice | torch.Tensor, first_id: int) -> None:
         """Hide the tokens in a slice of the vocabulary, of some rows: their logits become ``-inf``."""
@@ -65,6 +69,9 @@ class Products(Protocol):
 
     dtype: torch.dtype  # of the products' results: it must hold the shifts
     width: int  # of a slice
+    # A slice whose sum is above this many times the expected total is computed again, with a new shift: its
+    # logits are too far from the shift for their digits.
+    outweighs: float
 
     def sum_up(
         self,
@@ -85,6 +92,8 @@ class Products(Protocol):
 
 class TiledProducts:
     """Products into a tile, and a pass over it. The shift is subtracted inside the product."""
+
+    outweighs = 4.0
 
     def __init__(
         self,
@@ -127,24 +136,30 @@ class AmxProducts:
     """Products and sums in one compiled loop, which AMX multiplies for."""
 
     dtype = torch.float32
-    width = _AMX_WIDTH
+    outweighs = 2.0**16
 
     def __init__(
         self, hidden: torch.Tensor, weight: torch.Tensor, scale2: float, left_out: LeftOut, best: Best | None
     ) -> None:
         self._weight, self._scale2, self._left_out, self._best = weight, scale2, left_out, best
-        padded = _padded(hidden.contiguous(), math.ceil(len(hidden) / _AMX_ROWS) * _AMX_ROWS, hidden.dtype)
+        # Each thread gets as many panels of a slice.
+        self.width = _multiple(_AMX_WIDTH, _AMX_BLOCK * torch.get_num_threads())
+        padded = _padded(hidden.contiguous(), _multiple(len(hidden), _AMX_BLOCK), hidden.dtype)
         self._pairs = in_pairs(padded, workspace("pairs", tuple(padded.shape), hidden.dtype))
 
     @staticmethod
-    def fit(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Return whether this way works for the matrices, and is the fastest."""
-        hidden_size = hidden.shape[1]
-        return (
-            hidden_size <= _AMX_MAX_HIDDEN_SIZE
-            and weight.stride(1) == 1
-            and amx_is_used(hidden.dtype, hidden_size)
-        )
+    def takes(dtype: torch.dtype, hidden_size: int) -> bool:
+        """Return whether this way is there for heads of this dtype and size, and is the fastest."""
+        return hidden_size <= _AMX_MAX_HIDDEN_SIZE and amx_works(dtype, hidden_size)
+
+    @classmethod
+    def fit(cls, hidden: torch.Tensor, weight: torch.Tensor, best: Best | None) -> bool:
+        """Return whether to multiply these matrices in this way."""
+        # The best tokens of a block of rows are one thread's work.
+        num_parts = math.ceil(len(hidden) / _AMX_BLOCK)
+        keeps_busy = best is None or num_parts >= torch.get_num_threads()
+        is_plain = weight.dtype == hidden.dtype and weight.stride(1) == 1
+        return keeps_busy and is_plain and cls.takes(hidden.dtype, hidden.shape[1])
 
     def sum_up(
         self,
@@ -210,6 +225,10 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
+
+
+def _multiple(number: int, of: int) -> int:
+    return math.ceil(number / of) * of
 
 
 def _padded(hidden: torch.Tensor, height: int, dtype: torch.dtype) -> torch.Tensor:

@@ -16,13 +16,13 @@ equal, and their difference keeps only their rounding errors: 1e-5 nats for a lo
 sum leaves out one token per row, the token of the sequence. Its logit is computed by itself, more exactly,
 and :mod:`.lm_head` puts both together, for the entropy as well.
 
-Rounding. On a CPU with AMX, and on a GPU, logits of bfloat16 matrices are float32. On other CPUs the
-product of two bfloat16 matrices is bfloat16, whose error grows with the number's size. So the shift is
-subtracted inside the product, before the rounding: the logits that decide the sum are then near 0, where
-bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too coarsely.
-The kernel then computes the slice again for this row, in float32. Mass and moment are sums over the same
-rounded logits, so they give the exact entropy of a distribution nearby. Logits of single tokens are
-summed in float64. On a CPU that multiplies 16-bit matrices one number at a time (for example without
+Rounding. On a GPU, and for heads that AMX multiplies, logits of bfloat16 matrices are float32. Other
+products of two bfloat16 matrices on a CPU are bfloat16, whose error grows with the number's size. So the
+shift is subtracted inside the product, before the rounding: the logits that decide the sum are then near
+0, where bfloat16 is fine. If a slice's sum is far above the expected total, its logits were rounded too
+coarsely. The kernel then computes the slice again for this row, in float32. Mass and moment are sums over
+the same rounded logits, so they give the exact entropy of a distribution nearby. Logits of single tokens
+are summed in float64. On a CPU that multiplies 16-bit matrices one number at a time (for example without
 AVX-512) the kernel widens both matrices to float32, slice by slice. :mod:`.cpu_products` has the ways of
 a CPU, :mod:`.triton_kernel` that of a GPU.
 
@@ -87,8 +87,6 @@ _MAX_CANDIDATES = 1 << 20
 _MAX_SHIFT = 2.0**12
 # The most slices between two checks of the shift: a check costs as much as a pass over a tile.
 _MAX_STRETCH = 32
-# A slice whose sum is above this many times the expected total is computed again, with a new shift.
-_OUTWEIGHS = 4.0
 # An expected total above this, in units of 2 ** shift, gets a new shift for the next slices.
 _GROWN = 4.0
 # Further candidates beside the k best, because rounding may misplace some; float32 logits rank them again.
@@ -253,7 +251,7 @@ def _ways(
 ) -> Iterator[Products]:
     """Yield ways to multiply on this CPU: the fastest, then one that takes logits of any size."""
     dtype = product_dtype(hidden.dtype)
-    if dtype == hidden.dtype and AmxProducts.fit(hidden, weight):
+    if dtype == hidden.dtype and AmxProducts.fit(hidden, weight, best):  # not where 16 bits are widened
         yield AmxProducts(hidden, weight, scale2, tokens, best)
         return
     yield TiledProducts(hidden, weight, scale2, tokens, best, dtype)
@@ -299,7 +297,7 @@ def _walk_slices(
         masses, moments = torch.empty(2, len(slices), num_rows, dtype=torch.float32)
         of_slices = _Sums(shift, masses, moments if with_moment else None)
         products.sum_up(slices, shift, masses, of_slices.moment)
-        outweighs = ~(masses <= _OUTWEIGHS * expected)  # so written that NaN and inf count, too
+        outweighs = ~(masses <= products.outweighs * expected)  # so written that NaN and inf count, too
         for i in outweighs.any(1).nonzero()[:, 0].tolist():
             for rows in torch.where(outweighs[i])[0].split(num_exact):
                 exact = float32_logits(hidden[rows], weight[slices[i]], scale2)
