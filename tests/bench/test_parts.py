@@ -391,7 +391,7 @@ class TestTablesOfPages:
         ],
     )
     def test_a_page_names_the_model_of_its_figures(self, tables, known, told):
-        rows = read_rows(BENCHMARKS / "results" / "readout-granite-rapids.jsonl")
+        rows = read_rows(BENCHMARKS / "results" / "readout-bfloat16-amx.jsonl")
         assert f"; {told}, bfloat16, 32 sequences" in tables._origin([rows[0] | known])
 
     def test_a_page_says_where_providers_did_not_take_turns(self, tables):
@@ -405,3 +405,21 @@ class TestTablesOfPages:
         changed = text.replace(row, re.sub(r"\d+(\.\d+)? \|$", "7.77 |", row))
         assert changed != text
         assert tables.with_tables(changed) == text
+
+
+def test_a_provider_has_one_color_in_all_parts_of_the_picture(monkeypatch, tmp_path):
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    from vllm_kl.bench.plot import plot
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    plot(tmp_path / "bench.png", read_rows(BENCHMARKS / "results" / "readout-bfloat16-amx.jsonl"))
+    groups, lengths, floors = drawn[0].axes
+    points = {line.get_label(): to_hex(line.get_color()) for line in groups.lines}
+    assert points == {line.get_label(): to_hex(line.get_color()) for line in lengths.lines}
+    bars = {bar.get_label(): to_hex(bar.patches[0].get_facecolor()) for bar in floors.containers}
+    assert bars == {name: points[name] for name in ("ours", "torchrl", "transformers")}
+    assert len(set(points.values())) == 4

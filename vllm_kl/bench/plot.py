@@ -28,7 +28,8 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
     for n, name in enumerate(names):
         of = {row["shape"]: row.get("fraction_of_floor") or 0 for row in rows if row["provider"] == name}
         places = [i + (n + 0.5) / len(names) * 0.8 - 0.4 for i in range(len(shapes))]
-        floors.bar(places, [of.get(shape, 0) for shape in shapes], 0.8 / len(names), label=name)
+        heights = [of.get(shape, 0) for shape in shapes]
+        floors.bar(places, heights, 0.8 / len(names), label=name, color=_color(rows, name))
     floors.set_xticks(range(len(shapes)), shapes, fontsize=7, rotation=15)
     floors.axhline(1, color="gray", linewidth=0.8)
     floors.set_ylabel("fraction of the floor's speed")
@@ -40,10 +41,16 @@ def _names(rows: Sequence[Row]) -> list[str]:
     return [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in (ENGINE, HEAD)]
 
 
+def _color(rows: Sequence[Row], name: str) -> str:
+    """Return the color of a provider, in all parts of the picture."""
+    return f"C{_names(rows).index(name)}"
+
+
 def _throughput(axes: Any, rows: Sequence[Row], label: str, place: Callable[[Row], float]) -> None:
     for name in _names(rows):
         points = sorted((place(row), row["tok_per_s"]) for row in rows if row["provider"] == name)
-        axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.8, label=name)
+        style = {"marker": "o", "linestyle": "", "markersize": 5, "alpha": 0.8}
+        axes.plot(*zip(*points, strict=True), **style, color=_color(rows, name), label=name)
     axes.set_xscale("log")
     ticks = sorted({place(row) for row in rows})
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
