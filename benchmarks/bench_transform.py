@@ -269,16 +269,18 @@ def main() -> None:
     sizes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     for layout in args.layouts:
         results = {(b, t): measure(Data(b, t), layout == "dense", args.rounds) for b, t in sizes}
-        columns = ("provider", *(f"B={b}\nT={t}" for b, t in results), "a call grows as")
+        columns = ("provider", *(f"B={b} T={t}" for b, t in results), "a call grows as")
         table = make_table(
-            f"{layout}: us per sequence: p50, (p20 to p80), p50 of CPU time", *columns, left=columns[-1:]
+            f"{layout}: microseconds per sequence: p50 (p20-p80), then p50 of CPU time",
+            *columns,
+            left=columns[-1:],
         )
         for name in next(iter(results.values())):
             cells, p50 = [], {}
             for size, found in results.items():
                 wall, cpu = np.array(found[name]).T
                 p20, p50[size], p80 = np.percentile(wall, [20, 50, 80])
-                cells.append(f"{p50[size]:.0f}\n({p20:.0f}-{p80:.0f})\n{np.median(cpu):.0f}")
+                cells.append(f"{p50[size]:.0f} ({p20:.0f}-{p80:.0f}) {np.median(cpu):.0f}")
             table.add_row(name, *cells, exponents(p50))
         report.table(table)
     report.line(machine_line(f"{args.rounds} rounds"))

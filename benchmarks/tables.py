@@ -58,8 +58,9 @@ def headline(rows: Rows) -> str:
             f"{row['fraction_of_floor']:.2f}",
         )
     errors = [row["max_abs_err"] for row in rows if row["max_abs_err"] is not None]
-    told = f"{_origin(rows)}. Errors of all ways: at most {min(errors):.1g} to {max(errors):.1g} nats."
-    return f"{as_markdown(table)}\n{_wrapped(told)}"
+    layers = "" if rows[0]["dtype"] == "float32" else f", those of layers in {rows[0]['dtype']}"
+    found = f"Errors of all ways: at most {min(errors):.1g} to {max(errors):.1g} nats{layers}."
+    return f"{as_markdown(table)}\n{_wrapped(f'{_origin(rows)}. {found}')}"
 
 
 def floor(rows: Rows) -> str:

@@ -381,6 +381,15 @@ class TestTablesOfPages:
             assert tables._BLOCK.search(text)
         assert tables.without_table() == []
 
+    def test_a_file_of_tables_is_markdown_with_one_line_a_row(self):
+        for file in (BENCHMARKS / "results").glob("*.md"):
+            tables = re.findall(r"(?:^\|.*\n)+", file.read_text(), re.M)
+            assert tables, file
+            for table in tables:
+                head, line, *rows = table.splitlines()
+                assert re.fullmatch(r"[|-]+", line), f"{file}: {head}"
+                assert len({row.count("|") for row in (head, line, *rows)}) == 1, f"{file}: {head}"
+
     @pytest.mark.parametrize(
         ("known", "told"),
         [

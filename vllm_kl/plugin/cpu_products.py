@@ -23,8 +23,9 @@ from vllm_kl.plugin.cpu_loops import amx_works, in_pairs, product_sums, reducer
 
 # Heights of the tiles of 16-bit products.
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
-# Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
-_FLOAT32_WIDTH = 512
+# Widths of a float32 product's tile: of many rows, and of at most 1,024, where Python's operations on a slice
+# would cost a tenth. And elements of its widened slice of weights: 8 MiB.
+_FLOAT32_WIDTH, _FLOAT32_WIDTH_OF_FEW = 512, 1024
 _MAX_WIDENED = 1 << 21
 # Bytes of each part of the workspace, by the limits of this module and of the kernel. The system gives pages
 # only when they are used.
@@ -248,4 +249,5 @@ def _widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
     if dtype != torch.float32:
         return height_of(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
-    return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))
+    width = _FLOAT32_WIDTH_OF_FEW if num_rows <= 1024 else _FLOAT32_WIDTH
+    return num_rows, min(vocab_size, width, max(64, _MAX_WIDENED // hidden_size))
