@@ -394,7 +394,7 @@ class TestTablesOfPages:
         ("known", "told"),
         [
             ({"model": "96M", "parameters": 95_890_432}, "model 96M (96 M random weights)"),
-            ({"model": "512,6,32000"}, "model 512,6,32000 (random weights)"),
+            ({"model": "512,6,32000", "parameters": None}, "model 512,6,32000 (random weights)"),
             ({"model": "/data/qwen", "parameters": 7_615_616_512}, "model qwen (7,616 M weights)"),
             ({"model": "qwen", "parameters": None}, "model qwen (size not known)"),
         ],
