@@ -26,6 +26,9 @@ KEY = "a secret"
 SEQUENCES = [random_ids(n, 4 + 9 * n, vocab=256) for n in range(8)]
 STARTS = [1 + n for n in range(8)]
 
+# Nats. vLLM's own log-softmax in float32 is 2.2e-6 off on a CPU with AVX-512, and less on others.
+ATOL = 4e-6
+
 
 class Server:
     """A vLLM server in a process group of its own."""
@@ -99,7 +102,7 @@ def test_a_stock_server_gives_the_oracles_log_probs_in_order(server, ref_oracle,
         found = scorer.score(SEQUENCES, STARTS)
     for row, ids, start in zip(found, SEQUENCES, STARTS, strict=True):
         assert row.dtype == torch.float32
-        torch.testing.assert_close(row.double(), of(ref_oracle, ids)[start - 1 :], rtol=0, atol=2e-6)
+        torch.testing.assert_close(row.double(), of(ref_oracle, ids)[start - 1 :], rtol=0, atol=ATOL)
 
 
 def test_it_says_once_that_it_is_slow_and_what_is_fast(server, caplog):
@@ -112,7 +115,7 @@ def test_a_reference_scores_through_it_and_it_can_be_pickled(server, ref_oracle,
         with pickle.loads(pickle.dumps(scorer)) as twin:
             found = twin.score(SEQUENCES[:2])
         for row, ids in zip(found, SEQUENCES, strict=False):
-            torch.testing.assert_close(row.double(), of(ref_oracle, ids), rtol=0, atol=2e-6)
+            torch.testing.assert_close(row.double(), of(ref_oracle, ids), rtol=0, atol=ATOL)
         assert VLLMReference(scorer, tokenizer).scorer is scorer
 
 
