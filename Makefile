@@ -47,7 +47,7 @@ fuzz: .venv/installed
 
 # A table: the script benchmarks/bench_<name>.py, or another one, with its arguments.
 RESULTS := estimators dataset-memory scaling serving serving-tiny requests transform lora push overlap \
-	overlap-shared simulation growth $(foreach dtype,$(DTYPES),profile-$(dtype))
+	overlap-shared simulation growth $(DTYPES:%=profile-%)
 ARGS_dataset-memory := --rows 1000 --rows 10000 --rows 100000 --stand-in
 ARGS_serving := --dtype float32
 SCRIPT_serving-tiny := bench_serving
@@ -56,15 +56,18 @@ SCRIPT_overlap-shared := bench_overlap
 ARGS_overlap-shared := --cores shared
 SCRIPT_simulation := simulate_fleet
 SCRIPT_growth := growth
-$(foreach dtype,$(DTYPES),$(eval SCRIPT_profile-$(dtype) := profile_prefill) \
-	$(eval ARGS_profile-$(dtype) := --dtype $(dtype)))
 RESULT = benchmarks/results/$(1)-$(MACHINE)
 
-results: $(foreach dtype,$(DTYPES),$(call RESULT,readout-$(dtype)).jsonl) $(foreach name,$(RESULTS),$(call RESULT,$(name)).md)
+results: $(foreach dtype,$(DTYPES),$(call RESULT,readout-$(dtype)).jsonl) \
+		$(foreach name,$(RESULTS),$(call RESULT,$(name)).md)
 	.venv/bin/python benchmarks/tables.py
 
 $(call RESULT,%).md: | .venv/installed
 	.venv/bin/python benchmarks/$(or $(SCRIPT_$*),bench_$(subst -,_,$*)).py $(ARGS_$*) --markdown $@.part
+	mv $@.part $@
+
+$(call RESULT,profile-%).md: | .venv/installed
+	.venv/bin/python benchmarks/profile_prefill.py --dtype $* --markdown $@.part
 	mv $@.part $@
 
 $(call RESULT,readout-%).jsonl: | .venv/installed

@@ -98,10 +98,7 @@ def main() -> None:
     for size in args.sizes:
         num_rows, hidden = map(int, size.split(","))
         arguments = matrices(num_rows, hidden, args.vocab, getattr(torch, args.dtype), device)
-        errors, most = (
-            largest_errors(*arguments),
-            tolerance(arguments[0].dtype, device, arguments[0].shape[1]),
-        )
+        errors, most = largest_errors(*arguments), tolerance(arguments[0].dtype, device, hidden)
         if not max(errors.values()) <= most:
             raise SystemExit(f"{size}: errors of {errors} nats, expected at most {most}; not timed")
         todo = ways(*arguments)

@@ -26,7 +26,11 @@ def test_what_only_ray_knows_is_left_to_ray(monkeypatch, address):
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:0", "[::1]:1"]
+    "address",
+    [
+        *("127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "[::1]:1"),
+        *("127.0.0.1:99999", "127.0.0.1:0"),
+    ],
 )
 def test_an_address_where_nothing_listens_is_refused(address):
     with pytest.raises(EngineError, match="no Ray cluster at"):

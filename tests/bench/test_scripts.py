@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests import scripts
+from tests.amx import needs_amx
 from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.models import save_random
 from vllm_kl.bench.traffic import from_shape
@@ -43,7 +44,7 @@ def test_a_head_in_16_bits_may_be_as_far_off_as_its_products(lm_head, monkeypatc
     assert max(lm_head.largest_errors(*arguments).values()) <= most < wrong
 
 
-@pytest.mark.skipif(cpu_loops._amx_library()[0] is None, reason="needs a CPU with AMX")
+@needs_amx
 def test_a_head_that_amx_multiplies_is_as_exact_as_on_a_gpu(lm_head):
     arguments = lm_head.matrices(70, 64, 3000, torch.bfloat16, "cpu")
     assert (

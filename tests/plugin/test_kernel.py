@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.amx import needs_amx
 from tests.oracle import entropy as exact_entropy
 from vllm_kl.plugin import cpu_loops, cpu_products, kernel, lm_head
 from vllm_kl.plugin.best_tokens import Best, largest
@@ -25,10 +26,6 @@ ON_A_GPU = pytest.param(
 )
 
 
-needs_amx = pytest.mark.skipif(
-    cpu_loops._amx_library()[0] is None or not shutil.which("c++"),
-    reason="needs a CPU with AMX, and a compiler that knows it",
-)
 WITH_AMX = pytest.param("amx", marks=needs_amx)
 
 

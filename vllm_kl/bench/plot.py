@@ -49,8 +49,8 @@ def _color(rows: Sequence[Row], name: str) -> str:
 def _throughput(axes: Any, rows: Sequence[Row], label: str, place: Callable[[Row], float]) -> None:
     for name in _names(rows):
         points = sorted((place(row), row["tok_per_s"]) for row in rows if row["provider"] == name)
-        style = {"marker": "o", "linestyle": "", "markersize": 5, "alpha": 0.8}
-        axes.plot(*zip(*points, strict=True), **style, color=_color(rows, name), label=name)
+        color = _color(rows, name)
+        axes.plot(*zip(*points, strict=True), "o", markersize=5, alpha=0.8, color=color, label=name)
     axes.set_xscale("log")
     ticks = sorted({place(row) for row in rows})
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)

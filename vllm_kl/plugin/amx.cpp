@@ -13,11 +13,9 @@
 #include <immintrin.h>
 #include <omp.h>
 
-#include "best.h"
+#include "common.h"
 
 namespace {
-
-using bfloat16 = std::uint16_t;
 
 constexpr int64_t kSide = 16;                  // rows of a tile, and its columns of 32 bits
 constexpr int64_t kBlock = 2 * kSide;          // a block is made of four tiles
@@ -63,12 +61,8 @@ class Tiles {
 inline __m512 power_of_two(__m512 x) {
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(1.32764741e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.67553803e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55071329e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40221202e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93146970e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000007f));
+    __m512 p = _mm512_set1_ps(kPowerOfTwo[0]);
+    for (int i = 1; i < 6; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kPowerOfTwo[i]));
     return _mm512_scalef_ps(p, n);
 }
 

@@ -210,14 +210,10 @@ def missing_compiler() -> str:
 @functools.cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """Return the loops of kernel.cpp; or ``None``, and a note for the user."""
-    try:
-        library = ctypes.CDLL(str(_build("kernel.cpp", _FLAGS_OF.get(_capability(), ""))))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        return (
-            None,
-            f"LM heads take up to twice as long without a C++ compiler (c++, or the one in CXX): {reason}",
-        )
+    library, reason = _compiled("kernel.cpp", _FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), ""))
+    if library is None:
+        costs = "LM heads take up to twice as long without a C++ compiler (c++, or the one in CXX)"
+        return None, f"{costs}: {reason}"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in _NAME_OF.values():
         reduce, logits = getattr(library, f"reduce_{name}"), getattr(library, f"token_logits_{name}")
@@ -238,14 +234,10 @@ def _amx_library() -> tuple[ctypes.CDLL | None, str]:
     has_tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     if not (has_tiles and _multiplies_bfloat16_tiles()) or _library()[0] is None:
         return None, ""
-    try:
-        library = ctypes.CDLL(str(_build("amx.cpp", f"{_FLAGS_OF['AVX512']} {_AMX_FLAGS}")))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        return (
-            None,
-            f"LM heads in bfloat16 take twice as long without a C++ compiler that knows AMX: {reason}",
-        )
+    library, reason = _compiled("amx.cpp", f"{_FLAGS_OF['AVX512']} {_AMX_FLAGS}")
+    if library is None:
+        costs = "LM heads in bfloat16 take up to twice as long without a C++ compiler that knows AMX"
+        return None, f"{costs}: {reason}"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.product_sums.argtypes = [
         *[pointer, pointer, number, number, ctypes.c_float],
@@ -265,8 +257,12 @@ def _multiplies_bfloat16_tiles() -> bool:
         return False
 
 
-def _capability() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+def _compiled(source: str, flags: str) -> tuple[ctypes.CDLL | None, str]:
+    """Return the library of a source file; or ``None``, and why there is none."""
+    try:
+        return ctypes.CDLL(str(_build(source, flags))), ""
+    except (OSError, subprocess.CalledProcessError) as error:
+        return None, str(getattr(error, "stderr", None) or error)
 
 
 def _build(source: str, flags: str) -> Path:

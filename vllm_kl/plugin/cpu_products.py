@@ -14,7 +14,6 @@ import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 
@@ -65,7 +64,7 @@ class LeftOut:
         logits_M_S[found, places[found]] = -torch.inf
 
 
-class Products(Protocol):
+class Products:
     """The products of hidden rows with slices of the weights, and the sums over each slice."""
 
     dtype: torch.dtype  # of the products' results: it must hold the shifts
@@ -73,6 +72,9 @@ class Products(Protocol):
     # A slice whose sum is above this many times the expected total is computed again, with a new shift: its
     # logits are too far from the shift for their digits.
     outweighs: float
+
+    def __init__(self, weight: torch.Tensor, scale2: float, left_out: LeftOut, best: Best | None) -> None:
+        self._weight, self._scale2, self._left_out, self._best = weight, scale2, left_out, best
 
     def sum_up(
         self,
@@ -89,9 +91,22 @@ class Products(Protocol):
             masses_S_N: float32.
             moments_S_N: float32; ``None``: not wanted.
         """
+        self._begin(shift_N)
+        for i, columns in enumerate(slices):
+            moments_N = None if moments_S_N is None else moments_S_N[i]
+            self._sum_slice(columns, shift_N, masses_S_N[i], moments_N)
+
+    def _begin(self, shift_N: torch.Tensor) -> None:
+        """Prepare for slices that have these shifts."""
+
+    def _sum_slice(
+        self, columns: slice, shift_N: torch.Tensor, masses_N: torch.Tensor, moments_N: torch.Tensor | None
+    ) -> None:
+        """Write the sums over one slice."""
+        raise NotImplementedError
 
 
-class TiledProducts:
+class TiledProducts(Products):
     """Products into a tile, and a pass over it. The shift is subtracted inside the product."""
 
     outweighs = 4.0
@@ -105,35 +120,31 @@ class TiledProducts:
         best: Best | None,
         dtype: torch.dtype,
     ) -> None:
+        super().__init__(weight, scale2, left_out, best)
         self.dtype = dtype
         height, self.width = _tile_shape(len(hidden), len(weight), hidden.shape[1], dtype)
-        self._weight, self._scale2, self._left_out, self._best = weight, scale2, left_out, best
         self._num_rows = len(hidden)
         self._hidden = _padded(hidden, height, dtype)
         self._tile = workspace("tile", (height, self.width), dtype)
         self._tile[self._num_rows :] = 0
+        self._reduce = reducer(dtype)
 
-    def sum_up(
-        self,
-        slices: Sequence[slice],
-        shift_N: torch.Tensor,
-        masses_S_N: torch.Tensor,
-        moments_S_N: torch.Tensor | None,
+    def _begin(self, shift_N: torch.Tensor) -> None:
+        self._tile[: self._num_rows] = -shift_N[:, None]  # as the pass over a slice leaves it for the next
+
+    def _sum_slice(
+        self, columns: slice, shift_N: torch.Tensor, masses_N: torch.Tensor, moments_N: torch.Tensor | None
     ) -> None:
-        reduce, num_rows = reducer(self.dtype), self._num_rows
-        self._tile[:num_rows] = -shift_N[:, None]
-        for i, columns in enumerate(slices):
-            # The last slice is as wide as the others, so it begins among columns that are done.
-            first = columns.stop - self.width
-            weight = _widened(self._weight[first : columns.stop], self.dtype)
-            self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
-            logits = self._tile[:num_rows, columns.start - first :]
-            self._left_out.hide(logits, columns.start)
-            moments = None if moments_S_N is None else moments_S_N[i]
-            reduce(logits, shift_N, masses_S_N[i], self._best, columns.start, moments)
+        # The last slice is as wide as the others, so it begins among columns that are done.
+        first = columns.stop - self.width
+        weight = _widened(self._weight[first : columns.stop], self.dtype)
+        self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
+        logits = self._tile[: self._num_rows, columns.start - first :]
+        self._left_out.hide(logits, columns.start)
+        self._reduce(logits, shift_N, masses_N, self._best, columns.start, moments_N)
 
 
-class AmxProducts:
+class AmxProducts(Products):
     """Products and sums in one compiled loop, which AMX multiplies for."""
 
     dtype = torch.float32
@@ -142,7 +153,7 @@ class AmxProducts:
     def __init__(
         self, hidden: torch.Tensor, weight: torch.Tensor, scale2: float, left_out: LeftOut, best: Best | None
     ) -> None:
-        self._weight, self._scale2, self._left_out, self._best = weight, scale2, left_out, best
+        super().__init__(weight, scale2, left_out, best)
         # Each thread gets as many panels of a slice.
         self.width = _multiple(_AMX_WIDTH, _AMX_BLOCK * torch.get_num_threads())
         padded = _padded(hidden.contiguous(), _multiple(len(hidden), _AMX_BLOCK), hidden.dtype)
@@ -162,25 +173,13 @@ class AmxProducts:
         is_plain = weight.dtype == hidden.dtype and weight.stride(1) == 1
         return keeps_busy and is_plain and cls.takes(hidden.dtype, hidden.shape[1])
 
-    def sum_up(
-        self,
-        slices: Sequence[slice],
-        shift_N: torch.Tensor,
-        masses_S_N: torch.Tensor,
-        moments_S_N: torch.Tensor | None,
+    def _sum_slice(
+        self, columns: slice, shift_N: torch.Tensor, masses_N: torch.Tensor, moments_N: torch.Tensor | None
     ) -> None:
-        for i, columns in enumerate(slices):
-            product_sums(
-                self._pairs,
-                self._weight[columns],
-                self._scale2,
-                shift_N,
-                self._left_out.by_row,
-                masses_S_N[i],
-                self._best,
-                columns.start,
-                None if moments_S_N is None else moments_S_N[i],
-            )
+        product_sums(
+            *(self._pairs, self._weight[columns], self._scale2, shift_N, self._left_out.by_row),
+            *(masses_N, self._best, columns.start, moments_N),
+        )
 
 
 _buffers = threading.local()

@@ -9,11 +9,9 @@
 
 #include <omp.h>
 
-#include "best.h"
+#include "common.h"
 
 namespace {
-
-using bfloat16 = std::uint16_t;  // the upper half of a float
 
 inline float from_bits(std::uint32_t bits) {
     float x;
@@ -49,12 +47,12 @@ inline float power_of_two(float x) {
         p = p * f + 6.93121815e-1f;
         p = p * f + 9.99999261e-1f;
     } else {
-        p = 1.32764741e-3f;
-        p = p * f + 9.67553803e-3f;
-        p = p * f + 5.55071329e-2f;
-        p = p * f + 2.40221202e-1f;
-        p = p * f + 6.93146970e-1f;
-        p = p * f + 1.00000007f;
+        p = kPowerOfTwo[0];
+        p = p * f + kPowerOfTwo[1];
+        p = p * f + kPowerOfTwo[2];
+        p = p * f + kPowerOfTwo[3];
+        p = p * f + kPowerOfTwo[4];
+        p = p * f + kPowerOfTwo[5];
     }
     const auto exponent = std::clamp(std::int32_t(to_bits(n)), std::int32_t(to_bits(to_integer - 126.0f)),
                                      std::int32_t(to_bits(to_integer + 127.0f)));

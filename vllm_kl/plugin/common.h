@@ -1,4 +1,4 @@
-// The best tokens of one row, for the loops of this folder.
+// What kernel.cpp and amx.cpp have in common.
 
 #pragma once
 
@@ -7,6 +7,11 @@
 namespace {
 
 using std::int64_t;
+using bfloat16 = std::uint16_t;  // the upper half of a float
+
+// 2 ** f for |f| <= 1/2: a polynomial in f, minimax of the relative error, which is 1e-7. Highest power first.
+constexpr float kPowerOfTwo[] = {1.32764741e-3f, 9.67553803e-3f, 5.55071329e-2f,
+                                 2.40221202e-1f, 6.93146970e-1f, 1.00000007f};
 
 // The best tokens of a row so far, in a heap. Its root, entry 0, is the worst of them.
 struct Best {
