@@ -226,6 +226,17 @@ class TestTheModel:
         assert "_ROPE_DICT[key] = rotary_emb" in source(rotary_embedding.get_rope)
         assert type(rotary_embedding._ROPE_DICT) is dict
 
+    @since("0.32", "attention by AMX for MLA")
+    def test_amx_is_chosen_for_mla_of_every_dtype(self):
+        """start_engine.py chooses CPU_MLA instead where the dtype is not bfloat16."""
+        from vllm.platforms.cpu import CpuPlatform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        assert {"AMX_MLA", "CPU_MLA"} <= AttentionBackendEnum.__members__.keys()
+        choice = source(CpuPlatform.get_attn_backend_cls)
+        assert "amx_available and selected_backend != AttentionBackendEnum.CPU_MLA" in choice
+        assert "dtype" not in choice  # vLLM has mended it when this fails: _amx_cannot_attend can go
+
     def test_an_operation_takes_its_method_from_its_class_when_it_is_made(self):
         """plugin/cpu_corrections.py gives it the mended one."""
         from vllm.model_executor.custom_op import CustomOp

@@ -25,6 +25,7 @@ from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.engines import length_dependence as lengths
 from vllm_kl.engines import memory, options
 from vllm_kl.engines.base import drive
+from vllm_kl.engines.start_engine import _options_by_model
 from vllm_kl.engines.start_failures import explain, with_log
 from vllm_kl.errors import EngineError, OptionError
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
@@ -368,6 +369,36 @@ def model_config(**text):
 
 
 BATCHES = {"max_num_batched_tokens": 512}
+
+
+class TestAttentionOfMla:
+    """On a CPU with AMX vLLM chooses AMX_MLA whatever the dtype, and float32 does not start there."""
+
+    @pytest.fixture(autouse=True)
+    def amx(self, monkeypatch):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+    @staticmethod
+    def chosen(given=None, *, dtype=torch.float32, use_mla=True, is_cpu=True):
+        config = model_config(max_model_len=64)
+        config.dtype, config.use_mla, config.architecture = dtype, use_mla, "DeepseekV3ForCausalLM"
+        return _options_by_model(config, given or {}, is_cpu=is_cpu).get("attention_backend")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_amx_is_left_where_it_does_not_take_the_dtype(self, dtype, monkeypatch):
+        assert self.chosen(dtype=dtype) == "CPU_MLA"
+        assert self.chosen({"dtype": "float32"}, dtype=dtype) == "CPU_MLA"
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert self.chosen(dtype=dtype) is None
+
+    def test_everything_else_is_vllms_own_choice(self):
+        assert self.chosen(dtype=torch.bfloat16) is None
+        assert self.chosen(use_mla=False) is None
+        assert self.chosen(is_cpu=False) is None
+
+    @pytest.mark.parametrize("given", [{"attention_backend": "AMX_MLA"}, {"attention_config": {}}])
+    def test_what_the_caller_says_is_kept(self, given):
+        assert self.chosen(given) is None
 
 
 class TestMemory:

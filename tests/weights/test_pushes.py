@@ -132,7 +132,7 @@ def score_before_and_after_it_is_given(path: Path) -> dict[str, torch.Tensor]:
     """Make a ``vllm.LLM`` as without this package, and give it to a scorer. Runs in the child process."""
     from vllm import LLM, SamplingParams
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT, RotaryEmbedding
 
     from vllm_kl import VLLMScorer
 
@@ -148,7 +148,9 @@ def score_before_and_after_it_is_given(path: Path) -> dict[str, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((RotaryEmbedding, "forward_cpu"), (CPURouter, "_compute_routing")):
             patch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+        _ROPE_DICT.clear()  # engines of a process share these modules, and earlier ones were mended
         options = {**OPTIONS, "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+        options["attention_backend"] = "CPU_MLA"  # AMX_MLA, where there is AMX, takes bfloat16 only
         llm = LLM(str(path), **options, use_tqdm_on_load=False)
         ALIVE.append(llm)
         before = prompt_log_probs()

@@ -273,6 +273,8 @@ def _options_by_model(config: Any, given: dict[str, Any], *, is_cpu: bool) -> di
         raise OptionError(f"enable_prefix_caching=True does not work here: {why_not}. Leave it out")
     if why_not:
         chosen["enable_prefix_caching"] = False
+    if is_cpu and _amx_cannot_attend(config) and not {"attention_backend", "attention_config"} & given.keys():
+        chosen["attention_backend"] = "CPU_MLA"
     longest = dynamic_length(config.hf_text_config)
     if longest is not None and config.max_model_len > longest and not config.using_transformers_backend():
         # vLLM 0.32 makes a table of positions that ends there, and reads the memory behind the table.
@@ -284,6 +286,14 @@ def _options_by_model(config: Any, given: dict[str, Any], *, is_cpu: bool) -> di
             )
         chosen["max_model_len"] = config.max_model_len = longest
     return chosen
+
+
+def _amx_cannot_attend(config: Any) -> bool:
+    """Return whether vLLM (0.32) would compute this model's MLA by AMX, which takes bfloat16 only."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    chooses_amx = "AMX_MLA" in AttentionBackendEnum.__members__ and torch.cpu._is_amx_tile_supported()
+    return config.use_mla and config.dtype != torch.bfloat16 and chooses_amx
 
 
 def _why_not_shared(config: Any, *, is_cpu: bool) -> str:
