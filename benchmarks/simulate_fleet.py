@@ -1,7 +1,7 @@
 """Simulates a fleet of scoring replicas, and compares rules that choose the replica of a group.
 
     python benchmarks/simulate_fleet.py
-    python benchmarks/simulate_fleet.py --replicas 64 --load 1.2 --json
+    python benchmarks/simulate_fleet.py --replicas 64 --load 1.2 --changed 0 --json
 
 Nothing is measured here: no engine, no GPU, no Ray. Dialogs arrive at random. At each turn a group comes: one
 prompt and G responses. The next prompt is the last one, one of its responses, and a new message. A share of
@@ -9,11 +9,11 @@ the dialogs begins with one common system prompt. A replica serves its groups in
 the time of a group is its computed tokens divided by the replica's tokens per second. A prompt's beginning is
 not computed if the replica's prefix cache has it: an LRU of bounded size, which forgets whole dialogs.
 
-``--load`` is the work of all groups without a cache, over what the replicas can compute: 0.8 keeps them busy
-for 0.8 of the time if nothing is found in a cache. Latencies count from the arrival of a group to its last
-log-prob. Their unit is the mean time of a group without a cache. "Behind" is the time that the busiest
-replica still needs when the last dialog has come. Where it is long, queues grow as long as dialogs come, and
-latencies tell only how long the simulation was. Every rule gets the same dialogs.
+``--load`` is the work of all groups without a cache, over what the replicas can compute: 0.8 keeps them
+busy for 0.8 of the time if nothing is found in a cache. Latencies count from the arrival of a group to its
+last log-prob. Their unit is the mean time of a group without a cache. Where a replica is always busy its
+queue grows as long as dialogs come, and latencies tell only how long the simulation was: "grows". Every
+rule gets the same dialogs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import json
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -184,7 +184,7 @@ def rules(dialogs: Dialogs, system_tokens: int, spill: int, seed: int) -> dict[s
         f"hash of the first 2^k tokens, spill {spill}": affine(beginning_key, spill),
         f"hash of the whole prompt, spill {spill}": affine(prompt_key, spill),
         "least loaded": partial(least_loaded, rng=random.Random(seed)),
-        "two choices (Serve's default)": partial(two_choices, rng=random.Random(seed)),
+        "the better of two at random (Serve's default)": partial(two_choices, rng=random.Random(seed)),
         "random": partial(any_replica, rng=random.Random(seed)),
         "hash of the first 8 tokens": affine(first_tokens_key, never),
     }
@@ -268,6 +268,44 @@ def simulate(
     )
 
 
+ONE_KEY, LEAST_LOADED = "one key a dialog, spill", "least loaded"  # how the names of rules begin
+# What the second table changes, one thing a row, and for which rule.
+CHANGES: dict[str, tuple[str, dict[str, float]]] = {
+    **{f"spill {n}": (ONE_KEY, {"spill": n}) for n in (0, 1, 2, 4)},
+    **{f"caches of {n:,} tokens": (ONE_KEY, {"cache_tokens": n}) for n in (120_000, 60_000, 20_000)},
+    **{f"{n} routers, each knows only its own groups": (ONE_KEY, {"routers": n}) for n in (8, 64)},
+    **{f"the same, least loaded, {n} routers": (LEAST_LOADED, {"routers": n}) for n in (8, 64)},
+    "load 1.2": (ONE_KEY, {"load": 1.2}),
+    "load 1.2, least loaded": (LEAST_LOADED, {"load": 1.2}),
+    "dialogs of one turn": (ONE_KEY, {"turns": 1}),
+    "dialogs of one turn, least loaded": (LEAST_LOADED, {"turns": 1}),
+}
+
+
+def results_of(args: argparse.Namespace, num_replicas: int, words: Sequence[str] = ()) -> dict[str, Result]:
+    """Return the result of each rule, or of those whose name begins with one of the words."""
+    work = Work(**{field.name: getattr(args, field.name) for field in fields(Work)})
+    num_groups = max(args.groups, args.groups_per_replica * num_replicas)
+    dialogs = draw(work, num_replicas, num_groups, args.seed)
+    settings = {
+        "num_replicas": num_replicas,
+        "system_tokens": work.system_tokens,
+        "cache_tokens": args.cache_tokens,
+        "num_routers": args.routers,
+        "seed": args.seed,
+    }
+    return {
+        name: simulate(dialogs, rule, **settings)
+        for name, rule in rules(dialogs, work.system_tokens, args.spill, args.seed).items()
+        if not words or name.startswith(tuple(words))
+    }
+
+
+def cell(result: Result) -> str:
+    """Return hits, busy and p99; or a word where latencies tell only how long the simulation was."""
+    return "grows" if result.busiest > 0.99 else f"{result.hits:.2f}, {result.busy:.2f}, {result.p99:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -278,42 +316,48 @@ def main() -> None:
     parser.add_argument("--cache-tokens", type=int, default=250_000, help="of each replica")
     parser.add_argument("--spill", type=int, default=2, help="groups that a replica may be behind")
     parser.add_argument("--routers", type=int, default=1, help="each knows only its own groups")
-    parser.add_argument("--rules", nargs="+", metavar="WORD", help="rules whose name begins so")
+    parser.add_argument("--rules", nargs="+", metavar="WORD", default=[], help="whose name begins so")
+    parser.add_argument(
+        "--changed", type=int, metavar="N", default=64, help="replicas in the table of changes; 0: no table"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     for name, value in asdict(Work()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     add_markdown_option(parser)
     args = parser.parse_args()
-    work = Work(**{name: getattr(args, name) for name in asdict(Work())})
-    report, rows, began = Report(args.markdown), [], time.perf_counter()
-    for num_replicas in args.replicas:
-        num_groups = max(args.groups, args.groups_per_replica * num_replicas)
-        dialogs = draw(work, num_replicas, num_groups, args.seed)
-        columns = ("rule", "cache hits", "busy", "busiest replica", "p50", "p99", "behind")
-        table = make_table(f"N={num_replicas:,}, load {work.load:g}", *columns)
-        for name, rule in rules(dialogs, work.system_tokens, args.spill, args.seed).items():
-            if args.rules and not name.startswith(tuple(args.rules)):
-                continue
-            result = simulate(
-                dialogs,
-                rule,
-                num_replicas=num_replicas,
-                system_tokens=work.system_tokens,
-                cache_tokens=args.cache_tokens,
-                num_routers=args.routers,
-                seed=args.seed,
-            )
-            rows.append({"replicas": num_replicas, "rule": name, **asdict(result)})
-            shares = (f"{x:.2f}" for x in (result.hits, result.busy, result.busiest))
-            latencies = (f"{x:.2f}" for x in (result.p50, result.p99))
-            table.add_row(name, *shares, *latencies, f"{result.behind:.0f}")
+    report, began = Report(args.markdown), time.perf_counter()
+
+    fleets = {n: results_of(args, n, args.rules) for n in args.replicas}
+    table = make_table("Cache hits, busy, p99", "rule", *(f"N={n:,}" for n in fleets))
+    for rule in next(iter(fleets.values())):
+        table.add_row(rule, *(cell(fleet[rule]) for fleet in fleets.values()))
+    report.table(table)
+
+    changed = {}
+    if args.changed:
+        title = f"N={args.changed:,}; {ONE_KEY} {args.spill} where nothing else is said"
+        table = make_table(title, "", "cache hits", "busy", "p50", "p99")
+        for name, (rule, change) in CHANGES.items():
+            others = argparse.Namespace(**{**vars(args), **change})
+            (changed[name], *_) = results_of(others, args.changed, [rule]).values()
+            shares = (f"{x:.2f}" for x in (changed[name].hits, changed[name].busy))
+            table.add_row(name, *shares, f"{changed[name].p50:.1f}", f"{changed[name].p99:.1f}")
         report.table(table)
-    took = time.perf_counter() - began
-    report.line(machine_line(f"{work}, seed {args.seed}, {args.routers} routers, {took:.0f} s"))
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "markdown")}
+    told = ", ".join(
+        f"{name} {settings[name]}" for name in (*asdict(Work()), "spill", "cache_tokens", "seed")
+    )
+    report.line(machine_line(f"{told}; {time.perf_counter() - began:.0f} s"))
     if args.json:
-        settings = asdict(work) | {"cache_tokens": args.cache_tokens, "spill": args.spill, "seed": args.seed}
-        print(json.dumps({"settings": settings | {"routers": args.routers}, "rows": rows}))
+        rows = [
+            {"replicas": n, "rule": rule, **asdict(result)}
+            for n, fleet in fleets.items()
+            for rule, result in fleet.items()
+        ]
+        changes = [{"change": name, **asdict(result)} for name, result in changed.items()]
+        print(json.dumps({"settings": settings, "rows": rows, "changes": changes}))
 
 
 if __name__ == "__main__":

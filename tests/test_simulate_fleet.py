@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -105,3 +106,21 @@ def test_a_router_that_knows_only_its_own_groups_balances_worse(fleet):
         run(fleet, work, "least loaded", 8000, num_replicas=8, num_routers=n)[1].mean_wait for n in (1, 64)
     ]
     assert waits[1] > 3 * waits[0]
+
+
+def test_the_tables_of_the_page(fleet, capsys, monkeypatch, tmp_path):
+    few = "--replicas 1 4 --groups 2000 --changed 4 --json --markdown"
+    monkeypatch.setattr("sys.argv", ["simulate_fleet.py", *few.split(), str(tmp_path / "found.md")])
+    fleet.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["rule"], row["replicas"]): row for row in found["rows"]}
+    assert rows["hash of the first 8 tokens", 4]["busiest"] > 0.99
+    one_key = rows["one key a dialog, spill 2", 4]
+    changes = {change.pop("change"): change for change in found["changes"]}
+    assert {**changes["spill 2"], "rule": "one key a dialog, spill 2", "replicas": 4} == one_key
+    assert changes["caches of 20,000 tokens"]["hits"] < one_key["hits"] - 0.2
+    table, _, second = (tmp_path / "found.md").read_text().partition("**N=4; one key a dialog, spill 2 where")
+    (grows,) = (line for line in table.splitlines() if "first 8 tokens" in line)
+    assert grows.split("|")[2].count(",") == 2
+    assert grows.split("|")[3].strip() == "grows"
+    assert second.count("\n| ") == len(fleet.CHANGES) + 1

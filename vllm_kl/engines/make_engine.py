@@ -58,6 +58,18 @@ def make_engine(
             timeout_s=timeout_s,
             devices=devices,
         )
+    return _running(model, readout, engine_options, lora_request, devices, replicas)
+
+
+def _running(
+    model: Any,
+    readout: ReadoutName,
+    engine_options: dict[str, Any],
+    lora_request: Any,
+    devices: Devices | None,
+    replicas: Any,
+) -> Engine:
+    """Return the engine of a live ``vllm.LLM``, or an engine as it is; what needs a new one is refused."""
     is_engine = isinstance(getattr(model, "info", None), EngineInfo)
     if not is_engine and not callable(getattr(model, "generate", None)):
         raise OptionError(
