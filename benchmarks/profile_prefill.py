@@ -12,12 +12,12 @@ Python:
     the rest       vLLM's preparation of a step, the engine, and ours
 
 A bound is what the machine's own speeds make of a share's work, measured in the same process: of products
-and attention, their operations at the speed of one large square product, in the model's data type or in
-float32, whichever is faster; of the pass over the logits, which stands as Python of the LM head because
-it is no operation of PyTorch, reading and filling them at the speed of a copy in memory, which a cache
-may beat. With AMX there is no such pass: the loop that multiplies sums, too, and may be faster than
-PyTorch's product. The products of the layers are those of the tokens that the engine computed: it shares
-whole blocks only. A share that is above its bound by a factor is what a faster engine could gain.
+and attention, their operations at the speed of the fastest of several large products, in the model's data
+type or in float32; of the pass over the logits, which stands as Python of the LM head because it is no
+operation of PyTorch, reading and filling them at the speed of a copy in memory, which a cache may beat.
+With AMX there is no such pass: the loop that multiplies sums, too, and may be faster than PyTorch's
+product. The products of the layers are those of the tokens that the engine computed: it shares whole blocks
+only. A share that is above its bound by a factor is what a faster engine could gain.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from vllm_kl.environment import on_a_gpu
 from vllm_kl.plugin import cpu_products, kernel
 from vllm_kl.types import ScoreRequest
 
+SHAPES = ("256,128,8", "1024,128,16", "64,512,4", "2048,64,32")  # of the tables of vllm-kl bench
 PARTS = ("scheduler", "model", "LM head")
 # Parts of the names of operations, by kind. The first that fits counts.
 KINDS = {
@@ -189,7 +190,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="96M", help="of the model, as vllm-kl bench takes it")
-    parser.add_argument("--shapes", nargs="+", default=["256,128,8", "64,512,4"], metavar="P,R,G")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="P,R,G")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     add_markdown_option(parser)
@@ -208,7 +209,7 @@ def main() -> None:
         for traffic in traffics:
             measure(driver, traffic, sizes, limits, report)
     speeds = f"{limits.flop_per_s / 1e9:,.0f} GFLOP/s, a copy {limits.bytes_per_s / 1e9:,.1f} GB/s"
-    report.line(machine_line(f"{args.shape}, {args.dtype}; a square product {speeds}"))
+    report.line(machine_line(f"{args.shape}, {args.dtype}; a product {speeds}"))
 
 
 def measure(driver: Any, traffic: Traffic, sizes: Sizes, limits: Limits, report: Report) -> None:

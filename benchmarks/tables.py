@@ -46,7 +46,12 @@ def whole(rows: Rows) -> str:
 
 
 def headline(rows: Rows) -> str:
-    names = {"torchrl": "TorchRL's `vLLMWrapper`", "transformers": "transformers, padded"}
+    all_names = {
+        "torchrl": "TorchRL's `vLLMWrapper`",
+        "flat": "vLLM's leanest way, `flat`",
+        "transformers": "transformers, padded",
+    }
+    names = {key: name for key, name in all_names.items() if key in _ours(rows)[0]["ratios"]}
     table = make_table(
         "", "", *(f"times as fast as {name}" for name in names.values()), "of the floor's speed"
     )

@@ -31,9 +31,8 @@ def run(ref_path, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(HERE)  # where a user's own providers are
         what = ("--model", ref_path, "--shapes", "65,8,4", "--sequences", 8, "--rounds", 2)
-        done = vllm_kl(
-            "bench", *what, *SMALL, "--providers", "ours", "floor", *faulty, "--out", out, "--json"
-        )
+        providers = ("ours", "floor", "torchrl", *faulty)
+        done = vllm_kl("bench", *what, *SMALL, "--providers", *providers, "--out", out, "--json")
     return out, done
 
 
@@ -43,7 +42,7 @@ class TestRun:
         figures = json.loads(run[1].stdout.splitlines()[-1])
         rows = {row["provider"]: row for row in figures["results"]}
         faulty = {f"providers_of_a_user:{name}" for name in ("constant", "dying")}
-        assert list(rows) == ["ours", "floor", "floor_engine", "floor_head", *sorted(faulty)]
+        assert rows.keys() == {"ours", "floor", "floor_engine", "floor_head", "torchrl", *faulty}
         for row in rows.values():
             assert row.keys() >= FIELDS
             if row["provider"] in faulty:
@@ -53,9 +52,12 @@ class TestRun:
             assert row["shape"] == "65,8,4"
             assert row["tok_per_s"] == pytest.approx(8 * 73 / row["s_p50"])
             assert (row["fed_tokens"], row["scored_tokens"]) == (8 * 73, 8 * 8)
-        ours, floor = rows["ours"], rows["floor"]
-        assert ours["ratio_to_torchrl"] is None  # TorchRL was not asked for
+        ours, floor, torchrl = rows["ours"], rows["floor"], rows["torchrl"]
+        pairs = [t / o for t, o in zip(torchrl["seconds"], ours["seconds"], strict=True)]
+        assert ours["ratio_to_torchrl"] == pytest.approx(sum(pairs) / 2)
+        assert torchrl["ratio_to_torchrl"] == 1.0
         assert 0 < ours["max_abs_err"] <= LOG_PROB_TOLERANCE
+        assert torchrl["max_abs_err"] <= LOG_PROB_TOLERANCE
         assert (ours["check"], ours["dtype"], ours["readout"]) == ("float64", "float32", "pooling")
         pairs = [f / o for f, o in zip(floor["seconds"], ours["seconds"], strict=True)]
         assert ours["fraction_of_floor"] == pytest.approx(sum(pairs) / 2)

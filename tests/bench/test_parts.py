@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from vllm_kl.bench import limits as machine
 from vllm_kl.bench.check import TOLERANCES, check
 from vllm_kl.bench.command import WORSE
 from vllm_kl.bench.compare import compare, figure_for
@@ -432,3 +434,22 @@ def test_a_provider_has_one_color_in_all_parts_of_the_picture(monkeypatch, tmp_p
     bars = {bar.get_label(): to_hex(bar.patches[0].get_facecolor()) for bar in floors.containers}
     assert bars == {name: points[name] for name in ("ours", "torchrl", "transformers")}
     assert len(set(points.values())) == 4
+
+
+def test_the_fastest_of_several_products_is_what_a_cpu_does_at_most(monkeypatch):
+    """A square is not the fastest product of every CPU, and a bound that work exceeds is none."""
+    shapes = [(10, 10, 10), (40, 5, 20)]
+    seconds = {(shape, dtype): 1.0 for shape in shapes for dtype in (torch.float32, torch.bfloat16)}
+    seconds[shapes[1], torch.bfloat16] = 0.5
+    monkeypatch.setattr(machine, "_ON_A_CPU", shapes)
+    monkeypatch.setattr(machine, "_product", lambda dtype, shape, device: (shape, dtype))
+    monkeypatch.setattr(machine, "_best", lambda work: seconds.get(work, 1.0) if type(work) is tuple else 1.0)
+    found = machine.machine_limits(torch.bfloat16, "cpu")
+    assert found.flop_per_s == 2 * 40 * 5 * 20 / 0.5
+    assert found.gpu is None
+    assert machine.machine_limits(torch.float32, "cpu").flop_per_s == 2 * 40 * 5 * 20
+
+
+def test_a_product_is_that_of_a_layer():
+    work = machine._product(torch.float32, (3, 4, 5), "cpu")
+    assert work().shape == (3, 5)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm import EngineArgs
 
-from vllm_kl.bench.providers import peer_options, sglang_options, slices, with_kv_cache
+from vllm_kl.bench.providers import (
+    ask_sglang,
+    fused_reader,
+    peer_options,
+    sglang_options,
+    slices,
+    with_kv_cache,
+)
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.memory import kv_cache_bytes
 from vllm_kl.engines.start_engine import _defaults
+from vllm_kl.errors import ReadoutUnavailableError
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -59,3 +70,68 @@ def test_sglang_takes_the_longest_sequence_and_shares_prompts_inside_a_batch():
     assert (options["schedule_policy"], options["tp_size"]) == ("lpm", 2)
     assert options["revision"] == "main"
     assert "block_size" not in options  # vLLM's
+
+
+def test_sglangs_log_probs_are_those_of_the_tokens_from_the_start_on():
+    """SGLang gives an entry for each token from logprob_start_len on; that of the first is empty."""
+
+    class Engine:
+        def generate(self, input_ids, logprob_start_len, return_logprob, sampling_params):
+            assert (return_logprob, sampling_params["max_new_tokens"]) == (True, 0)
+            for ids, first in zip(input_ids, logprob_start_len, strict=True):
+                entries = [(-float(token), token, None) for token in ids[first:]]
+                yield {"meta_info": {"input_token_logprobs": [(None, ids[first], None), *entries[1:]]}}
+
+    sequences = [np.arange(10, 20, dtype=np.int32), np.arange(50, 53, dtype=np.int32)]
+    found = ask_sglang(Engine(), sequences, [7, 1])
+    assert [row.tolist() for row in found] == [[-17.0, -18.0, -19.0], [-51.0, -52.0]]
+
+
+class OfTrl116:
+    """TRL's function in plain operations; the arguments are those of TRL 1.16."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=(),
+    ): ...
+
+    @classmethod
+    def apply(cls, hidden, weight, bias, targets, *more):
+        names = list(inspect.signature(cls.forward).parameters)[5:]
+        given = dict(zip(names, more, strict=True))
+        logits = hidden @ weight.T * given["logit_scale"] / given["temperature"]
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], None
+
+
+class OfLaterTrl(OfTrl116):
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, targets, temperature, final_logit_softcapping=None, logit_scale=1.0
+    ): ...
+
+
+@pytest.mark.parametrize("function", [OfTrl116, OfLaterTrl])
+def test_trls_head_reads_the_tokens_from_the_start_on(function, ref_path):
+    model = AutoModelForCausalLM.from_pretrained(ref_path, dtype=torch.float64)
+    ids = torch.randint(4, 50, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        torch.testing.assert_close(fused_reader(function)(model, ids, 12), want[:, 11:])
+
+
+def test_an_argument_of_trl_that_is_not_known_is_named():
+    class Newer(OfTrl116):
+        @staticmethod
+        def forward(ctx, hidden, weight, bias, targets, temperature, sampling_mask): ...
+
+    with pytest.raises(ReadoutUnavailableError, match="'sampling_mask'"):
+        fused_reader(Newer)

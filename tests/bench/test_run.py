@@ -183,7 +183,11 @@ class TestImpossible:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ReadoutUnavailableError, match=re.escape(cure)):
-            next(find(name)(Setup(model="m", dtype="float32", device="cpu")))
+            next(find(name)(Setup(model="m", dtype="float32", device="cuda")))
+
+    def test_a_head_of_triton_is_not_tried_on_a_cpu(self):
+        with pytest.raises(ReadoutUnavailableError, match="needs a GPU"):
+            next(find("trl")(Setup(model="m", dtype="float32", device="cpu")))
 
 
 class TestWarmUp:

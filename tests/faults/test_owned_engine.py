@@ -245,6 +245,16 @@ def interrupted(after_s):
         signal.signal(signal.SIGALRM, before)
 
 
+def is_struck(call, after_s):
+    """Interrupt a call some time after it began; return whether it had not ended before."""
+    try:
+        with interrupted(after_s):
+            call()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("after_s", [0.02, 0.5, 3.0])
 def test_a_start_that_is_interrupted_leaves_no_engine(ref_path, after_s):
@@ -254,14 +264,15 @@ def test_a_start_that_is_interrupted_leaves_no_engine(ref_path, after_s):
 
 @pytest.mark.nightly
 def test_a_close_that_is_interrupted_can_be_repeated(ref_path):
+    struck = []
     for after_s in (0.001, 0.01, 0.05):
         scorer = start(ref_path)
-        with contextlib.suppress(KeyboardInterrupt), interrupted(after_s):
-            scorer.close()
+        struck.append(is_struck(scorer.close, after_s))
         scorer.close()
         scorer.close()
         with pytest.raises(EngineError, match="the engine is closed: make a new VLLMScorer"):
             scorer.score([IDS])
+    assert any(struck)
 
 
 def test_a_close_of_an_engine_that_hangs_ends_it_although_it_is_interrupted(ref_path):
@@ -274,18 +285,24 @@ def test_a_close_of_an_engine_that_hangs_ends_it_although_it_is_interrupted(ref_
 
 
 @pytest.mark.nightly
-def test_proofs_and_top_k_that_are_interrupted_leave_an_engine_that_is_right(ref_path, ref_oracle):
+@pytest.mark.parametrize("name", ["check_frozen", "top k", "entropy", "ids", "push", "refresh"])
+def test_a_call_that_is_interrupted_leaves_an_engine_that_is_right(ref_path, ref_oracle, name):
+    """A push and a refresh bring the weights that serve, so that these are right whenever they are struck."""
+    state = AutoModelForCausalLM.from_pretrained(ref_path).state_dict()
     with start(ref_path) as scorer:
-        for call in (
-            scorer.check_frozen,
-            lambda: scorer.score_topk(LONG, 5),
-            lambda: scorer.score(LONG, entropy=True),
-            lambda: scorer.score_ids(LONG[:2], [[[1]] * 270] * 2),
-        ):
-            for after_s in (0.001, 0.02, 0.1):
-                with contextlib.suppress(KeyboardInterrupt), interrupted(after_s):
-                    call()
+        calls = {
+            "check_frozen": scorer.check_frozen,
+            "top k": lambda: scorer.score_topk(LONG, 5),
+            "entropy": lambda: scorer.score(LONG, entropy=True),
+            "ids": lambda: scorer.score_ids(LONG[:2], [[[1]] * 270] * 2),
+            "push": lambda: push_weights(scorer, state),
+            "refresh": lambda: scorer.refresh(str(ref_path)),
+        }
+        struck = []
+        for after_s in (0.0005, 0.002, 0.005, 0.02, 0.1):
+            struck.append(is_struck(calls[name], after_s))
             check_right(scorer, ref_oracle)
+        assert any(struck)
 
 
 @pytest.mark.nightly
@@ -320,9 +337,11 @@ def _check_with_its_own(path):
 
 
 @pytest.mark.nightly
-def test_a_scorer_that_a_spawned_process_makes_works_and_ends_with_it(ref_path):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert not psutil.pid_exists(pool.apply(_check_with_its_own, (ref_path,)))
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_scorer_that_a_child_process_makes_works_and_ends_with_it(ref_path, method):
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        ended = pool.apply_async(_check_with_its_own, (ref_path,)).get(timeout=120)
+    assert not psutil.pid_exists(ended)
 
 
 @pytest.mark.nightly

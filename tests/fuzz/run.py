@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.fuzz.strategies import OPTIONS, OUTCOMES
+from vllm_kl.bench.report import Report, add_markdown_option, machine_line
 
 CHUNK = 300  # cases of a property in a round, times its share
 GUIDED_CHUNK = 10_000  # each needs a process
@@ -189,16 +190,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="of the random numbers; default: another each time")
     parser.add_argument("--only", help="properties with this text in their names")
     parser.add_argument("--guided", action="store_true", help="atheris chooses inputs by what they reach")
+    add_markdown_option(parser)
     options = parser.parse_args()
+    if options.guided and importlib.util.find_spec("atheris") is None:
+        parser.error(f"--guided needs atheris: {sys.executable} -m pip install atheris")
     console, every = Console(width=140), properties(options.only)
     signal.signal(signal.SIGALRM, _tell_of_a_hang)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as corpus:
         rounds(every, options, console, Path(corpus))  # Ctrl-C shows what was counted until then
-    console.print(table_of(every))
     num_failed = sum(one.fault is not None for one in every)
-    console.print(
-        f"{sum(one.cases for one in every):,} cases, {num_failed} properties failed", highlight=False
-    )
+    report = Report(options.markdown, console=console)
+    report.table(table_of(every))
+    report.line(f"{sum(one.cases for one in every):,} cases, {num_failed} properties failed")
+    report.line(machine_line("guided by atheris" if options.guided else "by hypothesis"))
     raise SystemExit(int(bool(num_failed)))
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 _TIMES = 4
+# Rows, features and columns of the products. A CPU may multiply many rows with a narrow matrix, as an LM head
+# does, faster than it multiplies squares.
+_ON_A_CPU = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 2048), (4096, 512, 4096))
+_ON_A_GPU = ((8192, 8192, 8192),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +25,24 @@ class Limits:
 
 
 def machine_limits(dtype: Any, device: str) -> Limits:
-    """Measure products of square matrices and a copy. Other work on the machine makes both look slower.
+    """Measure products of several shapes, of which the fastest counts, and a copy.
 
-    A CPU may multiply faster in float32 than in 16 bits, so there the faster of both counts.
+    Other work on the machine makes both look slower. A CPU may multiply faster in float32 than in 16 bits, so
+    there both are measured.
     """
     import torch
 
-    side, num = (8192, 1 << 29) if device == "cuda" else (1024, 1 << 26)
-    dtypes = (dtype,) if device == "cuda" else dict.fromkeys((dtype, torch.float32))
-    seconds = min(_best(_square(one, side, device)) for one in dtypes)
-    source = torch.zeros(num, dtype=torch.uint8, device=device)
+    is_cuda = device == "cuda"
+    shapes, num_bytes = (_ON_A_GPU, 1 << 29) if is_cuda else (_ON_A_CPU, 1 << 26)
+    dtypes = (dtype,) if is_cuda else dict.fromkeys((dtype, torch.float32))
+    flop_per_s = max(
+        2 * math.prod(shape) / _best(_product(one, shape, device)) for one in dtypes for shape in shapes
+    )
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copied = _best(lambda: target.copy_(source))
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return Limits(2 * side**3 / seconds, 2 * num / copied, gpu)
+    gpu = torch.cuda.get_device_name() if is_cuda else None
+    return Limits(flop_per_s, 2 * num_bytes / copied, gpu)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -48,11 +57,15 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _square(dtype: Any, side: int, device: str) -> Callable[[], Any]:
+def _product(dtype: Any, shape: tuple[int, int, int], device: str) -> Callable[[], Any]:
+    """Return the product of rows with a matrix as a layer has it, into memory that is there already."""
     import torch
 
-    matrix = torch.randn(side, side, device=device).to(dtype)  # of equal numbers a GPU is faster
-    return lambda: matrix @ matrix
+    num_rows, num_features, num_columns = shape
+    rows = torch.randn(num_rows, num_features, device=device).to(dtype)  # of equal numbers a GPU is faster
+    matrix = torch.randn(num_columns, num_features, device=device).to(dtype)
+    out = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
+    return lambda: torch.mm(rows, matrix.T, out=out)
 
 
 def _best(work: Callable[[], Any]) -> float:

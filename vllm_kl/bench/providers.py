@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -225,20 +227,42 @@ def transformers(setup: Setup) -> Iterator[Running]:
 
 
 def trl(setup: Setup) -> Iterator[Running]:
-    """TRL 1.16's fused head, called as TRL's trainers call it."""
+    """TRL's fused head (1.16), a kernel of Triton, called as TRL's trainers call it."""
+    if setup.device != "cuda":
+        raise ReadoutUnavailableError("TRL's fused head is a kernel of Triton, which needs a GPU")
     with _installed("TRL 1.16's fused head", "pip install 'trl>=1.16'"):
-        from trl.kernels import ChunkedLogProbFunction
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    yield from _padded(setup, fused_reader(ChunkedLogProbFunction))
+
+
+def fused_reader(function: Any) -> Callable[[Any, Any, int], Any]:
+    """Return how to score with TRL's function, whose arguments behind the first four differ by version.
+
+    Raises:
+        ReadoutUnavailableError: this TRL has an argument that is not known here.
+    """
+    known = {
+        "temperature": 1.0,
+        "chunk_size": 32_768,
+        "final_logit_softcapping": None,
+        "logit_scale": 1.0,
+        "outputs": (),
+    }
+    _, _, _, _, _, *names = inspect.signature(function.forward).parameters
+    if unknown := [name for name in names if name not in known]:
+        raise ReadoutUnavailableError(
+            f"this TRL's fused head has the argument {unknown[0]!r}, which TRL 1.16 has not"
+        )
 
     def read(model: Any, ids: Any, start: int) -> Any:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, start - 1 : -1]
         targets = ids[:, start:]
         weight = model.get_output_embeddings().weight
-        fused = ChunkedLogProbFunction.apply(
-            *(hidden.flatten(0, 1), weight, None, targets.flatten(), 1.0, 32_768, None, 1.0, ())
-        )
-        return fused[0].view(targets.shape)
+        given = (known[name] for name in names)
+        found = function.apply(hidden.flatten(0, 1), weight, None, targets.flatten(), *given)
+        return found[0].view(targets.shape)
 
-    yield from _padded(setup, read)
+    return read
 
 
 def sglang_options(setup: Setup) -> dict[str, Any]:
@@ -267,21 +291,23 @@ def sglang(setup: Setup) -> Iterator[Running]:
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     engine = package.Engine(**sglang_options(setup))
 
-    def score(sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
-        asked = {"input_ids": [row.tolist() for row in sequences], "return_logprob": True}
-        first = [start - 1 for start in starts]
-        answers = engine.generate(sampling_params={"max_new_tokens": 0}, logprob_start_len=first, **asked)
-        rows = [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
-        # The first entry is of the token before, and empty.
-        return [
-            np.asarray(row[len(row) - (len(ids) - start) :], np.float32)
-            for row, ids, start in zip(rows, sequences, starts, strict=True)
-        ]
-
     try:
-        yield Running(score, pids=())
+        yield Running(partial(ask_sglang, engine), pids=())
     finally:
         engine.shutdown()
+
+
+def ask_sglang(engine: Any, sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
+    """Return the log-probs of each sequence from its start on, by SGLang's engine."""
+    asked = {"input_ids": [row.tolist() for row in sequences], "return_logprob": True}
+    first = [start - 1 for start in starts]
+    answers = engine.generate(sampling_params={"max_new_tokens": 0}, logprob_start_len=first, **asked)
+    rows = [[entry[0] for entry in answer["meta_info"]["input_token_logprobs"]] for answer in answers]
+    # The first entry is of the token before, and empty.
+    return [
+        np.asarray(row[len(row) - (len(ids) - start) :], np.float32)
+        for row, ids, start in zip(rows, sequences, starts, strict=True)
+    ]
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -302,7 +328,7 @@ def usable(device: str) -> list[str]:
     """Return the providers that this machine can run, by what is installed."""
     packages = {"trl": "trl", "sglang": "sglang", "torchrl": "torchrl"}
     names = [name for name in PROVIDERS if name not in packages or find_spec(packages[name]) is not None]
-    return [name for name in names if device == "cuda" or name not in ("token_ids", "sglang")]
+    return [name for name in names if device == "cuda" or name not in ("token_ids", "sglang", "trl")]
 
 
 def find(name: str) -> Provider:
