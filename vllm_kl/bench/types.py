@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class Setup:
     @property
     def num_processes(self) -> int:
         """The processes that hold parts of the model in an engine of vLLM; on GPUs each has one of them."""
-        return self.engine.get("tensor_parallel_size", 1) * self.engine.get("pipeline_parallel_size", 1)
+        sizes = (self.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size"))
+        return math.prod(map(int, sizes))
 
     @property
     def loading(self) -> dict[str, Any]:
