@@ -26,7 +26,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -65,8 +65,9 @@ class Dialogs:
     mean_work: float  # tokens of a group, mean
 
 
+@lru_cache(maxsize=1)
 def draw(work: Work, num_replicas: int, num_groups: int, seed: int) -> Dialogs:
-    """Return the dialogs of about ``num_groups`` groups."""
+    """Return the dialogs of about ``num_groups`` groups; the last ones are kept for the next call."""
     rng = np.random.default_rng(seed)
     shape = (max(1, num_groups // work.turns), work.turns)
 

@@ -108,6 +108,11 @@ class TestFloor:
             check_one_process({name: 2})
         check_one_process({name: 1})
 
+    @pytest.mark.parametrize(("others", "ratio"), [((), None), (("torchrl",), 1.0)])
+    def test_a_run_without_torchrl_has_no_ratio_to_it(self, measure, others, ratio):
+        _, rows, _ = measure("ours", *others)
+        assert {row["ratio_to_torchrl"] for row in rows.values()} == {ratio}
+
     def test_a_head_that_is_no_matrix_has_no_floor(self):
         with pytest.raises(ReadoutUnavailableError, match="more than a matrix"):
             matrix_of(object())

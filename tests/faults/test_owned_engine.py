@@ -65,8 +65,10 @@ def start(path, **options):
 
 def check_right(scorer, oracle):
     """The scorer gives the log-probs of the oracle's weights."""
-    truth = oracle.log_probs(IDS)[1:]
-    scored = scorer.score([IDS])[0].tolist()
+    check_log_probs(scorer.score([IDS])[0].tolist(), oracle.log_probs(IDS)[1:])
+
+
+def check_log_probs(scored, truth):
     assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
 
 
@@ -341,8 +343,7 @@ def test_a_scorer_that_a_child_process_makes_works_and_ends_with_it(ref_path, re
     """The oracle computes here: PyTorch's own threads hang in a fork of a process that has used them."""
     with multiprocessing.get_context(method).Pool(1) as pool:
         scored, pid = pool.apply_async(_score_with_its_own, (ref_path,)).get(timeout=120)
-    truth = ref_oracle.log_probs(IDS)[1:]
-    assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
+    check_log_probs(scored, ref_oracle.log_probs(IDS)[1:])
     assert not psutil.pid_exists(pid)
 
 
@@ -400,9 +401,8 @@ def test_a_scorer_is_not_pickled_into_ray_and_one_that_a_task_makes_works(ref_pa
             with pytest.raises(TypeError, match=r"(?s)cannot be pickled.*keep it in a Ray actor"):
                 send()
         check_right(scorer, ref_oracle)
-        truth = ref_oracle.log_probs(IDS)[1:]
         scored = ray.get(ray.remote(score_with_its_own).remote(), timeout=120)
-        assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
+        check_log_probs(scored, ref_oracle.log_probs(IDS)[1:])
 
 
 def _refused_in_a_fork(scorer):
@@ -418,8 +418,7 @@ def test_threads_that_score_while_another_closes_get_a_right_result_or_an_error(
 
     def score():
         for _ in range(10_000):
-            scored = scorer.score([IDS])[0].tolist()
-            assert max(abs(a - b) for a, b in zip(scored, truth, strict=True)) < LOG_PROB_TOLERANCE
+            check_log_probs(scorer.score([IDS])[0].tolist(), truth)
 
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(score) for _ in range(4)]

@@ -315,6 +315,7 @@ PROVIDERS: dict[str, Provider] = {
 }
 # Other ways to score; they are slow, so they take part in fewer rounds.
 PEERS = frozenset(PROVIDERS) - {"ours", "floor"}
+NEED_A_GPU = frozenset({"token_ids", "sglang", "trl"})
 
 
 def num_gpus_of(name: str, setup: Setup) -> int | None:
@@ -328,7 +329,7 @@ def usable(device: str) -> list[str]:
     """Return the providers that this machine can run, by what is installed."""
     packages = {"trl": "trl", "sglang": "sglang", "torchrl": "torchrl"}
     names = [name for name in PROVIDERS if name not in packages or find_spec(packages[name]) is not None]
-    return [name for name in names if device == "cuda" or name not in ("token_ids", "sglang", "trl")]
+    return [name for name in names if device == "cuda" or name not in NEED_A_GPU]
 
 
 def find(name: str) -> Provider:
