@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -31,13 +32,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# As quiet_bench() sets them.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
 import torch
@@ -52,7 +46,7 @@ from vllm_kl.bench.report import Report, add_markdown_option, machine_line, make
 from vllm_kl.bench.traffic import Traffic, from_shape, usable_ids
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_engine import start
-from vllm_kl.environment import on_a_gpu
+from vllm_kl.environment import on_a_gpu, quiet_bench
 from vllm_kl.plugin import cpu_products, kernel
 from vllm_kl.types import ScoreRequest
 
@@ -235,4 +229,8 @@ def measure(driver: Any, traffic: Traffic, sizes: Sizes, limits: Limits, report:
 
 
 if __name__ == "__main__":
+    found = dict(os.environ)
+    quiet_bench()
+    if found != dict(os.environ):  # libraries read theirs when they are imported, glibc when a process starts
+        os.execv(sys.executable, sys.orig_argv)
     main()

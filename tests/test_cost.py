@@ -24,6 +24,7 @@ from tests.instant_engine import InstantEngine
 from vllm_kl import VLLMScorer
 from vllm_kl.bench.traffic import from_shape
 from vllm_kl.engines.base import drive
+from vllm_kl.environment import on_a_gpu
 from vllm_kl.plugin import cpu_loops, cpu_products, kernel
 from vllm_kl.types import ScoreRequest
 
@@ -110,6 +111,23 @@ def test_a_sequence_more_costs_the_scorer_few_calls():
     scorer = VLLMScorer(InstantEngine(), canary=False)
     calls, most = calls_of_one_more(lambda n: scorer.score([[1, 2, 3, i % 200] for i in range(n)], 2))
     assert calls <= 10, most
+
+
+def faults_of(scorer):
+    """Return how often the engine's process has got a page of memory from the system."""
+    return int(Path(f"/proc/{scorer._engine.pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+@pytest.mark.skipif(on_a_gpu(), reason="an engine on a GPU keeps no memory of the CPU")
+def test_a_call_works_in_the_memory_that_earlier_calls_have_used(ref_scorer):
+    """Pages from the system took a quarter of a call on a CPU."""
+    ids = np.random.default_rng(0).integers(2, 200, (64, 300))
+    counts = []
+    for _ in range(8):
+        before = faults_of(ref_scorer)
+        ref_scorer.score(ids, 8)
+        counts.append(faults_of(ref_scorer) - before)
+    assert sum(counts[-4:]) < 500, counts  # 50,000 a call where nothing is kept, 1,500 where glibc chooses
 
 
 class Operations(TorchDispatchMode):

@@ -1,13 +1,17 @@
-"""Whether commands take the GPU, which they decide before torch is imported."""
+"""Whether commands take the GPU, which they decide before torch is imported; what keeps freed memory."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from vllm_kl import environment
 from vllm_kl.engines.devices import has_gpu
-from vllm_kl.environment import on_a_gpu
+from vllm_kl.environment import ON_A_CPU, on_a_gpu
 
 
 @pytest.fixture
@@ -38,3 +42,27 @@ def test_a_cpu_build_of_torch_uses_no_gpu(gpu):
 def test_a_process_that_is_shown_no_gpu_uses_none_as_torch_does(gpu, monkeypatch, shown):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     assert on_a_gpu() == bool(torch.cuda._parse_visible_devices())
+
+
+KEEPS = """
+import os
+import psutil
+from vllm_kl.environment import give_back_memory
+rss = lambda: psutil.Process().memory_info().rss >> 20
+started = rss()
+blocks = [bytearray(40 << 20) for _ in range(5)]
+held = rss() - started
+del blocks
+kept = rss() - started
+give_back_memory()
+print(held, kept, rss() - started)
+"""
+
+
+def test_an_engine_on_a_cpu_keeps_freed_memory_until_it_gives_it_back():
+    environment = {**os.environ, **ON_A_CPU}
+    done = subprocess.run([sys.executable, "-c", KEEPS], env=environment, stdout=subprocess.PIPE, check=True)
+    held, kept, given_back = map(int, done.stdout.split())  # MiB
+    assert held > 190
+    assert kept > 190
+    assert given_back < 10

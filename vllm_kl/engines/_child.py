@@ -33,6 +33,7 @@ from typing import Any
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_failures import explain
 from vllm_kl.engines.wire_format import Packed, pack, unpack
+from vllm_kl.environment import give_back_memory
 from vllm_kl.errors import EngineError, VLLMKLError
 from vllm_kl.lifetime import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
@@ -41,6 +42,7 @@ from vllm_kl.weights.checkpoint import Checkpoint
 _SIGN_OF_LIFE_S = 1.0
 _NO_CALL = -1  # the id in messages that answer no call
 _EXCLUSIVE = frozenset({"start", "load", "commit", "put back", "sleep", "wake_up", "score alone"})
+_FREES_WEIGHTS = frozenset({"start", "load", "commit", "put back", "sleep", "drop prepared"})
 
 
 def _kill_group() -> None:
@@ -87,9 +89,10 @@ class _Server:
             try:
                 answer = getattr(self, "_" + kind.replace(" ", "_"))(**body)
             except Exception as error:
-                self._answer(call_id, "error", _as_answer(error))
-            else:
-                self._answer(call_id, *answer)
+                answer = "error", _as_answer(error)
+            if kind in _FREES_WEIGHTS:
+                give_back_memory()
+            self._answer(call_id, *answer)
         elif kind == "score":
             requests = unpack(ScoreRequest, body["requests"])
             self._calls[call_id] = set(range(len(requests)))
