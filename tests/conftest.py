@@ -40,10 +40,11 @@ from tests import tiny
 from tests.collectors import GROUP, NUM_ENVS, chat_env
 from tests.lora import lora_request
 from tests.oracle import Oracle
-from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMScorer, VLLMWeightUpdater, push_weights
+from vllm_kl import EnginePolicyVersion, VLLMReference, VLLMScorer, VLLMWeightUpdater, mkl, push_weights
 from vllm_kl.demo.task import make_tokenizer
 
 set_list_to_stack(True).set()
+mkl.choose_code()  # the oracle's rotary embeddings are by MKL, too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,6 +9,7 @@ engines/test_options.py compares the engine options.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import inspect
 import logging
@@ -452,6 +453,15 @@ class TestTheEnvironment:
         for library in (Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", *of_vllm):
             with library.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
                 assert content.find(b"PRIMITIVE_CACHE_CAPACITY") > 0, library
+
+    def test_mkl_is_one_whose_first_calls_may_be_wrong(self):
+        """mkl.py can go when PyTorch's wheels have MKL 2025."""
+        library = ctypes.CDLL(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        if not hasattr(library, "MKL_Get_Version_String"):
+            pytest.skip("this PyTorch has no MKL")
+        told = ctypes.create_string_buffer(200)
+        library.MKL_Get_Version_String(told, len(told))
+        assert int(re.search(rb"Version (\d{4})", told.value)[1]) < 2025, told.value
 
 
 class TestRay:

@@ -32,9 +32,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from vllm_kl import mkl
 from vllm_kl.batch.alignment import check_dims, check_finite, only_kept
 from vllm_kl.errors import InputError, OptionError
 from vllm_kl.types import widths_of
+
+mkl.choose_code()
 
 Estimator = Literal["k1", "k2", "k3", "abs", "topk"]
 Direction = Literal["reverse", "forward"]

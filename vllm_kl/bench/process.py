@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_kl import mkl
 from vllm_kl.bench.meters import EnergyMeter, GpuPeak, peak_bytes
 from vllm_kl.bench.types import Provider, Setup
 from vllm_kl.errors import EngineError, VLLMKLError
@@ -134,6 +135,7 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
         os.dup2(file.fileno(), 2)
     notes = _Notes()
     logging.getLogger("vllm_kl").addHandler(notes)
+    mkl.choose_code()
     try:
         with GpuPeak(setup.num_gpus) as gpu, contextlib.contextmanager(find())(setup) as running:
             connection.send((None, None))

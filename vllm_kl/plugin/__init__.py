@@ -87,7 +87,8 @@ def enable(base_architecture: str) -> str:
 
 
 def _install_hooks() -> None:
-    """Install what acts on requests and calls of this package only. Idempotent."""
+    """Install what acts on requests and calls of this package only; keep MKL exact. Idempotent."""
+    from vllm_kl import mkl
     from vllm_kl.plugin import (
         cache_cap,
         load_weights,
@@ -99,6 +100,7 @@ def _install_hooks() -> None:
 
     for hook in (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines):
         hook.install()
+    mkl.choose_code()
 
 
 def _enable_scoring(base_architecture: str) -> str:
