@@ -20,6 +20,7 @@ from vllm_kl.engines.generate import DUMMY, GenerateEngine
 from vllm_kl.engines.length_dependence import dynamic_length, note_on, rope_parameters, side_of, switch_length
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, VLLMKLError
+from vllm_kl.plugin import cpu_norms
 from vllm_kl.types import ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import lora_options
 
@@ -386,6 +387,7 @@ def _defaults(config: Any, *, is_cpu: bool) -> dict[str, Any]:
     defaults |= {
         "enforce_eager": True,  # compilation takes longer than it saves
         "max_num_batched_tokens": 4096,
+        "ir_op_priority": {operation: list(names) for operation, names in cpu_norms.PRIORITY.items()},
     }
     if not (config.is_hybrid or config.is_attention_free):  # there vLLM chooses the block size by the states
         defaults["block_size"] = 32  # the CPU's smallest: sequences share whole blocks only

@@ -19,6 +19,7 @@
     missing_weights   refuses a checkpoint that lacks weights
     taken_engines     what the plugin does only in engines that this package made or was given
     cpu_corrections   corrects what vLLM's CPU backend computes wrong
+    cpu_norms         offers vLLM's C++ kernels for RMS norms to engines on a CPU
     older_vllm        gives vLLM 0.26 what the package needs of later versions
     text_only         loads vision-language models without torchvision
     lora_modules      tells which modules a worker wrapped for LoRA
@@ -91,6 +92,7 @@ def _install_hooks() -> None:
     from vllm_kl import mkl
     from vllm_kl.plugin import (
         cache_cap,
+        cpu_norms,
         load_weights,
         lora_modules,
         older_vllm,
@@ -98,7 +100,8 @@ def _install_hooks() -> None:
         taken_engines,
     )
 
-    for hook in (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines):
+    hooks = (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines, cpu_norms)
+    for hook in hooks:
         hook.install()
     mkl.choose_code()
 
