@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,44 @@ def test_what_pip_installs_with_the_wheel_is_enough(wheel, tmp_path):
     assert "pip install 'vllm-kl[" in run(python, "-c", code, cwd=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def locked_python(wheel, tmp_path_factory):
+    """Python of a new environment: the wheel, PyTorch, and the packages of the lock. No other package."""
+    home = tmp_path_factory.mktemp("locked")
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
+    pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet")
+    torch = f"torch=={version('torch')}"
+    try:
+        run(*pip, torch, cwd=home)
+    except AssertionError:  # this pip knows no CPU build of PyTorch
+        run(*pip, "--index-url", "https://download.pytorch.org/whl/cpu", torch, cwd=home)
+    run(*pip, "--no-deps", "--requirement", ROOT / "requirements.lock", wheel, cwd=home)
+    return home / "bin" / "python"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+def test_the_wheel_with_the_lock_scores_and_measures(locked_python, ref_path, ref_oracle, tmp_path):
+    check_scored_file(locked_python, ref_path, ref_oracle, tmp_path)
+    what = ("--shape", "tiny", "--shapes", "64,16,4", "--sequences", 8, "--rounds", 2)
+    engine = ("--engine", f"kv_cache_memory_bytes={64 << 20}")
+    command = (
+        locked_python.parent / "vllm-kl",
+        "bench",
+        *what,
+        *engine,
+        "--providers",
+        "ours",
+        "floor",
+        "--json",
+    )
+    rows = json.loads(run(*command, cwd=tmp_path).splitlines()[-1])["results"]
+    ours = next(row for row in rows if row["provider"] == "ours")
+    assert ours["tok_per_s"] > 0
+    assert ours["fraction_of_floor"] > 0
+    assert ours["check"] == "float64"
+
+
 def test_the_installed_wheel_scores(python, ref_path, ref_oracle, tmp_path):
     """With an engine of its own: the plugin is found by its entry point, and compiles its kernel."""
     ids = [list(range(5, 60)), [5, 6, 7, 8]]
@@ -163,6 +202,11 @@ print(json.dumps([vllm_kl.__file__, scorer.readout, [row.tolist() for row in row
 
 @pytest.mark.nightly
 def test_the_installed_command_scores_a_file(python, ref_path, ref_oracle, tmp_path):
+    check_scored_file(python, ref_path, ref_oracle, tmp_path)
+
+
+def check_scored_file(python, ref_path, ref_oracle, tmp_path):
+    """``vllm-kl score`` beside this Python gives the log-probs of the oracle."""
     row = {"prompt_ids": [5, 6, 7], "response_ids": [8, 9]}
     tmp_path.joinpath("data.jsonl").write_text(json.dumps(row) + "\n")
     engine = [f"--engine={name}={value}" for name, value in tiny.ENGINE_OPTIONS.items()]

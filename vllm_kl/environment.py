@@ -34,13 +34,13 @@ _BENCH = {
     "VLLM_NO_USAGE_STATS": "1",
     "RL_LOGGING_LEVEL": "ERROR",
 }
-# Of a process with an engine, on a CPU. glibc reads its variables when the process starts, PyTorch and oneDNN
-# when they are imported.
+# Each operation of a layer makes a tensor of some megabytes and frees the last. glibc by itself gives such
+# memory back to the system and gets it again, page by page. With these, which it reads when a process starts,
+# it keeps up to 1 GiB.
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# Of a process with an engine, on a CPU. PyTorch and oneDNN read theirs when they are imported.
 ON_A_CPU = {
-    # Each operation of a layer makes a tensor of some megabytes and frees the last. glibc by itself gives
-    # such memory back to the system and gets it again, page by page. Now it keeps up to 1 GiB.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    **KEEPS_MEMORY,
     "THP_MEM_ALLOC_ENABLE": "1",  # huge pages for large tensors
     # oneDNN compiles products for each number of tokens in a step, and keeps 1,024: 400 MiB of a tiny model.
     # The layers of a step share a few; another step seldom has as many tokens.
@@ -86,7 +86,7 @@ def quiet_bench() -> None:
 
 
 def give_back_memory() -> None:
-    """Give freed memory back to the system, which glibc keeps by :data:`ON_A_CPU`: that of old weights."""
+    """Give memory back to the system that is freed, and kept by :data:`KEEPS_MEMORY`: of old weights."""
     with contextlib.suppress(AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -37,7 +37,7 @@ from typing import Any
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
-from vllm_kl.environment import ON_A_CPU
+from vllm_kl.environment import KEEPS_MEMORY, ON_A_CPU
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
@@ -70,6 +70,8 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
         # vLLM's own binding reserves cores. On a small machine some workers would have none.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_workers))
+        for name in KEEPS_MEMORY:  # the child gives the memory of old weights back, and no other process
+            del environment[name]
     return environment
 
 
