@@ -8,20 +8,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vllm_kl
 from tests import tiny
 from tests.instant_engine import InstantEngine
 from vllm_kl import VLLMScorer
+from vllm_kl.bench.models import save_random
 from vllm_kl.bench.traffic import from_shape
 from vllm_kl.engines.base import drive
 from vllm_kl.environment import on_a_gpu
@@ -127,7 +131,20 @@ def test_a_call_works_in_the_memory_that_earlier_calls_have_used(ref_scorer):
         before = faults_of(ref_scorer)
         ref_scorer.score(ids, 8)
         counts.append(faults_of(ref_scorer) - before)
-    assert sum(counts[-4:]) < 500, counts  # 50,000 a call where nothing is kept, 1,500 where glibc chooses
+    # 50,000 where nothing is kept, some 1,500 by glibc's own choice.
+    assert statistics.median(counts[-4:]) < 500, counts
+
+
+@pytest.mark.skipif(on_a_gpu(), reason="an engine on a GPU keeps no memory of the CPU")
+def test_the_memory_of_old_weights_is_given_back(tmp_path):
+    save_random("64,1,200000", tmp_path, max_tokens=64)
+    weights = load_file(tmp_path / "model.safetensors")
+    with VLLMScorer(str(tmp_path), **{**tiny.ENGINE_OPTIONS, "max_model_len": 64}) as scorer:
+        process = psutil.Process(scorer._engine.pid)
+        before = process.memory_info().rss
+        for _ in range(3):
+            scorer.refresh(weights)
+        assert (process.memory_info().rss - before) >> 20 < 100  # MiB; 250 where it is kept
 
 
 class Operations(TorchDispatchMode):

@@ -59,10 +59,27 @@ print(held, kept, rss() - started)
 """
 
 
-def test_an_engine_on_a_cpu_keeps_freed_memory_until_it_gives_it_back():
+def test_a_process_keeps_freed_memory_until_it_gives_it_back():
     environment = {**os.environ, **ON_A_CPU}
     done = subprocess.run([sys.executable, "-c", KEEPS], env=environment, stdout=subprocess.PIPE, check=True)
     held, kept, given_back = map(int, done.stdout.split())  # MiB
     assert held > 190
     assert kept > 190
     assert given_back < 10
+
+
+@pytest.mark.parametrize(
+    ("library", "keeps"),
+    [("glibc 2.36", True), ("glibc 2.35", True), ("glibc 2.34", False), ("musl 1", False)],
+)
+def test_a_glibc_that_takes_no_large_threshold_gets_none(monkeypatch, library, keeps):
+    monkeypatch.setattr(os, "confstr", lambda name: library)
+    assert bool(environment._keeps_memory()) == keeps
+
+
+def test_another_c_library_keeps_nothing(monkeypatch):
+    def unknown(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "confstr", unknown)
+    assert environment._keeps_memory() == {}

@@ -151,10 +151,7 @@ def locked_python(wheel, tmp_path_factory):
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
     pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet")
     torch = f"torch=={version('torch')}"
-    try:
-        run(*pip, torch, cwd=home)
-    except AssertionError:  # this pip knows no CPU build of PyTorch
-        run(*pip, "--index-url", "https://download.pytorch.org/whl/cpu", torch, cwd=home)
+    run(*pip, "--extra-index-url", "https://download.pytorch.org/whl/cpu", torch, cwd=home)
     run(*pip, "--no-deps", "--requirement", ROOT / "requirements.lock", wheel, cwd=home)
     return home / "bin" / "python"
 

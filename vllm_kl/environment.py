@@ -5,7 +5,6 @@ Libraries read them when first imported. Variables that the user has set stay as
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import re
@@ -34,10 +33,26 @@ _BENCH = {
     "VLLM_NO_USAGE_STATS": "1",
     "RL_LOGGING_LEVEL": "ERROR",
 }
-# Each operation of a layer makes a tensor of some megabytes and frees the last. glibc by itself gives such
-# memory back to the system and gets it again, page by page. With these, which it reads when a process starts,
-# it keeps up to 1 GiB.
-KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+_KEPT_BYTES = 1 << 30
+
+
+def _keeps_memory() -> dict[str, str]:
+    """Return the variables with which glibc keeps freed blocks of less than 1 GiB for the next tensors.
+
+    Each operation of a layer makes a tensor of some megabytes and frees the last. By itself glibc gives such
+    memory back to the system and gets it again, page by page. glibc before 2.35 takes no threshold above 32
+    MiB, and would give back even more with the other variable alone.
+    """
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except ValueError:  # another C library
+        return {}
+    if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
+        return {}
+    return dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(_KEPT_BYTES))
+
+
+KEEPS_MEMORY = _keeps_memory()  # glibc reads them when a process starts
 # Of a process with an engine, on a CPU. PyTorch and oneDNN read theirs when they are imported.
 ON_A_CPU = {
     **KEEPS_MEMORY,
@@ -86,8 +101,8 @@ def quiet_bench() -> None:
 
 
 def give_back_memory() -> None:
-    """Give memory back to the system that is freed, and kept by :data:`KEEPS_MEMORY`: of old weights."""
-    with contextlib.suppress(AttributeError):  # another C library than glibc
+    """Give freed memory back to the system, that of old weights, if :data:`KEEPS_MEMORY` keeps it."""
+    if KEEPS_MEMORY.keys() & os.environ.keys():
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -15,7 +15,7 @@ import functools
 import torch
 
 # Those of PyTorch's functions on MKL (``aten/src/ATen/cpu/vml.h``, 2.13) that models and losses use.
-FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.log1p, torch.sqrt, torch.tanh, torch.erf)
+FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf)
 
 
 @functools.cache

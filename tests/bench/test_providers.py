@@ -28,7 +28,8 @@ from vllm_kl.errors import ReadoutUnavailableError
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_vllms_own_ways_have_the_mode_and_the_steps_of_our_engine(device):
-    ours = _defaults(SimpleNamespace(is_hybrid=False, is_attention_free=False), is_cpu=device == "cpu")
+    model = SimpleNamespace(is_hybrid=False, is_attention_free=False)
+    ours = _defaults(model, {}, is_cpu=device == "cpu")
     peers = peer_options(Setup(model="m", dtype="float32", device=device, max_tokens=3000))
     for name in ("enforce_eager", "compilation_config", "max_num_batched_tokens"):
         assert peers.get(name) == ours.get(name), name

@@ -108,7 +108,8 @@ def test_an_engine_on_a_cpu_keeps_few_of_onednns_products():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_workers_on_a_cpu_that_cannot_give_memory_back_keep_none():
-    environment = process._environment({"tensor_parallel_size": 2})
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"distributed_executor_backend": "mp"}])
+def test_workers_on_a_cpu_that_cannot_give_memory_back_keep_none(options):
+    environment = process._environment(options)
     assert not KEEPS_MEMORY.keys() & environment.keys()
     assert environment.keys() >= ON_A_CPU.keys() - KEEPS_MEMORY.keys()

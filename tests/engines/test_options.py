@@ -25,9 +25,10 @@ from vllm_kl.demo.task import make_tokenizer
 from vllm_kl.engines import length_dependence as lengths
 from vllm_kl.engines import memory, options
 from vllm_kl.engines.base import drive
-from vllm_kl.engines.start_engine import _options_by_model
+from vllm_kl.engines.start_engine import _defaults, _options_by_model
 from vllm_kl.engines.start_failures import explain, with_log
 from vllm_kl.errors import EngineError, OptionError
+from vllm_kl.plugin import allowed
 from vllm_kl.transforms.transformers_scorer import TransformersScorer
 from vllm_kl.types import EngineInfo, ScoreRequest
 
@@ -43,6 +44,8 @@ ONLY_ELSEWHERE = {
     *("monokernel", "sleep_mode_backend", "watchdog_config"),
 }
 
+HAS_ATTENTION = SimpleNamespace(is_hybrid=False, is_attention_free=False)
+
 
 class TestTheTable:
     def test_knows_every_option_of_this_vllm(self):
@@ -52,6 +55,12 @@ class TestTheTable:
         known = {field.name for field in dataclasses.fields(EngineArgs)}
         assert known - options.NAMES == set()
         assert options.NAMES - known <= ONLY_ELSEWHERE
+
+    @pytest.mark.parametrize("is_cpu", [True, False])
+    def test_says_which_options_have_our_own_default(self, is_cpu):
+        # enable_prefix_caching=False is refused, so it stands in another table.
+        defaults = _defaults(HAS_ATTENTION, {}, is_cpu=is_cpu).keys() - {"enable_prefix_caching"}
+        assert defaults <= options.OURS
 
     def test_says_one_thing_of_each(self):
         assert len(options.NAMES) == len(options.OURS) + len(options.PASSED_ON) + len(options.REFUSED)
@@ -399,6 +408,27 @@ class TestAttentionOfMla:
     @pytest.mark.parametrize("given", [{"attention_backend": "AMX_MLA"}, {"attention_config": {}}])
     def test_what_the_caller_says_is_kept(self, given):
         assert self.chosen(given) is None
+
+
+class TestNorms:
+    """On a CPU an eager engine prefers vLLM's kernels, unless the caller or vLLM's version says otherwise."""
+
+    @staticmethod
+    def chosen(given, *, is_cpu=True):
+        return _defaults(HAS_ATTENTION, given, is_cpu=is_cpu).get("ir_op_priority")
+
+    def test_an_eager_engine_on_a_cpu_prefers_the_kernels(self):
+        assert self.chosen({}) == {"rms_norm": ["vllm_kl_cpu"], "fused_add_rms_norm": ["vllm_kl_cpu"]}
+        assert self.chosen({}, is_cpu=False) is None
+
+    @pytest.mark.parametrize("given", [{"enforce_eager": False}, {"kernel_config": {}}])
+    def test_another_engine_has_vllms_own_choice(self, given):
+        """vLLM refuses a choice beside one in ``kernel_config``."""
+        assert self.chosen(given) is None
+
+    def test_an_unknown_vllm_whose_workers_do_not_know_the_name_has_its_own_choice(self, monkeypatch):
+        monkeypatch.setattr(allowed, "KNOWN_VLLM", allowed.SpecifierSet("<0.1"))
+        assert self.chosen({}) is None
 
 
 class TestMemory:

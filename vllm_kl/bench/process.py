@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kl import mkl
 from vllm_kl.bench.meters import EnergyMeter, GpuPeak, peak_bytes
 from vllm_kl.bench.types import Provider, Setup
 from vllm_kl.errors import EngineError, VLLMKLError
@@ -135,6 +134,8 @@ def _serve(connection: Connection, find: Callable[[], Provider], setup: Setup, l
         os.dup2(file.fileno(), 2)
     notes = _Notes()
     logging.getLogger("vllm_kl").addHandler(notes)
+    from vllm_kl import mkl  # torch, which the parent does not import
+
     mkl.choose_code()
     try:
         with GpuPeak(setup.num_gpus) as gpu, contextlib.contextmanager(find())(setup) as running:

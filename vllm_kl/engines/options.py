@@ -31,9 +31,9 @@ class Refused(NamedTuple):
 
 
 _OURS = """
-    block_size compilation_config disable_log_stats dtype enable_lora enforce_eager hf_overrides
-    kv_cache_memory_bytes language_model_only lora_target_modules max_lora_rank max_model_len
-    max_num_batched_tokens max_num_seqs prefix_cache_retention_interval skip_tokenizer_init
+    attention_backend block_size compilation_config disable_log_stats dtype enable_lora enforce_eager
+    hf_overrides ir_op_priority kv_cache_memory_bytes language_model_only lora_target_modules max_lora_rank
+    max_model_len max_num_batched_tokens max_num_seqs prefix_cache_retention_interval skip_tokenizer_init
 """
 
 _PASSED_ON = """
@@ -69,8 +69,8 @@ _PASSED_ON = """
     enable_chunked_prefill scheduler_reserve_full_isl prefill_schedule_interval watermark scheduling_policy
     scheduler_cls async_scheduling stream_interval max_logprobs
 
-    cudagraph_capture_sizes max_cudagraph_capture_size ir_op_priority moe_backend linear_backend
-    attention_backend sparse_indexer_topk_backend attention_config engram_config kernel_config monokernel
+    cudagraph_capture_sizes max_cudagraph_capture_size moe_backend linear_backend
+    sparse_indexer_topk_backend attention_config engram_config kernel_config monokernel
     enable_flashinfer_autotune optimization_level performance_mode gdn_prefill_backend kda_prefill_backend
     kda_decode_backend additional_config
 

@@ -58,20 +58,21 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     is_cpu = not has_gpu()
+    num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     if is_cpu:
         environment |= ON_A_CPU
+    if is_cpu and (num_workers > 1 or options.get("distributed_executor_backend")):
+        for name in KEEPS_MEMORY:  # only this process gives the memory of old weights back (_child.py)
+            del environment[name]
     if is_cpu and options.get("enforce_eager", True):
         # vLLM compiles its computation of ranks even in eager mode: this takes 20 s at the first request, and
         # needs a C++ compiler (v1/sample/ops/logprobs.py, 0.32). A scorer uses no ranks. PyTorch reads the
         # variable at import.
         environment["TORCH_COMPILE_DISABLE"] = "1"
-    num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     if is_cpu and num_workers > 1:
         # vLLM's own binding reserves cores. On a small machine some workers would have none.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_workers))
-        for name in KEEPS_MEMORY:  # the child gives the memory of old weights back, and no other process
-            del environment[name]
     return environment
 
 

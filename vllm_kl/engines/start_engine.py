@@ -20,7 +20,7 @@ from vllm_kl.engines.generate import DUMMY, GenerateEngine
 from vllm_kl.engines.length_dependence import dynamic_length, note_on, rope_parameters, side_of, switch_length
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, VLLMKLError
-from vllm_kl.plugin import cpu_norms
+from vllm_kl.plugin import allowed, cpu_norms
 from vllm_kl.types import ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import lora_options
 
@@ -56,7 +56,8 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
         config = EngineArgs(model=model, **{"skip_tokenizer_init": True, **given}).create_model_config()
     _check_model(config)
     _check_given(config, given, is_cpu=is_cpu)
-    defaults = {name: value for name, value in _defaults(config, is_cpu=is_cpu).items() if name in known}
+    defaults = _defaults(config, given, is_cpu=is_cpu)
+    defaults = {name: value for name, value in defaults.items() if name in known}
     options = {**defaults, **given, **_options_by_model(config, given, is_cpu=is_cpu)}
     # vLLM refuses more sequences than tokens.
     options.setdefault("max_num_seqs", min(512, options["max_num_batched_tokens"]))
@@ -369,7 +370,9 @@ def _difference_from_transformers(config: Any) -> str:
     return ""
 
 
-def _defaults(config: Any, *, is_cpu: bool) -> dict[str, Any]:
+def _defaults(config: Any, given: dict[str, Any], *, is_cpu: bool) -> dict[str, Any]:
+    import vllm
+
     defaults: dict[str, Any] = {
         "skip_tokenizer_init": True,  # an engine gets token ids and returns log-probs
         "disable_log_stats": True,
@@ -387,8 +390,11 @@ def _defaults(config: Any, *, is_cpu: bool) -> dict[str, Any]:
     defaults |= {
         "enforce_eager": True,  # compilation takes longer than it saves
         "max_num_batched_tokens": 4096,
-        "ir_op_priority": {operation: list(names) for operation, names in cpu_norms.PRIORITY.items()},
     }
+    # A compiled engine has norms of its own. In an unknown vLLM the workers do not know our name.
+    is_eager = given.get("enforce_eager", True)
+    if is_eager and "kernel_config" not in given and allowed.is_known(vllm.__version__):
+        defaults["ir_op_priority"] = {name: [cpu_norms.PROVIDER] for name in cpu_norms.OPERATIONS}
     if not (config.is_hybrid or config.is_attention_free):  # there vLLM chooses the block size by the states
         defaults["block_size"] = 32  # the CPU's smallest: sequences share whole blocks only
     return defaults

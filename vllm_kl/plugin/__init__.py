@@ -53,7 +53,7 @@ def register() -> None:
 
     # An unknown vLLM gets no hook, unless somebody asks for scoring: then enable(), below, warns of its
     # version.
-    if allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+    if allowed.is_known(vllm.__version__):
         _install_hooks()
     text_only.install()
     for base in filter(None, os.environ.get(ARCHITECTURES, "").split(",")):
@@ -74,7 +74,7 @@ def enable(base_architecture: str) -> str:
         )
     import vllm
 
-    if not allowed.KNOWN_VLLM.contains(vllm.__version__, prereleases=True):
+    if not allowed.is_known(vllm.__version__):
         logging.getLogger("vllm.vllm_kl").warning(
             "vllm_kl: the read-out was made for vLLM%s, this is vLLM %s. It may not work: run vllm-kl doctor",
             allowed.KNOWN_VLLM,

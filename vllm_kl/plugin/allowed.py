@@ -36,6 +36,11 @@ def is_on() -> bool:
     return os.environ.get(SWITCH) != "0"
 
 
+def is_known(vllm_version: str) -> bool:
+    """Whether every process with this version of vLLM has the plugin, not only one that asks for scoring."""
+    return KNOWN_VLLM.contains(vllm_version, prereleases=True)
+
+
 def add_to_vllm_plugins() -> None:
     """Add the plugin to ``VLLM_PLUGINS``, if this is set: vLLM loads only plugins that it names."""
     if "VLLM_PLUGINS" in os.environ:

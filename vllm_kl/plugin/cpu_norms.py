@@ -1,46 +1,49 @@
 """Offers vLLM's C++ kernels for RMS norms on a CPU to vLLM's choice of kernels, ``ir_op_priority``.
 
-vLLM (0.32) has the kernels and lists them for GPUs only. On a CPU it computes a norm by eight operations of
-PyTorch, which take seven times as long in bfloat16. An owned engine on a CPU prefers what is offered here.
-In 16 bits the kernel rounds the sum with the residual before it is squared, as transformers does; vLLM's
-operations round after.
+vLLM (0.32) has the kernels and lists them for GPUs only. On a CPU it computes a norm by some ten operations
+of PyTorch: of a sum in bfloat16 they take seven times as long. An owned engine on a CPU prefers what is
+offered here. In 16 bits the kernel scales the rounded sum, and rounds once after the weight; vLLM's
+operations scale the sum in float32, and round before and after the weight.
+
+The kernels check no sizes but a row's, and compute in place. They get only what they take.
 
 Source: ``vllm/kernels/vllm_c.py`` and ``vllm/ir/ops/layernorm.py``; vLLM 0.32.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 import torch
 from torch import Tensor
 
 PROVIDER = "vllm_kl_cpu"
-PRIORITY = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
+OPERATIONS = ("rms_norm", "fused_add_rms_norm")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MULTIPLE = 16  # numbers in the kernel's vector: it reads and writes whole ones
+_MULTIPLE = 16  # a row has whole vectors of 8 or 16 numbers, else the kernels raise
+_ALIGNED_BYTES = 16  # how they write 16 bits in place
+_MOST = 1 << 31  # their counters have 32 bits
 
 
 def install() -> None:
     """Offer the kernels, if this vLLM has a choice. Idempotent."""
-    if importlib.util.find_spec("vllm.ir") is None:
+    try:
+        from vllm.ir import ops
+    except ImportError:
         return
-    from vllm import ir
     from vllm.platforms import current_platform
 
     is_cpu = current_platform.is_cpu()
     if is_cpu:
         current_platform.import_kernels()
-    offered: dict[Any, dict[str, Any]] = {
-        rms_norm: {"supports_args": _takes},
-        fused_add_rms_norm: {"supports_args": _takes_both, "inplace": True},
-    }
-    for function, how in offered.items():
-        operation = getattr(ir.ops, function.__name__)
-        if PROVIDER not in operation.impls:
-            has_kernel = is_cpu and hasattr(torch.ops._C, function.__name__)
-            operation.register_impl(PROVIDER, supported=has_kernel, **how)(function)
+    for function, takes, inplace in (
+        (rms_norm, _takes, False),
+        (fused_add_rms_norm, _takes_both, True),
+    ):
+        name = function.__name__
+        operation = getattr(ops, name, None)
+        if operation is not None and PROVIDER not in operation.impls:
+            has_kernel = is_cpu and hasattr(torch.ops._C, name)
+            how = {"supported": has_kernel, "supports_args": takes, "inplace": inplace}
+            operation.register_impl(PROVIDER, **how)(function)
 
 
 def _takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
@@ -49,7 +52,9 @@ def _takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int 
         and variance_size is None
         and x.dtype == weight.dtype
         and x.dtype in _DTYPES
+        and x.shape[-1:] == weight.shape
         and x.shape[-1] % _MULTIPLE == 0
+        and x.numel() < _MOST
     )
 
 
@@ -60,13 +65,19 @@ def _takes_both(
     epsilon: float,
     variance_size: int | None = None,
 ) -> bool:
-    is_flat = x.is_contiguous() and x_residual.is_contiguous()
-    return is_flat and x.dtype == x_residual.dtype and _takes(x, weight, epsilon, variance_size)
+    both = (x, x_residual)
+    return (
+        x.shape == x_residual.shape
+        and x.dtype == x_residual.dtype
+        and x.data_ptr() != x_residual.data_ptr()
+        and all(one.is_contiguous() and one.data_ptr() % _ALIGNED_BYTES == 0 for one in both)
+        and _takes(x, weight, epsilon, variance_size)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
     """Return ``x / sqrt(mean(x**2) + epsilon) * weight``, the mean over the last dimension."""
-    output = torch.empty(x.shape, dtype=x.dtype)
+    output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     torch.ops._C.rms_norm(output, x.contiguous(), weight, epsilon)
     return output
 
