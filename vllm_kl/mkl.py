@@ -2,7 +2,7 @@
 
 PyTorch computes cosines, exponentials and the like of large tensors on a CPU by MKL, a part of the tensor in
 each thread. MKL (2024, in the wheels of PyTorch 2.13) chooses a function's code at its first call. When two
-threads make that call at a time, one of them may compute its part with 12 bits only: of 73 processes three
+threads make that call at a time, one of them may compute its part with 12 bits only: of 133 processes four
 had rotary embeddings that were off by 1.5e-4, and so log-probs off by 7e-5.
 
 Source: https://github.com/pytorch/pytorch/issues/188792
