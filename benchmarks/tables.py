@@ -29,7 +29,8 @@ from typing import Any
 from vllm_kl.bench.models import NAMED
 from vllm_kl.bench.report import as_markdown, make_table, origin
 from vllm_kl.bench.results import read_rows
-from vllm_kl.bench.tables import NOT_IN_TURNS, result_tables, title_of
+from vllm_kl.bench.run import turns_of
+from vllm_kl.bench.tables import result_tables, title_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,8 +99,10 @@ def _origin(rows: Rows) -> str:
     """Return when, where and with what the rows were measured, and which model."""
     row = rows[0]
     rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
-    rounds += "" if row.get("took_turns", True) else NOT_IN_TURNS  # old files do not tell
-    return f"{origin(row)}; {_model(row)}, {row['dtype']}, {row['sequences']} sequences, {rounds}"
+    told = f"{origin(row)}; {_model(row)}, {row['dtype']}, {row['sequences']} sequences, {rounds}"
+    # Files before groups tell whether all took turns; those before that, nothing.
+    groups = row.get("groups", [] if row.get("took_turns", True) else [["ours"], ["floor"]])
+    return "; ".join(filter(None, (told, turns_of(groups))))
 
 
 def _model(row: dict[str, Any]) -> str:

@@ -407,8 +407,11 @@ class TestTablesOfPages:
 
     def test_a_page_says_where_providers_did_not_take_turns(self, tables):
         rows = read_rows(BENCHMARKS / "results" / "readout-h200.jsonl")
-        assert ", of other ways 2, not in turns: " in tables._origin(rows)
-        assert "turns" not in tables._origin([rows[0] | {"took_turns": True}])
+        assert tables._origin(rows).endswith(", of other ways 2; providers run one after another")
+        of_one_group = {"groups": [["floor", "ours"]]}
+        assert "providers" not in tables._origin([rows[0] | of_one_group])
+        of_two = {"groups": [["floor", "ours"], ["flat"]]}
+        assert tables._origin([rows[0] | of_two]).endswith("one group after another: floor, ours; flat")
 
     def test_a_changed_figure_is_found_and_written_anew(self, tables):
         text = tables.PAGES[0].read_text()

@@ -79,7 +79,7 @@ def measure(monkeypatch, tmp_path):
     """Return the function that runs providers, some with faults: it returns what was measured, and rows."""
     monkeypatch.setattr(run, "ProviderProcess", Process)
 
-    def measure(*names, faults=None, are_asked_for=False, gpu=None, **settings):
+    def measure(*names, faults=None, are_asked_for=False, gpu=None, on_step=lambda *_: None, **settings):
         monkeypatch.setattr(Process, "faults", faults or {})
         monkeypatch.setitem(FACTS, "limits", Limits(1e12, 1e10, gpu))
         setup = Setup(model="m", dtype="auto", device="cuda" if gpu else "cpu", **settings)
@@ -94,7 +94,7 @@ def measure(monkeypatch, tmp_path):
         )
         lines = []
         calls = {"on_costs": lambda _: None, "on_shape": lambda _: None}
-        calls |= {"on_line": lines.append, "on_step": lambda *_: None}
+        calls |= {"on_line": lines.append, "on_step": on_step}
         measured = Bench(plan, **calls).run()
         return measured, {row["provider"]: row for row in rows_of(plan, measured, "m")}, lines
 
@@ -133,13 +133,32 @@ class TestFloor:
 class TestMemory:
     """Providers take turns within a round only if the memory holds all of their processes."""
 
+    WHY = "because the memory does not hold all models at a time"
+
     @pytest.mark.parametrize(("free_gib", "take_turns"), [(6, True), (4, False)])
     def test_a_process_takes_more_than_its_weights(self, measure, monkeypatch, free_gib, take_turns):
         monkeypatch.setitem(FACTS, "free_bytes", free_gib << 30)
-        measured, _, lines = measure("ours", "flat")
-        assert measured.took_turns is take_turns
-        told = "providers run one after another, because the memory does not hold all models at a time"
-        assert (told in lines) is not take_turns
+        measured, rows, lines = measure("ours", "flat")
+        groups = [["ours", "flat"]] if take_turns else [["ours"], ["flat"]]
+        assert measured.groups == rows["flat"]["groups"] == groups
+        assert (f"providers run one after another, {self.WHY}" in lines) is not take_turns
+
+    def test_those_that_fit_take_turns_and_the_first_groups_are_filled(self, measure, monkeypatch):
+        takes = {"floor": 2, "ours": 3, "torchrl": 6, "flat": 6, "transformers": 4}
+        monkeypatch.setattr(run, "memory_bytes", lambda kind, *_: takes[kind])
+        monkeypatch.setitem(FACTS, "free_bytes", 15 / run._USED_SHARE)
+        steps = []
+        measured, rows, lines = measure(
+            "ours", "torchrl", "flat", "transformers", "floor", on_step=lambda step, _: steps.append(step)
+        )
+        assert measured.groups == [["floor", "ours", "torchrl"], ["flat", "transformers"]]
+        told = f"one group after another: floor, ours, torchrl; flat, transformers, {self.WHY}"
+        assert f"providers take turns in groups, {told}" in lines
+        rounds = [step.split(",")[0] for step in steps if "round 1" in step]
+        assert rounds == ["floor", "ours", "torchrl", "flat", "transformers"]
+        assert steps.index("torchrl, 8,4,2: round 1") < steps.index("floor, 8,4,2: round 2")
+        assert steps.index("floor, 8,4,2: round 2") < steps.index("flat starts")
+        assert all(row["tok_per_s"] for row in rows.values())
 
     def test_the_estimates_are_above_what_was_measured_and_not_far(self):
         rows = read_rows(RESULTS / "readout-float32-epyc.jsonl")
@@ -156,7 +175,7 @@ class TestMemory:
     def test_where_the_size_is_not_known_providers_run_one_after_another(self, measure, monkeypatch):
         monkeypatch.setitem(FACTS, "size", None)
         measured, _, lines = measure("ours", "flat")
-        assert not measured.took_turns
+        assert measured.groups == [["ours"], ["flat"]]
         assert "providers run one after another, because the model's size is not known" in lines
 
 

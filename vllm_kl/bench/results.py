@@ -141,7 +141,7 @@ def _common(plan: Plan, measured: Measured, model: str) -> Row:
         "engine": dict(setup.engine),
         "rounds": plan.rounds,
         "peer_rounds": plan.peer_rounds,
-        "took_turns": measured.took_turns,
+        "groups": measured.groups,
         **measured.machine,
     }
 

@@ -2,7 +2,7 @@
 
 truth.py       the model's size and the log-probs in float64; limits.py: the machine's speeds
 cost.py        the cost card
-memory.py      whether the memory holds all providers at once
+memory.py      which providers the memory holds at once
 process.py     each provider starts in a process of its own
 check.py       a provider whose log-probs are not the model's is refused before anything is timed
 rounds         new ids in each, so that no cache of an earlier round helps
@@ -63,7 +63,7 @@ class Measured:
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
     failures: dict[str, str] = field(default_factory=dict)  # by provider
     not_measured: dict[str, str] = field(default_factory=dict)  # why it is impossible here, by provider
-    took_turns: bool = True
+    groups: list[list[str]] = field(default_factory=list)  # the providers that took turns with each other
 
 
 class Bench:
@@ -104,7 +104,8 @@ class Bench:
             self._learn()
             # The floor first, because it searches for its fastest way and needs an idle machine.
             names = sorted(self._plan.providers, key=lambda name: name != "floor")
-            for together in self._together(names):
+            self._measured.groups = self._groups(names)
+            for together in self._measured.groups:
                 for name in together:
                     self._on_step(f"{name} starts", 1)
                     self._attempt(name, functools.partial(self._start, name))
@@ -163,20 +164,24 @@ class Bench:
         setup = self._setup
         return setup.num_processes * setup.replicas if setup.device == "cuda" else 1
 
-    def _together(self, names: list[str]) -> list[list[str]]:
-        """Return the providers that are in memory at the same time."""
+    def _groups(self, names: list[str]) -> list[list[str]]:
+        """Return which providers are in memory at the same time: as many as fit, beginning with the first."""
         if self._setup.device == "cuda":
             why = "a GPU holds one model at a time"
         elif self._measured.facts["size"] is None:
             why = "the model's size is not known"
-        elif not self._fit(names):
-            why = "the memory does not hold all models at a time"
         else:
-            return [names]
-        self._measured.took_turns = len(names) < 2
-        if not self._measured.took_turns:
-            self._on_line(f"providers run one after another, because {why}")
-        return [[name] for name in names]
+            why = ""
+        groups: list[list[str]] = []
+        for name in names:
+            with_room = (group for group in groups if not why and self._fit([*group, name]))
+            if (group := next(with_room, None)) is None:
+                groups.append(group := [])
+            group.append(name)
+        if len(groups) > 1:
+            why = why or "the memory does not hold all models at a time"
+            self._on_line(f"{turns_of(groups)}, because {why}")
+        return groups
 
     def _fit(self, names: list[str]) -> bool:
         """Return whether the memory holds the processes of all providers at a time."""
@@ -259,6 +264,15 @@ class Bench:
         if taken["joules"] is not None:
             self._measured.joules[traffic.name].setdefault(name, []).append(taken["joules"])
         self._measured.told[traffic.name][name] = process.told()
+
+
+def turns_of(groups: Sequence[Sequence[str]]) -> str:
+    """Return how providers took turns, for a user; empty if all did."""
+    if len(groups) < 2:
+        return ""
+    if all(len(group) == 1 for group in groups):
+        return "providers run one after another"
+    return f"providers take turns in groups, one group after another: {'; '.join(map(', '.join, groups))}"
 
 
 def kind_of(name: str) -> str:

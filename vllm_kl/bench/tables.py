@@ -13,7 +13,6 @@ from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.report import make_table
 
 Row = Mapping[str, Any]
-NOT_IN_TURNS = ", not in turns: providers ran one after another"
 _NOT_MEASURED, _REASON_WIDTH = "not measured", 40
 _SHOWN_AS = {ENGINE: "  engine without LM head", HEAD: "  LM-head product"}
 
