@@ -213,6 +213,7 @@ def check(updates: list[str], within: float = WITHIN) -> None:
         assert reference_error < WITHIN
 
 
+@pytest.mark.nightly
 def test_the_program_runs_as_a_user_starts_it_and_leaves_nothing_behind(tmp_path):
     run = Run(tmp_path, "--updates", "2", "--prompts", "1", "--group", "4")
     *updates, summary = run.lines()

@@ -61,13 +61,13 @@ def wait_until_gone(group):
     ],
     ids=["exit", "exception", "SIGTERM", "SIGKILL", "SIGKILL-of-an-engine-with-processes-of-its-own"],
 )
-def test_engine_processes_end_with_their_owner(ref_path, way, multiprocessing):
+def test_engine_processes_end_with_their_owner(ref_path, tmp_path, way, multiprocessing):
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, str(ref_path), str(way)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing},
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "TMPDIR": str(tmp_path)},
     ) as owner:
         group = int(owner.stdout.readline())
         if isinstance(way, signal.Signals):
@@ -75,6 +75,8 @@ def test_engine_processes_end_with_their_owner(ref_path, way, multiprocessing):
             owner.send_signal(way)
         owner.wait(60)
     assert wait_until_gone(group) == []
+    if not isinstance(way, signal.Signals):
+        assert list(tmp_path.glob("vllm*")) == []  # the engine's log, and vLLM's file by which workers meet
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ ON_A_CPU = {
     # The layers of a step share a few; another step seldom has as many tokens.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
+_BENCH_ON_GPU = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's, which tells memory and energy
 _BENCH_ON_CPU = {
     "TORCH_COMPILE_DISABLE": "1",  # vLLM's rank count, which peers need, compiles for 20 s
     **ON_A_CPU,
@@ -96,14 +97,12 @@ def quiet_bench() -> None:
     """Keep libraries from printing, in this process and those of the providers."""
     quiet_ray()
     _set(_BENCH)
-    if not on_a_gpu():
-        _set(_BENCH_ON_CPU)
+    _set(_BENCH_ON_GPU if on_a_gpu() else _BENCH_ON_CPU)
 
 
 def give_back_memory() -> None:
-    """Give freed memory back to the system, that of old weights, if :data:`KEEPS_MEMORY` keeps it."""
-    if KEEPS_MEMORY.keys() & os.environ.keys():
-        ctypes.CDLL(None).malloc_trim(0)
+    """Give freed memory back to the system, which glibc keeps by :data:`KEEPS_MEMORY`."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(defaults: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from vllm_kl import VLLMScorer
 from vllm_kl.engines import devices, process
 from vllm_kl.engines.devices import device_environment, has_gpu
-from vllm_kl.environment import KEEPS_MEMORY, ON_A_CPU
+from vllm_kl.environment import ON_A_CPU
 from vllm_kl.errors import OptionError
 
 
@@ -105,11 +105,3 @@ def test_the_childs_environment_has_the_devices_and_not_the_callers(machine, mon
 def test_an_engine_on_a_cpu_keeps_few_of_onednns_products():
     assert process._environment({}).items() >= ON_A_CPU.items()
     assert int(ON_A_CPU["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024  # oneDNN's own
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"distributed_executor_backend": "mp"}])
-def test_workers_on_a_cpu_that_cannot_give_memory_back_keep_none(options):
-    environment = process._environment(options)
-    assert not KEEPS_MEMORY.keys() & environment.keys()
-    assert environment.keys() >= ON_A_CPU.keys() - KEEPS_MEMORY.keys()

@@ -29,6 +29,7 @@ def assert_close_to(oracle, scored, start):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=LOG_PROB_TOLERANCE)
 
 
+@pytest.mark.nightly
 def test_front_end_engine_and_worker_in_three_processes_agree(monkeypatch, ref_path, ref_oracle, ref_scorer):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with VLLMScorer(str(ref_path), dtype="float32", **OPTIONS) as scorer:

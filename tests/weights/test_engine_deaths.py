@@ -129,14 +129,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    "when",
-    [
-        pytest.param("before the load", marks=pytest.mark.nightly),
-        "in the load",
-        pytest.param("in the load of an AsyncLLM", marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("when", ["before the load", "in the load", "in the load of an AsyncLLM"])
 def test_a_shared_engine_whose_process_dies_during_a_push_says_which_version_served_last(
     folders, tmp_path, when
 ):

@@ -33,7 +33,7 @@ from typing import Any
 from vllm_kl.engines.base import drive
 from vllm_kl.engines.start_failures import explain
 from vllm_kl.engines.wire_format import Packed, pack, unpack
-from vllm_kl.environment import give_back_memory
+from vllm_kl.environment import KEEPS_MEMORY
 from vllm_kl.errors import EngineError, VLLMKLError
 from vllm_kl.lifetime import end_with_owner, remove_orphans
 from vllm_kl.types import ScoreRequest
@@ -80,6 +80,11 @@ class _Server:
                 self._dispatch_held()
             self._step()
 
+    def leave(self) -> None:
+        """Let the workers remove the file in the temporary folder by which they met."""
+        if self._driver is not None:
+            self._driver.leave()
+
     def _dispatch_held(self) -> None:
         while self._held and not (self._calls and self._held[0][1] in _EXCLUSIVE):
             self._dispatch(*self._held.popleft())
@@ -90,8 +95,8 @@ class _Server:
                 answer = getattr(self, "_" + kind.replace(" ", "_"))(**body)
             except Exception as error:
                 answer = "error", _as_answer(error)
-            if kind in _FREES_WEIGHTS:
-                give_back_memory()
+            if kind in _FREES_WEIGHTS and self._driver is not None:
+                self._give_back_memory()
             self._answer(call_id, *answer)
         elif kind == "score":
             requests = unpack(ScoreRequest, body["requests"])
@@ -101,6 +106,14 @@ class _Server:
         elif kind == "cancel":
             self._held = deque(call for call in self._held if call[0] != call_id)
             self._driver.cancel([(call_id, n) for n in self._calls.pop(call_id, ())])
+
+    def _give_back_memory(self) -> None:
+        """Let the workers give back the memory of old weights, where it is kept."""
+        if KEEPS_MEMORY.keys() & os.environ.keys():
+            try:
+                self._driver.weights.give_back_memory()
+            except Exception:  # the call has its answer; a dead worker has given its memory back
+                traceback.print_exc()
 
     def _start(self, **options: Any) -> tuple[str, Any]:
         from vllm_kl.engines.start_engine import start
@@ -186,11 +199,14 @@ class _Server:
 
 def main(fd: int, owner_pid: int) -> None:
     end_with_owner(owner_pid, _kill_group)
+    server = _Server(Connection(fd))
     try:
-        _Server(Connection(fd)).run()
+        server.run()
     except (EOFError, OSError):
         # The owner closed the connection. If it was killed, its other files are closed a moment later.
         time.sleep(0.2)
+        remove_orphans()
+        server.leave()
     except BaseException:
         traceback.print_exc()  # now: this process is killed below
     finally:

@@ -72,6 +72,10 @@ class Driver(Protocol):
         """Drop requests. Requests that are already finished are ignored."""
         ...
 
+    def leave(self) -> None:
+        """Let the workers leave their groups, which removes files. Nothing works after that."""
+        ...
+
 
 def drive(driver: Driver, requests: Sequence[ScoreRequest], *, share_prefix: bool) -> list[ScoreResult]:
     """Return one result per request, in order, from a driver that nothing else uses."""

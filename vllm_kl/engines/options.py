@@ -231,7 +231,8 @@ ENVIRONMENT: dict[str, Refused] = {
 
 # Options that this package computes with, as ints.
 _INTS = frozenset({"max_model_len", "max_num_batched_tokens", "max_num_seqs", "kv_cache_memory_bytes"})
-_INTS |= {"tensor_parallel_size", "pipeline_parallel_size"}
+_SIZES = frozenset({"tensor_parallel_size", "pipeline_parallel_size"})
+_INTS |= _SIZES
 
 
 def check_options(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -270,6 +271,8 @@ def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
 def _int(name: str, value: Any) -> int:
     if (number := _as(int, value)) is None:
         raise OptionError(f"engine option {name}={_short(value)} must be a whole number")
+    if name in _SIZES and number < 1:
+        raise OptionError(f"engine option {name}={number}: the model is in at least 1 process")
     return number
 
 

@@ -24,6 +24,7 @@ from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import EngineError, WeightsError
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.readout_request import Readout, pack
+from vllm_kl.plugin.taken_engines import LEAVE
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import load_adapter
 from vllm_kl.weights.live_weights import LiveWeights
@@ -112,6 +113,9 @@ class PoolingEngine:
         for request_id in ids:
             del self._in_core[request_id]
         self._core.abort_requests(ids)
+
+    def leave(self) -> None:
+        self._core.collective_rpc(LEAVE)
 
     def _send(self, job: _Job, version: int) -> None:
         request, request_id = job.request, str(next(self._ids))

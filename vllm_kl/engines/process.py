@@ -37,7 +37,7 @@ from typing import Any
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
-from vllm_kl.environment import KEEPS_MEMORY, ON_A_CPU
+from vllm_kl.environment import ON_A_CPU
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
@@ -61,9 +61,6 @@ def _environment(options: dict[str, Any]) -> dict[str, str]:
     num_workers = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
     if is_cpu:
         environment |= ON_A_CPU
-    if is_cpu and (num_workers > 1 or options.get("distributed_executor_backend")):
-        for name in KEEPS_MEMORY:  # only this process gives the memory of old weights back (_child.py)
-            del environment[name]
     if is_cpu and options.get("enforce_eager", True):
         # vLLM compiles its computation of ranks even in eager mode: this takes 20 s at the first request, and
         # needs a C++ compiler (v1/sample/ops/logprobs.py, 0.32). A scorer uses no ranks. PyTorch reads the

@@ -21,6 +21,7 @@ from vllm_kl.engines.length_dependence import dynamic_length, note_on, rope_para
 from vllm_kl.engines.options import NAMES, check_names, check_options
 from vllm_kl.errors import OptionError, ReadoutUnavailableError, VLLMKLError
 from vllm_kl.plugin import allowed, cpu_norms
+from vllm_kl.plugin.taken_engines import LEAVE
 from vllm_kl.types import ScoreRequest, ScoreResult
 from vllm_kl.weights.adapters import lora_options
 
@@ -190,6 +191,9 @@ class _Blocking:
     def cancel(self, keys: Sequence[Hashable]) -> None:
         gone = set(keys)
         self._waiting = [entry for entry in self._waiting if entry[0] not in gone]
+
+    def leave(self) -> None:
+        self._engine.shared.collective_rpc(LEAVE)
 
 
 def _why_not_pooling(config: Any) -> str:

@@ -92,7 +92,6 @@ def _install_hooks() -> None:
     from vllm_kl import mkl
     from vllm_kl.plugin import (
         cache_cap,
-        cpu_norms,
         load_weights,
         lora_modules,
         older_vllm,
@@ -100,7 +99,7 @@ def _install_hooks() -> None:
         taken_engines,
     )
 
-    hooks = (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines, cpu_norms)
+    hooks = (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines)
     for hook in hooks:
         hook.install()
     mkl.choose_code()
@@ -108,8 +107,12 @@ def _install_hooks() -> None:
 
 def _enable_scoring(base_architecture: str) -> str:
     """Let this process load an architecture for scoring; return the new name. Idempotent."""
-    from vllm_kl.plugin import cpu_corrections, missing_weights, scoring_models
+    import vllm
+
+    from vllm_kl.plugin import cpu_corrections, cpu_norms, missing_weights, scoring_models
 
     cpu_corrections.install()
+    if allowed.is_known(vllm.__version__):  # else engines are not told of these kernels either
+        cpu_norms.install()
     missing_weights.install()
     return scoring_models.register_scoring_class(base_architecture)

@@ -12,11 +12,13 @@ Source: ``vllm/kernels/vllm_c.py`` and ``vllm/ir/ops/layernorm.py``; vLLM 0.32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 PROVIDER = "vllm_kl_cpu"
-OPERATIONS = ("rms_norm", "fused_add_rms_norm")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MULTIPLE = 16  # a row has whole vectors of 8 or 16 numbers, else the kernels raise
 _ALIGNED_BYTES = 16  # how they write 16 bits in place
@@ -24,7 +26,7 @@ _MOST = 1 << 31  # their counters have 32 bits
 
 
 def install() -> None:
-    """Offer the kernels, if this vLLM has a choice. Idempotent."""
+    """Offer the kernels, if this vLLM has a choice. Idempotent; on a CPU it loads vLLM's C++ library."""
     try:
         from vllm.ir import ops
     except ImportError:
@@ -34,16 +36,11 @@ def install() -> None:
     is_cpu = current_platform.is_cpu()
     if is_cpu:
         current_platform.import_kernels()
-    for function, takes, inplace in (
-        (rms_norm, _takes, False),
-        (fused_add_rms_norm, _takes_both, True),
-    ):
-        name = function.__name__
+    for name, (function, how) in _KERNELS.items():
         operation = getattr(ops, name, None)
         if operation is not None and PROVIDER not in operation.impls:
             has_kernel = is_cpu and hasattr(torch.ops._C, name)
-            how = {"supported": has_kernel, "supports_args": takes, "inplace": inplace}
-            operation.register_impl(PROVIDER, **how)(function)
+            operation.register_impl(PROVIDER, supported=has_kernel, **how)(function)
 
 
 def _takes(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
@@ -92,3 +89,10 @@ def fused_add_rms_norm(
     """Return the norm of ``x + x_residual``, and the sum; in the memory of the two."""
     torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
     return x, x_residual
+
+
+_KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "rms_norm": (rms_norm, {"supports_args": _takes}),
+    "fused_add_rms_norm": (fused_add_rms_norm, {"supports_args": _takes_both, "inplace": True}),
+}
+OPERATIONS = tuple(_KERNELS)  # vLLM's names

@@ -7,6 +7,8 @@ processes, on a CPU and on a GPU. A load has two steps:
     adopt     copies the second model's tensors into the serving model (:mod:`.adopt_weights`)
     put_back  undoes it, where there are no files of the old weights
 
+:data:`GIVE_BACK` gives the memory of dropped weights back to the system.
+
 ``prepare`` changes nothing in the serving model, and fails if anything is wrong with the weights. ``adopt``
 begins when all workers have prepared.
 """
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from vllm_kl.environment import give_back_memory
 from vllm_kl.plugin import adopt_weights
 from vllm_kl.plugin.receive_weights import receive
 from vllm_kl.plugin.second_model import CannotLoadBesideError, load_second_model
@@ -31,6 +34,7 @@ PREPARE = "vllm_kl_prepare_weights"
 ADOPT = "vllm_kl_adopt_weights"
 PUT_BACK = "vllm_kl_put_back_weights"
 DISCARD = "vllm_kl_discard_weights"
+GIVE_BACK = "vllm_kl_give_back_memory"
 SERVES = "vllm_kl_serves_what_is_prepared"
 LAST_LOAD = "vllm_kl_last_load_of_others"
 OBSTACLE = "vllm_kl_obstacle_to_a_load"
@@ -63,6 +67,7 @@ def install() -> None:
     setattr(WorkerBase, ADOPT, adopt)
     setattr(WorkerBase, PUT_BACK, put_back)
     setattr(WorkerBase, DISCARD, discard)
+    setattr(WorkerBase, GIVE_BACK, lambda worker: give_back_memory())
     setattr(WorkerBase, SERVES, serves_what_is_prepared)
     setattr(WorkerBase, LAST_LOAD, lambda worker: getattr(worker, _LOADS, [None])[-1:])
     if inspect.unwrap(WorkerBase.__init__) is WorkerBase.__init__:

@@ -13,6 +13,7 @@ package only.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -25,16 +26,18 @@ from vllm_kl.plugin import cpu_corrections
 
 logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
 
-# The name of the method of workers, for ``collective_rpc``.
+# Names of the methods of workers, for ``collective_rpc``.
 TAKE = "vllm_kl_take"
+LEAVE = "vllm_kl_leave"
 _IS_TAKEN = "_vllm_kl_is_taken"
 
 
 def install() -> None:
-    """Add the method :func:`take` to the workers of this process. Idempotent."""
+    """Add the methods :func:`take` and :func:`leave` to the workers of this process. Idempotent."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, TAKE, take)
+    setattr(WorkerBase, LEAVE, leave)
 
 
 def take(worker: Any, owner_pid: int) -> bool:
@@ -49,6 +52,18 @@ def take(worker: Any, owner_pid: int) -> bool:
     setattr(worker, _IS_TAKEN, True)
     _end_with(owner_pid)
     return cpu_corrections.correct(worker)
+
+
+def leave(worker: Any) -> None:
+    """Leave the groups of workers, before the process is killed: the last one removes their store's file.
+
+    vLLM keeps it in the temporary folder, one for each engine.
+    """
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    gc.collect()  # a cycle may hold the store
 
 
 def is_taken(worker: Any) -> bool:

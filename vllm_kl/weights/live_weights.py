@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from vllm_kl.errors import WeightsError
 from vllm_kl.plugin.allowed import SWITCH
+from vllm_kl.plugin.load_weights import GIVE_BACK
 from vllm_kl.plugin.taken_engines import TAKE
 from vllm_kl.weights.checkpoint import Checkpoint, Skeleton
 from vllm_kl.weights.engine_lock import EngineLock
@@ -195,6 +196,11 @@ class LiveWeights:
             steps = self._record.prepare(self._call, checkpoint, version, is_idle=False)
             self._prepared = run_sync(steps)
             return self._prepared.version
+
+    def give_back_memory(self) -> None:
+        """Let the workers give freed memory, that of old weights, back to the system."""
+        with lock_of(self._engine):
+            run_sync(self._call("collective_rpc", GIVE_BACK))
 
     def commit(self) -> None:
         """Let the workers adopt the prepared weights. No request may run."""
