@@ -5,13 +5,13 @@
 
 A table stands between two comments, each at the end of a line; the first names its file and its kind:
 
-    Some text. <!-- results: readout-zen3.jsonl, floor -->
+    Some text. <!-- results: readout-zen3.jsonl, whole -->
 
     | the table | ... and what is written here is replaced. <!-- end of results -->
 
-whole: all providers and columns of each shape. headline: times as fast as the other ways. floor: ours and the
-floor. A file is ``results.jsonl`` of ``vllm-kl bench --out``. A file that another script has written with
-``--markdown`` has no kind, and stands on the page as it is:
+whole: all providers and columns of each shape. headline: times as fast as the other ways. A file is
+``results.jsonl`` of ``vllm-kl bench --out``. A file that another script has written with ``--markdown`` has
+no kind, and stands on the page as it is:
 
     <!-- results: lm-head-h200.md -->
 """
@@ -69,22 +69,13 @@ def headline(rows: Rows) -> str:
     return f"{as_markdown(table)}\n{_wrapped(f'{_origin(rows)}. {found}')}"
 
 
-def floor(rows: Rows) -> str:
-    floors = {row["shape"]: row for row in rows if row["provider"] == "floor"}
-    table = make_table("", "", "ours, s", "floor, s", "of the floor (median of pairs)")
-    for row in _ours(rows):
-        cells = (row["s_p50"], floors[row["shape"]]["s_p50"], row["fraction_of_floor"])
-        table.add_row(title_of(row["shape"]), *(f"{cell:.2f}" for cell in cells))
-    return f"{as_markdown(table)}\n{_wrapped(_origin(rows))}"
-
-
 def as_written(text: str) -> str:
     """Return the tables of a script's Markdown, and its lines wrapped."""
     lines = text.strip().splitlines()
     return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines)
 
 
-KINDS: dict[str, Callable[[Rows], str]] = {"whole": whole, "headline": headline, "floor": floor}
+KINDS: dict[str, Callable[[Rows], str]] = {"whole": whole, "headline": headline}
 
 
 def _ours(rows: Rows) -> Rows:
@@ -100,9 +91,7 @@ def _origin(rows: Rows) -> str:
     row = rows[0]
     rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
     told = f"{origin(row)}; {_model(row)}, {row['dtype']}, {row['sequences']} sequences, {rounds}"
-    # Files before groups tell whether all took turns; those before that, nothing.
-    groups = row.get("groups", [] if row.get("took_turns", True) else [["ours"], ["floor"]])
-    return "; ".join(filter(None, (told, turns_of(groups))))
+    return "; ".join(filter(None, (told, turns_of(row.get("groups", [])))))  # older files do not tell
 
 
 def _model(row: dict[str, Any]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -457,6 +459,12 @@ def test_a_last_dimension_of_one_is_not_taken_for_samples_of_one_token(level):
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         importance_weights(*sides(), **options)
+
+
+@pytest.mark.parametrize("high", [2, 10**20, Fraction(3, 2), np.float32(1.5)])
+def test_a_bound_may_be_any_real_number(high):
+    found, same = (importance_weights(*sides(), high=bound).weights for bound in (high, float(high)))
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
 
 
 def test_the_result_is_frozen():

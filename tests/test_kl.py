@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,7 +124,13 @@ class TestClamps:
     def test_the_output_has_a_bound_if_asked_for(self, estimator):
         assert abs(kl_estimate(*self.FAR, estimator=estimator, clamp_output=10.0).item()) == 10.0
 
-    @pytest.mark.parametrize("bound", [0, -1.0, float("nan"), "20"])
+    @pytest.mark.parametrize("bound", [10, 10**20, Fraction(21, 2), np.float32(10.5), np.int64(10), math.inf])
+    def test_a_bound_may_be_any_real_number(self, bound):
+        unbounded = kl_estimate(*self.FAR, clamp_log_ratio=None, clamp_output=None).item()
+        found = kl_estimate(*self.FAR, clamp_log_ratio=bound, clamp_output=bound).item()
+        assert found == max(-float(bound), min(float(bound), unbounded))
+
+    @pytest.mark.parametrize("bound", [0, -1.0, float("nan"), "20", True])
     def test_a_bound_that_is_none_is_refused(self, bound):
         with pytest.raises(OptionError, match="clamp_log_ratio must be a positive number"):
             kl_estimate(*self.FAR, clamp_log_ratio=bound)

@@ -35,7 +35,6 @@ This module handles tensors only, no engines and no tensordicts. All sums are in
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -84,6 +83,8 @@ class Weighting:
                 )
         _check_bound("low", self.low, 0.0, 1.0)
         _check_bound("high", self.high, 1.0, math.inf)
+        for name, bound in (("low", self.low), ("high", self.high)):
+            object.__setattr__(self, name, None if bound is None else float(bound))  # torch takes no fraction
         if self.mode == "mask" and self.low is None and self.high is None:
             raise OptionError("mode='mask' without bounds masks nothing: pass high=, low= or both")
         if not isinstance(self.normalize, bool):
@@ -119,8 +120,7 @@ class Weighting:
 def _check_bound(name: str, value: float | None, least: float, most: float) -> None:
     if value is None:
         return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number and least <= value <= most and is_bound(value) and value != math.inf):
+    if not (is_bound(value) and least <= value <= most and value != math.inf):
         between = "at least 1" if most == math.inf else "above 0 and at most 1"
         raise OptionError(
             f"{name} must be a finite number {between}, or None for no bound; got {str(value)[:60]}. The "

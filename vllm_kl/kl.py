@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -65,15 +64,20 @@ def check_estimator(
             f"direction={direction!r} does not exist; choose one of {', '.join(get_args(Direction))}"
         )
     for name, bound in (("clamp_log_ratio", clamp_log_ratio), ("clamp_output", clamp_output)):
-        if bound is not None and not (isinstance(bound, numbers.Real) and is_bound(bound)):
+        if bound is not None and not is_bound(bound):
             raise OptionError(
                 f"{name} must be a positive number of nats, or None for no bound; got {str(bound)[:60]}"
             )
 
 
-def is_bound(number: Any) -> bool:
-    """Whether a number is positive and can be a float: an int, or a fraction, can be too large for one."""
-    return bool(0 < number <= sys.float_info.max or number == math.inf)
+def is_bound(value: Any) -> bool:
+    """Whether a value is a positive number that can be a float: an int, or a fraction, can be too large."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return float(value) > 0
+    except OverflowError:
+        return False
 
 
 def kl_estimate(
@@ -183,7 +187,7 @@ def k3_of(log_ratio: torch.Tensor, most: float | None) -> torch.Tensor:
     tensor([34.0000,  0.0000,  4.3891])
     """
     if most is not None:
-        log_ratio = log_ratio.clamp(max=most)
+        log_ratio = log_ratio.clamp(max=float(most))
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -298,7 +302,7 @@ def check_same_shape(where: str, shapes: dict[str, tuple[int, ...]], estimator: 
 
 
 def _clamped(values: torch.Tensor, bound: float | None) -> torch.Tensor:
-    return values if bound is None else values.clamp(-bound, bound)
+    return values if bound is None else values.clamp(-float(bound), float(bound))
 
 
 def _lumped(policy: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:

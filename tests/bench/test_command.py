@@ -141,6 +141,9 @@ class TestRun:
         (("--shape", "tiny", "--engine", "readout=flat"), "give --readouts"),
         (("--shape", "tiny", "--engine", "block_size"), "expected NAME=VALUE"),
         (("--shape", "tiny", "--engine", "tensor_parallel_size=x"), "must be a whole number"),
+        (("--shape", "tiny", "--engine", "tensor_parallel_size=0"), "at least 1 process"),
+        (("--shape", "tiny", "--engine", "blok_size=16"), "Did you mean block_size"),
+        (("compare", "a", "b"), "--rounds has no effect before compare"),
     ],
 )
 def test_a_wrong_option_is_named(options, told, invoke):
@@ -172,6 +175,7 @@ def test_options_take_several_values_in_both_ways(invoke, monkeypatch):
         ("--shapes", *shapes),
         ("--shapes", shapes[0], "--shapes", shapes[1]),
         (f"--shapes={shapes[0]}", shapes[1]),
+        ("--shapes", *shapes, "08,4,2"),
     ):
         done = invoke(
             "bench", "--shape", "tiny", *given, "--providers", "ours", "flat", "--readouts", "auto", "flat"

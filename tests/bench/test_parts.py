@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from vllm_kl.bench import limits as machine
+from vllm_kl.bench import truth as of_truth
 from vllm_kl.bench.check import TOLERANCES, check
 from vllm_kl.bench.command import WORSE
 from vllm_kl.bench.compare import compare, figure_for
@@ -19,7 +22,9 @@ from vllm_kl.bench.cost import cost_of
 from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.meters import EnergyMeter
+from vllm_kl.bench.report import as_markdown
 from vllm_kl.bench.results import read_rows
+from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
 from vllm_kl.bench.truth import _widest, truth
 from vllm_kl.bench.types import Setup
@@ -117,6 +122,17 @@ class TestTraffic:
         drawn = list(zip(*traffic.draw(usable_ids(5000, [0]), 0), strict=True))
         assert traffic.computed_tokens == traffic.fed_tokens - shared_tokens(drawn)
 
+    @pytest.mark.parametrize(
+        ("shape", "num", "groups"),
+        [
+            ("9,300,4", 8, ((9, (256, 256)),)),
+            ("9,3,1", 8, ((9, (3,)), (9, (3,)))),
+            ("9,3,1", 1, ((9, (3,)),)),
+        ],
+    )
+    def test_two_sequences_are_checked_where_there_are_two(self, shape, num, groups):
+        assert from_shape(shape, num).few().groups == groups
+
     def test_a_file_of_lengths_is_one_call_and_a_wrong_line_is_named(self, tmp_path):
         file = tmp_path / "lengths.jsonl"
         file.write_text('{"prompt": 5, "responses": [2, 3]}\n\n{"prompt": 4, "responses": [1]}\n')
@@ -184,12 +200,62 @@ def test_the_bound_reads_of_an_embedding_only_the_rows_of_the_tokens():
 )
 def test_the_check_takes_the_widest_type_that_the_memory_holds(free_gb, expected, monkeypatch):
     monkeypatch.setattr("vllm_kl.engines.memory.available_bytes", lambda is_cuda: free_gb * 10**9)
-    setup = Setup(model="m", dtype="bfloat16", device="cpu")
+    known = (["float64", "float32", "bfloat16"], Setup(model="m", dtype="bfloat16", device="cpu"))
     if expected.startswith("takes"):
         with pytest.raises(VLLMKLError, match=expected):
-            _widest(setup, "bfloat16", {"parameters": 10**9})
+            _widest(*known, {"parameters": 10**9})
     else:
-        assert _widest(setup, "bfloat16", {"parameters": 10**9}) == expected
+        assert _widest(*known, {"parameters": 10**9}) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "too_wide", "expected"),
+    [
+        ("bfloat16", (), ["float64"]),
+        ("bfloat16", ("float64",), ["float64", "float32"]),
+        ("bfloat16", ("float64", "float32"), ["float64", "float32", "bfloat16"]),
+        ("float32", ("float64",), ["float64", "float32"]),
+        ("float32", ("float64", "float32"), None),
+    ],
+)
+def test_a_check_that_the_memory_of_a_gpu_does_not_hold_is_done_in_a_narrower_type(
+    dtype, too_wide, expected, monkeypatch, ref_path
+):
+    """Attention in float64 takes more than the weights, which are all that the estimate knows."""
+    loaded = []
+
+    def load_model(setup, dtype):
+        loaded.append(dtype)
+        return dtype
+
+    def one(model, ids, start):
+        if model in too_wide:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return np.zeros(len(ids) - start)
+
+    monkeypatch.setattr(of_truth, "load_model", load_model)
+    monkeypatch.setattr(of_truth, "_one", one)
+    monkeypatch.setattr(of_truth, "machine_limits", lambda *_: None)
+    setup = Setup(model=str(ref_path), dtype=dtype, device="cpu", max_tokens=16)
+    with contextlib.contextmanager(of_truth.truth)(setup) as running:
+        calls = [np.arange(6)] * 2, [2, 2]
+        if expected is None:
+            with pytest.raises(torch.OutOfMemoryError):
+                running.score(*calls)
+            return
+        for _ in range(2):
+            assert len(running.score(*calls)) == 2
+        assert loaded == expected
+        assert running.told()["check"] == expected[-1]
+
+
+def test_a_model_in_float64_is_scored_in_the_widest_type_of_vllm(ref_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(of_truth, "machine_limits", lambda *_: None)
+    config = json.loads((ref_path / "config.json").read_text())
+    tmp_path.joinpath("config.json").write_text(json.dumps({**config, "dtype": "float64"}))
+    setup = Setup(model=str(tmp_path), dtype="auto", device="cpu", max_tokens=16)
+    with contextlib.contextmanager(of_truth.truth)(setup) as running:
+        assert running.told()["dtype"] == "float32"
 
 
 def test_energy_is_the_difference_of_the_counters_also_where_one_ran_over(tmp_path):
@@ -236,12 +302,23 @@ class Nvml:
     def nvmlDeviceGetHandleByIndex(self, gpu):
         return gpu
 
+    def nvmlDeviceGetHandleByUUID(self, gpu):
+        raise self.NVMLError(f"no GPU {gpu}")
+
     def nvmlDeviceGetTotalEnergyConsumption(self, gpu):
         return self.millijoules[gpu]
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "seen", "joules"), [(1, None, 1), (2, None, 3), (2, "3,1", 10), (None, None, None)]
+    ("num_gpus", "seen", "joules"),
+    [
+        (1, None, 1),
+        (2, None, 3),
+        (2, "3,1", 10),
+        (2, " 3, +1", 10),
+        (1, "GPU-8a", None),
+        (None, None, None),
+    ],
 )
 def test_the_energy_of_all_gpus_of_a_provider_counts(num_gpus, seen, joules, monkeypatch, tmp_path):
     nvml = Nvml()
@@ -382,6 +459,29 @@ class TestTablesOfPages:
             assert tables.with_tables(text) == text, f"{page}: python benchmarks/tables.py"
             assert tables._BLOCK.search(text)
         assert tables.without_table() == []
+
+    def test_what_stands_in_a_table_is_no_markup(self):
+        """Rich would take "[flat]" for a style, and Markdown a line in a cell for the end of the cell."""
+        why = "failed: a | b; install vllm-kl[ray]"
+        shape = "[red]a.jsonl"
+        rows = [row("ours", shape, s_p50=1.0), row("ours[flat]", shape, s_p50=2.0)]
+        rows.append(row("torchrl", shape, not_measured=why))
+        (table,) = result_tables(rows)
+        costs = cost_table({shape: cost_of(from_shape("8,4,2", 2), None, "float32", Limits(1e3, 1e9, None))})
+        console = Console(width=140)
+        with console.capture() as shown:
+            console.print(table, costs)
+        for text in ("ours[flat]", why):
+            assert text in shown.get()
+        assert shown.get().count(shape) == 2
+        assert as_markdown(table).startswith(f"**{shape}**\n")
+        lines = as_markdown(table).splitlines()
+        assert [re.split(r"(?<!\\)\|", line)[1].strip() for line in lines[-3:]] == [
+            "ours",
+            "ours[flat]",
+            "torchrl",
+        ]
+        assert why.replace("|", "\\|") in lines[-1]
 
     def test_a_file_of_tables_is_markdown_with_one_line_a_row(self):
         for file in (BENCHMARKS / "results").glob("*.md"):

@@ -15,6 +15,7 @@ from vllm import EngineArgs
 from vllm_kl.bench.providers import (
     ask_sglang,
     fused_reader,
+    ours,
     peer_options,
     sglang_options,
     slices,
@@ -23,20 +24,36 @@ from vllm_kl.bench.providers import (
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.memory import kv_cache_bytes
 from vllm_kl.engines.start_engine import _defaults
-from vllm_kl.errors import ReadoutUnavailableError
+from vllm_kl.errors import OptionError, ReadoutUnavailableError
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_vllms_own_ways_have_the_mode_and_the_steps_of_our_engine(device):
     model = SimpleNamespace(is_hybrid=False, is_attention_free=False)
-    ours = _defaults(model, {}, is_cpu=device == "cpu")
+    own = _defaults(model, {}, is_cpu=device == "cpu")
     peers = peer_options(Setup(model="m", dtype="float32", device=device, max_tokens=3000))
     for name in ("enforce_eager", "compilation_config", "max_num_batched_tokens"):
-        assert peers.get(name) == ours.get(name), name
+        assert peers.get(name) == own.get(name), name
     assert peers["max_model_len"] == 3001  # one token is sampled
     assert peers["long_prefill_token_threshold"] == 2048
     short = peer_options(Setup(model="m", dtype="float32", device=device, max_tokens=300))
     assert "long_prefill_token_threshold" not in short  # vLLM refuses more than the longest sequence
+
+
+@pytest.mark.parametrize("readout", ["auto", "flat"])
+def test_ours_scores_sequences_of_the_models_own_length(readout, monkeypatch):
+    """An engine that generates makes room for its token itself; vLLM refuses more than the model has."""
+    given = []
+
+    class Scorer:
+        def __init__(self, model, **options):
+            given.append(options)
+            raise OptionError("not in this test")
+
+    monkeypatch.setattr("vllm_kl.VLLMScorer", Scorer)
+    with pytest.raises(OptionError, match="not in this test"):
+        next(ours(Setup(model="m", dtype="float32", device="cpu", max_tokens=8192, readout=readout)))
+    assert given[0]["max_model_len"] == 8192
 
 
 def test_vllms_own_ways_have_as_large_a_kv_cache_as_the_longest_sequence_needs(ref_path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import re
+import statistics
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import psutil
 import pytest
 
 from vllm_kl.bench import run
@@ -27,7 +30,7 @@ from vllm_kl.bench.run import Bench, Plan
 from vllm_kl.bench.tables import result_tables
 from vllm_kl.bench.traffic import from_shape
 from vllm_kl.bench.types import Setup
-from vllm_kl.errors import EngineError, ReadoutUnavailableError
+from vllm_kl.errors import EngineError, ReadoutUnavailableError, VLLMKLError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SIZE = {"parameters": 100, "body": 50, "head": 30, "embedding": 0, "hidden": 1}
@@ -79,13 +82,21 @@ def measure(monkeypatch, tmp_path):
     """Return the function that runs providers, some with faults: it returns what was measured, and rows."""
     monkeypatch.setattr(run, "ProviderProcess", Process)
 
-    def measure(*names, faults=None, are_asked_for=False, gpu=None, on_step=lambda *_: None, **settings):
+    def measure(
+        *names,
+        faults=None,
+        are_asked_for=False,
+        gpu=None,
+        on_step=lambda *_: None,
+        shapes=("8,4,2",),
+        **settings,
+    ):
         monkeypatch.setattr(Process, "faults", faults or {})
         monkeypatch.setitem(FACTS, "limits", Limits(1e12, 1e10, gpu))
         setup = Setup(model="m", dtype="auto", device="cuda" if gpu else "cpu", **settings)
         plan = Plan(
             setup=setup,
-            traffics=[from_shape("8,4,2", 4)],
+            traffics=[from_shape(shape, 4) for shape in shapes],
             providers=dict.fromkeys(names, setup),
             rounds=2,
             peer_rounds=1,
@@ -94,7 +105,7 @@ def measure(monkeypatch, tmp_path):
         )
         lines = []
         calls = {"on_costs": lambda _: None, "on_shape": lambda _: None}
-        calls |= {"on_line": lines.append, "on_step": on_step}
+        calls |= {"on_line": lines.append, "on_step": on_step or (lambda *_: None)}
         measured = Bench(plan, **calls).run()
         return measured, {row["provider"]: row for row in rows_of(plan, measured, "m")}, lines
 
@@ -177,6 +188,61 @@ class TestMemory:
         measured, _, lines = measure("ours", "flat")
         assert measured.groups == [["ours"], ["flat"]]
         assert "providers run one after another, because the model's size is not known" in lines
+
+
+class TestRatios:
+    def test_rounds_of_providers_that_took_no_turns_are_not_paired(self, measure, monkeypatch):
+        seconds = {"ours": [1.0, 4.0], "flat": [8.0, 2.0]}
+        left = {}
+        score = {"parts": {}, "joules": None}
+        monkeypatch.setattr(Process, "time", lambda self, *_: score | {"seconds": left[self._name].pop(0)})
+        monkeypatch.setattr(run, "PEERS", ())  # as many rounds as ours
+        for free_gib, expected in ((6, statistics.median([8 / 1, 2 / 4])), (4, 5 / 2.5)):
+            monkeypatch.setitem(FACTS, "free_bytes", free_gib << 30)
+            left |= {name: [9.0, *runs] for name, runs in seconds.items()}  # a whole call warms up
+            _, rows, _ = measure("ours", "flat")
+            assert rows["ours"]["ratios"]["flat"] == expected
+
+    def test_a_row_has_the_settings_of_its_own_provider(self, measure):
+        _, rows, _ = measure("ours", "floor", "flat", share_prefix=False, replicas=2)
+        settings = {name: (row["share_prefix"], row["replicas"]) for name, row in rows.items()}
+        floor = dict.fromkeys(("floor", "floor_engine", "floor_head"), (False, None))
+        assert settings == {"ours": (False, 2), "flat": (None, None), **floor}
+
+
+class TestTruth:
+    def test_shapes_that_were_computed_before_it_failed_stay_checked(self, measure, monkeypatch):
+        def score(self, sequences, starts):
+            if self._name == "truth" and len(sequences[0]) > 12:
+                raise VLLMKLError("out of memory")
+            return [np.zeros(len(ids) - start) for ids, start in zip(sequences, starts, strict=True)]
+
+        monkeypatch.setattr(Process, "score", score)
+        measured, rows, lines = measure("ours", shapes=("8,4,2", "16,4,2"))
+        assert "the log-probs of 16,4,2 are NOT checked: out of memory" in lines
+        assert "the log-probs are checked against the model in float64, by transformers" in lines
+        assert [errors.keys() for errors in measured.errors.values()] == [{"ours"}, set()]
+        assert measured.checks == {"8,4,2": "float64"}
+        assert rows["ours"]["check"] is None  # of the last shape
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, EngineError])
+def test_a_provider_that_does_not_start_leaves_no_process(monkeypatch, tmp_path, stop):
+    """Ctrl-C while an engine starts: nobody else knows of its process yet."""
+    started = []
+
+    def answer(self):
+        started.append(psutil.Process(self._process.pid))
+        raise stop
+
+    monkeypatch.setattr(ProviderProcess, "_answer", answer)
+    with pytest.raises(stop):
+        ProviderProcess("sleeping", never, Setup(model="m", dtype="float32", device="cpu"), tmp_path)
+    assert psutil.wait_procs(started, timeout=30)[1] == []
+
+
+def never():
+    time.sleep(600)
 
 
 class TestImpossible:

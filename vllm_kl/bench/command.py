@@ -1,6 +1,7 @@
 """The command ``vllm-kl bench``: its options, its progress and its exit codes.
 
-The options are read without torch, vLLM or Ray; the processes of the benchmark load them.
+The options are read without torch, vLLM or Ray, but for an --engine name that only vLLM may know. The
+processes of the benchmark load them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from vllm_kl.bench.run import Bench, Measured, Plan, kind_of, turns_of
 from vllm_kl.bench.tables import cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
-from vllm_kl.engines.options import check_options
+from vllm_kl.engines.options import NAMES, check_options
+from vllm_kl.engines.options import check_names as check_engine_options
 from vllm_kl.environment import on_a_gpu, quiet_bench
 from vllm_kl.errors import InputError, OptionError, VLLMKLError
 
@@ -145,6 +147,7 @@ def measure(
     were measured; 2, an option or a file is wrong.
     """
     if context.invoked_subcommand is not None:
+        _refuse_given(context)
         return
     quiet_bench()
     with _told_errors(), tempfile.TemporaryDirectory(prefix="vllm_kl_bench_") as home:
@@ -167,6 +170,15 @@ def measure(
     if as_json:
         typer.echo(json.dumps(figures))
     raise typer.Exit(FAILED if _is_failed(plan, figures["failures"]) else 0)
+
+
+def _refuse_given(context: typer.Context) -> None:
+    """Refuse options of a measurement that stand before another command."""
+    given = (one for one in context.params if context.get_parameter_source(one).name != "DEFAULT")
+    if (name := next(given, None)) is not None:
+        with _told_errors():
+            option = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
+            raise OptionError(f"{option} has no effect before {context.invoked_subcommand}")
 
 
 def _is_failed(plan: Plan, failures: Mapping[str, str]) -> bool:
@@ -285,7 +297,8 @@ def _traffics(
         if num_sequences is not None:
             raise OptionError("--sequences has no effect with --lengths, whose lines are the sequences")
         return [traffic.from_file(lengths)]
-    return [traffic.from_shape(text, num_sequences or 32) for text in dict.fromkeys(shapes or ["256,128,8"])]
+    found = [traffic.from_shape(text, num_sequences or 32) for text in shapes or ["256,128,8"]]
+    return list({one.name: one for one in found}.values())
 
 
 def _setup(
@@ -307,6 +320,10 @@ def _setup(
     if (own := next((name for name in options if name in _NO_ENGINE_OPTIONS), None)) is not None:
         raise OptionError(f"--engine {own}=...: {_NO_ENGINE_OPTIONS[own]}")
     options = check_options(options)
+    if unknown := sorted(options.keys() - NAMES):
+        from vllm import EngineArgs
+
+        check_engine_options(unknown, (field.name for field in dataclasses.fields(EngineArgs)))
     longest = max(one.longest for one in traffics)
     device = "cuda" if on_a_gpu() else "cpu"
     return Setup(

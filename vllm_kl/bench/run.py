@@ -59,6 +59,7 @@ class Measured:
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     joules: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)  # the largest, nats
+    checks: dict[str, str] = field(default_factory=dict)  # what a shape's log-probs are compared with
     told: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by provider
     failures: dict[str, str] = field(default_factory=dict)  # by provider
@@ -149,14 +150,15 @@ class Bench:
         try:
             for traffic in self._plan.traffics:
                 self._truth[traffic.name] = process.score(*self._few(traffic))
-            facts["check"] = process.told()["check"]
-            process.end()
+                self._measured.checks[traffic.name] = process.told()["check"]
         except VLLMKLError as error:
-            self._truth.clear()
-            process.kill()
-            self._on_line(f"the log-probs are NOT checked: {error}")
-        else:
-            self._on_line(f"the log-probs are checked against the model in {facts['check']}, by transformers")
+            unchecked = [one.name for one in self._plan.traffics if one.name not in self._truth]
+            self._on_line(f"the log-probs of {'; '.join(unchecked)} are NOT checked: {error}")
+        if checks := dict.fromkeys(self._measured.checks.values()):
+            self._on_line(
+                f"the log-probs are checked against the model in {', '.join(checks)}, by transformers"
+            )
+        process.kill()
         del self._running["truth"]
 
     def _num_devices(self) -> int:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_kl.bench.cost import Cost
@@ -36,7 +37,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "s p50": _number("s_p50", ".3g"),
     "s p80": _number("s_p80", ".3g"),
     "tokens/s fed": _number("tok_per_s", ",.0f"),
-    "computed": _number("computed_tok_per_s", ",.0f"),
+    "needed": _number("computed_tok_per_s", ",.0f"),
     "TFLOP/s": _number("flop_per_s", ",.3g", 1e12),
     "MFU": _number("mfu", ".2f"),
     "tokens/J": _number("tok_per_joule", ",.0f"),
@@ -77,18 +78,19 @@ def _table(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequen
     table.columns[0].no_wrap = True
     for row in rows:
         name = row["provider"]
-        table.add_row(_SHOWN_AS.get(name, name), *(cell(row) for cell in used.values()))
+        cells = (_SHOWN_AS.get(name, name), *(cell(row) for cell in used.values()))
+        table.add_row(*map(escape, cells))  # "ours[flat]" is no markup of Rich
     return table
 
 
 def cost_table(costs: Mapping[str, Cost]) -> Table:
     """Return the cost card."""
-    names = ("sequences", "fed", "computed", "scored", "TFLOP", "GB", "at least, s", "bound")
+    names = ("sequences", "fed", "needed", "scored", "TFLOP", "GB", "at least, s", "bound")
     table = make_table("One call: tokens, operations, bytes, and the bound of this machine", "shape", *names)
     for shape, cost in costs.items():
         tokens = (cost.sequences, cost.fed_tokens, cost.computed_tokens, cost.scored_tokens)
         work = (_or_blank(cost.flop, 1e12), _or_blank(cost.bytes, 1e9), _or_blank(cost.least_s, 1))
-        table.add_row(shape, *(f"{number:,}" for number in tokens), *work, cost.bound)
+        table.add_row(escape(shape), *(f"{number:,}" for number in tokens), *work, cost.bound)
     return table
 
 

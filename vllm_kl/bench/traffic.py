@@ -60,10 +60,14 @@ class Traffic:
         return prompts, self.scored_tokens / self.num_sequences, self.num_sequences / len(self.groups)
 
     def few(self) -> Traffic:
-        """Return two sequences for a check: of one group, if a group has two."""
-        prompt, responses = next((group for group in self.groups if len(group[1]) > 1), self.groups[0])
-        cut = tuple(min(length, _CHECKED_TOKENS) for length in responses[:2])
-        return Traffic(name=self.name, groups=((prompt, cut),))
+        """Return two sequences for a check, if there are two: of one group, if a group has two."""
+        siblings = next((group for group in self.groups if len(group[1]) > 1), None)
+        chosen = self.groups[:2] if siblings is None else (siblings,)
+        groups = (
+            (prompt, tuple(min(length, _CHECKED_TOKENS) for length in responses[:2]))
+            for prompt, responses in chosen
+        )
+        return Traffic(name=self.name, groups=tuple(groups))
 
     def draw(self, usable_ids: np.ndarray, seed: int) -> tuple[Sequences, list[int]]:
         """Return sequences of random ids, each int64 ``[L]``, and the index of the first scored token.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def truth(setup: Setup) -> Iterator[Running]:
     own = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix(
         "torch."
     )
+    own = "float32" if own == "float64" else own  # vLLM has no wider one
     dtype = own if setup.dtype == "auto" else setup.dtype
     facts = {
         "dtype": dtype,
@@ -49,13 +51,23 @@ def truth(setup: Setup) -> Iterator[Running]:
         "check": "",
     }
     models: list[Any] = []
+    left = ["float64", "float32", dtype]
 
     @torch.no_grad()
     def score(sequences: list[np.ndarray], starts: list[int]) -> list[Any]:
-        if not models:
-            facts["check"] = _widest(setup, dtype, facts["size"])
-            models.append(load_model(setup, facts["check"]))
-        return [_one(models[0], ids, start) for ids, start in zip(sequences, starts, strict=True)]
+        while True:
+            try:
+                if not models:
+                    facts["check"] = _widest(left, setup, facts["size"])
+                    models.append(load_model(setup, facts["check"]))
+                return [_one(models[0], ids, start) for ids, start in zip(sequences, starts, strict=True)]
+            except torch.OutOfMemoryError:  # a GPU's: attention may take more than the weights
+                if facts["check"] == dtype:
+                    raise
+            left[:] = left[left.index(facts["check"]) + 1 :]
+            models.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
 
     yield Running(score, told=lambda: facts)
 
@@ -138,8 +150,8 @@ def _experts_share(text: Any) -> float:
     return 1.0 if not num or not used else used / num
 
 
-def _widest(setup: Setup, dtype: str, size: dict[str, int] | None) -> str:
-    """Return the widest data type whose model fits into the memory.
+def _widest(dtypes: Sequence[str], setup: Setup, size: dict[str, int] | None) -> str:
+    """Return the widest data type whose model fits into the memory; the last one is the model's own.
 
     Raises:
         VLLMKLError: even the model's own does not fit, or its size is not known.
@@ -149,7 +161,8 @@ def _widest(setup: Setup, dtype: str, size: dict[str, int] | None) -> str:
     if size is None:
         raise VLLMKLError("transformers cannot build this model")
     free = available_bytes(setup.device == "cuda")
-    for name in dict.fromkeys(("float64", "float32", dtype)):
+    dtype = dtypes[-1]
+    for name in dtypes:
         if size["parameters"] * _BYTES[name] * _ROOM < free:
             return name
     raise VLLMKLError(
