@@ -171,17 +171,17 @@ class TestMemory:
         assert steps.index("floor, 8,4,2: round 2") < steps.index("flat starts")
         assert all(row["tok_per_s"] for row in rows.values())
 
-    def test_the_estimates_are_above_what_was_measured_and_not_far(self):
-        rows = read_rows(RESULTS / "readout-float32-epyc.jsonl")
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_the_estimates_are_above_what_was_measured_and_not_far(self, dtype):
+        rows = read_rows(RESULTS / f"readout-{dtype}-amx.jsonl")
         size = {"parameters": 95_890_432, "layers": 6, "kv": 256}
         traffics = [from_shape(shape, 32) for shape in dict.fromkeys(row["shape"] for row in rows)]
-        setup = Setup(model="96M", dtype="float32", device="cpu", max_tokens=max(t.longest for t in traffics))
+        setup = Setup(model="96M", dtype=dtype, device="cpu", max_tokens=max(t.longest for t in traffics))
         for row in rows:
             if row["peak_bytes"] is not None:
-                kind, facts = row["provider"], {"size": size, "vocab_size": 151_936, "dtype": "float32"}
+                kind, facts = row["provider"], {"size": size, "vocab_size": 151_936, "dtype": dtype}
                 estimate = memory_bytes(kind, setup, facts, traffics)
-                own = row["peak_bytes"] + (kind == "ours") * 0.6 * 2**30  # the file has no caller of ours
-                assert row["peak_bytes"] < estimate < 1.1 * own, kind
+                assert row["peak_bytes"] < estimate < 1.7 * row["peak_bytes"], kind
 
     def test_where_the_size_is_not_known_providers_run_one_after_another(self, measure, monkeypatch):
         monkeypatch.setitem(FACTS, "size", None)

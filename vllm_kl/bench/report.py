@@ -132,11 +132,15 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """Return the commit of this package's files; empty if they are installed rather than a checkout."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    if not _first_line(*git, "ls-files", Path(__file__).name):
+    """Return the commit of this package's files; empty if they are installed rather than a checkout.
+
+    It ends in "-dirty" if one of them was changed since.
+    """
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+    if not _first_line(*git, "ls-files", "__init__.py"):
         return ""
-    return _first_line(*git, "describe", "--always", "--dirty")
+    is_dirty = bool(_first_line(*git, "status", "--porcelain", "--", "."))
+    return _first_line(*git, "describe", "--always") + "-dirty" * is_dirty
 
 
 def machine_line(details: str = "") -> str:
