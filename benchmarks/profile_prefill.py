@@ -102,7 +102,7 @@ class Sizes(NamedTuple):
     hidden: int
     layers: int
     width: int  # of attention: heads times their size
-    logit_bytes: int  # of a logit in a tile; 0: there is no tile
+    logit_bytes: int  # that the pass reads and writes of a logit in a tile; 0: there is no tile
 
 
 def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:
@@ -111,7 +111,8 @@ def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     is_fused = cpu_products.AmxProducts.takes(dtype, config.hidden_size)
-    logit_bytes = 0 if is_fused else kernel.product_dtype(dtype).itemsize
+    tile = kernel.product_dtype(dtype)
+    logit_bytes = 0 if is_fused else tile.itemsize * (1 if tile == torch.float32 else 2)
     body = weights_of_layers(folder)
     return Sizes(body, config.vocab_size, config.hidden_size, config.num_hidden_layers, width, logit_bytes)
 
@@ -128,7 +129,7 @@ def bounds_of(
         ("LM head", "products"): 2 * sizes.hidden * num_logits / limits.flop_per_s,
     }
     if sizes.logit_bytes:
-        bounds["LM head", "Python"] = 2 * sizes.logit_bytes * num_logits / limits.bytes_per_s
+        bounds["LM head", "Python"] = sizes.logit_bytes * num_logits / limits.bytes_per_s
     return bounds
 
 

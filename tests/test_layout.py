@@ -85,7 +85,7 @@ ALLOWED = {
     "kl": {"errors", "types", "mkl", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
     "importance": {"errors", "types", "batch", "kl"},
-    "plugin": {"errors", "types", "columns", "lifetime", "mkl"},
+    "plugin": {"errors", "types", "columns", "environment", "lifetime", "mkl"},
     "weights": {"errors", "types", "fingerprint", "lifetime", "batch", "plugin"},
     "engines": {
         "errors",

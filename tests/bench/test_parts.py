@@ -511,7 +511,7 @@ class TestTablesOfPages:
         of_one_group = {"groups": [["floor", "ours"]]}
         assert "providers" not in tables._origin([rows[0] | of_one_group])
         of_two = {"groups": [["floor", "ours"], ["flat"]]}
-        assert tables._origin([rows[0] | of_two]).endswith("one group after another: floor, ours; flat")
+        assert tables._origin([rows[0] | of_two]).endswith("; providers in turns: floor, ours; then flat")
 
     def test_a_changed_figure_is_found_and_written_anew(self, tables):
         text = tables.PAGES[0].read_text()

@@ -163,8 +163,8 @@ class TestMemory:
             "ours", "torchrl", "flat", "transformers", "floor", on_step=lambda step, _: steps.append(step)
         )
         assert measured.groups == [["floor", "ours", "torchrl"], ["flat", "transformers"]]
-        told = f"one group after another: floor, ours, torchrl; flat, transformers, {self.WHY}"
-        assert f"providers take turns in groups, {told}" in lines
+        told = "providers in turns: floor, ours, torchrl; then flat, transformers"
+        assert f"{told}, {self.WHY}" in lines
         rounds = [step.split(",")[0] for step in steps if "round 1" in step]
         assert rounds == ["floor", "ours", "torchrl", "flat", "transformers"]
         assert steps.index("torchrl, 8,4,2: round 1") < steps.index("floor, 8,4,2: round 2")

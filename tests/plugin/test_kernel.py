@@ -432,17 +432,20 @@ class TestReduceSlice:
                     tile, _ = make(num_rows, 1, hidden_size=skipped + num_columns, dtype=dtype)
                     tile *= 8
                     before, part = tile.clone(), tile[:, skipped:]
-                    want = part.double().exp2().sum(1)
-                    want_moments = (part.double() * part.double().exp2()).sum(1)
-                    sizes = (part.double() * part.double().exp2()).abs().sum(1)
-                    shift = torch.randn(num_rows).mul(9).round()
+                    shift, x = torch.randn(num_rows).mul(9).round(), part.double()
+                    if is_product := dtype == torch.float32:
+                        shift = part.amax(1).mul(0.25).round()
+                        x = 0.25 * x - shift[:, None].double()
+                    want, want_moments = x.exp2().sum(1), (x * x.exp2()).sum(1)
+                    sizes = (x * x.exp2()).abs().sum(1)
                     sums, moments = torch.empty(2, num_rows)
-                    cpu_loops.reducer(dtype)(part.clone(), shift, sums, None, 0, moments)
+                    cpu_loops.reducer(dtype)(part.clone(), 0.25, shift, sums, None, 0, moments)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
                     assert ((moments.double() - want_moments).abs() <= rtol * sizes).all()
-                    cpu_loops.reducer(dtype)(part, shift, sums, None, 0)
+                    cpu_loops.reducer(dtype)(part, 0.25, shift, sums, None, 0)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
-                    assert torch.equal(part.float(), -shift[:, None].expand_as(part))
+                    left = before[:, skipped:].float() if is_product else -shift[:, None].expand_as(part)
+                    assert torch.equal(part.float(), left)
                     assert torch.equal(tile[:, :skipped], before[:, :skipped])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -450,7 +453,7 @@ class TestReduceSlice:
         tile = torch.zeros(6, 64, dtype=dtype)
         tile[0, 3], tile[1, 4], tile[2, 5], tile[3, 6], tile[4, 7] = torch.nan, torch.inf, 1e30, 200, -1e30
         sums = torch.empty(6)
-        cpu_loops.reducer(dtype)(tile, torch.zeros(6), sums, None, 0)
+        cpu_loops.reducer(dtype)(tile, 1.0, torch.zeros(6), sums, None, 0)
         assert not (sums[:4] < 1e38).any()
         torch.testing.assert_close(sums[4:], torch.tensor([63.0, 64.0]))
 
@@ -459,10 +462,11 @@ class TestReduceSlice:
         logits = make(77, 1, hidden_size=1000, dtype=dtype)[0] * 8
         best, shift = Best.of(77, 9, logits.device), torch.arange(77.0) - 30
         for low in range(0, 1000, 300):
-            cpu_loops.reducer(dtype)(logits[:, low : low + 300].clone(), shift, torch.empty(77), best, low)
+            part = logits[:, low : low + 300].clone()
+            cpu_loops.reducer(dtype)(part, 0.5, shift, torch.empty(77), best, low)
         values, order = best.values.sort(descending=True, stable=True)
         want = logits.float().topk(9).values
-        assert torch.equal(values, want + shift[:, None])
+        assert torch.equal(values, 0.5 * want if dtype == torch.float32 else want + shift[:, None])
         assert torch.equal(logits.float().gather(1, best.ids.gather(1, order)), want)
 
     def test_logits_of_single_tokens_are_exact(self):

@@ -274,7 +274,7 @@ def turns_of(groups: Sequence[Sequence[str]]) -> str:
         return ""
     if all(len(group) == 1 for group in groups):
         return "providers run one after another"
-    return f"providers take turns in groups, one group after another: {'; '.join(map(', '.join, groups))}"
+    return f"providers in turns: {'; then '.join(map(', '.join, groups))}"
 
 
 def kind_of(name: str) -> str:

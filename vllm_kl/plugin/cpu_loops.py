@@ -44,24 +44,28 @@ Reduce = Callable[..., None]
 
 
 def reducer(dtype: torch.dtype) -> Reduce:
-    """Return the function ``reduce(tile_N_S, shift_N, masses_N, best, first_id, moments_N=None)``.
+    """Return the function ``reduce(tile_N_S, scale2, shift_N, masses_N, best, first_id, moments_N=None)``.
 
-    It is for products in ``dtype``. It writes the sum of ``2 ** tile`` over each row, and fills the tile with
-    ``-shift`` for the next product.
+    It is for products in ``dtype``. It writes the sum of ``2 ** x`` over each row, where x is a logit in base
+    2, minus the row's shift.
 
-    - ``tile_N_S``: logits in base 2, minus ``shift``; ``dtype`` or float32. The rows need not be contiguous.
+    - ``tile_N_S``: ``dtype`` or float32. In float32 it holds the products, and ``x = scale2 * tile - shift``;
+      a product of a token that is left out is ``-inf``, after the scale. In 16 bits it holds x, and is filled
+      with ``-shift`` for the next product. The rows need not be contiguous.
+    - ``scale2``: factor of a product, for base 2.
     - ``shift_N``: float32, whole numbers that ``dtype`` holds.
     - ``masses_N``: float32, gets the sums.
     - ``best``: gets the best tokens of the slice; or ``None``. A walk over the vocabulary must use one
       reducer only, because each keeps the candidates in its own order.
     - ``first_id``: the id of the slice's first token.
-    - ``moments_N``: float32, gets the sums of ``tile * 2 ** tile``; ``None``: they are not computed.
+    - ``moments_N``: float32, gets the sums of ``x * 2 ** x``; ``None``: they are not computed.
     """
     return _reduce_compiled if dtype in _NAME_OF and _library()[0] is not None else _reduce
 
 
 def _reduce_compiled(
     tile_N_S: torch.Tensor,
+    scale2: float,
     shift_N: torch.Tensor,
     masses_N: torch.Tensor,
     best: Best | None,
@@ -76,6 +80,7 @@ def _reduce_compiled(
         *(
             tile_N_S.data_ptr(),
             tile_N_S.stride(0),
+            scale2,
             shift_N.data_ptr(),
             masses_N.data_ptr(),
             None if moments_N is None else moments_N.data_ptr(),
@@ -88,6 +93,7 @@ def _reduce_compiled(
 
 def _reduce(
     tile_N_S: torch.Tensor,
+    scale2: float,
     shift_N: torch.Tensor,
     masses_N: torch.Tensor,
     best: Best | None,
@@ -96,15 +102,20 @@ def _reduce(
 ) -> None:
     for low in range(0, len(tile_N_S), _ROWS):
         rows = slice(low, low + _ROWS)
+        tile, shift = tile_N_S[rows], shift_N[rows]
+        is_product = tile.dtype == torch.float32
+        logits = tile * scale2 if is_product else tile.float()
         if best is not None:
-            best[rows].add(tile_N_S[rows], shift_N[rows], first_id)
-        logits = tile_N_S[rows].float()
+            best[rows].add(logits, torch.zeros_like(shift) if is_product else shift, first_id)
+        if is_product:
+            logits -= shift[:, None]
         powers = logits.exp2_() if moments_N is None else logits.exp2()
         torch.sum(powers, 1, out=masses_N[rows])
         if moments_N is not None:
             # The hidden token's logit is -inf in float16, and 0 * -inf is NaN.
             torch.sum(powers.mul_(logits.clamp_min_(_LEAST)), 1, out=moments_N[rows])
-        tile_N_S[rows] = -shift_N[rows, None]
+        if not is_product:
+            tile_N_S[rows] = -shift[:, None]
 
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
@@ -218,7 +229,7 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     for name in _NAME_OF.values():
         reduce, logits = getattr(library, f"reduce_{name}"), getattr(library, f"token_logits_{name}")
         reduce.argtypes = [
-            *[pointer, number, pointer, pointer, pointer],
+            *[pointer, number, ctypes.c_float, pointer, pointer, pointer],
             *[number, number],
             *[pointer, pointer, number, number],
         ]

@@ -22,14 +22,13 @@ from vllm_kl.plugin.cpu_loops import amx_works, in_pairs, product_sums, reducer
 
 # Heights of the tiles of 16-bit products.
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
-# Widths of a float32 product's tile: of many rows, and of at most 1,024, where Python's operations on a slice
-# would cost a tenth. And elements of its widened slice of weights: 8 MiB.
-_FLOAT32_WIDTH, _FLOAT32_WIDTH_OF_FEW = 512, 1024
+# Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
+_FLOAT32_WIDTH = 1024
 _MAX_WIDENED = 1 << 21
 # Bytes of each part of the workspace, by the limits of this module and of the kernel. The system gives pages
 # only when they are used.
-_WORKSPACE_BYTES = 8 << 20
-# The logit of a token that a sum leaves out, in base 2, minus the shift. The compiled loops take no -inf.
+_WORKSPACE_BYTES = 16 << 20
+# The logit of a token that a sum leaves out, in base 2, minus the shift: the loop for 16 bits takes no -inf.
 HIDDEN_LOGIT = -(2.0**20)
 # The fewest tokens of a slice of AMX's products; rows and tokens of their blocks.
 _AMX_WIDTH = 4096
@@ -50,12 +49,12 @@ class LeftOut:
         tokens, rows = self.by_row.sort()
         return tokens.tolist(), tokens, rows
 
-    def hide(self, logits_N_S: torch.Tensor, first_id: int) -> None:
-        """Hide the tokens in a slice of the vocabulary, whose logits are minus the shift, of all rows."""
+    def hide(self, logits_N_S: torch.Tensor, first_id: int, hidden: float) -> None:
+        """Hide the tokens in a slice of the vocabulary, of all rows: their logits become ``hidden``."""
         in_order, tokens, rows = self._by_token
         low, high = (bisect.bisect_left(in_order, n) for n in (first_id, first_id + logits_N_S.shape[1]))
         if low < high:
-            logits_N_S[rows[low:high], tokens[low:high] - first_id] = HIDDEN_LOGIT
+            logits_N_S[rows[low:high], tokens[low:high] - first_id] = hidden
 
     def hide_in_rows(self, logits_M_S: torch.Tensor, rows: slice | torch.Tensor, first_id: int) -> None:
         """Hide the tokens in a slice of the vocabulary, of some rows: their logits become ``-inf``."""
@@ -107,7 +106,11 @@ class Products:
 
 
 class TiledProducts(Products):
-    """Products into a tile, and a pass over it. The shift is subtracted inside the product."""
+    """Products into a tile, and a pass over it.
+
+    In 16 bits the shift is subtracted inside the product, before it is rounded. In float32 the pass does
+    that, and writes nothing: a tile is beyond the second cache, so every access counts.
+    """
 
     outweighs = 4.0
 
@@ -130,7 +133,8 @@ class TiledProducts(Products):
         self._reduce = reducer(dtype)
 
     def _begin(self, shift_N: torch.Tensor) -> None:
-        self._tile[: self._num_rows] = -shift_N[:, None]  # as the pass over a slice leaves it for the next
+        if self.dtype != torch.float32:
+            self._tile[: self._num_rows] = -shift_N[:, None]  # as the pass leaves it for the next slice
 
     def _sum_slice(
         self, columns: slice, shift_N: torch.Tensor, masses_N: torch.Tensor, moments_N: torch.Tensor | None
@@ -138,10 +142,14 @@ class TiledProducts(Products):
         # The last slice is as wide as the others, so it begins among columns that are done.
         first = columns.stop - self.width
         weight = _widened(self._weight[first : columns.stop], self.dtype)
-        self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
         logits = self._tile[: self._num_rows, columns.start - first :]
-        self._left_out.hide(logits, columns.start)
-        self._reduce(logits, shift_N, masses_N, self._best, columns.start, moments_N)
+        if self.dtype == torch.float32:
+            torch.mm(self._hidden, weight.T, out=self._tile)
+            self._left_out.hide(logits, columns.start, math.copysign(torch.inf, -self._scale2))
+        else:
+            self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
+            self._left_out.hide(logits, columns.start, HIDDEN_LOGIT)
+        self._reduce(logits, self._scale2, shift_N, masses_N, self._best, columns.start, moments_N)
 
 
 class AmxProducts(Products):
@@ -248,5 +256,4 @@ def _widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
     if dtype != torch.float32:
         return height_of(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
-    width = _FLOAT32_WIDTH_OF_FEW if num_rows <= 1024 else _FLOAT32_WIDTH
-    return num_rows, min(vocab_size, width, max(64, _MAX_WIDENED // hidden_size))
+    return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))

@@ -1,7 +1,7 @@
-// Runs after the LM head's product on a CPU: one pass over a tile of logits. It also computes the logits of
-// single tokens.
+// Runs after the LM head's product on a CPU: one pass over a tile. It also computes the logits of single tokens.
 //
-// The logits of a tile are in base 2, minus the row's shift; see kernel.py.
+// A tile in bfloat16 holds x, the logits in base 2 minus the row's shift (see kernel.py), because a rounded product has
+// too few digits to subtract from. A tile in float holds products, and x = scale2 * product - shift.
 
 #include <algorithm>
 #include <cstdint>
@@ -64,10 +64,10 @@ struct Sums {
     float mass, moment;
 };
 
-// Returns the sums of a row, and fills the row for the next product. Without kMoment the moment is 0.
+// Returns the sums of a row, and fills the row with -shift for the next product. Without kMoment the moment is 0.
 template <bool kMoment>
-inline Sums sum_row(bfloat16* row, int64_t num_columns, float fill) {
-    const bfloat16 narrow_fill = narrow(fill);
+inline Sums sum_row(bfloat16* row, int64_t num_columns, float, float shift) {
+    const bfloat16 narrow_fill = narrow(-shift);
     float low = 0.0f, high = 0.0f, low_moment = 0.0f, high_moment = 0.0f;
     const auto take_one = [&](int64_t i) {
         const float x = widen(row[i]), power = power_of_two<bfloat16>(x);
@@ -97,35 +97,40 @@ inline Sums sum_row(bfloat16* row, int64_t num_columns, float fill) {
     return {low + high, low_moment + high_moment};
 }
 
+// The row stays as it is. A product of -inf is a token that is left out.
 template <bool kMoment>
-inline Sums sum_row(float* row, int64_t num_columns, float fill) {
+inline Sums sum_row(const float* row, int64_t num_columns, float scale2, float shift) {
     float mass = 0.0f, moment = 0.0f;
 #pragma omp simd reduction(+ : mass, moment)
     for (int64_t i = 0; i < num_columns; i++) {
-        const float x = row[i], power = power_of_two<float>(x);
+        const float own = scale2 * row[i] - shift;
+        const float x = own < -127.0f ? -127.0f : own;  // smaller ones change no sum; NaN stays
+        const float power = power_of_two<float>(x);
         mass += power;
         if constexpr (kMoment) moment += power * x;
-        row[i] = fill;
     }
     return {mass, moment};
 }
 
-// Adds the tokens of a row: logits in base 2, minus the shift.
+inline float logit2(bfloat16 x, float, float shift) { return widen(x) + shift; }
+inline float logit2(float product, float scale2, float) { return scale2 * product; }
+
+// Adds the tokens of a row.
 template <typename T>
-void add(Best best, const T* row, int64_t num_columns, float shift, int64_t first_id) {
+void add(Best best, const T* row, int64_t num_columns, float scale2, float shift, int64_t first_id) {
     constexpr int64_t kBlock = 128;
     for (int64_t low = 0; low < num_columns; low += kBlock) {
         const int64_t high = std::min(low + kBlock, num_columns);
-        const float bound = best.values[0] - shift;
+        const float bound = best.values[0];
         float top = bound;
 #pragma omp simd reduction(max : top)
         for (int64_t i = low; i < high; i++) {
-            const float x = widen(row[i]);
-            top = x > top ? x : top;
+            const float value = logit2(row[i], scale2, shift);
+            top = value > top ? value : top;
         }
         if (!(top > bound)) continue;
         for (int64_t i = low; i < high; i++) {
-            const float value = widen(row[i]) + shift;
+            const float value = logit2(row[i], scale2, shift);
             if (value > best.values[0]) best.replace_worst(value, first_id + i);
         }
     }
@@ -133,7 +138,7 @@ void add(Best best, const T* row, int64_t num_columns, float shift, int64_t firs
 
 // Each thread goes from its last row to its first: the product has left the last rows in the core's cache.
 template <bool kMoment, typename T>
-void reduce(T* tile, int64_t stride, const float* shift, float* masses, float* moments, int64_t num_rows,
+void reduce(T* tile, int64_t stride, float scale2, const float* shift, float* masses, float* moments, int64_t num_rows,
             int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id) {
 #pragma omp parallel
     {
@@ -142,9 +147,10 @@ void reduce(T* tile, int64_t stride, const float* shift, float* masses, float* m
         for (int64_t n = end - 1; n >= first; n--) {
             T* row = tile + n * stride;
             if (num_best) {
-                add({best_values + n * num_best, best_ids + n * num_best, num_best}, row, num_columns, shift[n], first_id);
+                const Best best{best_values + n * num_best, best_ids + n * num_best, num_best};
+                add(best, row, num_columns, scale2, shift[n], first_id);
             }
-            const Sums sums = sum_row<kMoment>(row, num_columns, -shift[n]);
+            const Sums sums = sum_row<kMoment>(row, num_columns, scale2, shift[n]);
             masses[n] = sums.mass;
             if constexpr (kMoment) moments[n] = sums.moment;
         }
@@ -168,14 +174,15 @@ void token_logits(const T* hidden, const T* weight, const int64_t* ids, double* 
 
 }  // namespace
 
-// tile: rows of num_columns logits in base 2, minus shift, `stride` apart; is filled with -shift. shift, masses, moments:
-// [num_rows]; moments may be null. best_values, best_ids: [num_rows, num_best], or num_best = 0.
+// tile: num_rows rows of num_columns, `stride` apart. shift, masses, moments: [num_rows]; moments may be null.
+// best_values, best_ids: [num_rows, num_best], or num_best = 0.
 #define REDUCE(NAME, T)                                                                                                  \
-    extern "C" void NAME(T* tile, int64_t stride, const float* shift, float* masses, float* moments, int64_t num_rows,   \
-                         int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best,                   \
+    extern "C" void NAME(T* tile, int64_t stride, float scale2, const float* shift, float* masses, float* moments,       \
+                         int64_t num_rows, int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best, \
                          int64_t first_id) {                                                                             \
         const auto run = moments ? reduce<true, T> : reduce<false, T>;                                                   \
-        run(tile, stride, shift, masses, moments, num_rows, num_columns, best_values, best_ids, num_best, first_id);     \
+        run(tile, stride, scale2, shift, masses, moments, num_rows, num_columns, best_values, best_ids, num_best,        \
+            first_id);                                                                                                   \
     }
 REDUCE(reduce_bfloat16, bfloat16)
 REDUCE(reduce_float32, float)

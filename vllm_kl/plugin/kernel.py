@@ -334,10 +334,9 @@ def _first_columns(
         largest = logits.amax(1)
         is_any = largest != -torch.inf  # else there is one column, and it is hidden
         shift[rows] = _representable(largest.where(is_any, 0), dtype)
-        logits = logits.sub_(shift[rows, None]).clamp_min_(HIDDEN_LOGIT)
         sums, moments = torch.empty(2, len(logits), dtype=torch.float32)
         of_rows = None if best is None else best[rows]
-        reduce(logits, shift[rows], sums, of_rows, 0, moments if with_moment else None)
+        reduce(logits, 1.0, shift[rows], sums, of_rows, 0, moments if with_moment else None)
         mass[rows] = sums.where(is_any, 0).double()
         if with_moment:
             moment[rows] = moments.where(is_any, 0).double()
