@@ -280,6 +280,7 @@ def test_the_compiled_pass_over_a_tile_is_faster_than_pytorchs_operations(dtype,
     assert ratio_of_seconds(lambda: reduce(*call), lambda: cpu_loops._reduce(*call)) < 0.5
 
 
+# Not needs_amx of tests/amx.py, which also skips where amx.cpp does not compile.
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no AMX")
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler: install g++")
 def test_amx_multiplies_and_sums_faster_than_pytorch_multiplies():
