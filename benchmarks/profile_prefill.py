@@ -102,7 +102,7 @@ class Sizes(NamedTuple):
     hidden: int
     layers: int
     width: int  # of attention: heads times their size
-    logit_bytes: int  # that the pass reads and writes of a logit in a tile; 0: there is no tile
+    logit_bytes: int  # that the pass reads and writes of a logit; 0: there is no tile
 
 
 def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:

@@ -112,7 +112,7 @@ def test_the_bound_of_the_layers_is_that_of_the_tokens_that_the_engine_computed(
     assert bounds["model", "products"] == 2 * body * 128 / 1e9
     assert bounds["model", "attention"] == 4 * 2 * 64 * (64 * 64 / 2 + 2 * (64 * 16 + 16 * 16 / 2)) / 1e9
     assert bounds["LM head", "products"] == 2 * 64 * 1000 * 32 / 1e9
-    assert bounds["LM head", "Python"] == 2 * 4 * 1000 * 32 / 1e8
+    assert bounds["LM head", "Python"] == 4 * 1000 * 32 / 1e8  # the pass only reads
 
 
 @pytest.mark.nightly

@@ -422,8 +422,16 @@ class TestModelHead:
         torch.testing.assert_close(values[:, -1].double(), torch.tensor(want).double(), rtol=0, atol=5e-6)
 
 
+def pass_over(dtype, scale2=1.0):
+    """Return the pass over a tile that products in a dtype are followed by."""
+    passes = cpu_loops.passes(dtype)
+    if dtype != torch.float32:
+        return passes.over_shifted
+    return lambda tile, *args: passes.over_products(tile, scale2, *args)
+
+
 @pytest.mark.usefixtures("loops")
-class TestReduceSlice:
+class TestPasses:
     @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 4e-6), (torch.float32, 6e-7)])
     def test_sums_and_fills_any_number_of_rows_and_columns(self, dtype, rtol):
         for num_rows in (1, 2, 3, 64, 77):
@@ -436,13 +444,14 @@ class TestReduceSlice:
                     if is_product := dtype == torch.float32:
                         shift = part.amax(1).mul(0.25).round()
                         x = 0.25 * x - shift[:, None].double()
+                    sum_up = pass_over(dtype, scale2=0.25)
                     want, want_moments = x.exp2().sum(1), (x * x.exp2()).sum(1)
                     sizes = (x * x.exp2()).abs().sum(1)
                     sums, moments = torch.empty(2, num_rows)
-                    cpu_loops.reducer(dtype)(part.clone(), 0.25, shift, sums, None, 0, moments)
+                    sum_up(part.clone(), shift, sums, None, 0, moments)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
                     assert ((moments.double() - want_moments).abs() <= rtol * sizes).all()
-                    cpu_loops.reducer(dtype)(part, 0.25, shift, sums, None, 0)
+                    sum_up(part, shift, sums, None, 0)
                     torch.testing.assert_close(sums.double(), want, rtol=rtol, atol=0)
                     left = before[:, skipped:].float() if is_product else -shift[:, None].expand_as(part)
                     assert torch.equal(part.float(), left)
@@ -453,7 +462,7 @@ class TestReduceSlice:
         tile = torch.zeros(6, 64, dtype=dtype)
         tile[0, 3], tile[1, 4], tile[2, 5], tile[3, 6], tile[4, 7] = torch.nan, torch.inf, 1e30, 200, -1e30
         sums = torch.empty(6)
-        cpu_loops.reducer(dtype)(tile, 1.0, torch.zeros(6), sums, None, 0)
+        pass_over(dtype)(tile, torch.zeros(6), sums, None, 0)
         assert not (sums[:4] < 1e38).any()
         torch.testing.assert_close(sums[4:], torch.tensor([63.0, 64.0]))
 
@@ -463,7 +472,7 @@ class TestReduceSlice:
         best, shift = Best.of(77, 9, logits.device), torch.arange(77.0) - 30
         for low in range(0, 1000, 300):
             part = logits[:, low : low + 300].clone()
-            cpu_loops.reducer(dtype)(part, 0.5, shift, torch.empty(77), best, low)
+            pass_over(dtype, scale2=0.5)(part, shift, torch.empty(77), best, low)
         values, order = best.values.sort(descending=True, stable=True)
         want = logits.float().topk(9).values
         assert torch.equal(values, 0.5 * want if dtype == torch.float32 else want + shift[:, None])

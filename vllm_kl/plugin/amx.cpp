@@ -239,7 +239,7 @@ void walk(const Call& call, Range blocks, Range panels, float* masses, float* mo
 // H bfloat16, `stride` apart. H is a multiple of 32. shift, left_out, masses, moments: [num_rows]. best_values, best_ids:
 // [num_rows, num_best], or num_best = 0; they get the best tokens, with scale2 * logit.
 extern "C" void product_sums(const std::uint32_t* hidden, const bfloat16* weight, int64_t stride, int64_t hidden_size,
-                             float scale2, const float* shift, const int64_t* left_out, float* masses, float* moments,
+                             float scale2, const int64_t* left_out, const float* shift, float* masses, float* moments,
                              int64_t num_rows, float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id,
                              int64_t num_tokens) {
     const int64_t num_blocks = (num_rows + kBlock - 1) / kBlock, num_panels = (num_tokens + kBlock - 1) / kBlock;

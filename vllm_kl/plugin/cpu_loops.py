@@ -14,8 +14,9 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import vllm.envs
@@ -40,30 +41,36 @@ _AMX_SIDE, _AMX_DEPTH = 16, 32
 _LEAST = -1024.0
 
 
-Reduce = Callable[..., None]
+class Passes(NamedTuple):
+    """The passes over a tile of logits ``[N, S]``, whose rows need not be contiguous.
 
+    Both write the sum of ``2 ** x`` over each row, where x is a logit in base 2, minus the row's shift. Their
+    last arguments are the same:
 
-def reducer(dtype: torch.dtype) -> Reduce:
-    """Return the function ``reduce(tile_N_S, scale2, shift_N, masses_N, best, first_id, moments_N=None)``.
-
-    It is for products in ``dtype``. It writes the sum of ``2 ** x`` over each row, where x is a logit in base
-    2, minus the row's shift.
-
-    - ``tile_N_S``: ``dtype`` or float32. In float32 it holds the products, and ``x = scale2 * tile - shift``;
-      a product of a token that is left out is ``-inf``, after the scale. In 16 bits it holds x, and is filled
-      with ``-shift`` for the next product. The rows need not be contiguous.
-    - ``scale2``: factor of a product, for base 2.
-    - ``shift_N``: float32, whole numbers that ``dtype`` holds.
+    - ``shift_N``: float32, whole numbers that the products' dtype holds.
     - ``masses_N``: float32, gets the sums.
-    - ``best``: gets the best tokens of the slice; or ``None``. A walk over the vocabulary must use one
-      reducer only, because each keeps the candidates in its own order.
+    - ``best``: gets the best tokens of the slice; or ``None``.
     - ``first_id``: the id of the slice's first token.
     - ``moments_N``: float32, gets the sums of ``x * 2 ** x``; ``None``: they are not computed.
     """
-    return _reduce_compiled if dtype in _NAME_OF and _library()[0] is not None else _reduce
+
+    # (tile, scale2, shift_N, ...): float32 products, x = scale2 * tile - shift. A product that is -inf after
+    # the scale is a token that is left out. The tile stays as it is.
+    over_products: Callable[..., None]
+    # (tile, shift_N, ...): x in 16 bits or float32. The pass leaves -shift, which the next product adds to.
+    over_shifted: Callable[..., None]
 
 
-def _reduce_compiled(
+def passes(dtype: torch.dtype) -> Passes:
+    """Return the passes of a walk over the vocabulary whose products have a dtype.
+
+    A walk must use those of one dtype only: compiled passes and those by PyTorch keep the best tokens in
+    orders of their own.
+    """
+    return _COMPILED if dtype in _NAME_OF and _library()[0] is not None else _BY_PYTORCH
+
+
+def _over_products(
     tile_N_S: torch.Tensor,
     scale2: float,
     shift_N: torch.Tensor,
@@ -72,50 +79,86 @@ def _reduce_compiled(
     first_id: int,
     moments_N: torch.Tensor | None = None,
 ) -> None:
+    for rows in _few_rows(tile_N_S):
+        logits = tile_N_S[rows] * scale2
+        if best is not None:
+            best[rows].add(logits, torch.zeros_like(shift_N[rows]), first_id)
+        logits -= shift_N[rows, None]
+        _sum_powers(logits, masses_N[rows], None if moments_N is None else moments_N[rows])
+
+
+def _over_shifted(
+    tile_N_S: torch.Tensor,
+    shift_N: torch.Tensor,
+    masses_N: torch.Tensor,
+    best: Best | None,
+    first_id: int,
+    moments_N: torch.Tensor | None = None,
+) -> None:
+    for rows in _few_rows(tile_N_S):
+        logits = tile_N_S[rows].float()
+        if best is not None:
+            best[rows].add(logits, shift_N[rows], first_id)
+        _sum_powers(logits, masses_N[rows], None if moments_N is None else moments_N[rows])
+        tile_N_S[rows] = -shift_N[rows, None]
+
+
+def _few_rows(tile_N_S: torch.Tensor) -> Iterator[slice]:
+    return (slice(low, low + _ROWS) for low in range(0, len(tile_N_S), _ROWS))
+
+
+def _sum_powers(logits: torch.Tensor, masses: torch.Tensor, moments: torch.Tensor | None) -> None:
+    powers = logits.exp2_() if moments is None else logits.exp2()
+    torch.sum(powers, 1, out=masses)
+    if moments is not None:
+        # The hidden token's logit is -inf in float16, and 0 * -inf is NaN.
+        torch.sum(powers.mul_(logits.clamp_min_(_LEAST)), 1, out=moments)
+
+
+def _compiled_over_products(
+    tile_N_S: torch.Tensor,
+    scale2: float,
+    shift_N: torch.Tensor,
+    masses_N: torch.Tensor,
+    best: Best | None,
+    first_id: int,
+    moments_N: torch.Tensor | None = None,
+) -> None:
+    assert tile_N_S.dtype == torch.float32
+    function = _library()[0].sum_products
+    function(*_rows(tile_N_S), scale2, *_sums(shift_N, masses_N, moments_N), *_found(best), first_id)
+
+
+def _compiled_over_shifted(
+    tile_N_S: torch.Tensor,
+    shift_N: torch.Tensor,
+    masses_N: torch.Tensor,
+    best: Best | None,
+    first_id: int,
+    moments_N: torch.Tensor | None = None,
+) -> None:
+    assert tile_N_S.dtype == torch.bfloat16
+    function = _library()[0].sum_shifted
+    function(*_rows(tile_N_S), *_sums(shift_N, masses_N, moments_N), *_found(best), first_id)
+
+
+def _rows(tile_N_S: torch.Tensor) -> tuple[int, int, int, int]:
+    """Return the arguments of a compiled pass that tell its tile."""
+    assert tile_N_S.stride(1) == 1
+    return tile_N_S.data_ptr(), tile_N_S.stride(0), *tile_N_S.shape
+
+
+def _sums(
+    shift_N: torch.Tensor, masses_N: torch.Tensor, moments_N: torch.Tensor | None
+) -> tuple[int, int, int | None]:
+    """Return the arguments of a compiled loop that tell the shifts and the sums."""
     assert shift_N.dtype == masses_N.dtype == torch.float32
     assert moments_N is None or moments_N.dtype == torch.float32
-    assert tile_N_S.stride(1) == 1
-    num_rows, num_columns = tile_N_S.shape
-    getattr(_library()[0], f"reduce_{_NAME_OF[tile_N_S.dtype]}")(
-        *(
-            tile_N_S.data_ptr(),
-            tile_N_S.stride(0),
-            scale2,
-            shift_N.data_ptr(),
-            masses_N.data_ptr(),
-            None if moments_N is None else moments_N.data_ptr(),
-            num_rows,
-            num_columns,
-        ),
-        *(*_found(best), first_id),
-    )
+    return shift_N.data_ptr(), masses_N.data_ptr(), None if moments_N is None else moments_N.data_ptr()
 
 
-def _reduce(
-    tile_N_S: torch.Tensor,
-    scale2: float,
-    shift_N: torch.Tensor,
-    masses_N: torch.Tensor,
-    best: Best | None,
-    first_id: int,
-    moments_N: torch.Tensor | None = None,
-) -> None:
-    for low in range(0, len(tile_N_S), _ROWS):
-        rows = slice(low, low + _ROWS)
-        tile, shift = tile_N_S[rows], shift_N[rows]
-        is_product = tile.dtype == torch.float32
-        logits = tile * scale2 if is_product else tile.float()
-        if best is not None:
-            best[rows].add(logits, torch.zeros_like(shift) if is_product else shift, first_id)
-        if is_product:
-            logits -= shift[:, None]
-        powers = logits.exp2_() if moments_N is None else logits.exp2()
-        torch.sum(powers, 1, out=masses_N[rows])
-        if moments_N is not None:
-            # The hidden token's logit is -inf in float16, and 0 * -inf is NaN.
-            torch.sum(powers.mul_(logits.clamp_min_(_LEAST)), 1, out=moments_N[rows])
-        if not is_product:
-            tile_N_S[rows] = -shift[:, None]
+_COMPILED = Passes(_compiled_over_products, _compiled_over_shifted)
+_BY_PYTORCH = Passes(_over_products, _over_shifted)
 
 
 def token_logits(hidden_N_H: torch.Tensor, weight_V_H: torch.Tensor, ids_N_K: torch.Tensor) -> torch.Tensor:
@@ -176,7 +219,7 @@ def product_sums(
     first_id: int,
     moments_N: torch.Tensor | None = None,
 ) -> None:
-    """Multiply hidden states with a slice of the weights by AMX, and sum as :func:`reducer` tells.
+    """Multiply hidden states with a slice of the weights by AMX, and sum as :class:`Passes` do.
 
     The logits are float32, and in no tensor.
 
@@ -194,15 +237,11 @@ def product_sums(
     assert pairs_N_H.dtype == weight_S_H.dtype == torch.bfloat16
     assert pairs_N_H.is_contiguous()
     assert weight_S_H.stride(1) == 1
-    assert shift_N.dtype == masses_N.dtype == torch.float32
     assert left_out_N.dtype == torch.int64
-    assert moments_N is None or moments_N.dtype == torch.float32
     _amx_library()[0].product_sums(
         *(pairs_N_H.data_ptr(), weight_S_H.data_ptr(), weight_S_H.stride(0), weight_S_H.shape[1], scale2),
-        *(shift_N.data_ptr(), left_out_N.data_ptr(), masses_N.data_ptr()),
-        *(None if moments_N is None else moments_N.data_ptr(), len(masses_N)),
-        *_found(best),
-        *(first_id, len(weight_S_H)),
+        *(left_out_N.data_ptr(), *_sums(shift_N, masses_N, moments_N), len(masses_N)),
+        *(*_found(best), first_id, len(weight_S_H)),
     )
 
 
@@ -226,15 +265,13 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         costs = "LM heads take up to twice as long without a C++ compiler (c++, or the one in CXX)"
         return None, f"{costs}: {reason}"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    tile, sums, best = [pointer, *[number] * 3], [pointer] * 3, [pointer, pointer, number]
+    library.sum_products.argtypes = [*tile, ctypes.c_float, *sums, *best, number]
+    library.sum_shifted.argtypes = [*tile, *sums, *best, number]
+    library.sum_products.restype = library.sum_shifted.restype = None
     for name in _NAME_OF.values():
-        reduce, logits = getattr(library, f"reduce_{name}"), getattr(library, f"token_logits_{name}")
-        reduce.argtypes = [
-            *[pointer, number, ctypes.c_float, pointer, pointer, pointer],
-            *[number, number],
-            *[pointer, pointer, number, number],
-        ]
-        logits.argtypes = [*[pointer] * 4, *[number] * 3]
-        reduce.restype = logits.restype = None
+        logits = getattr(library, f"token_logits_{name}")
+        logits.argtypes, logits.restype = [*[pointer] * 4, *[number] * 3], None
     return library, ""
 
 
@@ -252,8 +289,7 @@ def _amx_library() -> tuple[ctypes.CDLL | None, str]:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.product_sums.argtypes = [
         *[pointer, pointer, number, number, ctypes.c_float],
-        *[pointer, pointer, pointer],
-        *[pointer, number],
+        *[pointer, *[pointer] * 3, number],
         *[pointer, pointer, number],
         *[number, number],
     ]

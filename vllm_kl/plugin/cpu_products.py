@@ -14,11 +14,12 @@ import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from vllm_kl.plugin.best_tokens import Best
-from vllm_kl.plugin.cpu_loops import amx_works, in_pairs, product_sums, reducer
+from vllm_kl.plugin.cpu_loops import amx_works, in_pairs, passes, product_sums
 
 # Heights of the tiles of 16-bit products.
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
@@ -49,12 +50,12 @@ class LeftOut:
         tokens, rows = self.by_row.sort()
         return tokens.tolist(), tokens, rows
 
-    def hide(self, logits_N_S: torch.Tensor, first_id: int, hidden: float) -> None:
-        """Hide the tokens in a slice of the vocabulary, of all rows: their logits become ``hidden``."""
+    def hide(self, products_N_S: torch.Tensor, first_id: int, hidden: float) -> None:
+        """Hide the tokens in a slice of the vocabulary, of all rows: their products become ``hidden``."""
         in_order, tokens, rows = self._by_token
-        low, high = (bisect.bisect_left(in_order, n) for n in (first_id, first_id + logits_N_S.shape[1]))
+        low, high = (bisect.bisect_left(in_order, n) for n in (first_id, first_id + products_N_S.shape[1]))
         if low < high:
-            logits_N_S[rows[low:high], tokens[low:high] - first_id] = hidden
+            products_N_S[rows[low:high], tokens[low:high] - first_id] = hidden
 
     def hide_in_rows(self, logits_M_S: torch.Tensor, rows: slice | torch.Tensor, first_id: int) -> None:
         """Hide the tokens in a slice of the vocabulary, of some rows: their logits become ``-inf``."""
@@ -106,13 +107,10 @@ class Products:
 
 
 class TiledProducts(Products):
-    """Products into a tile, and a pass over it.
-
-    In 16 bits the shift is subtracted inside the product, before it is rounded. In float32 the pass does
-    that, and writes nothing: a tile is beyond the second cache, so every access counts.
-    """
+    """Products into a tile, and a pass over it."""
 
     outweighs = 4.0
+    _hidden_product: float  # that hides a token from the pass
 
     def __init__(
         self,
@@ -125,31 +123,77 @@ class TiledProducts(Products):
     ) -> None:
         super().__init__(weight, scale2, left_out, best)
         self.dtype = dtype
-        height, self.width = _tile_shape(len(hidden), len(weight), hidden.shape[1], dtype)
+        height, self.width = self._tile_shape(len(hidden), *weight.shape)
         self._num_rows = len(hidden)
         self._hidden = _padded(hidden, height, dtype)
         self._tile = workspace("tile", (height, self.width), dtype)
-        self._tile[self._num_rows :] = 0
-        self._reduce = reducer(dtype)
+        self._passes = passes(dtype)
 
-    def _begin(self, shift_N: torch.Tensor) -> None:
-        if self.dtype != torch.float32:
-            self._tile[: self._num_rows] = -shift_N[:, None]  # as the pass leaves it for the next slice
+    @staticmethod
+    def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
+        raise NotImplementedError
 
     def _sum_slice(
         self, columns: slice, shift_N: torch.Tensor, masses_N: torch.Tensor, moments_N: torch.Tensor | None
     ) -> None:
         # The last slice is as wide as the others, so it begins among columns that are done.
         first = columns.stop - self.width
-        weight = _widened(self._weight[first : columns.stop], self.dtype)
+        self._multiply(_widened(self._weight[first : columns.stop], self.dtype))
         logits = self._tile[: self._num_rows, columns.start - first :]
-        if self.dtype == torch.float32:
-            torch.mm(self._hidden, weight.T, out=self._tile)
-            self._left_out.hide(logits, columns.start, math.copysign(torch.inf, -self._scale2))
-        else:
-            self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
-            self._left_out.hide(logits, columns.start, HIDDEN_LOGIT)
-        self._reduce(logits, self._scale2, shift_N, masses_N, self._best, columns.start, moments_N)
+        self._left_out.hide(logits, columns.start, self._hidden_product)
+        self._pass_over(logits, shift_N, masses_N, self._best, columns.start, moments_N)
+
+    def _multiply(self, weight: torch.Tensor) -> None:
+        """Multiply the hidden rows with a slice of the weights."""
+        raise NotImplementedError
+
+    def _pass_over(self, logits: torch.Tensor, *args: Any) -> None:
+        """Sum over a part of the tile."""
+        raise NotImplementedError
+
+
+class Float32Products(TiledProducts):
+    """Products in float32, whose pass subtracts the shift and writes nothing.
+
+    A tile is beyond the second cache, so every access counts.
+    """
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, scale2: float, left_out: LeftOut, best: Best | None
+    ) -> None:
+        super().__init__(hidden, weight, scale2, left_out, best, torch.float32)
+        self._hidden_product = math.copysign(torch.inf, -scale2)
+
+    @staticmethod
+    def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
+        return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))
+
+    def _multiply(self, weight: torch.Tensor) -> None:
+        torch.mm(self._hidden, weight.T, out=self._tile)
+
+    def _pass_over(self, logits: torch.Tensor, *args: Any) -> None:
+        self._passes.over_products(logits, self._scale2, *args)
+
+
+class ShiftedProducts(TiledProducts):
+    """Products in 16 bits: the shift is subtracted inside the product, before it is rounded."""
+
+    _hidden_product = HIDDEN_LOGIT
+
+    @staticmethod
+    def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
+        return height_of(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
+
+    def _begin(self, shift_N: torch.Tensor) -> None:
+        # As the pass leaves it for the next slice. Rows that pad are computed, too.
+        self._tile[: self._num_rows] = -shift_N[:, None]
+        self._tile[self._num_rows :] = 0
+
+    def _multiply(self, weight: torch.Tensor) -> None:
+        self._tile.addmm_(self._hidden, weight.T, alpha=self._scale2)
+
+    def _pass_over(self, logits: torch.Tensor, *args: Any) -> None:
+        self._passes.over_shifted(logits, *args)
 
 
 class AmxProducts(Products):
@@ -251,9 +295,3 @@ def _padded(hidden: torch.Tensor, height: int, dtype: torch.dtype) -> torch.Tens
 
 def _widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight if weight.dtype == dtype else workspace("weight", tuple(weight.shape), dtype).copy_(weight)
-
-
-def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    if dtype != torch.float32:
-        return height_of(num_rows), min(vocab_size, 2048 if num_rows <= 1024 else 1024)
-    return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))

@@ -1,7 +1,7 @@
 // Runs after the LM head's product on a CPU: one pass over a tile. It also computes the logits of single tokens.
 //
-// A tile in bfloat16 holds x, the logits in base 2 minus the row's shift (see kernel.py), because a rounded product has
-// too few digits to subtract from. A tile in float holds products, and x = scale2 * product - shift.
+// A tile in bfloat16 is shifted: it holds x, the logits in base 2 minus the row's shift (see kernel.py), because a
+// rounded product has too few digits to subtract from. A tile in float holds products, and x = scale2 * product - shift.
 
 #include <algorithm>
 #include <cstdint>
@@ -64,60 +64,74 @@ struct Sums {
     float mass, moment;
 };
 
-// Returns the sums of a row, and fills the row with -shift for the next product. Without kMoment the moment is 0.
-template <bool kMoment>
-inline Sums sum_row(bfloat16* row, int64_t num_columns, float, float shift) {
-    const bfloat16 narrow_fill = narrow(-shift);
-    float low = 0.0f, high = 0.0f, low_moment = 0.0f, high_moment = 0.0f;
-    const auto take_one = [&](int64_t i) {
-        const float x = widen(row[i]), power = power_of_two<bfloat16>(x);
-        low += power;
-        if constexpr (kMoment) low_moment += power * x;
-        row[i] = narrow_fill;
-    };
-    // Two numbers in a word are cheaper to widen.
-    const int64_t start = reinterpret_cast<std::uintptr_t>(row) % 4 != 0, num_pairs = (num_columns - start) / 2;
-    if (start) take_one(0);
-    if (start + 2 * num_pairs < num_columns) take_one(num_columns - 1);
-    auto* pairs = reinterpret_cast<std::uint32_t*>(row + start);
-    const std::uint32_t fill_pair = narrow_fill * 0x10001u;
+// A row of a shifted tile.
+struct ShiftedRow {
+    bfloat16* row;
+    float shift;
+
+    float logit2(int64_t i) const { return widen(row[i]) + shift; }
+
+    // Returns the sums, and fills the row with -shift for the next product. Without kMoment the moment is 0.
+    template <bool kMoment>
+    Sums sum(int64_t num_columns) const {
+        const bfloat16 narrow_fill = narrow(-shift);
+        float low = 0.0f, high = 0.0f, low_moment = 0.0f, high_moment = 0.0f;
+        const auto take_one = [&](int64_t i) {
+            const float x = widen(row[i]), power = power_of_two<bfloat16>(x);
+            low += power;
+            if constexpr (kMoment) low_moment += power * x;
+            row[i] = narrow_fill;
+        };
+        // Two numbers in a word are cheaper to widen.
+        const int64_t start = reinterpret_cast<std::uintptr_t>(row) % 4 != 0, num_pairs = (num_columns - start) / 2;
+        if (start) take_one(0);
+        if (start + 2 * num_pairs < num_columns) take_one(num_columns - 1);
+        auto* pairs = reinterpret_cast<std::uint32_t*>(row + start);
+        const std::uint32_t fill_pair = narrow_fill * 0x10001u;
 #pragma omp simd reduction(+ : low, high, low_moment, high_moment)
-    for (int64_t i = 0; i < num_pairs; i++) {
-        const std::uint32_t pair = pairs[i];
-        const float x = from_bits(pair << 16), y = from_bits(pair & 0xffff0000u);
-        const float power_x = power_of_two<bfloat16>(x), power_y = power_of_two<bfloat16>(y);
-        low += power_x;
-        high += power_y;
-        if constexpr (kMoment) {
-            low_moment += power_x * x;
-            high_moment += power_y * y;
+        for (int64_t i = 0; i < num_pairs; i++) {
+            const std::uint32_t pair = pairs[i];
+            const float x = from_bits(pair << 16), y = from_bits(pair & 0xffff0000u);
+            const float power_x = power_of_two<bfloat16>(x), power_y = power_of_two<bfloat16>(y);
+            low += power_x;
+            high += power_y;
+            if constexpr (kMoment) {
+                low_moment += power_x * x;
+                high_moment += power_y * y;
+            }
+            pairs[i] = fill_pair;
         }
-        pairs[i] = fill_pair;
+        return {low + high, low_moment + high_moment};
     }
-    return {low + high, low_moment + high_moment};
-}
+};
 
-// The row stays as it is. A product of -inf is a token that is left out.
-template <bool kMoment>
-inline Sums sum_row(const float* row, int64_t num_columns, float scale2, float shift) {
-    float mass = 0.0f, moment = 0.0f;
+// A row of products. The token of a product that is -inf is left out.
+struct ProductRow {
+    const float* row;
+    float scale2, shift;
+
+    float logit2(int64_t i) const { return scale2 * row[i]; }
+
+    // Returns the sums. Without kMoment the moment is 0.
+    template <bool kMoment>
+    Sums sum(int64_t num_columns) const {
+        const float *const products = row, scale = scale2, base = shift;
+        float mass = 0.0f, moment = 0.0f;
 #pragma omp simd reduction(+ : mass, moment)
-    for (int64_t i = 0; i < num_columns; i++) {
-        const float own = scale2 * row[i] - shift;
-        const float x = own < -127.0f ? -127.0f : own;  // smaller ones change no sum; NaN stays
-        const float power = power_of_two<float>(x);
-        mass += power;
-        if constexpr (kMoment) moment += power * x;
+        for (int64_t i = 0; i < num_columns; i++) {
+            const float own = scale * products[i] - base;
+            const float x = own < -127.0f ? -127.0f : own;  // smaller ones change no sum; NaN stays
+            const float power = power_of_two<float>(x);
+            mass += power;
+            if constexpr (kMoment) moment += power * x;
+        }
+        return {mass, moment};
     }
-    return {mass, moment};
-}
-
-inline float logit2(bfloat16 x, float, float shift) { return widen(x) + shift; }
-inline float logit2(float product, float scale2, float) { return scale2 * product; }
+};
 
 // Adds the tokens of a row.
-template <typename T>
-void add(Best best, const T* row, int64_t num_columns, float scale2, float shift, int64_t first_id) {
+template <typename Row>
+void add(Best best, const Row& row, int64_t num_columns, int64_t first_id) {
     constexpr int64_t kBlock = 128;
     for (int64_t low = 0; low < num_columns; low += kBlock) {
         const int64_t high = std::min(low + kBlock, num_columns);
@@ -125,32 +139,31 @@ void add(Best best, const T* row, int64_t num_columns, float scale2, float shift
         float top = bound;
 #pragma omp simd reduction(max : top)
         for (int64_t i = low; i < high; i++) {
-            const float value = logit2(row[i], scale2, shift);
+            const float value = row.logit2(i);
             top = value > top ? value : top;
         }
         if (!(top > bound)) continue;
         for (int64_t i = low; i < high; i++) {
-            const float value = logit2(row[i], scale2, shift);
+            const float value = row.logit2(i);
             if (value > best.values[0]) best.replace_worst(value, first_id + i);
         }
     }
 }
 
 // Each thread goes from its last row to its first: the product has left the last rows in the core's cache.
-template <bool kMoment, typename T>
-void reduce(T* tile, int64_t stride, float scale2, const float* shift, float* masses, float* moments, int64_t num_rows,
-            int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best, int64_t first_id) {
+template <bool kMoment, typename RowAt>
+void pass(RowAt row_at, int64_t num_rows, int64_t num_columns, float* masses, float* moments, float* best_values,
+          int64_t* best_ids, int64_t num_best, int64_t first_id) {
 #pragma omp parallel
     {
         const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
         const int64_t first = num_rows * thread / num_threads, end = num_rows * (thread + 1) / num_threads;
         for (int64_t n = end - 1; n >= first; n--) {
-            T* row = tile + n * stride;
+            const auto row = row_at(n);
             if (num_best) {
-                const Best best{best_values + n * num_best, best_ids + n * num_best, num_best};
-                add(best, row, num_columns, scale2, shift[n], first_id);
+                add({best_values + n * num_best, best_ids + n * num_best, num_best}, row, num_columns, first_id);
             }
-            const Sums sums = sum_row<kMoment>(row, num_columns, scale2, shift[n]);
+            const Sums sums = row.template sum<kMoment>(num_columns);
             masses[n] = sums.mass;
             if constexpr (kMoment) moments[n] = sums.moment;
         }
@@ -176,16 +189,21 @@ void token_logits(const T* hidden, const T* weight, const int64_t* ids, double* 
 
 // tile: num_rows rows of num_columns, `stride` apart. shift, masses, moments: [num_rows]; moments may be null.
 // best_values, best_ids: [num_rows, num_best], or num_best = 0.
-#define REDUCE(NAME, T)                                                                                                  \
-    extern "C" void NAME(T* tile, int64_t stride, float scale2, const float* shift, float* masses, float* moments,       \
-                         int64_t num_rows, int64_t num_columns, float* best_values, int64_t* best_ids, int64_t num_best, \
-                         int64_t first_id) {                                                                             \
-        const auto run = moments ? reduce<true, T> : reduce<false, T>;                                                   \
-        run(tile, stride, scale2, shift, masses, moments, num_rows, num_columns, best_values, best_ids, num_best,        \
-            first_id);                                                                                                   \
-    }
-REDUCE(reduce_bfloat16, bfloat16)
-REDUCE(reduce_float32, float)
+extern "C" void sum_products(const float* tile, int64_t stride, int64_t num_rows, int64_t num_columns, float scale2,
+                             const float* shift, float* masses, float* moments, float* best_values, int64_t* best_ids,
+                             int64_t num_best, int64_t first_id) {
+    const auto row_at = [=](int64_t n) { return ProductRow{tile + n * stride, scale2, shift[n]}; };
+    const auto run = moments ? pass<true, decltype(row_at)> : pass<false, decltype(row_at)>;
+    run(row_at, num_rows, num_columns, masses, moments, best_values, best_ids, num_best, first_id);
+}
+
+extern "C" void sum_shifted(bfloat16* tile, int64_t stride, int64_t num_rows, int64_t num_columns, const float* shift,
+                            float* masses, float* moments, float* best_values, int64_t* best_ids, int64_t num_best,
+                            int64_t first_id) {
+    const auto row_at = [=](int64_t n) { return ShiftedRow{tile + n * stride, shift[n]}; };
+    const auto run = moments ? pass<true, decltype(row_at)> : pass<false, decltype(row_at)>;
+    run(row_at, num_rows, num_columns, masses, moments, best_values, best_ids, num_best, first_id);
+}
 
 // hidden: [num_rows, hidden_size]; weight: [V, hidden_size]; ids, logits: [num_rows, num_ids]. The sums are doubles.
 #define TOKEN_LOGITS(NAME, T)                                                                                            \

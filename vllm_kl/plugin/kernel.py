@@ -48,14 +48,15 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kl.plugin.best_tokens import Best
-from vllm_kl.plugin.cpu_loops import reducer, token_logits
+from vllm_kl.plugin.cpu_loops import passes, token_logits
 from vllm_kl.plugin.cpu_products import (
     HEIGHTS,
     HIDDEN_LOGIT,
     AmxProducts,
+    Float32Products,
     LeftOut,
     Products,
-    TiledProducts,
+    ShiftedProducts,
     float32_logits,
     height_of,
     product_dtype,
@@ -254,8 +255,9 @@ def _ways(
     if dtype == hidden.dtype and AmxProducts.fit(hidden, weight, best):  # not where 16 bits are widened
         yield AmxProducts(hidden, weight, scale2, tokens, best)
         return
-    yield TiledProducts(hidden, weight, scale2, tokens, best, dtype)
-    yield TiledProducts(hidden, weight, scale2, tokens, best, torch.float32)
+    if dtype != torch.float32:
+        yield ShiftedProducts(hidden, weight, scale2, tokens, best, dtype)
+    yield Float32Products(hidden, weight, scale2, tokens, best)
 
 
 def _walk_slices(
@@ -325,7 +327,7 @@ def _first_columns(
     num_exact: int,
 ) -> _Sums:
     """Return the first shift, and the sums of the first columns ``[N]`` in float64."""
-    reduce = reducer(dtype)
+    sum_up = passes(dtype).over_products
     shift = torch.empty(len(hidden), dtype=torch.float32)
     mass, moment = torch.zeros(2, len(hidden), dtype=torch.float64)
     for rows in slices_of(len(hidden), num_exact):
@@ -336,7 +338,7 @@ def _first_columns(
         shift[rows] = _representable(largest.where(is_any, 0), dtype)
         sums, moments = torch.empty(2, len(logits), dtype=torch.float32)
         of_rows = None if best is None else best[rows]
-        reduce(logits, 1.0, shift[rows], sums, of_rows, 0, moments if with_moment else None)
+        sum_up(logits, 1.0, shift[rows], sums, of_rows, 0, moments if with_moment else None)
         mass[rows] = sums.where(is_any, 0).double()
         if with_moment:
             moment[rows] = moments.where(is_any, 0).double()
