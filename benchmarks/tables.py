@@ -23,14 +23,12 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from vllm_kl.bench.models import NAMED
-from vllm_kl.bench.report import as_markdown, make_table, origin
+from vllm_kl.bench.report import as_markdown, make_table
 from vllm_kl.bench.results import read_rows
-from vllm_kl.bench.run import turns_of
-from vllm_kl.bench.tables import result_tables, title_of
+from vllm_kl.bench.tables import caption, result_tables, title_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,7 +41,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def whole(rows: Rows) -> str:
-    return "\n".join(map(as_markdown, result_tables(rows))) + "\n" + _wrapped(_origin(rows))
+    return "\n".join(map(as_markdown, result_tables(rows))) + "\n" + _wrapped(caption(rows))
 
 
 def headline(rows: Rows) -> str:
@@ -66,7 +64,7 @@ def headline(rows: Rows) -> str:
     errors = [row["max_abs_err"] for row in rows if row["max_abs_err"] is not None]
     layers = "" if rows[0]["dtype"] == "float32" else f", those of layers in {rows[0]['dtype']}"
     found = f"Errors of all ways: at most {min(errors):.1g} to {max(errors):.1g} nats{layers}."
-    return f"{as_markdown(table)}\n{_wrapped(f'{_origin(rows)}. {found}')}"
+    return f"{as_markdown(table)}\n{_wrapped(f'{caption(rows)}. {found}')}"
 
 
 def as_written(text: str) -> str:
@@ -84,23 +82,6 @@ def _ours(rows: Rows) -> Rows:
 
 def _two_digits(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
-
-
-def _origin(rows: Rows) -> str:
-    """Return when, where and with what the rows were measured, and which model."""
-    row = rows[0]
-    rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
-    told = f"{origin(row)}; {_model(row)}, {row['dtype']}, {row['sequences']} sequences, {rounds}"
-    return "; ".join(filter(None, (told, turns_of(row.get("groups", [])))))  # older files do not tell
-
-
-def _model(row: dict[str, Any]) -> str:
-    """Return the model's name, its size where the row has it, and whether the command made its weights."""
-    name, num = row["model"], row.get("parameters")
-    size = "" if num is None else f"{num / 1e6:,.0f} M "
-    is_made = name in NAMED or re.fullmatch(r"[0-9,]+", name) is not None  # as --shape takes them
-    weights = f"{size}{'random ' * is_made}weights" if size or is_made else "size not known"
-    return f"model {PurePath(name).name} ({weights})"
 
 
 def _wrapped(text: str) -> str:

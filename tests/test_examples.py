@@ -74,6 +74,7 @@ def grpo_utils(tied_paths):
     return SimpleNamespace(**names)
 
 
+@pytest.mark.nightly
 def test_the_calls_of_torchrls_scripts_work_with_the_functions_of_the_page(
     train, grpo_utils, async_llm, tied_paths, tmp_path
 ):

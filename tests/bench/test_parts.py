@@ -24,7 +24,7 @@ from vllm_kl.bench.limits import Limits
 from vllm_kl.bench.meters import EnergyMeter
 from vllm_kl.bench.report import as_markdown
 from vllm_kl.bench.results import read_rows
-from vllm_kl.bench.tables import cost_table, result_tables
+from vllm_kl.bench.tables import caption, cost_table, result_tables
 from vllm_kl.bench.traffic import Traffic, from_file, from_shape, usable_ids
 from vllm_kl.bench.truth import _widest, truth
 from vllm_kl.bench.types import Setup
@@ -501,17 +501,17 @@ class TestTablesOfPages:
             ({"model": "qwen", "parameters": None}, "model qwen (size not known)"),
         ],
     )
-    def test_a_page_names_the_model_of_its_figures(self, tables, known, told):
+    def test_a_page_names_the_model_of_its_figures(self, known, told):
         rows = read_rows(BENCHMARKS / "results" / "readout-bfloat16-amx.jsonl")
-        assert f"; {told}, bfloat16, 32 sequences" in tables._origin([rows[0] | known])
+        assert f"; {told}, bfloat16, 32 sequences" in caption([rows[0] | known])
 
-    def test_a_page_says_where_providers_did_not_take_turns(self, tables):
+    def test_a_page_says_where_providers_did_not_take_turns(self):
         rows = read_rows(BENCHMARKS / "results" / "readout-h200.jsonl")
-        assert tables._origin(rows).endswith(", of other ways 2; providers run one after another")
+        assert caption(rows).endswith(", of other ways 2; providers run one after another")
         of_one_group = {"groups": [["floor", "ours"]]}
-        assert "providers" not in tables._origin([rows[0] | of_one_group])
+        assert "providers" not in caption([rows[0] | of_one_group])
         of_two = {"groups": [["floor", "ours"], ["flat"]]}
-        assert tables._origin([rows[0] | of_two]).endswith("; providers in turns: floor, ours; then flat")
+        assert caption([rows[0] | of_two]).endswith("; providers in turns: floor, ours; then flat")
 
     def test_a_changed_figure_is_found_and_written_anew(self, tables):
         text = tables.PAGES[0].read_text()

@@ -169,6 +169,7 @@ def quantized_path(ref_path, tmp_path_factory):
     return path
 
 
+@pytest.mark.nightly
 def test_quantized_weights_score_as_in_vllms_own_read_out(quantized_path):
     scored = {}
     for readout in ("pooling", "flat"):

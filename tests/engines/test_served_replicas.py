@@ -97,6 +97,7 @@ def test_replicas_score_in_order_and_as_one_engine_does(scorer, ref_scorer, ref_
     assert far(ours, theirs) < 5e-6
 
 
+@pytest.mark.nightly
 def test_a_shard_has_the_bits_of_an_engine_with_as_many_threads(scorer, ref_path, monkeypatch):
     for name, value in {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
         monkeypatch.setenv(name, value)

@@ -220,6 +220,7 @@ class FailFrom(Transform):
         return next_tensordict
 
 
+@pytest.mark.nightly
 def test_two_collectors_fill_one_buffer_and_what_ends_one_of_them_is_told(
     collector, kl, buffer, policy_path, policy_oracle, ref_oracle, tmp_path
 ):

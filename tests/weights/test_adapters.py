@@ -136,6 +136,7 @@ def wrapped_llm(llama_path):
     return LLM(str(llama_path), enforce_eager=True, use_tqdm_on_load=False, enable_lora=True, **options)
 
 
+@pytest.mark.nightly
 def test_an_lm_head_wrapped_for_lora_is_refused_with_target_modules_that_work(
     wrapped_llm, llama_path, tmp_path
 ):

@@ -25,10 +25,10 @@ from typer.core import TyperGroup
 from vllm_kl.bench import models, traffic
 from vllm_kl.bench.compare import Figure, compare, figure_for
 from vllm_kl.bench.providers import check_names, usable
-from vllm_kl.bench.report import Report, origin
+from vllm_kl.bench.report import Report
 from vllm_kl.bench.results import read_rows, rows_of, write_rows
-from vllm_kl.bench.run import Bench, Measured, Plan, kind_of, turns_of
-from vllm_kl.bench.tables import cost_table, result_tables
+from vllm_kl.bench.run import Bench, Measured, Plan, kind_of
+from vllm_kl.bench.tables import caption, cost_table, result_tables
 from vllm_kl.bench.types import Setup
 from vllm_kl.engines.arguments import parse_engine_options
 from vllm_kl.engines.options import NAMES, check_options
@@ -206,9 +206,7 @@ def _run(plan: Plan, model: str, out: Path | None, as_json: bool) -> dict[str, A
         report.line(f"{name} is not measured: {reason}")
     for reason in dict.fromkeys(row["no_mfu"] for row in rows if row.get("no_mfu")):
         report.line(f"no MFU: {reason}")
-    details = f"{model}, {measured.facts['dtype']}, {plan.rounds} rounds, other providers {plan.peer_rounds}"
-    details = "; ".join(filter(None, (origin(measured.machine), details, turns_of(measured.groups))))
-    report.line(details)
+    report.line(caption(rows))
     files = [] if out is None else _draw(out, rows, console)
     return {
         "results": rows,

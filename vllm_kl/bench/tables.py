@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich.markup import escape
@@ -11,7 +13,9 @@ from rich.table import Table
 
 from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.floor import ENGINE, HEAD
-from vllm_kl.bench.report import make_table
+from vllm_kl.bench.models import NAMED
+from vllm_kl.bench.report import make_table, origin
+from vllm_kl.bench.run import turns_of
 
 Row = Mapping[str, Any]
 _NOT_MEASURED, _REASON_WIDTH = "not measured", 40
@@ -60,6 +64,24 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     ]
     last = {row["provider"]: row for row in rows if row.get("peak_bytes") or row.get("gpu_peak_bytes")}
     return [*tables, _table("peak memory", _MEMORY, list(last.values()))] if last else tables
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Return when, where and with what rows of one run were measured, and which model."""
+    row, sizes = rows[0], sorted({row["sequences"] for row in rows})
+    sequences = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
+    told = f"{origin(row)}; {_model(row)}, {row['dtype']}, {sequences} sequences, {rounds}"
+    return "; ".join(filter(None, (told, turns_of(row.get("groups", [])))))  # older files do not tell
+
+
+def _model(row: Row) -> str:
+    """Return the model's name, its size where the row has it, and whether the command made its weights."""
+    name, num = row["model"], row.get("parameters")
+    size = "" if num is None else f"{num / 1e6:,.0f} M "
+    is_made = name in NAMED or re.fullmatch(r"[0-9,]+", name) is not None  # as --shape takes them
+    weights = f"{size}{'random ' * is_made}weights" if size or is_made else "size not known"
+    return f"model {PurePath(name).name} ({weights})"
 
 
 def title_of(shape: str) -> str:
