@@ -49,6 +49,55 @@ def wait_until_gone(group):
     return alive(group)
 
 
+def names_in_shared_memory():
+    """Semaphores and memory of Python, memory of vLLM's workers, weights of ours."""
+    return {
+        path.name
+        for path in lifetime.SHARED_MEMORY.iterdir()
+        if path.name.startswith(("sem.mp-", "psm_", "vllm_")) or path.name.endswith("cpushm_0")
+    }
+
+
+LEAVES = """
+import multiprocessing, os, sys, time
+from multiprocessing.shared_memory import SharedMemory
+from vllm_kl.lifetime import kill_group
+lock = multiprocessing.get_context("spawn").Lock()
+memory = SharedMemory(create=True, size=64)
+print(f"sem.{lock._semlock.name[1:]}", memory.name, flush=True)
+if sys.argv[1] == "by itself":
+    kill_group(os.getpgrp())
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("way", ["running", "stopped", "by itself"])
+def test_a_group_that_is_killed_leaves_neither_semaphores_nor_shared_memory(way):
+    leaves = [sys.executable, "-c", LEAVES, way]
+    with subprocess.Popen(leaves, stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
+        names = set(leader.stdout.readline().split())
+        if way != "by itself":
+            assert len(names & names_in_shared_memory()) == 2
+            assert len(alive(leader.pid)) == 2  # with Python's resource tracker
+            if way == "stopped":
+                os.killpg(leader.pid, signal.SIGSTOP)
+            lifetime.kill_group(leader.pid)
+            assert alive(leader.pid) == []
+        assert leader.wait(10) == -signal.SIGKILL
+    assert wait_until_gone(leader.pid) == []
+    assert not names & names_in_shared_memory()
+
+
+def test_a_tracker_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(lifetime, "_KILL_S", 0.2)
+    script = "import time; 'multiprocessing.resource_tracker'; print(flush=True); time.sleep(600)"
+    what = [sys.executable, "-c", script]
+    with subprocess.Popen(what, stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
+        leader.stdout.readline()
+        lifetime.kill_group(leader.pid)
+        assert leader.wait(10) == -signal.SIGKILL
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("way", "multiprocessing"),
@@ -62,6 +111,7 @@ def wait_until_gone(group):
     ids=["exit", "exception", "SIGTERM", "SIGKILL", "SIGKILL-of-an-engine-with-processes-of-its-own"],
 )
 def test_engine_processes_end_with_their_owner(ref_path, tmp_path, way, multiprocessing):
+    before = names_in_shared_memory()
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, str(ref_path), str(way)],
         stdout=subprocess.PIPE,
@@ -75,6 +125,7 @@ def test_engine_processes_end_with_their_owner(ref_path, tmp_path, way, multipro
             owner.send_signal(way)
         owner.wait(60)
     assert wait_until_gone(group) == []
+    assert names_in_shared_memory() <= before
     if not isinstance(way, signal.Signals):
         assert list(tmp_path.glob("vllm*")) == []  # the engine's log, and vLLM's file by which workers meet
 
@@ -89,11 +140,12 @@ def doomed(ref_path):
 
 class TestDeath:
     def test_an_engine_that_dies_says_so_and_leaves_nothing(self, doomed):
-        group = doomed._engine.pid
+        group, before = doomed._engine.pid, names_in_shared_memory()
         os.kill(group, signal.SIGKILL)
         with pytest.raises(EngineError, match="the engine process died"):
             doomed.score([[1, 2, 3]])
         assert wait_until_gone(group) == []
+        assert names_in_shared_memory() <= before
 
     def test_after_that_the_engine_is_closed(self, doomed):
         with pytest.raises(EngineError, match="the engine is closed: make a new VLLMScorer"):

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -26,6 +27,8 @@ PREFIX = "vllm_kl_weights"
 _WATCH = "vllm_kl-owner-watch"
 _LOOK_EVERY_S = 0.5
 _LOOK_AGAIN_S = 5.0
+_KILL_S, _KILL_EVERY_S = 2.0, 0.005
+_PROCESSES = Path("/proc")
 
 _HELD: dict[Path, int] = {}  # folder -> the file descriptor that holds its lock
 
@@ -81,12 +84,63 @@ def remove_orphans(parent: Path | None = None) -> None:
                 os.close(lock)
 
 
+def kill_group(group: int) -> None:
+    """Kill the processes of a group; the caller last, if it is one of them.
+
+    Python's resource tracker is left alone: when the others have ended, it removes their semaphores and their
+    shared memory, and ends. It is killed if it does not.
+    """
+    if not _PROCESSES.exists():  # no Linux
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+        return
+    # A process that waits for a disk ends later.
+    _until_none(lambda: [pid for pid in _alive(group) if not _is_tracker(pid)], signal.SIGKILL)
+    if os.getpgrp() == group:
+        os.kill(os.getpid(), signal.SIGKILL)
+    # Somebody may have stopped the whole group.
+    if not _until_none(lambda: _alive(group), signal.SIGCONT):
+        _until_none(lambda: _alive(group), signal.SIGKILL)
+
+
+def _until_none(find: Callable[[], list[int]], number: signal.Signals) -> bool:
+    """Send a signal to the processes that are found, until none is; return ``False`` after two seconds."""
+    until = time.monotonic() + _KILL_S
+    while pids := find():
+        if time.monotonic() > until:
+            return False
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        time.sleep(_KILL_EVERY_S)
+    return True
+
+
+def _alive(group: int) -> list[int]:
+    """Return the ids of a group's processes that have not ended, without the caller's."""
+    pids = (int(path.name) for path in _PROCESSES.iterdir() if path.name.isdigit())
+    states = ((pid, *_stat(pid)[:3]) for pid in pids if pid != os.getpid())
+    return [pid for pid, *stat in states if stat and int(stat[2]) == group and stat[0] not in "ZX"]
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in (_PROCESSES / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    """Return a process's state, parent, group, and what else Linux tells of it; empty if there is none."""
+    try:
+        return (_PROCESSES / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def parent_of(pid: int) -> int:
     """Return the id of a process's parent; 0 if there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError):
-        return 0
+    return int(stat[1]) if (stat := _stat(pid)) else 0
 
 
 def end_with_owner(owner_pid: int, kill: Callable[[], None], *, owned_pid: int | None = None) -> None:

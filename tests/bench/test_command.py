@@ -64,6 +64,9 @@ class TestRun:
         assert floor["fraction_of_floor"] == 1.0
         assert ours["peak_bytes"] > 100 << 20
 
+    def test_python_warns_of_nothing_that_was_left(self, run):
+        assert "leaked" not in run[1].stderr
+
     def test_the_engine_computes_as_few_tokens_as_the_cost_card_says(self, run):
         """Guards against a loss of speed: a count, which does not depend on the machine."""
         row = json.loads(run[1].stdout.splitlines()[-1])["results"][0]

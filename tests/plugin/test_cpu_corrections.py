@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +88,31 @@ def test_a_router_without_a_bias_is_vllms_own():
         cpu_corrections.biased(compute_routing)(*call), compute_routing(*call), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+# Whether Linux lets this process use the tiles' data: bit 18 of arch_prctl(ARCH_GET_XCOMP_PERM).
+MAY_USE_TILES = """
+import ctypes
+def may_use_tiles():
+    found = ctypes.c_ulong()
+    assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(found)) == 0
+    return bool(found.value >> 18 & 1)
+import torch
+from vllm_kl.plugin import register
+print(may_use_tiles())
+register()
+print(may_use_tiles())
+"""
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+def test_each_process_of_a_scoring_engine_asks_linux_for_amx():
+    """A worker that does not ask is killed in its first attention in bfloat16."""
+    told = subprocess.run(
+        [sys.executable, "-c", MAY_USE_TILES],
+        env={**os.environ, "VLLMKL_ARCHITECTURES": "Qwen2ForCausalLM"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["False", "True"]

@@ -11,6 +11,7 @@ results.py     one row for each provider and shape
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -158,6 +159,8 @@ class Bench:
             self._on_line(
                 f"the log-probs are checked against the model in {', '.join(checks)}, by transformers"
             )
+        with contextlib.suppress(VLLMKLError):  # it failed, and has ended
+            process.end()  # a process that is killed leaves semaphores, of which Python warns at the end
         process.kill()
         del self._running["truth"]
 

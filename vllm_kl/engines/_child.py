@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
 import time
 import traceback
@@ -35,7 +34,7 @@ from vllm_kl.engines.start_failures import explain
 from vllm_kl.engines.wire_format import Packed, pack, unpack
 from vllm_kl.environment import KEEPS_MEMORY
 from vllm_kl.errors import EngineError, VLLMKLError
-from vllm_kl.lifetime import end_with_owner, remove_orphans
+from vllm_kl.lifetime import end_with_owner, kill_group, remove_orphans
 from vllm_kl.types import ScoreRequest
 from vllm_kl.weights.checkpoint import Checkpoint
 
@@ -46,7 +45,7 @@ _FREES_WEIGHTS = frozenset({"start", "load", "commit", "put back", "sleep", "dro
 
 
 def _kill_group() -> None:
-    os.killpg(0, signal.SIGKILL)  # the group of this process holds every process that vLLM started
+    kill_group(os.getpgrp())  # it holds every process that vLLM started
 
 
 def _as_answer(error: Exception) -> Exception:

@@ -21,7 +21,6 @@ import logging
 import os
 import pickle
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.environment import ON_A_CPU
 from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
+from vllm_kl.lifetime import kill_group
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
 from vllm_kl.weights.loading import NeedsNewEngineError
@@ -526,8 +526,7 @@ def _end(process: subprocess.Popen, ours: socket.socket, log: Path, owner_pid: i
         ours.close()
         _wait(process, timeout=3.0)
     finally:  # also if Ctrl-C ends the wait: this function is not called again
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # all processes that are left in the group
+        kill_group(process.pid)  # all processes that are left in it
         log.unlink(missing_ok=True)
         _wait(process, timeout=5.0)
 

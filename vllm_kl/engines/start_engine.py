@@ -44,10 +44,6 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     is_cpu = current_platform.is_cpu()
     if is_cpu:
         _check_on_cpu(options)
-        if torch.cpu._is_amx_tile_supported():
-            # vLLM's int8 kernels (0.32) use AMX tiles without a request to Linux, which then kills the
-            # process.
-            torch.cpu._init_amx()
     # vLLM shares RoPE among engines whose models have equal configs, although it may depend on the engine's
     # length.
     _ROPE_DICT.clear()

@@ -1,4 +1,4 @@
-"""Corrects two silent errors of vLLM's CPU backend (0.32), in engines that this package made or was given.
+"""Corrects three errors of vLLM's CPU backend (0.32), in engines that this package made or was given.
 
 - **Rotary embeddings of 3-D tensors.** The kernel expects ``query`` and ``key`` as ``[N, heads * size]``. Of
   a tensor ``[N, heads, size]`` (MLA with plain rotary embeddings) it takes the heads for tokens, and rotates
@@ -7,6 +7,9 @@
 - **The bias of a router without groups of experts** (ERNIE 4.5). vLLM ignores it, and so chooses other
   experts than the model would. The correction makes one group of all experts, for which vLLM applies the
   bias.
+- **AMX without a request.** vLLM's attention in bfloat16 and its products in int8 use the tiles of AMX. A
+  process must ask Linux for them, or is killed at the first use. oneDNN asks before its own first product of
+  that kind, but an engine may have none. The correction asks in every process of the engine.
 
 Source: ``RotaryEmbedding.forward_cpu``, ``model_executor/layers/rotary_embedding/base.py``;
 ``CPURouter._compute_routing``, ``model_executor/layers/fused_moe/router/cpu_router.py``; vLLM 0.32.
@@ -69,11 +72,13 @@ def biased(compute_routing: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> bool:
-    """Correct all later models of this process, on a CPU; return whether this changed anything."""
+    """Correct all later models of this process, on a CPU; return whether models before were wrong."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return False
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
     changed = False
     for owner, name, corrected in _corrections():
         method = getattr(owner, name)

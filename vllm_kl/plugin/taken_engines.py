@@ -14,6 +14,7 @@ package only.
 from __future__ import annotations
 
 import gc
+import glob
 import logging
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import signal
 import sys
 from typing import Any
 
-from vllm_kl.lifetime import end_with_owner, parent_of
+from vllm_kl.lifetime import SHARED_MEMORY, end_with_owner, parent_of
 from vllm_kl.plugin import cpu_corrections
 
 logger = logging.getLogger("vllm.vllm_kl")  # below vLLM's root logger: its level and handlers apply
@@ -51,6 +52,7 @@ def take(worker: Any, owner_pid: int) -> bool:
         return False
     setattr(worker, _IS_TAKEN, True)
     _end_with(owner_pid)
+    _unlink_shared_memory()
     return cpu_corrections.correct(worker)
 
 
@@ -64,6 +66,16 @@ def leave(worker: Any) -> None:
     destroy_model_parallel()
     destroy_distributed_environment()
     gc.collect()  # a cycle may hold the store
+
+
+def _unlink_shared_memory() -> None:
+    """Take the names from the memory that workers on a CPU share: it then ends with them, however they end.
+
+    All of them have opened it. Source: ``_CPUSHMDistributed``, ``cpu_communicator.py``, vLLM 0.32.
+    """
+    if engine := os.environ.get("VLLM_DIST_IDENT"):
+        for path in SHARED_MEMORY.glob(f"{glob.escape(engine)}-*-cpushm_*"):
+            path.unlink(missing_ok=True)  # another worker may do the same
 
 
 def is_taken(worker: Any) -> bool:
