@@ -435,7 +435,17 @@ class TestTheEnvironment:
             if not name.startswith("VLLM_KL_")  # our own
         }
         assert {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ALLOW_LONG_MAX_MODEL_LEN", "VLLM_PLUGINS"} <= used
-        assert used <= vllm.envs.environment_variables.keys()
+        by_workers = {"VLLM_DIST_IDENT"}  # what workers on a CPU set for themselves
+        assert used - by_workers <= vllm.envs.environment_variables.keys()
+        assert used >= by_workers
+
+    def test_workers_on_a_cpu_name_their_shared_memory_by_this_variable(self):
+        """plugin/taken_engines.py removes the names."""
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+        source = inspect.getsource(_CPUSHMDistributed)
+        assert 'os.environ["VLLM_DIST_IDENT"]' in source
+        assert '-cpushm"' in source
 
     def test_nobind_is_how_a_cpu_engine_is_told_to_take_all_cores(self):
         """engines/process.py, where workers share a small machine."""

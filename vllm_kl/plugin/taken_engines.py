@@ -74,7 +74,7 @@ def _unlink_shared_memory() -> None:
     All of them have opened it. Source: ``_CPUSHMDistributed``, ``cpu_communicator.py``, vLLM 0.32.
     """
     if engine := os.environ.get("VLLM_DIST_IDENT"):
-        for path in SHARED_MEMORY.glob(f"{glob.escape(engine)}-*-cpushm_*"):
+        for path in SHARED_MEMORY.glob(f"{glob.escape(os.path.basename(engine))}-*-cpushm_*"):
             path.unlink(missing_ok=True)  # another worker may do the same
 
 
