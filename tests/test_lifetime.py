@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from tests import shm
 from vllm_kl import VLLMScorer, lifetime
 from vllm_kl.errors import EngineError, OptionError
 
@@ -49,15 +50,6 @@ def wait_until_gone(group):
     return alive(group)
 
 
-def names_in_shared_memory():
-    """Semaphores and memory of Python, memory of vLLM's workers, weights of ours."""
-    return {
-        path.name
-        for path in lifetime.SHARED_MEMORY.iterdir()
-        if path.name.startswith(("sem.mp-", "psm_", "vllm_")) or path.name.endswith("cpushm_0")
-    }
-
-
 LEAVES = """
 import multiprocessing, os, sys, time
 from multiprocessing.shared_memory import SharedMemory
@@ -77,7 +69,7 @@ def test_a_group_that_is_killed_leaves_neither_semaphores_nor_shared_memory(way)
     with subprocess.Popen(leaves, stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
         names = set(leader.stdout.readline().split())
         if way != "by itself":
-            assert len(names & names_in_shared_memory()) == 2
+            assert names <= shm.names_of(leader.pid)
             assert len(alive(leader.pid)) == 2  # with Python's resource tracker
             if way == "stopped":
                 os.killpg(leader.pid, signal.SIGSTOP)
@@ -85,7 +77,7 @@ def test_a_group_that_is_killed_leaves_neither_semaphores_nor_shared_memory(way)
             assert alive(leader.pid) == []
         assert leader.wait(10) == -signal.SIGKILL
     assert wait_until_gone(leader.pid) == []
-    assert not names & names_in_shared_memory()
+    assert not shm.left(names)
 
 
 def test_a_tracker_that_does_not_end_is_killed(monkeypatch):
@@ -111,7 +103,6 @@ def test_a_tracker_that_does_not_end_is_killed(monkeypatch):
     ids=["exit", "exception", "SIGTERM", "SIGKILL", "SIGKILL-of-an-engine-with-processes-of-its-own"],
 )
 def test_engine_processes_end_with_their_owner(ref_path, tmp_path, way, multiprocessing):
-    before = names_in_shared_memory()
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, str(ref_path), str(way)],
         stdout=subprocess.PIPE,
@@ -120,12 +111,14 @@ def test_engine_processes_end_with_their_owner(ref_path, tmp_path, way, multipro
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "TMPDIR": str(tmp_path)},
     ) as owner:
         group = int(owner.stdout.readline())
+        names = shm.names_of(group)
         if isinstance(way, signal.Signals):
+            assert names
             assert len(alive(group)) >= (3 if multiprocessing == "1" else 1)
             owner.send_signal(way)
         owner.wait(60)
     assert wait_until_gone(group) == []
-    assert names_in_shared_memory() <= before
+    assert not shm.left(names)
     if not isinstance(way, signal.Signals):
         assert list(tmp_path.glob("vllm*")) == []  # the engine's log, and vLLM's file by which workers meet
 
@@ -140,12 +133,14 @@ def doomed(ref_path):
 
 class TestDeath:
     def test_an_engine_that_dies_says_so_and_leaves_nothing(self, doomed):
-        group, before = doomed._engine.pid, names_in_shared_memory()
+        group = doomed._engine.pid
+        names = shm.names_of(group)
+        assert names
         os.kill(group, signal.SIGKILL)
         with pytest.raises(EngineError, match="the engine process died"):
             doomed.score([[1, 2, 3]])
         assert wait_until_gone(group) == []
-        assert names_in_shared_memory() <= before
+        assert not shm.left(names)
 
     def test_after_that_the_engine_is_closed(self, doomed):
         with pytest.raises(EngineError, match="the engine is closed: make a new VLLMScorer"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import tiny
+from tests import shm, tiny
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
-from vllm_kl import VLLMScorer, lifetime
+from vllm_kl import VLLMScorer
 from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest
 
@@ -44,12 +44,13 @@ def test_front_end_engine_and_worker_in_three_processes_agree(monkeypatch, ref_p
 
 @pytest.mark.nightly
 def test_tensor_parallel_ranks_score_in_bfloat16_and_leave_nothing(ref_path, ref_oracle):
-    before = {path.name for path in lifetime.SHARED_MEMORY.iterdir()}
     with VLLMScorer(str(ref_path), dtype="bfloat16", tensor_parallel_size=2, **OPTIONS) as scorer:
         for got, ids in zip(scorer.score(SEQUENCES, 64), SEQUENCES, strict=True):
             want = torch.tensor(ref_oracle.log_probs(ids)[64:])
             assert (got.double() - want).abs().mean() < 0.1  # bfloat16 layers
-    assert {path.name for path in lifetime.SHARED_MEMORY.iterdir()} <= before
+        names = shm.names_of(scorer._engine.pid)
+    assert any(name.startswith("psm_") for name in names)  # vLLM's queues
+    assert not shm.left(names)
 
 
 @pytest.mark.nightly

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from vllm_kl.lifetime import SHARED_MEMORY, end_with_owner, parent_of
@@ -74,7 +75,7 @@ def _unlink_shared_memory() -> None:
     All of them have opened it. Source: ``_CPUSHMDistributed``, ``cpu_communicator.py``, vLLM 0.32.
     """
     if engine := os.environ.get("VLLM_DIST_IDENT"):
-        for path in SHARED_MEMORY.glob(f"{glob.escape(os.path.basename(engine))}-*-cpushm_*"):
+        for path in SHARED_MEMORY.glob(f"{glob.escape(Path(engine).name)}-*-cpushm_*"):
             path.unlink(missing_ok=True)  # another worker may do the same
 
 
