@@ -4,7 +4,7 @@
 #   In an environment of yours: make gpu-check GPU_PYTHON=python
 # make fuzz CASES=1000000: many hostile inputs for what reads them (tests/fuzz), counted; MINUTES=25 ends it before.
 # make results MACHINE=epyc: runs the scripts of benchmarks/ that have no file of results for this machine yet, then
-#   writes the tables of the pages. Five hours on two cores, with nothing beside it. DTYPES="float32 bfloat16" where
+#   writes the tables of the pages. Six hours on two cores, with nothing beside it. DTYPES="float32 bfloat16" where
 #   the CPU has AVX-512 or AMX for bfloat16.
 # make docs: builds the pages of docs/ into site/; a broken link fails.
 # make lock: writes requirements.lock again from pyproject.toml.

@@ -4,7 +4,8 @@ In the processes of a taken engine
 
 - the errors of vLLM's CPU backend are corrected (:mod:`.cpu_corrections`);
 - on a CPU, ``reload_weights`` of a folder loads all weights right (:mod:`.load_weights`);
-- the processes end when their owner is killed. Without this hook they would go on, and hold their memory.
+- the processes end when their owner is killed. Without this hook they would go on, and hold their memory;
+- the memory that workers on a CPU share loses its names in /dev/shm, so that it ends with them.
 
 ``reload_weights`` is also corrected in every other engine that runs in a process which imported
 ``vllm_kl.scorer`` or ``vllm_kl.weights.push``. All other hooks of the plugin act on requests or calls of this
