@@ -43,10 +43,17 @@ def truths(tied_paths):
     return [torch.tensor([oracle.log_probs(ids)[1:] for ids in SEQUENCES]) for oracle in oracles]
 
 
-@pytest.fixture
-def scorer(tied_paths):
+@pytest.fixture(scope="module")
+def kept_scorer(tied_paths):
     with VLLMScorer(str(tied_paths[0]), timeout_s=WITHIN_S, **tiny.ENGINE_OPTIONS) as scorer:
         yield scorer
+
+
+@pytest.fixture
+def scorer(kept_scorer, states):
+    """All tests have one engine; at the start of each the weights of the first state serve."""
+    kept_scorer.refresh(states[0])
+    return kept_scorer
 
 
 def state_of(scored, truths):
@@ -148,7 +155,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
     scorer, states, truths, tokenizer, monkeypatch
 ):
     transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
-    spread, came_between = score_batch.spread, []
+    spread, came_between, first = score_batch.spread, [], scorer.weight_version
 
     def spread_later(*args, **kwargs):
         if not came_between:
@@ -159,7 +166,7 @@ def test_a_score_carries_the_version_that_made_it_whatever_another_thread_did_si
     monkeypatch.setattr(score_batch, "spread", spread_later)
     for state in (0, 1):
         td = transform(batch_of([0, 1]))
-        assert td["ref_version"].tolist() == [state, state]
+        assert td["ref_version"].tolist() == [first + state, first + state]
         assert (
             td["ref_log_probs", "full"][:, 1:].double() - truths[state][:2]
         ).abs().max() < LOG_PROB_TOLERANCE
@@ -170,7 +177,7 @@ def test_what_threads_score_while_another_refreshes_carries_the_version_that_mad
 ):
     """All threads share one transform: no thread reads data of another thread's call."""
     transform = RetrieveLogProb(VLLMReference(scorer, tokenizer, input_mode="tokens"), assistant_only=False)
-    served, stop, wrong = {0: 0}, threading.Event(), []  # version -> state
+    served, stop, wrong = {scorer.weight_version: 0}, threading.Event(), []  # version -> state
 
     def score(seed):
         choose = random.Random(seed)
@@ -300,9 +307,13 @@ def test_threads_that_score_prove_push_and_refresh_at_random_get_what_served(
     crowd.run()
     assert min(crowd.counts.values()) > 0
     assert {"score", "prove", "replace", "interrupted"} <= set(crowd.counts)
-    with ThreadPoolExecutor(1) as pool:  # close ends what waits
-        scoring = pool.submit(scorer.score, LONG)
+
+
+def test_close_ends_what_waits(kept_scorer):
+    """The last test here: it closes the engine of the others."""
+    with ThreadPoolExecutor(1) as pool:
+        scoring = pool.submit(kept_scorer.score, LONG)
         time.sleep(0.05)
-        scorer.close()
+        kept_scorer.close()
         error = scoring.exception(timeout=WITHIN_S)
         assert error is None or "closed" in str(error)

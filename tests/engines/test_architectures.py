@@ -1,15 +1,8 @@
-"""The in-engine read-out against float64, on architectures with all kinds of heads.
-
-All engines start in one child process and end with it. vLLM's transformers backend changes transformers'
-classes where it runs, and an engine that ends destroys its process's groups, also under the engine that other
-tests share.
-"""
+"""The in-engine read-out against float64, on architectures with all kinds of heads."""
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +10,7 @@ import torch
 
 from tests import tiny
 from tests.compat import since
-from tests.engines.helpers import EOS, OPTIONS, PAD, VOCAB, random_ids
+from tests.engines.helpers import EOS, OPTIONS, PAD, VOCAB, random_ids, start_in_child
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest, ScoreResult
@@ -49,8 +42,6 @@ EXTRA = ScoreRequest(
 )
 REQUESTS = [ScoreRequest(token_ids=np.array(ids, np.int32), start=start) for ids, start, _ in BATCH.values()]
 
-ALIVE = []  # the child's engines: an engine starts ten times faster beside another
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -64,14 +55,7 @@ class Run:
 
 def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequest]) -> Run:
     """Start an engine, score with the cache and without. Runs in the child process."""
-    from vllm.model_executor.models import registry
-
-    from vllm_kl.engines.start_engine import start
-
-    # Else two processes per architecture look at its class.
-    registry._run_in_subprocess = lambda inspect: inspect()
-    driver = start(model=model, readout=readout, options={**OPTIONS, **options})
-    ALIVE.append(driver)
+    driver = start_in_child(model, readout, **{**OPTIONS, **options})
     results = [drive(driver, requests, share_prefix=share_prefix) for share_prefix in (True, False)]
     extra = head = None
     if readout == "pooling":
@@ -83,16 +67,11 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
 
 
 @pytest.fixture(scope="module")
-def start_engine():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])  # the child imports this file, and inherits the path
-        pool = multiprocessing.get_context("spawn").Pool(1)
-    with pool:
+def start_engine(child):
+    def run(path, readout="pooling", requests=REQUESTS, **options):
+        return child(run_engine, str(path), readout, options, requests)
 
-        def run(path, readout="pooling", requests=REQUESTS, **options):
-            return pool.apply_async(run_engine, (str(path), readout, options, requests)).get(timeout=120)
-
-        yield run
+    return run
 
 
 def prepare(oracle):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import shm, tiny
+from tests.engines.helpers import start_in_child
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import VLLMScorer
 from vllm_kl.engines.base import drive
@@ -65,10 +66,8 @@ def test_tensor_parallel_ranks_share_a_head_that_is_more_than_a_matrix(tmp_path)
 
 def score_preempted(model: str) -> tuple[int, list[np.ndarray]]:
     """Preempt every request between its chunks; return how many were, and the values. Runs in a child."""
-    from vllm_kl.engines.start_engine import start
-
     options = {"dtype": "float32", "max_num_batched_tokens": 96, "block_size": 32, **OPTIONS}
-    driver = start(model=model, readout="pooling", options=options)
+    driver = start_in_child(model, "pooling", **options)
     for key, ids in enumerate(SEQUENCES):
         driver.submit(key, ScoreRequest(token_ids=np.array(ids, np.int32), start=64), share_prefix=True)
     finished = dict(driver.step() + driver.step())
@@ -80,9 +79,8 @@ def score_preempted(model: str) -> tuple[int, list[np.ndarray]]:
     return num_preempted, [finished[key].values for key in range(len(SEQUENCES))]
 
 
-def test_preempted_requests_lose_no_row(ref_path, ref_oracle):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        num_preempted, values = pool.apply_async(score_preempted, (str(ref_path),)).get(timeout=200)
+def test_preempted_requests_lose_no_row(child, ref_path, ref_oracle):
+    num_preempted, values = child(score_preempted, str(ref_path))
     assert num_preempted
     assert_close_to(ref_oracle, [torch.from_numpy(v[:, 0]) for v in values], 64)
 
@@ -92,11 +90,7 @@ def score_after_cancelling(model: str) -> tuple[int, int, list[np.ndarray]]:
 
     Returns the requests that vLLM still has, the results that it still returns, and the next call's values.
     """
-    from vllm_kl.engines.start_engine import start
-
-    driver = start(
-        model=model, readout="pooling", options={"dtype": "float32", "max_num_batched_tokens": 96, **OPTIONS}
-    )
+    driver = start_in_child(model, "pooling", dtype="float32", max_num_batched_tokens=96, **OPTIONS)
     requests = [ScoreRequest(token_ids=np.array(ids, np.int32), start=64) for ids in SEQUENCES]
     for key in range(400):  # more than the scheduler is given at once
         driver.submit(("gone", key), requests[key % len(requests)], share_prefix=False)
@@ -107,9 +101,8 @@ def score_after_cancelling(model: str) -> tuple[int, int, list[np.ndarray]]:
     return left, answered, [result.values for result in drive(driver, requests, share_prefix=True)]
 
 
-def test_cancelled_requests_leave_nothing_behind(ref_path, ref_oracle):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        left, answered, values = pool.apply_async(score_after_cancelling, (str(ref_path),)).get(timeout=200)
+def test_cancelled_requests_leave_nothing_behind(child, ref_path, ref_oracle):
+    left, answered, values = child(score_after_cancelling, str(ref_path))
     assert (left, answered) == (0, 0)
     assert_close_to(ref_oracle, [torch.from_numpy(v[:, 0]) for v in values], 64)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import random
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchrl.modules.llm import TransformersWrapper
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.engines.helpers import ALIVE, start_in_child
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl import RetrieveKL, VLLMReference, VLLMScorer
 from vllm_kl.demo.task import make_tokenizer
@@ -767,20 +767,10 @@ class TestLengths:
                 )
 
 
-ALIVE = []  # the child's engines: an engine starts ten times faster beside another
-
-
 def run_engine(model, given, sequences):
     """Start an engine; return its info, and log-probs with the cache and without it. Runs in the child."""
-    from vllm.model_executor.models import registry
-
-    from vllm_kl.engines.start_engine import start
-
-    # Else two processes per architecture look at its class.
-    registry._run_in_subprocess = lambda inspect: inspect()
     given = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "kv_cache_memory_bytes": 32 << 20, **given}
-    driver = start(model=model, readout=given.pop("readout", "auto"), options=given)
-    ALIVE.append(driver)
+    driver = start_in_child(model, given.pop("readout", "auto"), **given)
     requests = [ScoreRequest(token_ids=np.array(ids, np.int32), start=1) for ids in sequences]
     requests += [ScoreRequest(token_ids=np.array(ids, np.int32), start=len(ids) - 4) for ids in sequences]
     return driver.info, [
@@ -803,16 +793,6 @@ def sides_in_one_process(model, max_model_lens):
         info = GenerateEngine(ALIVE[-1]).info
         found.append((info.length_side, info.notes[0]))
     return found
-
-
-@pytest.fixture(scope="module")
-def child():
-    """Calls a function in the one process that has all engines."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])
-        pool = multiprocessing.get_context("spawn").Pool(1)
-    with pool:
-        yield lambda function, *args: pool.apply_async(function, args).get(timeout=200)
 
 
 @pytest.fixture(scope="module")

@@ -277,6 +277,7 @@ def test_a_close_that_is_interrupted_can_be_repeated(ref_path):
     assert any(struck)
 
 
+@pytest.mark.nightly
 def test_a_close_of_an_engine_that_hangs_ends_it_although_it_is_interrupted(ref_path):
     scorer = start(ref_path)
     engine = psutil.Process(scorer._engine.pid)

@@ -60,6 +60,7 @@ print(json.dumps(scored))
 """
 
 
+@pytest.mark.nightly
 def test_its_hits_are_never_used_for_scoring_and_no_weights_are_pushed_beside_it(tmp_path):
     paths = [tiny.build(tmp_path / str(seed), seed=seed) for seed in range(2)]
     home = tmp_path / "kv"

@@ -395,6 +395,7 @@ class TestEngine:
         with pytest.raises(errors.OptionError, match="speculative_config=.* is refused: .* do not speculate"):
             VLLMScorer(str(ref_path), readout="pooling", speculative_config=ngram)
 
+    @pytest.mark.nightly
     def test_flat_can_be_asked_for_on_an_owned_engine(self, ref_path, ref_oracle):
         options = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 64 << 20}
         with VLLMScorer(str(ref_path), readout="flat", dtype="float32", **options) as scorer:

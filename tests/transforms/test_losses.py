@@ -354,6 +354,7 @@ def printed(policy_path, ref_path):
     return figures
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_examples_figures_agree_with_each_other(printed, layout):
     (objective, kl_to_ref, num_columns, k3, k3_per_token, num_tokens), (loss, kl_to_teacher, ours) = printed[
@@ -370,6 +371,7 @@ def test_the_examples_figures_agree_with_each_other(printed, layout):
     assert kl_to_teacher == pytest.approx(ours, rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_the_examples_figures_are_those_of_the_other_layout(printed):
     """One seed, one engine: the same tokens are sampled, and laid out in two ways."""
     (_, _, _, *ragged), ragged_distillation = printed["ragged"]

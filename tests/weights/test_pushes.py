@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.engines.helpers import OPTIONS, random_ids
+from tests.engines.helpers import ALIVE, OPTIONS, random_ids, start_in_child
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl.engines.base import drive
 from vllm_kl.errors import WeightsError
@@ -53,7 +53,6 @@ bits in every row. Each tensor was also pushed alone, and arrived.
 |---|---|---|---|---|
 """
 State = dict[str, torch.Tensor]
-ALIVE = []  # the child's engines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +74,11 @@ class Pushed:
 
 def push_and_look(path: Path, other: Path, broken: Path) -> Pushed:
     """Start an engine and push to it in every way. Runs in the child process."""
-    from vllm.model_executor.models import registry
-
-    from vllm_kl.engines.start_engine import start
     from vllm_kl.plugin import adopt_weights
 
-    registry._run_in_subprocess = lambda inspect: inspect()
     # Before the engine: vLLM's transformers backend changes transformers' classes.
     skeleton, states = Skeleton(str(path)), [state_of(path), state_of(other)]
-    driver = start(model=str(path), readout="pooling", options={**OPTIONS, "dtype": "float32"})
-    ALIVE.append(driver)
+    driver = start_in_child(str(path), "pooling", dtype="float32", **OPTIONS)
 
     def scores(*, share_prefix: bool = True) -> torch.Tensor:
         results = drive(driver, REQUESTS, share_prefix=share_prefix)
