@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -646,6 +647,28 @@ class TestAmx:
 
 
 @pytest.mark.usefixtures("products", "loops")
+class TestProductDtype:
+    @pytest.mark.parametrize(
+        ("slow", "fast"),
+        [
+            (cpu_products.ShiftedProducts, cpu_products.Float32Products),
+            (cpu_products.Float32Products, cpu_products.ShiftedProducts),
+        ],
+    )
+    def test_16_bits_are_multiplied_in_the_faster_way(self, monkeypatch, slow, fast):
+        monkeypatch.setattr(cpu_products, "has_products", lambda dtype: True)
+        monkeypatch.setattr(slow, "_multiply", lambda self, weight: time.sleep(0.1))
+        monkeypatch.setattr(fast, "_multiply", lambda self, weight: None)
+        expected = torch.float32 if slow is cpu_products.ShiftedProducts else torch.bfloat16
+        assert cpu_products.product_dtype.__wrapped__(torch.bfloat16) == expected
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_without_products_of_16_bits_nothing_is_timed(self, monkeypatch, dtype):
+        monkeypatch.setattr(cpu_products, "has_products", lambda dtype: False)
+        monkeypatch.setattr(cpu_products.Products, "sum_up", None)
+        assert cpu_products.product_dtype.__wrapped__(dtype) == torch.float32
+
+
 class TestTopTokens:
     @pytest.mark.parametrize("k", [1, 5, 40])
     def test_best_tokens_are_those_of_the_whole_vocabulary(self, k):

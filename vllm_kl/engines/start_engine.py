@@ -315,7 +315,7 @@ def _notes(
     """Yield notes for the user of a running engine. Empty strings are no notes."""
     from vllm_kl.engines.memory import stored_dtype
     from vllm_kl.plugin.cpu_loops import missing_compiler
-    from vllm_kl.plugin.kernel import product_dtype
+    from vllm_kl.plugin.cpu_products import has_products
 
     if readout == "pooling":
         yield missing_compiler()
@@ -328,7 +328,7 @@ def _notes(
             f"{dtype}: pass dtype='float32' for its own numbers, or dtype={dtype!r} if the policy is served "
             f"in {dtype}"
         )
-    elif is_cpu and product_dtype(config.dtype) != config.dtype:
+    elif is_cpu and config.dtype.itemsize < 4 and not has_products(config.dtype):
         yield (
             f"this CPU multiplies {dtype} matrices one number at a time: dtype='float32' is two to three "
             "times as fast, with twice the memory"

@@ -57,7 +57,7 @@ class Passes(NamedTuple):
     # (tile, scale2, shift_N, ...): float32 products, x = scale2 * tile - shift. A product that is -inf after
     # the scale is a token that is left out. The tile stays as it is.
     over_products: Callable[..., None]
-    # (tile, shift_N, ...): x in 16 bits or float32. The pass leaves -shift, which the next product adds to.
+    # (tile, shift_N, ...): x in 16 bits. The pass leaves -shift, which the next product adds to.
     over_shifted: Callable[..., None]
 
 

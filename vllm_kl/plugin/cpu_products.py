@@ -13,6 +13,7 @@ import bisect
 import functools
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -269,14 +270,40 @@ def height_of(num_rows: int) -> int:
     return HEIGHTS[min(bisect.bisect_left(HEIGHTS, num_rows), len(HEIGHTS) - 1)]
 
 
-@functools.cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which matrices of a dtype are multiplied: the same, if oneDNN supports it."""
-    is_fast = {
+def has_products(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies matrices of 16 bits on this CPU."""
+    is_supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return dtype if dtype in is_fast and is_fast[dtype]() else torch.float32
+    return dtype in is_supported and is_supported[dtype]()
+
+
+@functools.cache
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which matrices of a dtype are multiplied: it or float32, whichever is faster.
+
+    A CPU with AVX-512 for bfloat16 and without AMX may multiply a tile of float32 faster (benchmarks/LOG.md).
+    So each process times both ways, once.
+    """
+    if not has_products(dtype):
+        return torch.float32
+    num_rows, num_tokens, hidden_size = 2048, 1024, 512
+    hidden, weight = (torch.ones(number, hidden_size, dtype=dtype) for number in (num_rows, num_tokens))
+    left_out = LeftOut(torch.zeros(num_rows, dtype=torch.int64))
+    ways = (
+        ShiftedProducts(hidden, weight, 1.0, left_out, None, dtype),
+        Float32Products(hidden, weight, 1.0, left_out, None),
+    )
+    shift_N, masses_S_N = torch.full((num_rows,), float(hidden_size)), torch.empty(1, num_rows)
+    seconds: dict[torch.dtype, float] = {}
+    for _ in range(5):
+        for way in ways:
+            began = time.perf_counter()
+            way.sum_up([slice(0, num_tokens)], shift_N, masses_S_N, None)
+            taken = time.perf_counter() - began
+            seconds[way.dtype] = min(taken, seconds.get(way.dtype, taken))
+    return min(seconds, key=lambda one: seconds[one])
 
 
 def _multiple(number: int, of: int) -> int:
