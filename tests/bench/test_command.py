@@ -61,7 +61,11 @@ class TestRun:
         assert (ours["check"], ours["dtype"], ours["readout"]) == ("float64", "float32", "pooling")
         pairs = [f / o for f, o in zip(floor["seconds"], ours["seconds"], strict=True)]
         assert ours["fraction_of_floor"] == pytest.approx(sum(pairs) / 2)
+        low, high = min(pairs), max(pairs)
+        assert ours["fraction_of_floor_p20"] == pytest.approx(low + 0.2 * (high - low))
+        assert ours["fraction_of_floor_p80"] == pytest.approx(low + 0.8 * (high - low))
         assert floor["fraction_of_floor"] == 1.0
+        assert floor["fraction_of_floor_p20"] is None
         assert ours["peak_bytes"] > 100 << 20
 
     def test_python_warns_of_nothing_that_was_left(self, run):
@@ -136,7 +140,8 @@ class TestRun:
         (("--shape", "tiny", "--providers", "ours", "theirs"), "'theirs'"),
         (("--shape", "tiny", "--providers", "my providers:slow"), "or module:function"),
         (("--shape", "tiny", "--providers", "ours", "ours"), "given twice"),
-        (("--shape", "tiny", "--providers", "floor", "--no-share"), "--no-share has no effect"),
+        (("--shape", "tiny", "--providers", "flat", "--no-share"), "--no-share has no effect"),
+        (("--shape", "tiny", "--providers", "floor", "--replicas", "2"), "--replicas has no effect"),
         (("--shape", "tiny", "--readouts", "fast"), "--readouts 'fast'"),
         (("--shape", "tiny", "--dtype", "int8"), "--dtype 'int8'"),
         (("--shape", "tiny", "--engine", "dtype=float32"), "give --dtype"),

@@ -111,7 +111,9 @@ Readouts = Annotated[
     list[str] | None,
     typer.Option(help="NAME [NAME ...] of ours: auto pooling token_ids flat; default: auto."),
 ]
-NoShare = Annotated[bool, typer.Option("--no-share", help="Ours computes the prompt of each response anew.")]
+NoShare = Annotated[
+    bool, typer.Option("--no-share", help="Ours and the floor compute the prompt of each response anew.")
+]
 Replicas = Annotated[int, typer.Option(min=1, help="Engines of ours; more than 1 need Ray Serve.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32; auto: the model's own.")]
 Engine = Annotated[list[str] | None, typer.Option(help="NAME=VALUE: an engine option of vLLM. Repeatable.")]
@@ -338,7 +340,9 @@ def _provider_names(providers: Sequence[str] | None, device: str) -> list[str]:
 def _check_of_ours(
     names: Sequence[str], readouts: Sequence[str] | None, no_share: bool, replicas: int
 ) -> None:
-    given = {"--readouts": readouts, "--no-share": no_share, "--replicas": replicas > 1}
+    given = {"--readouts": readouts, "--replicas": replicas > 1}
+    if no_share and not {"ours", "floor"} & set(names):
+        raise OptionError("--no-share has no effect without the provider ours or floor among --providers")
     if "ours" not in names and (useless := [option for option, value in given.items() if value]):
         raise OptionError(f"{useless[0]} has no effect without the provider ours among --providers")
     for readout in readouts or ():

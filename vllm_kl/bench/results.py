@@ -28,6 +28,7 @@ _LEAST, _HUGE = 1e-100, 1e100
 # In the order of a row. A provider without figures has its reason in "not_measured".
 _FIGURES = (
     *("tok_per_s", "ratio_to_torchrl", "fraction_of_floor", "max_abs_err", "not_measured", "check"),
+    *("fraction_of_floor_p20", "fraction_of_floor_p80"),
     *("s_p20", "s_p50", "s_p80", "seconds", "scored_tok_per_s", "computed_tok_per_s", "flop_per_s", "mfu"),
     *("no_mfu", "joules", "tok_per_joule", "ratios", "peak_bytes", "gpu_peak_bytes"),
 )
@@ -91,14 +92,29 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
         "joules": None if joules is None else statistics.median(joules),
         "tok_per_joule": None if not joules else cost.fed_tokens / statistics.median(joules),
         "ratios": ratios,
+        **_spread(measured, traffic, name),
         **{name: value or None for name, value in measured.peaks.get(name, {}).items()},
     }
 
 
 def _ratio(measured: Measured, *names: str) -> Callable[[Sequence[float], Sequence[float]], float]:
     """Return how to compare the seconds of two providers: by rounds if they took turns, else by medians."""
+    return median_ratio if _took_turns(measured, *names) else ratio_of_medians
+
+
+def _took_turns(measured: Measured, *names: str) -> bool:
     both = {"floor" if name in (ENGINE, HEAD) else name for name in names}
-    return median_ratio if any(both <= {*group} for group in measured.groups) else ratio_of_medians
+    return any(both <= {*group} for group in measured.groups)
+
+
+def _spread(measured: Measured, traffic: Traffic, name: str) -> Row:
+    """Return how far the fractions of the floor of single rounds are apart; nothing if there are no such."""
+    seconds = measured.seconds[traffic.name]
+    if "floor" not in seconds or name in ("floor", ENGINE, HEAD) or not _took_turns(measured, "floor", name):
+        return {}
+    pairs = [floor / own for floor, own in zip(seconds["floor"], seconds[name], strict=False)]
+    p20, _, p80 = p20_p50_p80(pairs)
+    return {"fraction_of_floor_p20": p20, "fraction_of_floor_p80": p80}
 
 
 def _mfu(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:

@@ -236,7 +236,8 @@ class Bench:
             self._attempt(name, functools.partial(self._check, name, traffic))
         for n in range(self._plan.rounds):
             drawn = traffic.draw(self._ids, n)
-            for name in [name for name in names if name in self._running]:
+            # Back and forth, so that none always comes after the one that leaves cold caches.
+            for name in [name for name in names[:: -1 if n % 2 else 1] if name in self._running]:
                 if n < _rounds_of(name, self._plan):
                     self._on_step(f"{name}, {traffic.name}: round {n + 1}", 1)
                     is_first = n == 0 and _is_peer(name)

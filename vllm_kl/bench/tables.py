@@ -30,6 +30,13 @@ def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
     return cell
 
 
+def _of_the_floor(row: Row) -> str:
+    """Return the median of the rounds; in brackets the 20th and 80th percentile, which older files lack."""
+    names = ("fraction_of_floor", "fraction_of_floor_p20", "fraction_of_floor_p80")
+    median, *spread = (_number(name, ".2f")(row) for name in names)
+    return f"{median} ({' to '.join(spread)})" if all(spread) else median
+
+
 def _reason(row: Row) -> str:
     """Return the beginning of the reason why a provider has no figures; the lines below have all of it."""
     return textwrap.shorten(row.get("not_measured") or "", _REASON_WIDTH, placeholder=" ...")
@@ -46,7 +53,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "MFU": _number("mfu", ".2f"),
     "tokens/J": _number("tok_per_joule", ",.0f"),
     "times TorchRL": _number("ratio_to_torchrl", ".2f"),
-    "of the floor": _number("fraction_of_floor", ".2f"),
+    "of the floor": _of_the_floor,
     "largest error": _number("max_abs_err", ".1e"),
     _NOT_MEASURED: _reason,
 }
