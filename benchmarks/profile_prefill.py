@@ -14,7 +14,8 @@ Python:
 A bound is what the machine's own speeds make of a share's work, measured in the same process: of products
 and attention, their operations at the speed of the fastest of several large products, in the model's data
 type or in float32; of the pass over the logits, which stands as Python of the LM head because it is no
-operation of PyTorch, reading and filling them at the speed of a copy in memory, which a cache may beat.
+operation of PyTorch, reading them, and in 16 bits filling them, at the speed of a copy in memory, which a
+cache may beat.
 With AMX there is no such pass: the loop that multiplies sums, too, and may be faster than PyTorch's
 product. The products of the layers are those of the tokens that the engine computed: it shares whole blocks
 only. A share that is above its bound by a factor is what a faster engine could gain.
@@ -102,7 +103,7 @@ class Sizes(NamedTuple):
     hidden: int
     layers: int
     width: int  # of attention: heads times their size
-    logit_bytes: int  # that the pass reads and writes of a logit; 0: there is no tile
+    logit_bytes: int  # that the pass reads of a logit, and in 16 bits writes; 0: there is no tile
 
 
 def sizes_of(folder: Path, dtype: torch.dtype) -> Sizes:

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --minutes 60 --out soak_out
 
-One engine of the scorer's own, and a tiny model whose weights change between two sets of random ones. Four
+One engine of the scorer's own, and a tiny model whose weights change between two sets of random ones. Five
 kinds of threads use it together:
 
     dialogs   renders dialogs by a chat template, scores them, and asks which version scored
@@ -401,6 +401,8 @@ class Growth(NamedTuple):
     by_slope: float  # the median slope of all pairs of windows, times the time
     by_step: float  # the median of the last windows minus that of the first ones
     median: float
+    first: float
+    last: float
 
 
 def growth(windows: list[dict[str, float]], name: str) -> Growth | None:
@@ -416,6 +418,8 @@ def growth(windows: list[dict[str, float]], name: str) -> Growth | None:
         by_slope=statistics.median(slopes) * (points[-1][0] - points[0][0]),
         by_step=statistics.median(values[-num:]) - statistics.median(values[:num]),
         median=statistics.median(values),
+        first=values[0],
+        last=values[-1],
     )
 
 
@@ -435,8 +439,7 @@ def judge(windows: list[dict[str, float]], report: Report) -> bool:
         most = tolerance.fraction * grown.median + tolerance.amount
         is_flat = max(grown.by_slope, grown.by_step) <= most
         are_flat &= is_flat
-        seen = [window[name] for window in windows if name in window]  # of the whole run
-        figures = (grown.median, seen[0], seen[-1], grown.by_slope, grown.by_step, most)
+        figures = (grown.median, grown.first, grown.last, grown.by_slope, grown.by_step, most)
         table.add_row(name, *(f"{one:,.1f}" for one in figures), "flat" if is_flat else "GROWS")
     report.table(table)
     if len(alone) < len(windows):

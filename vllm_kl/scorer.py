@@ -296,6 +296,10 @@ class VLLMScorer:
 
         ``weight_version`` of the figures is the version of the weights that made these log-probs.
         :attr:`stats` may already be of a later call, of another thread.
+
+        >>> log_probs, stats = scorer.score_and_tell([[5, 6, 7]])
+        >>> log_probs[0].shape, stats.num_scored_tokens, stats.weight_version == scorer.weight_version
+        (torch.Size([2]), 2, True)
         """
         values, stats = self._read(token_ids, start, None, False)
         return [row[:, 0].clone() for row in values], stats
@@ -306,6 +310,10 @@ class VLLMScorer:
         """Score as :meth:`score` does with ``entropy=True``; return log-probs, entropies and the figures.
 
         See :meth:`score_and_tell`.
+
+        >>> log_probs, entropies, stats = scorer.score_entropy_and_tell([[5, 6, 7]])
+        >>> log_probs[0].shape == entropies[0].shape, stats.num_scored_tokens
+        (True, 2)
         """
         values, stats = self._read(token_ids, start, None, False, entropy=True)
         return [row[:, 0].clone() for row in values], [row[:, -1].clone() for row in values], stats
@@ -502,6 +510,10 @@ class VLLMScorer:
             FrozenError: the old weights have changed: nothing was loaded. Or the new weights give NaN.
             CollectorError: an error ended the thread of a collector that scores with this scorer. Nothing was
                 loaded.
+
+        >>> before = scorer.weight_version
+        >>> scorer.refresh(weights) == scorer.weight_version == before + 1
+        True
         """
         check_collector(self)
         if isinstance(self._engine, GenerateEngine):
@@ -532,6 +544,10 @@ class VLLMScorer:
 
         Raises:
             WeightsError: the engine was made without ``enable_sleep_mode=True``.
+
+        >>> # scorer = VLLMScorer("my-model", enable_sleep_mode=True)
+        >>> # with scorer.asleep():
+        >>> #     trainer.step()
         """
         try:
             has_slept = self.weights.sleep()

@@ -288,6 +288,22 @@ def test_a_close_of_an_engine_that_hangs_ends_it_although_it_is_interrupted(ref_
 
 
 @pytest.mark.nightly
+def test_a_close_ends_when_the_engine_is_killed_meanwhile(ref_path):
+    scorer = start(ref_path)
+    engine = psutil.Process(scorer._engine.pid)
+    os.killpg(engine.pid, signal.SIGSTOP)  # it hears of no close
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(scorer.close)
+        time.sleep(0.3)
+        assert not closing.done()
+        os.killpg(engine.pid, signal.SIGKILL)
+        closing.result(timeout=10)
+    assert not engine.is_running()
+    with pytest.raises(EngineError, match="the engine is closed"):
+        scorer.score([IDS])
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["check_frozen", "top k", "entropy", "ids", "push", "refresh"])
 def test_a_call_that_is_interrupted_leaves_an_engine_that_is_right(ref_path, ref_oracle, name):
     """A push and a refresh bring the weights that serve, so that these are right whenever they are struck."""

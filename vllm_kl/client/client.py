@@ -58,6 +58,9 @@ class AsyncClient:
 
     Raises:
         OptionError: an address is not one, or the key's file cannot be read.
+
+    >>> # async with AsyncClient("http://127.0.0.1:8000") as client:
+    >>> #     log_probs = await client.score([[5, 6, 7]], start=1)    # one float32 array [2], nats
     """
 
     def __init__(
@@ -360,6 +363,9 @@ class Client:
     """:class:`AsyncClient` for callers without an event loop. Threads may share it; it can be pickled.
 
     The arguments, methods and errors are those of :class:`AsyncClient`.
+
+    >>> # with Client(["http://one:8000", "http://two:8000"]) as client:
+    >>> #     log_probs, entropies = client.score([[5, 6, 7]], start=1, entropy=True)
     """
 
     def __init__(self, addresses: str | Sequence[str], **options: Any) -> None:
@@ -454,7 +460,10 @@ async def ascore(
     temperature: float = 1.0,
     **options: Any,
 ) -> list[np.ndarray]:
-    """As :func:`score`, in a running event loop."""
+    """As :func:`score`, in a running event loop.
+
+    >>> # (log_probs,) = await ascore("http://127.0.0.1:8000", [[5, 6, 7]], start=1)
+    """
     async with AsyncClient(addresses, **options) as client:
         log_probs: list[np.ndarray] = await client.score(token_ids, start, temperature=temperature)
         return log_probs

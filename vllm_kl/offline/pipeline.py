@@ -269,6 +269,9 @@ def score_dataset(
     Raises:
         InputError: the data set has no columns that can be scored, or a column of the wrong type.
         OptionError: an option does not exist or has no effect, or the cluster is too small.
+
+    >>> # ds = ray.data.read_parquet("rollouts")    # columns prompt_ids and response_ids
+    >>> # score_dataset(ds, "my-model", dtype="float32").write_parquet("scored")
     """
     job = make_job(
         model,

@@ -134,6 +134,19 @@ async def push_weights_async(engine: Any, state_dict: Any, *, version: int | Non
 
     Running requests finish with the old weights; requests that come meanwhile wait for the new weights. If
     this call is cancelled, a load that has begun goes on: ask the engine for its version.
+
+    Args:
+        engine: a ``vllm.v1.engine.async_llm.AsyncLLM`` of this event loop.
+        state_dict, version: as in :func:`push_weights`.
+
+    Returns:
+        The version of the new weights.
+
+    Raises:
+        WeightsError: as in :func:`push_weights`; the engine keeps the old weights.
+        EngineError: the engine died. The message names its last version.
+
+    >>> # version = await push_weights_async(engine, trainer.state_dict())
     """
     weights = AsyncWeights(engine)
     state = await asyncio.to_thread(lambda: weights.skeleton.checked(state_dict))
