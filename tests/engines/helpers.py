@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import random
+from pathlib import Path
+
+import pytest
 
 from tests import tiny
 
@@ -16,11 +21,26 @@ OPTIONS = {
 }
 
 
-ALIVE = []  # the engines of the fixture ``child``: an engine starts ten times faster beside another
+ALIVE = []  # the engines of a child: one starts ten times faster beside another
+
+
+@contextlib.contextmanager
+def start_child():
+    """Yield what calls a function of a test's file in a child process, and returns what it returns.
+
+    vLLM's transformers backend changes transformers' classes where it runs, and an engine that ends destroys
+    its process's groups, also under the engine that other tests share. So neither happens in the tests' own
+    process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])  # the child imports the tests, and inherits the path
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool:
+        yield lambda function, *args: pool.apply_async(function, args).get(timeout=240)
 
 
 def start_in_child(model, readout, **options):
-    """Start an engine, and keep it until the process ends. The fixture ``child`` runs it."""
+    """Start an engine in the process that runs this, a child, and keep it until that ends."""
     from vllm.model_executor.models import registry
 
     from vllm_kl.engines.start_engine import start

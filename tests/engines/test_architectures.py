@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tests.compat import since
-from tests.engines.helpers import EOS, OPTIONS, PAD, VOCAB, random_ids, start_in_child
+from tests.engines.helpers import EOS, OPTIONS, PAD, VOCAB, random_ids, start_child, start_in_child
 from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from vllm_kl.engines.base import drive
 from vllm_kl.types import ScoreRequest, ScoreResult
@@ -64,6 +64,13 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
         worker = driver._core.engine_core.model_executor.driver_worker.worker
         head = type(worker.get_model().pooler._head).__name__
     return Run(head, *results, extra)
+
+
+@pytest.fixture(scope="module")
+def child():
+    """Not that of other files: vLLM makes the group for experts with a process's first engine or never."""
+    with start_child() as call:
+        yield call
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ truth is computed here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-import multiprocessing
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.engines.helpers import ALIVE, OPTIONS, random_ids, start_in_child
+from tests.engines.helpers import ALIVE, OPTIONS, random_ids, start_child, start_in_child
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl.engines.base import drive
 from vllm_kl.errors import WeightsError
@@ -225,12 +225,11 @@ class Case:
 
 @pytest.fixture(scope="module")
 def child():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])
-        patch.setenv("OMP_NUM_THREADS", "1")  # products are tiny here: threads would wait for each other
-        pool = multiprocessing.get_context("spawn").Pool(1)
-    with pool:
-        yield pool
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")  # products are tiny here: threads would wait for each other
+            call = stack.enter_context(start_child())
+        yield call
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +246,7 @@ def case(request, child, table, tmp_path_factory):
     home = tmp_path_factory.mktemp("pushes")
     paths = [tiny.build_architecture(home / str(seed), request.param, seed=seed) for seed in (0, 1)]
     broken = save_without_one_tensor(paths[1], home / "broken")
-    pushed = child.apply_async(push_and_look, (*paths, broken)).get(timeout=240)
+    pushed = child(push_and_look, *paths, broken)
     case = Case(pushed, Truth(paths[0]), [state_of(path) for path in paths])
     errors = [
         error(pushed.at_start, case.truth.of(case.states[0])),
@@ -308,7 +307,7 @@ def test_what_fails_halfway_is_put_back_bit_for_bit(case):
 @pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("ernie4_5_moe", marks=pytest.mark.nightly)])
 def test_an_engine_that_is_given_to_a_scorer_is_mended(child, name, tmp_path):
     path = tiny.build_architecture(tmp_path / "model", name)
-    found = child.apply_async(score_before_and_after_it_is_given, (path,)).get(timeout=240)
+    found = child(score_before_and_after_it_is_given, path)
     oracle = Truth(path)
     truth = oracle.of(state_of(path))[-(len(REQUESTS[2].token_ids) - 1) :]
     assert error(found["before"], truth) > 0.1  # when this fails, vLLM is right: see cpu_corrections.py
