@@ -15,7 +15,7 @@ from tests.oracle import LOG_PROB_TOLERANCE, Oracle
 from tests.weights.helpers import IDS, error_of
 from vllm_kl import VLLMReference, VLLMScorer
 from vllm_kl.errors import FrozenError, OptionError, WeightsError
-from vllm_kl.weights import checkpoint
+from vllm_kl.weights import canary, checkpoint
 from vllm_kl.weights.push import push_weights
 
 
@@ -43,6 +43,13 @@ def test_a_push_is_no_refresh(owned_fresh, states):
     ):
         owned_fresh.check_frozen()
     owned_fresh.refresh(states[1])
+    assert owned_fresh.check_frozen() == 0.0
+
+
+def test_the_canary_remembers_the_last_versions_only(owned_fresh, states, monkeypatch):
+    monkeypatch.setattr(canary, "_MOST_VERSIONS", 2)
+    versions = [owned_fresh.refresh(states[n % 2]) for n in range(4)]
+    assert [*owned_fresh._canary._known] == versions[-2:]
     assert owned_fresh.check_frozen() == 0.0
 
 

@@ -19,10 +19,11 @@ from vllm_kl.errors import FrozenError
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 
 _LENGTH = 64
+_MOST_VERSIONS = 16  # that are remembered; an engine serves the last one, a replica that lags one of a few
 
 
 class Canary:
-    """Remembers the log-probs of the sequence for each accepted version of the weights.
+    """Remembers the log-probs of the sequence for the last accepted versions of the weights.
 
     Args:
         score: scores one request alone, without the prefix cache; returns the result of each engine. Several
@@ -80,7 +81,7 @@ class Canary:
         if version not in self._known:
             raise FrozenError(
                 f"the engine serves version {version} of the weights, which no refresh() made, so the KL "
-                "is against another reference than before (accepted versions: "
+                "is against another reference than before (accepted versions, the last ones: "
                 f"{', '.join(map(str, self._known))}).\n"
                 "Replace a reference with refresh(). Give the reference its own engine if a policy is "
                 "pushed into this one"
@@ -121,6 +122,8 @@ class Canary:
                 "'float32'."
             )
         self._known[version] = log_probs
+        if len(self._known) > _MOST_VERSIONS:
+            del self._known[next(iter(self._known))]
 
     def _compare(self, version: int | None, now: torch.Tensor, tolerance: float) -> float:
         before = self._known[version]
