@@ -21,7 +21,7 @@ OUTSIDE = {
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/LOG.md": "benchmarks-log.md",
-    "benchmarks/results/soak-epyc.png": "soak-epyc.png",
+    "benchmarks/results/soak-amx.png": "soak-amx.png",
 }
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
