@@ -44,6 +44,7 @@ def train():
         yield importlib.import_module("train")
 
 
+@pytest.mark.nightly
 def test_grpo_trainer_pushes_after_every_round_and_every_kl_is_right(
     train, async_llm, tied_paths, tmp_path, monkeypatch
 ):

@@ -282,6 +282,7 @@ def test_a_multimodal_model_whose_config_names_no_placeholder_has_a_note():
     assert note.startswith("the config of Seeing does not name the ids that stand for an image")
 
 
+@pytest.mark.nightly
 def test_vllm_imports_its_vision_models_where_torchvision_is_missing():
     code = (
         "import sys\n"

@@ -137,6 +137,7 @@ def check_by_version(data, steps, ref_oracle):
         check_kl(sample.unsqueeze(0), Oracle(steps[version]), ref_oracle)
 
 
+@pytest.mark.nightly
 def test_a_collector_with_an_engine_of_its_own_takes_pushes(collector, kl, steps, ref_oracle):
     actor = collector(
         functools.partial(make_env_there, functools.partial(kl, audit=1.0, audit_tolerance=1e-4)),
