@@ -657,10 +657,16 @@ class TestProductDtype:
     )
     def test_16_bits_are_multiplied_in_the_faster_way(self, monkeypatch, slow, fast):
         monkeypatch.setattr(cpu_products, "has_products", lambda dtype: True)
+        monkeypatch.setattr(cpu_products, "amx_works", lambda *_: False)
         monkeypatch.setattr(slow, "_multiply", lambda self, weight: time.sleep(0.1))
         monkeypatch.setattr(fast, "_multiply", lambda self, weight: None)
         expected = torch.float32 if slow is cpu_products.ShiftedProducts else torch.bfloat16
         assert cpu_products.product_dtype.__wrapped__(torch.bfloat16) == expected
+
+    @needs_amx
+    def test_with_amx_nothing_is_timed(self, monkeypatch):
+        monkeypatch.setattr(cpu_products.Products, "sum_up", None)
+        assert cpu_products.product_dtype.__wrapped__(torch.bfloat16) == torch.bfloat16
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_without_products_of_16_bits_nothing_is_timed(self, monkeypatch, dtype):

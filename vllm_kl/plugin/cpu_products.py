@@ -284,11 +284,14 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which matrices of a dtype are multiplied: it or float32, whichever is faster.
 
     A CPU with AVX-512 for bfloat16 and without AMX may multiply a tile of float32 faster (benchmarks/LOG.md).
-    So each process times both ways, once.
+    So each process times both ways, once. On such a CPU two processes may choose differently if the ways are
+    nearly as fast, and log-probs then differ by their rounding.
     """
+    num_rows, num_tokens, hidden_size = 2048, 1024, 512
     if not has_products(dtype):
         return torch.float32
-    num_rows, num_tokens, hidden_size = 2048, 1024, 512
+    if amx_works(dtype, hidden_size):
+        return dtype  # nothing is as fast
     hidden, weight = (torch.ones(number, hidden_size, dtype=dtype) for number in (num_rows, num_tokens))
     left_out = LeftOut(torch.zeros(num_rows, dtype=torch.int64))
     ways = (
