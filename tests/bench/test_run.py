@@ -141,6 +141,17 @@ class TestFloor:
         assert "floor is not measured: the head is no matrix" in lines
 
 
+@pytest.mark.parametrize("num_names", [1, 2, 3, 4, 5])
+def test_no_provider_has_the_better_turns(num_names):
+    names = [str(n) for n in range(num_names)]
+    orders = [run.order_of(names, n) for n in range(2 * num_names)]
+    assert all(sorted(order) == names for order in orders)
+    for one in names:
+        assert [order[0] for order in orders].count(one) == [order[-1] for order in orders].count(one) == 2
+        for other in set(names) - {one}:
+            assert sum(order.index(one) < order.index(other) for order in orders) == num_names
+
+
 class TestMemory:
     """Providers take turns within a round only if the memory holds all of their processes."""
 
@@ -167,7 +178,7 @@ class TestMemory:
         assert f"{told}, {self.WHY}" in lines
         first, second = ([s.split(",")[0] for s in steps if s.endswith(f"round {n}")] for n in (1, 2))
         assert first == ["floor", "ours", "torchrl", "flat", "transformers"]
-        assert second == ["ours", "floor"]  # back; the others have one round
+        assert second == ["ours", "floor"]  # in another order; the others have one round
         assert steps.index("torchrl, 8,4,2: round 1") < steps.index("floor, 8,4,2: round 2")
         assert steps.index("floor, 8,4,2: round 2") < steps.index("flat starts")
         assert all(row["tok_per_s"] for row in rows.values())

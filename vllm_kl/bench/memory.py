@@ -20,10 +20,10 @@ _CALLER_BYTES = 0.6 * 2**30  # the process that calls our engine, which is a chi
 _STEP_TOKENS = 4096
 _KV_STEPS = 8  # of spare room in the KV cache (engines/memory.py)
 # Of the logits in float32, with what glibc keeps of freed ones (environment.py). Measured with 151,936 tokens
-# of vocabulary and 2,048 rows, in float32 (five rounds) and bfloat16 (two): 8.2 and 7.2 in TorchRL's way, 9.2
-# and 5.8 in vLLM's own, 7.9 and 2.6 in transformers. In the last two it grows with the rounds: two of float32
-# took 8.4, 7.3 and 6.1. Where nothing is kept it is about half.
-_COPIES_OF_VLLM, _COPIES_OF_TRANSFORMERS = 9.6, {"float32": 8.2, "bfloat16": 3.4, "float16": 3.4}
+# of vocabulary and 2,048 rows, five rounds, in float32 and bfloat16: 8.2 and 6.4 in TorchRL's way, 9.2 and
+# 6.0 in vLLM's own, 7.9 and 3.9 in transformers. In the last two it grows with the rounds: two of them took
+# 7.3 and 5.8, 6.1 and 2.6. Where nothing is kept it is about half.
+_COPIES_OF_VLLM, _COPIES_OF_TRANSFORMERS = 9.6, {"float32": 8.2, "bfloat16": 4.3, "float16": 4.3}
 
 
 def memory_bytes(kind: str, setup: Setup, facts: Mapping[str, Any], traffics: Sequence[Traffic]) -> float:

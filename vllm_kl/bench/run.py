@@ -236,8 +236,7 @@ class Bench:
             self._attempt(name, functools.partial(self._check, name, traffic))
         for n in range(self._plan.rounds):
             drawn = traffic.draw(self._ids, n)
-            # Back and forth, so that none always comes after the one that leaves cold caches.
-            for name in [name for name in names[:: -1 if n % 2 else 1] if name in self._running]:
+            for name in [name for name in order_of(names, n) if name in self._running]:
                 if n < _rounds_of(name, self._plan):
                     self._on_step(f"{name}, {traffic.name}: round {n + 1}", 1)
                     is_first = n == 0 and _is_peer(name)
@@ -270,6 +269,20 @@ class Bench:
         if taken["joules"] is not None:
             self._measured.joules[traffic.name].setdefault(name, []).append(taken["joules"])
         self._measured.told[traffic.name][name] = process.told()
+
+
+def order_of(names: Sequence[str], n: int) -> list[str]:
+    """Return the order of the turns of a round.
+
+    Who comes after another finds cold caches, and who comes after itself warm ones. In twice as many rounds
+    as there are names each is the first equally often, and any two come before each other equally often.
+
+    >>> [order_of(["floor", "ours", "flat"], n)[0] for n in range(6)]
+    ['floor', 'flat', 'ours', 'floor', 'flat', 'ours']
+    """
+    first = n // 2 % len(names)
+    turned = [*names[first:], *names[:first]]
+    return turned[::-1] if n % 2 else turned
 
 
 def turns_of(groups: Sequence[Sequence[str]]) -> str:
