@@ -340,11 +340,14 @@ def _provider_names(providers: Sequence[str] | None, device: str) -> list[str]:
 def _check_of_ours(
     names: Sequence[str], readouts: Sequence[str] | None, no_share: bool, replicas: int
 ) -> None:
-    given = {"--readouts": readouts, "--replicas": replicas > 1}
-    if no_share and not {"ours", "floor"} & set(names):
-        raise OptionError("--no-share has no effect without the provider ours or floor among --providers")
-    if "ours" not in names and (useless := [option for option, value in given.items() if value]):
-        raise OptionError(f"{useless[0]} has no effect without the provider ours among --providers")
+    for option, is_given, takers in (
+        ("--readouts", bool(readouts), ["ours"]),
+        ("--no-share", no_share, ["ours", "floor"]),
+        ("--replicas", replicas > 1, ["ours"]),
+    ):
+        if is_given and not {*takers} & {*names}:
+            without = f"without the provider {' or '.join(takers)} among --providers"
+            raise OptionError(f"{option} has no effect {without}")
     for readout in readouts or ():
         if readout not in _READOUTS:
             raise OptionError(f"--readouts {readout!r}: expected {', '.join(_READOUTS)}")

@@ -49,8 +49,13 @@ def p20_p50_p80(runs: Sequence[float]) -> tuple[float, float, float]:
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Return the median of the ratios of each round; rounds of only one of the lists are ignored."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
+    """Return the median of the ratios of each round."""
+    return statistics.median(ratios_of_rounds(numerators, denominators))
+
+
+def ratios_of_rounds(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the ratio of each round; rounds of only one of the lists are ignored."""
+    return [a / b for a, b in zip(numerators, denominators, strict=False)]
 
 
 def ratio_of_medians(numerators: Sequence[float], denominators: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.data_sheets import peak_flop_per_s
 from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.providers import num_gpus_of
-from vllm_kl.bench.report import median_ratio, p20_p50_p80, ratio_of_medians
+from vllm_kl.bench.report import median_ratio, p20_p50_p80, ratio_of_medians, ratios_of_rounds
 from vllm_kl.bench.run import Measured, Plan, kind_of
 from vllm_kl.bench.traffic import Traffic
 from vllm_kl.bench.types import Setup
@@ -112,8 +112,7 @@ def _spread(measured: Measured, traffic: Traffic, name: str) -> Row:
     seconds = measured.seconds[traffic.name]
     if "floor" not in seconds or name in ("floor", ENGINE, HEAD) or not _took_turns(measured, "floor", name):
         return {}
-    pairs = [floor / own for floor, own in zip(seconds["floor"], seconds[name], strict=False)]
-    p20, _, p80 = p20_p50_p80(pairs)
+    p20, _, p80 = p20_p50_p80(ratios_of_rounds(seconds["floor"], seconds[name]))
     return {"fraction_of_floor_p20": p20, "fraction_of_floor_p80": p80}
 
 
