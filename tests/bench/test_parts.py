@@ -511,9 +511,15 @@ class TestTablesOfPages:
         rows = read_rows(BENCHMARKS / "results" / "readout-bfloat16-amx.jsonl")
         assert f"; {told}, bfloat16, 32 sequences" in caption([rows[0] | known])
 
+    def test_a_page_tells_the_rounds_of_other_ways_where_there_are_any(self):
+        rows = read_rows(BENCHMARKS / "results" / "readout-bfloat16-amx.jsonl")
+        assert ", 7 rounds, of other ways 5; " in caption(rows)
+        assert ", 7 rounds; " in caption([row for row in rows if row["provider"] in ("ours", "floor")])
+        assert ", of other ways 5" in caption([row | {"provider": "mine:score"} for row in rows])
+
     def test_a_page_says_where_providers_did_not_take_turns(self):
         rows = read_rows(BENCHMARKS / "results" / "readout-h200.jsonl")
-        assert caption(rows).endswith(", of other ways 2; providers run one after another")
+        assert caption(rows).endswith(", 64 sequences, 5 rounds; providers run one after another")
         of_one_group = {"groups": [["floor", "ours"]]}
         assert "providers" not in caption([rows[0] | of_one_group])
         of_two = {"groups": [["floor", "ours"], ["flat"]]}

@@ -239,7 +239,7 @@ class Bench:
             for name in [name for name in order_of(names, n) if name in self._running]:
                 if n < _rounds_of(name, self._plan):
                     self._on_step(f"{name}, {traffic.name}: round {n + 1}", 1)
-                    is_first = n == 0 and _is_peer(name)
+                    is_first = n == 0 and is_peer(name)
                     self._attempt(name, functools.partial(self._time, name, traffic, drawn, is_first))
 
     def _check(self, name: str, traffic: Traffic) -> None:
@@ -250,7 +250,7 @@ class Bench:
                 error = check(scored, self._truth[traffic.name], self._setup.dtype)
                 self._measured.errors[traffic.name][name] = error
         self._tell_notes(name)
-        if not _is_peer(name):
+        if not is_peer(name):
             process.time(*traffic.draw(self._ids, _WARM_UP))
 
     def _time(
@@ -299,14 +299,14 @@ def kind_of(name: str) -> str:
     return name.partition("[")[0]
 
 
+def is_peer(name: str) -> bool:
+    """Return whether a provider is another way to score, one of the user's own included."""
+    return name in PEERS or ":" in name
+
+
 def _truth() -> Any:
     return truth
 
 
 def _rounds_of(name: str, plan: Plan) -> int:
-    return plan.peer_rounds if _is_peer(name) else plan.rounds
-
-
-def _is_peer(name: str) -> bool:
-    """Return whether a provider is another way to score, one of the user's own included."""
-    return name in PEERS or ":" in name
+    return plan.peer_rounds if is_peer(name) else plan.rounds

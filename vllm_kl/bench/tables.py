@@ -15,7 +15,7 @@ from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.floor import ENGINE, HEAD
 from vllm_kl.bench.models import NAMED
 from vllm_kl.bench.report import make_table, origin
-from vllm_kl.bench.run import turns_of
+from vllm_kl.bench.run import is_peer, turns_of
 
 Row = Mapping[str, Any]
 _NOT_MEASURED, _REASON_WIDTH = "not measured", 40
@@ -77,7 +77,8 @@ def caption(rows: Sequence[Row]) -> str:
     """Return when, where and with what rows of one run were measured, and which model."""
     row, sizes = rows[0], sorted({row["sequences"] for row in rows})
     sequences = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    rounds = f"{row['rounds']} rounds, of other ways {row['peer_rounds']}"
+    has_peers = any(is_peer(row["provider"]) for row in rows)
+    rounds = f"{row['rounds']} rounds" + f", of other ways {row['peer_rounds']}" * has_peers
     told = f"{origin(row)}; {_model(row)}, {row['dtype']}, {sequences} sequences, {rounds}"
     return "; ".join(filter(None, (told, turns_of(row.get("groups", [])))))  # older files do not tell
 
