@@ -21,6 +21,8 @@ from vllm_kl import FromCollector, LoRAWrapper, RetrieveKL, VLLMReference, VLLMS
 
 pytestmark = pytest.mark.compat
 
+DIFFERENCE = 2 * LOG_PROB_TOLERANCE  # of two log-probs; in 320 dialogs at most 4.8e-6 was seen
+
 
 @pytest.fixture
 def collect(lora_llm, tokenizer):
@@ -53,7 +55,7 @@ def collect(lora_llm, tokenizer):
 def check_all(batches, policy_oracle, ref_oracle):
     assert batches
     for data in batches:
-        check_kl(data, policy_oracle, ref_oracle, coeff=None, tolerance=LOG_PROB_TOLERANCE)
+        check_kl(data, policy_oracle, ref_oracle, coeff=None, tolerance=DIFFERENCE)
 
 
 @pytest.mark.parametrize("pad_output", [True, False], ids=["padded", "ragged"])
@@ -78,7 +80,7 @@ def test_a_policy_that_is_given_follows_its_adapter(lora_llm, tokenizer, lora_re
         td = transform(TensorDict(tokens=TensorDict(full=torch.tensor([ids]), batch_size=1), batch_size=1))
         want = oracle.kl(lora_oracles[which], lora_oracles[0], ids, [False] + [True] * (len(ids) - 1))
         got = td.get("kl_penalty", as_list=True)[0].double()
-        torch.testing.assert_close(got, want, rtol=0, atol=2 * LOG_PROB_TOLERANCE)
+        torch.testing.assert_close(got, want, rtol=0, atol=DIFFERENCE)
 
 
 def test_the_reference_may_be_an_adapter_too(lora_llm, collect, tokenizer, lora_requests, lora_oracles):
