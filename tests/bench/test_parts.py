@@ -436,7 +436,13 @@ class TestCompare:
 
     @pytest.mark.parametrize(
         "figures",
-        [{"tok_per_s": "1"}, {"tok_per_s": 0}, {"max_abs_err": float("nan")}, {"provider": ["ours"]}],
+        [
+            {"tok_per_s": "1"},
+            {"tok_per_s": 0},
+            {"max_abs_err": float("nan")},
+            {"provider": ["ours"]},
+            {"hardware": [None]},
+        ],
     )
     def test_rows_that_cannot_be_compared_are_named(self, tmp_path, figures):
         file = tmp_path / "results.jsonl"

@@ -81,11 +81,11 @@ def test_slices_of_mixed_lengths_hold_no_more_logits_than_they_may():
 
 
 def test_sglang_takes_the_longest_sequence_and_shares_prompts_inside_a_batch():
-    engine = {"tensor_parallel_size": 2, "revision": "main", "block_size": 16}
+    engine = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "revision": "main", "block_size": 16}
     options = sglang_options(Setup(model="m", dtype="bfloat16", device="cuda", engine=engine, max_tokens=100))
     max_req_input_len = (options["context_length"] - 1) - 5  # of SGLang, which refuses as many tokens
     assert max_req_input_len > 100
-    assert (options["schedule_policy"], options["tp_size"]) == ("lpm", 2)
+    assert (options["schedule_policy"], options["tp_size"], options["pp_size"]) == ("lpm", 2, 3)
     assert options["revision"] == "main"
     assert "block_size" not in options  # vLLM's
 

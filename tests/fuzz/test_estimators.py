@@ -106,20 +106,33 @@ def test_estimates_are_those_of_float64_or_refused(pairs, dtype, estimator, dire
     mode=st.sampled_from(["truncate", "mask"]),
     low=st.sampled_from([None, 0.5, 0.999, 1.0]),
     high=st.sampled_from([None, 1.0, 1.002, 2.0, 1e6]),
+    normalize=st.booleans(),
     share=3.0,
     few=100,
 )
-def test_weights_are_those_of_float64(pairs, level, mode, low, high):
+def test_weights_are_those_of_float64(pairs, level, mode, low, high, normalize):
     trained, sampled = (rows_of(pairs, n, torch.float32) for n in (0, 1))
     mask = [torch.tensor([one[2] for one in row], dtype=torch.bool) for row in pairs]
-    found = told(
-        lambda: importance_weights(trained, sampled, mask, level=level, mode=mode, low=low, high=high)
-    )
+    bounds = {"level": level, "mode": mode, "low": low, "high": high}
+    found = told(lambda: importance_weights(trained, sampled, mask, **bounds, normalize=normalize))
     if found is None:
         assert mode == "mask"
         assert low is None
         assert high is None
         return
+    for printed in found.as_printed_by.values():
+        assert all(math.isfinite(value) for value in printed.values()), printed
+    if normalize:  # the weights are those without it, divided by one number
+        plain = importance_weights(trained, sampled, mask, **bounds)
+        units = [
+            row[keep][: None if level == "token" else 1]
+            for row, keep in zip(plain.weights, mask, strict=True)
+        ]
+        mean = float(torch.cat([torch.zeros(0), *units]).double().mean()) if any(map(len, units)) else 0.0
+        for row, other in zip(found.weights, plain.weights, strict=True):
+            want = other.double() / mean if mean > 1e-8 else other.double()
+            torch.testing.assert_close(row.double(), want, rtol=1e-5, atol=1e-12)
+        found = plain
     all_weights = []
     for row, weights in zip(pairs, found.weights, strict=True):
         r = [p - q for p, q, is_kept in row if is_kept]

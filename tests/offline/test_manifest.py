@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 
 import pyarrow as pa
@@ -20,6 +22,19 @@ def test_a_manifest_of_another_program_is_refused_by_name(tmp_path, content):
     (tmp_path / "_manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=r"_manifest\.json is (not JSON|no manifest of vllm-kl score)"):
         Manifest.read(Folder(str(tmp_path)))
+
+
+def test_a_manifest_whose_schema_arrow_does_not_know_is_refused_by_name(tmp_path):
+    folder = Folder(str(tmp_path))
+    Manifest(settings={}, files=[], schema=pa.schema([("x", pa.int64())]), parts=[]).write(folder)
+    file = tmp_path / "_manifest.json"
+    content = json.loads(file.read_text())
+    schema = base64.b64decode(content["schema"]).replace(
+        (64).to_bytes(4, "little"), (128).to_bytes(4, "little")
+    )
+    file.write_text(json.dumps(content | {"schema": base64.b64encode(schema).decode()}))
+    with pytest.raises(InputError, match=r"_manifest\.json is no manifest .*more than 64 bits"):
+        Manifest.read(folder)
 
 
 def test_what_a_trainer_and_this_output_add_to_a_models_folder_does_not_change_the_model(tmp_path):

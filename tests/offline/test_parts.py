@@ -224,6 +224,27 @@ def test_an_empty_text_in_a_column_of_lists_is_an_error_of_the_row(tmp_path, nam
     assert f"column '{name}' holds ''" in bad["error"]
 
 
+@pytest.mark.parametrize("part_bytes", [7, 10**6])
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0.5, False),
+        (False, 0.5),
+        ([0.0, False], [1.0]),
+        ([[0.5]], [[True]]),
+        ({"a": 0.5}, {"a": True}),
+        ([{"a": [0.5, True]}], None),
+    ],
+)
+def test_a_boolean_beside_fractions_stays_one(tmp_path, values, part_bytes):
+    """Arrow makes a float of it."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"ids": [1, 2], "x": value}) for value in values))
+    rows = rows_of(str(path), part_bytes)[0].to_pylist()
+    assert [row["error"] for row in rows] == [None, None]
+    assert [None if row["x"] is None else json.loads(row["x"]) for row in rows] == list(values)
+
+
 def test_a_column_that_parquet_has_no_type_for_is_json(tmp_path):
     deep = json.loads("[" * 70 + "]" * 70)
     rows = [{"ids": [1], "x": {}, "y": [{"a": {}}], "z": deep}, {"ids": [2], "x": {}, "y": [], "z": []}]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
-from vllm_kl.bench.floor import ENGINE, HEAD
+from vllm_kl.bench.floor import owner_of
 from vllm_kl.errors import OptionError
 
 Figure = Literal["tok_per_s", "ratio_to_torchrl", "fraction_of_floor"]
@@ -59,7 +59,7 @@ def compare(
     pairs = [
         (row, then.get((row["provider"], row["shape"])))
         for row in before
-        if row.get(figure) is not None and row["provider"] not in ("floor", ENGINE, HEAD)
+        if row.get(figure) is not None and owner_of(row["provider"]) != "floor"
     ]
     if not pairs:
         raise OptionError(f"the first run {_why_none(before, figure)}")
@@ -70,7 +70,7 @@ def _why_none(rows: Sequence[Row], figure: Figure) -> str:
     """Return why no row of a run can be compared, and what to do."""
     if not rows:
         return "has no rows: give the folder of --out, or the results.jsonl, of a run that measured something"
-    if all(row["provider"] in ("floor", ENGINE, HEAD) for row in rows):
+    if all(owner_of(row["provider"]) == "floor" for row in rows):
         return "measured the floor alone, and nothing to compare: run it with --providers ours floor"
     needed = {"ratio_to_torchrl": " torchrl", "fraction_of_floor": " floor"}.get(figure, "")
     return f"has no {figure}: run it with --providers ours{needed}"

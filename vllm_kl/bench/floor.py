@@ -16,7 +16,16 @@ import numpy as np
 from vllm_kl.bench.types import Running, Setup
 from vllm_kl.errors import ReadoutUnavailableError
 
-ENGINE, HEAD = "floor_engine", "floor_head"  # its parts
+PARTS = ENGINE, HEAD = "floor_engine", "floor_head"  # they have rows of their own
+
+
+def owner_of(name: str) -> str:
+    """Return the provider whose process measured a row.
+
+    >>> owner_of("floor_head"), owner_of("ours[flat]")
+    ('floor', 'ours[flat]')
+    """
+    return "floor" if name in PARTS else name
 
 
 def floor(setup: Setup) -> Iterator[Running]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_kl.bench.floor import ENGINE, HEAD
+from vllm_kl.bench.floor import PARTS
 
 Row = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    return [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in (ENGINE, HEAD)]
+    return [name for name in dict.fromkeys(row["provider"] for row in rows) if name not in PARTS]
 
 
 def _color(rows: Sequence[Row], name: str) -> str:

@@ -276,6 +276,7 @@ def sglang_options(setup: Setup) -> dict[str, Any]:
         # group first, so that the others find its prompt in the cache (managers/schedule_policy.py, 0.5).
         "schedule_policy": "lpm",
         "tp_size": setup.engine.get("tensor_parallel_size", 1),
+        "pp_size": setup.engine.get("pipeline_parallel_size", 1),
         "skip_tokenizer_init": True,
         "log_level": "error",
         **setup.loading,

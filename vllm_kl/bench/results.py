@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_kl.bench.cost import Cost
 from vllm_kl.bench.data_sheets import peak_flop_per_s
-from vllm_kl.bench.floor import ENGINE, HEAD
+from vllm_kl.bench.floor import ENGINE, HEAD, PARTS, owner_of
 from vllm_kl.bench.providers import num_gpus_of
 from vllm_kl.bench.report import median_ratio, p20_p50_p80, ratio_of_medians, ratios_of_rounds
 from vllm_kl.bench.run import Measured, Plan, kind_of
@@ -39,7 +39,7 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
     order = [*plan.providers]
     if "floor" in order:
         place = order.index("floor") + 1
-        order[place:place] = [ENGINE, HEAD]
+        order[place:place] = PARTS
     common = _common(plan, measured, model)
     settings = {name: _settings(name, setup) for name, setup in plan.providers.items()}
     rows = []
@@ -53,8 +53,8 @@ def rows_of(plan: Plan, measured: Measured, model: str) -> list[Row]:
                 continue
             what = {"provider": name, "shape": traffic.name, "unit": "tokens/s"}
             told = measured.told[traffic.name].get(name, {})
-            own = settings["floor" if name in (ENGINE, HEAD) else name]
-            rows.append(what | figures | _lengths(measured, traffic) | told | own | common)
+            lengths = _lengths(measured, traffic)
+            rows.append(what | figures | lengths | told | settings[owner_of(name)] | common)
     return rows
 
 
@@ -72,7 +72,7 @@ def _figures(measured: Measured, traffic: Traffic, name: str) -> Row:
     ratios = {
         peer: _ratio(measured, peer, name)(others, runs)
         for peer, others in seconds.items()
-        if peer not in (ENGINE, HEAD)
+        if peer not in PARTS
     }
     flop = _flop(cost, name)
     joules = measured.joules[traffic.name].get(name)
@@ -103,14 +103,14 @@ def _ratio(measured: Measured, *names: str) -> Callable[[Sequence[float], Sequen
 
 
 def _took_turns(measured: Measured, *names: str) -> bool:
-    both = {"floor" if name in (ENGINE, HEAD) else name for name in names}
+    both = {owner_of(name) for name in names}
     return any(both <= {*group} for group in measured.groups)
 
 
 def _spread(measured: Measured, traffic: Traffic, name: str) -> Row:
     """Return how far the fractions of the floor of single rounds are apart; nothing if there are no such."""
     seconds = measured.seconds[traffic.name]
-    if "floor" not in seconds or name in ("floor", ENGINE, HEAD) or not _took_turns(measured, "floor", name):
+    if "floor" not in seconds or owner_of(name) == "floor" or not _took_turns(measured, "floor", name):
         return {}
     p20, _, p80 = p20_p50_p80(ratios_of_rounds(seconds["floor"], seconds[name]))
     return {"fraction_of_floor_p20": p20, "fraction_of_floor_p80": p80}
@@ -123,7 +123,8 @@ def _mfu(plan: Plan, measured: Measured, traffic: Traffic, name: str) -> Row:
     if gpu is None or flop is None:
         return {}
     peak = peak_flop_per_s(gpu, measured.facts["dtype"])
-    num_gpus = 1 if name in (ENGINE, HEAD) else num_gpus_of(kind_of(name), plan.providers[name])
+    owner = owner_of(name)
+    num_gpus = num_gpus_of(kind_of(owner), plan.providers[owner])
     if peak is None:
         return {"no_mfu": f"the data sheet of {gpu} is not in vllm_kl/bench/data_sheets.py"}
     if num_gpus is None:
@@ -206,6 +207,8 @@ def read_rows(path: Path) -> list[Row]:
             raise InputError(f"{file}, line {n}: no row of vllm-kl bench, but {line[:60]!r}")
         if not all(isinstance(row[name], str) and row[name].isprintable() for name in ("provider", "shape")):
             raise InputError(f"{file}, line {n}: provider and shape are no text of one line: {line[:60]!r}")
+        if not isinstance(row.get("hardware"), dict | None):
+            raise InputError(f"{file}, line {n}: hardware is no object, but {str(row['hardware'])[:60]!r}")
         for name in _COMPARED:
             if not _is_figure(row.get(name), least=0 if name == "max_abs_err" else _LEAST):
                 told = str(row[name])[:60]

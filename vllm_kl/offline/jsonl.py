@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
@@ -80,9 +81,10 @@ def _types(values: list[Any], role: str | None) -> set[pa.DataType | None]:
 
 def _type(values: list[Any]) -> pa.DataType | None:
     try:
-        return pa.array(values).type
+        type_ = pa.array(values).type
     except _MISFITS:
         return None
+    return type_ if all(_is_kept(value, type_) for value in values) else None
 
 
 def schema_of(types: Types, role_of: Mapping[str, str]) -> pa.Schema:
@@ -168,31 +170,32 @@ def _array(field: pa.Field, values: list[Any], errors: list[str | None]) -> pa.A
 
 
 def _exact(values: list[Any], type_: pa.DataType) -> pa.Array:
-    """Return the values as an array; refuse what Arrow (26) would convert.
+    """Return the values as an array; refuse what Arrow would convert."""
+    if not all(_is_kept(value, type_) for value in values):
+        raise pa.ArrowTypeError(f"no {type_}")
+    return pa.array(values, type_)
 
-    These are fractions and booleans for ints, and an empty text for an empty list.
+
+def _is_kept(value: Any, type_: pa.DataType) -> bool:
+    """Return whether Arrow (26) does not convert a value of JSON.
+
+    It makes floats of booleans, ints of fractions, and an empty list of an empty text. An int beside floats
+    may become one.
     """
-    if any(_has_text_for_a_list(value, type_) for value in values):
-        raise pa.ArrowTypeError(f"a text for {type_}")
-    array = pa.array(values, type_)
-    if pa.types.is_integer(_leaf(type_)):
-        found = _leaf(pa.array(values).type)
-        if not (pa.types.is_integer(found) or pa.types.is_null(found)):
-            raise pa.ArrowTypeError(f"{found} for {type_}")
-    return array
-
-
-def _has_text_for_a_list(value: Any, type_: pa.DataType) -> bool:
+    if value is None:
+        return True
     if is_list(type_):
-        inside = value if isinstance(value, list) and pa.types.is_nested(type_.value_type) else ()
-        return isinstance(value, str) or any(_has_text_for_a_list(one, type_.value_type) for one in inside)
-    if pa.types.is_struct(type_) and isinstance(value, dict):
-        nested = [field for field in type_ if pa.types.is_nested(field.type)]
-        return any(_has_text_for_a_list(value.get(field.name), field.type) for field in nested)
-    return False
+        if isinstance(value, list) and pa.types.is_nested(type_.value_type):
+            return all(_is_kept(one, type_.value_type) for one in value)
+        return isinstance(value, list) and _are_kept(value, type_.value_type)
+    if pa.types.is_struct(type_):
+        return isinstance(value, dict) and all(_is_kept(value.get(one.name), one.type) for one in type_)
+    return _are_kept([value], type_)
 
 
-def _leaf(type_: pa.DataType) -> pa.DataType:
-    while is_list(type_):
-        type_ = type_.value_type
-    return type_
+def _are_kept(values: list[Any], type_: pa.DataType) -> bool:
+    if pa.types.is_integer(type_):
+        return {*map(type, values)} <= {int, NoneType}
+    if pa.types.is_floating(type_):
+        return {*map(type, values)} <= {int, float, NoneType}
+    return True  # Arrow refuses what has another type

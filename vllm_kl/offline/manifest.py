@@ -66,7 +66,7 @@ class Manifest:
                 schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["schema"]))),
                 parts=[Part(**part) for part in content["parts"]],
             )
-        except (KeyError, TypeError, ValueError, OSError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OSError, AttributeError, pa.ArrowException) as error:
             raise InputError(
                 f"{folder.path(NAME)} is no manifest of vllm-kl score ({type(error).__name__}: {error}): "
                 "give another folder"
