@@ -412,6 +412,10 @@ class TestCompare:
         told = row()["hardware"] | {"threads": 2}  # an earlier version did not tell them
         assert figure_for([row()], [row(hardware=told)]) == "tok_per_s"
         assert figure_for([row(hardware=told)], [row(hardware=told | {"threads": 4})]) == "fraction_of_floor"
+        with_gpu = told | {"GPU": "NVIDIA L4"}
+        assert figure_for([row(hardware=with_gpu)], [row(hardware=with_gpu)]) == "tok_per_s"
+        for pair in ([told, with_gpu], [with_gpu, told], [with_gpu, told | {"GPU": "NVIDIA H200"}]):
+            assert figure_for(*([row(hardware=one)] for one in pair)) == "fraction_of_floor"
 
     def test_the_command_exits_with_its_own_code_where_a_run_is_worse(self, tmp_path):
         from typer.testing import CliRunner

@@ -32,8 +32,11 @@ pytestmark = pytest.mark.timeout(600)
 
 IDS = list(range(5, 60))
 LONG = [[5 + n % 90, *list(range(5, 95)) * 3] for n in range(200)]  # many steps of the engine
-# What Linux, Python and PyTorch say, as they are quoted: of a library, an import, a thread or a tensor.
-NO_MEMORY = "failed to map segment|MemoryError|temporarily unavailable|new thread|bad_alloc|allocate memory"
+# What Linux, Python, PyTorch and oneDNN say of a library, an import, a thread, a tensor or a product.
+NO_MEMORY = (
+    "failed to map segment|MemoryError|temporarily unavailable|new thread|bad_alloc|allocate memory"
+    "|could not create a primitive"
+)
 ENDS_WITHIN_S = 60.0  # an engine whose start was interrupted inside Popen ends when it has imported vLLM
 
 
@@ -256,6 +259,8 @@ def take_memory(process):
     ],
 )
 def test_a_fault_of_one_worker_ends_the_call_and_all_processes(ref_path, ref_oracle, fault, told):
+    """vLLM hears nothing of an error of the second worker: the first waits until the engine is ended."""
+
     def score_for_a_minute():
         while time.monotonic() - began < 60:
             scorer.score(LONG)

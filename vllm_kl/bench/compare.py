@@ -17,6 +17,7 @@ from vllm_kl.errors import OptionError
 Figure = Literal["tok_per_s", "ratio_to_torchrl", "fraction_of_floor"]
 Row = dict[str, Any]
 _SAME = ("model", "parameters", "dtype", "fed_tokens", "share_prefix", "replicas", "engine", "readout")
+_TOLD_LATER = ("instructions", "threads")
 _EXACT = 1e-5  # nats; errors below it are rounding of float32
 _MOST_ERROR = 2.0  # times the error before
 
@@ -38,9 +39,14 @@ def figure_for(before: Sequence[Row], after: Sequence[Row]) -> Figure:
     """Return the figure that two runs can be compared by."""
     machines = [row.get("hardware") or {} for row in (*before, *after)]
     first = machines[0] if machines else {}
-    # A file of an earlier version tells less of its machine.
-    is_one = all(one and all(one[part] == first[part] for part in one.keys() & first) for one in machines)
+    is_one = all(one and all(_is_same(one, first, part) for part in one.keys() | first) for one in machines)
     return "tok_per_s" if machines and is_one else "fraction_of_floor"
+
+
+def _is_same(one: Row, other: Row, part: str) -> bool:
+    """Return whether a part of two machines is the same, as far as files of earlier versions tell."""
+    is_told = part not in _TOLD_LATER or part in one.keys() & other
+    return not is_told or one.get(part) == other.get(part)
 
 
 def compare(

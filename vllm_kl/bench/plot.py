@@ -26,9 +26,9 @@ def plot(path: Path, rows: Sequence[Row]) -> Path:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     names = [name for name in _names(rows) if name != "floor"] or ["floor"]
     for n, name in enumerate(names):
-        of = {row["shape"]: row.get("fraction_of_floor") or 0 for row in rows if row["provider"] == name}
-        places = [i + (n + 0.5) / len(names) * 0.8 - 0.4 for i in range(len(shapes))]
-        heights = [of.get(shape, 0) for shape in shapes]
+        own = [row for row in rows if row["provider"] == name and row.get("fraction_of_floor") is not None]
+        places = [shapes.index(row["shape"]) + (n + 0.5) / len(names) * 0.8 - 0.4 for row in own]
+        heights = [row["fraction_of_floor"] for row in own]
         floors.bar(places, heights, 0.8 / len(names), label=name, color=_color(rows, name))
     floors.set_xticks(range(len(shapes)), shapes, fontsize=7, rotation=15)
     floors.axhline(1, color="gray", linewidth=0.8)
