@@ -28,7 +28,6 @@ def scored(scorer: VLLMScorer, entropy: bool) -> list[torch.Tensor]:
 """
 
 
-@pytest.mark.nightly
 @pytest.mark.timeout(1200)
 def test_annotations_hold_here_and_in_a_program_that_uses_them(tmp_path):
     program = tmp_path / "program.py"
@@ -43,7 +42,7 @@ def test_annotations_hold_here_and_in_a_program_that_uses_them(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", [*vllm_kl._PUBLIC, "offline.pipeline", "client.client"])
+@pytest.mark.parametrize("module", [*vllm_kl._PUBLIC, "configs", "offline.pipeline", "client.client"])
 def test_every_public_module_is_checked(module):
     file = f"vllm_kl/{module.replace('.', '/')}.py"
     assert any(file == path or file.startswith(f"{path}/") for path in MYPY["files"])

@@ -119,8 +119,8 @@ def _until_none(find: Callable[[], list[int]], number: signal.Signals) -> bool:
 def _alive(group: int) -> list[int]:
     """Return the ids of a group's processes that have not ended, without the caller's."""
     pids = (int(path.name) for path in _PROCESSES.iterdir() if path.name.isdigit())
-    states = ((pid, *_stat(pid)[:3]) for pid in pids if pid != os.getpid())
-    return [pid for pid, *stat in states if stat and int(stat[2]) == group and stat[0] not in "ZX"]
+    states = ((pid, _stat(pid)) for pid in pids if pid != os.getpid())
+    return [pid for pid, stat in states if stat and int(stat[2]) == group and stat[0] not in "ZX"]
 
 
 def _is_tracker(pid: int) -> bool:
