@@ -185,9 +185,11 @@ def _is_kept(value: Any, type_: pa.DataType) -> bool:
     if value is None:
         return True
     if is_list(type_):
-        if isinstance(value, list) and pa.types.is_nested(type_.value_type):
+        if not isinstance(value, list):
+            return False
+        if pa.types.is_nested(type_.value_type):
             return all(_is_kept(one, type_.value_type) for one in value)
-        return isinstance(value, list) and _are_kept(value, type_.value_type)
+        return _are_kept(value, type_.value_type)
     if pa.types.is_struct(type_):
         return isinstance(value, dict) and all(_is_kept(value.get(one.name), one.type) for one in type_)
     return _are_kept([value], type_)
