@@ -68,6 +68,41 @@ def test_the_kernels_compute_what_float64_does(shape, dtype):
         torch.testing.assert_close(normed.double(), want, rtol=ERRORS[dtype], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_roundings_cancel(dtype):
+    """A kernel that cuts digits off makes every number smaller: by 36 % of the dtype's epsilon."""
+    x, residual, weight = (
+        drawn(300, 512, dtype=dtype),
+        drawn(300, 512, dtype=dtype, seed=1),
+        drawn(512).to(dtype),
+    )
+    with ir.ops.rms_norm.set_priority([PROVIDER]), ir.ops.fused_add_rms_norm.set_priority([PROVIDER]):
+        got = ir.ops.rms_norm(x, weight, EPSILON), *ir.ops.fused_add_rms_norm(x, residual, weight, EPSILON)
+    total = x.double() + residual.double()
+    for one, want in zip(got, (norm(x.double(), weight), norm(total, weight), total), strict=True):
+        few = want.abs() > 1e-3
+        assert abs((one.double() / want)[few].mean() - 1) < torch.finfo(dtype).eps / 100
+
+
+def test_bfloat16_is_left_to_vllm_where_its_kernels_cut_digits_off():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply_async(left_to_vllm_with_avx2).get(timeout=120) == {torch.bfloat16}
+
+
+def left_to_vllm_with_avx2():
+    """Return the dtypes that the kernels do not get on a CPU with AVX2 and no more."""
+    torch.cpu._is_avx512_supported = lambda: False
+    cpu_norms.install()
+    left = set()
+    for dtype in ERRORS:
+        x, weight = drawn(3, 32, dtype=dtype), drawn(32, dtype=dtype)
+        for operation, tensors in zip(operations(), ((x,), (x, x.clone())), strict=True):
+            with operation.set_priority([PROVIDER]):
+                if operation.dispatch(*tensors, weight, EPSILON, None).provider != PROVIDER:
+                    left.add(dtype)
+    return left
+
+
 def test_a_view_is_normed_by_its_rows():
     wide, weight = drawn(6, 4, 96), drawn(32, seed=1)
     x = wide[..., 32:64]
