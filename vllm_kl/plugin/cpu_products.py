@@ -24,8 +24,9 @@ from vllm_kl.plugin.cpu_loops import amx_works, in_pairs, passes, product_sums
 
 # Heights of the tiles of 16-bit products.
 HEIGHTS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
-# Width of a float32 product's tile, and elements of its widened slice of weights: 8 MiB.
-_FLOAT32_WIDTH = 1024
+# Width of a float32 product's tile, its elements, 16 MiB, and those of its widened slice of weights, 8 MiB.
+_FLOAT32_WIDTH = 1536
+_FLOAT32_TILE = 1 << 22
 _MAX_WIDENED = 1 << 21
 # Bytes of each part of the workspace, by the limits of this module and of the kernel. The system gives pages
 # only when they are used.
@@ -167,7 +168,8 @@ class Float32Products(TiledProducts):
 
     @staticmethod
     def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
-        return num_rows, min(vocab_size, _FLOAT32_WIDTH, max(64, _MAX_WIDENED // hidden_size))
+        limits = (_FLOAT32_TILE // max(1, num_rows), _MAX_WIDENED // hidden_size)
+        return num_rows, min(vocab_size, _FLOAT32_WIDTH, *(max(64, limit // 64 * 64) for limit in limits))
 
     def _multiply(self, weight: torch.Tensor) -> None:
         torch.mm(self._hidden, weight.T, out=self._tile)

@@ -112,18 +112,26 @@ struct ProductRow {
 
     float logit2(int64_t i) const { return scale2 * row[i]; }
 
-    // Returns the sums. Without kMoment the moment is 0.
+    // Returns the sums. Without kMoment the moment is 0. Sums of short stretches are added up: a sum of many equal
+    // numbers would be rounded in one direction at each of them.
     template <bool kMoment>
     Sums sum(int64_t num_columns) const {
+        constexpr int64_t kStretch = 512;
         const float *const products = row, scale = scale2, base = shift;
         float mass = 0.0f, moment = 0.0f;
-#pragma omp simd reduction(+ : mass, moment)
-        for (int64_t i = 0; i < num_columns; i++) {
-            const float own = scale * products[i] - base;
-            const float x = own < -127.0f ? -127.0f : own;  // smaller ones change no sum; NaN stays
-            const float power = power_of_two<float>(x);
-            mass += power;
-            if constexpr (kMoment) moment += power * x;
+        for (int64_t low = 0; low < num_columns; low += kStretch) {
+            const int64_t high = std::min(low + kStretch, num_columns);
+            float mass_here = 0.0f, moment_here = 0.0f;
+#pragma omp simd reduction(+ : mass_here, moment_here)
+            for (int64_t i = low; i < high; i++) {
+                const float own = scale * products[i] - base;
+                const float x = own < -127.0f ? -127.0f : own;  // smaller ones change no sum; NaN stays
+                const float power = power_of_two<float>(x);
+                mass_here += power;
+                if constexpr (kMoment) moment_here += power * x;
+            }
+            mass += mass_here;
+            moment += moment_here;
         }
         return {mass, moment};
     }
