@@ -108,7 +108,9 @@ def of_this_project() -> list[str]:
     project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     return project["dependencies"] + [
-        f"{one}; extra == '{extra}'" for extra, many in extras.items() for one in many
+        f"{one} {'and' if ';' in one else ';'} extra == '{extra}'"
+        for extra, many in extras.items()
+        for one in many
     ]
 
 

@@ -1,6 +1,5 @@
 """Runs a property on inputs that atheris chooses: those that reach new branches are changed again.
 
-    pip install atheris
     python -m tests.fuzz.run --guided --cases 1000000
 
 ``tests/fuzz/run.py`` starts this file once for each property and round, because libFuzzer ends its process.

@@ -1,7 +1,7 @@
 """Runs many cases of each property of this folder, counts them, and prints a table.
 
     python -m tests.fuzz.run --cases 1000000 --minutes 25
-    python -m tests.fuzz.run --cases 1000000 --guided        # pip install atheris
+    python -m tests.fuzz.run --cases 1000000 --guided        # by atheris
 
 Each round runs every property with other random numbers. A property that fails is printed with the smallest
 input that fails it, and is not run again; the exit code is then 1.
@@ -193,7 +193,10 @@ def main() -> None:
     add_markdown_option(parser)
     options = parser.parse_args()
     if options.guided and importlib.util.find_spec("atheris") is None:
-        parser.error(f"--guided needs atheris: {sys.executable} -m pip install atheris")
+        parser.error(
+            "--guided needs atheris, which has builds for Linux on x86-64: "
+            f"{sys.executable} -m pip install atheris"
+        )
     console, every = Console(width=140), properties(options.only)
     signal.signal(signal.SIGALRM, _tell_of_a_hang)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as corpus:
