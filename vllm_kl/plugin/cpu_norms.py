@@ -14,6 +14,7 @@ Source: ``vllm/kernels/vllm_c.py`` and ``vllm/ir/ops/layernorm.py``; vLLM 0.32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,7 @@ def install() -> None:
     is_cpu = current_platform.is_cpu()
     if is_cpu:
         current_platform.import_kernels()
-        if hasattr(torch.ops._C, "fused_add_rms_norm"):
-            _rounded.update(filter(_rounds, _DTYPES))
+        _rounded.update(filter(rounds, _DTYPES))
     for name, (function, how) in _KERNELS.items():
         operation = getattr(ops, name, None)
         if operation is not None and PROVIDER not in operation.impls:
@@ -48,8 +48,17 @@ def install() -> None:
             operation.register_impl(PROVIDER, supported=has_kernel, **how)(function)
 
 
-def _rounds(dtype: torch.dtype) -> bool:
-    """Return whether the kernels round a sum to the nearest number."""
+@functools.cache
+def rounds(dtype: torch.dtype) -> bool:
+    """Return whether vLLM's kernels for this CPU round to the nearest number of a dtype.
+
+    The kernel that adds and norms is asked; a library has one way to store a number. Without it: ``True``.
+    """
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "fused_add_rms_norm"):
+        return True
     ones = torch.ones(1, _MULTIPLE, dtype=dtype)
     total, three_quarters = ones.clone(), ones * (0.75 * torch.finfo(dtype).eps)
     torch.ops._C.fused_add_rms_norm(three_quarters, total, ones, 1e-5)
