@@ -72,7 +72,7 @@ $(call RESULT,profile-%).md: | .venv/installed
 
 $(call RESULT,readout-%).jsonl: | .venv/installed
 	.venv/bin/vllm-kl bench --shape 96M --dtype $* --shapes 256,128,8 1024,128,16 64,512,4 2048,64,32 \
-		--providers ours floor torchrl flat transformers --rounds 7 --peer-rounds 5 --out bench_out/$*
+		--providers ours floor torchrl flat transformers --rounds 12 --peer-rounds 5 --out bench_out/$*
 	cp bench_out/$*/results.jsonl $@
 
 lint: .venv/installed

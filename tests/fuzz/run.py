@@ -194,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.guided and importlib.util.find_spec("atheris") is None:
         parser.error(
-            "--guided needs atheris, which has builds for Linux on x86-64: "
+            "--guided needs atheris, which has builds for Linux on x86-64 and Python below 3.14: "
             f"{sys.executable} -m pip install atheris"
         )
     console, every = Console(width=140), properties(options.only)

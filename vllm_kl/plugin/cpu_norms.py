@@ -14,7 +14,6 @@ Source: ``vllm/kernels/vllm_c.py`` and ``vllm/ir/ops/layernorm.py``; vLLM 0.32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,20 +47,22 @@ def install() -> None:
             operation.register_impl(PROVIDER, supported=has_kernel, **how)(function)
 
 
-@functools.cache
 def rounds(dtype: torch.dtype) -> bool:
-    """Return whether vLLM's kernels for this CPU round to the nearest number of a dtype.
+    """Return whether vLLM's kernels for this CPU take a dtype, and round to its nearest number.
 
-    The kernel that adds and norms is asked; a library has one way to store a number. Without it: ``True``.
+    The kernel that adds and norms is asked; a library has one way to store a number.
     """
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, "fused_add_rms_norm"):
-        return True
+        return False
     ones = torch.ones(1, _MULTIPLE, dtype=dtype)
     total, three_quarters = ones.clone(), ones * (0.75 * torch.finfo(dtype).eps)
-    torch.ops._C.fused_add_rms_norm(three_quarters, total, ones, 1e-5)
+    try:
+        torch.ops._C.fused_add_rms_norm(three_quarters, total, ones, 1e-5)
+    except RuntimeError:  # this library has no kernel for the dtype
+        return False
     return bool((total > 1).all())
 
 

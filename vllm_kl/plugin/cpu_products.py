@@ -168,8 +168,8 @@ class Float32Products(TiledProducts):
 
     @staticmethod
     def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
-        limits = (_FLOAT32_TILE // max(1, num_rows), _MAX_WIDENED // hidden_size)
-        return num_rows, min(vocab_size, _FLOAT32_WIDTH, *(max(64, limit // 64 * 64) for limit in limits))
+        of_a_tile = _FLOAT32_TILE // max(1, num_rows) // 64 * 64
+        return num_rows, min(vocab_size, _FLOAT32_WIDTH, of_a_tile, max(64, _MAX_WIDENED // hidden_size))
 
     def _multiply(self, weight: torch.Tensor) -> None:
         torch.mm(self._hidden, weight.T, out=self._tile)
@@ -286,8 +286,8 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which matrices of a dtype are multiplied: it or float32, whichever is faster.
 
     A CPU with AVX-512 for bfloat16 and without AMX may multiply a tile of float32 faster (benchmarks/LOG.md).
-    So each process times both ways, once. On such a CPU two processes may choose differently if the ways are
-    nearly as fast, and log-probs then differ by their rounding.
+    So each process times both ways, once, on slices of equal width. On such a CPU two processes may choose
+    differently if the ways are nearly as fast, and log-probs then differ by their rounding.
     """
     num_rows, num_tokens, hidden_size = 2048, 1024, 512
     if not has_products(dtype):
