@@ -169,7 +169,10 @@ class Float32Products(TiledProducts):
     @staticmethod
     def _tile_shape(num_rows: int, vocab_size: int, hidden_size: int) -> tuple[int, int]:
         of_a_tile = _FLOAT32_TILE // max(1, num_rows) // 64 * 64
-        return num_rows, min(vocab_size, _FLOAT32_WIDTH, of_a_tile, max(64, _MAX_WIDENED // hidden_size))
+        limit = min(vocab_size, _FLOAT32_WIDTH, of_a_tile, max(64, _MAX_WIDENED // hidden_size))
+        # Slices of equal width: what the last one has too many of is computed twice.
+        equal = math.ceil(vocab_size / math.ceil(vocab_size / limit))
+        return num_rows, min(limit, _multiple(equal, 16))
 
     def _multiply(self, weight: torch.Tensor) -> None:
         torch.mm(self._hidden, weight.T, out=self._tile)
