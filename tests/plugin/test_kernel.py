@@ -326,10 +326,7 @@ class TestEntropy:
             hidden, weight = torch.ones(3, 64).to(dtype), torch.full((20_000, 64), 0.3).to(dtype)
             got = read_entropies(hidden, weight, torch.arange(3), monkeypatch)
             torch.testing.assert_close(
-                got,
-                torch.full((3,), math.log(20_000), dtype=torch.float64),
-                rtol=0,
-                atol=1e-5,
+                got, torch.full((3,), math.log(20_000), dtype=torch.float64), rtol=0, atol=1e-5
             )
 
     def test_a_row_that_is_not_a_number_is_not_hidden(self, monkeypatch):
