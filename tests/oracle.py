@@ -63,6 +63,18 @@ def entropy(logits: Sequence[float]) -> float:
     return math.log1p(rest) - math.fsum(math.exp(x) * x for x in others if x > -math.inf) / (1 + rest)
 
 
+def exact_kl_of(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return KL(softmax(a) || softmax(b)) in nats, of two rows of logits."""
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    return math.fsum(math.exp(x) * (x - y) for x, y in zip(log_p, log_q, strict=True))
+
+
+def _log_softmax(logits: Sequence[float]) -> list[float]:
+    top = max(logits)
+    normalizer = top + math.log(math.fsum(math.exp(x - top) for x in logits))
+    return [x - normalizer for x in logits]
+
+
 def kl(policy: Oracle, reference: Oracle, token_ids: Sequence[int], keep: Sequence[bool]) -> torch.Tensor:
     """Return ``[L]`` float64: log p(policy) - log p(reference) of kept tokens, nats; 0.0 elsewhere."""
     return policy.masked(token_ids, keep) - reference.masked(token_ids, keep)

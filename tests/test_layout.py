@@ -82,6 +82,7 @@ ALLOWED = {
     "arrays": {"errors"},
     "client": {"errors", "arrays", "columns", "routing"},
     "batch": {"errors", "types", "lifetime"},
+    "exact_kl": {"errors", "mkl"},
     "kl": {"errors", "types", "mkl", "batch"},
     "diagnostics": {"errors", "types", "batch", "kl"},
     "importance": {"errors", "types", "batch", "kl"},

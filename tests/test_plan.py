@@ -47,6 +47,7 @@ def test_what_is_asked_of_a_sequence_makes_it_distinct():
         request(ids, temperature=0.5),
         request(ids, top_k=3),
         request(ids, entropy=True),
+        request(ids, hidden_size=8),
         request(ids, ids=np.array([[1], [2]], np.int32)),
         request(ids, ids=np.array([[1], [3]], np.int32)),
     ]

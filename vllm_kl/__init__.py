@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm_kl.errors import StaleError as StaleError
     from vllm_kl.errors import VLLMKLError as VLLMKLError
     from vllm_kl.errors import WeightsError as WeightsError
+    from vllm_kl.exact_kl import LMHead as LMHead
     from vllm_kl.importance import Importance as Importance
     from vllm_kl.importance import importance_weights as importance_weights
     from vllm_kl.kl import kl_estimate as kl_estimate
@@ -82,6 +83,7 @@ _PUBLIC = {
     "engines.base": "Engine",
     "errors": "CollectorError DriftError EngineError FrozenError InputError MissingLogProbError OptionError "
     "ReadoutUnavailableError StaleError VLLMKLError WeightsError",
+    "exact_kl": "LMHead",
     "importance": "Importance importance_weights",
     "kl": "kl_estimate",
     "scorer": "VLLMScorer",

@@ -29,6 +29,7 @@ def make_requests(
     ids: Sequence[Any] | None = None,
     top_k: int | None = None,
     entropy: bool = False,
+    hidden_states: bool = False,
     placeholders: Placeholders = "refuse",
 ) -> list[ScoreRequest]:
     """Return one request per sequence, also for those with nothing to score.
@@ -40,10 +41,23 @@ def make_requests(
     temperature = check_temperature(temperature)
     if top_k is not None:
         _check_top_k(top_k, info)
-    check_can(info, temperature, ids=ids is not None, top_k=top_k is not None, entropy=entropy)
+    check_can(
+        info,
+        temperature,
+        ids=ids is not None,
+        top_k=top_k is not None,
+        entropy=entropy,
+        hidden_states=hidden_states,
+    )
     sequences, starts = check_requests(token_ids, start, info, placeholders)
     chosen = [None] * len(sequences) if ids is None else check_ids(ids, sequences, starts, info)
-    request = functools.partial(ScoreRequest, temperature=temperature, top_k=top_k or 0, entropy=entropy)
+    request = functools.partial(
+        ScoreRequest,
+        temperature=temperature,
+        top_k=top_k or 0,
+        entropy=entropy,
+        hidden_size=(info.hidden_size or 0) if hidden_states else 0,
+    )
     return [
         request(token_ids=sequence, start=first, ids=rows)
         for sequence, first, rows in zip(sequences, starts, chosen, strict=True)
@@ -205,13 +219,19 @@ def _check_vocabulary(packed: np.ndarray, lengths: Sequence[int], info: EngineIn
 
 
 def check_can(
-    info: EngineInfo, temperature: float, *, ids: bool = False, top_k: bool = False, entropy: bool = False
+    info: EngineInfo,
+    temperature: float,
+    *,
+    ids: bool = False,
+    top_k: bool = False,
+    entropy: bool = False,
+    hidden_states: bool = False,
 ) -> None:
     """Refuse a call that the read-out cannot do.
 
     Raises:
-        ReadoutUnavailableError: the read-out cannot apply the temperature, or return these log-probs or the
-            entropy.
+        ReadoutUnavailableError: the read-out cannot apply the temperature, or return these log-probs, the
+            entropy or hidden states.
     """
     for name, is_wanted, what in (
         (
@@ -222,6 +242,7 @@ def check_can(
         ("ids", ids, "return log-probs of chosen ids"),
         ("top_k", top_k, "return the most likely tokens"),
         ("entropy", entropy, "return the entropy, which needs the log-probs of all tokens"),
+        ("hidden_states", hidden_states, "return hidden states"),
     ):
         if is_wanted and name not in info.can:
             raise ReadoutUnavailableError(
@@ -230,10 +251,31 @@ def check_can(
             )
 
 
+def check_kl(kl_N: torch.Tensor, lengths: Sequence[int], start: int | Sequence[int] | None) -> None:
+    """Refuse a KL that is no number.
+
+    Args:
+        kl_N: of all sequences, laid end to end.
+        lengths: how many tokens of each sequence have a KL.
+        start: index of the first of them, as in ``VLLMScorer.score``.
+
+    Raises:
+        MissingLogProbError: a KL is NaN or infinite. The message names the sequence and the token.
+    """
+    is_wrong = ~kl_N.isfinite()
+    if is_wrong.any():
+        i, row = place_of(is_wrong, lengths)
+        raise MissingLogProbError(
+            f"sequence {i}, token {starts_of(start, len(lengths))[i] + row}: the KL is {kl_N[is_wrong][0]:g} "
+            f"({int(is_wrong.sum())} such tokens): the logits of a model overflow. Look at its LM head"
+        )
+
+
 def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreResult]) -> list[torch.Tensor]:
     """Return the checked values of each sequence.
 
     -inf is a log-prob; NaN and numbers above 0 are not. An entropy is a finite number, and not below 0.
+    Hidden states are finite numbers.
 
     Args:
         requests: by the number of the sequence; all with the same number of columns.
@@ -245,8 +287,10 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     if not requests:
         return []
     for (i, request), result in zip(requests.items(), results, strict=True):
-        columns = num_columns(request.num_ids, request.top_k, request.entropy)
-        want, got = (len(request.token_ids) - request.start, columns), result.values.shape
+        want, got = (
+            (len(request.token_ids) - request.start, num_columns(*request.widths)),
+            result.values.shape,
+        )
         if got != want:
             raise MissingLogProbError(
                 f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}"
@@ -256,22 +300,30 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     largest = np.full(values.shape[1], 1e-3, np.float32)  # rounding cannot make a log-prob that large
     are_ids = slice(1 + request.num_ids, 1 + request.num_ids + request.top_k)
     largest[are_ids] = np.finfo(np.float32).max
+    hidden = values.shape[1] - request.hidden_size
+    largest[hidden:] = np.finfo(np.float32).max
     if request.entropy:
-        largest[-1] = np.finfo(np.float32).max
+        largest[hidden - 1] = np.finfo(np.float32).max
     is_wrong = ~(values <= largest)  # also True for NaN
+    is_wrong[:, hidden:] |= np.isinf(values[:, hidden:])
     if request.entropy:
-        is_wrong[:, -1] |= values[:, -1] < 0
+        is_wrong[:, hidden - 1] |= values[:, hidden - 1] < 0
     if is_wrong.any():
         is_wrong_row = is_wrong.any(axis=1)
         n, row = place_of(torch.from_numpy(is_wrong_row), lengths)
         at = int(is_wrong_row.argmax())
         i, request = list(requests.items())[n]
         value = values[at][is_wrong[at]][0]
-        is_entropy = request.entropy and not is_wrong[at, :-1].any()
+        is_entropy = request.entropy and not is_wrong[at, : hidden - 1].any()
         what = "an entropy" if is_entropy else "a log-prob"
         cause = "No log-prob is above 0: the model overflows in the engine's dtype, or these are logits."
         if is_entropy:
             cause = "An entropy is finite and not below 0: the model overflows in the engine's dtype."
+        if not is_wrong[at, :hidden].any():
+            what, cause = (
+                "a hidden state",
+                "Its numbers are finite: the model overflows in the engine's dtype.",
+            )
         if np.isnan(value):
             cause = (
                 "Either the model gives NaN, because its activations overflow in the engine's dtype or its "

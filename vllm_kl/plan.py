@@ -44,5 +44,5 @@ def plan(requests: Sequence[ScoreRequest]) -> Plan:
 
 def _key(request: ScoreRequest) -> tuple[Any, ...]:
     ids = b"" if request.ids is None else request.ids.tobytes()
-    asked = (request.temperature, request.top_k, request.entropy)
+    asked = (request.temperature, request.top_k, request.entropy, request.hidden_size)
     return request.token_ids.tobytes(), request.start, *asked, ids

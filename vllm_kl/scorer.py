@@ -25,6 +25,7 @@ import torch
 from vllm_kl.checks import (
     TokenIds,
     check_can,
+    check_kl,
     check_lora_request,
     check_requests,
     check_results,
@@ -42,9 +43,10 @@ from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.stock_server import StockServer
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
+from vllm_kl.exact_kl import LMHead, Side, common_vocab_size, exact_kl
 from vllm_kl.plan import plan
 from vllm_kl.progress import show_progress
-from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK
+from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK, end_to_end
 from vllm_kl.weights.canary import Canary
 from vllm_kl.weights.checkpoint import average
 from vllm_kl.weights.collector_errors import check_collector
@@ -391,6 +393,119 @@ class VLLMScorer:
             for row in values
         ]
 
+    def hidden_states(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """Return the hidden states that the LM head gets, for every token from ``start`` on.
+
+        With :meth:`lm_head` they give the whole distribution of each token, for example the teacher's in the
+        process of a trainer: H numbers per token are sent, not the V of its logits.
+
+        Args:
+            token_ids, start, progress: as in :meth:`score`.
+
+        Returns:
+            B float32 CPU tensors ``[len - start, H]``. Row j of tensor i predicts token ``start + j``. Their
+            numbers are those of the model's dtype, of any temperature.
+
+        Raises:
+            InputError, MissingLogProbError, EngineError, WeightsError: as in :meth:`score`.
+            ReadoutUnavailableError: the read-out is another one than ``"pooling"``, or a server's.
+
+        >>> hidden, = scorer.hidden_states([[5, 6, 7]])
+        >>> hidden.shape == (2, scorer.info.hidden_size)
+        True
+        """
+        values, _ = self._read(token_ids, start, 1.0, progress, hidden_states=True)
+        return [row[:, 1:].clone() for row in values]
+
+    def lm_head(self) -> LMHead:
+        """Return a copy of the LM head of the engine's present weights, which makes logits of hidden states.
+
+        The copy lies in shared memory, if that has room: ``V * H`` numbers of the model's dtype.
+
+        Raises:
+            ReadoutUnavailableError: the scorer does not own one engine with the read-out ``"pooling"``; or
+                the model's logits are not hidden states times a matrix (a soft cap, a bias, a quantised
+                head).
+
+        >>> scorer.lm_head().weight.shape == (scorer.info.vocab_size, scorer.info.hidden_size)
+        True
+        """
+        self._check_awake()
+        read_head = getattr(self._engine, "read_head", None)
+        if read_head is None:
+            raise ReadoutUnavailableError(
+                f"the LM head of a {type(self._engine).__name__} cannot be read: make the scorer with a "
+                "model's path and without replicas"
+            )
+        weight, scale, version = read_head()
+        return LMHead(weight=weight, scale=scale, weight_version=version)
+
+    def exact_kl(
+        self,
+        reference: VLLMScorer,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None = None,
+        *,
+        temperature: float | None = None,
+        vocab_size: int | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """Return the exact KL of this model to a reference, over the whole vocabulary, at every token.
+
+        No token is sampled, so there is no noise, and no logits leave an engine: both engines send hidden
+        states, and this process multiplies them with both LM heads (:mod:`vllm_kl.exact_kl`). That takes much
+        longer than a read-out on a CPU. Give ``device="cuda"`` where there is a GPU.
+
+        Args:
+            reference: a scorer of the other model, with the same tokenizer.
+            token_ids, start, progress: as in :meth:`score`.
+            temperature: of both models; ``None`` takes that of each scorer.
+            vocab_size: compare the distributions over the first so many tokens, each divided by its sum: for
+                two heads that are padded to different sizes. ``None`` takes all tokens.
+            device: where this process computes; ``None`` is the CPU.
+
+        Returns:
+            B float32 CPU tensors ``[len - start]``; element j of tensor i is
+            ``sum_v p(v) (log p(v) - log q(v))`` in nats, of this scorer's p and the reference's q, given
+            ``token_ids[i][:start + j]``. It is not below 0.
+
+        Raises:
+            InputError: as in :meth:`score`; or the heads have different sizes.
+            MissingLogProbError, EngineError: as in :meth:`score`.
+            ReadoutUnavailableError: as in :meth:`lm_head`.
+            WeightsError: the weights of a scorer changed during the call.
+
+        >>> kl, = scorer.exact_kl(scorer, [[5, 6, 7]])  # of a model to itself
+        >>> kl.shape, bool((kl < 1e-5).all())
+        (torch.Size([2]), True)
+        """
+        temperatures = [
+            check_temperature(scorer.temperature if temperature is None else temperature)
+            for scorer in (self, reference)
+        ]
+        heads = [scorer.lm_head() for scorer in (self, reference)]
+        vocab_size = common_vocab_size(heads, vocab_size)
+        sides, lengths = [], []
+        for scorer, head, used in zip((self, reference), heads, temperatures, strict=True):
+            values, stats = scorer._read(token_ids, start, 1.0, progress, hidden_states=True)
+            if stats.weight_version not in (None, head.weight_version):
+                raise WeightsError(
+                    f"weights changed during the call, from version {head.weight_version} to "
+                    f"{stats.weight_version}. Call again"
+                )
+            lengths = [len(rows) for rows in values]
+            sides.append(Side(head, end_to_end([rows[:, 1:] for rows in values]), used))
+        kl_N = exact_kl(*sides, vocab_size, device=device)
+        check_kl(kl_N, lengths, start)
+        return list(kl_N.split(lengths))
+
     def _read(
         self,
         token_ids: Sequence[TokenIds],
@@ -401,6 +516,7 @@ class VLLMScorer:
         ids: Sequence[Any] | None = None,
         top_k: int | None = None,
         entropy: bool = False,
+        hidden_states: bool = False,
     ) -> tuple[list[torch.Tensor], ScoreStats]:
         """Score B sequences; return the values of each, and the figures of the call.
 
@@ -416,6 +532,7 @@ class VLLMScorer:
             ids=ids,
             top_k=top_k,
             entropy=entropy,
+            hidden_states=hidden_states,
             placeholders=self._placeholders,
         )
         requests = {i: request for i, request in enumerate(asked) if request.start < len(request.token_ids)}
@@ -434,8 +551,8 @@ class VLLMScorer:
                     raise InputError(f"sequence {i}: {error}") from None
         scored = dict(zip(requests, check_results(requests, planned.restore(results)), strict=True))
         values = [
-            scored[i] if i in scored else torch.empty(0, num_columns(r.num_ids, r.top_k, r.entropy))
-            for i, r in enumerate(asked)
+            scored[i] if i in scored else torch.empty(0, num_columns(*request.widths))
+            for i, request in enumerate(asked)
         ]
         stats = self._figures(list(requests.values()), planned.requests, results, began)
         self.stats = stats

@@ -29,19 +29,25 @@ class ScoreRequest:
     ids: np.ndarray | None = None  # [L - start, K] int32: tokens to score beside the sequence's own
     top_k: int = 0  # how many of the most likely tokens to return per row
     entropy: bool = False  # whether to return the entropy of the distribution of each row
+    hidden_size: int = 0  # H, the features of the hidden state to return per row; 0: return none
 
     @property
     def num_ids(self) -> int:
         """K, the number of chosen tokens of a row."""
         return 0 if self.ids is None else self.ids.shape[1]
 
+    @property
+    def widths(self) -> tuple[int, int, bool, int]:
+        """What a row is asked for: the arguments of :func:`vllm_kl.columns.num_columns`."""
+        return self.num_ids, self.top_k, self.entropy, self.hidden_size
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoreResult:
     """The answer of an engine to one request. R = L - start rows; row j belongs to token start + j."""
 
-    # [R, num_columns(K, k, entropy)] float32, in nats, with the columns of columns.py. NaN: the engine
-    # returned no number.
+    # [R, num_columns(*request.widths)] float32, with the columns of columns.py. NaN: the engine returned no
+    # number.
     values: np.ndarray
     num_cached_tokens: int = 0  # tokens whose KV came from the prefix cache
     rescored: bool = False  # sent twice, because the first cache hit reached past row start - 1
@@ -66,7 +72,7 @@ class EngineInfo:
     vocab_size: int | None  # every id must be below it; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
     # Features beyond the log-probs of the sequence's own tokens at temperature 1.
-    can: frozenset[Literal["temperature", "ids", "top_k", "entropy"]] = frozenset()
+    can: frozenset[Literal["temperature", "ids", "top_k", "entropy", "hidden_states"]] = frozenset()
     max_ids: int | None = None  # largest number of chosen ids per row; None: no limit
     # Why the engine is slower than expected, or its log-probs are different. The scorer logs each note as a
     # warning.
@@ -76,6 +82,7 @@ class EngineInfo:
     # Only for models whose log-probs depend on a length (engines/length_dependence.py); None: all others.
     length_side: Literal["short", "long", "row"] | None = None
     dtype: str | None = None  # of the model, such as "bfloat16"; None: not known
+    hidden_size: int | None = None  # features of a hidden state; None: not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -416,7 +416,7 @@ class TestModelHead:
             logits[:, 17] = -torch.inf
             return logits
 
-        head = lm_head.ModelHead(SimpleNamespace(compute_logits=compute_logits), 1000, [])
+        head = lm_head.ModelHead(SimpleNamespace(compute_logits=compute_logits), 1000, [], "a test")
         ids = torch.arange(40)[:, None] + 100
         values = head.read(hidden, ids, top_k=2, temperature=temperature, entropy=True)
         assert torch.equal(values[:, :-1], head.read(hidden, ids, top_k=2, temperature=temperature))

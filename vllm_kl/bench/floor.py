@@ -44,8 +44,8 @@ def floor(setup: Setup) -> Iterator[Running]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     driver: Any = start_engine(model=setup.model, readout="pooling", options=options)
     model = driver._core.engine_core.model_executor.driver_worker.worker.get_model()
-    weight = matrix_of(model.pooler._head)
-    model.pooler._head = _NoHead(weight.device)
+    weight = matrix_of(model.pooler.head)
+    model.pooler.head = _NoHead(weight.device)
     product = _product(weight)
 
     def run(sequences: list[np.ndarray], starts: list[int]) -> dict[str, float]:

@@ -11,6 +11,7 @@ The child reads calls ``(call_id, kind, body)`` from the connection:
     drop prepared             ends these three
     started with              names the checkpoint and the version that the engine was started with
     weights, next version     questions about the weights
+    lm head                   writes the LM head to a folder
 
 The child answers with the same triple: "info"; "results" after every step that finished requests; "done";
 "error". It sends "alive" when it has sent nothing for a second. It ends with its owner: see
@@ -153,6 +154,10 @@ class _Server:
 
     def _next_version(self, version: int | None) -> tuple[str, Any]:
         return "done", self._driver.weights.next_version(version)
+
+    def _lm_head(self, folder: Path) -> tuple[str, Any]:
+        parts = self._driver.write_head(str(folder))
+        return "done", (self._driver.weights.version, parts)
 
     def _sleep(self) -> tuple[str, Any]:
         return "done", self._driver.weights.sleep()

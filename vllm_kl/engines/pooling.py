@@ -22,6 +22,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_kl.engines.placeholders import notes_on, placeholder_ids
 from vllm_kl.errors import EngineError, WeightsError
+from vllm_kl.plugin.head_files import HIDDEN_SIZE, WRITE
 from vllm_kl.plugin.pooler import TASK
 from vllm_kl.plugin.readout_request import Readout, pack
 from vllm_kl.plugin.taken_engines import LEAVE
@@ -67,7 +68,7 @@ class PoolingEngine:
             readout="pooling",
             vocab_size=config.model_config.get_vocab_size(),
             max_sequence_len=config.model_config.max_model_len,
-            can=frozenset({"temperature", "ids", "top_k", "entropy"}),
+            can=frozenset({"temperature", "ids", "top_k", "entropy", "hidden_states"}),
             placeholders=placeholders,
             notes=notes_on(config.model_config, placeholders),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
@@ -117,6 +118,14 @@ class PoolingEngine:
     def leave(self) -> None:
         self._core.collective_rpc(LEAVE)
 
+    def hidden_size(self) -> int:
+        """Return how many features a hidden state has. The workers know it after their first step."""
+        return next(filter(None, self._core.collective_rpc(HIDDEN_SIZE)))
+
+    def write_head(self, folder: str) -> list[Any]:
+        """Let each worker write its part of the LM head to a folder; return what each one says of it."""
+        return self._core.collective_rpc(WRITE, args=(folder,))
+
     def _send(self, job: _Job, version: int) -> None:
         request, request_id = job.request, str(next(self._ids))
         readout = Readout(
@@ -126,6 +135,7 @@ class PoolingEngine:
             num_ids=request.num_ids,
             ids=b"" if request.ids is None else request.ids.tobytes(),
             entropy=request.entropy,
+            hidden_size=request.hidden_size,
         )
         params = PoolingParams(
             task=TASK, skip_reading_prefix_cache=not job.share_prefix, extra_kwargs=pack(readout)

@@ -33,14 +33,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from vllm_kl import lifetime
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
 from vllm_kl.engines.start_failures import with_log
 from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.environment import ON_A_CPU
-from vllm_kl.errors import EngineError, VLLMKLError, WeightsError
+from vllm_kl.errors import EngineError, ReadoutUnavailableError, VLLMKLError, WeightsError
 from vllm_kl.lifetime import kill_group
+from vllm_kl.plugin.head_files import WEIGHT
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
-from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete
+from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete, new_folder
 from vllm_kl.weights.loading import NeedsNewEngineError
 
 logger = logging.getLogger("vllm_kl")
@@ -145,6 +150,29 @@ class ProcessEngine:
                 if on_done is not None:
                     on_done(len(numbers))
         return [results[n] for n in range(len(requests))]
+
+    def read_head(self) -> tuple[torch.Tensor, float, int]:
+        """Return the LM head's matrix ``[V, H]``, the factor of its logits, and the version of the weights.
+
+        Raises:
+            ReadoutUnavailableError: the read-out is another one than ``"pooling"``; or the model's logits are
+                no product with a matrix.
+        """
+        if "hidden_states" not in self.info.can:
+            raise ReadoutUnavailableError(f"the read-out {self.info.readout!r} cannot return the LM head")
+        folder = new_folder(4 * (self.info.vocab_size or 0) * (self.info.hidden_size or 0))
+        try:
+            version, told = self.ask("lm head", folder=folder)
+            parts = [part for part in told if part is not None]
+            if reasons := [part for part in parts if isinstance(part, str)]:
+                raise ReadoutUnavailableError(
+                    f"the model's logits are not hidden states times a matrix: {reasons[0]}"
+                )
+            # The files are mapped into memory, which outlives their names.
+            shards = [load_file(file)[WEIGHT] for _, _, file in sorted(parts)]
+        finally:
+            lifetime.remove(folder)
+        return shards[0] if len(shards) == 1 else torch.cat(shards), parts[0][1], version
 
     @property
     def is_open(self) -> bool:

@@ -36,6 +36,7 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     from vllm.platforms import current_platform
 
     from vllm_kl.engines.memory import kv_cache_bytes
+    from vllm_kl.engines.pooling import PoolingEngine
     from vllm_kl.plugin.text_only import naming_missing_package, text_options
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -81,7 +82,10 @@ def start(*, model: str, readout: str, options: dict[str, Any], lora_request: An
     notes += [note for note in _notes(config, given, options, driver.info.readout, is_cpu=is_cpu) if note]
     side = side_of(config.hf_text_config, config.max_model_len)
     notes = list(dict.fromkeys([*driver.info.notes, *notes]))
-    driver.info = dataclasses.replace(driver.info, notes=tuple(notes), length_side=side)
+    hidden_size = driver.hidden_size() if isinstance(driver, PoolingEngine) else None
+    driver.info = dataclasses.replace(
+        driver.info, notes=tuple(notes), length_side=side, hidden_size=hidden_size
+    )
     return driver
 
 

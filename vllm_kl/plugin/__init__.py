@@ -5,6 +5,7 @@
     readout_request   packs what a request asks for into vLLM's parameters
     scoring_models    makes a pooling subclass of any architecture
     pooler            finds the rows to score in a step's hidden states, and returns one tensor per request
+    head_files        writes the LM head to files, for who computes with hidden states
     lm_head           computes log-probs, by the LM head's matrix or by the model's own ``compute_logits``
     kernel            sums over the vocabulary without ever making all logits
     cpu_products      the kernel's products on a CPU, and the sums over each slice of the vocabulary
@@ -92,6 +93,7 @@ def _install_hooks() -> None:
     from vllm_kl import mkl
     from vllm_kl.plugin import (
         cache_cap,
+        head_files,
         load_weights,
         lora_modules,
         older_vllm,
@@ -99,7 +101,7 @@ def _install_hooks() -> None:
         taken_engines,
     )
 
-    hooks = (older_vllm, cache_cap, load_weights, receive_weights, lora_modules, taken_engines)
+    hooks = (older_vllm, cache_cap, load_weights, receive_weights, head_files, lora_modules, taken_engines)
     for hook in hooks:
         hook.install()
     mkl.choose_code()

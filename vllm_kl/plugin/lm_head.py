@@ -178,6 +178,7 @@ class ModelHead:
     model: torch.nn.Module
     vocab_size: int
     adapters: Adapters
+    reason: str  # why there is no MatrixHead
 
     def read(
         self,
@@ -232,7 +233,7 @@ def find_head(model: torch.nn.Module, hidden_states: torch.Tensor) -> Head:
             reason, head = "its logits are not those of its head's matrix", None
     if head is None:
         logger.info("vllm_kl: log-probs go through the model's compute_logits: %s", reason)
-        return ModelHead(model, logits.shape[-1], adapters)
+        return ModelHead(model, logits.shape[-1], adapters, reason)
     return head
 
 

@@ -42,7 +42,8 @@ class LogProbPooler(Pooler):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self._model = [model]  # in a list, so that the model is no submodule of its own pooler
-        self._head: Head | None = None
+        self.head: Head | None = None  # found by the first step
+        self.hidden_size: int | None = None  # features of a hidden state; known then, too
 
     def get_supported_tasks(self) -> set[str]:
         return {TASK}
@@ -51,8 +52,8 @@ class LogProbPooler(Pooler):
         return PoolingParamsUpdate(requires_token_ids=True)
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: Any) -> list[torch.Tensor | None]:
-        if self._head is None:
-            self._head = find_head(self._model[0], hidden_states)
+        if self.head is None:
+            self.head, self.hidden_size = find_head(self._model[0], hidden_states), hidden_states.shape[1]
         cursor, states = pooling_metadata.get_pooling_cursor(), pooling_metadata.pooling_states
         # Requests without a read-out of ours (vLLM's profile run) are scored from their second token on.
         readouts = [unpack(params.extra_kwargs) or Readout() for params in pooling_metadata.pooling_params]
@@ -66,7 +67,7 @@ class LogProbPooler(Pooler):
             # The third limit: vLLM's profile run passes fewer ids than tokens.
             first, last = max(readout.start - 1, high - count), min(high, length - 1, token_ids.shape[1] - 1)
             if first < last:
-                same = (readout.temperature, readout.top_k, readout.num_ids, readout.entropy)
+                same = readout._replace(start=0, ids=b"")
                 spans[same].append(_Span(i, readout, first, last, offset + first - (high - count)))
             offset += count
         for group in spans.values():
@@ -104,10 +105,13 @@ class LogProbPooler(Pooler):
             wanted = torch.cat([wanted, torch.cat(chosen)], dim=1)
         wanted = _moved(wanted, device)
         values = torch.empty(len(rows), readout.num_columns, dtype=torch.float32, device=device)
+        of_head = readout.num_columns - readout.hidden_size
         blocks = row_blocks(len(rows), hidden_states.shape[1], readout.top_k, on_a_gpu=hidden_states.is_cuda)
         for block in blocks:
-            values[block] = self._head.read(
-                hidden_states[rows[block]],
+            hidden = hidden_states[rows[block]]
+            values[block, of_head:] = hidden[:, : readout.hidden_size]
+            values[block, :of_head] = self.head.read(
+                hidden,
                 wanted[block],
                 top_k=readout.top_k,
                 temperature=readout.temperature,

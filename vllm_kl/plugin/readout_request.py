@@ -25,11 +25,12 @@ class Readout(NamedTuple):
     num_ids: int = 0  # number of chosen tokens per row
     ids: bytes = b""  # the chosen tokens: int32, [L - start, num_ids]
     entropy: bool = False  # whether to return the entropy of each row's distribution
+    hidden_size: int = 0  # features of the hidden state to return per row; 0: return none
 
     @property
     def num_columns(self) -> int:
         """The number of columns of a row's values."""
-        return num_columns(self.num_ids, self.top_k, self.entropy)
+        return num_columns(self.num_ids, self.top_k, self.entropy, self.hidden_size)
 
     def chosen_ids(self) -> torch.Tensor:
         """Return ``[L - start, num_ids]`` int64."""

@@ -1,0 +1,325 @@
+"""The exact KL over the vocabulary, of formulas and of real engines, against float64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.lora import lora_request
+from tests.oracle import KL_TOLERANCE, exact_kl_of
+from vllm_kl import LMHead, VLLMScorer, errors
+from vllm_kl.checks import check_kl, check_results
+from vllm_kl.exact_kl import Side, common_vocab_size, exact_kl
+from vllm_kl.types import ScoreRequest, ScoreResult
+
+
+def random_ids(seed, length, vocab=259):
+    rng = random.Random(seed)
+    return [rng.randrange(vocab) for _ in range(length)]
+
+
+def made_head(seed, vocab_size, hidden_size, scale=1.0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = spread * torch.randn(vocab_size, hidden_size, generator=generator)
+    return LMHead(weight=weight, scale=scale, weight_version=0)
+
+
+def made_rows(seed, num_rows, hidden_size):
+    return torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def in_float64(side, vocab_size):
+    """Return the logits of a side, ``[N, V]`` float64."""
+    weight = side.head.weight[:vocab_size].double()
+    return side.head.scale * (side.hidden.double() @ weight.T) / side.temperature
+
+
+class TestFormula:
+    @pytest.mark.parametrize(
+        ("num_rows", "vocab_size"), [(1, 1), (3, 50), (2, 4096), (2, 4097), (513, 300), (520, 9000)]
+    )
+    def test_it_agrees_with_float64_in_parts_of_rows_and_columns(self, num_rows, vocab_size):
+        p = Side(made_head(0, vocab_size, 16), made_rows(1, num_rows, 16), 1.0)
+        q = Side(made_head(2, vocab_size, 24, scale=0.5), made_rows(3, num_rows, 24), 0.8)
+        found = exact_kl(p, q, vocab_size)
+        assert found.shape == (num_rows,)
+        assert found.dtype == torch.float32
+        for n in {0, num_rows // 2, num_rows - 1}:
+            a, b = (in_float64(side, vocab_size)[n].tolist() for side in (p, q))
+            assert float(found[n]) == pytest.approx(exact_kl_of(a, b), abs=1e-5, rel=1e-6)
+
+    @pytest.mark.parametrize("spread", [1e-3, 1.0, 8.0])
+    def test_flat_and_peaked_distributions_keep_their_digits(self, spread):
+        """With 8.0 the logits reach 100, and one token has nearly all the probability."""
+        p = Side(made_head(0, 5000, 16, spread=spread), made_rows(1, 40, 16), 1.0)
+        moved = p.hidden + 1e-2 * made_rows(4, 40, 16)
+        for q in (Side(p.head, moved, 1.0), Side(made_head(5, 5000, 16, spread=spread), moved, 1.0)):
+            a, b = in_float64(p, 5000).log_softmax(-1), in_float64(q, 5000).log_softmax(-1)
+            want = (a.exp() * (a - b)).sum(-1)
+            largest = max(float(in_float64(side, 5000).abs().max()) for side in (p, q))
+            allowed = max(1e-6, 2e-6 * largest)  # float32 rounds the logits
+            torch.testing.assert_close(exact_kl(p, q, 5000).double(), want, rtol=1e-6, atol=allowed)
+
+    def test_a_constant_in_all_logits_changes_nothing(self):
+        """Both models' logits are shifted, by different amounts: one feature is the same for all tokens."""
+        p, q = (Side(made_head(s, 700, 8), made_rows(s + 10, 5, 8), 1.0) for s in range(2))
+        want = exact_kl(p, q, 700)
+        for side, shift in ((p, 30.0), (q, -50.0)):
+            side.head.weight[:, 0] = 1.0
+            side.hidden[:, 0] = 0.0
+            want = exact_kl(p, q, 700)
+            side.hidden[:, 0] = shift
+            torch.testing.assert_close(exact_kl(p, q, 700), want, rtol=1e-5, atol=3e-5)
+
+    def test_a_model_is_at_0_from_itself_and_nothing_is_below(self):
+        p = Side(made_head(0, 9000, 16), made_rows(1, 600, 16), 1.0)
+        assert exact_kl(p, p, 9000).abs().max() == 0
+        near = p._replace(hidden=p.hidden * (1 + 1e-7))
+        assert exact_kl(p, near, 9000).min() >= 0
+
+    def test_the_mean_of_k1_over_samples_comes_near(self):
+        p = Side(made_head(0, 100, 8), made_rows(1, 1, 8), 1.0)
+        q = Side(made_head(2, 100, 8), made_rows(3, 1, 8), 1.0)
+        a, b = in_float64(p, 100)[0].log_softmax(-1), in_float64(q, 100)[0].log_softmax(-1)
+        drawn = torch.multinomial(a.exp(), 200_000, True, generator=torch.Generator().manual_seed(0))
+        k1 = (a - b)[drawn]
+        assert abs(float(exact_kl(p, q, 100)) - float(k1.mean())) < 5 * float(k1.std()) / math.sqrt(len(k1))
+
+    def test_only_the_first_tokens_are_compared(self):
+        p = Side(made_head(0, 320, 16), made_rows(1, 4, 16), 1.0)
+        q = Side(made_head(2, 300, 16), made_rows(3, 4, 16), 1.0)
+        cut = [side._replace(head=made_head(s, n, 16)) for side, s, n in ((p, 0, 320), (q, 2, 300))]
+        for side in cut:
+            side.head.weight[290:] = -1e3 * side.head.weight[290:].sign()
+        a, b = (in_float64(side, 290).log_softmax(-1) for side in (p, q))
+        torch.testing.assert_close(
+            exact_kl(*cut, 290).double(), (a.exp() * (a - b)).sum(-1), rtol=1e-6, atol=1e-5
+        )
+
+    def test_different_vocabularies_are_refused(self):
+        heads = [made_head(0, 320, 16), made_head(1, 300, 16)]
+        with pytest.raises(errors.InputError, match=r"heads of 320 and 300 tokens.*pass vocab_size=300"):
+            common_vocab_size(heads)
+        assert common_vocab_size(heads, 300) == 300
+        assert common_vocab_size(heads[:1] * 2) == 320
+        for wrong in (0, -1, 301):
+            with pytest.raises(errors.InputError, match=f"vocab_size is {wrong}, expected 1 to 300"):
+                common_vocab_size(heads, wrong)
+
+    def test_logits_of_an_lm_head_have_gradients(self):
+        head, hidden = made_head(0, 300, 16, scale=0.5), made_rows(1, 4, 16).bfloat16().requires_grad_()
+        logits = head.logits(hidden, slice(10, 20))
+        torch.testing.assert_close(logits, 0.5 * hidden.float() @ head.weight[10:20].T)
+        logits.sum().backward()
+        assert hidden.grad.abs().sum() > 0
+
+
+class TestChecks:
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_kl_that_is_no_number_is_refused_by_its_token(self, value):
+        kl = torch.tensor([0.1, 0.2, value, 0.3])
+        with pytest.raises(
+            errors.MissingLogProbError, match=r"sequence 1, token 8: the KL is (nan|inf) \(1 such"
+        ):
+            check_kl(kl, [1, 3], [4, 7])
+        check_kl(kl[:2], [1, 1], None)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_hidden_states_are_finite(self, value):
+        request = ScoreRequest(token_ids=np.array([1, 2, 3], np.int32), start=1, hidden_size=2)
+        values = np.array([[-1.0, 7.0, -7.0], [-1.0, value, 0.0]], np.float32)
+        with pytest.raises(
+            errors.MissingLogProbError, match="sequence 4, token 2: .* instead of a hidden state"
+        ):
+            check_results({4: request}, [ScoreResult(values=values)])
+        values[1, 1] = 7.0
+        assert check_results({4: request}, [ScoreResult(values=values)])[0].shape == (2, 3)
+
+
+@pytest.fixture(scope="module")
+def policy_scorer(policy_path):
+    """The policy's scorer, whose engine runs in its own process."""
+    with VLLMScorer(str(policy_path), **tiny.ENGINE_OPTIONS) as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Sequences with a common prompt, longer than a step of the engine, and their starts."""
+    prompt = random_ids(1, 90)
+    return [[*prompt, *random_ids(2 + i, 15 + 20 * i)] for i in range(3)] + [random_ids(9, 33)], [
+        90,
+        90,
+        90,
+        1,
+    ]
+
+
+def assert_kl(found, policy, reference, sequences, starts, temperature=1.0, atol=KL_TOLERANCE):
+    for kl, ids, first in zip(found, sequences, starts, strict=True):
+        a, b = ((oracle.logits(ids)[first - 1 : -1] / temperature).tolist() for oracle in (policy, reference))
+        assert kl.dtype == torch.float32
+        want = torch.tensor([exact_kl_of(*rows) for rows in zip(a, b, strict=True)], dtype=torch.float64)
+        torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=atol)
+
+
+class TestEngines:
+    @pytest.mark.parametrize("temperature", [None, 0.6])
+    def test_two_engines_agree_with_float64(
+        self, policy_scorer, ref_scorer, policy_oracle, ref_oracle, group, temperature
+    ):
+        found = policy_scorer.exact_kl(ref_scorer, *group, temperature=temperature)
+        assert_kl(found, policy_oracle, ref_oracle, *group, temperature=temperature or 1.0)
+        back = ref_scorer.exact_kl(policy_scorer, *group, temperature=temperature)
+        assert_kl(back, ref_oracle, policy_oracle, *group, temperature=temperature or 1.0)
+        assert (torch.cat(found) - torch.cat(back)).abs().max() > 0.01
+
+    def test_each_scorer_has_its_temperature(
+        self, policy_scorer, ref_scorer, policy_oracle, ref_oracle, group
+    ):
+        policy_scorer.temperature = 0.5
+        try:
+            (found,) = policy_scorer.exact_kl(ref_scorer, group[0][:1], group[1][:1])
+        finally:
+            policy_scorer.temperature = 1.0
+        rows = slice(group[1][0] - 1, -1)
+        a, b = (oracle.logits(group[0][0])[rows] for oracle in (policy_oracle, ref_oracle))
+        want = [exact_kl_of((x / 0.5).tolist(), y.tolist()) for x, y in zip(a, b, strict=True)]
+        torch.testing.assert_close(found.tolist(), want, rtol=1e-5, atol=KL_TOLERANCE)
+
+    def test_topk_over_the_whole_vocabulary_is_the_same(self, policy_scorer, ref_scorer, group):
+        """``estimator="topk"`` bounds it from below, and reaches it with all tokens."""
+        vocab_size = policy_scorer.info.vocab_size
+        sequences, starts = group
+        found = torch.cat(policy_scorer.exact_kl(ref_scorer, sequences, starts)).double()
+        for k in (4, 64, vocab_size):
+            best = policy_scorer.score_topk(sequences, k, starts)
+            theirs = ref_scorer.score_ids(sequences, [b.token_ids for b in best], starts)
+            p, q = (torch.cat(rows).double() for rows in ([b.log_probs for b in best], theirs))
+            partial = (p.exp() * (p - q)).sum(-1)
+            if k == vocab_size:
+                torch.testing.assert_close(partial, found, rtol=1e-4, atol=KL_TOLERANCE)
+
+    @pytest.mark.nightly
+    def test_an_adapter_against_its_base(
+        self, policy_scorer, policy_path, policy_oracle, lora_paths, lora_oracles, group
+    ):
+        adapter = lora_request(lora_paths[0], "adapter", 1)
+        with VLLMScorer(str(policy_path), lora_request=adapter, **tiny.ENGINE_OPTIONS) as adapted:
+            found = adapted.exact_kl(policy_scorer, *group)
+        assert_kl(found, lora_oracles[1], policy_oracle, *group)
+
+    def test_new_weights_have_a_new_head(self, policy_scorer, policy_path, ref_scorer, ref_path, group):
+        try:
+            version = policy_scorer.refresh(str(ref_path))
+            assert policy_scorer.lm_head().weight_version == version
+            assert torch.cat(policy_scorer.exact_kl(ref_scorer, *group)).abs().max() < KL_TOLERANCE
+        finally:
+            policy_scorer.refresh(str(policy_path))
+        assert torch.cat(policy_scorer.exact_kl(ref_scorer, *group)).max() > 0.1
+
+    def test_weights_that_change_in_between_are_told(
+        self, policy_scorer, ref_scorer, policy_path, group, monkeypatch
+    ):
+        read = policy_scorer.lm_head
+
+        def read_and_refresh():
+            head = read()
+            policy_scorer.refresh(str(policy_path))
+            return head
+
+        monkeypatch.setattr(policy_scorer, "lm_head", read_and_refresh)
+        with pytest.raises(
+            errors.WeightsError, match=r"weights changed during the call, from version \d+ to \d+"
+        ):
+            policy_scorer.exact_kl(ref_scorer, *group)
+
+    def test_hidden_states_and_head_give_the_models_distribution(self, ref_scorer, ref_oracle, group):
+        head = ref_scorer.lm_head()
+        assert head.weight.shape == (ref_scorer.info.vocab_size, ref_scorer.info.hidden_size)
+        assert head.weight_version == ref_scorer.weight_version
+        for hidden, ids, first in zip(ref_scorer.hidden_states(*group), *group, strict=True):
+            want = ref_oracle.logits(ids)[first - 1 : -1]
+            torch.testing.assert_close(head.logits(hidden).double(), want, rtol=0, atol=1e-4)
+
+    def test_sequences_that_come_twice_or_have_nothing(self, policy_scorer, ref_scorer):
+        twice = policy_scorer.exact_kl(ref_scorer, [[5, 6, 7], [5, 6], [5, 6, 7]], [1, 2, 1])
+        assert [len(kl) for kl in twice] == [2, 0, 2]
+        assert torch.equal(twice[0], twice[2])
+        assert policy_scorer.exact_kl(ref_scorer, []) == []
+        assert ref_scorer.hidden_states([[5, 6]], 2)[0].shape == (0, ref_scorer.info.hidden_size)
+
+    def test_bad_input_is_refused_before_anything_is_sent(self, policy_scorer, ref_scorer):
+        with pytest.raises(errors.InputError, match="sequence 1 is empty"):
+            policy_scorer.exact_kl(ref_scorer, [[5, 6], []])
+        for temperature in (0, -1.0, math.nan):
+            with pytest.raises(errors.InputError, match="temperature must be positive"):
+                policy_scorer.exact_kl(ref_scorer, [[5, 6]], temperature=temperature)
+        with pytest.raises(errors.InputError, match="vocab_size is 260, expected"):
+            policy_scorer.exact_kl(ref_scorer, [[5, 6]], vocab_size=260)
+
+    def test_a_shared_engine_is_refused(self, policy_llm, ref_scorer):
+        shared = VLLMScorer(policy_llm)
+        for call in (
+            lambda: shared.exact_kl(ref_scorer, [[5, 6]]),
+            lambda: ref_scorer.exact_kl(shared, [[5, 6]]),
+        ):
+            with pytest.raises(
+                errors.ReadoutUnavailableError, match="LM head of a GenerateEngine cannot be read"
+            ):
+                call()
+        with pytest.raises(errors.ReadoutUnavailableError, match="cannot return hidden states"):
+            shared.hidden_states([[5, 6]])
+
+    @pytest.mark.nightly
+    def test_two_engines_in_bfloat16(self, policy_path, ref_path, group):
+        """The float64 oracle of the same rounded weights differs by the roundings of activations."""
+        options = {**tiny.ENGINE_OPTIONS, "dtype": "bfloat16"}
+        with (
+            VLLMScorer(str(policy_path), **options) as policy,
+            VLLMScorer(str(ref_path), **options) as reference,
+        ):
+            found = policy.exact_kl(reference, *group)
+            sides = [(scorer.lm_head(), scorer.hidden_states(*group)) for scorer in (policy, reference)]
+        assert sides[0][0].weight.dtype == torch.bfloat16
+        for n, kl in enumerate(found):
+            a, b = ((hidden[n].double() @ head.weight.double().T).log_softmax(-1) for head, hidden in sides)
+            torch.testing.assert_close(kl.double(), (a.exp() * (a - b)).sum(-1), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.nightly
+    def test_a_head_with_a_soft_cap_is_refused(self, tmp_path, ref_scorer):
+        path = tiny.build_architecture(tmp_path, "gemma2")
+        with VLLMScorer(str(path), **tiny.ENGINE_OPTIONS) as scorer:
+            with pytest.raises(errors.ReadoutUnavailableError, match="times a matrix: it has a soft cap"):
+                scorer.lm_head()
+            assert scorer.hidden_states([[5, 6, 7]])[0].shape == (2, 64)
+
+    @pytest.mark.nightly
+    def test_a_model_that_projects_its_hidden_states(self, tmp_path):
+        """OPT's config tells another size than the one that its head gets."""
+        path = tiny.build_architecture(tmp_path, "opt", word_embed_proj_dim=32)
+        with VLLMScorer(str(path), **tiny.ENGINE_OPTIONS) as scorer:
+            assert scorer.info.hidden_size == 32
+            (hidden,) = scorer.hidden_states([[5, 6, 7]])
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+            with torch.no_grad():
+                want = model(torch.tensor([[5, 6, 7]])).logits[0, :-1]
+            torch.testing.assert_close(scorer.lm_head().logits(hidden).double(), want, rtol=0, atol=1e-4)
+
+    @pytest.mark.nightly
+    def test_tensor_parallel_ranks_give_their_shards(self, ref_path, policy_scorer, ref_scorer, group):
+        options = {"max_model_len": tiny.MAX_MODEL_LEN, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32"}
+        with VLLMScorer(str(ref_path), tensor_parallel_size=2, **options) as sharded:
+            assert torch.equal(sharded.lm_head().weight, ref_scorer.lm_head().weight)
+            for a, b in zip(
+                policy_scorer.exact_kl(sharded, *group),
+                policy_scorer.exact_kl(ref_scorer, *group),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=KL_TOLERANCE)

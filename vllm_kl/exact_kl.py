@@ -1,0 +1,131 @@
+"""Computes the exact KL of two models over the vocabulary, from hidden states and LM heads.
+
+The logits of a token are ``scale * weight @ h``, of its hidden state h with H numbers. So H numbers per token
+leave each engine, not the V of its logits. V is 152k and H some thousands in usual models. This module
+multiplies a part of the rows with a part of both heads at a time, and keeps running sums:
+
+    KL(p || q) = sum_v p(v) (a_v - b_v) - log sum_v exp(a_v) + log sum_v exp(b_v)
+
+with the logits a of p and b of q. Logits are float32, sums over parts float64.
+
+N tokens, H hidden size, V vocabulary. Models p and q may have different H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from vllm_kl import mkl
+from vllm_kl.errors import InputError
+
+mkl.choose_code()
+
+# Rows and columns of a part: 8 MiB of logits for each model.
+_ROWS = 512
+_COLUMNS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LMHead:
+    """A copy of a model's LM head: it makes logits of the rows of ``VLLMScorer.hidden_states``.
+
+    >>> # head = scorer.lm_head()
+    >>> hidden, = scorer.hidden_states([[5, 6, 7]])
+    >>> log_probs = head.logits(hidden).log_softmax(-1)  # [2, V] float32, nats
+    >>> torch.testing.assert_close(log_probs[[0, 1], [6, 7]], scorer.score([[5, 6, 7]])[0])
+    """
+
+    weight: torch.Tensor  # [V, H] in the model's dtype, CPU
+    scale: float  # factor of every logit
+    weight_version: int | None  # version of the weights that it belongs to; None: not known
+
+    def logits(self, hidden_N_H: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
+        """Return the logits of some columns of the vocabulary, float32, on the weight's device.
+
+        Args:
+            hidden_N_H: hidden states, of any dtype and device; gradients flow through them.
+            columns: of the vocabulary. All columns of many rows need much memory.
+        """
+        weight = self.weight[columns].float()
+        return self.scale * (hidden_N_H.to(weight.device, torch.float32) @ weight.T)
+
+
+class Side(NamedTuple):
+    """One of the two models."""
+
+    head: LMHead
+    hidden: torch.Tensor  # [N, H]
+    temperature: float
+
+
+def common_vocab_size(heads: Sequence[LMHead], vocab_size: int | None = None) -> int:
+    """Return the number of tokens that a KL compares: ``vocab_size``, or the size of all heads.
+
+    Raises:
+        InputError: the heads have different sizes, and ``vocab_size`` is ``None``; or it is larger than a
+            head.
+    """
+    sizes = [len(head.weight) for head in heads]
+    if vocab_size is None and len(set(sizes)) > 1:
+        raise InputError(
+            f"the models have heads of {' and '.join(map(str, sizes))} tokens: a KL needs one vocabulary. If "
+            f"they have one tokenizer, and their heads differ in padding only, pass vocab_size={min(sizes)}"
+        )
+    found = sizes[0] if vocab_size is None else vocab_size
+    if not 1 <= found <= min(sizes):
+        raise InputError(f"vocab_size is {found}, expected 1 to {min(sizes)}, the tokens of the smaller head")
+    return found
+
+
+def exact_kl(p: Side, q: Side, vocab_size: int, *, device: torch.device | str | None = None) -> torch.Tensor:
+    """Return ``[N]`` float32 on the CPU: ``KL(p || q)`` of each token in nats, not below 0.
+
+    Logits are rounded to float32: the error is below 2e-6 times the largest logit, with 1e-6 at least.
+
+    Args:
+        p: the model whose expectation it is.
+        q: the other model.
+        vocab_size: the distributions are those over the first so many tokens.
+        device: to compute on; ``None`` is the CPU.
+
+    >>> heads = [LMHead(weight=torch.randn(1000, 8), scale=1.0, weight_version=0) for _ in range(2)]
+    >>> hidden = torch.randn(3, 8)
+    >>> a, b = (head.logits(hidden).double().log_softmax(-1) for head in heads)
+    >>> found = exact_kl(*(Side(head, hidden, 1.0) for head in heads), 1000)
+    >>> torch.testing.assert_close(found.double(), (a.exp() * (a - b)).sum(-1), rtol=1e-5, atol=1e-5)
+    """
+    p, q = (
+        side._replace(head=replace(side.head, weight=side.head.weight[:vocab_size].to(device or "cpu")))
+        for side in (p, q)
+    )
+    parts = [_of_rows(p, q, rows, vocab_size) for rows in _slices(len(p.hidden), _ROWS)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def _of_rows(p: Side, q: Side, rows: slice, vocab_size: int) -> torch.Tensor:
+    tops, masses = [], []  # of p and of q: the largest logit until now, and the sum of exp(logit - top)
+    for side in (p, q):
+        kind = {"device": side.head.weight.device, "dtype": torch.float64}
+        tops.append(torch.full((rows.stop - rows.start,), -torch.inf, **kind))
+        masses.append(torch.zeros(rows.stop - rows.start, **kind))
+    distance = torch.zeros_like(masses[0])  # sum of exp(a - top) * (a - b)
+    for columns in _slices(vocab_size, _COLUMNS):
+        a, b = (side.head.logits(side.hidden[rows], columns) / side.temperature for side in (p, q))
+        for i, logits in enumerate((a, b)):
+            top = torch.maximum(tops[i], logits.amax(1))
+            shrunk = (tops[i] - top).exp()
+            powers = (logits - top.float()[:, None]).exp_()
+            masses[i] = masses[i] * shrunk + powers.sum(1)
+            if i == 0:
+                distance = distance * shrunk + powers.mul_(a - b).sum(1)
+            tops[i] = top
+    log_a, log_b = (top + mass.log() for top, mass in zip(tops, masses, strict=True))
+    return (distance / masses[0] - log_a + log_b).clamp_min_(0).float().cpu()
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(low, min(low + step, length)) for low in range(0, length, step))
