@@ -33,7 +33,7 @@ _COLUMNS = 4096
 class LMHead:
     """A copy of a model's LM head: it makes logits of the rows of ``VLLMScorer.hidden_states``.
 
-    >>> # head = scorer.lm_head()
+    >>> head = scorer.lm_head()
     >>> hidden, = scorer.hidden_states([[5, 6, 7]])
     >>> log_probs = head.logits(hidden).log_softmax(-1)  # [2, V] float32, nats
     >>> torch.testing.assert_close(log_probs[[0, 1], [6, 7]], scorer.score([[5, 6, 7]])[0])
@@ -106,25 +106,43 @@ def exact_kl(p: Side, q: Side, vocab_size: int, *, device: torch.device | str | 
     return torch.cat(parts) if parts else torch.empty(0)
 
 
+class _LogSum:
+    """The log of a sum of exponentials, to which each row of logits is added part by part."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        # The largest logit until now, and the sum of exp(logit - top): [N] float64.
+        self._top = torch.full((num_rows,), -torch.inf, dtype=torch.float64, device=device)
+        self._mass = torch.zeros_like(self._top)
+
+    def add(self, logits_N_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``exp(logits - top)``, and the factor of what was summed in units of the top before."""
+        top = torch.maximum(self._top, logits_N_C.amax(1))
+        factor = (self._top - top).exp()
+        powers = (logits_N_C - top.float()[:, None]).exp_()
+        self._top, self._mass = top, self._mass * factor + powers.sum(1)
+        return powers, factor
+
+    def mean(self, sum_N: torch.Tensor) -> torch.Tensor:
+        """Return the mean of what was summed with the exponentials as weights."""
+        return sum_N / self._mass
+
+    def total(self) -> torch.Tensor:
+        return self._top + self._mass.log()
+
+
 def _of_rows(p: Side, q: Side, rows: slice, vocab_size: int) -> torch.Tensor:
-    tops, masses = [], []  # of p and of q: the largest logit until now, and the sum of exp(logit - top)
-    for side in (p, q):
-        kind = {"device": side.head.weight.device, "dtype": torch.float64}
-        tops.append(torch.full((rows.stop - rows.start,), -torch.inf, **kind))
-        masses.append(torch.zeros(rows.stop - rows.start, **kind))
-    distance = torch.zeros_like(masses[0])  # sum of exp(a - top) * (a - b)
+    device = p.head.weight.device
+    of_p, of_q = (_LogSum(rows.stop - rows.start, device) for _ in range(2))
+    distance = torch.zeros(
+        rows.stop - rows.start, dtype=torch.float64, device=device
+    )  # sum of exp(a) (a - b)
     for columns in _slices(vocab_size, _COLUMNS):
         a, b = (side.head.logits(side.hidden[rows], columns) / side.temperature for side in (p, q))
-        for i, logits in enumerate((a, b)):
-            top = torch.maximum(tops[i], logits.amax(1))
-            shrunk = (tops[i] - top).exp()
-            powers = (logits - top.float()[:, None]).exp_()
-            masses[i] = masses[i] * shrunk + powers.sum(1)
-            if i == 0:
-                distance = distance * shrunk + powers.mul_(a - b).sum(1)
-            tops[i] = top
-    log_a, log_b = (top + mass.log() for top, mass in zip(tops, masses, strict=True))
-    return (distance / masses[0] - log_a + log_b).clamp_min_(0).float().cpu()
+        powers, factor = of_p.add(a)
+        of_q.add(b)
+        distance = distance * factor + powers.mul_(a - b).sum(1)
+    kl = of_p.mean(distance) - of_p.total() + of_q.total()
+    return kl.clamp(min=0).float().cpu()
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

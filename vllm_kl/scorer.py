@@ -502,7 +502,8 @@ class VLLMScorer:
                 )
             lengths = [len(rows) for rows in values]
             sides.append(Side(head, end_to_end([rows[:, 1:] for rows in values]), used))
-        kl_N = exact_kl(*sides, vocab_size, device=device)
+        p, q = sides
+        kl_N = exact_kl(p, q, vocab_size, device=device)
         check_kl(kl_N, lengths, start)
         return list(kl_N.split(lengths))
 
