@@ -62,7 +62,7 @@ def run_engine(model: str, readout: str, options: dict, requests: list[ScoreRequ
         (extra,) = drive(driver, [EXTRA], share_prefix=False)
     if readout == "pooling":
         worker = driver._core.engine_core.model_executor.driver_worker.worker
-        head = type(worker.get_model().pooler._head).__name__
+        head = type(worker.get_model().pooler.head).__name__
     return Run(head, *results, extra)
 
 
