@@ -108,6 +108,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert "vllm_kl/py.typed" in names
 
 
+@pytest.mark.nightly
 def test_the_installed_wheel_works_from_an_empty_folder(python, tmp_path):
     command = python.parent / "vllm-kl"
     assert "serve" in run(command, "--help", cwd=tmp_path)

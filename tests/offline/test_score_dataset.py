@@ -63,6 +63,7 @@ def _parts_in_block(table):
     return pa.table({"parts": [sorted(set(table[PART].to_pylist()))]})
 
 
+@pytest.mark.nightly
 def test_groups_with_the_most_likely_tokens_and_two_models(
     cluster, ref_path, policy_path, ref_oracle, policy_oracle, ref_scorer
 ):

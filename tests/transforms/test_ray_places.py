@@ -198,6 +198,7 @@ def test_what_stays_in_this_process_is_refused(policy_engine):
             ray.cloudpickle.dumps(there)
 
 
+@pytest.mark.nightly
 def test_as_postproc_of_a_collector_in_an_actor(collector, kl, policy_path, policy_oracle, ref_oracle):
     actor = collector(
         make_env_there,
@@ -285,6 +286,7 @@ class TestABufferInAnActor:
         ray.get(extend.remote(inside.client(), recorded_batch(policy_oracle)))  # another process
         self.check(inside[:4], truth)
 
+    @pytest.mark.nightly
     def test_a_transform_that_its_factory_makes_writes_when_they_are_sampled(
         self, buffer, kl, policy_oracle, truth
     ):

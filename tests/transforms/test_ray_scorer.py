@@ -389,6 +389,7 @@ def test_a_model_that_was_sent_is_compared_by_its_weights(
         ray.get(actor.beat.remote())
 
 
+@pytest.mark.nightly
 def test_an_actor_without_a_name_ends_with_its_user(cluster, policy_model):
     before = services()
     factory = functools.partial(made_of, policy_model)
