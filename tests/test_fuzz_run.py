@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
+from rich.console import Console
 
 from tests.fuzz import run as runner
 
@@ -39,6 +41,18 @@ def test_a_property_that_holds_runs_all_its_cases():
     holds = runner.Property("holds", lambda number: None, {"number": st.integers(0, 10**6)}, 1.0)
     runner.run(holds, 1, 50)
     assert (holds.cases, holds.fault) == (50, None)
+
+
+@pytest.mark.parametrize("cases", [7, 60, 1000])
+def test_few_cases_are_shared_out_among_all_properties(tmp_path, cases):
+    strategies = {"number": st.integers(0, 10**6)}
+    every = [
+        runner.Property(str(n), lambda number: None, strategies, share) for n, share in enumerate((1, 2, 4))
+    ]
+    options = argparse.Namespace(guided=False, cases=cases, minutes=1.0, seed=1)
+    runner.rounds(every, options, Console(quiet=True), tmp_path)
+    assert sum(one.cases for one in every) == cases
+    assert [one.cases for one in every] == pytest.approx([cases / 7 * share for share in (1, 2, 4)], abs=2)
 
 
 @pytest.mark.parametrize("how", ["--seed=1", WITH_ATHERIS])

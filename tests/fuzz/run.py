@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -153,7 +154,8 @@ def _environment() -> dict[str, str]:
 
 def rounds(every: list[Property], options: argparse.Namespace, console: Console, corpus: Path) -> None:
     """Run rounds until there are enough cases, the time is over, or every property failed."""
-    chunk = GUIDED_CHUNK if options.guided else CHUNK
+    # The first round runs all properties, also where few cases are wanted.
+    chunk = min(GUIDED_CHUNK if options.guided else CHUNK, options.cases / sum(one.share for one in every))
     with_guide = functools.partial(run_guided, corpus=corpus)
     began, rng = time.monotonic(), random.Random(options.seed)
 
@@ -164,7 +166,7 @@ def rounds(every: list[Property], options: argparse.Namespace, console: Console,
     while left() > 0 and any(one.fault is None for one in every):
         for one in every:
             if one.fault is None and left() > 0:
-                most = max(1, min(left(), int(chunk * one.share)))
+                most = max(1, min(left(), math.ceil(chunk * one.share)))
                 (with_guide if options.guided else run)(one, rng.randrange(1, 2**31), most)
                 if one.fault:
                     console.print(f"{one.name}\n{one.fault}", markup=False, highlight=False)
