@@ -200,6 +200,8 @@ def main() -> None:
             f"{sys.executable} -m pip install atheris"
         )
     console, every = Console(width=140), properties(options.only)
+    if not every:
+        parser.error(f"no property has {options.only!r} in its name")
     signal.signal(signal.SIGALRM, _tell_of_a_hang)
     with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as corpus:
         rounds(every, options, console, Path(corpus))  # Ctrl-C shows what was counted until then
