@@ -46,7 +46,7 @@ fuzz: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz.run --cases $(CASES) --minutes $(MINUTES) $(ARGS)
 
 # A table: the script benchmarks/bench_<name>.py, or another one, with its arguments.
-RESULTS := estimators dataset-memory scaling serving serving-tiny requests transform lora push overlap \
+RESULTS := estimators exact-kl dataset-memory scaling serving serving-tiny requests transform lora push overlap \
 	overlap-shared simulation growth $(DTYPES:%=profile-%)
 ARGS_dataset-memory := --rows 1000 --rows 10000 --rows 100000 --stand-in
 ARGS_serving := --dtype float32

@@ -175,6 +175,16 @@ def test_a_push_by_nccl_reaches_an_engine_on_another_gpu(cluster, tied_paths):
         llm.shutdown()
 
 
+def test_the_exact_kl_agrees_with_float64_on_both_devices(policy_path, ref_path, policy_oracle, ref_oracle):
+    with VLLMScorer(str(policy_path), **OPTIONS) as policy, VLLMScorer(str(ref_path), **OPTIONS) as reference:
+        for device in ("cpu", "cuda"):
+            for kl, ids in zip(
+                policy.exact_kl(reference, SEQUENCES, 40, device=device), SEQUENCES, strict=True
+            ):
+                a, b = (oracle.logits(ids)[39:-1].log_softmax(-1) for oracle in (policy_oracle, ref_oracle))
+                torch.testing.assert_close(kl.double(), (a.exp() * (a - b)).sum(-1), rtol=1e-4, atol=2e-4)
+
+
 def test_an_adapter_is_scored(policy_path, lora_paths, tmp_path):
     request = LoRARequest("adapter", 1, str(lora_paths[0]))
     with VLLMScorer(str(policy_path), lora_request=request, **{**OPTIONS, "dtype": "bfloat16"}) as scorer:

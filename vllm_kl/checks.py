@@ -56,7 +56,7 @@ def make_requests(
         temperature=temperature,
         top_k=top_k or 0,
         entropy=entropy,
-        hidden_size=(info.hidden_size or 0) if hidden_states else 0,
+        hidden_size=info.hidden_size or 0 if hidden_states else 0,
     )
     return [
         request(token_ids=sequence, start=first, ids=rows)
@@ -244,31 +244,34 @@ def check_can(
         ("entropy", entropy, "return the entropy, which needs the log-probs of all tokens"),
         ("hidden_states", hidden_states, "return hidden states"),
     ):
-        if is_wanted and name not in info.can:
+        is_able = name in info.can and (name != "hidden_states" or info.hidden_size is not None)
+        if is_wanted and not is_able:
             raise ReadoutUnavailableError(
                 f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns "
                 "(VLLMScorer(path)) can"
             )
 
 
-def check_kl(kl_N: torch.Tensor, lengths: Sequence[int], start: int | Sequence[int] | None) -> None:
+def check_kl(kl: Sequence[torch.Tensor], starts: Sequence[int], first: int = 0) -> None:
     """Refuse a KL that is no number.
 
     Args:
-        kl_N: of all sequences, laid end to end.
-        lengths: how many tokens of each sequence have a KL.
-        start: index of the first of them, as in ``VLLMScorer.score``.
+        kl: of each sequence, ``[len - start]``.
+        starts: of each sequence, as in ``VLLMScorer.score``.
+        first: the number of the first sequence, for the message.
 
     Raises:
         MissingLogProbError: a KL is NaN or infinite. The message names the sequence and the token.
     """
-    is_wrong = ~kl_N.isfinite()
-    if is_wrong.any():
-        i, row = place_of(is_wrong, lengths)
-        raise MissingLogProbError(
-            f"sequence {i}, token {starts_of(start, len(lengths))[i] + row}: the KL is {kl_N[is_wrong][0]:g} "
-            f"({int(is_wrong.sum())} such tokens): the logits of a model overflow. Look at its LM head"
-        )
+    for i, (values, start) in enumerate(zip(kl, starts, strict=True), first):
+        is_wrong = ~values.isfinite()
+        if is_wrong.any():
+            row = int(is_wrong.nonzero()[0])
+            raise MissingLogProbError(
+                f"sequence {i}, token {start + row}: the KL is {values[row]:g} ({int(is_wrong.sum())} such "
+                "tokens of the sequence): logits overflow float32. Look at the models' LM heads, and at the "
+                "temperature"
+            )
 
 
 def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreResult]) -> list[torch.Tensor]:
@@ -288,7 +291,7 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
         return []
     for (i, request), result in zip(requests.items(), results, strict=True):
         want, got = (
-            (len(request.token_ids) - request.start, num_columns(*request.widths)),
+            (len(request.token_ids) - request.start, num_columns(*request.asked)),
             result.values.shape,
         )
         if got != want:

@@ -13,20 +13,23 @@ N tokens, H hidden size, V vocabulary. Models p and q may have different H.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_kl import mkl
-from vllm_kl.errors import InputError
+from vllm_kl.errors import InputError, OptionError
 
 mkl.choose_code()
 
 # Rows and columns of a part: 8 MiB of logits for each model.
 _ROWS = 512
 _COLUMNS = 4096
+# The most numbers of hidden states of one model that this process asks for at a time: 128 MiB.
+_MAX_HIDDEN = 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,12 +49,31 @@ class LMHead:
     def logits(self, hidden_N_H: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """Return the logits of some columns of the vocabulary, float32, on the weight's device.
 
+        They are multiplied in float32, also under autocast and where PyTorch may use TF32.
+
         Args:
             hidden_N_H: hidden states, of any dtype and device; gradients flow through them.
             columns: of the vocabulary. All columns of many rows need much memory.
         """
-        weight = self.weight[columns].float()
-        return self.scale * (hidden_N_H.to(weight.device, torch.float32) @ weight.T)
+        with _float32_products(self.weight.device):
+            weight = self.weight[columns].float()
+            return (self.scale * hidden_N_H.to(weight.device, torch.float32)) @ weight.T
+
+
+@contextlib.contextmanager
+def _float32_products(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever a trainer has set for its own."""
+    backends: Any = torch.backends  # mypy does not know their attributes
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 class Side(NamedTuple):
@@ -81,16 +103,48 @@ def common_vocab_size(heads: Sequence[LMHead], vocab_size: int | None = None) ->
     return found
 
 
-def exact_kl(p: Side, q: Side, vocab_size: int, *, device: torch.device | str | None = None) -> torch.Tensor:
+def check_device(device: torch.device | str | int | None) -> torch.device:
+    """Return the device to compute on; ``None`` is the CPU.
+
+    Raises:
+        OptionError: PyTorch cannot use it here.
+    """
+    try:
+        return torch.empty(0, device="cpu" if device is None else device).device
+    except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
+        raise OptionError(f"device={device!r} cannot be used here: {error}") from error
+
+
+def groups(num_rows: Sequence[int], hidden_size: int) -> Iterator[slice]:
+    """Cut sequences into groups whose hidden states fit the memory; a long sequence is a group of its own.
+
+    Args:
+        num_rows: of each sequence.
+        hidden_size: numbers of a row.
+
+    >>> list(groups([20_000, 10_000, 40_000, 1], 1024))
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
+    begin, size = 0, 0
+    for i, rows in enumerate(num_rows):
+        size += rows * hidden_size
+        if size > _MAX_HIDDEN and i > begin:
+            yield slice(begin, i)
+            begin, size = i, rows * hidden_size
+    if begin < len(num_rows):
+        yield slice(begin, len(num_rows))
+
+
+def exact_kl(p: Side, q: Side, vocab_size: int) -> torch.Tensor:
     """Return ``[N]`` float32 on the CPU: ``KL(p || q)`` of each token in nats, not below 0.
 
-    Logits are rounded to float32: the error is below 2e-6 times the largest logit, with 1e-6 at least.
+    Logits are rounded to float32: the error is below 2e-6 times the largest logit, divided by the
+    temperature, or 1e-6.
 
     Args:
         p: the model whose expectation it is.
-        q: the other model.
+        q: the other model, with its head on the same device.
         vocab_size: the distributions are those over the first so many tokens.
-        device: to compute on; ``None`` is the CPU.
 
     >>> heads = [LMHead(weight=torch.randn(1000, 8), scale=1.0, weight_version=0) for _ in range(2)]
     >>> hidden = torch.randn(3, 8)
@@ -98,10 +152,6 @@ def exact_kl(p: Side, q: Side, vocab_size: int, *, device: torch.device | str | 
     >>> found = exact_kl(*(Side(head, hidden, 1.0) for head in heads), 1000)
     >>> torch.testing.assert_close(found.double(), (a.exp() * (a - b)).sum(-1), rtol=1e-5, atol=1e-5)
     """
-    p, q = (
-        side._replace(head=replace(side.head, weight=side.head.weight[:vocab_size].to(device or "cpu")))
-        for side in (p, q)
-    )
     parts = [_of_rows(p, q, rows, vocab_size) for rows in _slices(len(p.hidden), _ROWS)]
     return torch.cat(parts) if parts else torch.empty(0)
 
@@ -132,12 +182,12 @@ class _LogSum:
 
 def _of_rows(p: Side, q: Side, rows: slice, vocab_size: int) -> torch.Tensor:
     device = p.head.weight.device
+    scaled = [side.hidden[rows].to(device, torch.float32) / side.temperature for side in (p, q)]
     of_p, of_q = (_LogSum(rows.stop - rows.start, device) for _ in range(2))
-    distance = torch.zeros(
-        rows.stop - rows.start, dtype=torch.float64, device=device
-    )  # sum of exp(a) (a - b)
+    # The sum of exp(a - top) * (a - b).
+    distance = torch.zeros(rows.stop - rows.start, dtype=torch.float64, device=device)
     for columns in _slices(vocab_size, _COLUMNS):
-        a, b = (side.head.logits(side.hidden[rows], columns) / side.temperature for side in (p, q))
+        a, b = (side.head.logits(hidden, columns) for side, hidden in zip((p, q), scaled, strict=True))
         powers, factor = of_p.add(a)
         of_q.add(b)
         distance = distance * factor + powers.mul_(a - b).sum(1)

@@ -18,10 +18,12 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args, overload
 
 import torch
 
+from vllm_kl.arrays import starts_of
 from vllm_kl.checks import (
     TokenIds,
     check_can,
@@ -34,7 +36,7 @@ from vllm_kl.checks import (
     make_requests,
 )
 from vllm_kl.columns import num_columns
-from vllm_kl.engines.base import Engine, OfReplicas
+from vllm_kl.engines.base import Engine, GivesHead, OfReplicas
 from vllm_kl.engines.devices import Devices
 from vllm_kl.engines.generate import GenerateEngine
 from vllm_kl.engines.http_server import HttpServer
@@ -43,7 +45,7 @@ from vllm_kl.engines.placeholders import Placeholders, check_placeholders
 from vllm_kl.engines.process import TIMEOUT_S
 from vllm_kl.engines.stock_server import StockServer
 from vllm_kl.errors import InputError, OptionError, ReadoutUnavailableError, WeightsError
-from vllm_kl.exact_kl import LMHead, Side, common_vocab_size, exact_kl
+from vllm_kl.exact_kl import LMHead, Side, check_device, common_vocab_size, exact_kl, groups
 from vllm_kl.plan import plan
 from vllm_kl.progress import show_progress
 from vllm_kl.types import EngineInfo, ReadoutName, ScoreRequest, ScoreResult, ScoreStats, TopK, end_to_end
@@ -398,37 +400,44 @@ class VLLMScorer:
         token_ids: Sequence[TokenIds],
         start: int | Sequence[int] | None = None,
         *,
+        head: LMHead | None = None,
         progress: bool = False,
     ) -> list[torch.Tensor]:
-        """Return the hidden states that the LM head gets, for every token from ``start`` on.
+        """Return the hidden states that predict every token from ``start`` on.
 
         With :meth:`lm_head` they give the whole distribution of each token, for example the teacher's in the
-        process of a trainer: H numbers per token are sent, not the V of its logits.
+        process of a trainer: H numbers per token are sent, not the V of its logits. They are what the model
+        gives to ``compute_logits``. A model that changes them there has no :meth:`lm_head`.
 
         Args:
             token_ids, start, progress: as in :meth:`score`.
+            head: refuse hidden states of other weights than this LM head's.
 
         Returns:
             B float32 CPU tensors ``[len - start, H]``. Row j of tensor i predicts token ``start + j``. Their
-            numbers are those of the model's dtype, of any temperature.
+            numbers are those of the model's dtype, of any temperature. All of them lie in memory: 4 H bytes a
+            token.
 
         Raises:
-            InputError, MissingLogProbError, EngineError, WeightsError: as in :meth:`score`.
+            InputError, MissingLogProbError, EngineError: as in :meth:`score`.
+            WeightsError: as in :meth:`score`; or the weights are not those of ``head``.
             ReadoutUnavailableError: the read-out is another one than ``"pooling"``, or a server's.
 
         >>> hidden, = scorer.hidden_states([[5, 6, 7]])
         >>> hidden.shape == (2, scorer.info.hidden_size)
         True
         """
-        values, _ = self._read(token_ids, start, 1.0, progress, hidden_states=True)
-        return [row[:, 1:].clone() for row in values]
+        rows = self._hidden_rows(token_ids, start, head, progress=progress)
+        return [row.clone() for row in rows]
 
     def lm_head(self) -> LMHead:
         """Return a copy of the LM head of the engine's present weights, which makes logits of hidden states.
 
-        The copy lies in shared memory, if that has room: ``V * H`` numbers of the model's dtype.
+        It takes memory of this process: ``V * H`` numbers of the model's dtype.
 
         Raises:
+            EngineError: the engine died or was closed, or could not write the head.
+            WeightsError: the engine is asleep.
             ReadoutUnavailableError: the scorer does not own one engine with the read-out ``"pooling"``; or
                 the model's logits are not hidden states times a matrix (a soft cap, a bias, a quantised
                 head).
@@ -437,13 +446,12 @@ class VLLMScorer:
         True
         """
         self._check_awake()
-        read_head = getattr(self._engine, "read_head", None)
-        if read_head is None:
+        if not isinstance(self._engine, GivesHead):
             raise ReadoutUnavailableError(
                 f"the LM head of a {type(self._engine).__name__} cannot be read: make the scorer with a "
                 "model's path and without replicas"
             )
-        weight, scale, version = read_head()
+        weight, scale, version = self._engine.read_head()
         return LMHead(weight=weight, scale=scale, weight_version=version)
 
     def exact_kl(
@@ -454,17 +462,17 @@ class VLLMScorer:
         *,
         temperature: float | None = None,
         vocab_size: int | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         progress: bool = False,
     ) -> list[torch.Tensor]:
         """Return the exact KL of this model to a reference, over the whole vocabulary, at every token.
 
         No token is sampled, so there is no noise, and no logits leave an engine: both engines send hidden
-        states, and this process multiplies them with both LM heads (:mod:`vllm_kl.exact_kl`). That takes much
-        longer than a read-out on a CPU. Give ``device="cuda"`` where there is a GPU.
+        states, at most 128 MiB of them at a time, and this process multiplies them with both LM heads
+        (:mod:`vllm_kl.exact_kl`). On a CPU that takes several times as long as :meth:`score`.
 
         Args:
-            reference: a scorer of the other model, with the same tokenizer.
+            reference: a scorer of the other model, with the same tokenizer. It may be this one.
             token_ids, start, progress: as in :meth:`score`.
             temperature: of both models; ``None`` takes that of each scorer.
             vocab_size: compare the distributions over the first so many tokens, each divided by its sum: for
@@ -477,35 +485,64 @@ class VLLMScorer:
             ``token_ids[i][:start + j]``. It is not below 0.
 
         Raises:
-            InputError: as in :meth:`score`; or the heads have different sizes.
-            MissingLogProbError, EngineError: as in :meth:`score`.
-            ReadoutUnavailableError: as in :meth:`lm_head`.
-            WeightsError: the weights of a scorer changed during the call.
+            InputError: as in :meth:`score`, of both engines; or the heads have different sizes.
+            OptionError: PyTorch cannot use ``device`` here; or ``reference`` is no scorer.
+            ReadoutUnavailableError, EngineError: as in :meth:`lm_head`.
+            MissingLogProbError: as in :meth:`score`; or logits overflow.
+            WeightsError: as in :meth:`score`; or the weights of a scorer changed during the call.
 
         >>> kl, = scorer.exact_kl(scorer, [[5, 6, 7]])  # of a model to itself
         >>> kl.shape, bool((kl < 1e-5).all())
         (torch.Size([2]), True)
         """
+        if not isinstance(reference, VLLMScorer):
+            raise OptionError(f"reference is a {type(reference).__name__}: make it a VLLMScorer")
+        scorers = (self, reference)
         temperatures = [
             check_temperature(scorer.temperature if temperature is None else temperature)
-            for scorer in (self, reference)
+            for scorer in scorers
         ]
-        heads = [scorer.lm_head() for scorer in (self, reference)]
+        for scorer in scorers:  # both, before either computes
+            check_can(scorer.info, 1.0, hidden_states=True)
+            scorer.check(token_ids, start)
+        place = check_device(device)
+        heads = [scorer.lm_head() for scorer in scorers]
         vocab_size = common_vocab_size(heads, vocab_size)
-        sides, lengths = [], []
-        for scorer, head, used in zip((self, reference), heads, temperatures, strict=True):
-            values, stats = scorer._read(token_ids, start, 1.0, progress, hidden_states=True)
-            if stats.weight_version not in (None, head.weight_version):
-                raise WeightsError(
-                    f"weights changed during the call, from version {head.weight_version} to "
-                    f"{stats.weight_version}. Call again"
+        heads = [replace(head, weight=head.weight[:vocab_size].to(place)) for head in heads]
+        starts = starts_of(start, len(token_ids))
+        num_rows = [len(ids) - first for ids, first in zip(token_ids, starts, strict=True)]
+        found: list[torch.Tensor] = []
+        with show_progress(len(token_ids), enabled=progress) as on_done:
+            for group in groups(num_rows, max(head.weight.shape[1] for head in heads)):
+                ids, first, begin = token_ids[group], starts[group], group.start
+                p, q = (
+                    Side(head, end_to_end(scorer._hidden_rows(ids, first, head, first=begin)), used)
+                    for scorer, head, used in zip(scorers, heads, temperatures, strict=True)
                 )
-            lengths = [len(rows) for rows in values]
-            sides.append(Side(head, end_to_end([rows[:, 1:] for rows in values]), used))
-        p, q = sides
-        kl_N = exact_kl(p, q, vocab_size, device=device)
-        check_kl(kl_N, lengths, start)
-        return list(kl_N.split(lengths))
+                kl = exact_kl(p, q, vocab_size).split(num_rows[group])
+                check_kl(kl, first, begin)
+                found += kl
+                if on_done is not None:
+                    on_done(len(kl))
+        return found
+
+    def _hidden_rows(
+        self,
+        token_ids: Sequence[TokenIds],
+        start: int | Sequence[int] | None,
+        head: LMHead | None,
+        *,
+        progress: bool = False,
+        first: int = 0,
+    ) -> list[torch.Tensor]:
+        """Return B x ``[len - start, H]``. Errors count the sequences from ``first`` on."""
+        values, stats = self._read(token_ids, start, 1.0, progress, hidden_states=True, first=first)
+        if head is not None and stats.weight_version not in (None, head.weight_version):
+            raise WeightsError(
+                f"weights changed after the LM head was read, from version {head.weight_version} to "
+                f"{stats.weight_version}. Read it again"
+            )
+        return [row[:, 1:] for row in values]
 
     def _read(
         self,
@@ -518,10 +555,12 @@ class VLLMScorer:
         top_k: int | None = None,
         entropy: bool = False,
         hidden_states: bool = False,
+        first: int = 0,
     ) -> tuple[list[torch.Tensor], ScoreStats]:
         """Score B sequences; return the values of each, and the figures of the call.
 
         Values are float32 ``[len - start, columns]``, with the columns of ``ScoreResult.values``.
+        Errors count the sequences from ``first`` on.
         """
         began = time.perf_counter()
         self._check_awake()
@@ -536,7 +575,9 @@ class VLLMScorer:
             hidden_states=hidden_states,
             placeholders=self._placeholders,
         )
-        requests = {i: request for i, request in enumerate(asked) if request.start < len(request.token_ids)}
+        requests = {
+            i: request for i, request in enumerate(asked, first) if request.start < len(request.token_ids)
+        }
         planned = plan(list(requests.values()))
         results = []
         if planned.requests:
@@ -552,8 +593,8 @@ class VLLMScorer:
                     raise InputError(f"sequence {i}: {error}") from None
         scored = dict(zip(requests, check_results(requests, planned.restore(results)), strict=True))
         values = [
-            scored[i] if i in scored else torch.empty(0, num_columns(*request.widths))
-            for i, request in enumerate(asked)
+            scored[i] if i in scored else torch.empty(0, num_columns(*request.asked))
+            for i, request in enumerate(asked, first)
         ]
         stats = self._figures(list(requests.values()), planned.requests, results, began)
         self.stats = stats

@@ -37,7 +37,7 @@ class ScoreRequest:
         return 0 if self.ids is None else self.ids.shape[1]
 
     @property
-    def widths(self) -> tuple[int, int, bool, int]:
+    def asked(self) -> tuple[int, int, bool, int]:
         """What a row is asked for: the arguments of :func:`vllm_kl.columns.num_columns`."""
         return self.num_ids, self.top_k, self.entropy, self.hidden_size
 
@@ -46,7 +46,7 @@ class ScoreRequest:
 class ScoreResult:
     """The answer of an engine to one request. R = L - start rows; row j belongs to token start + j."""
 
-    # [R, num_columns(*request.widths)] float32, with the columns of columns.py. NaN: the engine returned no
+    # [R, num_columns(*request.asked)] float32, with the columns of columns.py. NaN: the engine returned no
     # number.
     values: np.ndarray
     num_cached_tokens: int = 0  # tokens whose KV came from the prefix cache

@@ -128,6 +128,19 @@ def test_the_parts_of_a_call_are_found_in_vllms_engine(tmp_path):
     assert "The engine computed 2,048 tokens; at least 1,552 were needed" in text
 
 
+@pytest.mark.nightly
+def test_each_way_to_a_kl_is_timed(tmp_path):
+    file, script = tmp_path / "kl.md", scripts.ROOT / "benchmarks" / "bench_exact_kl.py"
+    sizes = ("--model", "tiny", "--dtype", "float32", "--prompt", "40", "--response", "20", "--group", "2")
+    subprocess.run(
+        [sys.executable, str(script), *sizes, "--rounds", "2", "--markdown", str(file)], check=True
+    )
+    text = file.read_text()
+    for way in ("score", "the 64 best", "hidden states, heads", "exact_kl"):
+        assert re.search(rf"^\| float32 \| {way} ", text, flags=re.M), text
+    assert "2 rounds, KL " in text
+
+
 def test_a_method_is_named_while_it_is_watched(profile_prefill):
     owner = SimpleNamespace(work=lambda: torch.zeros(2) + 1)
     before = owner.work

@@ -18,7 +18,14 @@ from tests.lora import GROUP, PROMPT, error_of
 from tests.oracle import LOG_PROB_TOLERANCE
 from vllm_kl import VLLMReference, VLLMScorer, push_weights
 from vllm_kl.engines.replicas.known import RUNNING
-from vllm_kl.errors import EngineError, FrozenError, InputError, OptionError, WeightsError
+from vllm_kl.errors import (
+    EngineError,
+    FrozenError,
+    InputError,
+    OptionError,
+    ReadoutUnavailableError,
+    WeightsError,
+)
 from vllm_kl.weights.checkpoint import Checkpoint
 
 ray = pytest.importorskip("ray", reason="pip install 'vllm-kl[ray]'")
@@ -95,6 +102,13 @@ def test_replicas_score_in_order_and_as_one_engine_does(scorer, ref_scorer, ref_
     assert far([b.log_probs for b in best], [b.log_probs for b in theirs]) < 2e-6
     ours, theirs = (s.score(MANY, START, entropy=True)[1] for s in (scorer, ref_scorer))
     assert far(ours, theirs) < 5e-6
+
+
+def test_replicas_give_hidden_states_and_one_engine_the_head(scorer, ref_scorer):
+    hidden = scorer.hidden_states(MANY, START, head=ref_scorer.lm_head())  # both serve version 0
+    assert far(hidden, ref_scorer.hidden_states(MANY, START)) < 1e-4
+    with pytest.raises(ReadoutUnavailableError, match="cannot be read: .* without replicas"):
+        scorer.lm_head()
 
 
 @pytest.mark.nightly

@@ -279,6 +279,8 @@ def test_other_routes_are_problems_and_the_document_names_ours(http):
     assert set(body) == {"application/json", MSGPACK}
     assert {"token_ids", "start", "top_k"} <= set(body["application/json"]["schema"]["properties"])
     told = http.get("/v1/model").json()
+    assert "entropy" in told["can"]
+    assert "hidden_states" not in told["can"]  # its answers have no place for them
     assert (told["readout"], told["vocab_size"], told["dtype"]) == ("pooling", 259, "float32")
     assert {"vllm-kl", "torch"} <= set(told["versions"])
     assert told["limits"] | LIMITS == told["limits"]

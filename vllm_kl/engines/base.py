@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
+
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.live_weights import Weights
 
@@ -48,6 +50,21 @@ class OfReplicas(Protocol):
 
     def score_on_each(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreResult]]:
         """Return the results of each replica that runs. No batch holds requests of other callers."""
+        ...
+
+
+@runtime_checkable
+class GivesHead(Protocol):
+    """An engine whose LM head can be copied."""
+
+    def read_head(self) -> tuple[torch.Tensor, float, int]:
+        """Return the head's matrix ``[V, H]``, the factor of its logits, and the version of the weights.
+
+        Raises:
+            ReadoutUnavailableError: the read-out is another one than ``"pooling"``; or the model's logits are
+                no product with a matrix.
+            EngineError: a worker could not write its part, or wrote it on another machine.
+        """
         ...
 
 

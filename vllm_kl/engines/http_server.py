@@ -30,7 +30,7 @@ class HttpServer:
                 name: told[name]
                 for name in ("readout", "vocab_size", "max_sequence_len", "max_ids", "length_side", "dtype")
             },
-            can=frozenset(told["can"]) - {"hidden_states"},  # the wire format has no place for them
+            can=frozenset(told["can"]),
             notes=tuple(told["notes"]),
             placeholders={int(token): what for token, what in told["placeholders"].items()},
         )

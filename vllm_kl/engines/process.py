@@ -152,27 +152,31 @@ class ProcessEngine:
         return [results[n] for n in range(len(requests))]
 
     def read_head(self) -> tuple[torch.Tensor, float, int]:
-        """Return the LM head's matrix ``[V, H]``, the factor of its logits, and the version of the weights.
-
-        Raises:
-            ReadoutUnavailableError: the read-out is another one than ``"pooling"``; or the model's logits are
-                no product with a matrix.
-        """
-        if "hidden_states" not in self.info.can:
+        vocab_size, hidden_size = self.info.vocab_size, self.info.hidden_size
+        if vocab_size is None or hidden_size is None:
             raise ReadoutUnavailableError(f"the read-out {self.info.readout!r} cannot return the LM head")
-        folder = new_folder(4 * (self.info.vocab_size or 0) * (self.info.hidden_size or 0))
+        folder = new_folder(4 * vocab_size * hidden_size)
         try:
             version, told = self.ask("lm head", folder=folder)
-            parts = [part for part in told if part is not None]
-            if reasons := [part for part in parts if isinstance(part, str)]:
-                raise ReadoutUnavailableError(
-                    f"the model's logits are not hidden states times a matrix: {reasons[0]}"
-                )
+            parts = sorted(part for part in told if part is not None)
+            for kind, *rest in parts:
+                if kind == "no matrix":
+                    raise ReadoutUnavailableError(
+                        f"the model's logits are not hidden states times a matrix: {rest[0]}"
+                    )
+                if kind == "failed":
+                    raise EngineError(
+                        f"the LM head could not be written to {folder}: {rest[0]}. Make room there"
+                    )
             # The files are mapped into memory, which outlives their names.
-            shards = [load_file(file)[WEIGHT] for _, _, file in sorted(parts)]
+            shards = [load_file(file)[WEIGHT] for *_, file in parts]
+        except FileNotFoundError as error:
+            raise EngineError(
+                f"a part of the LM head is not there: {error}. Its worker runs on another machine"
+            ) from error
         finally:
             lifetime.remove(folder)
-        return shards[0] if len(shards) == 1 else torch.cat(shards), parts[0][1], version
+        return shards[0] if len(shards) == 1 else torch.cat(shards), parts[0][2], version
 
     @property
     def is_open(self) -> bool:

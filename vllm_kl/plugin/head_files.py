@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 # Names of the methods, for ``collective_rpc``.
@@ -33,12 +34,13 @@ def hidden_size(worker: Any) -> int | None:
     return getattr(_pooler(worker), "hidden_size", None)
 
 
-def write(worker: Any, folder: str) -> tuple[int, float, str] | str | None:
-    """Write this worker's shard; return its first token, the factor of its logits, and the file.
+def write(worker: Any, folder: str) -> tuple[Any, ...] | None:
+    """Write this worker's shard of the head.
 
     Returns:
-        A text instead, if the head is no matrix: the reason. ``None``, if this worker has no head: an earlier
-        stage of a pipeline.
+        ``("written", first token, factor of the logits, file)``; ``("no matrix", reason)``; ``("failed",
+        error)``. An error that a worker raises would leave answers of other workers behind. ``None``: this
+        worker has no head, because it is an earlier stage of a pipeline.
     """
     from vllm_kl.plugin.lm_head import MatrixHead
 
@@ -46,10 +48,13 @@ def write(worker: Any, folder: str) -> tuple[int, float, str] | str | None:
     if head is None:
         return None
     if not isinstance(head, MatrixHead):
-        return str(head.reason)
+        return "no matrix", str(head.reason)
     file = Path(folder) / f"{head.first_token}.safetensors"
-    save_file({WEIGHT: head.lm_head.weight[: head.num_tokens].detach().contiguous()}, file)
-    return head.first_token, head.scale, str(file)
+    try:
+        save_file({WEIGHT: head.lm_head.weight[: head.num_tokens].detach().contiguous()}, file)
+    except (OSError, SafetensorError) as error:
+        return "failed", str(error)
+    return "written", head.first_token, head.scale, str(file)
 
 
 def _pooler(worker: Any) -> Any:

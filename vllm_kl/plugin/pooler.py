@@ -117,7 +117,8 @@ class LogProbPooler(Pooler):
                 temperature=readout.temperature,
                 entropy=readout.entropy,
             )
-        return values
+        # Hidden states of a long sequence would need memory of the GPU that vLLM has not reserved.
+        return values.cpu() if readout.hidden_size else values
 
 
 def _moved(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
