@@ -12,6 +12,7 @@ import time
 import urllib.request
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -62,8 +63,23 @@ def s3():
                 assert server.poll() is None
                 assert time.monotonic() < end
                 time.sleep(0.1)
-        yield "s3://bucket"
-        server.terminate()
+        try:
+            _write_in_parts(url)
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+
+
+def _write_in_parts(url):
+    """Skip the test with a server whose answer to the end of an upload Arrow does not know: moto 5.2.1."""
+    once = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=1)
+    try:
+        with pyarrow.fs.S3FileSystem(endpoint_override=url, retry_strategy=once).open_output_stream(
+            "bucket/probe"
+        ) as stream:
+            stream.write(b"x")
+    except OSError as error:
+        pytest.skip(f"this moto_server cannot end an upload ({error}): it needs moto[server]>=5.2.5")
 
 
 @pytest.mark.parametrize(
