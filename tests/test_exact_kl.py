@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,14 +107,14 @@ class TestFormula:
         )
 
     def test_different_vocabularies_are_refused(self):
-        heads = [made_head(0, 320, 16), made_head(1, 300, 16)]
+        sizes = [320, 300]
         with pytest.raises(errors.InputError, match=r"heads of 320 and 300 tokens.*pass vocab_size=300"):
-            common_vocab_size(heads)
-        assert common_vocab_size(heads, 300) == 300
-        assert common_vocab_size(heads[:1] * 2) == 320
-        for wrong in (0, -1, 301):
-            with pytest.raises(errors.InputError, match=f"vocab_size is {wrong}, expected 1 to 300"):
-                common_vocab_size(heads, wrong)
+            common_vocab_size(sizes)
+        assert common_vocab_size(sizes, 300) == 300
+        assert common_vocab_size([320, 320]) == 320
+        for wrong in (0, -1, 301, True, 30.0, "30"):
+            with pytest.raises(errors.InputError, match=f"vocab_size is {wrong!r}, expected 1 to 300"):
+                common_vocab_size(sizes, wrong)
 
     def test_logits_of_an_lm_head_have_gradients(self):
         head, hidden = made_head(0, 300, 16, scale=0.5), made_rows(1, 4, 16).bfloat16().requires_grad_()
@@ -142,6 +143,42 @@ class TestFormula:
         assert again.dtype == torch.float32
         assert torch.equal(again, logits)
 
+    def test_threads_put_the_settings_of_a_trainer_back(self):
+        head, hidden = made_head(0, 500, 64), made_rows(1, 64, 64)
+        want, wrong = head.logits(hidden), []
+
+        def multiply():
+            for _ in range(100):
+                wrong.append(not torch.equal(head.logits(hidden), want))
+
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            threads = [threading.Thread(target=multiply) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            found = [b.matmul.fp32_precision for b in (torch.backends.cuda, torch.backends.mkldnn)]
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert found == ["tf32", "bf16"]
+        assert len(wrong) == 400
+        assert not any(wrong)
+
+    def test_a_setting_goes_on_following_the_general_one(self):
+        head, hidden = made_head(0, 500, 64), made_rows(1, 64, 64)
+        before, of_matmul = torch.backends.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        try:
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+            for general in ("tf32", "ieee"):
+                torch.backends.fp32_precision = general
+                head.logits(hidden)
+                assert torch.backends.mkldnn.matmul.fp32_precision == general
+        finally:
+            torch.backends.fp32_precision = before
+            torch.backends.mkldnn.matmul.fp32_precision = of_matmul
+
     def test_groups_have_all_sequences_once_and_fit_the_memory(self):
         rng = random.Random(0)
         for hidden_size in (64, 1024, 8192):
@@ -155,7 +192,7 @@ class TestFormula:
                 assert (sum(rows[one]) + rows[two.start]) * hidden_size > 1 << 25
         assert list(groups([], 64)) == []
 
-    @pytest.mark.parametrize("device", ["cuda:99", "nothing", 99, "meta:x", 1.5])
+    @pytest.mark.parametrize("device", ["cuda:99", "nothing", 99, "meta", 1.5])
     def test_a_device_that_is_not_there_is_refused(self, device):
         with pytest.raises(errors.OptionError, match="cannot be used here"):
             check_device(device)
@@ -348,6 +385,7 @@ class TestEngines:
             ({"start": 3}, errors.InputError, "start is 3"),
             ({"temperature": 0}, errors.InputError, "temperature must be positive"),
             ({"temperature": math.nan}, errors.InputError, "temperature must be positive"),
+            ({"vocab_size": 260}, errors.InputError, "vocab_size is 260, expected 1 to 259"),
             ({"device": "cuda:99"}, errors.OptionError, "device='cuda:99' cannot be used here"),
             ({"reference": "my-model"}, errors.OptionError, "reference is a str: make it a VLLMScorer"),
         ],
@@ -363,13 +401,6 @@ class TestEngines:
             monkeypatch.setattr(scorer._engine, "score", fail)
         with pytest.raises(error, match=message):
             policy_scorer.exact_kl(**{"reference": ref_scorer, "token_ids": [[5, 6]], **arguments})
-
-    def test_a_wrong_size_of_the_vocabulary_is_refused_before_anything_is_scored(
-        self, policy_scorer, ref_scorer, monkeypatch
-    ):
-        monkeypatch.setattr(policy_scorer._engine, "score", None)
-        with pytest.raises(errors.InputError, match="vocab_size is 260, expected 1 to 259"):
-            policy_scorer.exact_kl(ref_scorer, [[5, 6]], vocab_size=260)
 
     def test_a_head_that_cannot_be_written_is_told_and_the_engine_goes_on(self, policy_scorer, monkeypatch):
         monkeypatch.setattr("vllm_kl.engines.process.new_folder", lambda size: Path("/proc/none"))

@@ -14,6 +14,7 @@ N tokens, H hidden size, V vocabulary. Models p and q may have different H.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -52,28 +53,51 @@ class LMHead:
         They are multiplied in float32, also under autocast and where PyTorch may use TF32.
 
         Args:
-            hidden_N_H: hidden states, of any dtype and device; gradients flow through them.
+            hidden_N_H: hidden states, of any dtype and device. Gradients flow through them; their products
+                are those that PyTorch is set to.
             columns: of the vocabulary. All columns of many rows need much memory.
         """
-        with _float32_products(self.weight.device):
+        with _FLOAT32_PRODUCTS.on(self.weight.device):
             weight = self.weight[columns].float()
             return (self.scale * hidden_N_H.to(weight.device, torch.float32)) @ weight.T
 
 
-@contextlib.contextmanager
-def _float32_products(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever a trainer has set for its own."""
-    backends: Any = torch.backends  # mypy does not know their attributes
-    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+class _Float32Products:
+    """Multiplies float32 matrices in float32, whatever a trainer has set for its own.
+
+    The settings are the process's. So the first thread that comes saves them, and the last one that leaves
+    puts them back; meanwhile they hold for the trainer's products as well. A setting that PyTorch's general
+    one decides is put back to "none", which goes on following that one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._before: list[str] = []
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        backends: Any = torch.backends  # mypy does not know their attributes
+        settings = (backends.cuda.matmul, backends.mkldnn.matmul)
+        with self._lock:
+            if not self._num_inside:
+                found = [setting.fp32_precision for setting in settings]
+                self._before = ["none" if one == backends.fp32_precision else one for one in found]
+                for setting in settings:
+                    setting.fp32_precision = "ieee"
+            self._num_inside += 1
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            with self._lock:
+                self._num_inside -= 1
+                if not self._num_inside:
+                    for setting, before in zip(settings, self._before, strict=True):
+                        setting.fp32_precision = before
+
+
+_FLOAT32_PRODUCTS = _Float32Products()
 
 
 class Side(NamedTuple):
@@ -84,22 +108,26 @@ class Side(NamedTuple):
     temperature: float
 
 
-def common_vocab_size(heads: Sequence[LMHead], vocab_size: int | None = None) -> int:
+def common_vocab_size(sizes: Sequence[int], vocab_size: int | None = None) -> int:
     """Return the number of tokens that a KL compares: ``vocab_size``, or the size of all heads.
 
+    Args:
+        sizes: of the heads.
+
     Raises:
-        InputError: the heads have different sizes, and ``vocab_size`` is ``None``; or it is larger than a
-            head.
+        InputError: the heads have different sizes, and ``vocab_size`` is ``None``; or it is no int, or larger
+            than a head.
     """
-    sizes = [len(head.weight) for head in heads]
     if vocab_size is None and len(set(sizes)) > 1:
         raise InputError(
             f"the models have heads of {' and '.join(map(str, sizes))} tokens: a KL needs one vocabulary. If "
             f"they have one tokenizer, and their heads differ in padding only, pass vocab_size={min(sizes)}"
         )
     found = sizes[0] if vocab_size is None else vocab_size
-    if not 1 <= found <= min(sizes):
-        raise InputError(f"vocab_size is {found}, expected 1 to {min(sizes)}, the tokens of the smaller head")
+    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= min(sizes):
+        raise InputError(
+            f"vocab_size is {found!r}, expected 1 to {min(sizes)}, the tokens of the smaller head"
+        )
     return found
 
 
@@ -107,12 +135,15 @@ def check_device(device: torch.device | str | int | None) -> torch.device:
     """Return the device to compute on; ``None`` is the CPU.
 
     Raises:
-        OptionError: PyTorch cannot use it here.
+        OptionError: it is neither the CPU nor a GPU that PyTorch can use here through CUDA.
     """
     try:
-        return torch.empty(0, device="cpu" if device is None else device).device
+        found = torch.empty(0, device="cpu" if device is None else device).device
     except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
         raise OptionError(f"device={device!r} cannot be used here: {error}") from error
+    if found.type not in ("cpu", "cuda"):  # others have no float64, or no numbers
+        raise OptionError(f"device={device!r} cannot be used here: pass 'cpu' or 'cuda'")
+    return found
 
 
 def groups(num_rows: Sequence[int], hidden_size: int) -> Iterator[slice]:

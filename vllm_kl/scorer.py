@@ -468,7 +468,7 @@ class VLLMScorer:
         """Return the exact KL of this model to a reference, over the whole vocabulary, at every token.
 
         No token is sampled, so there is no noise, and no logits leave an engine: both engines send hidden
-        states, at most 128 MiB of them at a time, and this process multiplies them with both LM heads
+        states, at most 128 MiB or one sequence at a time, and this process multiplies them with both LM heads
         (:mod:`vllm_kl.exact_kl`). On a CPU that takes several times as long as :meth:`score`.
 
         Args:
@@ -506,8 +506,8 @@ class VLLMScorer:
             check_can(scorer.info, 1.0, hidden_states=True)
             scorer.check(token_ids, start)
         place = check_device(device)
+        vocab_size = common_vocab_size([scorer.info.vocab_size or 0 for scorer in scorers], vocab_size)
         heads = [scorer.lm_head() for scorer in scorers]
-        vocab_size = common_vocab_size(heads, vocab_size)
         heads = [replace(head, weight=head.weight[:vocab_size].to(place)) for head in heads]
         starts = starts_of(start, len(token_ids))
         num_rows = [len(ids) - first for ids, first in zip(token_ids, starts, strict=True)]

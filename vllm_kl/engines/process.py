@@ -168,12 +168,11 @@ class ProcessEngine:
                     raise EngineError(
                         f"the LM head could not be written to {folder}: {rest[0]}. Make room there"
                     )
+            for *_, file in parts:
+                if not Path(file).exists():
+                    raise EngineError(f"{file} is not there: its worker runs on another machine")
             # The files are mapped into memory, which outlives their names.
             shards = [load_file(file)[WEIGHT] for *_, file in parts]
-        except FileNotFoundError as error:
-            raise EngineError(
-                f"a part of the LM head is not there: {error}. Its worker runs on another machine"
-            ) from error
         finally:
             lifetime.remove(folder)
         return shards[0] if len(shards) == 1 else torch.cat(shards), parts[0][2], version
