@@ -26,7 +26,7 @@ EXTRAS = {
     **dict.fromkeys(("__init__", "arrays", "cli", "client", "columns", "doctor", "errors", "lifetime"), BASE),
     **dict.fromkeys(("environment", "progress", "ray_address", "routing"), BASE),
     **dict.fromkeys(("batch", "checks", "diagnostics", "fingerprint"), ("torchrl",)),
-    **dict.fromkeys(("importance", "kl", "mkl", "plan", "scorer", "types", "view"), ("torchrl",)),
+    **dict.fromkeys(("exact_kl", "importance", "kl", "mkl", "plan", "scorer", "types", "view"), ("torchrl",)),
     "plugin": OWN,
     **dict.fromkeys(("bench", "demo"), (*OWN, "plot")),
     **dict.fromkeys(("engines", "offline", "serving", "weights"), RAY),

@@ -289,11 +289,9 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
     """
     if not requests:
         return []
+    columns = num_columns(*next(iter(requests.values())).asked)
     for (i, request), result in zip(requests.items(), results, strict=True):
-        want, got = (
-            (len(request.token_ids) - request.start, num_columns(*request.asked)),
-            result.values.shape,
-        )
+        want, got = (len(request.token_ids) - request.start, columns), result.values.shape
         if got != want:
             raise MissingLogProbError(
                 f"sequence {i}: expected {list(want)} log-probs, the engine returned {list(got)}"
