@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from vllm_kl import lifetime
 from vllm_kl.engines.devices import Devices, device_environment, has_gpu
@@ -43,7 +42,7 @@ from vllm_kl.engines.wire_format import pack, unpack
 from vllm_kl.environment import ON_A_CPU
 from vllm_kl.errors import EngineError, ReadoutUnavailableError, VLLMKLError, WeightsError
 from vllm_kl.lifetime import kill_group
-from vllm_kl.plugin.head_files import WEIGHT
+from vllm_kl.plugin.head_files import read
 from vllm_kl.types import EngineInfo, ScoreRequest, ScoreResult
 from vllm_kl.weights.checkpoint import Checkpoint, InitialCheckpoint, Skeleton, complete, new_folder
 from vllm_kl.weights.loading import NeedsNewEngineError
@@ -168,11 +167,14 @@ class ProcessEngine:
                     raise EngineError(
                         f"the LM head could not be written to {folder}: {rest[0]}. Make room there"
                     )
-            for *_, file in parts:
+            for _, _, _, file, *_ in parts:
                 if not Path(file).exists():
                     raise EngineError(f"{file} is not there: its worker runs on another machine")
-            # The files are mapped into memory, which outlives their names.
-            shards = [load_file(file)[WEIGHT] for *_, file in parts]
+            shards = [
+                read(file, dtype, num_tokens, hidden_size)
+                for _, _, _, file, dtype, num_tokens in parts
+                if num_tokens  # 0: the vocabulary is so small that a worker's shard is empty
+            ]
         finally:
             lifetime.remove(folder)
         return shards[0] if len(shards) == 1 else torch.cat(shards), parts[0][2], version

@@ -8,14 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 
 # Names of the methods, for ``collective_rpc``.
 WRITE = "vllm_kl_write_head"
 HIDDEN_SIZE = "vllm_kl_hidden_size"
-# The file's only tensor.
-WEIGHT = "weight"
 
 
 def install() -> None:
@@ -38,9 +35,9 @@ def write(worker: Any, folder: str) -> tuple[Any, ...] | None:
     """Write this worker's shard of the head.
 
     Returns:
-        ``("written", first token, factor of the logits, file)``; ``("no matrix", reason)``; ``("failed",
-        error)``. An error that a worker raises would leave answers of other workers behind. ``None``: this
-        worker has no head, because it is an earlier stage of a pipeline.
+        ``("written", first token, factor of the logits, file, dtype, tokens)``; ``("no matrix", reason)``;
+        ``("failed", error)``. An error that a worker raises would leave answers of other workers behind.
+        ``None``: this worker has no head, because it is an earlier stage of a pipeline.
     """
     from vllm_kl.plugin.lm_head import MatrixHead
 
@@ -49,12 +46,23 @@ def write(worker: Any, folder: str) -> tuple[Any, ...] | None:
         return None
     if not isinstance(head, MatrixHead):
         return "no matrix", str(head.reason)
-    file = Path(folder) / f"{head.first_token}.safetensors"
+    weight = head.lm_head.weight[: head.num_tokens].detach().cpu().contiguous()
+    file = Path(folder) / str(head.first_token)
     try:
-        save_file({WEIGHT: head.lm_head.weight[: head.num_tokens].detach().contiguous()}, file)
-    except (OSError, SafetensorError) as error:
+        weight.view(torch.uint8).numpy().tofile(file)
+    except OSError as error:
         return "failed", str(error)
-    return "written", head.first_token, head.scale, str(file)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return "written", head.first_token, head.scale, str(file), dtype, len(weight)
+
+
+def read(file: str, dtype: str, num_tokens: int, hidden_size: int) -> torch.Tensor:
+    """Return the shard in a file, ``[num_tokens, hidden_size]``.
+
+    It is mapped memory, which outlives the file's name. safetensors is not used: a Ctrl-C inside its reader becomes a ValueError (0.8.0).
+    """
+    size = num_tokens * hidden_size
+    return torch.from_file(file, shared=False, size=size, dtype=getattr(torch, dtype)).view(-1, hidden_size)
 
 
 def _pooler(worker: Any) -> Any:
