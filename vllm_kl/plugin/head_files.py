@@ -59,7 +59,8 @@ def write(worker: Any, folder: str) -> tuple[Any, ...] | None:
 def read(file: str, dtype: str, num_tokens: int, hidden_size: int) -> torch.Tensor:
     """Return the shard in a file, ``[num_tokens, hidden_size]``.
 
-    It is mapped memory, which outlives the file's name. safetensors is not used: a Ctrl-C inside its reader becomes a ValueError (0.8.0).
+    It is mapped memory, which outlives the file's name. safetensors is not used: a Ctrl-C inside its reader
+    becomes a ValueError (0.8.0).
     """
     size = num_tokens * hidden_size
     return torch.from_file(file, shared=False, size=size, dtype=getattr(torch, dtype)).view(-1, hidden_size)
