@@ -233,18 +233,17 @@ def check_can(
         ReadoutUnavailableError: the read-out cannot apply the temperature, or return these log-probs, the
             entropy or hidden states.
     """
-    for name, is_wanted, what in (
+    for is_wanted, is_able, what in (
         (
-            "temperature",
             temperature != 1.0,
+            "temperature" in info.can,
             f"apply temperature={temperature}: vLLM's prompt log-probs ignore it",
         ),
-        ("ids", ids, "return log-probs of chosen ids"),
-        ("top_k", top_k, "return the most likely tokens"),
-        ("entropy", entropy, "return the entropy, which needs the log-probs of all tokens"),
-        ("hidden_states", hidden_states, "return hidden states"),
+        (ids, "ids" in info.can, "return log-probs of chosen ids"),
+        (top_k, "top_k" in info.can, "return the most likely tokens"),
+        (entropy, "entropy" in info.can, "return the entropy, which needs the log-probs of all tokens"),
+        (hidden_states, info.hidden_size is not None, "return hidden states"),
     ):
-        is_able = name in info.can and (name != "hidden_states" or info.hidden_size is not None)
         if is_wanted and not is_able:
             raise ReadoutUnavailableError(
                 f"the read-out {info.readout!r} cannot {what}. An engine that the scorer owns "
@@ -321,10 +320,8 @@ def check_results(requests: Mapping[int, ScoreRequest], results: Sequence[ScoreR
         if is_entropy:
             cause = "An entropy is finite and not below 0: the model overflows in the engine's dtype."
         if not is_wrong[at, :hidden].any():
-            what, cause = (
-                "a hidden state",
-                "Its numbers are finite: the model overflows in the engine's dtype.",
-            )
+            what = "a hidden state"
+            cause = "Its numbers are finite: the model overflows in the engine's dtype."
         if np.isnan(value):
             cause = (
                 "Either the model gives NaN, because its activations overflow in the engine's dtype or its "

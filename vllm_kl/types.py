@@ -72,7 +72,7 @@ class EngineInfo:
     vocab_size: int | None  # every id must be below it; None: not known
     max_sequence_len: int | None  # longest sequence that can be scored, in tokens; None: not known
     # Features beyond the log-probs of the sequence's own tokens at temperature 1.
-    can: frozenset[Literal["temperature", "ids", "top_k", "entropy", "hidden_states"]] = frozenset()
+    can: frozenset[Literal["temperature", "ids", "top_k", "entropy"]] = frozenset()
     max_ids: int | None = None  # largest number of chosen ids per row; None: no limit
     # Why the engine is slower than expected, or its log-probs are different. The scorer logs each note as a
     # warning.
@@ -82,7 +82,7 @@ class EngineInfo:
     # Only for models whose log-probs depend on a length (engines/length_dependence.py); None: all others.
     length_side: Literal["short", "long", "row"] | None = None
     dtype: str | None = None  # of the model, such as "bfloat16"; None: not known
-    hidden_size: int | None = None  # features of a hidden state; None: not known
+    hidden_size: int | None = None  # features of a hidden state; None: the engine returns none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,7 +68,7 @@ class PoolingEngine:
             readout="pooling",
             vocab_size=config.model_config.get_vocab_size(),
             max_sequence_len=config.model_config.max_model_len,
-            can=frozenset({"temperature", "ids", "top_k", "entropy", "hidden_states"}),
+            can=frozenset({"temperature", "ids", "top_k", "entropy"}),
             placeholders=placeholders,
             notes=notes_on(config.model_config, placeholders),
             dtype=str(config.model_config.dtype).removeprefix("torch."),

@@ -139,7 +139,7 @@ class Door:
         return {
             **self._origin,
             **info,
-            "can": sorted(info["can"] - {"hidden_states"}),  # they have no place in an answer
+            "can": sorted(info["can"]),
             "placeholders": {str(token): what for token, what in info["placeholders"].items()},
             "limits": setup.limits.model_dump(),
             "versions": package_versions(),
